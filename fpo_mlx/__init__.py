@@ -1,0 +1,3 @@
+"""FPO for Apple silicon: preference tuning held in place by sparse-autoencoder features."""
+
+__version__ = "0.1.0"

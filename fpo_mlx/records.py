@@ -1,0 +1,162 @@
+"""The vocabulary: frozen numpy records that cross the seams between modules.
+
+Alphabet of shapes, used everywhere: B pairs, L tokens, D hidden size, V vocabulary, F SAE features,
+k top-k, R rows (response positions of several responses, one after the other, no padding).
+`logps` is a sum over a response in nats, `token_logps` has one value per token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+SiteKind = Literal[
+    "resid_pre",  # input of the block
+    "resid_mid",  # after the attention's addition
+    "resid_post",  # output of the block
+    "attn_z",  # input of o_proj, heads concatenated
+    "attn_raw",  # output of the attention module
+    "attn_out",  # what attention adds to the stream (Gemma: after its post-norm)
+    "mlp_in_unscaled",  # RMS-normalised input of the MLP, without the norm's gain
+    "mlp_in",  # input of the MLP module
+    "mlp_raw",  # output of the MLP module
+    "mlp_out",  # what the MLP adds to the stream (Gemma: after its post-norm)
+]
+SITE_KINDS: tuple[str, ...] = SiteKind.__args__  # type: ignore[attr-defined]
+Activation = Literal["relu", "jumprelu", "gated", "topk", "abstopk", "groupmax"]
+Normalization = Literal["none", "layer_norm", "constant_norm"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the network: `kind` within block `layer` (0-based)."""
+
+    layer: int
+    kind: SiteKind = "resid_post"
+
+    def __str__(self) -> str:
+        return f"{self.kind} of block {self.layer}"
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """One preference pair as token ids. A response is scored on all of its tokens."""
+
+    prompt: np.ndarray  # int32 [P], P >= 1
+    chosen: np.ndarray  # int32 [|y_w|] >= 1
+    rejected: np.ndarray  # int32 [|y_l|] >= 1
+    index: int  # row number within its split, from 0
+    where: str = ""  # "train.jsonl:12"
+
+    @property
+    def responses(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.chosen, self.rejected
+
+    @property
+    def tokens(self) -> int:
+        """Distinct tokens: the prompt counts once."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @property
+    def keys(self) -> tuple[bytes, bytes]:
+        return row_key(self.prompt, self.chosen), row_key(self.prompt, self.rejected)
+
+
+def row_key(prompt: np.ndarray, response: np.ndarray) -> bytes:
+    """The 16-byte name of (prompt tokens, response tokens) in a reference cache."""
+    digest = hashlib.sha256(np.int64(len(prompt)).tobytes())
+    digest.update(np.ascontiguousarray(prompt, dtype="<i4").tobytes())
+    digest.update(np.ascontiguousarray(response, dtype="<i4").tobytes())
+    return digest.digest()[:16]
+
+
+@dataclass(frozen=True)
+class SparseFeatures:
+    """A pooled feature vector (mean over response positions) without its zeros."""
+
+    indices: np.ndarray  # int32 [nnz], ascending
+    values: np.ndarray  # float32 [nnz]
+
+    @staticmethod
+    def from_dense(dense: np.ndarray, keep: int | None = None) -> SparseFeatures:
+        """Every non-zero of dense [F], or the `keep` largest in magnitude."""
+        indices = np.flatnonzero(dense)
+        if keep is not None and len(indices) > keep:
+            largest = np.argsort(-np.abs(dense[indices]), kind="stable")[:keep]
+            indices = np.sort(indices[largest])
+        return SparseFeatures(indices.astype(np.int32), dense[indices].astype(np.float32))
+
+    def to_dense(self, n_features: int) -> np.ndarray:
+        dense = np.zeros(n_features, dtype=np.float32)  # [F]
+        dense[self.indices] = self.values
+        return dense
+
+
+@dataclass(frozen=True)
+class ResponseScore:
+    """What the reference model says of one response: the unit of the reference cache."""
+
+    logps: float  # nats, summed over the response
+    tokens: int  # |y|
+    features: tuple[SparseFeatures, ...] = ()  # one per SAE; empty if scored without one
+
+
+PairScore = tuple[ResponseScore, ResponseScore]  # chosen, rejected
+
+
+@dataclass(frozen=True)
+class SaeWeights:
+    """The one form that every public SAE format is turned into. All arrays float32.
+
+    raw  = (N(x) - b_in) @ w_enc                              [.., F]
+    acts = A(raw + b_enc) * act_scale
+    recon = N^-1(acts @ w_dec + b_dec)                        [.., D_out]
+
+    A: relu     max(pre, 0)
+       jumprelu max(pre, 0) where pre > threshold (strict)
+       gated    max(raw * gate_scale + b_enc, 0) where raw + gate_bias > 0
+       topk     the k largest pre of a token, then max(., 0)
+       abstopk  the k largest |pre| of a token, sign kept
+       groupmax max(pre, 0), then the largest of each of k equal contiguous groups
+    N: none; layer_norm (x - mean) / (std + 1e-5), std with n - 1; constant_norm x * sqrt(D) / |x|
+    """
+
+    activation: Activation
+    w_enc: np.ndarray  # [D_in, F]
+    b_enc: np.ndarray  # [F]
+    b_in: np.ndarray | None = None  # [D_in], subtracted from the input
+    threshold: np.ndarray | None = None  # [F], jumprelu
+    gate_scale: np.ndarray | None = None  # [F], gated: exp(r_mag)
+    gate_bias: np.ndarray | None = None  # [F], gated
+    act_scale: np.ndarray | None = None  # [F]
+    k: int | None = None  # topk, abstopk, groupmax
+    normalize: Normalization = "none"
+    w_dec: np.ndarray | None = None  # [F, D_out]
+    b_dec: np.ndarray | None = None  # [D_out]
+    site: Site | None = None  # from the metadata, when it has one
+    model_name: str | None = None  # as the metadata spells it
+    format: str = "unknown"  # family it was read from
+    source: str = ""  # path or hub id, for messages
+    neuronpedia: str | None = None  # "gemma-2-2b/25-gemmascope-res-16k"
+    notes: tuple[str, ...] = field(default=())  # what a user should know, one sentence each
+
+    @property
+    def d_in(self) -> int:
+        return self.w_enc.shape[0]
+
+    @property
+    def n_features(self) -> int:
+        return self.w_enc.shape[1]
+
+    def fingerprint(self) -> str:
+        """sha256 over everything that changes `encode` (not the decoder, not the metadata)."""
+        digest = hashlib.sha256(f"{self.activation}|{self.k}|{self.normalize}".encode())
+        for name in ("w_enc", "b_enc", "b_in", "threshold", "gate_scale", "gate_bias", "act_scale"):
+            array = getattr(self, name)
+            if array is not None:
+                digest.update(name.encode())
+                digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
+        return digest.hexdigest()
