@@ -1,0 +1,118 @@
+"""Log-probabilities of response tokens from hidden rows, a few logits at a time.
+
+The rows' logits [R, V] never exist together: `head` is applied to chunks whose element count is
+fixed, so peak memory grows neither with V nor with L. Rows are independent, so the gradient of each
+row's value is one row of [R, D]; it is taken in the same pass as the value, while the chunk's
+logits are at hand. That costs two head products where recomputation in the backward pass
+(checkpointing) costs three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+Head = Callable[[mx.array], mx.array]  # [r, D] -> [r, V], final soft-caps and scales included
+
+CHUNK_ELEMENTS = 1 << 23  # logits alive at once: 32 MiB in float32
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Float32 log-softmax over the last axis, whatever the dtype of `logits`."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def pick(values: mx.array, targets: mx.array) -> mx.array:
+    """values: [r, V], targets: [r] -> [r], the entry of each row's target."""
+    return mx.take_along_axis(values, targets[:, None], axis=-1).squeeze(-1)
+
+
+def row_chunks(n_rows: int, width: int, elements: int = CHUNK_ELEMENTS) -> list[slice]:
+    """Slices that cut n_rows into pieces of at most `elements` values of `width` columns each."""
+    step = max(1, elements // width)
+    return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+
+
+def token_logps(
+    hidden: mx.array, targets: mx.array, head: Head, vocab_size: int, *, grad: bool = True
+) -> mx.array:
+    """Log-prob of the token that follows each row, in nats.
+
+    hidden: [R, D] after the final norm, targets: [R] int. `grad=False` skips the gradient.
+    Returns: [R] float32.
+    """
+
+    def value(rows: mx.array, goals: mx.array) -> mx.array:
+        logits = head(rows).astype(mx.float32)
+        return pick(logits, goals) - mx.logsumexp(logits, axis=-1)
+
+    return _by_rows([value], hidden, [targets], vocab_size, grad)[0]
+
+
+def token_logps_and_kl(
+    hidden: mx.array,
+    ref_hidden: mx.array,
+    targets: mx.array,
+    head: Head,
+    vocab_size: int,
+    *,
+    grad: bool = True,
+) -> tuple[mx.array, mx.array]:
+    """`token_logps`, and KL(reference || policy) of the next-token distribution at each row.
+
+    hidden, ref_hidden: [R, D]; no gradient flows to the reference. Returns: two [R] float32.
+    Source: TDPO (Zeng et al. 2024, arXiv 2404.11999), Eq. 15: sequential KL is the row sum.
+    """
+
+    def logps(rows: mx.array, ref_rows: mx.array, goals: mx.array) -> mx.array:
+        del ref_rows
+        return pick(log_softmax(head(rows)), goals)
+
+    def kl(rows: mx.array, ref_rows: mx.array, goals: mx.array) -> mx.array:
+        del goals
+        ref = log_softmax(head(ref_rows))  # [r, V]
+        return (mx.exp(ref) * (ref - log_softmax(head(rows)))).sum(axis=-1)
+
+    extra = [mx.stop_gradient(ref_hidden), targets]
+    logps_rows, kl_rows = _by_rows([logps, kl], hidden, extra, vocab_size, grad)
+    return logps_rows, kl_rows
+
+
+def _by_rows(
+    functions: Sequence[Callable[..., mx.array]],
+    hidden: mx.array,
+    extra: Sequence[mx.array],
+    width: int,
+    grad: bool,
+) -> list[mx.array]:
+    """Each function of (rows, *extra rows) -> [r], over chunks; differentiable in `hidden`."""
+    frozen = mx.stop_gradient(hidden)
+    values: list[list[mx.array]] = [[] for _ in functions]
+    slopes: list[list[mx.array]] = [[] for _ in functions]
+    for rows in row_chunks(hidden.shape[0], width):
+        parts = [frozen[rows], *(array[rows] for array in extra)]
+        for i, function in enumerate(functions):
+            if not grad:
+                values[i].append(function(*parts))
+                continue
+            value, slope = _value_and_slope(function, parts)
+            values[i].append(value)
+            slopes[i].append(slope)
+    joined = [mx.concatenate(pieces) for pieces in values]
+    if not grad:
+        return joined
+    # adds zero, but carries the gradient: d/dh [v + (h - sg(h)) . slope] = slope
+    step = (hidden - frozen).astype(mx.float32)  # [R, D]
+    return [v + (step * mx.concatenate(s)).sum(axis=-1) for v, s in zip(joined, slopes, strict=True)]
+
+
+def _value_and_slope(
+    function: Callable[..., mx.array], parts: Sequence[mx.array]
+) -> tuple[mx.array, mx.array]:
+    """Value [r] and its gradient [r, D] in the first part; row i's value depends on row i alone."""
+    first, rest = parts[0], parts[1:]
+    ones = mx.ones(first.shape[0], dtype=mx.float32)
+    (value,), (slope,) = mx.vjp(lambda rows: function(rows, *rest), [first], [ones])
+    return value, slope.astype(mx.float32)

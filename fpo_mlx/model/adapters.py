@@ -1,0 +1,208 @@
+"""LoRA and DoRA with mlx-lm's own layers, in mlx-lm's own files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from fpo_mlx import files
+from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.records import Site
+
+LEAVES = ("lora_a", "lora_b", "m")
+WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What adapter_config.json says: enough for mlx-lm to rebuild the layers."""
+
+    fine_tune_type: str  # "lora" | "dora"
+    num_layers: int
+    rank: int
+    scale: float  # multiplies directly, = alpha / rank elsewhere
+    dropout: float
+    keys: tuple[str, ...]  # full module paths
+
+    def as_config(self, model: str) -> dict[str, Any]:
+        return {
+            "fine_tune_type": self.fine_tune_type,
+            "num_layers": self.num_layers,
+            "lora_parameters": {
+                "rank": self.rank,
+                "scale": self.scale,
+                "dropout": self.dropout,
+                "keys": list(self.keys),
+            },
+            "model": model,
+        }
+
+
+def adapted_paths(
+    model: nn.Module, num_layers: int | None, deepest: int, keys: Iterable[str] | None
+) -> tuple[int, tuple[str, ...]]:
+    """Full paths of the layers to adapt, counting `num_layers` back from block `deepest`.
+
+    num_layers: None for min(16, all), -1 for all. keys: names within a block
+    ("self_attn.q_proj") or full paths; None for every linear layer. Returns: (n, paths).
+    Raises: ConfigError for more blocks than there are, or keys that match nothing.
+    """
+    available = deepest + 1
+    n = min(16, available) if num_layers is None else num_layers
+    n = available if n == -1 else n
+    if not 0 < n <= available:
+        raise ConfigError(
+            f"--num-layers {num_layers}: there are {available} blocks up to block {deepest}, the "
+            f"deepest that is adapted. Use 1 to {available}, or -1 for all."
+        )
+    blocks = {id(block): i for i, block in enumerate(model.layers)}
+    prefixes = {blocks[id(m)]: name for name, m in model.named_modules() if id(m) in blocks}
+    wanted = None if keys is None else set(keys)
+    paths = []
+    for i in range(available - n, available):
+        for name, module in model.layers[i].named_modules():
+            path = f"{prefixes[i]}.{name}"
+            if wanted is None and name and _adaptable(module):
+                paths.append(path)
+            elif wanted and (name in wanted or path in wanted):
+                paths.append(path)
+    if not paths:
+        raise ConfigError(
+            f"lora_parameters.keys {sorted(wanted or ())} match no layer of blocks "
+            f"{available - n} to {deepest}. Names within a block look like 'self_attn.q_proj'."
+        )
+    return n, tuple(sorted(paths))
+
+
+def _adaptable(module: nn.Module) -> bool:
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    return isinstance(module, kinds)
+
+
+def attach(model: nn.Module, spec: AdapterSpec) -> None:
+    """Put fresh adapters (lora_b = 0, so nothing changes yet) on the layers of `spec`."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    config = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout}
+    try:
+        linear_to_lora_layers(
+            model,
+            spec.num_layers,
+            {**config, "keys": set(spec.keys)},
+            use_dora=spec.fine_tune_type == "dora",
+        )
+    except ValueError as error:
+        raise ConfigError(f"--fine-tune-type {spec.fine_tune_type}: {error}") from error
+
+
+def read_spec(folder: Path, model: nn.Module | None = None) -> AdapterSpec:
+    """The adapter_config.json of a folder, mlx-lm's own adapters included.
+
+    `model` resolves block-relative or absent keys to full paths (before any adapter is attached).
+    Raises: ModelError when the folder is not an adapter of a kind that can be used here.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        lora, kind = config["lora_parameters"], config.get("fine_tune_type", "lora")
+        n, keys = int(config["num_layers"]), lora.get("keys")
+        rank, scale = int(lora["rank"]), float(lora["scale"])
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{folder}: found no {CONFIG}. Wanted an adapter folder as mlx_lm.lora or "
+            "fpo-mlx train writes it."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not an adapter configuration ({error!r})") from error
+    if kind not in ("lora", "dora"):
+        raise ModelError(f"{path}: fine_tune_type {kind!r}; wanted lora or dora. Fuse it first.")
+    if model is not None:
+        n, keys = _resolve_keys(model, n, keys)
+    return AdapterSpec(kind, n, rank, scale, float(lora.get("dropout", 0.0)), tuple(keys or ()))
+
+
+def _resolve_keys(
+    model: nn.Module, num_layers: int, keys: Iterable[str] | None
+) -> tuple[int, tuple[str, ...]]:
+    names = {name for name, _ in model.named_modules()}
+    if keys is not None and all(key in names for key in keys):
+        return num_layers, tuple(keys)
+    last = len(model.layers) - 1  # mlx-lm counts from the end
+    n = min(num_layers, last + 1) if num_layers > 0 else -1
+    return adapted_paths(model, n, last, keys)
+
+
+def load(model: nn.Module, folder: Path) -> AdapterSpec:
+    """Attach and fill the adapters of a folder.
+
+    Raises: ModelError naming every tensor that does not fit.
+    """
+    spec = read_spec(folder, model)
+    attach(model, spec)
+    fill(model, folder / WEIGHTS)
+    return spec
+
+
+def fill(model: nn.Module, path: Path) -> None:
+    """Read adapter weights into layers that are attached already."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file. Wanted the weights of an adapter folder.")
+    try:
+        weights = dict(mx.load(str(path)))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as safetensors: {error}") from error
+    own = dict(parameters(model))
+    faults = [f"{k}: not an adapter tensor of this model" for k in weights.keys() - own.keys()]
+    faults += [f"{k}: missing" for k in own.keys() - weights.keys()]
+    faults += [
+        f"{k}: shape {weights[k].shape}, wanted {own[k].shape}"
+        for k in weights.keys() & own.keys()
+        if weights[k].shape != own[k].shape
+    ]
+    if faults:
+        shown = "\n  ".join(sorted(faults)[:10])
+        raise ModelError(f"{path} does not fit the model ({len(faults)} faults):\n  {shown}")
+    update(model, {k: v.astype(mx.float32) for k, v in weights.items()})
+
+
+def parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
+    """(path, array) of every adapter leaf, sorted by path."""
+    flat = tree_flatten(model.parameters())
+    return sorted((k, v) for k, v in flat if k.rsplit(".", 1)[-1] in LEAVES)
+
+
+def update(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
+    model.update(tree_unflatten(list(weights.items())))
+
+
+def save(path: Path, weights: Mapping[str, mx.array]) -> None:
+    """One safetensors file, whole or not at all."""
+    with files.atomic_path(path) as temporary:
+        mx.save_safetensors(str(temporary), dict(weights), metadata={"format": "mlx"})
+
+
+def unreached(sites: Iterable[Site], keys: Iterable[str], layer_of: Mapping[str, int]) -> bool:
+    """Whether no adapted layer lies at or below some site: the constraint would have no gradient."""
+    lowest = min(layer_of[key] for key in keys)
+    return any(lowest > site.layer - (site.kind == "resid_pre") for site in sites)
+
+
+def block_of(model: nn.Module) -> dict[str, int]:
+    """Index of the block for every module path within the blocks."""
+    blocks = {id(block): i for i, block in enumerate(model.layers)}
+    prefixes = {name: blocks[id(m)] for name, m in model.named_modules() if id(m) in blocks}
+    return {
+        f"{prefix}.{name}": i
+        for prefix, i in prefixes.items()
+        for name, _ in model.layers[i].named_modules()
+        if name
+    }

@@ -1,0 +1,130 @@
+"""Any model folder or hub id that mlx-lm loads -> model, config, folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map, tree_unflatten
+
+from fpo_mlx.errors import ModelError
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen base model. `notes` says what was done to it on the way in."""
+
+    model: nn.Module
+    config: dict[str, Any]
+    path: Path
+    notes: tuple[str, ...] = ()
+
+
+def resolve_model(spec: str | Path, revision: str | None = None) -> Path:
+    """A local folder as it is; anything else is a hub id, downloaded without code files.
+
+    Raises: ModelError when neither can be had.
+    """
+    path = Path(spec).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.exists() or str(spec).count("/") != 1 or str(spec).startswith((".", "/", "~")):
+        raise ModelError(
+            f"{spec}: found no config.json there. Wanted the folder of an MLX or Hugging Face "
+            "model, or a hub id such as mlx-community/SmolLM2-135M-Instruct."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(spec), revision=revision, allow_patterns=MODEL_FILES))
+    except Exception as error:  # huggingface_hub raises a dozen unrelated classes
+        raise ModelError(
+            f"{spec}: neither a local folder nor a model that could be downloaded "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the spelling, the "
+            "network and HF_TOKEN, or give a local folder."
+        ) from error
+
+
+def load_model(spec: str | Path, *, trust_remote_code: bool = False) -> LoadedModel:
+    """Load, freeze, and on a CPU turn the weights into float32.
+
+    Quantised matmul on MLX's CPU is some 30 times slower than float32 through a BLAS, and half
+    precision has no fast path there either; the numbers stay those of the stored weights.
+
+    Raises: ModelError when the folder cannot be read as a model.
+    """
+    from mlx_lm import utils
+
+    path = resolve_model(spec)
+    try:
+        model, config = utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{path}: mlx-lm cannot load this model: {error}") from error
+    notes: list[str] = []
+    if mx.default_device() == mx.cpu:
+        count = dequantize(model)
+        if count:
+            notes.append(f"CPU: {count} quantised layers were dequantised to float32 at load")
+        model.update(tree_map(_to_float32, model.parameters()))
+    model.freeze()
+    model.eval()
+    mx.eval(model.parameters())
+    return LoadedModel(model, config, path, tuple(notes))
+
+
+def _to_float32(array: mx.array) -> mx.array:
+    return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def dequantize(model: nn.Module) -> int:
+    """Replace quantised layers by float32 layers of the same values; how many there were.
+
+    mlx-lm has the same function; this one widens scales first, so that no value is rounded to
+    the half precision in which they are stored.
+    """
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    plain = {
+        nn.QuantizedLinear: nn.Linear,
+        nn.QuantizedEmbedding: nn.Embedding,
+        QuantizedSwitchLinear: SwitchLinear,
+    }
+    replaced = []
+    for name, module in model.named_modules():
+        cls = plain.get(type(module))
+        if cls is None:
+            continue
+        biases = module.biases if "biases" in module else None
+        affine = biases is not None
+        weight = mx.dequantize(
+            module.weight,
+            module.scales.astype(mx.float32) if affine else module.scales,
+            biases.astype(mx.float32) if affine else None,
+            module.group_size,
+            module.bits,
+            module.mode,
+        )
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.weight = weight.astype(mx.float32)
+        if "bias" in module:
+            layer.bias = module.bias
+        replaced.append((name, layer))
+    if replaced:
+        model.update_modules(tree_unflatten(replaced))
+    return len(replaced)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model folder; a multimodal one's text part is laid over the top level."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
+    return {**config, **config.get("text_config", {})}

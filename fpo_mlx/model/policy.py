@@ -1,0 +1,187 @@
+"""A model as the objective sees it: token pairs in, hidden rows at response positions out.
+
+Chosen and rejected share their prompt. Where the model's caches are plain keys and values, the
+prompt runs once and both responses continue from its keys and values; otherwise whole sequences
+run side by side. The results are equal (a test holds it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from fpo_mlx.errors import SaeError
+from fpo_mlx.model.taps import (
+    Head,
+    PrefixCache,
+    Tap,
+    checkpoint_block,
+    find_backbone,
+    finish,
+    tap_point,
+)
+from fpo_mlx.records import Site, TokenPair
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Response positions of 2B responses (c0, r0, c1, r1, …), one after the other: R rows.
+
+    A response position is one whose next token is a response token.
+    """
+
+    hidden: mx.array  # [R, D] after the final norm
+    tapped: tuple[mx.array, ...]  # per site [R, D_in]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each response's rows lie, and the tokens that they predict."""
+
+    lengths: np.ndarray  # int [2B]
+    targets: mx.array  # int32 [R]
+
+    @staticmethod
+    def of(pairs: Sequence[TokenPair]) -> Layout:
+        responses = [response for pair in pairs for response in pair.responses]
+        lengths = np.array([len(response) for response in responses])
+        return Layout(lengths, mx.array(np.concatenate(responses).astype(np.int32)))
+
+    def sums(self) -> mx.array:
+        """[2B, R]: 1 on a response's own rows."""
+        owner = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        return mx.array((owner[None, :] == np.arange(len(self.lengths))[:, None]), mx.float32)
+
+    def means(self) -> mx.array:
+        """[2B, R]: 1 / |y| on a response's own rows."""
+        return self.sums() / mx.array(self.lengths.astype(np.float32))[:, None]
+
+    def rows(self, response: int) -> slice:
+        start = int(self.lengths[:response].sum())
+        return slice(start, start + int(self.lengths[response]))
+
+
+class Policy:
+    """A loaded model with taps at the SAEs' sites. One object per model: taps change the model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict,
+        sites: Sequence[Site] = (),
+        *,
+        share_prompt: bool = True,
+        grad_checkpoint: bool = False,
+    ) -> None:
+        n = len(model.layers)
+        for site in sites:
+            if not 0 <= site.layer < n:
+                raise SaeError(
+                    f"the SAE reads the {site}, but the model's blocks are 0 to {n - 1}. "
+                    "Use an SAE for this model, or give --layer."
+                )
+        self.model, self.sites = model, tuple(sites)
+        self.vocab_size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+        self.norm_eps = float(config.get("rms_norm_eps") or 1e-6)
+        self.backbone = find_backbone(model)
+        self.shares_prompt = share_prompt and has_plain_caches(model)
+        if grad_checkpoint:  # before the taps, which must lie outside
+            inner = {s.layer for s in self.sites if s.kind not in ("resid_pre", "resid_post")}
+            for i, block in enumerate(model.layers):
+                if i not in inner:
+                    checkpoint_block(block)
+        self._taps = [Tap(*tap_point(model.layers[site.layer], site)) for site in self.sites]
+        self.head = Head(model, self.backbone)
+
+    def rows(self, pairs: Sequence[TokenPair]) -> Rows:
+        """Hidden rows at the response positions of all pairs, in `Layout` order."""
+        parts = [self._shared(pair) for pair in pairs] if self.shares_prompt else None
+        parts = parts or [self._side_by_side(pairs)]
+        tapped = zip(*(part.tapped for part in parts), strict=True)
+        return Rows(
+            mx.concatenate([part.hidden for part in parts]),
+            tuple(mx.concatenate(site) for site in tapped),
+        )
+
+    def _shared(self, pair: TokenPair) -> Rows:
+        """Prompt once: its keys and values are computed once, and used by both responses."""
+        caches = [PrefixCache() for _ in self.model.layers]
+        if len(pair.prompt) > 1:
+            self.backbone(mx.array(pair.prompt[None, :-1]), cache=caches)
+        prefix = [cache.own for cache in caches]
+        tails = [np.concatenate([pair.prompt[-1:], y[:-1]]) for y in pair.responses]
+        lengths = [len(tail) for tail in tails]
+        if abs(lengths[0] - lengths[1]) * 8 > sum(lengths):  # padding would cost over an eighth
+            parts = [self._continue(prefix, [tail]) for tail in tails]
+        else:
+            parts = [self._continue(prefix, tails)]
+        return Rows(
+            mx.concatenate([part.hidden for part in parts]),
+            tuple(mx.concatenate(t) for t in zip(*(p.tapped for p in parts), strict=True)),
+        )
+
+    def _continue(self, prefix: Sequence[tuple[mx.array, ...]], tails: list[np.ndarray]) -> Rows:
+        caches = [PrefixCache(own) for own in prefix]
+        return self._run(pad(tails), [(0, len(tail)) for tail in tails], caches)
+
+    def _side_by_side(self, pairs: Sequence[TokenPair]) -> Rows:
+        """Whole sequences, padded on the right: causal attention never looks at padding."""
+        spans, inputs = [], []
+        for pair in pairs:
+            for response in pair.responses:
+                inputs.append(np.concatenate([pair.prompt, response[:-1]]))
+                spans.append((len(pair.prompt) - 1, len(response)))
+        return self._run(pad(inputs), spans, None)
+
+    def _run(self, tokens: mx.array, spans: list[tuple[int, int]], caches: list | None) -> Rows:
+        """tokens: [n, L]; spans: (start, length) of each sequence's response positions."""
+        seen = []
+        with _all_recording(self._taps, seen):
+            hidden = self.backbone(tokens, cache=caches)  # [n, L, D]
+        width = tokens.shape[1]
+        picks = [i * width + s + np.arange(n) for i, (s, n) in enumerate(spans)]
+        index = mx.array(np.concatenate(picks).astype(np.int32))
+
+        def gather(array: mx.array) -> mx.array:
+            return mx.take(array.reshape(-1, array.shape[-1]), index, axis=0)  # [R, ·]
+
+        tapped = (
+            finish(gather(record[-1]), site, self.norm_eps)
+            for record, site in zip(seen, self.sites, strict=True)
+        )
+        return Rows(gather(hidden), tuple(tapped))
+
+
+class _all_recording:
+    """All taps at once; `into` receives one list of arrays per tap."""
+
+    def __init__(self, taps: Sequence[Tap], into: list) -> None:
+        self._contexts, self._into = [tap.recording() for tap in taps], into
+
+    def __enter__(self) -> None:
+        self._into.extend(context.__enter__() for context in self._contexts)
+
+    def __exit__(self, *error) -> None:
+        for context in self._contexts:
+            context.__exit__(*error)
+
+
+def pad(sequences: Sequence[np.ndarray]) -> mx.array:
+    """Right-pad token sequences to the longest -> int32 [n, L]. What fills is never looked at."""
+    out = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int32)
+    for row, tokens in zip(out, sequences, strict=True):
+        row[: len(tokens)] = tokens
+    return mx.array(out)
+
+
+def has_plain_caches(model: nn.Module) -> bool:
+    """Whether every block keeps ordinary keys and values, so that a prompt can be shared."""
+    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+    caches = make_prompt_cache(model)
+    plain = all(type(cache) in (KVCache, RotatingKVCache) for cache in caches)
+    return plain and len(caches) == len(model.layers)

@@ -1,0 +1,206 @@
+"""Looking into a model that mlx-lm built, without changing it.
+
+One object is given a subclass of its own class whose `__call__` also notes what passed. Parameter
+paths and isinstance stay as they were, so adapters keep mlx-lm's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from fpo_mlx.errors import ModelError
+from fpo_mlx.records import Site
+
+ATTENTION = ("self_attn", "attn", "attention", "linear_attn", "temporal_block", "mixer")
+MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+OUT_PROJ = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+PRE_MLP_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "ffn_norm")
+
+
+def _swap_call(module: nn.Module, call) -> None:
+    """Give this one object a `__call__` of (own class's call, *args, **kwargs)."""
+    cls = type(module)
+    original = cls.__call__
+
+    def __call__(self, *args, **kwargs):
+        return call(lambda *a, **k: original(self, *a, **k), *args, **kwargs)
+
+    module.__class__ = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": __name__})
+
+
+class Tap:
+    """Collects the input or output of one module while `recording()`."""
+
+    def __init__(self, module: nn.Module, port: str) -> None:
+        self._seen: list[mx.array] | None = None
+
+        def call(original, *args, **kwargs):
+            out = original(*args, **kwargs)
+            if self._seen is not None:
+                value = args[0] if port == "input" else out
+                self._seen.append(value[0] if isinstance(value, tuple) else value)
+            return out
+
+        _swap_call(module, call)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[mx.array]]:
+        """A list that fills with one array [B, L, D] per call of the module."""
+        self._seen = seen = []
+        try:
+            yield seen
+        finally:
+            self._seen = None
+
+
+class Head:
+    """The model's own map from the final hidden state to logits, soft-caps and scales included.
+
+    The model is called as usual, but its backbone answers with the hidden rows it is given.
+    """
+
+    def __init__(self, model: nn.Module, backbone: nn.Module) -> None:
+        self._model, self._replay = model, None
+
+        def call(original, *args, **kwargs):
+            return original(*args, **kwargs) if self._replay is None else self._replay
+
+        _swap_call(backbone, call)
+
+    def __call__(self, rows: mx.array) -> mx.array:
+        """rows: [r, D] -> logits [r, V]."""
+        self._replay = rows[None]
+        try:
+            return self._model(mx.zeros((1, rows.shape[0]), dtype=mx.int32))[0]
+        finally:
+            self._replay = None
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The module that owns the list of blocks and applies the final norm."""
+    first = model.layers[0]
+    owners = [
+        module
+        for _, module in model.named_modules()
+        if module is not model
+        and any(isinstance(v, list) and v and v[0] is first for v in module.values())
+    ]
+    if not owners:
+        raise ModelError(f"{type(model).__module__}: found no module that holds the blocks")
+    return owners[-1] if len(owners) == 1 else min(owners, key=lambda m: len(m.named_modules()))
+
+
+def tap_point(block: nn.Module, site: Site) -> tuple[nn.Module, str]:
+    """The module and port ("input" | "output") that carry the site's tensor in this block."""
+    kind = site.kind
+    if kind == "resid_post":
+        return block, "output"
+    if kind == "resid_pre":
+        return block, "input"
+    sandwiched = "post_feedforward_layernorm" in block  # Gemma 2/3, OLMo 2: norms after, too
+    if kind in ("attn_out", "attn_raw", "attn_z"):
+        attention = _child(block, ATTENTION, site)
+        if kind == "attn_z":
+            return _child(attention, OUT_PROJ, site), "input"
+        if kind == "attn_out" and sandwiched:
+            return block.post_attention_layernorm, "output"
+        return attention, "output"
+    if kind == "mlp_in":
+        return _child(block, MLP, site), "input"
+    if kind == "mlp_out" and sandwiched:
+        return block.post_feedforward_layernorm, "output"
+    if kind in ("mlp_out", "mlp_raw"):
+        return _child(block, MLP, site), "output"
+    if "pre_feedforward_layernorm" not in block and sandwiched:
+        return _child(block, MLP, site), "input"  # OLMo 2 has no norm before its MLP
+    return _child(block, PRE_MLP_NORM, site), "input"  # resid_mid, mlp_in_unscaled
+
+
+def _child(module: nn.Module, names: tuple[str, ...], site: Site) -> nn.Module:
+    for name in names:
+        if name in module:
+            return module[name]
+    raise ModelError(
+        f"the {site} cannot be tapped: {type(module).__name__} has none of {', '.join(names)} "
+        f"(it has {', '.join(sorted(module.children()))}). Use resid_post, or an SAE of that site."
+    )
+
+
+def finish(rows: mx.array, site: Site, eps: float) -> mx.array:
+    """What is left to do to the tapped tensor: gain-free RMSNorm for `mlp_in_unscaled`."""
+    if site.kind != "mlp_in_unscaled":
+        return rows
+    rows = rows.astype(mx.float32)
+    return rows * mx.rsqrt((rows * rows).mean(axis=-1, keepdims=True) + eps)
+
+
+def checkpoint_block(block: nn.Module) -> None:
+    """Recompute this block's activations in the backward pass (gradient checkpointing).
+
+    Keys and values that a `PrefixCache` collects inside the call leave it as outputs, since an
+    array noted on the side would tie the whole block to the outer graph.
+    """
+
+    def call(original, *args, **kwargs):
+        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, PrefixCache)), None)
+
+        def inner(parameters, prefix, *rest):
+            block.update(parameters)
+            fresh = PrefixCache(prefix)
+            given = dict(zip(arrays, rest, strict=True))
+            out = original(
+                *(given.get(i, fresh if a is cache and cache else a) for i, a in enumerate(args)),
+                **{
+                    key: given.get(key, fresh if a is cache and cache else a)
+                    for key, a in kwargs.items()
+                },
+            )
+            return out, fresh.own
+
+        arrays = {i: a for i, a in enumerate(args) if isinstance(a, mx.array)}
+        arrays |= {key: a for key, a in kwargs.items() if isinstance(a, mx.array)}
+        prefix = cache.prefix if cache else ()
+        trainable = block.trainable_parameters()
+        out, own = mx.checkpoint(inner)(trainable, prefix, *arrays.values())
+        block.update(trainable)  # undo the tracer that `inner` left behind
+        if cache:
+            cache.own = own
+        return out
+
+    _swap_call(block, call)
+
+
+class PrefixCache:
+    """A functional key-value cache: what came before goes in, what this call adds comes out.
+
+    Nothing is written in place, so gradients flow through both. mlx-lm's attention modules call
+    `update_and_fetch`, `offset` and `make_mask`, the part of its cache protocol kept here.
+    """
+
+    def __init__(self, prefix: tuple[mx.array, ...] = ()) -> None:
+        self.prefix = prefix  # () or keys and values, [1 or B, heads, P, d]
+        self.own: tuple[mx.array, ...] = ()  # of this call, [B, heads, L, d]
+        self.offset = prefix[0].shape[2] if prefix else 0  # position of the next token
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
+        self.own = (keys, values)
+        if not self.prefix:
+            return self.own
+        return tuple(
+            mx.concatenate([mx.broadcast_to(old, (new.shape[0], *old.shape[1:])), new], axis=2)
+            for old, new in zip(self.prefix, self.own, strict=True)
+        )
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None):
+        """None, "causal", or a boolean [n, P + n] where a window or the caller asks for one."""
+        from mlx_lm.models.base import create_causal_mask
+
+        if window_size is not None and self.offset + n > window_size:
+            return create_causal_mask(n, self.offset, window_size=window_size)
+        if return_array:
+            return create_causal_mask(n, self.offset)
+        return None if n == 1 else "causal"
