@@ -141,6 +141,7 @@ class SaeWeights:
     format: str = "unknown"  # family it was read from
     source: str = ""  # path or hub id, for messages
     neuronpedia: str | None = None  # "gemma-2-2b/25-gemmascope-res-16k"
+    transcoder: bool = False  # the decoder predicts another place than the input's
     notes: tuple[str, ...] = field(default=())  # what a user should know, one sentence each
 
     @property

@@ -1,0 +1,202 @@
+"""Tensor files as numpy, without torch and without running any code from the file.
+
+Each opener returns a `TensorFile`: names and shapes at once, values when asked for, as float32.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fpo_mlx.errors import SaeError
+
+# numpy dtype of each safetensors dtype; BF16 is read as its 16 bits and widened below
+SAFETENSORS_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "|i1",
+    "U8": "|u1",
+    "BOOL": "|b1",
+}
+PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+MAX_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One weight file. `read(name)` gives the tensor as float32, finite, C-contiguous or a view."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    fetch: Callable[[str], np.ndarray]  # any dtype that widens to float32
+    extras: Mapping[str, Any] = field(default_factory=dict)  # numbers and strings beside tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def read(self, name: str) -> np.ndarray:
+        if name not in self.shapes:
+            raise SaeError(
+                f"{self.path}: has no tensor {name!r}; it holds {', '.join(sorted(self.shapes))}. "
+                "The file is another format than the one it was read as, or incomplete."
+            )
+        array = np.asarray(self.fetch(name)).astype(np.float32, copy=False)
+        if not np.isfinite(array).all():
+            bad = int(array.size - np.isfinite(array).sum())
+            raise SaeError(
+                f"{self.path}: tensor {name!r} has {bad} of {array.size} values that are NaN or "
+                "infinite; wanted finite weights. Download or convert the file again."
+            )
+        return array
+
+    def get(self, name: str) -> np.ndarray | None:
+        return self.read(name) if name in self.shapes else None
+
+    def first(self, *names: str) -> np.ndarray:
+        """The tensor under the first of `names` that the file has."""
+        present = [name for name in names if name in self.shapes]
+        return self.read(present[0] if present else names[0])
+
+    def scalar(self, name: str) -> float:
+        array = self.read(name)
+        if array.size != 1:
+            raise SaeError(
+                f"{self.path}: {name!r} has shape {list(array.shape)}; wanted one number."
+            )
+        return float(array.reshape(()))
+
+
+def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
+    """Open .npz, .safetensors, or (only with `allow_pickle`) a torch zip file.
+
+    Raises SaeError for anything else, and for truncated or malformed files.
+    """
+    if path.suffix == ".npz":
+        return open_npz(path)
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    if path.suffix in PICKLED_SUFFIXES:
+        if not allow_pickle:
+            raise SaeError(
+                f"{path} is a pickled file, which can be made to run code by most loaders. "
+                "Pass --allow-pickle to read it with a loader that admits tensors only, "
+                "or convert it once with `fpo-mlx sae convert --allow-pickle`."
+            )
+        from fpo_mlx.sae.torchfile import open_torch
+
+        return open_torch(path)
+    raise SaeError(f"{path}: wanted a .safetensors, .npz, .pt or .pth file.")
+
+
+def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """uint16 bit patterns of bfloat16 -> float32 of the same shape, exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def open_npz(path: Path) -> TensorFile:
+    """A numpy archive of plain arrays; object arrays (pickles) are refused."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            shapes = {
+                name[:-4]: _npy_shape(archive, name)
+                for name in archive.namelist()
+                if name.endswith(".npy")
+            }
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        raise _unreadable(path, "an .npz archive", error) from error
+    return TensorFile(path, shapes, lambda name: _npz_array(path, name))
+
+
+def _npy_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    with archive.open(name) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(stream)[0]
+        return np.lib.format.read_array_header_2_0(stream)[0]
+
+
+def _npz_array(path: Path, name: str) -> np.ndarray:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[name]
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        raise _unreadable(path, "an .npz archive of plain arrays", error) from error
+
+
+def open_safetensors(path: Path) -> TensorFile:
+    """safetensors, bfloat16 included. Every extent is checked against the file before any read."""
+    header, start = _safetensors_header(path)
+    size = path.stat().st_size - start
+    for name, entry in header.items():
+        _check_extent(path, name, entry, size)
+    shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+    def fetch(name: str) -> np.ndarray:
+        entry = header[name]
+        begin, _ = entry["data_offsets"]
+        dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
+        count = int(np.prod(entry["shape"], dtype=np.int64))
+        array = np.fromfile(path, dtype=dtype, count=count, offset=start + begin)
+        if entry["dtype"] == "BF16":
+            array = widen_bfloat16(array)
+        return array.reshape(entry["shape"])
+
+    return TensorFile(path, shapes, fetch)
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """(entries by tensor name, offset of the data in bytes)."""
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(MAX_HEADER, path.stat().st_size - 8):
+                raise ValueError(f"its header claims {length} bytes")
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, "a safetensors file", error) from error
+    if not isinstance(header, dict):
+        raise _unreadable(path, "a safetensors file", ValueError("its header is no JSON object"))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _check_extent(path: Path, name: str, entry: Any, size: int) -> None:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        known = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(path, "a safetensors file", error) from error
+    if dtype not in SAFETENSORS_DTYPES:
+        raise SaeError(
+            f"{path}: tensor {name!r} is stored as {dtype}; wanted one of "
+            f"{', '.join(SAFETENSORS_DTYPES)}. Convert it with the tool that wrote it."
+        )
+    if end > size:
+        raise SaeError(
+            f"{path} is truncated: tensor {name!r} ends at byte {end} of the data, the file has "
+            f"{size}. Download it again."
+        )
+    count = int(np.prod(shape, dtype=np.int64)) if known else -1
+    if count * np.dtype(SAFETENSORS_DTYPES[dtype]).itemsize != end - begin:
+        raise SaeError(
+            f"{path}: tensor {name!r} of shape {shape} and {dtype} has {end - begin} bytes. "
+            "The header is damaged; download the file again."
+        )
+
+
+def _unreadable(path: Path, wanted: str, error: Exception) -> SaeError:
+    return SaeError(
+        f"{path} cannot be read: wanted {wanted}, found {error or type(error).__name__}. "
+        "The file may be truncated, or a Git LFS pointer; download it again."
+    )

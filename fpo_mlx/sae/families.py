@@ -1,0 +1,114 @@
+"""Which family a file belongs to, and its reader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+from fpo_mlx.errors import SaeError
+from fpo_mlx.records import SaeWeights
+from fpo_mlx.sae import gemma_scope, saelens
+from fpo_mlx.sae.arrays import PICKLED_SUFFIXES, open_tensors
+from fpo_mlx.sae.common import LoadOptions, Source
+
+
+@dataclass(frozen=True)
+class Family:
+    """One layout on disk: how it is recognised, and how it is read."""
+
+    name: str
+    matches: Callable[[Source], bool]
+    load: Callable[[Source], SaeWeights]
+
+
+def _family(module: ModuleType) -> Family:
+    return Family(module.FORMAT, module.matches, module.load)
+
+
+# the first match wins: the more particular come first
+_FAMILIES: tuple[Family, ...] = tuple(_family(module) for module in (saelens, gemma_scope))
+FORMATS: tuple[str, ...] = tuple(family.name for family in _FAMILIES)
+_WEIGHTS = (".safetensors", ".npz", *PICKLED_SUFFIXES)
+_NO_WEIGHTS = ("sparsity", "optimizer", "W_dec_", "activations_store_state")
+_SHOWN = 12
+
+
+def load_sae(
+    path: Path,
+    *,
+    format: str | None = None,
+    allow_pickle: bool = False,
+    decoder: bool = True,
+    k: int | None = None,
+    llama_scope_gate: Literal["authors", "saelens"] = "authors",
+    norm_scaling_factor: float | None = None,
+    name: str = "",
+) -> SaeWeights:
+    """Read one SAE into the canonical form.
+
+    path: its folder or weight file; a folder that holds exactly one SAE further down will do.
+    format: one of FORMATS, to skip the recognition. allow_pickle: read .pt files, tensors only.
+    decoder: False leaves w_dec out. k: where the files do not say it. llama_scope_gate:
+    "saelens" leaves the decoder norm out of Llama Scope's gate, as SAELens does.
+    norm_scaling_factor: the scale of the inputs in training, where the files do not hold it.
+    name: the name the user gave (hub id), searched for layer, site and k beside the path.
+
+    Raises SaeError for a file that is missing, damaged, of no known family, or refused.
+    """
+    options = LoadOptions(allow_pickle, decoder, k, llama_scope_gate, norm_scaling_factor, name)
+    source = _open(Path(path), options)
+    sae = _recognise(source, format).load(source)
+    return sae if decoder else replace(sae, w_dec=None, b_dec=None)
+
+
+def sniff(path: Path, *, allow_pickle: bool = False) -> str:
+    """The family's name (one of FORMATS) of the SAE at `path`. Raises SaeError if unknown."""
+    return _recognise(_open(Path(path), LoadOptions(allow_pickle=allow_pickle)), None).name
+
+
+def _recognise(source: Source, format: str | None) -> Family:
+    if format is not None and format not in FORMATS:
+        raise SaeError(f"SAE format {format!r} is unknown; wanted one of {', '.join(FORMATS)}.")
+    for family in _FAMILIES:
+        if family.name == format or (format is None and family.matches(source)):
+            return family
+    raise SaeError(
+        f"{source.file}: is no SAE format that is known here; its tensors are "
+        f"{', '.join(sorted(source.tensors.shapes)) or 'none'}. Known: {', '.join(FORMATS)}. "
+        "If it is one of them, name it with --sae-format."
+    )
+
+
+def _open(path: Path, options: LoadOptions) -> Source:
+    file = weight_file(path)
+    return Source(open_tensors(file, allow_pickle=options.allow_pickle), options)
+
+
+def weight_file(path: Path) -> Path:
+    """The one weight file at or below `path`, the nearest level first."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise SaeError(f"{path}: no such file or folder. Give the folder or file of one SAE.")
+    level = [path]
+    for _ in range(6):
+        found = [file for folder in level for file in _weights_in(folder)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            shown = "\n".join(f"  {file}" for file in sorted(found)[:_SHOWN])
+            raise SaeError(f"{path} holds {len(found)} weight files; name one of them:\n{shown}")
+        level = [Path(entry) for folder in level for entry in os.scandir(folder) if entry.is_dir()]
+    raise SaeError(f"{path}: holds no SAE weights ({', '.join(_WEIGHTS)}). Give an SAE's folder.")
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.suffix in _WEIGHTS and file.is_file() and not file.name.startswith(_NO_WEIGHTS)
+    ]
