@@ -1,0 +1,204 @@
+"""The one place that turns messages into tokens: a tokenizer and its chat template.
+
+Templates run only in the sandboxed Jinja environment of transformers; nothing here touches the
+network, and code that comes with a model runs only if the caller asks for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from fpo_mlx.errors import ConfigError, DataError, ModelError
+
+Message = Mapping[str, Any]  # at least {"role": str, "content": str}
+Tools = Sequence[Mapping[str, Any]] | None
+
+# Some templates print today's date. Tokens that change overnight would make every cached reference
+# score stale, so those templates get this date always (the one Meta's templates fall back to).
+TEMPLATE_DATE = "2024-07-26"
+_DATE_PARTS = {
+    "%Y-%m-%d": TEMPLATE_DATE, "%F": TEMPLATE_DATE, "%Y": "2024", "%y": "24", "%m": "07",
+    "%d": "26", "%e": "26", "%-d": "26", "%-m": "7", "%b": "Jul", "%h": "Jul", "%B": "July",
+    "%a": "Fri", "%A": "Friday", "%j": "208", "%H": "12", "%I": "12", "%M": "00", "%S": "00",
+    "%p": "PM",
+}  # fmt: skip
+
+
+@final
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """Messages to tokens. Made by `load_tokenizer`; `raw` is the tokenizer of transformers."""
+
+    raw: Any = field(repr=False)
+    templates: Mapping[str, str]  # "default", and "tool_use" where a model has one
+    eos_token_ids: tuple[int, ...]  # ascending: every id that ends an answer
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # {"enable_thinking": False}
+    source: str = ""
+
+    def prompt_tokens(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
+        """Tokens of messages with the header of the answer to come. Raises DataError."""
+        return self._apply(messages, tools, prompt=True, tokenize=True)
+
+    def conversation_tokens(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
+        """Tokens of a whole conversation, what the template adds at the end included.
+
+        Raises DataError.
+        """
+        return self._apply(messages, tools, prompt=False, tokenize=True)
+
+    def render(
+        self, messages: Sequence[Message], tools: Tools = None, *, prompt: bool = False
+    ) -> str:
+        """The text that would be tokenized; `prompt` adds the header of the answer.
+
+        Raises DataError.
+        """
+        return self._apply(messages, tools, prompt=prompt, tokenize=False)
+
+    def decode(self, tokens: Sequence[int], *, skip_special: bool = False) -> str:
+        return self.raw.decode(
+            [int(token) for token in tokens],
+            skip_special_tokens=skip_special,
+            clean_up_tokenization_spaces=False,
+        )
+
+    def text_tokens(self, text: str) -> list[int]:
+        """Tokens of plain text: no template, no special tokens added."""
+        return self.raw(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts that the tokenizer reads as one control token wherever they stand."""
+        return tuple(sorted({text for text in self.raw.all_special_tokens if len(text) > 1}))
+
+    def fingerprint(self) -> str:
+        """sha256 over vocabulary, templates and their settings: whatever can change the tokens."""
+        vocabulary = sorted(self.raw.get_vocab().items(), key=lambda item: (item[1], item[0]))
+        content = [vocabulary, dict(self.templates), dict(self.template_kwargs), TEMPLATE_DATE]
+        text = json.dumps(content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _apply(
+        self, messages: Sequence[Message], tools: Tools, *, prompt: bool, tokenize: bool
+    ) -> Any:
+        name = "tool_use" if tools and "tool_use" in self.templates else "default"
+        try:
+            return self.raw.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                chat_template=_without_clock(self.templates[name]),
+                add_generation_prompt=prompt,
+                tokenize=tokenize,
+                return_dict=False,  # transformers 5 gives a BatchEncoding otherwise
+                tokenizer_kwargs={"verbose": False},
+                **self.template_kwargs,
+            )
+        except Exception as error:  # a template is foreign code and may raise anything
+            roles = ", ".join(str(message.get("role")) for message in messages) or "none"
+            raise DataError(
+                f"the chat template of {self.source or 'the tokenizer'} refuses a conversation "
+                f"with the roles [{roles}]: {_first_line(error)}"
+            ) from error
+
+
+def load_tokenizer(
+    model_path: Path,
+    *,
+    chat_template: Path | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> ChatTokenizer:
+    """Load the tokenizer of a local model folder.
+
+    chat_template: file with a Jinja template that takes the place of the tokenizer's own.
+    template_kwargs: variables for the template, such as {"enable_thinking": False}.
+    trust_remote_code: run Python code from the folder. Never implied.
+
+    Raises ModelError (no readable tokenizer) and ConfigError (no chat template).
+    """
+    model_path = Path(model_path)
+    if not model_path.is_dir():
+        raise ModelError(
+            f"{model_path}: no such folder. The tokenizer is read from a local model folder; "
+            "check the path, or give the model as a hub id (owner/name)."
+        )
+    raw = _open(model_path, trust_remote_code)
+    templates = _read_template(chat_template) if chat_template else _own_templates(raw)
+    if "default" not in templates:
+        raise ConfigError(
+            f"{model_path}: this tokenizer has no chat template, so there is no telling how a "
+            "prompt and its answer are written for it. Give one with --chat-template FILE "
+            "(a Jinja file), or use an instruction-tuned version of the model."
+        )
+    return ChatTokenizer(
+        raw, templates, _eos_ids(raw, model_path), dict(template_kwargs or {}), str(model_path)
+    )
+
+
+def _open(model_path: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(model_path), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, …
+        hint = (
+            "It comes with Python code of its own: --trust-remote-code runs it, if you trust it."
+            if "trust_remote_code" in str(error)
+            else "A model folder needs tokenizer.json and tokenizer_config.json; download it again."
+        )
+        raise ModelError(
+            f"{model_path}: the tokenizer cannot be read: {_first_line(error)} {hint}"
+        ) from error
+
+
+def _own_templates(raw: Any) -> dict[str, str]:
+    template = raw.chat_template
+    if isinstance(template, str):
+        return {"default": template}
+    return dict(template or {})
+
+
+def _read_template(path: Path) -> dict[str, str]:
+    try:
+        return {"default": Path(path).read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: the chat template cannot be read: {error}. "
+            "--chat-template wants a Jinja text file in UTF-8."
+        ) from error
+
+
+def _eos_ids(raw: Any, model_path: Path) -> tuple[int, ...]:
+    """End-of-sequence ids of the tokenizer and of the model's own configuration files."""
+    found = {raw.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        try:
+            content = json.loads((model_path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # a missing or broken file is reported by whoever needs it
+        value = content.get("eos_token_id") if isinstance(content, dict) else None
+        found.update(value if isinstance(value, list) else [value])
+    return tuple(sorted(token for token in found if type(token) is int))
+
+
+def _without_clock(template: str) -> str:
+    """The template with `strftime_now` fixed to TEMPLATE_DATE (see there)."""
+    if "strftime_now" not in template:
+        return template
+    replaced = "format"
+    for part, text in _DATE_PARTS.items():
+        replaced += f"|replace('{part}','{text}')"
+    # "+%}" keeps a newline with which the template itself begins
+    return f"{{% macro strftime_now(format) %}}{{{{ {replaced} }}}}{{% endmacro +%}}{template}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
