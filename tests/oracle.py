@@ -1,0 +1,401 @@
+"""The slow, independent truth: one response at a time, float64, torch and transformers.
+
+Nothing here is batched, padded, cached or sparse, and nothing comes from the product but the
+records. Formulas stand as the design writes them. Usage, with a folder from `tiny_models`:
+
+    site = Site(1, "resid_post")
+    model = load_oracle(folder)
+    adapters = attach_lora(model, {"model.layers.1.self_attn.q_proj.lora_a": a, ....lora_b": b},
+                           scale=20.0)          # mlx-lm's own names and shapes; float64 Parameters
+    setup = preset("fpo", k=8)                  # also dpo simpo simpo-kl tdpo1 tdpo2; see Setup
+    pairs = [TokenPair(prompt, chosen, rejected, index=0), ...]
+    results, grads = loss_and_grads(model, adapters, pairs, setup, taps=[sae])  # sae.site is set
+    results[0]["u"], results[0]["features/rejected"], grads["model.layers.1. ... .lora_a"]
+
+A tap is an `SaeWeights` (features of its site) or a bare `Site` (the activation itself, for
+constraint "activations"). The reference is the same model with its adapters off; to give another
+one (adapters as reference), pass `reference=lambda prompt, response: Scored(...)`.
+Mixture-of-experts projections (mlx-lm's LoRASwitchLinear) cannot be adapted here, DoRA neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fpo_mlx.records import SaeWeights, Site, TokenPair
+
+Tap = SaeWeights | Site
+F64 = torch.float64
+ATTN_OUT = ("self_attn:out", "attn:out", "attention:out")
+
+
+class _NoDownCast(TorchFunctionMode):
+    """transformers casts norms, softmax and rotary angles to float32; here they stay float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = tuple(F64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {k: F64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def load_oracle(folder: Path | str) -> Any:
+    """The transformers model of a folder in float64, frozen, with the plainest attention."""
+    from transformers import AutoModelForCausalLM
+
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=F64, local_files_only=True, **plain)
+    return model.requires_grad_(False).eval()
+
+
+# LoRA ---------------------------------------------------------------------------------------------
+
+
+class LoraLinear(torch.nn.Module):
+    """y = base(x) + scale * (x @ lora_a) @ lora_b; lora_a [in, rank], lora_b [rank, out]."""
+
+    def __init__(self, base: torch.nn.Module, a: np.ndarray, b: np.ndarray, scale: float):
+        super().__init__()
+        self.base, self.scale, self.enabled = base, scale, True
+        self.lora_a = torch.nn.Parameter(torch.tensor(np.asarray(a), dtype=F64))
+        self.lora_b = torch.nn.Parameter(torch.tensor(np.asarray(b), dtype=F64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)
+        return y + self.scale * (x @ self.lora_a) @ self.lora_b if self.enabled else y
+
+
+def attach_lora(
+    model: Any, arrays: Mapping[str, np.ndarray], scale: float = 20.0
+) -> dict[str, torch.nn.Parameter]:
+    """Adapt every module that `arrays` names; returns the parameters under the same names."""
+    parameters: dict[str, torch.nn.Parameter] = {}
+    for path in sorted({name.rpartition(".")[0] for name in arrays}):
+        parent, _, leaf = torch_path(model, path).rpartition(".")
+        owner = model.get_submodule(parent)
+        base = getattr(owner, leaf)
+        a, b = arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"]
+        adapted = LoraLinear(base, a, b, scale)
+        setattr(owner, leaf, adapted)
+        parameters |= {f"{path}.lora_a": adapted.lora_a, f"{path}.lora_b": adapted.lora_b}
+    return parameters
+
+
+def torch_path(model: Any, mlx_path: str) -> str:
+    """mlx-lm's module path as transformers spells it (they differ for GPT-2 and GPT-NeoX)."""
+    kind = model.config.model_type
+    if kind == "gpt2":
+        return mlx_path.replace("model.h.", "transformer.h.", 1)
+    if kind == "gpt_neox":
+        return mlx_path.replace("model.h.", "gpt_neox.layers.", 1)
+    return mlx_path
+
+
+@contextlib.contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    adapted = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for module in adapted:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enabled = True
+
+
+# Forward pass and sites ---------------------------------------------------------------------------
+
+
+def hidden_and_logits(
+    model: Any, tokens: Sequence[int], *sites: Site
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Run one sequence. tokens: [L]. Returns the activation at each site [L, .], logits [L, V]."""
+    seen: dict[tuple[int, str], torch.Tensor] = {}
+    hooks = [hook for site in sites for hook in _watch(model, site.layer, seen)]
+    try:
+        with _NoDownCast():
+            logits = model(torch.tensor(np.array(tokens))[None].long(), use_cache=False).logits[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [_at_site(model, site, seen)[0] for site in sites], logits
+
+
+def _blocks(model: Any) -> Any:
+    for path in ("model.layers", "transformer.h", "gpt_neox.layers"):
+        with contextlib.suppress(AttributeError):
+            return model.get_submodule(path)
+    raise NotImplementedError(f"the oracle does not know where {type(model)} keeps its blocks")
+
+
+def _watch(model: Any, layer: int, seen: dict[tuple[int, str], torch.Tensor]) -> list[Any]:
+    """Note the input and output of the block and of every module in it, by name."""
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def note(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+            inputs = args[0] if args else kwargs.get("hidden_states")
+            seen[layer, f"{name}:in"] = inputs
+            seen[layer, f"{name}:out"] = output[0] if isinstance(output, tuple) else output
+
+        return note
+
+    named = _blocks(model)[layer].named_modules()
+    return [m.register_forward_hook(hook_for(name), with_kwargs=True) for name, m in named]
+
+
+def _at_site(model: Any, site: Site, seen: Mapping[tuple[int, str], Any]) -> torch.Tensor:
+    def of(*names: str) -> torch.Tensor:
+        return next(seen[site.layer, name] for name in names if (site.layer, name) in seen)
+
+    family, factor = model.config.model_type, getattr(model.config, "residual_multiplier", 1.0)
+    post_normed = family in ("gemma2", "gemma3_text", "olmo2")
+
+    def attn_out() -> torch.Tensor:
+        return of("post_attention_layernorm:out") if post_normed else factor * of(*ATTN_OUT)
+
+    if site.kind in ("resid_pre", "resid_mid"):
+        return of(":in") if site.kind == "resid_pre" else of(":in") + attn_out()
+    if site.kind == "resid_post":
+        return of(":out")
+    if site.kind == "attn_z":
+        return of("self_attn.o_proj:in", "attn.c_proj:in", "attention.dense:in")
+    if site.kind in ("attn_raw", "attn_out"):
+        return of(*ATTN_OUT) if site.kind == "attn_raw" else attn_out()
+    if site.kind in ("mlp_in", "mlp_raw"):
+        return of("mlp:in" if site.kind == "mlp_in" else "mlp:out")
+    if site.kind == "mlp_out":
+        return of("post_feedforward_layernorm:out") if post_normed else factor * of("mlp:out")
+    if family in ("olmo2", "gpt2", "gpt_neox", "cohere2"):
+        raise NotImplementedError(f"{family} has no RMS norm before its MLP")
+    x = of("pre_feedforward_layernorm:in", "post_attention_layernorm:in")  # mlp_in_unscaled
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + model.config.rms_norm_eps)
+
+
+# SAE ----------------------------------------------------------------------------------------------
+
+
+def encode(sae: SaeWeights, x: torch.Tensor) -> torch.Tensor:
+    """Feature activations of every token, differentiable. x: [L, D_in] -> [L, F]."""
+    return torch.stack([_encode_one(sae, row) for row in x])
+
+
+def _encode_one(sae: SaeWeights, x: torch.Tensor) -> torch.Tensor:
+    def get(array: np.ndarray | None, default: float) -> torch.Tensor:
+        return torch.tensor(default if array is None else array, dtype=F64)
+
+    if sae.normalize == "layer_norm":
+        x = (x - x.mean()) / (x.std(correction=1) + 1e-5)
+    elif sae.normalize == "constant_norm":
+        x = x * math.sqrt(len(x)) / torch.sqrt((x * x).sum())
+    raw = (x - get(sae.b_in, 0.0)) @ get(sae.w_enc, 0.0)  # [F]
+    pre = raw + get(sae.b_enc, 0.0)
+    acts = torch.clamp(pre, min=0.0)
+    if sae.activation == "jumprelu":
+        acts = acts * (pre > get(sae.threshold, 0.0))
+    elif sae.activation == "gated":
+        magnitude = raw * get(sae.gate_scale, 1.0) + get(sae.b_enc, 0.0)
+        acts = torch.clamp(magnitude, min=0.0) * (raw + get(sae.gate_bias, 0.0) > 0)
+    elif sae.activation == "topk":
+        acts = acts * _mark(len(pre), torch.topk(pre, int(sae.k or 0)).indices)
+    elif sae.activation == "abstopk":
+        acts = pre * _mark(len(pre), torch.topk(pre.abs(), int(sae.k or 0)).indices)
+    elif sae.activation == "groupmax":
+        size = len(pre) // int(sae.k or 1)
+        best = [
+            start + int(acts[start : start + size].argmax()) for start in range(0, len(pre), size)
+        ]
+        acts = acts * _mark(len(pre), torch.tensor(best))
+    return acts * get(sae.act_scale, 1.0)
+
+
+def _mark(size: int, indices: torch.Tensor) -> torch.Tensor:
+    mask = torch.zeros(size, dtype=F64)
+    mask[indices] = 1.0
+    return mask
+
+
+# One response -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One response under one model. n = number of its tokens."""
+
+    token_logps: torch.Tensor  # [n]
+    log_probs: torch.Tensor  # [n, V], the whole distribution at every response position
+    pooled: tuple[torch.Tensor, ...]  # per tap [F] or [D]: mean over response positions
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_logps)
+
+    @property
+    def logps(self) -> torch.Tensor:
+        return self.token_logps.sum()
+
+    def detached(self) -> Scored:
+        pooled = tuple(value.detach() for value in self.pooled)
+        return Scored(self.token_logps.detach(), self.log_probs.detach(), pooled)
+
+
+def score_response(
+    model: Any, prompt: Sequence[int], response: Sequence[int], taps: Sequence[Tap] = ()
+) -> Scored:
+    """Score one response. Its positions are those whose next token is one of its tokens."""
+    prompt, response = list(map(int, prompt)), list(map(int, response))
+    sites = [_site_of(tap) for tap in taps]
+    hidden, logits = hidden_and_logits(model, prompt + response, *sites)
+    first, last = len(prompt) - 1, len(prompt) + len(response) - 2
+    log_probs = torch.log_softmax(logits[first : last + 1], dim=-1)  # [n, V]
+    token_logps = torch.stack([row[token] for row, token in zip(log_probs, response, strict=True)])
+    pooled = []
+    for tap, h in zip(taps, hidden, strict=True):
+        h = h[first : last + 1]
+        pooled.append((encode(tap, h) if isinstance(tap, SaeWeights) else h).mean(dim=0))
+    return Scored(token_logps, log_probs, tuple(pooled))
+
+
+def _site_of(tap: Tap) -> Site:
+    site = tap.site if isinstance(tap, SaeWeights) else tap
+    if site is None:
+        raise ValueError("give the SAE a site: dataclasses.replace(sae, site=Site(layer, kind))")
+    return site
+
+
+# The objective ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One objective. The defaults are the paper's FPO."""
+
+    normalize: bool = True  # divide log-probs by |y|
+    margin: str = "reference"  # or "constant"
+    constraint: str = "features"  # none, features, activations, kl
+    stop_gradient: bool = True  # on the chosen response's part of delta
+    beta: float = 0.1
+    alpha: float = 0.5
+    gamma: float = 0.0  # the constant margin
+    k: int = 50
+    feature_scale: str = "raw"  # or "reference"
+    named: tuple[int, ...] = ()  # features that are always in I
+    weights: Mapping[int, float] | None = None  # w_i where it is not 1
+
+
+def preset(name: str, **changes: Any) -> Setup:
+    """The named methods of the paper's Table 1. tdpo1 is beta [KL - KL], so its alpha is 1."""
+    presets = {
+        "fpo": Setup(),
+        "dpo": Setup(normalize=False, constraint="none"),
+        "simpo": Setup(margin="constant", constraint="none", beta=2.0, gamma=1.0),
+        "simpo-kl": Setup(margin="constant", constraint="kl", beta=2.0, gamma=1.0),
+        "tdpo1": Setup(normalize=False, constraint="kl", stop_gradient=False, alpha=1.0),
+        "tdpo2": Setup(normalize=False, constraint="kl"),
+    }
+    return replace(presets[name], **changes)
+
+
+def top_indices(values: torch.Tensor, k: int, by_magnitude: bool) -> set[int]:
+    """The k largest of [F], without those that are exactly zero: a silent feature is not 'top'."""
+    size = (values.abs() if by_magnitude else values).detach().tolist()
+    order = sorted(range(len(size)), key=lambda i: -size[i])
+    return {i for i in order[:k] if size[i] != 0.0}
+
+
+def distance(
+    policy: torch.Tensor, ref: torch.Tensor, setup: Setup, by_magnitude: bool = False
+) -> torch.Tensor:
+    """D of Eq. 10. policy, ref: pooled [F]. The choice of I carries no gradient."""
+    policy_top = top_indices(policy, setup.k, by_magnitude)
+    ref_top = top_indices(ref, setup.k, by_magnitude)
+    weights = setup.weights or {}
+    total = torch.zeros((), dtype=F64)
+    for i in sorted(policy_top | ref_top | set(setup.named)):
+        total = total + weights.get(i, 1.0) * (policy[i] - ref[i]) ** 2
+    total = total / setup.k
+    if setup.feature_scale == "reference":
+        total = total / (sum(ref[i] ** 2 for i in sorted(ref_top)) / setup.k)
+    return total
+
+
+def sequential_kl(ref_log_probs: torch.Tensor, policy_log_probs: torch.Tensor) -> torch.Tensor:
+    """Sum over positions of KL(reference || policy). Both [n, V]."""
+    total = torch.zeros((), dtype=F64)
+    for ref, policy in zip(ref_log_probs, policy_log_probs, strict=True):
+        total = total + (ref.exp() * (ref - policy)).sum()
+    return total
+
+
+def objective(
+    setup: Setup,
+    policy: tuple[Scored, Scored],
+    ref: tuple[Scored, Scored],
+    by_magnitude: Sequence[bool] = (False,),
+) -> dict[str, torch.Tensor]:
+    """Loss and parts of one pair. policy and ref: (chosen, rejected); by_magnitude: per tap."""
+    (pw, pl), (rw, rl) = policy, ref
+    size_w, size_l = (pw.tokens, pl.tokens) if setup.normalize else (1, 1)
+    parts: dict[str, torch.Tensor] = {"logps/chosen": pw.logps, "logps/rejected": pl.logps}
+    parts |= {"ref_logps/chosen": rw.logps, "ref_logps/rejected": rl.logps}
+    parts["kl/chosen"] = sequential_kl(rw.log_probs, pw.log_probs)
+    parts["kl/rejected"] = sequential_kl(rl.log_probs, pl.log_probs)
+    for side, of_policy, of_ref in (("chosen", pw, rw), ("rejected", pl, rl)):
+        if setup.constraint in ("features", "activations"):
+            taps = zip(of_policy.pooled, of_ref.pooled, by_magnitude, strict=True)
+            each = [distance(p, r, setup, magnitude) for p, r, magnitude in taps]
+            parts[f"features/{side}"] = torch.stack(each).mean()  # D is averaged over SAEs
+
+    difference = setup.beta * (pw.logps / size_w - pl.logps / size_l)
+    gamma = torch.tensor(setup.gamma, dtype=F64)
+    if setup.margin == "reference":
+        gamma = setup.beta * (rw.logps / size_w - rl.logps / size_l)
+    delta = torch.zeros((), dtype=F64)
+    if setup.constraint != "none":
+        source = "kl" if setup.constraint == "kl" else "features"
+        d_w, d_l = parts[f"{source}/chosen"], parts[f"{source}/rejected"]
+        d_w = d_w.detach() if setup.stop_gradient else d_w
+        delta = setup.alpha * setup.beta * (d_l - d_w)
+    u = difference - gamma - delta
+    loss = -torch.nn.functional.logsigmoid(u)
+    parts["rewards/chosen"] = setup.beta * (pw.logps - rw.logps) / size_w
+    parts["rewards/rejected"] = setup.beta * (pl.logps - rl.logps) / size_l
+    return {"loss": loss, "u": u, "delta": delta, "gamma": gamma} | parts
+
+
+def loss_and_grads(
+    model: Any,
+    adapters: Mapping[str, torch.nn.Parameter],
+    pairs: Sequence[TokenPair],
+    setup: Setup,
+    taps: Sequence[Tap] = (),
+    reference: Callable[[Sequence[int], Sequence[int]], Scored] | None = None,
+) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """Every pair's parts, and the gradient of the mean loss by every LoRA matrix."""
+    magnitude = [isinstance(tap, Site) or tap.activation == "abstopk" for tap in taps]
+
+    def score_reference(prompt: Sequence[int], response: Sequence[int]) -> Scored:
+        if reference is not None:
+            return reference(prompt, response).detached()
+        with torch.no_grad(), adapters_off(model):
+            return score_response(model, prompt, response, taps)
+
+    results = []
+    total = torch.zeros((), dtype=F64)
+    for pair in pairs:
+        chosen, rejected = (score_response(model, pair.prompt, y, taps) for y in pair.responses)
+        ref_chosen, ref_rejected = (score_reference(pair.prompt, y) for y in pair.responses)
+        parts = objective(setup, (chosen, rejected), (ref_chosen, ref_rejected), magnitude)
+        total = total + parts["loss"] / len(pairs)
+        results.append({name: value.item() for name, value in parts.items()})
+    found = torch.autograd.grad(total, list(adapters.values()), materialize_grads=True)
+    return results, {name: grad.numpy() for name, grad in zip(adapters, found, strict=True)}
