@@ -1,0 +1,225 @@
+"""One shard file of a reference cache: bytes in, bytes out, and whole-or-nothing writing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from fpo_mlx.cache.identity import FORMAT, VERSION, CacheIdentity
+from fpo_mlx.errors import CacheMismatch, FpoError
+from fpo_mlx.records import ResponseScore, SparseFeatures
+
+KEY_BYTES = 16
+TMP_SUFFIX = ".tmp"
+Row = tuple[bytes, ResponseScore]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An opened shard: what stays in memory of it (36 bytes a row; features stay on disk)."""
+
+    path: Path
+    keys: tuple[bytes, ...]
+    logps: np.ndarray  # float64 [n]
+    tokens: np.ndarray  # int32 [n]
+    offsets: tuple[np.ndarray, ...]  # int64 [n + 1] of each SAE
+    backend: str
+    dtype: str
+    sha256: str  # of everything behind the header
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that after a crash it is there whole, or as it was before."""
+    tmp = path.with_name(path.name + TMP_SUFFIX)
+    with open(tmp, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself must reach the disk
+    finally:
+        os.close(folder)
+
+
+def check_score(where: str, score: ResponseScore, n_saes: int) -> None:
+    """Raises FpoError when a score is not finite or not of the cache's shape."""
+    if not np.isfinite(score.logps):
+        raise FpoError(
+            f"{where}: the reference model's log-prob is {score.logps}, not a finite number. "
+            "The model overflows: try --dtype float32, or check the weights."
+        )
+    if score.tokens < 1 or len(score.features) != n_saes:
+        raise FpoError(
+            f"{where}: a score of {score.tokens} tokens and {len(score.features)} feature vectors; "
+            f"the cache wants at least 1 token and {n_saes} feature vectors."
+        )
+    for number, pooled in enumerate(score.features):
+        _check_features(f"{where}, SAE {number}", pooled)
+
+
+def _check_features(where: str, pooled: SparseFeatures) -> None:
+    indices, values = np.asarray(pooled.indices), np.asarray(pooled.values)
+    ascending = len(indices) == 0 or (indices[0] >= 0 and bool((np.diff(indices) > 0).all()))
+    if indices.shape != values.shape or indices.ndim != 1 or not ascending:
+        raise FpoError(f"{where}: feature indices must ascend from 0 on, one for each value.")
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf and is refused
+        finite = np.isfinite(values.astype(np.float32))
+    if not finite.all():
+        bad = int(indices[np.argmin(finite)])
+        raise FpoError(
+            f"{where}: pooled feature {bad} is not a finite float32. "
+            "The activations overflow: try --dtype float32, or check the SAE."
+        )
+
+
+def keep_largest(pooled: SparseFeatures, keep: int | None) -> tuple[SparseFeatures, float, float]:
+    """The `keep` largest magnitudes; the largest magnitude and sum of squares that were dropped."""
+    if keep is None or len(pooled.indices) <= keep:
+        return pooled, 0.0, 0.0
+    order = np.argsort(-np.abs(pooled.values), kind="stable")
+    kept, dropped = np.sort(order[:keep]), np.asarray(pooled.values[order[keep:]], np.float64)
+    left = SparseFeatures(pooled.indices[kept], pooled.values[kept])
+    return left, float(np.abs(dropped).max()), float((dropped**2).sum())
+
+
+def encode_shard(rows: Sequence[Row], identity: CacheIdentity) -> bytes:
+    """The file of these rows: equal rows under equal identities give equal bytes."""
+    n_saes = len(identity.saes)
+    for key, score in rows:
+        check_score(f"row {key.hex()}", score, n_saes)
+    arrays = {
+        "keys": np.frombuffer(b"".join(k for k, _ in rows), np.uint8).reshape(-1, KEY_BYTES),
+        "logps": np.array([score.logps for _, score in rows], np.float64),
+        "tokens": np.array([score.tokens for _, score in rows], np.int32),
+    }
+    for s in range(n_saes):
+        arrays |= _feature_arrays(s, [score.features[s] for _, score in rows], identity)
+    return _serialise(arrays, len(rows), identity)
+
+
+def _feature_arrays(
+    number: int, pooled: Sequence[SparseFeatures], identity: CacheIdentity
+) -> dict[str, np.ndarray]:
+    kept = [keep_largest(features, identity.pooled_keep) for features in pooled]
+    sizes = [0, *(len(features.indices) for features, _, _ in kept)]
+    arrays = {
+        "offsets": np.cumsum(sizes, dtype=np.int64),
+        "indices": np.concatenate([np.asarray(f.indices, np.int32) for f, _, _ in kept]),
+        "values": np.concatenate([np.asarray(f.values, np.float32) for f, _, _ in kept]),
+    }
+    if identity.pooled_keep is not None:
+        arrays["dropped"] = np.array([(top, mass) for _, top, mass in kept], np.float32)
+    return {f"features.{number}.{name}": array for name, array in arrays.items()}
+
+
+def _serialise(arrays: dict[str, np.ndarray], rows: int, identity: CacheIdentity) -> bytes:
+    # the library orders metadata by a random hash, so one JSON text under one key keeps the bytes
+    def pack(sha256: str) -> bytes:
+        about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "identity": identity.digest(),
+            "backend": identity.backend,
+            "dtype": identity.dtype,
+            "rows": rows,
+            "sha256": sha256,
+        }
+        metadata = {"fpo_mlx": json.dumps(about, sort_keys=True)}
+        return safetensors.numpy.save(arrays, metadata=metadata)
+
+    draft = pack("0" * 64)
+    return pack(hashlib.sha256(draft[_data_start(draft) :]).hexdigest())
+
+
+def _data_start(head: bytes) -> int:
+    return 8 + struct.unpack("<Q", head[:8])[0]
+
+
+def open_shard(path: Path, identity: CacheIdentity) -> Shard:
+    """Read and check a shard's small arrays.
+
+    Raises CacheMismatch when the shard is of another identity, FpoError when it is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            about = json.loads((file.metadata() or {})["fpo_mlx"])
+            found = {"format": about["format"], "version": about["version"]}
+            if found != {"format": FORMAT, "version": VERSION}:
+                raise CacheMismatch(
+                    f"{path} is {found['format']} version {found['version']}; this program reads "
+                    f"{FORMAT} version {VERSION}. Run `fpo-mlx precompute` into a new folder."
+                )
+            if about["identity"] != identity.digest():
+                raise CacheMismatch(
+                    f"{path} belongs to another cache: its identity is {about['identity']}, the "
+                    f"manifest's is {identity.digest()}. Move it out of this folder."
+                )
+            shard = _read_small(path, file, about, len(identity.saes))
+    except FpoError:
+        raise
+    except Exception as error:  # whatever safetensors, json and numpy find wrong in broken bytes
+        raise damaged(path, str(error)) from error
+    return shard
+
+
+def _read_small(path: Path, file, about: dict, n_saes: int) -> Shard:
+    rows = int(about["rows"])
+    keys = file.get_tensor("keys")
+    logps, tokens = file.get_tensor("logps"), file.get_tensor("tokens")
+    offsets = tuple(file.get_tensor(f"features.{s}.offsets") for s in range(n_saes))
+    shapes = [keys.shape, logps.shape, tokens.shape, *(o.shape for o in offsets)]
+    if shapes != [(rows, KEY_BYTES), (rows,), (rows,)] + [(rows + 1,)] * n_saes:
+        raise ValueError(f"its arrays have shapes {shapes}, not those of {rows} rows")
+    for s, o in enumerate(offsets):
+        nonzeros = file.get_slice(f"features.{s}.values").get_shape()[0]
+        if o[0] != 0 or (np.diff(o) < 0).any() or o[-1] != nonzeros:
+            raise ValueError(f"the offsets of SAE {s} do not fit its {nonzeros} values")
+    return Shard(
+        path=path,
+        keys=tuple(bytes(key) for key in keys),
+        logps=logps,
+        tokens=tokens,
+        offsets=offsets,
+        backend=str(about["backend"]),
+        dtype=str(about["dtype"]),
+        sha256=str(about["sha256"]),
+    )
+
+
+def check_content(shard: Shard) -> None:
+    """Raises FpoError when the file's bytes are not those that were written."""
+    data = shard.path.read_bytes()
+    if hashlib.sha256(memoryview(data)[_data_start(data) :]).hexdigest() != shard.sha256:
+        raise damaged(shard.path, "its content does not match its sha256")
+
+
+def read_features(shard: Shard, row: int, numbers: Sequence[int]) -> tuple[SparseFeatures, ...]:
+    """The pooled features of one row for the SAEs of these numbers."""
+    with safetensors.safe_open(shard.path, framework="np") as file:
+        found = []
+        for s in numbers:
+            span = slice(int(shard.offsets[s][row]), int(shard.offsets[s][row + 1]))
+            if span.start == span.stop:  # safetensors refuses to slice nothing at a tensor's end
+                found.append(SparseFeatures(np.empty(0, np.int32), np.empty(0, np.float32)))
+                continue
+            indices = file.get_slice(f"features.{s}.indices")[span]
+            found.append(SparseFeatures(indices, file.get_slice(f"features.{s}.values")[span]))
+    return tuple(found)
+
+
+def damaged(path: Path, why: str) -> FpoError:
+    return FpoError(
+        f"{path} is damaged: {why}. Delete this file and run `fpo-mlx precompute` again "
+        "(it computes only the rows that are missing), or copy the cache once more."
+    )

@@ -1,0 +1,260 @@
+"""A reference cache on disk: look rows up, append rows, one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from fpo_mlx.cache.identity import (
+    FORMAT,
+    VERSION,
+    CacheIdentity,
+    check_same,
+    differences,
+    same_values,
+)
+from fpo_mlx.cache.shards import (
+    TMP_SUFFIX,
+    Row,
+    Shard,
+    check_content,
+    encode_shard,
+    open_shard,
+    read_features,
+    write_whole,
+)
+from fpo_mlx.errors import CacheMismatch, FpoError
+from fpo_mlx.records import ResponseScore
+
+MANIFEST = "manifest.json"
+LOCK = "writer.lock"
+SHARD_NAME = re.compile(r"rows-(\d{5,})\.safetensors")
+
+
+def read_identity(folder: str | Path) -> CacheIdentity:
+    """What the cache in this folder was made of. Raises CacheMismatch when there is none."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        kind = (manifest["format"], manifest["version"])
+        if kind == (FORMAT, VERSION):
+            return CacheIdentity.from_json(manifest["identity"])
+    except FileNotFoundError:
+        raise CacheMismatch(
+            f"{folder} is no reference cache: it has no {MANIFEST}. "
+            "Make one with `fpo-mlx precompute`, or name the folder that it wrote."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheMismatch(
+            f"{path} cannot be read as the manifest of a reference cache ({error}). "
+            "Copy the cache again, or run `fpo-mlx precompute` into a new folder."
+        ) from error
+    raise CacheMismatch(
+        f"{path} is {kind[0]} version {kind[1]}; this program reads {FORMAT} version {VERSION}. "
+        "Run `fpo-mlx precompute` into a new folder."
+    )
+
+
+def open_cache(
+    folder: str | Path,
+    identity: CacheIdentity,
+    *,
+    create: bool = False,
+    allow: Collection[str] = (),
+) -> ReferenceCache:
+    """Open the cache for a run of this identity; nothing is written before the first append.
+
+    identity.saes may be fewer than the cache's: `get` then returns the features of those, in their
+    order. allow: names of identity fields that may differ ("model"); such a cache is read-only.
+    Raises CacheMismatch when it was made for something else, FpoError when a shard is damaged.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).exists() or not create:
+        found = read_identity(folder)
+        check_same(folder, found, identity, allow)
+        return ReferenceCache(folder, found, identity)
+    others = [] if not folder.exists() else [p.name for p in folder.iterdir() if _foreign(p.name)]
+    if others:
+        raise CacheMismatch(
+            f"{folder} holds other files ({', '.join(sorted(others)[:3])}) and no {MANIFEST}. "
+            "Name an empty or a new folder for the reference cache."
+        )
+    return ReferenceCache(folder, identity, identity)
+
+
+def _foreign(name: str) -> bool:
+    ours = name == LOCK or SHARD_NAME.fullmatch(name) or name.endswith(TMP_SUFFIX)
+    return not ours and not name.startswith(".")
+
+
+class ReferenceCache:
+    """Rows by key. Made by `open_cache`; format in the package's docstring.
+
+    identity: what is on disk. wanted: what the run asked for (a subset of its SAEs).
+    """
+
+    def __init__(self, folder: Path, identity: CacheIdentity, wanted: CacheIdentity) -> None:
+        self.folder, self.identity, self.wanted = folder, identity, wanted
+        self.differences = differences(identity, wanted)
+        self.shards: list[Shard] = []
+        self._rows: dict[bytes, tuple[Shard, int]] = {}
+        self._checked: set[Path] = set()
+        self._depth, self._lock = 0, -1
+        self._selected = [identity.saes.index(sae) for sae in wanted.saes if sae in identity.saes]
+        self._discover()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._rows
+
+    def keys(self) -> list[bytes]:
+        """All keys in the order of the files."""
+        return list(self._rows)
+
+    def missing(self, keys: Iterable[bytes]) -> list[bytes]:
+        """The keys without a row, each once, in the order given."""
+        return [key for key in dict.fromkeys(keys) if key not in self._rows]
+
+    def get(self, key: bytes) -> ResponseScore:
+        """The row of this key, its features in the order of `wanted.saes`.
+
+        Raises CacheMismatch when there is no such row, FpoError when its shard is damaged.
+        """
+        if key not in self._rows:
+            raise CacheMismatch(
+                f"{self.folder} has no row for {key.hex()} among its {len(self)}. "
+                "Run `fpo-mlx precompute` on this data: it computes only what is missing."
+            )
+        shard, row = self._rows[key]
+        if shard.path not in self._checked:
+            check_content(shard)
+            self._checked.add(shard.path)
+        features = read_features(shard, row, self._selected) if self._selected else ()
+        return ResponseScore(float(shard.logps[row]), int(shard.tokens[row]), features)
+
+    def append(self, rows: Sequence[Row]) -> int:
+        """Write the rows that are not yet there as one shard; the number of rows written.
+
+        Raises FpoError on values that are not finite, CacheMismatch when this run may not write
+        here (another identity), FpoError when another process writes.
+        """
+        self._refuse_unless_same(self.wanted)
+        with self.writing():
+            new = {key: score for key, score in rows if key not in self._rows}
+            if new:
+                self._write(encode_shard(list(new.items()), self.wanted))
+        return len(new)
+
+    def adopt(self, shard: Shard, identity: CacheIdentity) -> int:
+        """Take a whole shard of another cache as it is; the number of rows that were new.
+
+        A row that was there stays the one that is read. A shard with nothing new is not taken.
+        Raises CacheMismatch when the other cache's identity is not this one's.
+        """
+        self._refuse_unless_same(identity)
+        check_content(shard)
+        with self.writing():
+            new = self.missing(shard.keys)
+            if new:
+                self._write(shard.path.read_bytes())
+        return len(new)
+
+    def _refuse_unless_same(self, identity: CacheIdentity) -> None:
+        if not same_values(self.identity, identity):
+            raise CacheMismatch(
+                f"{self.folder} holds rows of another model, adapter, tokenizer, feature limit or "
+                "list of SAEs than these, so it can be read here and not extended. Run `fpo-mlx "
+                "precompute` with the cache's own settings, or into another folder."
+            )
+
+    def _write(self, data: bytes) -> None:
+        number = 1 + max((_number(shard.path) for shard in self.shards), default=-1)
+        path = self.folder / f"rows-{number:05d}.safetensors"
+        write_whole(path, data)
+        self._add(open_shard(path, self.identity))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the folder for writing (re-entrant). Raises FpoError when another process does."""
+        if self._depth == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _acquire(self.folder / LOCK)
+        self._depth += 1
+        try:
+            if self._depth == 1:
+                self._prepare()
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                (self.folder / LOCK).unlink(missing_ok=True)  # while held: none can lose its own
+                os.close(self._lock)
+
+    def _prepare(self) -> None:
+        """Under the lock: clear a killed run's leavings, see what others wrote."""
+        for stray in self.folder.glob("*" + TMP_SUFFIX):
+            stray.unlink()
+        path = self.folder / MANIFEST
+        if path.exists():
+            check_same(self.folder, read_identity(self.folder), self.identity)
+        else:
+            about = {"format": FORMAT, "version": VERSION, "identity": self.identity.to_json()}
+            about["digest"] = self.identity.digest()
+            write_whole(path, (json.dumps(about, indent=2, sort_keys=True) + "\n").encode())
+        self._discover()
+
+    def _discover(self) -> None:
+        known = {shard.path for shard in self.shards}
+        for path in shard_paths(self.folder):
+            if path not in known:
+                self._add(open_shard(path, self.identity))
+
+    def _add(self, shard: Shard) -> None:
+        self.shards.append(shard)
+        for row, key in enumerate(shard.keys):
+            self._rows.setdefault(key, (shard, row))
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The shard files in the order of their numbers."""
+    if not folder.exists():
+        return []
+    return sorted((p for p in folder.iterdir() if SHARD_NAME.fullmatch(p.name)), key=_number)
+
+
+def _number(path: Path) -> int:
+    match = SHARD_NAME.fullmatch(path.name)
+    assert match is not None  # shard_paths lets no other name through
+    return int(match[1])
+
+
+def _acquire(path: Path) -> int:
+    """The locked file descriptor. The kernel lets go of it when its owner dies, however it dies."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(lock)
+            raise FpoError(
+                f"{path.parent} is being written by {owner}. "
+                "Wait for it to end, or give this run another folder."
+            ) from None
+        try:
+            current = os.stat(path).st_ino == os.fstat(lock).st_ino
+        except FileNotFoundError:
+            current = False
+        if current:  # else its owner removed it between our open and our lock: take the new one
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            return lock
+        os.close(lock)
