@@ -6,12 +6,24 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights
-from fpo_mlx.sae import gemma_scope, saelens
+from fpo_mlx.sae import (
+    connor_rob,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope2,
+    linear,
+    llama_scope,
+    llamascopium,
+    openai,
+    qwen_scope,
+    saelens,
+    sparsify,
+    transcoders,
+)
 from fpo_mlx.sae.arrays import PICKLED_SUFFIXES, open_tensors
 from fpo_mlx.sae.common import LoadOptions, Source
 
@@ -25,12 +37,29 @@ class Family:
     load: Callable[[Source], SaeWeights]
 
 
-def _family(module: ModuleType) -> Family:
-    return Family(module.FORMAT, module.matches, module.load)
-
-
 # the first match wins: the more particular come first
-_FAMILIES: tuple[Family, ...] = tuple(_family(module) for module in (saelens, gemma_scope))
+_FAMILIES: tuple[Family, ...] = (
+    Family(saelens.FORMAT, saelens.matches, saelens.load),
+    Family(gemma_scope.FORMAT, gemma_scope.matches, gemma_scope.load),
+    Family(gemma_scope2.FORMAT, gemma_scope2.matches, gemma_scope2.load),
+    Family(sparsify.FORMAT, sparsify.matches, sparsify.load),
+    Family(
+        dictionary_learning.FORMAT,
+        dictionary_learning.matches,
+        dictionary_learning.load,
+    ),
+    Family(llama_scope.FORMAT, llama_scope.matches, llama_scope.load),
+    Family(llama_scope.SAELENS_FORMAT, lambda _: False, llama_scope.load_saelens),
+    Family(llama_scope.R1_FORMAT, llama_scope.matches_r1, llama_scope.load_r1),
+    Family(llamascopium.FORMAT, llamascopium.matches, llamascopium.load),
+    Family(qwen_scope.FORMAT, qwen_scope.matches, qwen_scope.load),
+    Family(openai.FORMAT, openai.matches, openai.load),
+    Family(linear.GOODFIRE, linear.matches_goodfire, linear.load_goodfire),
+    Family(linear.QRESEARCH, linear.matches_qresearch, linear.load_qresearch),
+    Family(connor_rob.FORMAT, connor_rob.matches, connor_rob.load),
+    Family(transcoders.MWHANNA, transcoders.matches_mwhanna, transcoders.load_mwhanna),
+    Family(transcoders.MNTSS, transcoders.matches_mntss, transcoders.load_mntss),
+)
 FORMATS: tuple[str, ...] = tuple(family.name for family in _FAMILIES)
 _WEIGHTS = (".safetensors", ".npz", *PICKLED_SUFFIXES)
 _NO_WEIGHTS = ("sparsity", "optimizer", "W_dec_", "activations_store_state")
@@ -76,6 +105,11 @@ def _recognise(source: Source, format: str | None) -> Family:
     for family in _FAMILIES:
         if family.name == format or (format is None and family.matches(source)):
             return family
+    if "D" in source.tensors and any("attn_layers" in name for name in source.tensors.shapes):
+        raise SaeError(
+            f"{source.file}: is a temporal SAE, whose features of a token depend on the whole "
+            "sequence before it. Only SAEs that encode each token by itself are supported."
+        )
     raise SaeError(
         f"{source.file}: is no SAE format that is known here; its tensors are "
         f"{', '.join(sorted(source.tensors.shapes)) or 'none'}. Known: {', '.join(FORMATS)}. "

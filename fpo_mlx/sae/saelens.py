@@ -39,7 +39,10 @@ REFUSED = {
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "Mistral-7B-Residual-Stream-SAEs": {"normalize_activations": "constant_norm_rescale"},
     "GPT2-Small-SAEs-Reformatted": {"center_writing_weights": True},
+    "gpt2-small-mlp-out-saes": {"center_writing_weights": True},
 }
+# places whose mean over D is 0 once the weights that write to them are centred
+_WRITTEN = ("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")
 
 
 def matches(source: Source) -> bool:
@@ -238,7 +241,8 @@ def _fold_centring(sae: SaeWeights, config: dict[str, Any]) -> tuple[SaeWeights,
     (x - mean(x) - b) W + c = x (W - colmean(W)) + (c - b W)
     """
     settings = {**(config.get("model_from_pretrained_kwargs") or {}), **config}
-    if not settings.get("center_writing_weights") or sae.normalize != "none":
+    writes = sae.site is not None and sae.site.kind in _WRITTEN
+    if not settings.get("center_writing_weights") or sae.normalize != "none" or not writes:
         return sae, ()
     shift = 0 if sae.b_in is None else sae.b_in @ sae.w_enc  # [F]
     gate_scale = 1 if sae.gate_scale is None else sae.gate_scale
