@@ -1,0 +1,277 @@
+"""Rows to token pairs: the prompt, each response behind it, and what the length limit costs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from fpo_mlx.data.rows import PreferenceRow, RowFault
+from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.records import TokenPair
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer; `fpo_mlx.tokenizer.ChatTokenizer` is one."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def control_tokens(self) -> tuple[str, ...]: ...
+    def prompt_tokens(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None
+    ) -> list[int]: ...
+    def conversation_tokens(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None
+    ) -> list[int]: ...
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, prompt: bool = False
+    ) -> str: ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A response that was longer than the room behind its prompt."""
+
+    where: str
+    response: str  # "chosen" or "rejected"
+    tokens: int
+    kept: int
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.response} cut from {self.tokens} to {self.kept} tokens"
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A pair whose prompt leaves no room for a single response token."""
+
+    where: str
+    prompt_tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.where}: dropped, its prompt alone has {self.prompt_tokens} tokens"
+
+
+@dataclass(frozen=True)
+class TokenizeReport:
+    """What became of the rows."""
+
+    rows: int
+    pairs: int
+    max_seq_length: int
+    longest: int  # tokens of the longest prompt + response, before any cut
+    cut: tuple[Cut, ...] = ()
+    dropped: tuple[Drop, ...] = ()
+    same_after_cut: tuple[str, ...] = ()  # where both responses are cut to the same tokens
+
+    def lines(self) -> list[str]:
+        """Nothing if nothing was lost; otherwise one line for each kind of loss."""
+        lines = []
+        if self.cut:
+            pairs = len({cut.where for cut in self.cut})
+            lines.append(
+                f"{len(self.cut)} responses of {pairs} pairs are cut at {self.max_seq_length} "
+                f"tokens (the longest has {self.longest}); first: {self.cut[0]}"
+            )
+        if self.dropped:
+            lines.append(
+                f"{len(self.dropped)} of {self.rows} pairs are dropped: their prompts leave no "
+                f"room within {self.max_seq_length} tokens; first: {self.dropped[0]}"
+            )
+        if self.same_after_cut:
+            lines.append(
+                f"{len(self.same_after_cut)} pairs teach nothing: cut at {self.max_seq_length} "
+                f"tokens, chosen and rejected are the same; first: {self.same_after_cut[0]}"
+            )
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "pairs": self.pairs,
+            "max_seq_length": self.max_seq_length,
+            "longest": self.longest,
+            "cut": [vars(cut) for cut in self.cut],
+            "dropped": [vars(drop) for drop in self.dropped],
+            "same_after_cut": list(self.same_after_cut),
+        }
+
+
+@dataclass(frozen=True)
+class TokenizedPairs:
+    pairs: list[TokenPair]
+    report: TokenizeReport
+
+
+class PrefixFault(RowFault):
+    """The rendered prompt is not how the rendered conversation begins."""
+
+    def __init__(self, what: str, prompt: str, whole: str) -> None:
+        super().__init__("prompt not a prefix", what)
+        self.prompt, self.whole = prompt, whole
+
+
+def tokenize_rows(
+    rows: Sequence[PreferenceRow],
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    progress: Callable[[int], None] | None = None,
+) -> TokenizedPairs:
+    """Turn rows into token pairs no longer than max_seq_length (prompt + response).
+
+    A response is the whole conversation's tokens minus the prompt's, so all that the template adds
+    after the answer stays in. Too long: the response is cut at the end, at least one token stays; a
+    pair whose prompt leaves no room is dropped. `progress` is called with the rows done so far.
+
+    Raises DataError naming every row that cannot be tokenized, or when no pair is left.
+    """
+    _check_length(max_seq_length)
+    done: list[TokenPair] = []
+    faults: list[tuple[str, RowFault]] = []
+    for count, row in enumerate(rows, start=1):
+        try:
+            done.append(tokenize_row(row, tokenizer))
+        except RowFault as fault:
+            faults.append((row.where, fault))
+        if progress is not None:
+            progress(count)
+    if faults:
+        raise _gathered(faults, len(rows))
+    result = truncate_pairs(done, max_seq_length)
+    if not result.pairs:
+        raise DataError(
+            f"no pair is left of {len(rows)}: every prompt alone fills {max_seq_length} tokens. "
+            "Raise --max-seq-length, or shorten the prompts.",
+            [str(drop) for drop in result.report.dropped],
+        )
+    return result
+
+
+def tokenize_row(row: PreferenceRow, tokenizer: Tokenizer) -> TokenPair:
+    """One row at its full length. Raises RowFault (PrefixFault if the template breaks the rule)."""
+    try:
+        prompt = tokenizer.prompt_tokens(row.prompt, row.tools)
+        chosen = _response(row, "chosen", prompt, tokenizer)
+        rejected = _response(row, "rejected", prompt, tokenizer)
+    except RowFault:
+        raise
+    except DataError as error:
+        raise RowFault("template", str(error)) from error
+    if not prompt:
+        raise RowFault("template", "the chat template makes nothing of the prompt")
+    if chosen == rejected:
+        raise RowFault("same response", "chosen and rejected are the same tokens")
+    arrays = (np.array(tokens, dtype=np.int32) for tokens in (prompt, chosen, rejected))
+    return TokenPair(*arrays, index=row.index, where=row.where)
+
+
+def truncate_pairs(pairs: Iterable[TokenPair], max_seq_length: int) -> TokenizedPairs:
+    """Apply the length rule of `tokenize_rows` to pairs of full length."""
+    kept: list[TokenPair] = []
+    cut: list[Cut] = []
+    dropped: list[Drop] = []
+    same: list[str] = []
+    rows = longest = 0
+    for pair in pairs:
+        rows += 1
+        longest = max(longest, len(pair.prompt) + max(map(len, pair.responses)))
+        room = max_seq_length - len(pair.prompt)
+        if room < 1:
+            dropped.append(Drop(pair.where, len(pair.prompt)))
+            continue
+        for name, response in zip(("chosen", "rejected"), pair.responses, strict=True):
+            if len(response) > room:
+                cut.append(Cut(pair.where, name, len(response), room))
+        chosen, rejected = (response[:room] for response in pair.responses)
+        if np.array_equal(chosen, rejected):
+            same.append(pair.where)
+        kept.append(TokenPair(pair.prompt, chosen, rejected, pair.index, pair.where))
+    report = TokenizeReport(
+        rows, len(kept), max_seq_length, longest, tuple(cut), tuple(dropped), tuple(same)
+    )
+    return TokenizedPairs(kept, report)
+
+
+def data_fingerprint(pairs: Iterable[TokenPair]) -> str:
+    """sha256 over the tokens of all pairs, in their order."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for key in pair.keys:
+            digest.update(key)
+    return digest.hexdigest()
+
+
+def pair_lengths(pairs: Sequence[TokenPair]) -> np.ndarray:
+    """Tokens of the longer conversation of each pair: [N] int64, what `batches` groups by."""
+    lengths = [len(pair.prompt) + max(map(len, pair.responses)) for pair in pairs]
+    return np.array(lengths, dtype=np.int64)
+
+
+def ends_its_turn(response: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> bool:
+    """Whether an end-of-sequence token stands at the end (the template may add a newline)."""
+    return any(int(token) in tokenizer.eos_token_ids for token in response[-4:])
+
+
+def _response(row: PreferenceRow, name: str, prompt: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The tokens of one response: the whole conversation behind the prompt."""
+    turns = (*row.prompt, *getattr(row, name))
+    whole = tokenizer.conversation_tokens(turns, row.tools)
+    if whole[: len(prompt)] != prompt:
+        begin = tokenizer.render(row.prompt, row.tools, prompt=True)
+        text = tokenizer.render(turns, row.tools)
+        if text.startswith(begin):
+            what = (
+                f"the first characters of {name} melt into one token with the end of the prompt; "
+                "remove the white space at its beginning"
+            )
+        else:
+            what = f"the rendered prompt is not how the rendered prompt + {name} begins"
+        raise PrefixFault(what, begin, text)
+    if len(whole) == len(prompt):
+        raise RowFault("empty field", f"the chat template makes nothing of {name}")
+    return whole[len(prompt) :]
+
+
+def _gathered(faults: list[tuple[str, RowFault]], rows: int) -> DataError:
+    """One error for all rows; both texts are shown for the first broken prefix."""
+    lines = [f"{where}: {fault}" for where, fault in faults]
+    message = f"{len(faults)} of {rows} rows cannot be tokenized"
+    broken = next((item for item in faults if isinstance(item[1], PrefixFault)), None)
+    if broken is None:
+        return DataError(f"{message}:", lines)
+    where, fault = broken
+    assert isinstance(fault, PrefixFault)
+    prompt, whole = _around_the_split(fault.prompt, fault.whole)
+    return DataError(
+        f"{message}. A response is what the chat template writes behind the prompt, so the prompt "
+        f"must be how the whole begins. At {where} it is not:\n"
+        f"  prompt: {prompt}\n"
+        f"  whole:  {whole}\n"
+        "Templates that rewrite earlier text (thinking tags, dates) do this: give another with "
+        "--chat-template FILE, or mend these rows:",
+        lines,
+    )
+
+
+def _around_the_split(prompt: str, whole: str, before: int = 120, after: int = 240) -> list[str]:
+    """Both texts, quoted, from a little before the place where they part."""
+    pairs = enumerate(zip(prompt, whole, strict=False))
+    at = next((at for at, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
+    start = max(0, at - before)
+    shown = []
+    for text in (prompt, whole):
+        piece = repr(text[start : at + after])
+        shown.append(f"{'…' if start else ''}{piece}{'…' if len(text) > at + after else ''}")
+    return shown
+
+
+def _check_length(max_seq_length: int) -> None:
+    if max_seq_length < 2:
+        raise ConfigError(
+            f"max_seq_length is {max_seq_length}; a pair needs at least 2 tokens, one of the "
+            "prompt and one of the response."
+        )
