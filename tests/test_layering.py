@@ -1,0 +1,166 @@
+"""Which module may import what. A new module must be given its line here."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "fpo_mlx"
+MLX = {"mlx", "mlx_lm"}
+VOCABULARY = {"errors", "records", "files", "paths"}  # layer 0: import nothing above it
+RUN = {"config", "core", "model", "scoring"}  # what one step of training or scoring is made of
+
+# Longest matching name wins: "reference.mlx_backend" before "reference".
+OURS = {
+    "": set(),
+    "errors": set(),
+    "records": set(),
+    "files": set(),
+    "paths": set(),
+    "blas": {"paths"},
+    "core": {"blas"},
+    "config": {"errors"},
+    "tokenizer": VOCABULARY,
+    "data": VOCABULARY,
+    "sae": VOCABULARY,
+    "sae.train": VOCABULARY | {"blas", "config"},
+    "cache": VOCABULARY,
+    "demo": VOCABULARY | {"blas"},
+    "model": VOCABULARY | {"blas"},
+    "scoring": VOCABULARY | {"config", "core", "model"},
+    "checkpoint": VOCABULARY | {"model"},
+    "memory": VOCABULARY | {"config"},
+    "reference": VOCABULARY,
+    "reference.__init__": VOCABULARY | {"config"},  # a backend only inside open_backend
+    "reference.mlx_backend": VOCABULARY | RUN,
+    "reference.torch_backend": VOCABULARY | {"config"},
+    "trainer": VOCABULARY | RUN | {"checkpoint", "data"},
+    "evaluate": VOCABULARY | RUN | {"trainer"},
+    "features": VOCABULARY | RUN | {"trainer"},
+    "report": VOCABULARY,
+    "fuse": VOCABULARY | {"model"},
+    "doctor": VOCABULARY | {"blas"},
+    "pipeline": {"*"},
+    "cli": {"config", "errors", "pipeline", "records", "doctor", "paths"},
+    "__main__": {"cli"},
+}
+OTHERS = {
+    "": set(),
+    "errors": set(),
+    "records": {"numpy"},
+    "files": set(),
+    "paths": set(),
+    "blas": set(),
+    "core": {"mlx"},
+    "config": {"yaml"},
+    "tokenizer": {"transformers"},
+    "data": {"numpy", "datasets"},
+    "sae": {"numpy", "safetensors", "huggingface_hub", "yaml"},
+    "sae.train": {"numpy", *MLX},
+    "cache": {"numpy", "safetensors"},
+    "demo": {"numpy", "safetensors", "mlx_lm"},
+    "model": {"numpy", "huggingface_hub", "safetensors", *MLX},
+    "scoring": {"numpy", "mlx"},
+    "checkpoint": {"numpy", "mlx"},
+    "memory": {"numpy", "mlx"},
+    "reference": {"numpy"},
+    "reference.mlx_backend": {"numpy", *MLX},
+    "reference.torch_backend": {"numpy", "torch", "transformers", "safetensors"},
+    "trainer": {"numpy", *MLX},
+    "evaluate": {"numpy", *MLX},
+    "features": {"numpy", "mlx"},
+    "report": {"numpy", "matplotlib", "jinja2"},
+    "fuse": {"numpy", *MLX},
+    "doctor": {"numpy", "mlx", "huggingface_hub"},
+    "pipeline": {"numpy", "tqdm", "wandb", "tensorboardX", *MLX},
+    "cli": {"click", "tqdm", "yaml"},
+    "__main__": set(),
+}
+
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def rule(rules: dict[str, set[str]], name: str) -> set[str]:
+    """The line of the longest prefix of a module's dotted name."""
+    if name == "__init__":
+        return rules[""]
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if ".".join(parts[:end]) in rules:
+            return rules[".".join(parts[:end])]
+    raise AssertionError(f"fpo_mlx/{name} has no line in tests/test_layering.py")
+
+
+def imported(source: str) -> set[str]:
+    """Dotted names of all imports, those inside functions too; a relative one starts with a dot."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            inner = base == "fpo_mlx"  # `from fpo_mlx import cache` names the module last
+            names |= {f"{base}.{alias.name}" for alias in node.names} if inner else {base}
+    return names - {"fpo_mlx.__version__"}
+
+
+def faults(name: str, source: str) -> list[str]:
+    """What module `name` imports and may not."""
+    ours, others = rule(OURS, name), rule(OTHERS, name)
+    own = name.split(".")[0]
+    found = []
+    for target in sorted(imported(source)):
+        root, _, rest = target.partition(".")
+        if target.startswith("."):
+            found.append(f"relative import {target}")
+        elif root == "fpo_mlx":
+            layer = rest.split(".")[0]
+            if layer != own and layer not in ours and "*" not in ours:
+                found.append(f"fpo_mlx.{rest}")
+        elif root not in sys.stdlib_module_names and root not in others:
+            found.append(target)
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_module_imports_only_what_its_layer_may(name):
+    assert faults(name, FILES[name].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "fault"),
+    [
+        ("cache.store", "import torch", "torch"),
+        ("data.read", "def f():\n    from mlx import core", "mlx"),
+        ("data.rows", "from fpo_mlx import pipeline", "fpo_mlx.pipeline"),
+        ("reference.torch_backend", "import mlx.core as mx", "mlx.core"),
+        ("sae.common", "from .arrays import x", "relative import .arrays"),
+        ("cli", "import fpo_mlx.trainer", "fpo_mlx.trainer"),
+    ],
+)
+def test_a_forbidden_import_is_found(name, line, fault):
+    assert faults(name, line) == [fault]
+
+
+LIGHT = [
+    name
+    for name in ("cli", "config", "tokenizer", "data", "cache", "sae", "reference", "pipeline")
+    if name in FILES or f"{name}.__init__" in FILES
+]
+
+
+@pytest.mark.parametrize("module", ["fpo_mlx", *(f"fpo_mlx.{name}" for name in LIGHT)])
+def test_importing_it_loads_neither_mlx_nor_torch(module):
+    probe = (
+        f"import sys, {module}\n"
+        "heavy = {'mlx', 'mlx_lm', 'torch', 'transformers', 'datasets', 'huggingface_hub'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
