@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from fpo_mlx.records import SaeWeights, Site, TokenPair
 
 Tap = SaeWeights | Site
+Tokens = Sequence[int] | np.ndarray
 F64 = torch.float64
 ATTN_OUT = ("self_attn:out", "attn:out", "attention:out")
 
@@ -41,7 +43,7 @@ ATTN_OUT = ("self_attn:out", "attn:out", "attention:out")
 class _NoDownCast(TorchFunctionMode):
     """transformers casts norms, softmax and rotary angles to float32; here they stay float64."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
         if func is torch.Tensor.float:
             func = torch.Tensor.double
         args = tuple(F64 if arg is torch.float32 else arg for arg in args)
@@ -93,12 +95,8 @@ def attach_lora(
 
 def torch_path(model: Any, mlx_path: str) -> str:
     """mlx-lm's module path as transformers spells it (they differ for GPT-2 and GPT-NeoX)."""
-    kind = model.config.model_type
-    if kind == "gpt2":
-        return mlx_path.replace("model.h.", "transformer.h.", 1)
-    if kind == "gpt_neox":
-        return mlx_path.replace("model.h.", "gpt_neox.layers.", 1)
-    return mlx_path
+    blocks = {"gpt2": "transformer.h.", "gpt_neox": "gpt_neox.layers."}
+    return mlx_path.replace("model.h.", blocks.get(model.config.model_type, "model.h."), 1)
 
 
 @contextlib.contextmanager
@@ -117,10 +115,10 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def hidden_and_logits(
-    model: Any, tokens: Sequence[int], *sites: Site
+    model: Any, tokens: Tokens, *sites: Site
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Run one sequence. tokens: [L]. Returns the activation at each site [L, .], logits [L, V]."""
-    seen: dict[tuple[int, str], torch.Tensor] = {}
+    seen: dict[tuple[int, str], Any] = {}
     hooks = [hook for site in sites for hook in _watch(model, site.layer, seen)]
     try:
         with _NoDownCast():
@@ -138,13 +136,12 @@ def _blocks(model: Any) -> Any:
     raise NotImplementedError(f"the oracle does not know where {type(model)} keeps its blocks")
 
 
-def _watch(model: Any, layer: int, seen: dict[tuple[int, str], torch.Tensor]) -> list[Any]:
+def _watch(model: Any, layer: int, seen: dict[tuple[int, str], Any]) -> list[Any]:
     """Note the input and output of the block and of every module in it, by name."""
 
     def hook_for(name: str) -> Callable[..., None]:
         def note(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-            inputs = args[0] if args else kwargs.get("hidden_states")
-            seen[layer, f"{name}:in"] = inputs
+            seen[layer, f"{name}:in"] = args[0] if args else kwargs.get("hidden_states")
             seen[layer, f"{name}:out"] = output[0] if isinstance(output, tuple) else output
 
         return note
@@ -186,36 +183,37 @@ def _at_site(model: Any, site: Site, seen: Mapping[tuple[int, str], Any]) -> tor
 
 def encode(sae: SaeWeights, x: torch.Tensor) -> torch.Tensor:
     """Feature activations of every token, differentiable. x: [L, D_in] -> [L, F]."""
-    return torch.stack([_encode_one(sae, row) for row in x])
+    blank = {"b_in": 0, "threshold": 0, "gate_scale": 1, "gate_bias": 0, "act_scale": 1}
+    weights = {"w_enc": sae.w_enc, "b_enc": sae.b_enc}
+    weights |= {n: v if (a := getattr(sae, n)) is None else a for n, v in blank.items()}
+    tensors = {name: torch.tensor(array, dtype=F64) for name, array in weights.items()}
+    return torch.stack([_encode_one(sae, SimpleNamespace(**tensors), row) for row in x])
 
 
-def _encode_one(sae: SaeWeights, x: torch.Tensor) -> torch.Tensor:
-    def get(array: np.ndarray | None, default: float) -> torch.Tensor:
-        return torch.tensor(default if array is None else array, dtype=F64)
-
+def _encode_one(sae: SaeWeights, w: SimpleNamespace, x: torch.Tensor) -> torch.Tensor:
     if sae.normalize == "layer_norm":
         x = (x - x.mean()) / (x.std(correction=1) + 1e-5)
     elif sae.normalize == "constant_norm":
         x = x * math.sqrt(len(x)) / torch.sqrt((x * x).sum())
-    raw = (x - get(sae.b_in, 0.0)) @ get(sae.w_enc, 0.0)  # [F]
-    pre = raw + get(sae.b_enc, 0.0)
+    raw = (x - w.b_in) @ w.w_enc  # [F]
+    pre = raw + w.b_enc
     acts = torch.clamp(pre, min=0.0)
-    if sae.activation == "jumprelu":
-        acts = acts * (pre > get(sae.threshold, 0.0))
+    if sae.activation == "identity":
+        acts = pre
+    elif sae.activation == "jumprelu":
+        acts = acts * (pre > w.threshold)
     elif sae.activation == "gated":
-        magnitude = raw * get(sae.gate_scale, 1.0) + get(sae.b_enc, 0.0)
-        acts = torch.clamp(magnitude, min=0.0) * (raw + get(sae.gate_bias, 0.0) > 0)
+        magnitude = raw * w.gate_scale + w.b_enc
+        acts = torch.clamp(magnitude, min=0.0) * (raw + w.gate_bias > 0)
     elif sae.activation == "topk":
         acts = acts * _mark(len(pre), torch.topk(pre, int(sae.k or 0)).indices)
     elif sae.activation == "abstopk":
         acts = pre * _mark(len(pre), torch.topk(pre.abs(), int(sae.k or 0)).indices)
     elif sae.activation == "groupmax":
         size = len(pre) // int(sae.k or 1)
-        best = [
-            start + int(acts[start : start + size].argmax()) for start in range(0, len(pre), size)
-        ]
+        best = [i + int(acts[i : i + size].argmax()) for i in range(0, len(pre), size)]
         acts = acts * _mark(len(pre), torch.tensor(best))
-    return acts * get(sae.act_scale, 1.0)
+    return acts * w.act_scale
 
 
 def _mark(size: int, indices: torch.Tensor) -> torch.Tensor:
@@ -249,15 +247,15 @@ class Scored:
 
 
 def score_response(
-    model: Any, prompt: Sequence[int], response: Sequence[int], taps: Sequence[Tap] = ()
+    model: Any, prompt: Tokens, response: Tokens, taps: Sequence[Tap] = ()
 ) -> Scored:
     """Score one response. Its positions are those whose next token is one of its tokens."""
-    prompt, response = list(map(int, prompt)), list(map(int, response))
+    tokens = [*map(int, prompt), *map(int, response)]
     sites = [_site_of(tap) for tap in taps]
-    hidden, logits = hidden_and_logits(model, prompt + response, *sites)
+    hidden, logits = hidden_and_logits(model, tokens, *sites)
     first, last = len(prompt) - 1, len(prompt) + len(response) - 2
     log_probs = torch.log_softmax(logits[first : last + 1], dim=-1)  # [n, V]
-    token_logps = torch.stack([row[token] for row, token in zip(log_probs, response, strict=True)])
+    token_logps = torch.stack([row[y] for row, y in zip(log_probs, response, strict=True)])
     pooled = []
     for tap, h in zip(taps, hidden, strict=True):
         h = h[first : last + 1]
@@ -378,12 +376,13 @@ def loss_and_grads(
     pairs: Sequence[TokenPair],
     setup: Setup,
     taps: Sequence[Tap] = (),
-    reference: Callable[[Sequence[int], Sequence[int]], Scored] | None = None,
+    reference: Callable[[Tokens, Tokens], Scored] | None = None,
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
     """Every pair's parts, and the gradient of the mean loss by every LoRA matrix."""
-    magnitude = [isinstance(tap, Site) or tap.activation == "abstopk" for tap in taps]
+    signed = ("abstopk", "identity")
+    magnitude = [isinstance(tap, Site) or tap.activation in signed for tap in taps]
 
-    def score_reference(prompt: Sequence[int], response: Sequence[int]) -> Scored:
+    def score_reference(prompt: Tokens, response: Tokens) -> Scored:
         if reference is not None:
             return reference(prompt, response).detached()
         with torch.no_grad(), adapters_off(model):

@@ -22,6 +22,10 @@ from oracle import (
 from fpo_mlx.records import SaeWeights, Site
 
 
+def f32(values: list) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
 def vector(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -32,9 +36,9 @@ def vector(*values: float) -> torch.Tensor:
 
 SAE = SaeWeights(
     activation="relu",
-    w_enc=np.array([[1, -1, 2, 0], [2, 0, -1, -3]], np.float32),
-    b_enc=np.array([0, 2, -3, 1], np.float32),
-    b_in=np.array([0, 1], np.float32),
+    w_enc=f32([[1, -1, 2, 0], [2, 0, -1, -3]]),
+    b_enc=f32([0, 2, -3, 1]),
+    b_in=f32([0, 1]),
 )
 
 
@@ -42,15 +46,15 @@ SAE = SaeWeights(
     ("changes", "wanted"),
     [
         ({}, (3, 1, 0, 0)),
-        ({"act_scale": np.array([2, 3, 1, 1], np.float32)}, (6, 3, 0, 0)),
+        ({"act_scale": f32([2, 3, 1, 1])}, (6, 3, 0, 0)),
         # strictly above its threshold; a negative threshold never lets a negative through
-        ({"activation": "jumprelu", "threshold": np.float32([2, 1, -9, -9])}, (3, 0, 0, 0)),
+        ({"activation": "jumprelu", "threshold": f32([2, 1, -9, -9])}, (3, 0, 0, 0)),
         # raw * 2 + b_enc = (6, 0, -1, -5), raw + gate_bias = (-1, 0, 2, 1)
         (
             {
                 "activation": "gated",
-                "gate_scale": np.float32([2, 2, 2, 2]),
-                "gate_bias": np.float32([-4, 1, 1, 4]),
+                "gate_scale": f32([2, 2, 2, 2]),
+                "gate_bias": f32([-4, 1, 1, 4]),
             },
             (0, 0, 0, 0),
         ),
@@ -58,18 +62,19 @@ SAE = SaeWeights(
         (
             {
                 "activation": "gated",
-                "gate_scale": np.float32([5, 5, 5, 5]),
-                "gate_bias": np.float32([-1, -1, -0.5, 4]),
+                "gate_scale": f32([5, 5, 5, 5]),
+                "gate_bias": f32([-1, -1, -0.5, 4]),
             },
             (15, 0, 2, 0),
         ),
+        ({"activation": "identity"}, (3, 1, -2, -2)),
         ({"activation": "topk", "k": 1}, (3, 0, 0, 0)),
         ({"activation": "topk", "k": 3}, (3, 1, 0, 0)),
         ({"activation": "abstopk", "k": 1}, (3, 0, 0, 0)),
-        ({"activation": "abstopk", "k": 2, "b_enc": np.float32([0, 2, -3, -1])}, (3, 0, 0, -4)),
+        ({"activation": "abstopk", "k": 2, "b_enc": f32([0, 2, -3, -1])}, (3, 0, 0, -4)),
         ({"activation": "groupmax", "k": 2}, (3, 0, 0, 0)),
-        ({"activation": "groupmax", "k": 1, "b_enc": np.float32([-9, 2, 0, 1])}, (0, 1, 0, 0)),
-        ({"activation": "groupmax", "k": 2, "b_enc": np.float32([0, 2, 1, 5])}, (3, 0, 2, 0)),
+        ({"activation": "groupmax", "k": 1, "b_enc": f32([-9, 2, 0, 1])}, (0, 1, 0, 0)),
+        ({"activation": "groupmax", "k": 2, "b_enc": f32([0, 2, 1, 5])}, (3, 0, 2, 0)),
     ],
 )
 def test_every_activation_by_hand(changes: dict, wanted: tuple[float, ...]):
@@ -203,8 +208,8 @@ def test_the_distance_is_averaged_over_several_saes():
 @pytest.mark.parametrize(("stop_gradient", "wanted"), [(True, 0.0), (False, 2 * (2 - 1))])
 def test_the_stop_gradient_holds_the_chosen_distance(stop_gradient: bool, wanted: float):
     pooled = [vector(2, 0).requires_grad_(), vector(5, 0).requires_grad_()]
-    policy = tuple(replace(s, pooled=(p,)) for s, p in zip(POLICY_PAIR, pooled, strict=True))
-    parts = objective(Setup(k=1, stop_gradient=stop_gradient), policy, REF_PAIR)
+    chosen, rejected = (replace(s, pooled=(p,)) for s, p in zip(POLICY_PAIR, pooled, strict=True))
+    parts = objective(Setup(k=1, stop_gradient=stop_gradient), (chosen, rejected), REF_PAIR)
     gradient = torch.autograd.grad(parts["u"], pooled, materialize_grads=True, allow_unused=True)
     # du/dD_l = -alpha beta, du/dD_w = alpha beta; dD/dpooled = 2 (difference)
     assert float(gradient[0][0]) == pytest.approx(0.05 * wanted)
@@ -223,10 +228,11 @@ class Bigram(torch.nn.Module):
         super().__init__()
         self.config = SimpleNamespace(model_type="bigram")
         self.model = torch.nn.Module()
-        self.model.layers = torch.nn.ModuleList([torch.nn.Identity()])
+        self.block = torch.nn.Identity()
+        self.model.layers = torch.nn.ModuleList([self.block])
 
     def forward(self, tokens: torch.Tensor, use_cache: bool) -> SimpleNamespace:
-        h = self.model.layers[0](torch.nn.functional.one_hot(tokens, 4).double())
+        h = self.block(torch.nn.functional.one_hot(tokens, 4).double())
         return SimpleNamespace(logits=3.0 + h @ torch.tensor(BIGRAM).log())
 
 
@@ -242,6 +248,6 @@ def test_response_positions_run_from_the_last_prompt_token_to_the_last_but_one()
 
 def test_features_are_pooled_after_the_activation():
     # pre = one-hot @ (2, -4, 2, 2): rectified (2, 0, 2), mean 4/3; rectified mean would be 0
-    sae = SaeWeights("relu", np.array([[2], [-4], [2], [2]], np.float32), np.zeros(1), site=Site(0))
+    sae = SaeWeights("relu", f32([[2], [-4], [2], [2]]), np.zeros(1), site=Site(0))
     got = score_response(Bigram(), [2], [1, 3, 0], [sae])
     assert float(got.pooled[0][0]) == pytest.approx(4 / 3)

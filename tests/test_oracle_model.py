@@ -22,6 +22,15 @@ from fpo_mlx.records import SaeWeights, Site, TokenPair
 TOKENS = [5, 17, 3, 250, 99, 42, 7, 8, 120]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On arrays this small, threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # Sites --------------------------------------------------------------------------------------------
 
 
@@ -131,10 +140,10 @@ def test_lora_finds_a_module_by_the_name_mlx_lm_gives_it(architecture, path, siz
     assert (after[1] - before[1]).abs().max() > 1e-3
 
 
-def random_sae(kind: str = "jumprelu", size: int = 64) -> SaeWeights:
+def random_sae(size: int = 64) -> SaeWeights:
     rng = np.random.default_rng(3)
     return SaeWeights(
-        kind,
+        "jumprelu",
         (rng.normal(size=(HIDDEN, size)) / HIDDEN**0.5).astype(np.float32),
         (0.3 * rng.normal(size=size)).astype(np.float32),
         threshold=np.full(size, 0.2, np.float32),
