@@ -1,0 +1,5 @@
+"""Before any test imports MLX."""
+
+from fpo_mlx import blas
+
+blas.preload()
