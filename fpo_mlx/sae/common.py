@@ -14,6 +14,7 @@ import numpy as np
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights
 from fpo_mlx.sae.arrays import TensorFile
+from fpo_mlx.sae.registry import facts
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Source:
         return None
 
     def factor(self) -> float | None:
-        """The input scale that the user or a norm_scaling_factor.json gives."""
+        """The input scale that the user or a norm_scaling_factor.json gives, if any."""
         if self.options.norm_scaling_factor is not None:
             return _positive(self.options.norm_scaling_factor, str(self.file))
         for folder in (self.folder, *self.folder.parents[:2]):
@@ -64,6 +65,15 @@ class Source:
             if sidecar.is_file():
                 return _positive(_parsed(sidecar), str(sidecar))
         return None
+
+
+def known_factor(source: Source) -> float | None:
+    """The same, else the input scale that the shipped table has for this file."""
+    given = source.factor()
+    if given is not None:
+        return given
+    known = facts(source.name)
+    return known.factor if known else None
 
 
 def _positive(value: Any, where: str) -> float:
@@ -103,6 +113,9 @@ def transposed(array: np.ndarray) -> np.ndarray:
 def matrix(source: Source, *names: str) -> np.ndarray:
     """A two-dimensional tensor, under the first of `names` that the file has."""
     array = source.tensors.first(*names)
+    scale = source.tensors.get(f"{names[0]}_scale")
+    if scale is not None:  # our own 8-bit variant: one scale per feature
+        array = array * (scale if scale.ndim < 2 else scale.reshape(-1))
     if array.ndim != 2:
         raise SaeError(
             f"{source.file}: {names[0]} has shape {list(array.shape)}; wanted two dimensions."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +23,10 @@ from fpo_mlx.sae import (
     sparsify,
     transcoders,
 )
-from fpo_mlx.sae.arrays import PICKLED_SUFFIXES, open_tensors
+from fpo_mlx.sae.arrays import open_tensors
 from fpo_mlx.sae.common import LoadOptions, Source
+from fpo_mlx.sae.files import weight_file
+from fpo_mlx.sae.registry import facts
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,6 @@ _FAMILIES: tuple[Family, ...] = (
     Family(transcoders.MNTSS, transcoders.matches_mntss, transcoders.load_mntss),
 )
 FORMATS: tuple[str, ...] = tuple(family.name for family in _FAMILIES)
-_WEIGHTS = (".safetensors", ".npz", *PICKLED_SUFFIXES)
-_NO_WEIGHTS = ("sparsity", "optimizer", "W_dec_", "activations_store_state")
-_SHOWN = 12
 
 
 def load_sae(
@@ -91,6 +89,9 @@ def load_sae(
     options = LoadOptions(allow_pickle, decoder, k, llama_scope_gate, norm_scaling_factor, name)
     source = _open(Path(path), options)
     sae = _recognise(source, format).load(source)
+    known = facts(source.name)
+    if known is not None and sae.neuronpedia is None:
+        sae = replace(sae, neuronpedia=known.neuronpedia)
     return sae if decoder else replace(sae, w_dec=None, b_dec=None)
 
 
@@ -120,29 +121,3 @@ def _recognise(source: Source, format: str | None) -> Family:
 def _open(path: Path, options: LoadOptions) -> Source:
     file = weight_file(path)
     return Source(open_tensors(file, allow_pickle=options.allow_pickle), options)
-
-
-def weight_file(path: Path) -> Path:
-    """The one weight file at or below `path`, the nearest level first."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise SaeError(f"{path}: no such file or folder. Give the folder or file of one SAE.")
-    level = [path]
-    for _ in range(6):
-        found = [file for folder in level for file in _weights_in(folder)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            shown = "\n".join(f"  {file}" for file in sorted(found)[:_SHOWN])
-            raise SaeError(f"{path} holds {len(found)} weight files; name one of them:\n{shown}")
-        level = [Path(entry) for folder in level for entry in os.scandir(folder) if entry.is_dir()]
-    raise SaeError(f"{path}: holds no SAE weights ({', '.join(_WEIGHTS)}). Give an SAE's folder.")
-
-
-def _weights_in(folder: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.suffix in _WEIGHTS and file.is_file() and not file.name.startswith(_NO_WEIGHTS)
-    ]

@@ -17,6 +17,7 @@ _TRANSFORMER_LENS: dict[str, SiteKind] = {
     "ln2.hook_normalized": "mlp_in_unscaled",
     "mlp.hook_in": "mlp_in",
     "mlp.hook_out": "mlp_raw",
+    "attn.hook_out": "attn_raw",
     # in TransformerLens this is the stream before the norm, whatever the name suggests
     "hook_mlp_in": "resid_mid",
 }

@@ -21,6 +21,7 @@ from fpo_mlx.sae.common import (
     decoder_norms,
     finished,
     inverse,
+    known_factor,
     matrix,
     read_json,
     transposed,
@@ -156,11 +157,12 @@ def _factors(config: dict[str, Any], source: Source, d_in: int) -> tuple[np.floa
 
 
 def _r1_factors(config: dict[str, Any], source: Source, d_in: int) -> tuple[float, float]:
-    given = source.factor()
-    if given is not None:
-        return given, given
     if config.get("norm_activation", "dataset-wise") != "dataset-wise":
         return 1.0, 1.0
+    stored = any(name.startswith("dataset_average_") for name in source.tensors.shapes)
+    given = source.factor() if stored else known_factor(source)
+    if given is not None:
+        return given, given
     hook_in = config.get("hook_point_in", "")
     f_in = np.sqrt(d_in) / hook_norm(source, hook_in)
     return f_in, np.sqrt(d_in) / hook_norm(source, config.get("hook_point_out") or hook_in)

@@ -19,6 +19,7 @@ from fpo_mlx.sae.common import (
     decoder_norms,
     finished,
     inverse,
+    known_factor,
     matrix,
 )
 from fpo_mlx.sae.hooks import site_of
@@ -67,7 +68,7 @@ def load(source: Source) -> SaeWeights:
         normalize=_normalization(config, source),
         w_dec=w_dec,
         b_dec=source.tensors.get("b_dec"),
-        transcoder=architecture in TRANSCODERS,
+        transcoder=architecture in TRANSCODERS or bool(config.get("transcoder")),
         site=_site(config),
         model_name=config.get("model_name"),
         format=FORMAT,
@@ -219,7 +220,7 @@ def _fold_average(
     """expected_average_only_in: W_enc * f, W_dec / f, b_dec / f; the biases of the encoder stay."""
     if config.get("normalize_activations") not in (True, "expected_average_only_in"):
         return sae, ()
-    factor = source.factor()
+    factor = known_factor(source)
     if factor is None:
         return sae, (
             "Trained on inputs scaled by a factor that the files do not hold; raw inputs are used. "
