@@ -14,6 +14,8 @@ import fpo_mlx
 
 FOLDER = Path(fpo_mlx.__file__).parent / "demo" / "data"
 SPLITS = ("train", "valid")
+
+
 def rows_of(split: str) -> list[dict[str, str]]:
     text = (FOLDER / f"{split}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
