@@ -26,7 +26,7 @@ SiteKind = Literal[
     "mlp_out",  # what the MLP adds to the stream (Gemma: after its post-norm)
 ]
 SITE_KINDS: tuple[str, ...] = SiteKind.__args__  # type: ignore[attr-defined]
-Activation = Literal["relu", "jumprelu", "gated", "topk", "abstopk", "groupmax"]
+Activation = Literal["relu", "jumprelu", "gated", "topk", "abstopk", "groupmax", "identity"]
 Normalization = Literal["none", "layer_norm", "constant_norm"]
 
 
@@ -121,6 +121,7 @@ class SaeWeights:
        topk     the k largest pre of a token, then max(., 0)
        abstopk  the k largest |pre| of a token, sign kept
        groupmax max(pre, 0), then the largest of each of k equal contiguous groups
+       identity pre (no SAE: the constraint `activations` compares the site itself)
     N: none; layer_norm (x - mean) / (std + 1e-5), std with n - 1; constant_norm x * sqrt(D) / |x|
     """
 

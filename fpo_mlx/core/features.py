@@ -84,12 +84,18 @@ def pre_activations(encoder: Encoder, rows: mx.array) -> tuple[mx.array, mx.arra
 def token_gate(encoder: Encoder, pre: mx.array) -> mx.array | None:
     """What of a row's selection depends on its other features; constant under differentiation.
 
-    topk, abstopk: the k-th largest [R, 1]. groupmax: the winner's index in each group [R, k].
+    topk, abstopk: midway between the k-th and the next largest [R, 1], so that a feature computed
+    again, alone and rounded otherwise, falls on the same side. groupmax: the winner's index in
+    each group [R, k].
     """
     if encoder.activation in ("topk", "abstopk"):
         size = mx.abs(pre) if encoder.activation == "abstopk" else pre
-        k = min(encoder.k, pre.shape[-1])
-        return mx.stop_gradient(-mx.partition(-size, k - 1, axis=-1)[:, k - 1 : k])
+        k = encoder.k
+        if k >= pre.shape[-1]:
+            return mx.full((pre.shape[0], 1), -mx.inf)
+        falling = mx.partition(-size, k, axis=-1)
+        last_in, first_out = -falling[:, :k].max(axis=-1), -falling[:, k]
+        return mx.stop_gradient((last_in + first_out)[:, None] / 2)
     if encoder.activation == "groupmax":
         groups = pre.reshape(pre.shape[0], encoder.k, -1)  # [R, k, F / k]
         offset = mx.arange(encoder.k) * groups.shape[-1]
@@ -169,18 +175,25 @@ def top_indices(pooled: mx.array, k: int, *, magnitude: bool = False) -> mx.arra
     return mx.argpartition(-size, k - 1, axis=-1)[:, :k]
 
 
-def union_indices(parts: list[mx.array]) -> tuple[mx.array, mx.array]:
+def union_indices(parts: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:
     """The union of index sets as one list with a mask.
 
-    parts: each [S, n_i], entries distinct within a part. Returns: indices [S, K] and mask [S, K]
-    float32, K = sum of n_i; the mask is 0 where an index already stands in an earlier part.
+    parts: (indices, mask) each [S, n_i]; within a part indices are distinct, and mask 0 leaves an
+    entry out. Returns: indices [S, K] and mask [S, K] float32, K = sum of n_i; the mask is 0 too
+    where an index already stands in an earlier part.
     """
-    masks = [mx.ones(parts[0].shape)]
-    for i, part in enumerate(parts[1:], start=1):
-        before = mx.concatenate(parts[:i], axis=1)  # [S, m]
-        seen = (part[:, :, None] == before[:, None, :]).any(axis=-1)
-        masks.append(1.0 - seen.astype(mx.float32))
-    return mx.concatenate(parts, axis=1), mx.concatenate(masks, axis=1)
+    joined, mask = parts[0]
+    for indices, keep in parts[1:]:
+        same = (indices[:, :, None] == joined[:, None, :]) & (mask[:, None, :] > 0)
+        mask = mx.concatenate([mask, keep * (1.0 - same.any(axis=-1))], axis=1)
+        joined = mx.concatenate([joined, indices], axis=1)
+    return joined, mask
+
+
+def top_set(pooled: mx.array, k: int, *, magnitude: bool = False) -> tuple[mx.array, mx.array]:
+    """`top_indices` with a mask [S, k] that leaves out silent features: zero is never "top"."""
+    indices = top_indices(pooled, k, magnitude=magnitude)
+    return indices, (mx.take_along_axis(pooled, indices, axis=-1) != 0).astype(mx.float32)
 
 
 def distance(policy: mx.array, ref: mx.array, weights: mx.array, k: int) -> mx.array:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from fpo_mlx.errors import ModelError
-
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.tiktoken"]
-
+from fpo_mlx.hub import resolve_model
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -25,30 +22,11 @@ class LoadedModel:
     path: Path
     notes: tuple[str, ...] = ()
 
-
-def resolve_model(spec: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is; anything else is a hub id, downloaded without code files.
-
-    Raises: ModelError when neither can be had.
-    """
-    path = Path(spec).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    if path.exists() or str(spec).count("/") != 1 or str(spec).startswith((".", "/", "~")):
-        raise ModelError(
-            f"{spec}: found no config.json there. Wanted the folder of an MLX or Hugging Face "
-            "model, or a hub id such as mlx-community/SmolLM2-135M-Instruct."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(spec), revision=revision, allow_patterns=MODEL_FILES))
-    except Exception as error:  # huggingface_hub raises a dozen unrelated classes
-        raise ModelError(
-            f"{spec}: neither a local folder nor a model that could be downloaded "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the spelling, the "
-            "network and HF_TOKEN, or give a local folder."
-        ) from error
+    @property
+    def dtype(self) -> str:
+        """Of its values: that of the first floating-point parameter."""
+        kinds = (v.dtype for _, v in tree_flatten(self.model.parameters()))
+        return str(next(k for k in kinds if mx.issubdtype(k, mx.floating))).split(".")[-1]
 
 
 def load_model(spec: str | Path, *, trust_remote_code: bool = False) -> LoadedModel:
@@ -119,12 +97,3 @@ def dequantize(model: nn.Module) -> int:
     if replaced:
         model.update_modules(tree_unflatten(replaced))
     return len(replaced)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model folder; a multimodal one's text part is laid over the top level."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
-    return {**config, **config.get("text_config", {})}

@@ -1,0 +1,173 @@
+"""The adapter folder: what mlx-lm loads, and beside it what an exact resume needs.
+
+adapters.safetensors, adapter_config.json   as mlx_lm.load(adapter_path=...) takes them
+0000100_adapters.safetensors                numbered checkpoints
+best/                                       the adapter with the lowest validation loss
+run.json                                    all settings, versions, fingerprints
+metrics.jsonl                               one line per report or validation
+checkpoint/state.safetensors                adapters, optimizer, reference adapter, random state
+                                            (with position and best-so-far in its metadata, so
+                                            that one rename moves them all)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_unflatten
+
+from fpo_mlx import files
+from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.model import adapters
+
+STATE = Path("checkpoint") / "state.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands, at an update boundary."""
+
+    iteration: int = 0  # done
+    pairs: int = 0  # trained on
+    tokens: int = 0
+    best_loss: float | None = None
+    best_iteration: int = 0
+    metrics_bytes: int = 0  # length of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """Writes one run's files; every one whole or not at all."""
+
+    path: Path
+    adapter_config: Mapping[str, Any]
+
+    def save_adapters(self, model: nn.Module, iteration: int | None = None) -> None:
+        """The current adapters; numbered as well when an iteration is given."""
+        weights = dict(adapters.parameters(model))
+        if iteration is not None:
+            adapters.save(self.path / f"{iteration:07d}_adapters.safetensors", weights)
+        adapters.save(self.path / adapters.WEIGHTS, weights)
+        files.write_json(self.path / adapters.CONFIG, dict(self.adapter_config))
+
+    def save_best(self, model: nn.Module) -> None:
+        best = self.path / "best"
+        adapters.save(best / adapters.WEIGHTS, dict(adapters.parameters(model)))
+        files.write_json(best / adapters.CONFIG, dict(self.adapter_config))
+
+    def save_state(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        reference: Mapping[str, mx.array],
+        progress: Progress,
+    ) -> None:
+        """Everything that the next update depends on, in one file."""
+        arrays = {f"adapter.{k}": v for k, v in adapters.parameters(model)}
+        arrays |= {f"optimizer.{k}": v for k, v in tree_flatten(optimizer.state)}  # type: ignore[arg-type]
+        arrays |= {f"reference.{k}": v for k, v in reference.items()}
+        arrays["random"] = mx.random.state[0]
+        metadata = {"progress": json.dumps(asdict(progress))}
+        path = self.path / STATE
+        with files.atomic_path(path) as temporary:
+            mx.save_safetensors(str(temporary), arrays, metadata=metadata)
+
+    def load_state(
+        self, model: nn.Module, optimizer: Optimizer
+    ) -> tuple[Progress, dict[str, mx.array]]:
+        """Put a saved state back. Returns: progress and the reference's adapter weights.
+
+        Raises: ModelError when the file is damaged or belongs to another adapter.
+        """
+        path = self.path / STATE
+        try:
+            arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
+            progress = Progress(**json.loads(metadata["progress"]))
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{path} cannot be read ({error}). Start the run anew without --resume; its "
+                f"numbered adapters in {self.path} are still good."
+            ) from error
+
+        def part(name: str) -> dict[str, mx.array]:
+            return {k[len(name) + 1 :]: v for k, v in arrays.items() if k.startswith(name + ".")}
+
+        own, saved = dict(adapters.parameters(model)), part("adapter")
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in saved.items()}:
+            raise ModelError(f"{path} holds other adapters than this run's; check --num-layers.")
+        adapters.update(model, saved)
+        optimizer.state = tree_unflatten(list(part("optimizer").items()))
+        mx.random.state[0] = arrays["random"]
+        return progress, part("reference")
+
+    @property
+    def has_state(self) -> bool:
+        return (self.path / STATE).is_file()
+
+    def start(self, run: Mapping[str, Any]) -> None:
+        """Begin a new run here; an older run's metrics and checkpoints do not survive it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for old in (*self.path.glob("*_adapters.safetensors"), self.path / "metrics.jsonl"):
+            old.unlink(missing_ok=True)
+        for folder in ("checkpoint", "best"):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
+        files.write_json(self.path / "run.json", dict(run))
+
+    def log(self, entry: Mapping[str, Any], progress: Progress) -> None:
+        """Append one line to metrics.jsonl."""
+        line = json.dumps(entry) + "\n"
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            handle.write(line)
+        progress.metrics_bytes += len(line.encode())
+
+    def rewind_log(self, progress: Progress) -> None:
+        """Drop the lines that were written after the state was saved."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            os.truncate(path, min(progress.metrics_bytes, path.stat().st_size))
+
+
+# settings that may differ between the two halves of a resumed run
+FREE = {
+    "resume", "iters", "epochs", "report_to", "project_name", "reference", "adapter_path",
+    "grad_checkpoint", "steps_per_report", "steps_per_eval", "val_batches", "save_every",
+    "max_margin", "max_logp_drop", "valid_split", "test_split", "trust_remote_code",
+}  # fmt: skip
+
+
+def check_resumable(folder: Path, run: Mapping[str, Any]) -> None:
+    """Raises ConfigError naming the settings that would change the trajectory."""
+    path = folder / "run.json"
+    if not (folder / STATE).is_file() or not path.is_file():
+        raise ConfigError(
+            f"--resume: {folder} holds no checkpoint. Start without --resume, or give the "
+            "--adapter-path of the run to continue."
+        )
+    before = json.loads(path.read_text(encoding="utf-8"))
+    faults = [
+        f"  {section}.{name}: was {old!r}, now {now!r}"
+        for section in ("settings", "fingerprints")
+        for name in sorted(set(before[section]) | set(run[section]))
+        if name not in FREE
+        and (old := before[section].get(name)) != (now := _plain(run[section].get(name)))
+    ]
+    if faults:
+        raise ConfigError(
+            f"--resume: these settings would make another run of {folder}:\n"
+            + "\n".join(faults)
+            + "\nUse the old values, or start anew in another --adapter-path."
+        )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back (tuples become lists)."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,142 @@
+"""Adapters into weights: a folder that mlx_lm.load, mlx_lm.generate and LM Studio read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.model import adapters
+from fpo_mlx.model.load import dequantize as dequantize_layers
+from fpo_mlx.hub import resolve_model
+
+GGUF_TYPES = ("llama", "mistral", "mixtral")  # all that mlx-lm exports
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    path: Path
+    fused_layers: int
+    quantized: bool
+    gguf: Path | None = None
+    uploaded: str | None = None
+
+
+def fuse(
+    model: str,
+    adapter_path: Path,
+    save_path: Path,
+    *,
+    dequantize: bool = False,
+    dtype: str | None = None,
+    gguf_path: str | None = None,
+    upload_repo: str | None = None,
+    trust_remote_code: bool = False,
+) -> FuseReport:
+    """Fuse, and write a model folder whole or not at all.
+
+    A quantised base stays quantised, layer by layer as it was, unless `dequantize`; that adds the
+    adapters to weights widened to float32 and stores `dtype` (default: the base's own).
+
+    Raises: ModelError for a model or adapter that cannot be read, ConfigError for an export that
+    mlx-lm does not offer; nothing is written then.
+    """
+    from mlx_lm import utils
+
+    path = resolve_model(model)
+    try:
+        base, config = utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{path}: mlx-lm cannot load this model: {error}") from error
+    if gguf_path and config["model_type"] not in GGUF_TYPES:
+        raise ConfigError(
+            f"--export-gguf: mlx-lm exports {', '.join(GGUF_TYPES)} only, and this is a "
+            f"{config['model_type']}. Convert the fused folder with llama.cpp's converter."
+        )
+    own = _float_dtype(base)
+    if dequantize:
+        dequantize_layers(base)
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+        base.update(tree_map(_widen, base.parameters()))
+    adapters.load(base, adapter_path)
+    count = fuse_layers(base, dequantize=dequantize)
+    if dequantize or dtype:
+        _cast(base, DTYPES[dtype] if dtype else own)
+    tokenizer = utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    with _whole_folder(save_path) as folder:
+        utils.save(folder, str(path), base, tokenizer, config, donate_model=False)
+        if gguf_path:
+            _export_gguf(folder, base, config, folder / gguf_path)
+    if upload_repo:
+        utils.upload_to_hub(str(save_path), upload_repo)
+    gguf = save_path / gguf_path if gguf_path else None
+    return FuseReport(save_path, count, "quantization" in config, gguf, upload_repo)
+
+
+def fuse_layers(model: nn.Module, *, dequantize: bool = False) -> int:
+    """Replace every adapted layer by one of base + adapter; how many there were."""
+    fused = [
+        (name, module.fuse(dequantize=dequantize))
+        for name, module in model.named_modules()
+        if "lora_a" in module
+    ]
+    if fused:
+        model.update_modules(tree_unflatten(fused))
+    return len(fused)
+
+
+def _float_dtype(model: nn.Module) -> mx.Dtype:
+    """Of the embedding's (or its scales') values: the dtype that the base was published in."""
+    kinds = [v.dtype for _, v in tree_flatten(model.parameters())]
+    return next(kind for kind in kinds if mx.issubdtype(kind, mx.floating))
+
+
+def _widen(array: mx.array) -> mx.array:
+    return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    def cast(array: mx.array) -> mx.array:
+        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+    model.update(tree_map(cast, model.parameters()))
+
+
+def _export_gguf(folder: Path, model: nn.Module, config: dict[str, Any], path: Path) -> None:
+    from mlx_lm.gguf import convert_to_gguf
+
+    if "quantization" in config:
+        raise ConfigError("--export-gguf: mlx-lm exports float weights only; add --dequantize.")
+    convert_to_gguf(folder, dict(tree_flatten(model.parameters())), config, str(path))
+
+
+class _whole_folder:
+    """A folder to fill; it takes the place of `target` when the block ends without error."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.work = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        return self.work
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            shutil.rmtree(self.work, ignore_errors=True)
+            return
+        old = self.target.with_name(f".old-{os.getpid()}-{self.target.name}")
+        if self.target.exists():
+            os.replace(self.target, old)
+        os.replace(self.work, self.target)
+        shutil.rmtree(old, ignore_errors=True)

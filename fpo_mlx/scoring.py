@@ -1,0 +1,220 @@
+"""Where the model, the SAEs and the objective meet: pairs in, one loss per pair out.
+
+The trainer differentiates `losses`, evaluation calls it without gradient, and the MLX reference
+backend calls `reference`; all three see the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import mlx.core as mx
+import numpy as np
+
+from fpo_mlx.config import Objective
+from fpo_mlx.core import features as F
+from fpo_mlx.core.logprobs import token_logps, token_logps_and_kl
+from fpo_mlx.core.objectives import PairLosses, preference_losses
+from fpo_mlx.model import adapters
+from fpo_mlx.model.policy import Layout, Policy, Rows
+from fpo_mlx.records import PairScore, ResponseScore, SaeWeights, SparseFeatures, TokenPair
+
+ENCODER_ARRAYS = ("b_enc", "b_in", "threshold", "gate_scale", "gate_bias", "act_scale")
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What was seen of each response; all [2, B] (0 chosen, 1 rejected), nats and tokens."""
+
+    logps: mx.array
+    ref_logps: mx.array
+    lengths: mx.array
+    distances: mx.array | None = None  # D of Eq. 10, raw, mean over SAEs
+    kl: mx.array | None = None  # sequential KL(reference || policy)
+
+
+def encoder_of(sae: SaeWeights) -> F.Encoder:
+    """Arrays of the SAE's encoder on the default device, float32."""
+    arrays = {name: getattr(sae, name) for name in ENCODER_ARRAYS}
+    return F.Encoder(
+        activation=sae.activation,
+        w_enc=mx.array(np.ascontiguousarray(sae.w_enc.T)),
+        k=sae.k or 0,
+        normalize=sae.normalize,
+        **{name: None if a is None else mx.array(a) for name, a in arrays.items()},
+    )
+
+
+class Scorer:
+    """Scores pairs with a policy against cached reference rows."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        encoders: Sequence[F.Encoder],
+        objective: Objective,
+        *,
+        feature_weights: Sequence[Mapping[int, float]] = (),
+        measure_kl: bool = False,
+    ) -> None:
+        if encoders and len(encoders) != len(policy.sites):
+            raise ValueError(f"{len(encoders)} encoders for {len(policy.sites)} sites")
+        self.policy, self.encoders, self.objective = policy, tuple(encoders), objective
+        self.measure_kl = measure_kl or objective.constraint == "kl"
+        self._pinned = [_pinned(weights) for weights in feature_weights]
+        self._reference: dict[str, mx.array] = dict(adapters.parameters(policy.model))
+
+    def freeze_reference(self, weights: Mapping[str, mx.array] | None = None) -> None:
+        """Take these adapter weights (default: the present ones) as the reference's, for the KL."""
+        self._reference = dict(weights or adapters.parameters(self.policy.model))
+
+    def reference(self, pairs: Sequence[TokenPair]) -> list[PairScore]:
+        """Summed log-probs and pooled features under the model as it stands, without gradient."""
+        layout, rows = Layout.of(pairs), self.policy.rows(pairs)
+        logps = self._logps(rows, layout, grad=False)
+        pooled = [
+            F.pool(encoder, tapped, layout.means())[0]
+            for encoder, tapped in zip(self.encoders, rows.tapped, strict=False)
+        ]
+        mx.eval(logps, pooled)
+        sums, dense = np.array(logps, dtype=np.float64), [np.array(p) for p in pooled]
+        scores = [
+            ResponseScore(
+                float(sums[i]),
+                int(layout.lengths[i]),
+                tuple(SparseFeatures.from_dense(d[i]) for d in dense),
+            )
+            for i in range(len(sums))
+        ]
+        return list(zip(scores[0::2], scores[1::2], strict=True))
+
+    def losses(
+        self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], *, grad: bool
+    ) -> tuple[PairLosses, Measures]:
+        """The loss of each pair, differentiable in the adapters when `grad`."""
+        layout, rows = Layout.of(pairs), self.policy.rows(pairs)
+        kl = None
+        if self.measure_kl:
+            logps, kl = self._logps_and_kl(pairs, rows, layout, grad)
+        else:
+            logps = self._logps(rows, layout, grad=grad)
+        distances, penalties = None, None
+        if self.encoders:
+            distances, scales = self._distances(rows, layout, refs, grad)
+            scaled = self.objective.feature_scale == "reference"
+            penalties = _by_side(distances / scales if scaled else distances)
+        if self.objective.constraint == "kl" and kl is not None:
+            penalties = _by_side(kl)
+        elif not self.objective.pooled:
+            penalties = None
+        ref_logps = [[side.logps for side in ref] for ref in refs]  # [B, 2]
+        measures = Measures(
+            _by_side(logps),
+            mx.array(np.array(ref_logps, dtype=np.float32).T),
+            mx.array(layout.lengths.reshape(-1, 2).T.astype(np.float32)),
+            None if distances is None else _by_side(distances),
+            None if kl is None else _by_side(kl),
+        )
+        o = self.objective
+        pair_losses = preference_losses(
+            measures.logps, measures.ref_logps, measures.lengths, penalties,
+            beta=o.beta, alpha=o.alpha, gamma=o.gamma, margin=o.margin,
+            length_normalize=o.length_normalize, stop_gradient=o.stop_gradient,
+        )  # fmt: skip
+        return pair_losses, measures
+
+    def _logps(self, rows: Rows, layout: Layout, *, grad: bool) -> mx.array:
+        policy = self.policy
+        tokens = token_logps(rows.hidden, layout.targets, policy.head, policy.vocab_size, grad=grad)
+        return layout.sums() @ tokens  # [2B]
+
+    def _logps_and_kl(
+        self, pairs: Sequence[TokenPair], rows: Rows, layout: Layout, grad: bool
+    ) -> tuple[mx.array, mx.array]:
+        policy, current = self.policy, dict(adapters.parameters(self.policy.model))
+        adapters.update(policy.model, self._reference)
+        try:
+            ref_rows = policy.rows(pairs)
+        finally:
+            adapters.update(policy.model, current)
+        tokens, kl = token_logps_and_kl(
+            rows.hidden, ref_rows.hidden, layout.targets, policy.head, policy.vocab_size, grad=grad
+        )
+        return layout.sums() @ tokens, layout.sums() @ kl
+
+    def _distances(
+        self, rows: Rows, layout: Layout, refs: Sequence[PairScore], grad: bool
+    ) -> tuple[mx.array, mx.array]:
+        """D and the reference's scale, each [2B], means over the SAEs."""
+        results = []
+        for i, (encoder, tapped) in enumerate(zip(self.encoders, rows.tapped, strict=True)):
+            n = encoder.n_features
+            dense = [side.features[i].to_dense(n) for ref in refs for side in ref]
+            pinned = self._pinned[i] if i < len(self._pinned) else None
+            results.append(
+                self._distance(encoder, tapped, layout, mx.array(np.stack(dense)), pinned, grad)
+            )
+        totals = [sum(column) / len(results) for column in zip(*results, strict=True)]
+        return totals[0], totals[1]
+
+    def _distance(
+        self,
+        encoder: F.Encoder,
+        tapped: mx.array,
+        layout: Layout,
+        ref: mx.array,
+        pinned: tuple[mx.array, mx.array] | None,
+        grad: bool,
+    ) -> tuple[mx.array, mx.array]:
+        """One SAE's D [2B]. ref: [2B, F]. Gradient only where the objective lets it through."""
+        k, size = self.objective.top_k, encoder.signed
+        pooled, gates = F.pool(encoder, tapped, layout.means())  # [2B, F]
+        parts = [F.top_set(side, k, magnitude=size) for side in (pooled, ref)]
+        if pinned is not None:
+            shape = (len(layout.lengths), len(pinned[0]))
+            parts.append((mx.broadcast_to(pinned[0][None], shape), mx.ones(shape)))
+        indices, weights = F.union_indices(parts)  # [2B, K]
+        if pinned is not None:
+            weights = weights * _weights_at(indices, *pinned)
+        policy = mx.take_along_axis(pooled, indices, axis=-1)
+        if grad and self.objective.pooled:
+            policy = mx.stack(
+                [
+                    F.selected_means(
+                        encoder,
+                        tapped[layout.rows(i)],
+                        None if gates is None else gates[layout.rows(i)],
+                        indices[i],
+                    )
+                    if i % 2 == 1 or not self.objective.stop_gradient
+                    else policy[i]
+                    for i in range(len(layout.lengths))
+                ]
+            )
+        distances = F.distance(policy, mx.take_along_axis(ref, indices, axis=-1), weights, k)
+        return distances, F.reference_scale(ref, k, magnitude=size)
+
+
+def _by_side(values: mx.array) -> mx.array:
+    """[2B] in order c0, r0, c1, r1, … -> [2, B]."""
+    return values.reshape(-1, 2).T
+
+
+def _pinned(weights: Mapping[int, float]) -> tuple[mx.array, mx.array] | None:
+    """Features the user names: (indices [P], weights [P])."""
+    if not weights:
+        return None
+    indices = sorted(weights)
+    return mx.array(indices), mx.array([float(weights[i]) for i in indices])
+
+
+def _weights_at(indices: mx.array, named: mx.array, weights: mx.array) -> mx.array:
+    """The user's weight where a feature is named, 1 elsewhere. indices: [S, K] -> [S, K]."""
+    hit = (indices[..., None] == named).astype(mx.float32)  # [S, K, P]
+    return (hit * weights).sum(axis=-1) + (1.0 - hit.sum(axis=-1))
+
+
+def stack(measures: Measures) -> list[mx.array]:
+    """The arrays of a record that are there, in field order (for mx.eval)."""
+    return [a for f in fields(measures) if (a := getattr(measures, f.name)) is not None]

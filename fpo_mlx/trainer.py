@@ -1,0 +1,390 @@
+"""The one training loop, for every objective. It yields what happened; the caller shows it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from fpo_mlx.checkpoint import AdapterFolder, Progress
+from fpo_mlx.config import TrainConfig
+from fpo_mlx.core.objectives import PairLosses
+from fpo_mlx.data import batches
+from fpo_mlx.errors import ConfigError, Diverged, Interrupted, ModelError
+from fpo_mlx.records import PairScore, TokenPair
+from fpo_mlx.scoring import Measures, Scorer
+
+SAME_POLICY = 0.05  # |u| / beta in nats (a token, if normalised) at which step 0 is refused
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Token pairs and the reference's scores of them, in the same order."""
+
+    pairs: Sequence[TokenPair]
+    refs: Sequence[PairScore]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def lengths(self) -> np.ndarray:
+        return np.array([pair.tokens for pair in self.pairs])
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Means over the pairs since the last report."""
+
+    iteration: int
+    loss: float
+    metrics: Mapping[str, float]  # TRL's names: rewards/…, logps/…, features/…, kl/…
+    learning_rate: float
+    grad_norm: float
+    pairs: int  # trained on so far
+    tokens_per_second: float  # distinct tokens: a prompt counts once a pair
+    pairs_per_second: float
+    peak_memory_gb: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ValidReport:
+    iteration: int
+    loss: float
+    metrics: Mapping[str, float]
+    pairs: int
+    seconds: float
+    best: bool  # lowest loss so far
+
+
+@dataclass(frozen=True)
+class SavedReport:
+    iteration: int
+    numbered: bool
+
+
+Report = StepReport | ValidReport | SavedReport
+
+
+def pair_metrics(losses: PairLosses, measures: Measures, beta: float) -> dict[str, np.ndarray]:
+    """Per-pair values [B] under TRL's metric names; logps and kl are per response, in nats."""
+    chosen, rejected = np.array(losses.chosen_rewards), np.array(losses.rejected_rewards)
+    logps, lengths = np.array(measures.logps), np.array(measures.lengths)
+    per_token = logps / lengths
+    ref_per_token = np.array(measures.ref_logps) / lengths
+    out = {
+        "loss": np.array(losses.losses),
+        "u": np.array(losses.u),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).astype(np.float64),
+        "policy_accuracy": (per_token[0] > per_token[1]).astype(np.float64),
+        "logps/chosen": logps[0],
+        "logps/rejected": logps[1],
+        "logps_per_token/chosen": per_token[0],
+        "logps_per_token/rejected": per_token[1],
+        "logps_per_token/chosen_change": per_token[0] - ref_per_token[0],
+        "logps_per_token/rejected_change": per_token[1] - ref_per_token[1],
+    }
+    for name, values in (("features", measures.distances), ("kl", measures.kl)):
+        if values is not None:
+            sides = np.array(values)
+            out |= {f"{name}/chosen": sides[0], f"{name}/rejected": sides[1]}
+            out[f"{name}/margin"] = sides[1] - sides[0]
+    return out
+
+
+def measure(scorer: Scorer, data: ScoredPairs, size: int = 1) -> dict[str, np.ndarray]:
+    """`pair_metrics` of every pair, in order, without gradient; `size` pairs at a time."""
+    parts = []
+    for i in range(0, len(data), size):
+        chunk = slice(i, i + size)
+        losses, measures = scorer.losses(data.pairs[chunk], data.refs[chunk], grad=False)
+        parts.append(pair_metrics(losses, measures, scorer.objective.beta))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@dataclass
+class _Window:
+    """Sums since the last report."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    pairs: int = 0
+    tokens: int = 0
+    worst_u: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, values: Mapping[str, np.ndarray], tokens: int) -> None:
+        for name, array in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(array.sum())
+        self.pairs += len(values["loss"])
+        self.tokens += tokens
+        self.worst_u = max(self.worst_u, float(np.abs(values["u"]).max()))
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.pairs for name, total in self.sums.items()}
+
+
+class Trainer:
+    """Updates the adapters of `scorer.policy.model`; everything it needs is handed to it."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        train: ScoredPairs,
+        valid: ScoredPairs | None,
+        config: TrainConfig,
+        folder: AdapterFolder,
+        stop: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        """stop: asked between updates; an exit code (130, 143) saves the state and ends the run."""
+        self.scorer, self.train, self.valid = scorer, train, valid
+        self.config, self.folder, self._stop = config, folder, stop
+        self.model = scorer.policy.model
+        self.total = config.iterations(len(train))
+        self.optimizer = make_optimizer(config, self.total)
+        self.optimizer.init(self.model.trainable_parameters())
+        self.progress = Progress()
+        self._reference = {}
+
+    def resume(self) -> None:
+        """Go back to the state in the folder."""
+        self.progress, self._reference = self.folder.load_state(self.model, self.optimizer)
+        self.scorer.freeze_reference(self._reference)
+        self.folder.rewind_log(self.progress)
+
+    def run(self) -> Iterator[Report]:
+        """Train to the last iteration.
+
+        Raises: Diverged, Interrupted (after saving), ModelError when step 0 shows that policy and
+        reference are not the same model.
+        """
+        fresh = self.progress.iteration == 0
+        if fresh:
+            from fpo_mlx.model.adapters import parameters
+
+            self._reference = dict(parameters(self.model))
+            self.scorer.freeze_reference(self._reference)
+        window, notes = _Window(), []
+        mx.reset_peak_memory()
+        if fresh and self.valid:
+            yield self._validate()
+        updates = self._updates()
+        for iteration, values, tokens, grad_norm in updates:
+            if fresh and iteration <= self.config.grad_accumulation_steps:
+                notes += self._check_first(values, grad_norm)
+            self._guard(iteration, values, grad_norm)
+            window.add(values, tokens)
+            last = iteration >= self.total
+            if last or _crossed(iteration, self.config.steps_per_report, self._step):
+                yield self._report(iteration, window, grad_norm, tuple(notes))
+                window, notes = _Window(), []
+            if self.valid and (
+                last or _crossed(iteration, self.config.steps_per_eval, self._step)
+            ):
+                yield self._validate()
+                window.started = time.perf_counter()
+            code = self._stop()
+            if code or last or _crossed(iteration, self.config.save_every, self._step):
+                self._save(numbered=not code or last)
+                yield SavedReport(iteration, numbered=not code or last)
+            if code and not last:
+                raise Interrupted(
+                    f"stopped after iteration {iteration}; everything is in {self.folder.path}. "
+                    "Go on with the same command and --resume.",
+                    exit_code=code,
+                )
+
+    @property
+    def _step(self) -> int:
+        return self.config.grad_accumulation_steps
+
+    def _updates(self) -> Iterator[tuple[int, dict[str, np.ndarray], int, float]]:
+        """One optimizer update each: (iterations done, per-pair values, tokens, gradient norm)."""
+        order = batches(
+            self.train.lengths(), self.config.batch_size, self.config.seed, self.progress.iteration
+        )
+        while self.progress.iteration < self.total:
+            count = min(self._step, self.total - self.progress.iteration)
+            indices = np.concatenate([next(order)[2] for _ in range(count)])
+            self.model.train()
+            values, gradient = self._gradient(indices)
+            grad_norm = self._apply(gradient, values)
+            self.model.eval()
+            tokens = sum(self.train.pairs[i].tokens for i in indices)
+            self.progress.iteration += count
+            self.progress.pairs += len(indices)
+            self.progress.tokens += tokens
+            yield self.progress.iteration, values, tokens, grad_norm
+
+    def _gradient(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
+        """Mean gradient over the pairs, a few in memory at a time, and their values in order."""
+        size, total, parts = self.config.micro_batch_size, None, []
+        value_and_grad = nn.value_and_grad(self.model, self._loss)
+        for start in range(0, len(indices), size):
+            chosen = indices[start : start + size]
+            pairs = [self.train.pairs[i] for i in chosen]
+            (_, losses, measures), gradient = value_and_grad(
+                pairs, [self.train.refs[i] for i in chosen], len(indices)
+            )
+            total = gradient if total is None else tree_map(mx.add, total, gradient)
+            mx.eval(total, losses, measures)
+            parts.append(
+                pair_metrics(PairLosses(*losses), _measures(measures), self.scorer.objective.beta)
+            )
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, total
+
+    def _loss(
+        self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], count: int
+    ) -> tuple[mx.array, tuple[mx.array, ...], dict[str, mx.array]]:
+        losses, measures = self.scorer.losses(pairs, refs, grad=True)
+        seen = {k: v for k, v in vars(measures).items() if v is not None}
+        return losses.losses.sum() / count, tuple(losses), seen
+
+    def _apply(self, gradient: Any, values: Mapping[str, np.ndarray]) -> float:
+        """Clip and update, unless loss or gradient is not finite (the guard then stops)."""
+        clipped, norm = optim.clip_grad_norm(gradient, self.config.max_grad_norm or math.inf)
+        grad_norm = float(norm.item())
+        if math.isfinite(grad_norm) and np.isfinite(values["loss"]).all():
+            self.optimizer.update(self.model, clipped)
+            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        return grad_norm
+
+    def _check_first(self, values: Mapping[str, np.ndarray], grad_norm: float) -> list[str]:
+        """Before the first update policy and reference are one model; see that they are.
+
+        Returns: warnings. Raises: ModelError.
+        """
+        if grad_norm == 0.0:
+            raise ModelError(
+                "step 0: the gradient is zero, so nothing would be trained. Check that the "
+                "adapted layers (lora_parameters.keys, --num-layers) lie on the way to the loss."
+            )
+        if self.scorer.objective.margin != "reference":
+            return []
+        gap = float(np.abs(values["u"]).max()) / self.scorer.objective.beta
+        if gap > SAME_POLICY:
+            raise ModelError(
+                f"step 0: the policy is not the reference. Their margins differ by up to {gap:.3g} "
+                f"nats, wanted less than {SAME_POLICY}: the loss would not start at ln 2. Run "
+                "`fpo-mlx precompute` with this model and adapter, or drop --reference."
+            )
+        close = 1e-3 if self.scorer.objective.length_normalize else 1e-2
+        if gap > close:
+            return [f"step 0: |u| / beta is {gap:.2g}; the reference was computed otherwise"]
+        return []
+
+    def _guard(self, iteration: int, values: Mapping[str, np.ndarray], grad_norm: float) -> None:
+        """Raises Diverged, keeping the adapters of the last good update."""
+        config, reason = self.config, None
+        u = float(np.abs(values["u"]).mean()) / self.scorer.objective.beta
+        drop = -float(values["logps_per_token/chosen_change"].mean())
+        if not (np.isfinite(values["loss"]).all() and math.isfinite(grad_norm)):
+            reason = "the loss or its gradient is not finite"
+        elif self.scorer.objective.length_normalize and u > config.max_margin:
+            reason = f"the margin is {u:.3g} nats a token, over --max-margin {config.max_margin}"
+        elif drop > config.max_logp_drop:
+            reason = (
+                f"the chosen log-prob fell {drop:.3g} nats a token below the reference's, over "
+                f"--max-logp-drop {config.max_logp_drop}"
+            )
+        if reason is None:
+            return
+        self._save(numbered=False)
+        raise Diverged(
+            f"iteration {iteration}: {reason}. The adapters of the last finite update are in "
+            f"{self.folder.path}, the best validated ones in {self.folder.path / 'best'}. "
+            "Lower --learning-rate, or raise --alpha or --beta."
+        )
+
+    def _report(
+        self, iteration: int, window: _Window, grad_norm: float, notes: tuple[str, ...]
+    ) -> StepReport:
+        seconds, means = time.perf_counter() - window.started, window.means()
+        report = StepReport(
+            iteration=iteration,
+            loss=means.pop("loss"),
+            metrics={k: v for k, v in means.items() if k != "u"},
+            learning_rate=float(self.optimizer.learning_rate.item()),
+            grad_norm=grad_norm,
+            pairs=self.progress.pairs,
+            tokens_per_second=window.tokens / seconds,
+            pairs_per_second=window.pairs / seconds,
+            peak_memory_gb=mx.get_peak_memory() / 1e9,
+            warnings=notes,
+        )
+        self._log("train", report)
+        return report
+
+    def _validate(self) -> ValidReport:
+        assert self.valid is not None
+        started, n = time.perf_counter(), len(self.valid)
+        if self.config.val_batches >= 0:
+            n = min(n, self.config.val_batches * self.config.batch_size)
+        some = ScoredPairs(self.valid.pairs[:n], self.valid.refs[:n])
+        values = measure(self.scorer, some, self.config.micro_batch_size)
+        means = {name: float(array.mean()) for name, array in values.items() if name != "u"}
+        loss, progress = means.pop("loss"), self.progress
+        best = progress.best_loss is None or loss < progress.best_loss
+        if best:
+            progress.best_loss, progress.best_iteration = loss, progress.iteration
+            self.folder.save_best(self.model)
+        seconds = time.perf_counter() - started
+        report = ValidReport(progress.iteration, loss, means, n, seconds, best)
+        self._log("valid", report)
+        return report
+
+    def _save(self, *, numbered: bool) -> None:
+        self.folder.save_adapters(self.model, self.progress.iteration if numbered else None)
+        self.folder.save_state(self.model, self.optimizer, self._reference, self.progress)
+
+    def _log(self, kind: str, report: StepReport | ValidReport) -> None:
+        self.folder.log({"kind": kind, **asdict(report)}, self.progress)
+
+
+def _measures(seen: Mapping[str, mx.array]) -> Measures:
+    return Measures(**seen)  # type: ignore[arg-type]
+
+
+def _crossed(iteration: int, every: int, step: int) -> bool:
+    """Whether a multiple of `every` lies within the last `step` iterations."""
+    return iteration // every > (iteration - step) // every
+
+
+def make_optimizer(config: TrainConfig, iterations: int) -> optim.Optimizer:
+    """mlx.optimizers by name; the schedule is mlx-lm's block and counts updates.
+
+    Raises: ConfigError for arguments that the optimizer or schedule does not take.
+    """
+    from mlx_lm.tuner.utils import build_schedule
+
+    kinds = {
+        "adam": optim.Adam, "adamw": optim.AdamW, "muon": optim.Muon,
+        "sgd": optim.SGD, "adafactor": optim.Adafactor,
+    }  # fmt: skip
+    rate = config.learning_rate
+    try:
+        if config.lr_schedule:
+            rate = build_schedule(config.lr_schedule)
+        arguments = dict(config.optimizer_config.get(config.optimizer, {}))
+        return kinds[config.optimizer](learning_rate=rate, **arguments)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(
+            f"lr_schedule / optimizer_config: {error}. Wanted lr_schedule: {{name: cosine_decay, "
+            "arguments: [1e-5, 1000], warmup: 0}}, optimizer_config: {adamw: {weight_decay: 0.1}}."
+        ) from error
+
+
+def trainable_count(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    trainable = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
+    return trainable, sum(v.size for _, v in tree_flatten(model.parameters()))

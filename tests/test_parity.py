@@ -1,0 +1,205 @@
+"""The product against the independent float64 oracle: scores, losses, gradients of every preset."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import oracle
+import pytest
+import tiny_models
+
+from fpo_mlx.config import PRESETS, Objective
+from fpo_mlx.records import SaeWeights, Site, TokenPair
+
+mx = pytest.importorskip("mlx.core")
+nn = pytest.importorskip("mlx.nn")
+
+from fpo_mlx.model import adapters  # noqa: E402
+from fpo_mlx.model.load import load_model  # noqa: E402
+from fpo_mlx.model.policy import Policy  # noqa: E402
+from fpo_mlx.scoring import Scorer, encoder_of  # noqa: E402
+
+KEYS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+F, K = 48, 6
+
+
+def random_pairs(sizes: list[tuple[int, int, int]], seed: int = 0) -> list[TokenPair]:
+    rng = np.random.default_rng(seed)
+    draw = [[rng.integers(3, 300, n).astype(np.int32) for n in size] for size in sizes]
+    return [TokenPair(*tokens, index=i) for i, tokens in enumerate(draw)]
+
+
+def random_sae(activation: str, width: int, site: Site, seed: int = 1) -> SaeWeights:
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    extra: dict = {}
+    if activation == "jumprelu":
+        extra["threshold"] = np.abs(draw(F)) * 0.5
+    elif activation == "gated":
+        extra |= {"gate_scale": np.exp(0.1 * draw(F)), "gate_bias": draw(F) * 0.3}
+    elif activation in ("topk", "abstopk"):
+        extra["k"] = 9
+    elif activation == "groupmax":
+        extra["k"] = 12
+    if activation == "identity":
+        eye, zeros = np.eye(width, dtype=np.float32), np.zeros(width, dtype=np.float32)
+        return SaeWeights("identity", eye, zeros, site=site)
+    return SaeWeights(
+        activation, draw(width, F) / width**0.5, draw(F) * 0.1, b_in=draw(width) * 0.1,
+        site=site, **extra,
+    )  # fmt: skip
+
+
+def scorer_with_lora(folder, objective, saes, *, share_prompt=True, keys=KEYS, **policy):
+    """Tiny model with random non-zero LoRA on blocks 0 and 1; reference = fresh adapters."""
+    loaded = load_model(folder)
+    n, paths = adapters.adapted_paths(loaded.model, 2, 1, keys)
+    adapters.attach(loaded.model, adapters.AdapterSpec("lora", n, 3, 2.0, 0.0, paths))
+    reference = dict(adapters.parameters(loaded.model))
+    rng = np.random.default_rng(7)
+    values = {
+        name: rng.normal(size=array.shape).astype(np.float32) * 0.15
+        for name, array in adapters.parameters(loaded.model)
+    }
+    scorer = Scorer(
+        Policy(loaded.model, loaded.config, [s.site for s in saes], share_prompt=share_prompt,
+               **policy),
+        [encoder_of(sae) for sae in saes],
+        objective,
+    )  # fmt: skip
+    adapters.update(loaded.model, reference)
+    scorer.freeze_reference(reference)
+    return scorer, values
+
+
+def losses_and_grads(scorer, values, pairs):
+    """As the trainer does it: references scored with fresh adapters, then values put in."""
+    refs = scorer.reference(pairs)
+    adapters.update(scorer.policy.model, {k: mx.array(v) for k, v in values.items()})
+
+    def mean_loss():
+        losses, measures = scorer.losses(pairs, refs, grad=True)
+        return losses.losses.mean(), tuple(losses), measures
+
+    (_, losses, measures), grads = nn.value_and_grad(scorer.policy.model, mean_loss)()
+    flat = {k: np.array(v) for k, v in nn.utils.tree_flatten(grads)}
+    return [np.array(v) for v in losses], measures, flat
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    makers = {"llama": tiny_models.tiny_llama, "gemma2": tiny_models.tiny_gemma2}
+    return {name: make(root / name) for name, make in makers.items()}
+
+
+CASES = [(name, {}, "topk") for name in PRESETS]
+CASES += [("fpo", {}, kind) for kind in ("relu", "jumprelu", "gated", "abstopk", "groupmax")]
+CASES += [
+    ("fpo", {"stop_gradient": False}, "jumprelu"),
+    ("fpo", {"feature_scale": "reference"}, "topk"),
+    ("fpo", {"constraint": "activations"}, "identity"),
+    ("fpo", {"length_normalize": False}, "relu"),
+    ("fpo", {"margin": "constant", "gamma": 0.3}, "relu"),
+    ("dpo", {"constraint": "kl", "alpha": 0.7}, "relu"),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(("preset", "changes", "activation"), CASES)
+def test_losses_and_every_gradient_equal_the_oracle(folders, family, preset, changes, activation):
+    objective = Objective(**{**PRESETS[preset], "top_k": K, **changes})
+    sae = random_sae(activation, 32, Site(1))
+    saes = [sae] if objective.pooled else []
+    pairs = random_pairs([(9, 5, 8), (4, 7, 3), (1, 4, 4)])
+    scorer, values = scorer_with_lora(folders[family], objective, saes)
+    (losses, u, chosen, rejected), measures, grads = losses_and_grads(scorer, values, pairs)
+
+    setup = oracle.Setup(
+        normalize=objective.length_normalize, margin=objective.margin, k=K,
+        constraint=objective.constraint, stop_gradient=objective.stop_gradient,
+        beta=objective.beta, alpha=objective.alpha, gamma=objective.gamma,
+        feature_scale=objective.feature_scale,
+    )  # fmt: skip
+    model = oracle.load_oracle(folders[family])
+    lora = oracle.attach_lora(model, values, scale=2.0)
+    want, want_grads = oracle.loss_and_grads(model, lora, pairs, setup, taps=saes)
+
+    def column(name):
+        return np.array([row[name] for row in want])
+
+    np.testing.assert_allclose(u, column("u"), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(losses, column("loss"), rtol=1e-4)
+    np.testing.assert_allclose(chosen, column("rewards/chosen"), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rejected, column("rewards/rejected"), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.array(measures.logps)[0], column("logps/chosen"), rtol=1e-4)
+    if objective.constraint == "kl":
+        np.testing.assert_allclose(np.array(measures.kl)[1], column("kl/rejected"), rtol=1e-3)
+    assert set(grads) == set(want_grads)
+    for name, got in grads.items():
+        size = np.abs(want_grads[name]).max()
+        np.testing.assert_allclose(got, want_grads[name], rtol=1e-3, atol=1e-3 * size, err_msg=name)
+    assert max(np.abs(g).max() for g in grads.values()) > 1e-5
+
+
+def test_oracle_rows_sanity_different_lora_gives_different_losses(folders):
+    """Guards the comparison itself: were the LoRA values not in force, u would be 0."""
+    scorer, values = scorer_with_lora(folders["llama"], Objective(top_k=K), [random_sae("topk", 32, Site(1))])
+    pairs = random_pairs([(5, 6, 4)])
+    (_, u, *_), _, _ = losses_and_grads(scorer, values, pairs)
+    assert abs(float(u[0])) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_step_zero_is_the_closed_form_and_has_a_gradient(folders, family, preset):
+    """policy = reference: u = 0 (or -gamma with the constant margin) and D = 0."""
+    objective = Objective(**{**PRESETS[preset], "top_k": K})
+    saes = [random_sae("topk", 32, Site(1))] if objective.pooled else []
+    pairs = random_pairs([(9, 5, 8), (4, 7, 3)])
+    scorer, _ = scorer_with_lora(folders[family], objective, saes)
+    fresh = {k: np.array(v) for k, v in adapters.parameters(scorer.policy.model)}
+    (losses, u, *_), measures, grads = losses_and_grads(scorer, fresh, pairs)
+    if objective.margin == "reference":
+        np.testing.assert_allclose(losses, np.log(2), atol=1e-6)
+        np.testing.assert_allclose(u, 0, atol=1e-5)
+    else:
+        logps, lengths = np.array(measures.logps), np.array(measures.lengths)
+        gap = (logps / lengths)[0] - (logps / lengths)[1]
+        np.testing.assert_allclose(u, objective.beta * gap - objective.gamma, rtol=1e-5)
+    if measures.distances is not None:
+        np.testing.assert_allclose(np.array(measures.distances), 0, atol=1e-10)
+    assert max(np.abs(g).max() for k, g in grads.items() if k.endswith("lora_b")) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("preset", ["fpo", "tdpo2"])
+def test_prompt_once_equals_whole_sequences(folders, family, grad_checkpoint, preset):
+    """Loss and all gradients, to float32 rounding; gradient checkpointing changes nothing."""
+    objective = Objective(**{**PRESETS[preset], "top_k": K})
+    saes = [random_sae("jumprelu", 32, Site(1))] if objective.pooled else []
+    pairs = random_pairs([(12, 5, 8), (3, 7, 7), (1, 4, 2)])
+    results = []
+    for share in (True, False):
+        scorer, values = scorer_with_lora(
+            folders[family], objective, saes, share_prompt=share,
+            grad_checkpoint=grad_checkpoint and share,
+        )  # fmt: skip
+        assert scorer.policy.shares_prompt is share
+        results.append(losses_and_grads(scorer, values, pairs))
+    (once, _, grads), (plain, _, plain_grads) = results
+    np.testing.assert_allclose(once[0], plain[0], rtol=1e-5)
+    for name, got in grads.items():
+        size = np.abs(plain_grads[name]).max()
+        np.testing.assert_allclose(got, plain_grads[name], atol=1e-5 * size, err_msg=name)
+
+
+def test_objective_fields_are_all_compared_here():
+    """A new field of Objective must be added to the comparison above."""
+    names = {f.name for f in dataclasses.fields(Objective)}
+    assert names == {
+        "beta", "alpha", "gamma", "length_normalize", "margin", "constraint", "stop_gradient",
+        "top_k", "feature_scale",
+    }  # fmt: skip
