@@ -1,0 +1,184 @@
+"""Sources of pairs: files, folders, the hub; and what is said when there is nothing to read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fpo_mlx.data import HubSplits, find_splits, read_raw, read_split
+from fpo_mlx.errors import DataError, FpoError
+
+PAIR = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+
+
+def lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_a_folder_is_read_split_by_split(tmp_path):
+    (tmp_path / "train.jsonl").write_text(lines(PAIR, {**PAIR, "prompt": "R"}))
+    (tmp_path / "valid.jsonl").write_text(lines({**PAIR, "prompt": "V"}))
+    train, valid = (read_split(str(tmp_path), split) for split in ("train", "valid"))
+    assert [row.prompt[0]["content"] for row in train] == ["Q", "R"]
+    assert [(row.where, row.index) for row in train] == [("train.jsonl:1", 0), ("train.jsonl:2", 1)]
+    assert [row.prompt[0]["content"] for row in valid] == ["V"]
+    assert set(find_splits(tmp_path)) == {"train", "valid"}
+
+
+def test_a_file_is_the_one_split_that_is_asked_for(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(lines(PAIR))
+    assert find_splits(file) == {"train": file}
+    assert find_splits(file, want="test") == {"test": file}
+    assert read_split(file, "test")[0].where == "pairs.jsonl:1"
+
+
+def test_blank_lines_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    row = json.dumps(PAIR).encode()
+    file.write_bytes(b"\xef\xbb\xbf" + row + b"\r\n\r\n  \n" + row)
+    assert [(row.where, row.index) for row in read_split(file)] == [
+        ("pairs.jsonl:1", 0),
+        ("pairs.jsonl:4", 1),
+    ]
+
+
+def test_all_bad_rows_are_named_at_once(tmp_path):
+    file = tmp_path / "train.jsonl"
+    bad = [b'{"prompt": "Q",', b"\xff\xfe", b"[1]", b'{"prompt": "Q", "rejected": "B"}']
+    deep, big = b"[" * 100_000, b"1" * 5_000
+    rows = [json.dumps(PAIR).encode(), *bad, deep, big]
+    file.write_bytes(b"\n".join(rows))
+    with pytest.raises(DataError) as caught:
+        read_split(tmp_path)
+    assert caught.value.exit_code == 3
+    assert "6 of 7 rows cannot be used" in str(caught.value)
+    wheres = [fault.split(": ")[0] for fault in caught.value.faults]
+    assert wheres == [f"train.jsonl:{number}" for number in range(2, 8)]
+    said = [fault.split(": ", 1)[1] for fault in caught.value.faults]
+    assert said[0].startswith("not JSON: Expecting property name")
+    assert said[1] == "not UTF-8 (byte 1 of the line)"
+    assert said[2] == "a row is an object with named columns, not a list"
+    assert said[3].startswith("no 'chosen'")
+    assert said[4] == "not JSON: nested too deeply"
+    assert said[5] == "not JSON: a number with too many digits"
+
+
+def test_a_long_list_of_faults_is_cut_in_the_message_only(tmp_path):
+    (tmp_path / "train.jsonl").write_text(lines(*[{}] * 50))
+    with pytest.raises(DataError) as caught:
+        read_split(tmp_path)
+    assert len(caught.value.faults) == 50
+    assert "… and 30 more" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file_is_refused_as_data(tmp_path, content):
+    (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"train\.jsonl holds no rows") as caught:
+        read_split(tmp_path)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("source", ["absent.jsonl", "no/such/folder", "./absent", "folder"])
+def test_a_missing_file_is_a_plain_error_and_never_asks_the_hub(source, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fpo_mlx.data.read._hub_splits", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(FpoError, match="no such file or folder") as caught:
+        read_split(source)
+    assert caught.value.exit_code == 1
+
+
+def test_a_missing_split_names_the_file_and_those_that_exist(tmp_path):
+    (tmp_path / "train.jsonl").write_text(lines(PAIR))
+    with pytest.raises(FpoError, match=r"test\.jsonl: no such file.*found in .*: train") as caught:
+        read_split(tmp_path, "test")
+    assert caught.value.exit_code == 1
+    with pytest.raises(FpoError, match="'dev' is no split"):
+        read_split(tmp_path, "dev")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the hub: owner/name -> split -> rows, through real `datasets` tables."""
+    import datasets
+
+    def install(splits):
+        tables = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+        asked = []
+
+        def names(source, subset=None):
+            asked.append((source, subset))
+            return list(tables)
+
+        monkeypatch.setattr(datasets, "get_dataset_split_names", names)
+        monkeypatch.setattr(datasets, "load_dataset", lambda source, subset, split: tables[split])
+        return asked
+
+    return install
+
+
+FEEDBACK = {
+    "prompt": "Q",
+    "chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+    "rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}],
+}
+
+
+def test_the_splits_of_ultrafeedback_are_found(hub):
+    asked = hub({"train_sft": [{"x": 1}], "train_prefs": [FEEDBACK] * 3, "test_prefs": [FEEDBACK]})
+    found = find_splits("owner/feedback")
+    assert found == {"train": "train_prefs", "valid": "test_prefs", "test": "test_prefs"}
+    rows = read_split("owner/feedback", "train")
+    assert [row.where for row in rows] == [f"owner/feedback[train_prefs]:{n}" for n in (1, 2, 3)]
+    assert rows[0].chosen == ({"role": "assistant", "content": "A"},)
+    assert asked[0] == ("owner/feedback", None)
+
+
+def test_named_splits_and_a_subset_are_used(hub):
+    asked = hub({"train": [PAIR], "held_out": [PAIR] * 2, "test": [PAIR]})
+    assert set(find_splits("owner/name")) == {"train", "test"}  # test is not taken for valid
+    names = HubSplits(valid="held_out", subset="english")
+    assert len(read_split("owner/name", "valid", hub=names)) == 2
+    assert asked[-1] == ("owner/name", "english")
+    with pytest.raises(FpoError, match=r"no split 'prefs' \(--train-split\); it has train, held"):
+        read_split("owner/name", "train", hub=HubSplits(train="prefs"))
+    with pytest.raises(FpoError, match="no valid split; found: train .* --valid-split NAME"):
+        read_split("owner/name", "valid")
+
+
+def test_a_hub_that_cannot_be_reached_is_a_plain_error(monkeypatch):
+    import datasets
+
+    def fail(*_, **__):
+        raise ConnectionError("no route to host\nsecond line")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
+    with pytest.raises(FpoError, match="cannot be read: no route to host\\. Check the name"):
+        read_split("owner/name")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(st.binary(max_size=60) | st.text(max_size=40).map(lambda text: json.dumps(text).encode()))
+def test_any_bytes_give_rows_or_a_data_error(tmp_path, content):
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(DataError):  # too short to hold a pair
+        read_split(file)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(st.integers(0, 300), st.binary(min_size=1, max_size=3))
+def test_a_damaged_file_gives_rows_or_a_data_error(tmp_path, at, damage):
+    content = lines(FEEDBACK, PAIR).encode()
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(content[:at] + damage + content[at + len(damage) :])
+    try:
+        rows = read_split(file)
+    except DataError as error:
+        assert error.faults  # noqa: PT017
+        return
+    assert len(rows) == len(read_raw(file, "train"))
