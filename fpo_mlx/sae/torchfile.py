@@ -115,14 +115,14 @@ def open_torch(path: Path) -> TensorFile:
     root, archive = _description(path)
     if not isinstance(root, dict):
         raise SaeError(f"{path}: holds a {type(root).__name__}; wanted a dictionary of tensors.")
-    extras = dict(root)
+    outer = root
     for wrapper in _WRAPPERS:
         if isinstance(root.get(wrapper), dict) and _tensors(root[wrapper]):
-            extras.pop(wrapper)
-            root = root[wrapper]
+            outer, root = {k: v for k, v in root.items() if k != wrapper}, root[wrapper]
             break
     tensors = _tensors(root)
-    extras.update({str(k): v for k, v in root.items() if not isinstance(v, _Tensor)})
+    beside = {**outer, **root}
+    extras = {str(k): v for k, v in beside.items() if not isinstance(v, _Tensor)}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return TensorFile(path, shapes, lambda name: _values(path, archive, tensors[name]), extras)
 
