@@ -45,12 +45,20 @@ class TensorFile:
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
-    def read(self, name: str) -> np.ndarray:
+    def rank(self, name: str) -> int:
+        """Number of dimensions."""
+        self._require(name)
+        return len(self.shapes[name])
+
+    def _require(self, name: str) -> None:
         if name not in self.shapes:
             raise SaeError(
                 f"{self.path}: has no tensor {name!r}; it holds {', '.join(sorted(self.shapes))}. "
                 "The file is another format than the one it was read as, or incomplete."
             )
+
+    def read(self, name: str) -> np.ndarray:
+        self._require(name)
         array = np.asarray(self.fetch(name)).astype(np.float32, copy=False)
         if not np.isfinite(array).all():
             bad = int(array.size - np.isfinite(array).sum())

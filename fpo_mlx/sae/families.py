@@ -88,7 +88,15 @@ def load_sae(
     """
     options = LoadOptions(allow_pickle, decoder, k, llama_scope_gate, norm_scaling_factor, name)
     source = _open(Path(path), options)
-    sae = _recognise(source, format).load(source)
+    family = _recognise(source, format)
+    try:
+        sae = family.load(source)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SaeError(
+            f"{source.file}: its configuration cannot be understood as {family.name} "
+            f"({type(error).__name__}: {error}). Compare it with one that its tool wrote, or "
+            "name another --sae-format."
+        ) from error
     known = facts(source.name)
     if known is not None and sae.neuronpedia is None:
         sae = replace(sae, neuronpedia=known.neuronpedia)

@@ -30,7 +30,7 @@ def matches(source: Source) -> bool:
 
 def load(source: Source) -> SaeWeights:
     config = source.json("config.json") or {}
-    if "crosscoder" in source.file.as_posix() or len(source.tensors.shapes["w_enc"]) != 2:
+    if "crosscoder" in source.file.as_posix() or source.tensors.rank("w_enc") != 2:
         raise SaeError(
             f"{source.file}: is a crosscoder, which reads several layers at once; "
             "a constraint needs an SAE of one place. Choose a resid_post folder."
@@ -39,7 +39,7 @@ def load(source: Source) -> SaeWeights:
         raise SaeError(f"{source.file}: architecture {config['architecture']!r}; wanted jump_relu.")
     kind = _kind(source, config)
     notes = []
-    whole = len(source.tensors.shapes["w_dec"]) == 2
+    whole = source.tensors.rank("w_dec") == 2
     if not whole:
         notes.append("A cross-layer transcoder writes to several layers: read for encoding only.")
     if "affine_skip_connection" in source.tensors:

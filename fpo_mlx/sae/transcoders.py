@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights, Site
 from fpo_mlx.sae.common import Source, assert_width, finished, matrix, transposed
 from fpo_mlx.sae.hooks import site_of
@@ -27,7 +28,7 @@ def matches_mntss(source: Source) -> bool:
 
 
 def load_mwhanna(source: Source) -> SaeWeights:
-    layer = int(re.findall(r"\d+", source.file.stem)[-1])
+    layer = _layer(source, re.findall(r"layer_(\d+)", source.file.stem))
     w_enc = transposed(matrix(source, "W_enc"))
     for name in ("wandb-config.yaml", "wanb-config.yaml"):  # the authors' spelling varies
         training = _yaml_values(source, name)
@@ -54,11 +55,7 @@ def load_mwhanna(source: Source) -> SaeWeights:
 
 
 def load_mntss(source: Source) -> SaeWeights:
-    layer = next(
-        int(match[1])
-        for name in source.tensors.shapes
-        if (match := re.fullmatch(r"W_enc_(\d+)", name))
-    )
+    layer = _layer(source, re.findall(r"W_enc_(\d+)", " ".join(source.tensors.shapes)))
     return finished(
         SaeWeights(
             activation="relu",
@@ -72,6 +69,16 @@ def load_mntss(source: Source) -> SaeWeights:
             notes=("A cross-layer transcoder writes to many layers: read for encoding only.",),
         )
     )
+
+
+def _layer(source: Source, found: list[str]) -> int:
+    """The one block number among the names of file or tensors."""
+    if len(found) != 1:
+        raise SaeError(
+            f"{source.file}: wanted one block number in its name or tensors, found {len(found)}. "
+            "Give one layer_L.safetensors or W_enc_L.safetensors file."
+        )
+    return int(found[0])
 
 
 def _site(source: Source, layer: int) -> Site | None:
