@@ -115,7 +115,7 @@ def matrix(source: Source, *names: str) -> np.ndarray:
     array = source.tensors.first(*names)
     scale = source.tensors.get(f"{names[0]}_scale")
     if scale is not None:  # our own 8-bit variant: one scale per feature
-        array = array * (scale if scale.ndim < 2 else scale.reshape(-1))
+        array = array * scale
     if array.ndim != 2:
         raise SaeError(
             f"{source.file}: {names[0]} has shape {list(array.shape)}; wanted two dimensions."

@@ -1,7 +1,7 @@
 """Any SAE as a SAELens 6 folder: cfg.json + sae_weights.safetensors, and an 8-bit variant.
 
 float32, float16 and bfloat16 are read by SAELens itself. "int8" is ours alone: W_enc and W_dec as
-int8 with one float32 scale per feature (`W_enc_scale`, `W_dec_scale`, both [F]; weight = int8 *
+int8 with one float32 scale per feature (`W_enc_scale` [1, F], `W_dec_scale` [F, 1]; weight = int8 *
 scale), every vector float32; SAELens stops at the unknown tensors.
 """
 
@@ -193,7 +193,7 @@ def _quantized(tensors: dict[str, np.ndarray]) -> dict[str, tuple[str, np.ndarra
         scale = np.abs(array).max(axis=axis, keepdims=True) / np.float32(127)
         scale = np.where(scale == 0, 1, scale).astype("<f4")
         stored[name] = ("I8", np.rint(array / scale).astype("|i1"))
-        stored[f"{name}_scale"] = ("F32", scale.reshape(-1))
+        stored[f"{name}_scale"] = ("F32", scale)
     return stored
 
 
