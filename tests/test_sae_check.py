@@ -1,0 +1,99 @@
+"""Hook names to sites, and whether an SAE fits a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_saes import CASES
+
+from fpo_mlx.errors import SaeError
+from fpo_mlx.sae import load_sae
+from fpo_mlx.sae.check import check_fit, resolve_site
+from fpo_mlx.sae.hooks import layer_in, site_of
+
+HOOKS = [
+    ("blocks.3.hook_resid_post", "resid_post of block 3"),
+    ("blocks.0.hook_resid_pre", "resid_pre of block 0"),
+    ("blocks.11.attn.hook_z", "attn_z of block 11"),
+    ("blocks.5.ln2.hook_normalized", "mlp_in_unscaled of block 5"),
+    ("blocks.5.hook_mlp_in", "resid_mid of block 5"),
+    ("model.layers.3.output", "resid_post of block 3"),
+    ("model.layers.3.pre_feedforward_layernorm.output", "mlp_in of block 3"),
+    ("model.language_model.layers.12.mlp", "mlp_raw of block 12"),
+    ("transformer.h.4.attn", "attn_raw of block 4"),
+    ("gpt_neox.layers.2", "resid_post of block 2"),
+    ("attn_out_layer_7", "attn_raw of block 7"),
+    ("embed_tokens", "resid_pre of block 0"),
+    ("blocks.3.hook_unheard_of", None),
+    ("", None),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize(("name", "site"), HOOKS)
+def test_hook_names_become_sites(name: str | None, site: str | None):
+    found = site_of(name)
+    assert (str(found) if found else None) == site
+
+
+def test_the_norm_after_attention_is_its_output_in_gemma_and_the_mlps_input_elsewhere():
+    name = "model.layers.3.post_attention_layernorm.output"
+    assert str(site_of(name, model_name="gemma-2-2b")) == "attn_out of block 3"
+    assert str(site_of(name, model_name="Llama-3")) == "mlp_in of block 3"
+
+
+@pytest.mark.parametrize(
+    ("text", "layer"),
+    [
+        ("layer_25/width_16k/average_l0_55", 25),
+        ("layers.10.mlp", 10),
+        ("Llama-3.1-8B-Instruct-SAE-l19.pth", 19),
+        ("layer7.sae.pt", 7),
+        ("average_l0_55/params", None),
+    ],
+)
+def test_the_block_is_found_in_a_path(text: str, layer: int | None):
+    assert layer_in(text) == layer
+
+
+def small(tmp_path: Path):
+    made = next(c for c in CASES if c.name == "saelens_topk").make(
+        tmp_path, np.random.default_rng(0)
+    )
+    return load_sae(made.path)
+
+
+def test_an_sae_that_fits_raises_nothing(tmp_path: Path):
+    sae = small(tmp_path)
+    site = resolve_site(sae)
+    assert check_fit(sae, site=site, hidden_size=12, n_layers=4, model_name="x/tiny-4bit") == ()
+
+
+def test_an_sae_of_another_model_is_refused(tmp_path: Path):
+    sae = small(tmp_path)
+    with pytest.raises(SaeError, match=r"vectors of 12, .* this model has 16 \(hidden size\)"):
+        check_fit(sae, site=resolve_site(sae), hidden_size=16, n_layers=4)
+    with pytest.raises(SaeError, match="for block 3, but the model has blocks 0 to 2"):
+        check_fit(sae, site=resolve_site(sae), hidden_size=12, n_layers=3)
+    with pytest.raises(SaeError, match=r"has 32 \(heads x head size\)"):
+        check_fit(sae, site=resolve_site(sae, kind="attn_z"), hidden_size=12, n_layers=4, z_size=32)
+
+
+def test_overrides_of_site_and_another_model_are_called_out(tmp_path: Path):
+    sae = small(tmp_path)
+    warnings = check_fit(
+        sae, site=resolve_site(sae, layer=2), hidden_size=12, n_layers=4, model_name="big"
+    )
+    assert "trained on resid_post of block 3; it is used on resid_post of block 2" in warnings[0]
+    assert "trained on tiny, the model is big" in warnings[1]
+
+
+def test_an_sae_without_a_site_needs_a_layer(tmp_path: Path):
+    sae = small(tmp_path, "saelens_bfloat16")
+    with pytest.raises(SaeError, match="Give --layer N"):
+        resolve_site(sae)
+    assert str(resolve_site(sae, layer=5)) == "resid_post of block 5"
+    with pytest.raises(SaeError, match="'residual' is unknown; wanted one of resid_pre"):
+        resolve_site(sae, layer=5, kind="residual")
