@@ -58,11 +58,9 @@ def test_the_block_is_found_in_a_path(text: str, layer: int | None):
     assert layer_in(text) == layer
 
 
-def small(tmp_path: Path):
-    made = next(c for c in CASES if c.name == "saelens_topk").make(
-        tmp_path, np.random.default_rng(0)
-    )
-    return load_sae(made.path)
+def small(tmp_path: Path, name: str = "saelens_topk") -> SaeWeights:
+    case = next(case for case in CASES if case.name == name)
+    return load_sae(case.make(tmp_path, np.random.default_rng(0)).path)
 
 
 def test_an_sae_that_fits_raises_nothing(tmp_path: Path):

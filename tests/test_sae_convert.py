@@ -84,8 +84,11 @@ def test_a_dtype_is_stored_as_named_and_rounds_to_nearest(
     assert (bound == 0) == (error.max() == 0)
 
 
-@pytest.mark.parametrize("name", ["saelens_jumprelu", "saelens_gated", "saelens_topk"])
-def test_eight_bits_are_within_half_a_step_of_each_feature(name: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [("saelens_jumprelu", 0.02), ("saelens_gated", 0.02), ("saelens_topk", 0.15)],  # topk may swap
+)
+def test_eight_bits_are_within_half_a_step_of_each_feature(name: str, bound: float, tmp_path: Path):
     sae = opened(next(case for case in CASES if case.name == name), tmp_path / "in")
     convert.write_saelens(sae, tmp_path / "out", "int8")
     back = load_sae(tmp_path / "out")
@@ -97,7 +100,7 @@ def test_eight_bits_are_within_half_a_step_of_each_feature(name: str, tmp_path: 
     assert (np.abs(back.w_dec - sae.w_dec) <= step * 0.5001).all()
     np.testing.assert_array_equal(back.b_enc, sae.b_enc)
     acts, rough = encode(sae, X), encode(back, X)
-    assert 0 < np.linalg.norm(rough - acts) / np.linalg.norm(acts) < 0.05
+    assert 0 < np.linalg.norm(rough - acts) / np.linalg.norm(acts) < bound
 
 
 def test_a_weight_beyond_float16_is_refused_before_anything_is_written(tmp_path: Path):
