@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--chats", type=Path, action="append", required=True)
     parser.add_argument("--model", type=Path, default=smollm2.model_folders().full)
     parser.add_argument("--output", type=Path, default=DEMO / "sae")
-    parser.add_argument("--passes", type=int, default=8)
+    parser.add_argument("--passes", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
