@@ -9,6 +9,7 @@ import pytest
 from tiny_saes import CASES
 
 from fpo_mlx.errors import SaeError
+from fpo_mlx.records import SaeWeights
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.check import check_fit, resolve_site
 from fpo_mlx.sae.hooks import layer_in, site_of
