@@ -1,0 +1,170 @@
+"""The reference pass with PyTorch: transformers' model, on CUDA, Metal or the CPU. No mlx."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fpo_mlx.errors import ModelError
+from fpo_mlx.records import PairScore, ResponseScore, SaeWeights, SparseFeatures, TokenPair
+from fpo_mlx.reference.torch_backend.load import choose_device, choose_dtype, load_model
+from fpo_mlx.reference.torch_backend.saes import on_device, pooled
+from fpo_mlx.reference.torch_backend.taps import Recorder, find_tap
+
+TOKENS_PER_BATCH = {"cpu": 2048, "mps": 4096, "cuda": 16384}  # padding counts
+HEAD_ELEMENTS = 1 << 25  # logits in memory at once: 128 MB in float32
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "failed to allocate")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One response to score: the tokens that go in, and the response that is read off them."""
+
+    number: int
+    tokens: np.ndarray  # int32 [P + |y| - 1]: the last token predicts nothing
+    response: np.ndarray  # int32 [|y|]
+
+    @property
+    def first(self) -> int:
+        """The last prompt position: the first whose next token is the response's."""
+        return len(self.tokens) - len(self.response)
+
+
+class TorchBackend:
+    """`ReferenceBackend` with transformers. Responses are sorted by length and padded on the right.
+
+    No attention mask is given: under a causal mask no position sees the padding behind it.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        adapter_path: str | Path | None = None,
+        saes: Sequence[SaeWeights] = (),
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        tokens_per_batch: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """device: None for CUDA, else Metal, else the CPU. dtype: None for float32 on a CPU, else
+        the folder's. tokens_per_batch: what a batch may hold, padding included; halved by itself
+        when memory runs out.
+
+        Raises: ConfigError, ModelError, SaeError for settings, files or sites that do not fit.
+        """
+        folder, self.device = Path(model_path), choose_device(device)
+        weights = choose_dtype(dtype, folder, self.device)
+        adapter = Path(adapter_path) if adapter_path is not None else None
+        self._model, self.notes = load_model(
+            folder, adapter, self.device, weights, trust_remote_code=trust_remote_code
+        )
+        self._saes = [on_device(sae, self.device) for sae in saes]
+        self._recorder = Recorder(tuple(find_tap(self._model, sae.site) for sae in self._saes))
+        self.dtype = str(weights).removeprefix("torch.")
+        self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 4096)
+        self._vocabulary = int(self._model.config.get_text_config().vocab_size)
+        if self._model.base_model is self._model:
+            raise ModelError(f"{folder}: a model without a separate head. Use --backend mlx.")
+
+    def score(self, pairs: Sequence[TokenPair]) -> list[PairScore]:
+        """Raises ModelError when a single response is too much for the memory."""
+        rows = [
+            _Row(2 * n + side, np.concatenate([pair.prompt, response[:-1]]), response)
+            for n, pair in enumerate(pairs)
+            for side, response in enumerate(pair.responses)
+        ]
+        todo = sorted(rows, key=lambda row: -len(row.tokens))  # the longest shows what memory holds
+        scores: dict[int, ResponseScore] = {}
+        while todo:
+            batch = todo[: max(1, self.tokens_per_batch // len(todo[0].tokens))]
+            found = self._try(batch)
+            if found is None:
+                self._back_off(batch)
+                continue
+            scores |= {row.number: score for row, score in zip(batch, found, strict=True)}
+            todo = todo[len(batch) :]
+        return [(scores[2 * n], scores[2 * n + 1]) for n in range(len(pairs))]
+
+    def _try(self, batch: Sequence[_Row]) -> list[ResponseScore] | None:
+        """The scores, or None when memory ran out (what the attempt held is free by then)."""
+        try:
+            with torch.no_grad():
+                return self._score(batch)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not any(text in str(error).lower() for text in OUT_OF_MEMORY):
+                raise
+            return None
+        finally:
+            self._recorder.clear()
+
+    def _back_off(self, batch: Sequence[_Row]) -> None:
+        longest = len(batch[0].tokens)
+        if len(batch) == 1:
+            raise ModelError(
+                f"{self.device}: out of memory on a single response of {longest} tokens. "
+                "Lower --max-seq-length, or use a smaller --dtype or another --device."
+            )
+        self.tokens_per_batch = longest * (len(batch) // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _score(self, batch: Sequence[_Row]) -> list[ResponseScore]:
+        lengths = [len(row.response) for row in batch]
+        tokens = np.zeros((len(batch), len(batch[0].tokens)), np.int64)  # [B, L], longest first
+        for i, row in enumerate(batch):
+            tokens[i, : len(row.tokens)] = row.tokens
+        out = self._model.base_model(input_ids=self._put(tokens), use_cache=False)
+        at = (
+            self._put(np.repeat(np.arange(len(batch)), lengths)),
+            self._put(np.concatenate([np.arange(r.first, len(r.tokens)) for r in batch])),
+        )  # response positions of all rows, [R] each
+        targets = self._put(np.concatenate([row.response for row in batch]).astype(np.int64))
+        logps = self._token_logps(out, out.last_hidden_state[at], targets)
+        sites = [self._recorder.rows(tap, at).split(lengths) for tap in self._recorder.taps]
+        features = [
+            torch.stack([pooled(sae, rows) for rows in site]).cpu().numpy()  # [B, F]
+            for sae, site in zip(self._saes, sites, strict=True)
+        ]
+        by_row = np.split(logps, np.cumsum(lengths)[:-1])
+        return [
+            ResponseScore(
+                logps=float(part.sum()),
+                tokens=length,
+                features=tuple(SparseFeatures.from_dense(dense[i]) for dense in features),
+            )
+            for i, (length, part) in enumerate(zip(lengths, by_row, strict=True))
+        ]
+
+    def _token_logps(self, out: Any, hidden: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+        """hidden: [R, D] after the final norm, targets: [R] -> float64 [R], softmax in float32."""
+        size = max(1, HEAD_ELEMENTS // self._vocabulary)
+        parts = []
+        for rows, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = self._head(type(out), rows).float()  # [r, V]
+            picked = logits.gather(1, wanted[:, None])[:, 0]
+            parts.append(picked - logits.logsumexp(dim=1))
+        return torch.cat(parts).cpu().numpy().astype(np.float64)
+
+    def _head(self, output: type, rows: torch.Tensor) -> torch.Tensor:
+        """The model's own map to logits, soft-caps and scales included. [r, D] -> [r, V].
+
+        The model is called as usual, but its backbone answers with the rows it is given.
+        """
+        base = self._model.base_model
+        base.forward = lambda *args, **kwargs: output(last_hidden_state=rows[None])
+        try:
+            dummy = torch.zeros((1, len(rows)), dtype=torch.int64, device=self.device)
+            return self._model(input_ids=dummy, use_cache=False).logits[0]
+        finally:
+            del base.forward  # the class's own shows again
+
+    def _put(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)

@@ -1,0 +1,184 @@
+"""A Hugging Face or MLX folder, with or without an mlx-lm adapter -> a transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.reference.torch_backend.mlx_folder import (
+    is_mlx_folder,
+    read_config,
+    read_mlx_weights,
+    stored_dtype,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# transformers' name for what mlx-lm calls otherwise
+RENAMED = (
+    ("language_model.model.", "model.language_model."),
+    ("model.h.", "gpt_neox.layers."),
+    ("model.", "model.language_model."),
+)
+IGNORED = ("vision", "visual", "multi_modal", "image", "audio")  # towers that text never enters
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; None: CUDA, else Metal, else the CPU. Raises ConfigError."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}). "
+            "Wanted cpu, cuda, cuda:N or mps, as this machine and its PyTorch have them."
+        ) from error
+    return device
+
+
+def choose_dtype(name: str | None, folder: Path, device: torch.device) -> torch.dtype:
+    """The dtype of this name; None: float32 on a CPU, else what the folder stores."""
+    if name is None:
+        return torch.float32 if device.type == "cpu" else stored_dtype(folder)
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype {name}: wanted one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def load_model(
+    folder: Path,
+    adapter: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[Any, tuple[str, ...]]:
+    """The frozen model with its adapter merged in, and notes on how it was read.
+
+    Raises ModelError when the folder or the adapter cannot be read, or do not fit.
+    """
+    config = read_config(folder)
+    notes: list[str] = []
+    try:
+        if is_mlx_folder(folder, config):
+            model, loading = _from_mlx(folder, config, dtype)
+            if "quantization" in config:
+                notes.append(f"{folder.name}: quantised weights were dequantised to {dtype}")
+        else:
+            model, loading = _from_hugging_face(folder, dtype, trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{folder}: transformers cannot load this model: {error}") from error
+    _check_complete(folder, loading)
+    if adapter is not None:
+        count = merge_adapter(model, adapter)
+        notes.append(f"{adapter.name}: {count} adapted layers were merged into the weights")
+    model.eval().requires_grad_(False)
+    return model.to(device), tuple(notes)
+
+
+def _from_hugging_face(folder: Path, dtype: torch.dtype, trust: bool) -> tuple[Any, dict]:
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    return loader.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=trust, output_loading_info=True
+    )
+
+
+def _from_mlx(folder: Path, config: dict, dtype: torch.dtype) -> tuple[Any, dict]:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    plain = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
+    own = AutoConfig.for_model(**plain)
+    weights = read_mlx_weights(folder, config, dtype)
+    loader: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(own)]
+    return loader.from_pretrained(
+        None, config=own, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+
+
+def _check_complete(folder: Path, loading: dict[str, Any]) -> None:
+    faults = []
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = [key if isinstance(key, str) else key[0] for key in loading.get(what, ())]
+        names = [n for n in names if not any(part in n for part in IGNORED) and "rotary" not in n]
+        if names:
+            faults.append(f"{what.replace('_', ' ')}: {', '.join(sorted(names)[:4])}")
+    if faults:
+        raise ModelError(
+            f"{folder}: the weights are not those of the model that config.json describes "
+            f"({'; '.join(faults)}). Use --backend mlx, or the Hugging Face original."
+        )
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> int:
+    """Add an mlx-lm LoRA or DoRA adapter to the weights, in float32; the number of layers.
+
+    LoRA: W + scale (A B)^T. DoRA: each row of that divided by its norm and multiplied by m.
+    Raises ModelError when a layer is absent, of another kind or of another shape.
+    """
+    config = read_config(folder, "adapter_config.json")
+    kind = config.get("fine_tune_type", "lora")
+    scale = (config.get("lora_parameters") or {}).get("scale")
+    if kind not in ("lora", "dora") or scale is None:
+        raise ModelError(
+            f"{folder}: fine_tune_type {kind!r} with scale {scale}; wanted lora or dora with "
+            "lora_parameters.scale. Fuse the adapter into the model first."
+        )
+    try:
+        tensors = load_file(folder / "adapters.safetensors")
+    except Exception as error:  # safetensors has errors of its own
+        raise ModelError(f"{folder / 'adapters.safetensors'} cannot be read: {error}") from error
+    paths = sorted({name.rpartition(".")[0] for name in tensors})
+    for path in paths:
+        parts = {name: tensors.get(f"{path}.{name}") for name in ("lora_a", "lora_b", "m")}
+        a, b, m = parts.values()
+        if a is None or b is None or (kind == "dora") != (m is not None):
+            raise ModelError(f"{folder}: {path} lacks a part of a {kind} layer. Save it again.")
+        _merge(folder, path, _module_at(model, path), float(scale) * (a.float() @ b.float()), m)
+    return len(paths)
+
+
+def _merge(
+    folder: Path, path: str, module: nn.Module | None, delta: torch.Tensor, m: torch.Tensor | None
+) -> None:
+    if isinstance(module, nn.Linear):
+        delta = delta.T  # [out, in]
+    if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.shape != delta.shape:
+        shape = list(getattr(getattr(module, "weight", None), "shape", ()))
+        found = f"{type(module).__name__} of shape {shape}" if module is not None else "nothing"
+        raise ModelError(
+            f"{folder}: {path} is for a layer of shape {list(delta.shape)}, and the model has "
+            f"{found} there. Name the model that "
+            "the adapter was trained on, or fuse the adapter first."
+        )
+    with torch.no_grad():
+        merged = module.weight.float() + delta
+        if m is not None:
+            merged *= (m.float() / merged.norm(dim=1))[:, None]
+        module.weight.copy_(merged)
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    for candidate in _spellings(path):
+        try:
+            return model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    return None
+
+
+def _spellings(path: str) -> Iterator[str]:
+    yield path
+    for theirs, ours in RENAMED:
+        if path.startswith(theirs):
+            yield ours + path.removeprefix(theirs)

@@ -1,0 +1,150 @@
+"""Reading the sites of a transformers model with hooks; its modules stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fpo_mlx.errors import ModelError, SaeError
+from fpo_mlx.records import Site
+
+BLOCKS = ("layers", "h", "blocks")
+ATTENTION = ("self_attn", "attn", "attention")
+MLP = ("mlp", "block_sparse_moe", "feed_forward", "ffn")
+OUT_PROJ = ("o_proj", "out_proj", "dense", "c_proj")
+
+
+@dataclass(frozen=True)
+class Port:
+    """The input or output of a module, times the factor with which it enters the stream."""
+
+    module: nn.Module
+    side: str  # "input" | "output"
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A site: the sum of its ports; `eps` is given where the RMS norm is still to be applied."""
+
+    site: Site
+    ports: tuple[Port, ...]
+    eps: float | None = None
+
+
+def find_blocks(model: Any) -> nn.ModuleList:
+    """The list of blocks of a causal language model. Raises ModelError when there is none."""
+    for root in (_decoder(model), model.base_model):
+        for name in BLOCKS:
+            found = getattr(root, name, None)
+            if isinstance(found, nn.ModuleList):
+                return found
+    raise ModelError(
+        f"{type(model).__name__} holds no list of blocks that the torch backend can find. "
+        "Use --backend mlx."
+    )
+
+
+def _decoder(model: Any) -> Any:
+    try:
+        return model.get_decoder()
+    except (AttributeError, NotImplementedError):
+        return model.base_model
+
+
+def find_tap(model: Any, site: Site) -> Tap:
+    """Where to read a site. Raises SaeError when the model has no such block or place."""
+    blocks = find_blocks(model)
+    if not 0 <= site.layer < len(blocks):
+        raise SaeError(
+            f"The SAE reads the {site}, but {type(model).__name__} has blocks 0 to "
+            f"{len(blocks) - 1}. Use an SAE made for this model, or correct --layer."
+        )
+    block: Any = blocks[site.layer]
+    sandwiched = hasattr(block, "post_feedforward_layernorm")  # Gemma 2 and 3, OLMo 2
+    factor = float(getattr(block, "residual_multiplier", 1.0))  # Granite
+    kind = site.kind
+    if kind == "resid_post":
+        return Tap(site, (Port(block, "output"),))
+    if kind == "resid_pre":
+        return Tap(site, (Port(block, "input"),))
+    if kind == "mlp_in_unscaled":
+        names = ("pre_feedforward_layernorm",) if sandwiched else ("post_attention_layernorm",)
+        norm = _child(block, names, site)
+        return Tap(site, (Port(norm, "input"),), _epsilon(norm, site))
+    if kind.startswith("mlp"):
+        mlp = _child(block, MLP, site)
+        if kind == "mlp_out" and sandwiched:
+            return Tap(site, (Port(block.post_feedforward_layernorm, "output"),))
+        side = "input" if kind == "mlp_in" else "output"
+        return Tap(site, (Port(mlp, side, factor if kind == "mlp_out" else 1.0),))
+    attention = _child(block, ATTENTION, site)
+    if kind == "attn_z":
+        return Tap(site, (Port(_child(attention, OUT_PROJ, site), "input"),))
+    if kind == "attn_raw":
+        return Tap(site, (Port(attention, "output"),))
+    out = Port(attention, "output", factor)
+    if sandwiched:
+        out = Port(block.post_attention_layernorm, "output")
+    # resid_mid as a sum needs no norm behind it, so it stands for parallel blocks as well
+    return Tap(site, (out,) if kind == "attn_out" else (Port(block, "input"), out))
+
+
+def _child(module: Any, names: tuple[str, ...], site: Site) -> nn.Module:
+    for name in names:
+        if isinstance(getattr(module, name, None), nn.Module):
+            return getattr(module, name)
+    raise SaeError(
+        f"The {site} cannot be read: {type(module).__name__} has none of {', '.join(names)}. "
+        "Use an SAE of resid_post, or --backend mlx."
+    )
+
+
+def _epsilon(norm: Any, site: Site) -> float:
+    for name in ("variance_epsilon", "eps"):
+        if hasattr(norm, name) and not hasattr(norm, "bias"):
+            return float(getattr(norm, name))
+    raise SaeError(f"The {site} cannot be read: {type(norm).__name__} is no RMS norm.")
+
+
+class Recorder:
+    """Hooks on the ports of some taps; `rows` reads what the last forward pass brought."""
+
+    def __init__(self, taps: tuple[Tap, ...]) -> None:
+        self.taps = taps
+        self._seen: dict[tuple[nn.Module, str], torch.Tensor] = {}
+        for module in {port.module for tap in taps for port in tap.ports}:
+            module.register_forward_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
+        value = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+        self._seen[module, "input"] = value
+        self._seen[module, "output"] = out[0] if isinstance(out, tuple) else out
+
+    def rows(self, tap: Tap, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The site at positions `at` (indices into batch and sequence, [R] each) -> [R, D]."""
+        parts = []
+        for port in tap.ports:
+            seen = self._seen[port.module, port.side]
+            part = seen.reshape(*_batch_shape(seen, at), seen.shape[-1])[at]
+            parts.append(part if port.factor == 1.0 else part * port.factor)
+        x = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        if tap.eps is None:
+            return x
+        x = x.float()
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + tap.eps)
+
+    def clear(self) -> None:
+        """Let go of the activations."""
+        self._seen.clear()
+
+
+def _batch_shape(seen: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
+    if seen.ndim == 3:
+        return seen.shape[0], seen.shape[1]
+    rows = int(at[0].max()) + 1  # a mixture of experts may flatten batch and sequence
+    return rows, seen.shape[0] // rows
