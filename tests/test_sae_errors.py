@@ -61,7 +61,9 @@ def test_a_truncated_file_is_refused_in_plain_text(name: str, part: float, tmp_p
     file = next(f for f in tmp_path.rglob("*") if f.suffix in (".safetensors", ".npz", ".pt"))
     raw = file.read_bytes()
     file.write_bytes(raw[: int(len(raw) * part)])
-    with pytest.raises(SaeError, match="truncated|damaged|cannot be read"):
+    with pytest.raises(
+        SaeError, match=r"is truncated: tensor|cannot be read: wanted|\.pt: .*Wanted a zip"
+    ):
         load_sae(tmp_path, allow_pickle=True)
 
 
@@ -164,7 +166,7 @@ def test_a_crosscoder_and_a_temporal_sae_are_refused(tmp_path: Path):
     shape = np.zeros((3, D, F), np.float32)
     (tmp_path / "c").mkdir()
     save_file({"w_enc": shape, "w_dec": shape}, tmp_path / "c" / "params.safetensors")
-    with pytest.raises(SaeError, match="crosscoder"):
+    with pytest.raises(SaeError, match="is a crosscoder"):
         load_sae(tmp_path / "c")
     (tmp_path / "t").mkdir()
     parts = {"D": np.zeros((F, D), np.float32), "attn_layers.0.k_ctx.bias": np.zeros(4, np.float32)}
@@ -213,7 +215,7 @@ def test_an_object_array_in_an_npz_is_not_unpickled(tmp_path: Path):
         arrays = dict(archive)
     arrays["W_enc"] = np.array([Bomb(tmp_path / "ran")], dtype=object)
     np.savez(case.path / "params.npz", **arrays)
-    with pytest.raises(SaeError, match="cannot be read"):
+    with pytest.raises(SaeError, match="cannot be read: wanted"):
         load_sae(case.path, allow_pickle=True)
     assert not (tmp_path / "ran").exists()
 
@@ -248,7 +250,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_pickle_is_refused_and_harmless(name: str, tmp_path: Path):
     path = save_torch(tmp_path / "ae.pt", {}, pickled=HOSTILE[name] or b"\x80\x02")
-    with pytest.raises(SaeError, match="refused|dictionary of tensors"):
+    with pytest.raises(SaeError, match="is refused: |wanted a dictionary of tensors"):
         load_sae(path, allow_pickle=True)
 
 
