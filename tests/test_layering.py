@@ -14,7 +14,7 @@ RUN = {"config", "core", "model", "scoring"}  # what one step of training or sco
 
 # Longest matching name wins: "reference.mlx_backend" before "reference".
 OURS = {
-    "": set(),
+    "": {"blas"},
     "errors": set(),
     "records": set(),
     "files": set(),
