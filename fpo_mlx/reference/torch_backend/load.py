@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,38 @@ def load_model(
     config = read_config(folder)
     notes: list[str] = []
     try:
-        if is_mlx_folder(folder, config):
-            model, loading = _from_mlx(folder, config, dtype)
-            if "quantization" in config:
-                notes.append(f"{folder.name}: quantised weights were dequantised to {dtype}")
-        else:
-            model, loading = _from_hugging_face(folder, dtype, trust_remote_code)
+        with _no_bars():
+            model, loading = _load(folder, config, dtype, trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder}: transformers cannot load this model: {error}") from error
+    if "quantization" in config:
+        notes.append(f"{folder.name}: quantised weights were dequantised to {dtype}")
     _check_complete(folder, loading)
     if adapter is not None:
         count = merge_adapter(model, adapter)
         notes.append(f"{adapter.name}: {count} adapted layers were merged into the weights")
     model.eval().requires_grad_(False)
     return model.to(device), tuple(notes)
+
+
+def _load(folder: Path, config: dict, dtype: torch.dtype, trust: bool) -> tuple[Any, dict]:
+    if is_mlx_folder(folder, config):
+        return _from_mlx(folder, config, dtype)
+    return _from_hugging_face(folder, dtype, trust)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws a bar while it loads; what is shown is for the command line to say."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _from_hugging_face(folder: Path, dtype: torch.dtype, trust: bool) -> tuple[Any, dict]:
@@ -144,6 +163,11 @@ def merge_adapter(model: nn.Module, folder: Path) -> int:
         a, b, m = parts.values()
         if a is None or b is None or (kind == "dora") != (m is not None):
             raise ModelError(f"{folder}: {path} lacks a part of a {kind} layer. Save it again.")
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+            raise ModelError(
+                f"{folder}: {path} has factors of shapes {list(a.shape)} and {list(b.shape)}, not "
+                "[in, rank] and [rank, out] of one layer. Fuse the adapter first, or --backend mlx."
+            )
         _merge(folder, path, _module_at(model, path), float(scale) * (a.float() @ b.float()), m)
     return len(paths)
 
