@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import sys
 import typing
@@ -24,7 +23,7 @@ from fpo_mlx.config import (
     TrainConfig,
     load_config,
 )
-from fpo_mlx.errors import ConfigError, FpoError, Interrupted
+from fpo_mlx.errors import FpoError, Interrupted
 
 EXISTING = click.Path(path_type=Path)
 
@@ -130,13 +129,15 @@ class Bar:
 @main.command()
 @settings(DataConfig, ReferenceConfig)
 @preset_option
-@click.option("--constraint", type=click.Choice(["none", "features", "activations", "kl"]), hidden=True)
 @click.option("--output", type=EXISTING, help="Cache folder (default: one under the user cache).")
 @click.option("--adapter-path", "adapter", help="SFT adapter that belongs to the reference.")
 @click.option("--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True)
 @click.option("--device", help="Device of the torch backend: cpu, cuda, mps.")
 @click.option(
-    "--split", type=click.Choice(["train", "valid", "test", "all"]), default="all", show_default=True
+    "--split",
+    type=click.Choice(["train", "valid", "test", "all"]),
+    default="all",
+    show_default=True,
 )
 def precompute(output, adapter, backend, device, split, **values) -> None:
     """Run the frozen reference once over the data and keep what training needs of it.
@@ -172,7 +173,7 @@ def train(**values) -> None:
     config = gather(values)
     track = trackers.open_trackers(config.train.report_to, config.train.project_name, config)
     show = Progress(config)
-    reports = pipeline.train(config, say=show.say, progress=Bar("reference"), stop=on_signal())
+    reports = pipeline.train(config, say=show.say, progress=Bar("reference"), arm=on_signal)
     for report in reports:
         show(report)
         track(report)
@@ -246,7 +247,9 @@ def on_signal() -> Callable[[], int | None]:
         del frame
         seen.append(128 + number)
         say("stopping after this update; press again to stop at once")
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
@@ -352,7 +355,3 @@ def sae_info(spec, json_path, **values) -> None:
     write_json(json_path, info)
     for name, value in info.items():
         click.echo(f"{name:<12} {value}")
-
-
-def _unused() -> None:
-    raise ConfigError("")

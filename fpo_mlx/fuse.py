@@ -13,9 +13,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.hub import resolve_model
 from fpo_mlx.model import adapters
 from fpo_mlx.model.load import dequantize as dequantize_layers
-from fpo_mlx.hub import resolve_model
 
 GGUF_TYPES = ("llama", "mistral", "mixtral")  # all that mlx-lm exports
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

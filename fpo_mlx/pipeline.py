@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx import __version__, cache, data, paths
-from fpo_mlx import sae as saes_module
 from fpo_mlx.cache import CacheIdentity, FillReport, ReferenceCache
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.hub import read_config, resolve_model
-from fpo_mlx.records import SITE_KINDS, PairScore, SaeWeights, Site, TokenPair
+from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
 from fpo_mlx.reference import open_backend, weights
+from fpo_mlx.sae import load_sae
+from fpo_mlx.sae.check import check_fit, resolve_site
+from fpo_mlx.sae.resolve import resolve
 from fpo_mlx.tokenizer import ChatTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -67,8 +69,6 @@ def open_saes(
 ) -> tuple[SaeWeights, ...]:
     """The SAEs that --sae names, at their sites, checked against the model."""
     ref = config.reference
-    if ref.site is not None and ref.site not in SITE_KINDS:
-        raise ConfigError(f"--site {ref.site}: wanted one of {', '.join(SITE_KINDS)}.")
     if need and not ref.sae:
         raise ConfigError(
             "--sae is missing: the constraint `features` needs a sparse autoencoder. Give one "
@@ -78,13 +78,13 @@ def open_saes(
         raise ConfigError("--layer speaks of one SAE; with several, their own metadata decides.")
     opened = []
     for spec in ref.sae:
-        path = saes_module.resolve(spec, report=say)
-        sae = saes_module.load_sae(
+        path = resolve(spec, report=say)
+        sae = load_sae(
             path, format=ref.sae_format, allow_pickle=ref.allow_pickle, decoder=False, name=spec
         )
         for note in sae.notes:
             say(f"{spec}: {note}")
-        opened.append(saes_module.at_site(sae, model_config, layer=ref.layer, kind=ref.site))
+        opened.append(at_site(sae, config, model_config, say))
     if config.objective.constraint == "activations":
         opened = [_identity_sae(sae.site, sae.d_in) for sae in opened if sae.site]
         if not opened and ref.layer is not None:
@@ -93,6 +93,28 @@ def open_saes(
         if not opened:
             raise ConfigError("--constraint activations: give --layer (and --site), or an --sae.")
     return tuple(opened)
+
+
+def at_site(
+    sae: SaeWeights, config: RunConfig, model_config: Mapping[str, Any], say: Say
+) -> SaeWeights:
+    """The SAE with its site settled and checked against the model's widths and blocks."""
+    ref = config.reference
+    site = resolve_site(sae, ref.layer, ref.site)
+    heads = model_config.get("num_attention_heads")
+    width = int(model_config["hidden_size"])
+    head = model_config.get("head_dim") or (width // heads if heads else None)
+    warnings = check_fit(
+        sae,
+        site=site,
+        hidden_size=width,
+        n_layers=int(model_config["num_hidden_layers"]),
+        z_size=heads * head if heads and head else None,
+        model_name=ref.model,
+    )
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return replace(sae, site=site)
 
 
 def _identity_sae(site: Site | None, width: int) -> SaeWeights:
@@ -108,9 +130,7 @@ def read_pairs(job: Job, split: str, say: Say) -> list[TokenPair]:
     d = job.config.data
     if not d.data:
         raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
-    columns = data.Columns(
-        d.prompt_feature, d.chosen_feature, d.rejected_feature, d.system_feature
-    )
+    columns = data.Columns(d.prompt_feature, d.chosen_feature, d.rejected_feature, d.system_feature)
     hub = data.HubSplits(d.train_split, d.valid_split, d.test_split)
     rows = data.read_split(d.data, split, columns, hub)
     done = data.tokenize_rows(rows, job.tokenizer, d.max_seq_length)
@@ -164,7 +184,9 @@ def fill_cache(
 
 
 def scores(store: ReferenceCache, pairs: Sequence[TokenPair]) -> list[PairScore]:
-    return [(store.get(chosen), store.get(rejected)) for chosen, rejected in (p.keys for p in pairs)]
+    return [
+        (store.get(chosen), store.get(rejected)) for chosen, rejected in (p.keys for p in pairs)
+    ]
 
 
 @dataclass(frozen=True)
@@ -208,9 +230,12 @@ def train(
     *,
     say: Say,
     progress: Callable[[FillReport], None] = lambda _: None,
-    stop: Callable[[], int | None] = lambda: None,
+    arm: Callable[[], Callable[[], int | None]] = lambda: lambda: None,
 ) -> Iterator[Report]:
-    """Train adapters; yields the trainer's reports."""
+    """Train adapters; yields the trainer's reports.
+
+    arm: called when training proper begins; gives what the trainer asks whether to stop.
+    """
     from fpo_mlx.checkpoint import AdapterFolder, check_resumable
     from fpo_mlx.trainer import ScoredPairs, Trainer, trainable_count
 
@@ -234,7 +259,7 @@ def train(
         ScoredPairs(valid, scores(store, valid)) if valid else None,
         t,
         out,
-        stop,
+        arm(),
     )
     trainable, total = trainable_count(scorer.policy.model)
     say(
@@ -453,11 +478,8 @@ def _compare_fused(
 
 def sae_info(spec: str, config: RunConfig, say: Say) -> dict[str, Any]:
     """What an SAE is, as plain values."""
-    path = saes_module.resolve(spec, report=say)
-    ref = config.reference
-    sae = saes_module.load_sae(
-        path, format=ref.sae_format, allow_pickle=ref.allow_pickle, name=spec
-    )
+    path, ref = resolve(spec, report=say), config.reference
+    sae = load_sae(path, format=ref.sae_format, allow_pickle=ref.allow_pickle, name=spec)
     info = {
         "source": str(path),
         "format": sae.format,
@@ -473,8 +495,6 @@ def sae_info(spec: str, config: RunConfig, say: Say) -> dict[str, Any]:
         "notes": list(sae.notes),
     }
     if ref.model:
-            model_config = read_config(resolve_model(ref.model))
-        saes_module.at_site(sae, model_config, layer=ref.layer, kind=ref.site)
+        at_site(sae, config, read_config(resolve_model(ref.model)), say)
         info["fits"] = ref.model
     return info
-

@@ -188,9 +188,7 @@ class Trainer:
             if last or _crossed(iteration, self.config.steps_per_report, self._step):
                 yield self._report(iteration, window, grad_norm, tuple(notes))
                 window, notes = _Window(), []
-            if self.valid and (
-                last or _crossed(iteration, self.config.steps_per_eval, self._step)
-            ):
+            if self.valid and (last or _crossed(iteration, self.config.steps_per_eval, self._step)):
                 yield self._validate()
                 window.started = time.perf_counter()
             code = self._stop()

@@ -105,7 +105,9 @@ def _by_rows(
         return joined
     # adds zero, but carries the gradient: d/dh [v + (h - sg(h)) . slope] = slope
     step = (hidden - frozen).astype(mx.float32)  # [R, D]
-    return [v + (step * mx.concatenate(s)).sum(axis=-1) for v, s in zip(joined, slopes, strict=True)]
+    return [
+        v + (step * mx.concatenate(s)).sum(axis=-1) for v, s in zip(joined, slopes, strict=True)
+    ]
 
 
 def _value_and_slope(

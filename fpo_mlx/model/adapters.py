@@ -69,9 +69,7 @@ def adapted_paths(
     for i in range(available - n, available):
         for name, module in model.layers[i].named_modules():
             path = f"{prefixes[i]}.{name}"
-            if wanted is None and name and _adaptable(module):
-                paths.append(path)
-            elif wanted and (name in wanted or path in wanted):
+            if wanted is None and name and _adaptable(module) or wanted and (name in wanted or path in wanted):
                 paths.append(path)
     if not paths:
         raise ConfigError(

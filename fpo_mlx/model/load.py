@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from fpo_mlx.errors import ModelError
 from fpo_mlx.hub import resolve_model
 
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A frozen base model. `notes` says what was done to it on the way in."""
