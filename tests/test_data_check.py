@@ -118,6 +118,8 @@ def test_the_template_is_checked(tmp_path):
     ((kind, said),) = kinds("{{ raise_exception('No system here') }}")
     assert kind == "template"
     assert said.endswith("No system here")
+    long = {"prompt": "Q", "chosen": "a much longer answer", "rejected": "another long answer"}
+    assert kinds(CHATML, long) == []
     endless = CHATML.replace("<|im_end|>", "")
     assert [kind for kind, _ in kinds(endless)] == ["no end of turn"] * 2
 

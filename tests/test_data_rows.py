@@ -199,6 +199,8 @@ FAULTS = [
     ({**PAIR, "system": 5}, "wrong type", "system is a number"),
     ({**PAIR, "tools": "{"}, "wrong type", "tools is a text that is no JSON"),
     ({**PAIR, "tools": [1]}, "wrong type", "tools is a list, wanted a list of objects"),
+    ({**PAIR, "prompt": "\n\nHuman: \n\nAssistant:"}, "empty field", "prompt, turn 1 is empty"),
+    ({**PAIR, "prompt": "Human: a\n\nAssistant: b\n\nHuman:"}, "empty field", "turn 3 is empty"),
     ({**PAIR, "rejected": "A"}, "same response", "chosen and rejected are the same"),
     ({"chosen": [user("Q"), bot("A")], "rejected": [user("Q"), bot("A")]}, "same response", "same"),
     ({**PAIR, "chosen": "\ud800"}, "broken text", "half a surrogate pair at character 0"),

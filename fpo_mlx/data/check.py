@@ -274,7 +274,7 @@ def _leakage(splits: Mapping[str, Sequence[_Usable]]) -> Iterator[Finding]:
         later = order[order.index(name) + 1 :]
         for item in rows:
             held = places[_prompt_key(item.row)]
-            other = next((held[split] for split in reversed(later) if split in held), None)
+            other = next((held[split] for split in later if split in held), None)
             if other is not None:
                 yield Finding("leakage", name, item.raw.where, f"its prompt is also in {other}")
 
