@@ -157,7 +157,8 @@ class TrainConfig:
     def iterations(self, n_pairs: int) -> int:
         """Number of iterations for a training set of n_pairs."""
         if self.epochs is not None:
-            return max(1, math.ceil(self.epochs * math.ceil(n_pairs / self.batch_size)))
+            updates = math.ceil(n_pairs / (self.batch_size * self.grad_accumulation_steps))
+            return max(1, math.ceil(self.epochs * updates) * self.grad_accumulation_steps)
         return 1000 if self.iters is None else self.iters
 
     @property

@@ -208,12 +208,12 @@ class Trainer:
 
     def _updates(self) -> Iterator[tuple[int, dict[str, np.ndarray], int, float]]:
         """One optimizer update each: (iterations done, per-pair values, tokens, gradient norm)."""
-        order = batches(
-            self.train.lengths(), self.config.batch_size, self.config.seed, self.progress.iteration
-        )
+        update_pairs = self.config.batch_size * self._step  # so accumulation changes nothing else
+        done = self.progress.iteration // self._step
+        order = batches(self.train.lengths(), update_pairs, self.config.seed, done)
         while self.progress.iteration < self.total:
             count = min(self._step, self.total - self.progress.iteration)
-            indices = np.concatenate([next(order)[2] for _ in range(count)])
+            indices = next(order)[2]
             self.model.train()
             values, gradient = self._gradient(indices)
             grad_norm = self._apply(gradient, values)
