@@ -30,6 +30,7 @@ OURS = {
     "sae.train": VOCABULARY | {"hub", "blas", "config"},
     "cache": VOCABULARY,
     "demo": VOCABULARY | {"blas"},
+    "demo.run": VOCABULARY | {"config", "pipeline"},  # a caller of the pipeline, as the cli is
     "model": VOCABULARY | {"blas", "hub"},
     "scoring": VOCABULARY | {"config", "core", "model"},
     "checkpoint": VOCABULARY | {"model"},

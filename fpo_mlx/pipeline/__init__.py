@@ -1,0 +1,31 @@
+"""One function per command: wiring only. What imports mlx is imported inside the functions."""
+
+from fpo_mlx.pipeline.caches import cache_export as cache_export
+from fpo_mlx.pipeline.caches import cache_info as cache_info
+from fpo_mlx.pipeline.caches import cache_merge as cache_merge
+from fpo_mlx.pipeline.caches import cache_verify as cache_verify
+from fpo_mlx.pipeline.check import check as check
+from fpo_mlx.pipeline.convert import convert as convert
+from fpo_mlx.pipeline.evaluate import evaluate as evaluate
+from fpo_mlx.pipeline.evaluate import open_scorer as open_scorer
+from fpo_mlx.pipeline.fuse import FuseResult as FuseResult
+from fpo_mlx.pipeline.fuse import fuse as fuse
+from fpo_mlx.pipeline.job import Job as Job
+from fpo_mlx.pipeline.job import at_site as at_site
+from fpo_mlx.pipeline.job import default_cache as default_cache
+from fpo_mlx.pipeline.job import fill_cache as fill_cache
+from fpo_mlx.pipeline.job import has_split as has_split
+from fpo_mlx.pipeline.job import open_job as open_job
+from fpo_mlx.pipeline.job import open_saes as open_saes
+from fpo_mlx.pipeline.job import read_pairs as read_pairs
+from fpo_mlx.pipeline.job import reference_of as reference_of
+from fpo_mlx.pipeline.job import scores as scores
+from fpo_mlx.pipeline.precompute import PrecomputeResult as PrecomputeResult
+from fpo_mlx.pipeline.precompute import precompute as precompute
+from fpo_mlx.pipeline.saes import sae_convert as sae_convert
+from fpo_mlx.pipeline.saes import sae_encode as sae_encode
+from fpo_mlx.pipeline.saes import sae_info as sae_info
+from fpo_mlx.pipeline.saes import sae_list as sae_list
+from fpo_mlx.pipeline.train import open_policy as open_policy
+from fpo_mlx.pipeline.train import run_record as run_record
+from fpo_mlx.pipeline.train import train as train

@@ -1,0 +1,89 @@
+"""A finished reference cache: look at it, verify it, merge parts, export it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fpo_mlx import cache
+from fpo_mlx.cache import MergeReport, VerifyReport
+from fpo_mlx.config import RunConfig
+from fpo_mlx.errors import ConfigError, FpoError
+from fpo_mlx.pipeline.job import Say, as_kept, has_split, open_engine, open_job, read_pairs
+from fpo_mlx.records import PairScore, ResponseScore, SparseFeatures, TokenPair
+
+
+def cache_info(folder: Path) -> dict[str, Any]:
+    """What a cache was made of and holds, as plain values; reads every shard."""
+    about = cache.info(folder)
+    return {
+        "folder": str(about.folder),
+        "digest": about.identity.digest(),
+        **about.identity.to_json(),
+        **{k: v for k, v in asdict(about).items() if k not in ("folder", "identity")},
+    }
+
+
+def cache_verify(
+    config: RunConfig,
+    folder: Path,
+    *,
+    adapter: str | None,
+    backend: str,
+    device: str | None,
+    sample: int,
+    tolerance: float,
+    say: Say,
+) -> VerifyReport:
+    """Score a sample of the data's pairs anew. Raises FpoError when they differ from the cache."""
+    adapter = adapter or config.train.init_adapter
+    job = open_job(config, adapter=adapter, say=say)
+    identity = as_kept(folder, job, say)
+    store = cache.open_cache(folder, identity)
+    names = [name for name in ("train", "valid", "test") if has_split(job, name)] or ["train"]
+    pairs = [pair for name in names for pair in read_pairs(job, name, say)]
+    engine = open_engine(job, adapter=adapter, backend=backend, device=device, say=say)
+
+    def score(group: Sequence[TokenPair]) -> list[PairScore]:
+        keep = identity.pooled_keep
+        return [(_kept(a, keep), _kept(b, keep)) for a, b in engine.score(group)]
+
+    report = cache.verify_rows(store, pairs, score, sample=sample)
+    largest = max(report.logp_relative, report.feature_relative)
+    if not largest <= tolerance:
+        raise FpoError(
+            f"{folder} differs from what this model gives now: log-probs by "
+            f"{report.logp_relative:.2g}, features by {report.feature_relative:.2g} (relative), "
+            f"worst in {report.worst}; wanted at most {tolerance:g}. Run `fpo-mlx precompute` into "
+            "a new folder, or raise --tolerance if the other backend's rounding explains it."
+        )
+    return report
+
+
+def _kept(score: ResponseScore, keep: int | None) -> ResponseScore:
+    """The score as a cache that keeps so many features would hold it."""
+    if keep is None:
+        return score
+    features = []
+    for pooled in score.features:
+        short = SparseFeatures.from_dense(pooled.values, keep)  # positions within the non-zeros
+        features.append(SparseFeatures(pooled.indices[short.indices], short.values))
+    return replace(score, features=tuple(features))
+
+
+def cache_merge(parts: Sequence[Path], output: Path) -> MergeReport:
+    """Join parts of one precompute setting. Raises ConfigError when there is nothing to join."""
+    if not parts:
+        raise ConfigError("cache merge: name the folders to merge.")
+    return cache.merge(parts, output)
+
+
+def cache_export(folder: Path, output: Path) -> int:
+    """The rows as JSON lines; their number."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return cache.export(folder, output)
+    except OSError as error:
+        raise FpoError(f"{output} cannot be written: {error}.") from error

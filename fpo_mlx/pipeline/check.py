@@ -1,0 +1,54 @@
+"""Look at the data before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fpo_mlx import data
+from fpo_mlx.config import RunConfig
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.hub import resolve_model
+from fpo_mlx.pipeline.job import Say, columns, hub_splits
+from fpo_mlx.tokenizer import load_tokenizer
+
+
+def check(
+    config: RunConfig,
+    *,
+    fix: Path | None,
+    say: Say,
+    progress: Callable[[int], None] | None = None,
+) -> data.CheckReport:
+    """Check every row of every split; `fix` names a folder for the rows that are good.
+
+    Without a model the checks of the template and of lengths in tokens are left out.
+    Raises: ConfigError without data, or when `fix` is the data's own folder.
+    """
+    d, ref = config.data, config.reference
+    if not d.data:
+        raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
+    source = Path(d.data).expanduser()
+    if fix is not None and fix.resolve() in (source.resolve(), source.resolve().parent):
+        raise ConfigError(f"--fix {fix}: this is where the data lies. Name another folder.")
+    tokenizer = None
+    if ref.model:
+        tokenizer = load_tokenizer(
+            resolve_model(ref.model),
+            chat_template=Path(d.chat_template) if d.chat_template else None,
+            trust_remote_code=ref.trust_remote_code,
+        )
+    else:
+        say("no --model: chat template and lengths in tokens are not checked")
+    hub = hub_splits(config)
+    names = list(data.find_splits(d.data, hub)) or ["train"]
+    report = data.check_data(
+        {name: data.read_raw(d.data, name, hub) for name in names},
+        tokenizer,
+        d.max_seq_length if tokenizer else None,
+        columns(config),
+        progress,
+    )
+    for path in data.write_clean(report.clean, fix) if fix is not None else ():
+        say(f"wrote {path}")
+    return report

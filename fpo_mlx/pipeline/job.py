@@ -1,0 +1,237 @@
+"""What every command that scores pairs starts from: model, tokenizer, SAEs, pairs, reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fpo_mlx import cache, data, paths
+from fpo_mlx.cache import CacheIdentity, FillReport, ReferenceCache
+from fpo_mlx.config import RunConfig
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.hub import read_config, resolve_model
+from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
+from fpo_mlx.reference import ReferenceBackend, open_backend, weights
+from fpo_mlx.sae import load_sae
+from fpo_mlx.sae.check import check_fit, resolve_site
+from fpo_mlx.sae.resolve import resolve
+from fpo_mlx.tokenizer import ChatTokenizer, load_tokenizer
+
+Say = Callable[[str], None]
+OnFill = Callable[[FillReport], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every command that scores pairs starts from."""
+
+    config: RunConfig
+    model_path: Path
+    tokenizer: ChatTokenizer
+    saes: tuple[SaeWeights, ...]
+    identity: CacheIdentity
+
+
+def open_job(
+    config: RunConfig, *, adapter: str | None, say: Say, need_sae: bool | None = None
+) -> Job:
+    """Resolve model, tokenizer and SAEs, and fingerprint them. Reads weights, loads no model."""
+    ref = config.reference
+    if not ref.model:
+        raise ConfigError("--model is missing. Wanted a model folder or hub id.")
+    if not config.data.data:
+        raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
+    path = resolve_model(ref.model)
+    template = config.data.chat_template
+    tokenizer = load_tokenizer(
+        path,
+        chat_template=Path(template) if template else None,
+        trust_remote_code=ref.trust_remote_code,
+    )
+    need = config.objective.needs_sae if need_sae is None else need_sae
+    opened = open_saes(config, read_config(path), need=need, say=say)
+    identity = CacheIdentity(
+        model=weights.model_fingerprint(path),
+        tokenizer=tokenizer.fingerprint(),
+        adapter=weights.adapter_fingerprint(Path(adapter)) if adapter else "none",
+        saes=tuple((sae.fingerprint(), str(sae.site)) for sae in opened),
+    )
+    return Job(config, path, tokenizer, opened, identity)
+
+
+def open_saes(
+    config: RunConfig, model_config: Mapping[str, Any], *, need: bool, say: Say
+) -> tuple[SaeWeights, ...]:
+    """The SAEs that --sae names, at their sites, checked against the model."""
+    ref = config.reference
+    if need and not ref.sae:
+        raise ConfigError(
+            "--sae is missing: the constraint `features` needs a sparse autoencoder. Give one "
+            "(`fpo-mlx sae list` names public ones), or choose --constraint activations, kl or "
+            "none."
+        )
+    if len(ref.sae) > 1 and ref.layer is not None:
+        raise ConfigError("--layer speaks of one SAE; with several, their own metadata decides.")
+    opened = []
+    for spec in ref.sae:
+        path = resolve(spec, report=say)
+        sae = load_sae(
+            path, format=ref.sae_format, allow_pickle=ref.allow_pickle, decoder=False, name=spec
+        )
+        for note in sae.notes:
+            say(f"{spec}: {note}")
+        opened.append(at_site(sae, config, model_config, say))
+    if config.objective.constraint == "activations":
+        opened = [_identity_sae(sae.site, sae.d_in) for sae in opened if sae.site]
+        if not opened and ref.layer is not None:
+            site = Site(ref.layer, ref.site or "resid_post")  # type: ignore[arg-type]
+            opened = [_identity_sae(site, int(model_config["hidden_size"]))]
+        if not opened:
+            raise ConfigError("--constraint activations: give --layer (and --site), or an --sae.")
+    return tuple(opened)
+
+
+def at_site(
+    sae: SaeWeights, config: RunConfig, model_config: Mapping[str, Any], say: Say
+) -> SaeWeights:
+    """The SAE with its site settled and checked against the model's widths and blocks."""
+    ref = config.reference
+    site = resolve_site(sae, ref.layer, ref.site)
+    heads = model_config.get("num_attention_heads")
+    width = int(model_config["hidden_size"])
+    head = model_config.get("head_dim") or (width // heads if heads else None)
+    warnings = check_fit(
+        sae,
+        site=site,
+        hidden_size=width,
+        n_layers=int(model_config["num_hidden_layers"]),
+        z_size=heads * head if heads and head else None,
+        model_name=ref.model,
+    )
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return replace(sae, site=site)
+
+
+def _identity_sae(site: Site | None, width: int) -> SaeWeights:
+    """The site's own coordinates as features: D on pooled activations, the paper's ablation."""
+    import numpy as np
+
+    eye, zeros = np.eye(width, dtype=np.float32), np.zeros(width, dtype=np.float32)
+    return SaeWeights("identity", eye, zeros, site=site, format="identity")
+
+
+def read_pairs(job: Job, split: str, say: Say) -> list[TokenPair]:
+    """One split as token pairs; cuts and drops are said."""
+    d = job.config.data
+    rows = data.read_split(d.data, split, columns(job.config), hub_splits(job.config))
+    done = data.tokenize_rows(rows, job.tokenizer, d.max_seq_length)
+    for line in done.report.lines():
+        say(f"{split}: {line}")
+    return done.pairs
+
+
+def has_split(job: Job, split: str) -> bool:
+    return split in data.find_splits(job.config.data.data, hub_splits(job.config))
+
+
+def columns(config: RunConfig) -> data.Columns:
+    d = config.data
+    return data.Columns(d.prompt_feature, d.chosen_feature, d.rejected_feature, d.system_feature)
+
+
+def hub_splits(config: RunConfig) -> data.HubSplits:
+    d = config.data
+    return data.HubSplits(d.train_split, d.valid_split, d.test_split)
+
+
+def default_cache(identity: CacheIdentity) -> Path:
+    return paths.cache_root() / "reference" / identity.digest()[:16]
+
+
+def reference_of(
+    job: Job, pairs: Sequence[TokenPair], say: Say, progress: OnFill = lambda _: None
+) -> ReferenceCache:
+    """The cache that --reference names, or the default one, with a row for every response."""
+    t = job.config.train
+    if not t.reference:
+        folder = default_cache(job.identity)
+    else:
+        folder = Path(t.reference)
+        job = replace(job, identity=as_kept(folder, job, say))
+    return fill_cache(job, pairs, folder=folder, adapter=t.init_adapter, say=say, progress=progress)
+
+
+def as_kept(folder: Path, job: Job, say: Say) -> CacheIdentity:
+    """The job's identity, with the feature limit of the cache that is there already, if any.
+
+    Raises: ConfigError when the cache keeps fewer features than --top-k looks at.
+    """
+    if not (folder / "manifest.json").exists() or not job.identity.saes:
+        return job.identity
+    keep, top_k = cache.read_identity(folder).pooled_keep, job.config.objective.top_k
+    if keep is None:
+        return job.identity
+    check_keep(keep, top_k, f"{folder} keeps the {keep} largest features of a response")
+    say(
+        f"{folder} keeps the {keep} largest features of a response, so D is not exact: what it "
+        "left out reads as 0 (`fpo-mlx cache info` says how much that is)"
+    )
+    return replace(job.identity, pooled_keep=keep)
+
+
+def check_keep(keep: int, top_k: int, found: str) -> None:
+    if keep < top_k:
+        raise ConfigError(
+            f"{found}, but --top-k {top_k} looks at more. Keep at least {top_k}, or all."
+        )
+
+
+def fill_cache(
+    job: Job,
+    pairs: Sequence[TokenPair],
+    *,
+    folder: Path,
+    adapter: str | None,
+    say: Say,
+    backend: str = "mlx",
+    device: str | None = None,
+    progress: OnFill = lambda _: None,
+) -> ReferenceCache:
+    """Open or make the cache and score the rows that it lacks; the model is loaded only then."""
+    identity = replace(job.identity, backend=backend)
+    store = cache.open_cache(folder, identity, create=True)
+    lacking = [pair for pair in pairs if store.missing(pair.keys)]
+    if not lacking:
+        return store
+    say(f"scoring {len(lacking)} of {len(pairs)} pairs with the reference into {folder}")
+    engine = open_engine(job, adapter=adapter, backend=backend, device=device, say=say)
+    store = cache.open_cache(folder, replace(identity, dtype=engine.dtype), create=True)
+    cache.fill(store, lacking, engine.score, report=progress)
+    return store
+
+
+def open_engine(
+    job: Job, *, adapter: str | None, backend: str, device: str | None, say: Say
+) -> ReferenceBackend:
+    """The frozen reference, loaded; what the user should know of it is said."""
+    engine = open_backend(
+        backend,
+        model_path=job.model_path,
+        adapter_path=Path(adapter) if adapter else None,
+        saes=job.saes,
+        device=device,
+        share_prompt=job.config.reference.share_prompt,
+        trust_remote_code=job.config.reference.trust_remote_code,
+    )
+    for note in engine.notes:
+        say(note)
+    return engine
+
+
+def scores(store: ReferenceCache, pairs: Sequence[TokenPair]) -> list[PairScore]:
+    return [
+        (store.get(chosen), store.get(rejected)) for chosen, rejected in (p.keys for p in pairs)
+    ]

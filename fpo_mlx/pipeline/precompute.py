@@ -1,0 +1,68 @@
+"""Run the frozen reference over the data, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fpo_mlx import cache
+from fpo_mlx.config import RunConfig
+from fpo_mlx.pipeline.job import (
+    OnFill,
+    Say,
+    check_keep,
+    default_cache,
+    fill_cache,
+    has_split,
+    open_job,
+    read_pairs,
+)
+
+
+@dataclass(frozen=True)
+class PrecomputeResult:
+    """left_out: for each SAE the largest feature that was not kept, and the share of the squares
+    that was not (zeros when everything is kept)."""
+
+    path: Path
+    pairs: int
+    rows: int
+    backend: str
+    left_out: tuple[tuple[float, float], ...] = ()
+
+
+def precompute(
+    config: RunConfig,
+    *,
+    output: Path | None,
+    adapter: str | None = None,
+    backend: str = "mlx",
+    device: str | None = None,
+    split: str = "all",
+    keep_features: int | None = None,
+    say: Say,
+    progress: OnFill = lambda _: None,
+) -> PrecomputeResult:
+    """Score every pair of the data with the frozen reference, once.
+
+    keep_features: store only so many of the largest pooled features of a response.
+    """
+    if keep_features is not None:
+        check_keep(keep_features, config.objective.top_k, f"--keep-features {keep_features}")
+    adapter = adapter or config.train.init_adapter
+    job = open_job(config, adapter=adapter, say=say)
+    job = replace(job, identity=replace(job.identity, pooled_keep=keep_features))
+    names = ("train", "valid", "test") if split == "all" else (split,)
+    if split == "all":
+        names = tuple(name for name in names if has_split(job, name)) or ("train",)
+    pairs = [pair for name in names for pair in read_pairs(job, name, say)]
+    folder = output or default_cache(job.identity)
+    store = fill_cache(
+        job, pairs, folder=folder, adapter=adapter, say=say,
+        backend=backend, device=device, progress=progress,
+    )  # fmt: skip
+    left_out = ()
+    if keep_features is not None:
+        about = cache.info(folder)
+        left_out = tuple(zip(about.dropped_largest, about.dropped_share, strict=True))
+    return PrecomputeResult(folder, len(pairs), len(store), backend, left_out)

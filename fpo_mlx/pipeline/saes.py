@@ -1,0 +1,99 @@
+"""SAEs: what is public, what one is, what it says of activations; conversion."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fpo_mlx import files
+from fpo_mlx.config import RunConfig
+from fpo_mlx.errors import ConfigError, FpoError
+from fpo_mlx.hub import read_config, resolve_model
+from fpo_mlx.pipeline.job import Say, at_site
+from fpo_mlx.records import SaeWeights
+from fpo_mlx.sae import load_sae, registry
+from fpo_mlx.sae.check import resolve_site
+from fpo_mlx.sae.convert import ConvertReport, SaeDtype, write_saelens
+from fpo_mlx.sae.encode import encode
+from fpo_mlx.sae.resolve import resolve
+
+
+def sae_info(spec: str, config: RunConfig, say: Say) -> dict[str, Any]:
+    """What an SAE is, as plain values."""
+    path, ref = resolve(spec, report=say), config.reference
+    sae = load_sae(path, format=ref.sae_format, allow_pickle=ref.allow_pickle, name=spec)
+    info = {
+        "source": str(path),
+        "format": sae.format,
+        "activation": sae.activation,
+        "d_in": sae.d_in,
+        "features": sae.n_features,
+        "k": sae.k,
+        "site": None if sae.site is None else asdict(sae.site),
+        "model": sae.model_name,
+        "normalize": sae.normalize,
+        "neuronpedia": sae.neuronpedia,
+        "fingerprint": sae.fingerprint(),
+        "notes": list(sae.notes),
+    }
+    if ref.model:
+        at_site(sae, config, read_config(resolve_model(ref.model)), say)
+        info["fits"] = ref.model
+    return info
+
+
+def sae_list(model: str | None) -> list[dict[str, Any]]:
+    """The public releases that are known here: all, or those for a model, exact ones first."""
+    found = registry.fits(model) if model else registry.releases()
+    return [
+        {
+            "release": release.release,
+            "model": release.model,
+            "site": release.site,
+            "layers": release.layers,
+            "widths": list(release.widths),
+            "example": release.example,
+            "trained_on_it": bool(model) and registry.trained_on(release, model or ""),
+        }
+        for release in found
+    ]
+
+
+def sae_convert(
+    spec: str, config: RunConfig, *, output: Path, dtype: SaeDtype, say: Say
+) -> ConvertReport:
+    """Write an SAE in SAELens' layout; --layer and --site correct what its metadata says."""
+    sae, ref = _load(spec, config, say), config.reference
+    if ref.layer is not None or ref.site is not None:
+        sae = replace(sae, site=resolve_site(sae, ref.layer, ref.site))
+    for note in sae.notes:
+        say(note)
+    return write_saelens(sae, output, dtype)
+
+
+def sae_encode(config: RunConfig, *, input: Path, output: Path, say: Say) -> tuple[int, int]:
+    """Activations of a .npy of vectors [N, D] as float32 [N, F], written whole. Returns (N, F)."""
+    if len(config.reference.sae) != 1:
+        raise ConfigError(f"--sae: found {len(config.reference.sae)}, wanted exactly one.")
+    try:
+        vectors = np.load(input, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise FpoError(
+            f"{input} cannot be read as an array: {error}. Wanted a .npy file of [N, D] floats."
+        ) from error
+    acts = encode(_load(config.reference.sae[0], config, say), vectors)
+    try:
+        with files.atomic_path(output) as temporary, open(temporary, "wb") as file:
+            np.save(file, acts)
+    except OSError as error:
+        raise FpoError(f"{output} cannot be written: {error}.") from error
+    rows, features = acts.shape
+    return rows, features
+
+
+def _load(spec: str, config: RunConfig, say: Say) -> SaeWeights:
+    ref, path = config.reference, resolve(spec, report=say)
+    return load_sae(path, format=ref.sae_format, allow_pickle=ref.allow_pickle, name=spec)
