@@ -34,6 +34,7 @@ from fpo_mlx.records import ResponseScore
 
 MANIFEST = "manifest.json"
 LOCK = "writer.lock"
+PARTS = "parts"  # of several processes, while they fill the cache
 SHARD_NAME = re.compile(r"rows-(\d{5,})\.safetensors")
 
 
@@ -89,7 +90,7 @@ def open_cache(
 
 
 def _foreign(name: str) -> bool:
-    ours = name == LOCK or SHARD_NAME.fullmatch(name) or name.endswith(TMP_SUFFIX)
+    ours = name in (LOCK, PARTS) or SHARD_NAME.fullmatch(name) or name.endswith(TMP_SUFFIX)
     return not ours and not name.startswith(".")
 
 

@@ -1,0 +1,157 @@
+"""Filling one cache with several processes that share a folder and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fpo_mlx.cache.fill import SHARD_PAIRS, FillReport, ScorePairs, fill, plan, rows_of
+from fpo_mlx.cache.identity import CacheIdentity, same_values
+from fpo_mlx.cache.shards import Row, Shard
+from fpo_mlx.cache.store import LOCK, MANIFEST, PARTS, ReferenceCache, open_cache, shard_paths
+from fpo_mlx.errors import FpoError
+from fpo_mlx.records import TokenPair
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One shard to be: its pairs, and the keys that no earlier group brings."""
+
+    pairs: list[TokenPair]
+    keys: list[bytes]
+
+
+def fill_shared(
+    folder: str | Path,
+    identity: CacheIdentity,
+    pairs: Sequence[TokenPair],
+    score: ScorePairs,
+    *,
+    rank: int,
+    world: int,
+    shard_pairs: int = SHARD_PAIRS,
+    report: Callable[[FillReport], None] = lambda _: None,
+    pause: Callable[[float], None] = time.sleep,
+) -> FillReport:
+    """`fill` by `world` processes, each calling this with the same pairs and its own rank.
+
+    The groups of the plan are dealt out in turn; each process writes a part cache of its own
+    below `folder`, and rank 0 waits for all and puts the shards in the plan's order into the cache:
+    the same bytes as one process writes. All return when the cache is whole. Parts that a killed
+    run left are used, also when it had another number of processes.
+    The launcher (torchrun, mlx.launch, …) has to end the others when one dies.
+    Raises: what `fill` raises; FpoError for a rank outside of 0 … world - 1.
+    """
+    if not 0 <= rank < world:
+        raise FpoError(f"rank {rank} of {world} processes: wanted a rank from 0 to {world - 1}.")
+    folder = Path(folder)
+    cache = open_cache(folder, identity, create=True)
+    if world == 1 and not (folder / PARTS).exists():
+        return fill(cache, pairs, score, shard_pairs=shard_pairs, report=report)
+    groups = _groups(cache, pairs, shard_pairs)
+    part = folder / PARTS / f"{rank:03d}-of-{world:03d}"
+    state = _fill_part(part, identity, groups[rank::world], score, report)
+    if rank == 0:
+        _collect(cache, groups, pause)
+    while open_cache(folder, identity, create=True).missing(k for p in pairs for k in p.keys):
+        pause(1.0)
+    _remove(part)  # rank 0 has removed it, unless this process began when the rest was done
+    return state
+
+
+def _groups(cache: ReferenceCache, pairs: Sequence[TokenPair], shard_pairs: int) -> list[_Group]:
+    seen: set[bytes] = set()
+    groups = []
+    for members in plan(cache, pairs, shard_pairs):
+        keys = [key for key in cache.missing(k for p in members for k in p.keys) if key not in seen]
+        seen.update(keys)
+        groups.append(_Group(members, keys))
+    return groups
+
+
+def _fill_part(
+    part: Path,
+    identity: CacheIdentity,
+    groups: Sequence[_Group],
+    score: ScorePairs,
+    report: Callable[[FillReport], None],
+) -> FillReport:
+    """Write each group as one shard of the part; a killed run's shard of that group is taken."""
+    total = sum(len(group.pairs) for group in groups)
+    state = FillReport(pairs=0, total_pairs=total, rows=0, shards=0, tokens=0)
+    cache = open_cache(part, identity, create=True)
+    donors = [other for other in _parts(part.parents[1], cache) if other.folder != part]
+    with cache.writing():
+        for group in groups:
+            rows = 0
+            if cache.missing(group.keys):
+                rows = _take(cache, donors, group)
+                rows = rows or cache.append(_score(group, score, len(identity.saes)))
+            state = FillReport(
+                pairs=state.pairs + len(group.pairs),
+                total_pairs=total,
+                rows=state.rows + rows,
+                shards=state.shards + 1,
+                tokens=state.tokens + sum(pair.tokens for pair in group.pairs),
+            )
+            report(state)
+    return state
+
+
+def _score(group: _Group, score: ScorePairs, n_saes: int) -> list[Row]:
+    own = set(group.keys)
+    return [row for row in rows_of(group.pairs, score(group.pairs), n_saes) if row[0] in own]
+
+
+def _take(cache: ReferenceCache, donors: Sequence[ReferenceCache], group: _Group) -> int:
+    for donor in donors:
+        shard = _shard_of(donor, group)
+        if shard is not None:
+            return cache.adopt(shard, donor.identity)
+    return 0
+
+
+def _shard_of(part: ReferenceCache, group: _Group) -> Shard | None:
+    wanted = set(group.keys)
+    likely = (shard for shard in part.shards if shard.keys[0] in wanted)
+    return next((shard for shard in likely if set(shard.keys) == wanted), None)
+
+
+def _collect(
+    cache: ReferenceCache, groups: Sequence[_Group], pause: Callable[[float], None]
+) -> None:
+    """Adopt the shards of all groups in the plan's order, then remove the parts."""
+    parts: list[ReferenceCache] = []
+    with cache.writing():
+        for group in groups:
+            while not _take(cache, parts, group):
+                parts = _parts(cache.folder, cache)  # look again: others may have written meanwhile
+                if not any(_shard_of(part, group) for part in parts):
+                    pause(1.0)
+    for part in _parts(cache.folder, cache):
+        _remove(part.folder)
+
+
+def _parts(folder: Path, like: ReferenceCache) -> list[ReferenceCache]:
+    """The part caches below a folder that may be joined with this one."""
+    found = []
+    for path in sorted((folder / PARTS).glob("*-of-*")):
+        try:
+            part = open_cache(path, like.wanted)
+        except FpoError:  # not begun yet, of another run, or just being removed
+            continue
+        if same_values(part.identity, like.identity):
+            found.append(part)
+    return found
+
+
+def _remove(part: Path) -> None:
+    for path in [*shard_paths(part), part / MANIFEST, part / LOCK]:
+        path.unlink(missing_ok=True)
+    for folder in (part, part.parent):
+        try:
+            folder.rmdir()
+        except OSError:  # gone, or somebody else's part is in it
+            return
