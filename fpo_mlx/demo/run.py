@@ -26,7 +26,7 @@ SETTINGS = {
     "batch_size": 1,
     "epochs": 1.0,
     "learning_rate": 5e-5,
-    "feature_scale": "reference",
+    "feature_scale": "raw",  # measured: "reference" collapses at this learning rate
     "steps_per_report": 10,
     "steps_per_eval": 10_000,
     "val_batches": 1,

@@ -51,6 +51,8 @@ def load_model(spec: str | Path, *, trust_remote_code: bool = False) -> LoadedMo
         if count:
             notes.append(f"CPU: {count} quantised layers were dequantised to float32 at load")
         model.update(tree_map(_to_float32, model.parameters()))
+    elif mx.metal.is_available():  # keep the weights resident, as mlx-lm does
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     model.freeze()
     model.eval()
     mx.eval(model.parameters())

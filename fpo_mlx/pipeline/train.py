@@ -129,7 +129,7 @@ def _attach_adapters(job: Job, model: Any, sites: Sequence[Site], say: Say) -> A
         spec = adapters.load(model, Path(init))
         say(f"starting from {init}; its rank, scale and layers are kept")
     else:
-        spec = _new_adapters(job, model, sites, say)
+        spec = _new_adapters(job, model, say)
         adapters.attach(model, spec)
     if adapters.unreached(sites, spec.keys, adapters.block_of(model)):
         raise ConfigError(
@@ -140,11 +140,15 @@ def _attach_adapters(job: Job, model: Any, sites: Sequence[Site], say: Say) -> A
     return spec
 
 
-def _new_adapters(job: Job, model: Any, sites: Sequence[Site], say: Say) -> Any:
-    """Fresh adapters; with a feature constraint none above the deepest tapped block."""
+def _new_adapters(job: Job, model: Any, say: Say) -> Any:
+    """Fresh adapters; where an SAE is given none above its block.
+
+    Whether the constraint is in force does not matter, so that an ablation changes one thing.
+    """
     from fpo_mlx.model import adapters
 
     t, last = job.config.train, len(model.layers) - 1
+    sites = [sae.site for sae in job.saes if sae.site is not None]
     deepest = max((s.layer - (s.kind == "resid_pre") for s in sites), default=last)
     if t.adapt_above_sae and deepest < last:
         say(
