@@ -1,0 +1,48 @@
+"""The command line: parse, call the pipeline, print. Results on stdout, the rest on stderr."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fpo_mlx import __version__
+from fpo_mlx.cli.caches import cache
+from fpo_mlx.cli.data import check, precompute
+from fpo_mlx.cli.machine import demo, doctor
+from fpo_mlx.cli.results import convert, evaluate, fuse
+from fpo_mlx.cli.saes import sae
+from fpo_mlx.cli.train import train
+from fpo_mlx.errors import FpoError, Interrupted
+
+
+class Group(click.Group):
+    """Expected errors become one plain message and their own exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FpoError as error:
+            click.echo(f"fpo-mlx: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("fpo-mlx: interrupted", err=True)
+            ctx.exit(Interrupted("").exit_code)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fpo-mlx")
+def main() -> None:
+    """Align a language model on your own machine, held in place by SAE features (FPO).
+
+    \b
+    Example:
+      fpo-mlx demo                      the whole path on a small built-in example
+      fpo-mlx train --help              your own model, SAE and preference pairs
+    """
+
+
+for _command in (
+    demo, doctor, check, convert, sae, precompute, cache, train, evaluate, fuse,
+):  # fmt: skip
+    main.add_command(_command)

@@ -1,0 +1,103 @@
+"""Before training: `fpo-mlx check` and `fpo-mlx precompute`."""
+
+from __future__ import annotations
+
+import click
+
+from fpo_mlx.cli.options import (
+    PATH,
+    backend_option,
+    device_option,
+    gather,
+    json_option,
+    preset_option,
+    settings,
+    write_json,
+)
+from fpo_mlx.cli.show import Bar, say, table
+from fpo_mlx.config import DataConfig, ReferenceConfig
+from fpo_mlx.errors import DataError
+
+
+@click.command()
+@settings(DataConfig, "model", "trust_remote_code")
+@click.option("--fix", type=PATH, metavar="OUT", help="Folder to write the good rows to.")
+@json_option
+def check(fix, json_path, **values) -> None:
+    """Look for everything in the data that would waste or spoil a run.
+
+    Exit code 3 when there are rows that cannot be used. Without --model the chat template and
+    lengths in tokens are not checked.
+
+    \b
+    Example:
+      fpo-mlx check --model M --data pairs/ --json findings.json --fix clean/
+    """
+    from fpo_mlx import pipeline
+
+    report = pipeline.check(gather(values), fix=fix, say=say)
+    write_json(json_path, report.as_dict())
+    table(
+        [
+            ("split", "rows", "refused", "clean", "chosen tokens", "rejected tokens", "longer"),
+            *(
+                (name, s.rows, s.refused, s.clean, s.chosen_length, s.rejected_length,
+                 f"{s.longer_chosen:.0%} chosen")
+                for name, s in report.splits.items()
+            ),
+        ]
+    )  # fmt: skip
+    click.echo()
+    kinds: dict[tuple[str, str], list] = {}
+    for finding in report.findings:
+        kinds.setdefault((finding.level, finding.kind), []).append(finding)
+    table((*kind, len(found), str(found[0])) for kind, found in sorted(kinds.items(), key=_gravity))
+    if report.refused:
+        faults = [str(finding) for finding in report.findings if finding.level == "refused"]
+        raise DataError(f"{report.refused} rows cannot be used:", faults)
+
+
+def _gravity(entry: tuple[tuple[str, str], list]) -> int:
+    return ("refused", "spare", "warning").index(entry[0][0])
+
+
+@click.command()
+@settings(DataConfig, ReferenceConfig)
+@preset_option
+@click.option("--output", type=PATH, help="Cache folder (default: one under the user cache).")
+@click.option("--adapter-path", "adapter", help="SFT adapter that belongs to the reference.")
+@backend_option
+@device_option
+@click.option(
+    "--split",
+    type=click.Choice(["train", "valid", "test", "all"]),
+    default="all",
+    show_default=True,
+    help="Part of the data to score.",
+)
+@click.option(
+    "--keep-features",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Store the N largest features of a response, not all: smaller, and D is not exact.",
+)
+def precompute(output, adapter, backend, device, split, keep_features, **values) -> None:
+    """Run the frozen reference once over the data and keep what training needs of it.
+
+    \b
+    Example:
+      fpo-mlx precompute --model mlx-community/gemma-2-2b-it-4bit \\
+        --sae gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55 --data pairs/ --output ref/
+    """
+    from fpo_mlx import pipeline
+
+    result = pipeline.precompute(
+        gather(values), output=output, adapter=adapter, backend=backend, device=device,
+        split=split, keep_features=keep_features, say=say, progress=Bar("reference"),
+    )  # fmt: skip
+    click.echo(f"{result.pairs} pairs, {result.rows} rows in {result.path}")
+    for i, (largest, share) in enumerate(result.left_out):
+        click.echo(
+            f"SAE {i}: left out {share:.3%} of the squares, no feature above {largest:.4g}. Where "
+            "the policy's top features are not among those kept, D takes the reference's for 0."
+        )

@@ -1,0 +1,83 @@
+"""Options that are settings, made from config.py's fields, and what becomes of their values."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fpo_mlx import files
+from fpo_mlx.config import PRESETS, SECTIONS, YAML_ONLY, RunConfig, load_config
+from fpo_mlx.errors import FpoError
+
+PATH = click.Path(path_type=Path)
+NEVER_ITS_DEFAULT = (None, (), "", dataclasses.MISSING)  # these say nothing in a help text
+
+config_option = click.option(
+    "-c", "--config", type=PATH, help="YAML file of settings (underscored names)."
+)
+preset_option = click.option(
+    "--objective", type=click.Choice(list(PRESETS)), help="Preset of the objective.  [default: fpo]"
+)
+json_option = click.option("--json", "json_path", type=PATH, help="Write the result here.")
+backend_option = click.option(
+    "--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True,
+    help="What runs the reference model.",
+)  # fmt: skip
+device_option = click.option("--device", help="Device of the torch backend: cpu, cuda, mps.")
+
+
+def settings(*parts: type | str) -> Callable:
+    """Options for settings, and --config: all that a flag can hold of a section, or one by name."""
+    wanted = [
+        (field, typing.get_type_hints(section)[field.name])
+        for part in parts
+        for section in SECTIONS
+        for field in dataclasses.fields(section)
+        if part in (section, field.name) and field.name not in YAML_ONLY
+    ]
+
+    def decorate(command: Callable) -> Callable:
+        for field, hint in reversed(wanted):
+            command = _option(field, hint)(command)
+        return config_option(command)
+
+    return decorate
+
+
+def _option(field: dataclasses.Field, hint: Any) -> Callable:
+    name = "--" + field.name.replace("_", "-")
+    help = field.metadata["help"] + "."
+    if field.default not in NEVER_ITS_DEFAULT:
+        help += f"  [default: {field.default}]"
+    if hint is bool:
+        return click.option(f"{name}/--no-{name[2:]}", field.name, default=None, help=help)
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return click.option(name, field.name, type=click.Choice(arguments), help=help)
+    if typing.get_origin(hint) is tuple:
+        return click.option(name, field.name, multiple=True, help=help)
+    kind = next((a for a in arguments if a is not type(None)), hint)
+    return click.option(name, field.name, type=kind, help=help)
+
+
+def gather(values: dict[str, Any]) -> RunConfig:
+    """Flags that were given, over the YAML file, over the preset, over the defaults."""
+    path = values.pop("config", None)
+    known = {f.name for section in SECTIONS for f in dataclasses.fields(section)} | {"objective"}
+    flags = {k: v for k, v in values.items() if k in known and v not in (None, ())}
+    return load_config(flags, path)
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Raises FpoError when the place that the user named cannot be written to."""
+    if path is None:
+        return
+    try:
+        files.write_json(path, value)
+    except OSError as error:
+        raise FpoError(f"{path} cannot be written: {error.strerror or error}.") from error

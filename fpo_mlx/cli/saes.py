@@ -1,0 +1,96 @@
+"""`fpo-mlx sae list | info | convert | encode`."""
+
+from __future__ import annotations
+
+import click
+
+from fpo_mlx.cli.options import PATH, gather, json_option, settings, write_json
+from fpo_mlx.cli.show import listing, say, table
+
+
+@click.group()
+def sae() -> None:
+    """Sparse autoencoders: what is public, what one is, what it says.
+
+    \b
+    Example:
+      fpo-mlx sae list --model google/gemma-2-2b-it
+    """
+
+
+@sae.command("list")
+@click.option("--model", help="Only those for this model, its base or its chat sibling.")
+@json_option
+def list_(model, json_path) -> None:
+    """List the public SAEs that are known by name.
+
+    \b
+    Example:
+      fpo-mlx sae list --model mlx-community/gemma-2-2b-it-4bit
+    """
+    from fpo_mlx import pipeline
+
+    rows = pipeline.sae_list(model)
+    write_json(json_path, rows)
+    if not rows:
+        say(f"no public SAE is known for {model}; any other can be given as owner/repo/path")
+        return
+    columns = ("release", "model", "site", "layers", "widths", "example")
+    table([columns, *([", ".join(r[c]) if c == "widths" else r[c] for c in columns] for r in rows)])
+
+
+@sae.command()
+@click.argument("spec")
+@settings("model", "layer", "site", "sae_format", "allow_pickle")
+@json_option
+def info(spec, json_path, **values) -> None:
+    """Say what an SAE is: family, activation, width, site, fingerprint; and whether it fits.
+
+    \b
+    Example:
+      fpo-mlx sae info gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55
+    """
+    from fpo_mlx import pipeline
+
+    about = pipeline.sae_info(spec, gather(values), say)
+    write_json(json_path, about)
+    listing(about)
+
+
+@sae.command()
+@click.argument("spec")
+@click.option("--output", type=PATH, required=True, help="Folder to write.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16", "int8"]), default="float32",
+    show_default=True, help="Of the stored weights; SAELens reads all but int8.",
+)  # fmt: skip
+@settings("layer", "site", "sae_format", "allow_pickle")
+def convert(spec, output, dtype, **values) -> None:
+    """Write an SAE in SAELens' layout.
+
+    \b
+    Example:
+      fpo-mlx sae convert gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55 \\
+        --output my-sae --dtype float16
+    """
+    from fpo_mlx import pipeline
+
+    done = pipeline.sae_convert(spec, gather(values), output=output, dtype=dtype, say=say)
+    click.echo(f"{done.architecture}, {done.dtype}, {done.size / 1e6:.1f} MB in {done.folder}")
+
+
+@sae.command()
+@settings("sae", "sae_format", "allow_pickle")
+@click.option("--input", type=PATH, required=True, help=".npy of vectors, [N, D].")
+@click.option("--output", type=PATH, required=True, help=".npy of activations to write, [N, F].")
+def encode(input, output, **values) -> None:
+    """Feature activations of given vectors, without a model.
+
+    \b
+    Example:
+      fpo-mlx sae encode --sae my-sae --input vectors.npy --output activations.npy
+    """
+    from fpo_mlx import pipeline
+
+    rows, features = pipeline.sae_encode(gather(values), input=input, output=output, say=say)
+    click.echo(f"{rows} x {features} activations in {output}")

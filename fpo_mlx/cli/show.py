@@ -1,0 +1,113 @@
+"""What a run looks like: lines on stderr, a bar only on a terminal, tables on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+
+
+def say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+class Bar:
+    """A bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._bar = what, None
+
+    def __call__(self, report: Any) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(
+                total=report.total_pairs, desc=self._what, unit="pair", disable=None, leave=False
+            )
+        self._bar.update(report.pairs - self._bar.n)
+
+
+class Progress:
+    """A line per report; on a terminal a bar below them."""
+
+    def __init__(self, total: int | None = None) -> None:
+        self._total, self._bar = total, None
+
+    def say(self, text: str) -> None:
+        if self._bar is None:
+            say(text)
+        else:
+            self._bar.write(text, file=sys.stderr)
+
+    def __call__(self, report: Any) -> None:
+        kind = type(report).__name__
+        if kind == "StepReport":
+            self._advance(report.iteration)
+            for warning in report.warnings:
+                self.say(f"warning: {warning}")
+            self.say(
+                f"{report.iteration:>6}  loss {report.loss:.4f}  {describe(report.metrics)}  "
+                f"lr {report.learning_rate:.1e}  {report.tokens_per_second:.0f} tok/s  "
+                f"peak {report.peak_memory_gb:.2f} GB"
+            )
+        elif kind == "ValidReport":
+            best = "  best so far" if report.best else ""
+            self.say(
+                f"{report.iteration:>6}  valid {report.loss:.4f}  {describe(report.metrics)}  "
+                f"{report.pairs} pairs in {report.seconds:.0f} s{best}"
+            )
+        elif report.numbered:
+            self.say(f"{report.iteration:>6}  saved")
+
+    def _advance(self, iteration: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=self._total, desc="train", unit="it", disable=None, leave=False)
+        self._bar.update(iteration - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """The few figures that belong on a line: accuracy never stands alone."""
+    text = (
+        f"acc {metrics['rewards/accuracies']:.2f}  margin {metrics['rewards/margins']:.4f}  "
+        f"chosen {metrics['logps_per_token/chosen_change']:+.4f} nats/token"
+    )
+    if "features/chosen" in metrics:
+        text += f"  D {metrics['features/chosen']:.3g} / {metrics['features/rejected']:.3g}"
+    if "kl/chosen" in metrics:
+        text += f"  KL {metrics['kl/chosen']:.3g} / {metrics['kl/rejected']:.3g}"
+    return text
+
+
+def number(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return " … ".join(number(v) for v in value)
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def listing(values: Mapping[str, Any]) -> None:
+    """One `name  value` line each."""
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        click.echo(f"{name:<{width}}  {number(value)}")
+
+
+def table(rows: Iterable[Sequence[Any]]) -> None:
+    """Columns as wide as their widest cell; numbers to the right."""
+    rows = list(rows)
+    widths = [max(len(number(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [_cell(cell, width) for cell, width in zip(row, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())
+
+
+def _cell(value: Any, width: int) -> str:
+    text = number(value)
+    return text.rjust(width) if isinstance(value, int | float) else text.ljust(width)

@@ -1,0 +1,57 @@
+"""`fpo-mlx train`."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from fpo_mlx.cli.options import gather, preset_option, settings
+from fpo_mlx.cli.show import Bar, Progress, say
+from fpo_mlx.config import DataConfig, Objective, ReferenceConfig, TrainConfig
+
+
+@click.command()
+@settings(DataConfig, ReferenceConfig, Objective, TrainConfig)
+@preset_option
+def train(**values) -> None:
+    """Train LoRA adapters on preference pairs. Precomputes the reference if need be.
+
+    \b
+    Example:
+      fpo-mlx train --model mlx-community/gemma-2-2b-it-4bit --data pairs/ \\
+        --sae gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55 \\
+        --iters 300 --batch-size 2 --learning-rate 2e-5 --adapter-path adapters
+    """
+    from fpo_mlx import pipeline, trackers
+
+    config = gather(values)
+    track = trackers.open_trackers(config.train.report_to, config.train.project_name, config)
+    show = Progress(config.train.iters)
+    reports = pipeline.train(config, say=show.say, progress=Bar("reference"), arm=on_signal)
+    try:
+        for report in reports:
+            show(report)
+            track(report)
+    finally:
+        show.close()
+    click.echo(f"adapters in {config.train.adapter_path}")
+
+
+def on_signal() -> Callable[[], int | None]:
+    """Ctrl-C and SIGTERM end the run after the update in work; a second Ctrl-C ends it at once."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        seen.append(128 + number)
+        say("stopping after this update; press again to stop at once")
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return lambda: seen[0] if seen else None
