@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from fpo_mlx import cache
 from fpo_mlx.cli import main
 from fpo_mlx.config import PRESETS, Objective, load_config
+from fpo_mlx.data import parse_row
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -109,6 +111,13 @@ def test_the_readmes_make_targets_exist():
     named |= {(words[1], "") for words in shell_lines() if words[0] == "make"}
     assert {a or b for a, b in named} >= {"demo", "test", "check"}
     assert {a or b for a, b in named} <= targets
+
+
+@pytest.mark.parametrize("line", "".join(blocks("json")).splitlines())
+def test_the_readmes_rows_are_read_as_one_pair_each(line):
+    row = parse_row(json.loads(line))
+    assert [turn["role"] for turn in row.prompt if turn["role"] != "system"] == ["user"]
+    assert [turn["role"] for turn in (*row.chosen, *row.rejected)] == ["assistant"] * 2
 
 
 @pytest.mark.parametrize("number", range(len(blocks("yaml"))))
