@@ -12,6 +12,7 @@ import click
 import pytest
 
 from fpo_mlx import cache
+from fpo_mlx.cache.identity import VERSION
 from fpo_mlx.cli import main
 from fpo_mlx.config import PRESETS, Objective, load_config
 from fpo_mlx.data import parse_row
@@ -165,7 +166,7 @@ def test_the_cache_format_is_quoted_from_the_package():
     assert len(arrays) >= 10
     for words in arrays:
         assert " ".join(words) in said
-    assert f"format version {cache.identity.VERSION}" in README
+    assert f"format version {VERSION}" in README
 
 
 @pytest.mark.parametrize("page", PAGES)
