@@ -106,7 +106,8 @@ class AdapterFolder:
             raise ModelError(f"{path} holds other adapters than this run's; check --num-layers.")
         adapters.update(model, saved)
         optimizer.state = tree_unflatten(list(part("optimizer").items()))
-        mx.random.state[0] = arrays["random"]
+        high, low = arrays["random"].tolist()
+        mx.random.seed(high << 32 | low)  # the state itself cannot be assigned to
         return progress, part("reference")
 
     @property
