@@ -1,0 +1,352 @@
+"""The command line as a user meets it: exit codes, one plain message, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from click.testing import CliRunner, Result
+
+from fpo_mlx.cli import main
+from fpo_mlx.records import SaeWeights, Site
+from fpo_mlx.sae.convert import write_saelens
+from fpo_mlx.sae.encode import encode
+
+pytest.importorskip("mlx.core")
+
+FEATURES, BLOCK = 48, 1
+ROWS = [
+    {"prompt": f"Question {n}?", "chosen": f"Short answer {n}.", "rejected": f"Well, {n} or so, so"}
+    for n in range(4)
+]
+
+
+def lines(path: Path, *rows: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def random_sae(width: int, block: int = BLOCK) -> SaeWeights:
+    rng = np.random.default_rng(3)
+    w = rng.normal(size=(width, FEATURES)).astype(np.float32) / width**0.5
+    zeros = np.zeros(FEATURES, np.float32)
+    return SaeWeights(
+        "relu", w, zeros, w_dec=w.T.copy(), b_dec=np.zeros(width, np.float32),
+        site=Site(block), source="random",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two models, SAEs, pairs, and a cache of the first model: made once, written to by no test."""
+    root = tmp_path_factory.mktemp("cli")
+    tiny_models.tiny_llama(root / "model", tokenizer=True)
+    tiny_models.tiny_llama(root / "other", tokenizer=True, seed=1)
+    write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
+    write_saelens(random_sae(tiny_models.HIDDEN + 16), root / "wide")
+    write_saelens(random_sae(tiny_models.HIDDEN, block=9), root / "deep")
+    lines(root / "data" / "train.jsonl", *ROWS)
+    lines(root / "data" / "valid.jsonl", {**ROWS[0], "prompt": "Held out?"})
+    done = run("precompute", *usual(root), "--output", root / "ref")
+    assert done.exit_code == 0, done.stderr
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache_and_signals(tmp_path, monkeypatch):
+    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def usual(root: Path, **changes: Path | str | None) -> list[object]:
+    """--model, --sae, --data and a top-k that suits 48 features; None leaves one out."""
+    flags = {"model": root / "model", "sae": root / "sae", "data": root / "data"} | changes
+    words = [(f"--{name}", value) for name, value in flags.items() if value is not None]
+    return [word for pair in words for word in pair]
+
+
+def train(place: Path, out: Path, *words: object, **changes: Path | str | None) -> Result:
+    flags = ["--top-k", 5, "--iters", 2, "--batch-size", 1, "--steps-per-report", 1]
+    return run("train", *usual(place, **changes), *flags, "--adapter-path", out, *words)
+
+
+def refused(result: Result, code: int, *parts: object) -> None:
+    """This exit code, and one plain message on stderr that has these parts in it."""
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code, result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    plain = re.findall(r"^(?:fpo-mlx|Error): ", result.stderr, re.MULTILINE)
+    assert len(plain) == 1, result.stderr
+    message = result.stderr[result.stderr.rindex(plain[0]) :]
+    for part in parts:
+        assert str(part) in message
+
+
+def test_an_unknown_flag_is_a_usage_error():
+    refused(run("train", "--learning-rat", "1"), 2, "No such option", "--learning-rat")
+
+
+def test_an_unknown_command_is_a_usage_error():
+    refused(run("trian"), 2, "trian")
+
+
+@pytest.mark.parametrize("command", ["train", "precompute", "evaluate"])
+@pytest.mark.parametrize("flag", ["model", "data"])
+def test_a_missing_model_or_data_is_a_usage_error(place, command, flag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(run(command, *usual(place, **{flag: None})), 2, f"--{flag} is missing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_sae_is_a_usage_error_that_names_the_way_out(place, tmp_path):
+    refused(train(place, tmp_path / "out", sae=None), 2, "--sae is missing", "--constraint")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fuse_without_a_model_is_a_usage_error(tmp_path):
+    refused(run("fuse", "--save-path", tmp_path / "fused"), 2, "--model is missing")
+
+
+def test_data_that_is_not_there_is_named(place, tmp_path):
+    result = train(place, tmp_path / "out", data=tmp_path / "no.jsonl")
+    refused(result, 1, tmp_path / "no.jsonl", "no such file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_splits_is_refused_by_precompute(place, tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = run("precompute", *usual(place, data=tmp_path / "empty"), "--output", tmp_path / "ref")
+    refused(result, 1, "train.jsonl", "no such file")
+    assert not (tmp_path / "ref").exists()
+
+
+BAD_ROWS = {
+    "no rows": ([], ("rows.jsonl", "no rows")),
+    "no chosen": ([*ROWS, {"prompt": "a", "rejected": "b"}], ("rows.jsonl:5", "chosen")),
+    "empty response": ([{"prompt": "a", "chosen": "b", "rejected": ""}], ("rows.jsonl:1",)),
+    "same responses": ([{"prompt": "a", "chosen": "b", "rejected": "b"}], ("rows.jsonl:1",)),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "precompute", "check"])
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_data_is_refused_with_its_file_and_line(place, tmp_path, case, command):
+    rows, parts = BAD_ROWS[case]
+    path = lines(tmp_path / "in" / "rows.jsonl", *rows)
+    out = {"train": "--adapter-path", "precompute": "--output", "check": "--fix"}[command]
+    sae = None if command == "check" else place / "sae"
+    result = run(command, *usual(place, data=path, sae=sae), out, tmp_path / "out")
+    if command == "check" and rows:
+        assert "refused" in result.stdout
+        result.stdout_bytes = b""  # its table is not the message
+    refused(result, 3, *parts)
+    if command != "check":
+        assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_sae_of_another_width_is_refused_with_both_widths(place, tmp_path):
+    result = train(place, tmp_path / "out", sae=place / "wide")
+    refused(result, 1, tiny_models.HIDDEN, tiny_models.HIDDEN + 16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_sae_of_a_block_that_the_model_lacks_is_refused(place, tmp_path):
+    refused(train(place, tmp_path / "out", sae=place / "deep"), 1, "block 9", "blocks 0 to 3")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_only_above_the_saes_block_are_refused(place, tmp_path):
+    result = train(
+        place, tmp_path / "out", "--adapt-above-sae", "--num-layers", 1,
+        "--reference", place / "ref",
+    )  # fmt: skip
+    refused(result, 2, "no adapted layer", f"block {BLOCK}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_of_another_model_is_refused_with_both_fingerprints(place, tmp_path):
+    before = {p.name: p.read_bytes() for p in (place / "ref").iterdir()}
+    result = train(place, tmp_path / "out", "--reference", place / "ref", model=place / "other")
+    made_of = json.loads((place / "ref" / "manifest.json").read_text())["identity"]
+    refused(result, 1, "model: cache", made_of["model"], "this run")
+    assert len(set(re.findall(r"[0-9a-f]{32,}", result.stderr))) == 2
+    assert not (tmp_path / "out").exists()
+    assert {p.name: p.read_bytes() for p in (place / "ref").iterdir()} == before
+
+
+def test_divergence_has_its_own_exit_code_and_leaves_whole_adapters(place, tmp_path):
+    result = train(
+        place, tmp_path / "out", "--reference", place / "ref", "--learning-rate", 0.3,
+        "--max-logp-drop", 0.01, "--iters", 20, "--objective", "simpo",
+    )  # fmt: skip
+    assert result.exit_code == 4, result.stderr
+    assert "Traceback" not in result.output
+    assert result.stderr.count("fpo-mlx: iteration") == 1
+    assert "--max-logp-drop 0.01" in result.stderr
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"adapters.safetensors", "adapter_config.json", "run.json", "best"} <= names
+    assert not [p for p in (tmp_path / "out").rglob("*") if ".tmp" in p.name]
+
+
+def test_training_evaluating_resuming_and_fusing_work_from_flags_alone(place, tmp_path):
+    out, scores = tmp_path / "out", tmp_path / "scores.json"
+    reference = ["--reference", place / "ref"]
+    done = train(place, out, *reference, "--save-every", 1, "--num-layers", 1)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == f"adapters in {out}\n"
+    more = train(place, out, *reference, "--resume", "--iters", 3, "--num-layers", 1)
+    assert more.exit_code == 0, more.stderr
+    assert "resumed after iteration 2" in more.stderr
+    judged = run(
+        "evaluate", *usual(place), *reference, "--adapter-path", out, "--split", "valid",
+        "--top-k", 5, "--json", scores,
+    )  # fmt: skip
+    assert judged.exit_code == 0, judged.stderr
+    assert json.loads(scores.read_text())["summary"]["n"] == 1
+    assert "rewards/accuracies" in judged.stdout
+    fused = run(
+        "fuse", "--model", place / "model", "--adapter-path", out, "--save-path", tmp_path / "f"
+    )
+    assert fused.exit_code == 0, fused.stderr
+    assert (tmp_path / "f" / "config.json").is_file()
+
+
+def test_resuming_on_other_data_is_refused(place, tmp_path):
+    out, flags = tmp_path / "out", ("--objective", "dpo")
+    lines(tmp_path / "data" / "train.jsonl", *ROWS[:2])
+    assert train(place, out, *flags, data=tmp_path / "data", sae=None).exit_code == 0
+    lines(tmp_path / "data" / "train.jsonl", *ROWS[2:])
+    again = train(place, out, *flags, "--resume", data=tmp_path / "data", sae=None)
+    refused(again, 2, "fingerprints.data")
+
+
+def test_a_cache_that_keeps_too_few_features_is_refused(place, tmp_path):
+    flags = ["--output", tmp_path / "ref", "--keep-features", 10]
+    result = run("precompute", *usual(place), *flags)
+    refused(result, 2, "--keep-features 10", "--top-k 50")
+    assert not (tmp_path / "ref").exists()
+
+
+def test_a_cache_of_the_largest_features_says_what_it_left_out_and_trains(place, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("top_k: 5\n")
+    made = run(
+        "precompute", *usual(place), "-c", config, "--output", tmp_path / "ref",
+        "--keep-features", 10,
+    )  # fmt: skip
+    assert made.exit_code == 0, made.stderr
+    assert float(re.findall(r"left out ([\d.]+)%", made.stdout)[0]) > 0
+    trained = train(place, tmp_path / "out", "--reference", tmp_path / "ref")
+    assert trained.exit_code == 0, trained.stderr
+    assert "10 largest features" in trained.stderr
+    verify = ["cache", "verify", tmp_path / "ref", *usual(place), "-c", config]
+    assert run(*verify).exit_code == 0
+    refused(train(place, tmp_path / "b", "--reference", tmp_path / "ref", "--top-k", 11), 2, "11")
+
+
+def test_check_prints_a_table_and_writes_findings_and_the_good_rows(place, tmp_path):
+    path = lines(tmp_path / "rows.jsonl", *ROWS, ROWS[0], {"prompt": "a", "chosen": "b"})
+    result = run(
+        "check", "--model", place / "model", "--data", path, "--json", tmp_path / "found.json",
+        "--fix", tmp_path / "clean",
+    )  # fmt: skip
+    assert result.exit_code == 3
+    assert re.search(r"^train +6 +1 +4 ", result.stdout, re.MULTILINE)
+    assert re.search(r"^refused +missing field +1 +rows.jsonl:6: ", result.stdout, re.MULTILINE)
+    assert re.search(r"^spare +duplicate +1 +rows.jsonl:5: ", result.stdout, re.MULTILINE)
+    assert json.loads((tmp_path / "found.json").read_text())["refused"] == 1
+    kept = (tmp_path / "clean" / "train.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == ROWS
+    good = run("check", "--data", tmp_path / "clean")
+    assert good.exit_code == 0
+    assert "no --model" in good.stderr
+    refused(run("check", "--data", path, "--fix", tmp_path), 2, "where the data lies")
+
+
+def test_sae_commands_list_show_convert_and_encode(place, tmp_path):
+    listed = run("sae", "list", "--model", "mlx-community/gemma-2-2b-it-4bit")
+    assert "gemma-scope-2b-pt-res" in listed.stdout
+    assert "llama" not in listed.stdout.lower()
+    shown = run("sae", "info", place / "sae", "--model", place / "model")
+    assert re.search(r"^features +48$", shown.stdout, re.MULTILINE)
+    refused(run("sae", "info", place / "wide", "--model", place / "model"), 1, 32, 48)
+    made = run("sae", "convert", place / "sae", "--output", tmp_path / "int8", "--dtype", "int8")
+    assert made.exit_code == 0, made.stderr
+    x = np.random.default_rng(0).normal(size=(7, tiny_models.HIDDEN)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    for name, tolerance in ((place / "sae", 1e-6), (tmp_path / "int8", 0.1)):
+        out = tmp_path / "acts.npy"
+        result = run("sae", "encode", "--sae", name, "--input", tmp_path / "x.npy", "--output", out)
+        assert result.exit_code == 0, result.stderr
+        wanted = encode(random_sae(tiny_models.HIDDEN), x)
+        np.testing.assert_allclose(np.load(out), wanted, atol=tolerance)
+
+
+def test_encoding_what_is_no_array_is_refused(place, tmp_path):
+    (tmp_path / "x.npy").write_text("no array")
+    flags = ["--input", tmp_path / "x.npy", "--output", tmp_path / "acts.npy"]
+    refused(run("sae", "encode", "--sae", place / "sae", *flags), 1, "x.npy", "cannot be read")
+    refused(run("sae", "encode", *flags), 2, "--sae", "wanted exactly one")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_cache_commands_show_verify_merge_and_export(place, tmp_path):
+    ref = place / "ref"
+    shown = run("cache", "info", ref, "--json", tmp_path / "info.json")
+    assert re.search(r"^rows +10$", shown.stdout, re.MULTILINE)
+    assert json.loads((tmp_path / "info.json").read_text())["rows"] == 10
+    verified = run("cache", "verify", ref, *usual(place), "--json", tmp_path / "v.json")
+    assert verified.exit_code == 0, verified.stderr
+    assert json.loads((tmp_path / "v.json").read_text())["logp_relative"] < 1e-5
+    merged = run("cache", "merge", ref, ref, "--output", tmp_path / "both")
+    assert re.search(r"^rows +10$", merged.stdout, re.MULTILINE), merged.output
+    assert run("cache", "export", ref, "--output", tmp_path / "rows.jsonl").exit_code == 0
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 10
+
+
+def test_verifying_a_cache_of_another_model_is_refused(place):
+    result = run("cache", "verify", place / "ref", *usual(place, model=place / "other"))
+    refused(result, 1, "model: cache")
+
+
+def test_a_cache_that_is_none_is_refused(place):
+    refused(run("cache", "info", place / "data"), 1, "no reference cache", "precompute")
+
+
+def test_convert_quantises_and_never_overwrites(place, tmp_path):
+    flags = ["convert", "--hf-path", place / "model", "--mlx-path", tmp_path / "q4"]
+    done = run(*flags, "-q", "--q-bits", 4, "--q-group-size", 32)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"model in {tmp_path / 'q4'}\n"
+    config = json.loads((tmp_path / "q4" / "config.json").read_text())
+    assert config["quantization"]["bits"] == 4
+    refused(run(*flags), 1, tmp_path / "q4", "exists")
+    assert [p.name for p in tmp_path.iterdir() if p.name != "user-cache"] == ["q4"]
+
+
+def test_doctor_says_what_is_here_without_the_network(tmp_path):
+    done = run("doctor", "--no-hub", "--json", tmp_path / "machine.json")
+    assert done.exit_code == 0, done.output
+    topics = [finding["topic"] for finding in json.loads((tmp_path / "machine.json").read_text())]
+    assert {"python", "mlx", "blas", "device", "disk"} <= set(topics)
+    assert "hub" not in topics
+
+
+def test_a_json_file_that_cannot_be_written_is_an_error_without_traceback(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("sae", "info", place / "sae", "--json", tmp_path / "file" / "x.json")
+    refused(result, 1, tmp_path / "file" / "x.json", "cannot be written")
