@@ -16,12 +16,33 @@ import mlx.core as mx
 Head = Callable[[mx.array], mx.array]  # [r, D] -> [r, V], final soft-caps and scales included
 
 CHUNK_ELEMENTS = 1 << 23  # logits alive at once: 32 MiB in float32
+INNER_SUM = 2048  # terms of a sum in float32
+
+
+@mx.custom_function
+def logsumexp(logits: mx.array) -> mx.array:
+    """Float32 log-sum-exp over the last axis. [r, V] -> [r].
+
+    In two levels: MLX's CPU kernel adds the V terms one after the other in float32, which loses
+    5e-5 nats a token at V = 49152; two shorter sums lose a tenth of that or less.
+    """
+    vocab = logits.shape[-1]
+    inner = next(d for d in range(min(vocab, INNER_SUM), 0, -1) if vocab % d == 0)
+    inner = inner if inner > 1 else vocab  # a prime above INNER_SUM
+    parts = logits.astype(mx.float32).reshape(-1, vocab // inner, inner)
+    return mx.logsumexp(mx.logsumexp(parts, axis=-1), axis=-1)
+
+
+@logsumexp.vjp
+def _logsumexp_vjp(logits: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    """Softmax, from the value that is at hand: one pass over [r, V]."""
+    softmax = mx.exp(logits.astype(mx.float32) - output[:, None])
+    return (cotangent[:, None] * softmax).astype(logits.dtype)
 
 
 def log_softmax(logits: mx.array) -> mx.array:
-    """Float32 log-softmax over the last axis, whatever the dtype of `logits`."""
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    """Float32 log-softmax over the last axis, whatever the dtype of `logits`. [r, V] -> [r, V]."""
+    return logits.astype(mx.float32) - logsumexp(logits)[:, None]
 
 
 def pick(values: mx.array, targets: mx.array) -> mx.array:
@@ -46,7 +67,7 @@ def token_logps(
 
     def value(rows: mx.array, goals: mx.array) -> mx.array:
         logits = head(rows).astype(mx.float32)
-        return pick(logits, goals) - mx.logsumexp(logits, axis=-1)
+        return pick(logits, goals) - logsumexp(logits)
 
     return _by_rows([value], hidden, [targets], vocab_size, grad)[0]
 
