@@ -54,7 +54,8 @@ def check(fix, json_path, **values) -> None:
     table((*kind, len(found), str(found[0])) for kind, found in sorted(kinds.items(), key=_gravity))
     if report.refused:
         faults = [str(finding) for finding in report.findings if finding.level == "refused"]
-        raise DataError(f"{report.refused} rows cannot be used:", faults)
+        total = sum(split.rows for split in report.splits.values())
+        raise DataError(f"{report.refused} of {total} rows cannot be used:", faults)
 
 
 def _gravity(entry: tuple[tuple[str, str], list]) -> int:

@@ -88,7 +88,8 @@ def describe(metrics: Mapping[str, float]) -> str:
 
 def number(value: Any) -> str:
     if isinstance(value, tuple | list):
-        return " … ".join(number(v) for v in value)
+        interval = len(value) == 2 and all(isinstance(v, float) for v in value)
+        return (" … " if interval else ", ").join(number(v) for v in value)
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
