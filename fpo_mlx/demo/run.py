@@ -96,7 +96,7 @@ def run(
         answers = [answer(folder, QUESTIONS) for folder in (model, fused)]
     if first is None:
         raise FpoError("demo: training reported no loss. Run it again in an empty --output.")
-    samples = tuple(map(Sample, QUESTIONS, *answers, strict=True))
+    samples = tuple(Sample(*row) for row in zip(QUESTIONS, *answers, strict=True))
     before = _policy_accuracy_before(result.pairs)
     return DemoReport(
         first, before, dict(result.summary), samples, adapters, fused, dict(clock.seconds)
