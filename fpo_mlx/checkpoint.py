@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from fpo_mlx import files
 from fpo_mlx.errors import ConfigError, ModelError
-from fpo_mlx.model import adapters
+from fpo_mlx.model import adapters, randomness
 
 STATE = Path("checkpoint") / "state.safetensors"
 
@@ -42,6 +42,7 @@ class Progress:
     best_loss: float | None = None
     best_iteration: int = 0
     metrics_bytes: int = 0  # length of metrics.jsonl
+    window: dict[str, Any] = field(default_factory=dict)  # sums since the last report
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class AdapterFolder:
         try:
             arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
             progress = Progress(**json.loads(metadata["progress"]))
+            high, low = arrays["random"].tolist()
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{path} cannot be read ({error}). Start the run anew without --resume; its "
@@ -106,8 +108,7 @@ class AdapterFolder:
             raise ModelError(f"{path} holds other adapters than this run's; check --num-layers.")
         adapters.update(model, saved)
         optimizer.state = tree_unflatten(list(part("optimizer").items()))
-        high, low = arrays["random"].tolist()
-        mx.random.seed(high << 32 | low)  # the state itself cannot be assigned to
+        randomness.go_to((high << 32) | low)
         return progress, part("reference")
 
     @property
@@ -153,7 +154,11 @@ def check_resumable(folder: Path, run: Mapping[str, Any]) -> None:
             f"--resume: {folder} holds no checkpoint. Start without --resume, or give the "
             "--adapter-path of the run to continue."
         )
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        before["settings"], before["fingerprints"]  # both are looked at below
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged ({error!r}). Start anew without --resume.") from error
     faults = [
         f"  {section}.{name}: was {old!r}, now {now!r}"
         for section in ("settings", "fingerprints")

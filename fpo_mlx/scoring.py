@@ -133,11 +133,14 @@ class Scorer:
         self, pairs: Sequence[TokenPair], rows: Rows, layout: Layout, grad: bool
     ) -> tuple[mx.array, mx.array]:
         policy, current = self.policy, dict(adapters.parameters(self.policy.model))
+        training = policy.model.training
         adapters.update(policy.model, self._reference)
+        policy.model.eval()  # the reference drops nothing
         try:
             ref_rows = policy.rows(pairs)
         finally:
             adapters.update(policy.model, current)
+            policy.model.train(training)
         tokens, kl = token_logps_and_kl(
             rows.hidden, ref_rows.hidden, layout.targets, policy.head, policy.vocab_size, grad=grad
         )

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from fpo_mlx.checkpoint import AdapterFolder, Progress
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.core.objectives import PairLosses
 from fpo_mlx.data import batches
-from fpo_mlx.errors import ConfigError, Diverged, Interrupted, ModelError
+from fpo_mlx.errors import Diverged, Interrupted, ModelError
+from fpo_mlx.model import adapters
+from fpo_mlx.optimizer import make_optimizer
+from fpo_mlx.optimizer import trainable_count as trainable_count
 from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.scoring import Measures, Scorer
 
@@ -74,6 +77,7 @@ class SavedReport:
 Report = StepReport | ValidReport | SavedReport
 
 
+@np.errstate(invalid="ignore", over="ignore")  # the guard speaks of what is not finite
 def pair_metrics(losses: PairLosses, measures: Measures, beta: float) -> dict[str, np.ndarray]:
     """Per-pair values [B] under TRL's metric names; logps and kl are per response, in nats."""
     chosen, rejected = np.array(losses.chosen_rewards), np.array(losses.rejected_rewards)
@@ -115,23 +119,35 @@ def measure(scorer: Scorer, data: ScoredPairs, size: int = 1) -> dict[str, np.nd
 
 @dataclass
 class _Window:
-    """Sums since the last report."""
+    """Sums since the last report; `saved` and `of` let it outlive an interruption."""
 
     sums: dict[str, float] = field(default_factory=dict)
     pairs: int = 0
     tokens: int = 0
-    worst_u: float = 0.0
+    seconds: float = 0.0  # before `started`
+    notes: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
+
+    @staticmethod
+    def of(saved: Mapping[str, Any]) -> _Window:
+        return _Window(**saved)
+
+    def saved(self) -> dict[str, Any]:
+        """As JSON holds it, exactly: everything but the clock."""
+        everything = asdict(self) | {"seconds": self.elapsed()}
+        return {k: v for k, v in everything.items() if k != "started"}
 
     def add(self, values: Mapping[str, np.ndarray], tokens: int) -> None:
         for name, array in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(array.sum())
         self.pairs += len(values["loss"])
         self.tokens += tokens
-        self.worst_u = max(self.worst_u, float(np.abs(values["u"]).max()))
 
     def means(self) -> dict[str, float]:
         return {name: total / self.pairs for name, total in self.sums.items()}
+
+    def elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.started
 
 
 class Trainer:
@@ -154,13 +170,17 @@ class Trainer:
         self.optimizer = make_optimizer(config, self.total)
         self.optimizer.init(self.model.trainable_parameters())
         self.progress = Progress()
-        self._reference = {}
+        self._reference: dict[str, mx.array] = {}
+        self._window = _Window()
+        self._good: dict[str, mx.array] = {}  # adapters that the guard let pass; {} before any
 
     def resume(self) -> None:
         """Go back to the state in the folder."""
         self.progress, self._reference = self.folder.load_state(self.model, self.optimizer)
         self.scorer.freeze_reference(self._reference)
         self.folder.rewind_log(self.progress)
+        self._window = _Window.of(self.progress.window)
+        self._good = dict(adapters.parameters(self.model))
 
     def run(self) -> Iterator[Report]:
         """Train to the last iteration.
@@ -168,33 +188,23 @@ class Trainer:
         Raises: Diverged, Interrupted (after saving), ModelError when step 0 shows that policy and
         reference are not the same model.
         """
-        fresh = self.progress.iteration == 0
-        if fresh:
-            from fpo_mlx.model.adapters import parameters
-
-            self._reference = dict(parameters(self.model))
-            self.scorer.freeze_reference(self._reference)
-        window, notes = _Window(), []
         mx.reset_peak_memory()
-        if fresh and self.valid:
-            yield self._validate()
-        updates = self._updates()
-        for iteration, values, tokens, grad_norm in updates:
-            if fresh and iteration <= self.config.grad_accumulation_steps:
-                notes += self._check_first(values, grad_norm)
-            self._guard(iteration, values, grad_norm)
-            window.add(values, tokens)
+        if self.progress.iteration == 0:
+            self._reference = dict(adapters.parameters(self.model))
+            self.scorer.freeze_reference(self._reference)
+            if self.valid:
+                yield self._validate()
+        self._window.started = time.perf_counter()
+        for iteration, grad_norm in self._updates():
             last = iteration >= self.total
             if last or _crossed(iteration, self.config.steps_per_report, self._step):
-                yield self._report(iteration, window, grad_norm, tuple(notes))
-                window, notes = _Window(), []
+                yield self._report(iteration, grad_norm)
             if self.valid and (last or _crossed(iteration, self.config.steps_per_eval, self._step)):
                 yield self._validate()
-                window.started = time.perf_counter()
-            code = self._stop()
-            if code or last or _crossed(iteration, self.config.save_every, self._step):
-                self._save(numbered=not code or last)
-                yield SavedReport(iteration, numbered=not code or last)
+            code, due = self._stop(), _crossed(iteration, self.config.save_every, self._step)
+            if code or last or due:
+                self._save(numbered=last or due)
+                yield SavedReport(iteration, numbered=last or due)
             if code and not last:
                 raise Interrupted(
                     f"stopped after iteration {iteration}; everything is in {self.folder.path}. "
@@ -206,23 +216,30 @@ class Trainer:
     def _step(self) -> int:
         return self.config.grad_accumulation_steps
 
-    def _updates(self) -> Iterator[tuple[int, dict[str, np.ndarray], int, float]]:
-        """One optimizer update each: (iterations done, per-pair values, tokens, gradient norm)."""
-        update_pairs = self.config.batch_size * self._step  # so accumulation changes nothing else
-        done = self.progress.iteration // self._step
+    def _updates(self) -> Iterator[tuple[int, float]]:
+        """One optimizer update each: (iterations done, gradient norm)."""
+        progress, size = self.progress, self.config.batch_size
+        update_pairs = size * self._step  # so accumulation changes nothing else
+        done = progress.iteration // self._step
         order = batches(self.train.lengths(), update_pairs, self.config.seed, done)
-        while self.progress.iteration < self.total:
-            count = min(self._step, self.total - self.progress.iteration)
-            indices = next(order)[2]
+        while progress.iteration < self.total:
+            count = min(self._step, self.total - progress.iteration)
+            indices = next(order)[2][: count * size]
             self.model.train()
             values, gradient = self._gradient(indices)
-            grad_norm = self._apply(gradient, values)
             self.model.eval()
+            clipped, norm = optim.clip_grad_norm(gradient, self.config.max_grad_norm or math.inf)
+            grad_norm = float(norm.item())
+            if progress.iteration == 0:
+                self._window.notes += self._check_first(indices, grad_norm)
+            self._guard(progress.iteration + count, values, grad_norm)
+            self._apply(progress.iteration + count, clipped)
             tokens = sum(self.train.pairs[i].tokens for i in indices)
-            self.progress.iteration += count
-            self.progress.pairs += len(indices)
-            self.progress.tokens += tokens
-            yield self.progress.iteration, values, tokens, grad_norm
+            self._window.add(values, tokens)
+            progress.iteration += count
+            progress.pairs += len(indices)
+            progress.tokens += tokens
+            yield progress.iteration, grad_norm
 
     def _gradient(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
         """Mean gradient over the pairs, a few in memory at a time, and their values in order."""
@@ -248,16 +265,15 @@ class Trainer:
         seen = {k: v for k, v in vars(measures).items() if v is not None}
         return losses.losses.sum() / count, tuple(losses), seen
 
-    def _apply(self, gradient: Any, values: Mapping[str, np.ndarray]) -> float:
-        """Clip and update, unless loss or gradient is not finite (the guard then stops)."""
-        clipped, norm = optim.clip_grad_norm(gradient, self.config.max_grad_norm or math.inf)
-        grad_norm = float(norm.item())
-        if math.isfinite(grad_norm) and np.isfinite(values["loss"]).all():
-            self.optimizer.update(self.model, clipped)
-            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        return grad_norm
+    def _apply(self, iteration: int, gradient: Any) -> None:
+        """Update the adapters, unless that makes one of them infinite."""
+        self._good = dict(adapters.parameters(self.model))  # the guard let them pass
+        self.optimizer.update(self.model, gradient)
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        if not _finite(self.model):
+            self._diverge(iteration, "the update made the adapters infinite")
 
-    def _check_first(self, values: Mapping[str, np.ndarray], grad_norm: float) -> list[str]:
+    def _check_first(self, indices: np.ndarray, grad_norm: float) -> list[str]:
         """Before the first update policy and reference are one model; see that they are.
 
         Returns: warnings. Raises: ModelError.
@@ -269,7 +285,11 @@ class Trainer:
             )
         if self.scorer.objective.margin != "reference":
             return []
-        gap = float(np.abs(values["u"]).max()) / self.scorer.objective.beta
+        first = ScoredPairs(
+            *([side[i] for i in indices] for side in (self.train.pairs, self.train.refs))
+        )
+        u = measure(self.scorer, first, self.config.micro_batch_size)["u"]  # without dropout
+        gap = float(np.abs(u).max()) / self.scorer.objective.beta
         if gap > SAME_POLICY:
             raise ModelError(
                 f"step 0: the policy is not the reference. Their margins differ by up to {gap:.3g} "
@@ -295,19 +315,27 @@ class Trainer:
                 f"the chosen log-prob fell {drop:.3g} nats a token below the reference's, over "
                 f"--max-logp-drop {config.max_logp_drop}"
             )
-        if reason is None:
-            return
-        self._save(numbered=False)
+        if reason is not None:
+            self._diverge(iteration, reason)
+
+    def _diverge(self, iteration: int, reason: str) -> NoReturn:
+        """End the run with the adapters from before the trouble; the last checkpoint stays."""
+        path, best = self.folder.path, self.folder.path / "best"
+        kept = "Nothing was trained yet, so no adapters were written"
+        if self._good and _all_finite(self._good.values()):
+            adapters.update(self.model, self._good)
+            self.folder.save_adapters(self.model)
+            kept = f"The adapters from before it are in {path}"
+        if best.is_dir():
+            kept += f", the best validated ones in {best}"
         raise Diverged(
-            f"iteration {iteration}: {reason}. The adapters of the last finite update are in "
-            f"{self.folder.path}, the best validated ones in {self.folder.path / 'best'}. "
+            f"iteration {iteration}: {reason}. {kept}. "
             "Lower --learning-rate, or raise --alpha or --beta."
         )
 
-    def _report(
-        self, iteration: int, window: _Window, grad_norm: float, notes: tuple[str, ...]
-    ) -> StepReport:
-        seconds, means = time.perf_counter() - window.started, window.means()
+    def _report(self, iteration: int, grad_norm: float) -> StepReport:
+        window, self._window = self._window, _Window()
+        seconds, means = window.elapsed(), window.means()
         report = StepReport(
             iteration=iteration,
             loss=means.pop("loss"),
@@ -318,7 +346,7 @@ class Trainer:
             tokens_per_second=window.tokens / seconds,
             pairs_per_second=window.pairs / seconds,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
-            warnings=notes,
+            warnings=tuple(window.notes),
         )
         self._log("train", report)
         return report
@@ -332,16 +360,20 @@ class Trainer:
         values = measure(self.scorer, some, self.config.micro_batch_size)
         means = {name: float(array.mean()) for name, array in values.items() if name != "u"}
         loss, progress = means.pop("loss"), self.progress
+        if not math.isfinite(loss):
+            self._diverge(progress.iteration, "the validation loss is not finite")
         best = progress.best_loss is None or loss < progress.best_loss
         if best:
             progress.best_loss, progress.best_iteration = loss, progress.iteration
             self.folder.save_best(self.model)
         seconds = time.perf_counter() - started
+        self._window.started += seconds  # speed is that of training
         report = ValidReport(progress.iteration, loss, means, n, seconds, best)
         self._log("valid", report)
         return report
 
     def _save(self, *, numbered: bool) -> None:
+        self.progress.window = self._window.saved()
         self.folder.save_adapters(self.model, self.progress.iteration if numbered else None)
         self.folder.save_state(self.model, self.optimizer, self._reference, self.progress)
 
@@ -353,36 +385,14 @@ def _measures(seen: Mapping[str, mx.array]) -> Measures:
     return Measures(**seen)  # type: ignore[arg-type]
 
 
+def _all_finite(arrays: Iterable[mx.array]) -> bool:
+    return all(bool(mx.isfinite(array).all()) for array in arrays)
+
+
+def _finite(model: nn.Module) -> bool:
+    return _all_finite(array for _, array in adapters.parameters(model))
+
+
 def _crossed(iteration: int, every: int, step: int) -> bool:
     """Whether a multiple of `every` lies within the last `step` iterations."""
     return iteration // every > (iteration - step) // every
-
-
-def make_optimizer(config: TrainConfig, iterations: int) -> optim.Optimizer:
-    """mlx.optimizers by name; the schedule is mlx-lm's block and counts updates.
-
-    Raises: ConfigError for arguments that the optimizer or schedule does not take.
-    """
-    from mlx_lm.tuner.utils import build_schedule
-
-    kinds = {
-        "adam": optim.Adam, "adamw": optim.AdamW, "muon": optim.Muon,
-        "sgd": optim.SGD, "adafactor": optim.Adafactor,
-    }  # fmt: skip
-    rate = config.learning_rate
-    try:
-        if config.lr_schedule:
-            rate = build_schedule(config.lr_schedule)
-        arguments = dict(config.optimizer_config.get(config.optimizer, {}))
-        return kinds[config.optimizer](learning_rate=rate, **arguments)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ConfigError(
-            f"lr_schedule / optimizer_config: {error}. Wanted lr_schedule: {{name: cosine_decay, "
-            "arguments: [1e-5, 1000], warmup: 0}}, optimizer_config: {adamw: {weight_decay: 0.1}}."
-        ) from error
-
-
-def trainable_count(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters."""
-    trainable = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
-    return trainable, sum(v.size for _, v in tree_flatten(model.parameters()))

@@ -10,67 +10,14 @@ import pytest
 import tiny_models
 
 from fpo_mlx.config import PRESETS, Objective
-from fpo_mlx.records import SaeWeights, Site, TokenPair
+from fpo_mlx.records import Site
 
 mx = pytest.importorskip("mlx.core")
 nn = pytest.importorskip("mlx.nn")
 
+from helpers import K, random_pairs, random_sae, scorer_with_lora  # noqa: E402
+
 from fpo_mlx.model import adapters  # noqa: E402
-from fpo_mlx.model.load import load_model  # noqa: E402
-from fpo_mlx.model.policy import Policy  # noqa: E402
-from fpo_mlx.scoring import Scorer, encoder_of  # noqa: E402
-
-KEYS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-F, K = 48, 6
-
-
-def random_pairs(sizes: list[tuple[int, int, int]], seed: int = 0) -> list[TokenPair]:
-    rng = np.random.default_rng(seed)
-    draw = [[rng.integers(3, 300, n).astype(np.int32) for n in size] for size in sizes]
-    return [TokenPair(*tokens, index=i) for i, tokens in enumerate(draw)]
-
-
-def random_sae(activation: str, width: int, site: Site, seed: int = 1) -> SaeWeights:
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-    extra: dict = {}
-    if activation == "jumprelu":
-        extra["threshold"] = np.abs(draw(F)) * 0.5
-    elif activation == "gated":
-        extra |= {"gate_scale": np.exp(0.1 * draw(F)), "gate_bias": draw(F) * 0.3}
-    elif activation in ("topk", "abstopk"):
-        extra["k"] = 9
-    elif activation == "groupmax":
-        extra["k"] = 12
-    if activation == "identity":
-        eye, zeros = np.eye(width, dtype=np.float32), np.zeros(width, dtype=np.float32)
-        return SaeWeights("identity", eye, zeros, site=site)
-    return SaeWeights(
-        activation, draw(width, F) / width**0.5, draw(F) * 0.1, b_in=draw(width) * 0.1,
-        site=site, **extra,
-    )  # fmt: skip
-
-
-def scorer_with_lora(folder, objective, saes, *, share_prompt=True, keys=KEYS, **policy):
-    """Tiny model with random non-zero LoRA on blocks 0 and 1; reference = fresh adapters."""
-    loaded = load_model(folder)
-    n, paths = adapters.adapted_paths(loaded.model, 2, 1, keys)
-    adapters.attach(loaded.model, adapters.AdapterSpec("lora", n, 3, 2.0, 0.0, paths))
-    reference = dict(adapters.parameters(loaded.model))
-    rng = np.random.default_rng(7)
-    values = {
-        name: rng.normal(size=array.shape).astype(np.float32) * 0.15
-        for name, array in adapters.parameters(loaded.model)
-    }
-    scorer = Scorer(
-        Policy(loaded.model, loaded.config, [s.site for s in saes], share_prompt=share_prompt,
-               **policy),
-        [encoder_of(sae) for sae in saes],
-        objective,
-    )  # fmt: skip
-    adapters.update(loaded.model, reference)
-    scorer.freeze_reference(reference)
-    return scorer, values
 
 
 def losses_and_grads(scorer, values, pairs):
@@ -145,7 +92,9 @@ def test_losses_and_every_gradient_equal_the_oracle(folders, family, preset, cha
 
 def test_oracle_rows_sanity_different_lora_gives_different_losses(folders):
     """Guards the comparison itself: were the LoRA values not in force, u would be 0."""
-    scorer, values = scorer_with_lora(folders["llama"], Objective(top_k=K), [random_sae("topk", 32, Site(1))])
+    scorer, values = scorer_with_lora(
+        folders["llama"], Objective(top_k=K), [random_sae("topk", 32, Site(1))]
+    )
     pairs = random_pairs([(5, 6, 4)])
     (_, u, *_), _, _ = losses_and_grads(scorer, values, pairs)
     assert abs(float(u[0])) > 1e-4

@@ -69,7 +69,7 @@ def adapted_paths(
     for i in range(available - n, available):
         for name, module in model.layers[i].named_modules():
             path = f"{prefixes[i]}.{name}"
-            if wanted is None and name and _adaptable(module) or wanted and (name in wanted or path in wanted):
+            if (_adaptable(module) and name) if wanted is None else wanted & {name, path}:
                 paths.append(path)
     if not paths:
         raise ConfigError(
@@ -189,7 +189,7 @@ def save(path: Path, weights: Mapping[str, mx.array]) -> None:
 
 
 def unreached(sites: Iterable[Site], keys: Iterable[str], layer_of: Mapping[str, int]) -> bool:
-    """Whether no adapted layer lies at or below some site: the constraint would have no gradient."""
+    """Whether no adapted layer lies at or below some site: no gradient for the constraint."""
     lowest = min(layer_of[key] for key in keys)
     return any(lowest > site.layer - (site.kind == "resid_pre") for site in sites)
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fpo_mlx.errors import ModelError
+from fpo_mlx.model import randomness
 from fpo_mlx.records import Site
 
 ATTENTION = ("self_attn", "attn", "attention", "linear_attn", "temporal_block", "mixer")
@@ -142,13 +143,28 @@ def checkpoint_block(block: nn.Module) -> None:
     """Recompute this block's activations in the backward pass (gradient checkpointing).
 
     Keys and values that a `PrefixCache` collects inside the call leave it as outputs, since an
-    array noted on the side would tie the whole block to the outer graph.
+    array noted on the side would tie the whole block to the outer graph. Where the block has
+    dropout, the second pass draws the numbers of the first, and leaves no trace in the generator.
     """
 
     def call(original, *args, **kwargs):
         cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, PrefixCache)), None)
 
+        start = randomness.position() if randomness.drops(block) else None
+        passes = []
+
         def inner(parameters, prefix, *rest):
+            if start is None:
+                return run(parameters, prefix, *rest)
+            now = randomness.position()
+            randomness.go_to(start)
+            out = run(parameters, prefix, *rest)
+            if passes:
+                randomness.go_to(now)
+            passes.append(now)
+            return out
+
+        def run(parameters, prefix, *rest):
             block.update(parameters)
             fresh = PrefixCache(prefix)
             given = dict(zip(arrays, rest, strict=True))

@@ -1,0 +1,25 @@
+"""MLX's global random state as one number, so that dropout can be repeated."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def position() -> int:
+    """Where the global generator stands; evaluates its key."""
+    high, low = mx.random.state[0].tolist()  # type: ignore[misc]
+    return (high << 32) | low
+
+
+def go_to(place: int) -> None:
+    """Back to (or on to) a place that `position` named."""
+    mx.random.seed(place)
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a call of this module draws random numbers, now."""
+    return any(
+        isinstance(part, nn.Dropout) and part.training and part._p_1 < 1.0
+        for part in module.modules()
+    )
