@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,8 @@ def fuse(
             f"--export-gguf: mlx-lm exports {', '.join(GGUF_TYPES)} only, and this is a "
             f"{config['model_type']}. Convert the fused folder with llama.cpp's converter."
         )
+    if gguf_path and "quantization" in config and not dequantize:
+        raise ConfigError("--export-gguf: mlx-lm exports float weights only; add --dequantize.")
     own = _float_dtype(base)
     if dequantize:
         dequantize_layers(base)
@@ -114,9 +118,8 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
 def _export_gguf(folder: Path, model: nn.Module, config: dict[str, Any], path: Path) -> None:
     from mlx_lm.gguf import convert_to_gguf
 
-    if "quantization" in config:
-        raise ConfigError("--export-gguf: mlx-lm exports float weights only; add --dequantize.")
-    convert_to_gguf(folder, dict(tree_flatten(model.parameters())), config, str(path))
+    with redirect_stdout(sys.stderr):  # it prints
+        convert_to_gguf(folder, dict(tree_flatten(model.parameters())), config, str(path))
 
 
 class _whole_folder:

@@ -114,6 +114,8 @@ def read_spec(folder: Path, model: nn.Module | None = None) -> AdapterSpec:
         lora, kind = config["lora_parameters"], config.get("fine_tune_type", "lora")
         n, keys = int(config["num_layers"]), lora.get("keys")
         rank, scale = int(lora["rank"]), float(lora["scale"])
+        if keys is not None and not all(isinstance(key, str) for key in keys):
+            raise TypeError(f"keys {keys!r}")
     except FileNotFoundError as error:
         raise ModelError(
             f"{folder}: found no {CONFIG}. Wanted an adapter folder as mlx_lm.lora or "

@@ -87,6 +87,7 @@ class Policy:
         self.model, self.sites = model, tuple(sites)
         self.vocab_size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
         self.norm_eps = float(config.get("rms_norm_eps") or 1e-6)
+        self._residual = float(config.get("residual_multiplier") or 1.0)
         self.backbone = find_backbone(model)
         self.shares_prompt = share_prompt and has_plain_caches(model)
         if grad_checkpoint:  # before the taps, which must lie outside
@@ -150,7 +151,7 @@ class Policy:
             return mx.take(array.reshape(-1, array.shape[-1]), index, axis=0)  # [R, ·]
 
         tapped = (
-            finish(gather(record[-1]), site, self.norm_eps)
+            finish(gather(record[-1]), site, self.norm_eps, self._residual)
             for record, site in zip(seen, self.sites, strict=True)
         )
         return Rows(gather(hidden), tuple(tapped))

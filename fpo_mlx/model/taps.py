@@ -116,6 +116,11 @@ def tap_point(block: nn.Module, site: Site) -> tuple[nn.Module, str]:
         return block.post_feedforward_layernorm, "output"
     if kind in ("mlp_out", "mlp_raw"):
         return _child(block, MLP, site), "output"
+    if kind == "resid_mid" and getattr(block, "use_parallel_residual", False):  # GPT-NeoX
+        raise ModelError(
+            f"the {site} cannot be tapped: attention and MLP of a {type(block).__name__} read the "
+            "same input, so there is no stream between them. Use resid_post, or another site."
+        )
     if "pre_feedforward_layernorm" not in block and sandwiched:
         return _child(block, MLP, site), "input"  # OLMo 2 has no norm before its MLP
     return _child(block, PRE_MLP_NORM, site), "input"  # resid_mid, mlp_in_unscaled
@@ -131,8 +136,13 @@ def _child(module: nn.Module, names: tuple[str, ...], site: Site) -> nn.Module:
     )
 
 
-def finish(rows: mx.array, site: Site, eps: float) -> mx.array:
-    """What is left to do to the tapped tensor: gain-free RMSNorm for `mlp_in_unscaled`."""
+def finish(rows: mx.array, site: Site, eps: float, residual: float = 1.0) -> mx.array:
+    """What is left to do to the tapped tensor.
+
+    Gain-free RMSNorm for `mlp_in_unscaled`; Granite's factor on what is added to the stream.
+    """
+    if site.kind in ("attn_out", "mlp_out"):
+        return rows * residual if residual != 1.0 else rows
     if site.kind != "mlp_in_unscaled":
         return rows
     rows = rows.astype(mx.float32)
