@@ -150,7 +150,8 @@ def pool(encoder: Encoder, rows: mx.array, weights: mx.array) -> tuple[mx.array,
     everything = mx.arange(encoder.n_features)
     size = encoder.n_features // max(encoder.k, 1)
     for part in row_chunks(rows.shape[0], encoder.n_features, ENCODE_ELEMENTS):
-        raw, pre = pre_activations(encoder, rows[part])  # [r, F]
+        chunk = mx.depends(rows[part], pooled) if part.start else rows[part]  # one after the other
+        raw, pre = pre_activations(encoder, chunk)  # [r, F]
         gate = token_gate(encoder, pre)
         acts = activate(encoder, raw, pre, gate, everything, size)
         pooled = pooled + weights[:, part] @ acts

@@ -112,15 +112,19 @@ def _by_rows(
     frozen = mx.stop_gradient(hidden)
     values: list[list[mx.array]] = [[] for _ in functions]
     slopes: list[list[mx.array]] = [[] for _ in functions]
+    done: list[mx.array] = []  # of the chunk before: the next one waits for it
     for rows in row_chunks(hidden.shape[0], width):
-        parts = [frozen[rows], *(array[rows] for array in extra)]
+        first = mx.depends(frozen[rows], done) if done else frozen[rows]
+        parts, done = [first, *(array[rows] for array in extra)], []
         for i, function in enumerate(functions):
             if not grad:
                 values[i].append(function(*parts))
+                done.append(values[i][-1])
                 continue
             value, slope = _value_and_slope(function, parts)
             values[i].append(value)
             slopes[i].append(slope)
+            done.append(slope)
     joined = [mx.concatenate(pieces) for pieces in values]
     if not grad:
         return joined
