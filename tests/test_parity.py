@@ -152,3 +152,41 @@ def test_objective_fields_are_all_compared_here():
         "beta", "alpha", "gamma", "length_normalize", "margin", "constraint", "stop_gradient",
         "top_k", "feature_scale",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_eight_pairs_agree_with_the_oracle_in_every_number(folders, family):
+    """Log-probs, pooled features, D, u and loss, to 1e-4 relative."""
+    sizes = [
+        (9, 5, 8),
+        (4, 7, 3),
+        (1, 4, 4),
+        (12, 2, 9),
+        (3, 3, 1),
+        (6, 11, 5),
+        (2, 8, 8),
+        (7, 1, 6),
+    ]
+    pairs, sae = random_pairs(sizes, seed=5), random_sae("jumprelu", 32, Site(1))
+    scorer, values = scorer_with_lora(folders[family], Objective(top_k=K), [sae])
+    refs = scorer.reference(pairs)
+    (losses, u, _, _), measures, _ = losses_and_grads(scorer, values, pairs)
+    model = oracle.load_oracle(folders[family])
+    lora = oracle.attach_lora(model, values, scale=2.0)
+    want, _ = oracle.loss_and_grads(model, lora, pairs, oracle.Setup(k=K), taps=[sae])
+    for i, side in enumerate(("chosen", "rejected")):
+        for name, got in (("logps", measures.logps), ("features", measures.distances)):
+            np.testing.assert_allclose(
+                np.array(got)[i], [row[f"{name}/{side}"] for row in want], rtol=1e-4, atol=1e-7
+            )
+    np.testing.assert_allclose(u, [row["u"] for row in want], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(losses, [row["loss"] for row in want], rtol=1e-4)
+    with oracle.adapters_off(model):
+        for pair, ref in zip(pairs, refs, strict=True):
+            for response, score in zip(pair.responses, ref, strict=True):
+                truth = oracle.score_response(model, pair.prompt, response, [sae])
+                pooled = truth.pooled[0].detach().numpy()
+                np.testing.assert_allclose(score.logps, float(truth.logps), rtol=1e-4)
+                np.testing.assert_allclose(
+                    score.features[0].to_dense(sae.n_features), pooled, atol=1e-4 * pooled.max()
+                )
