@@ -10,7 +10,7 @@ from fpo_mlx.config import TrainConfig
 from fpo_mlx.errors import ConfigError
 
 
-def make_optimizer(config: TrainConfig, iterations: int) -> optim.Optimizer:
+def make_optimizer(config: TrainConfig) -> optim.Optimizer:
     """mlx.optimizers by name; the schedule is mlx-lm's block and counts updates.
 
     Raises: ConfigError for arguments that the optimizer or schedule does not take.
@@ -32,7 +32,7 @@ def make_optimizer(config: TrainConfig, iterations: int) -> optim.Optimizer:
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConfigError(
             f"lr_schedule / optimizer_config: {error}. Wanted lr_schedule: {{name: cosine_decay, "
-            "arguments: [1e-5, 1000], warmup: 0}}, optimizer_config: {adamw: {weight_decay: 0.1}}."
+            "arguments: [1e-5, 1000], warmup: 0}, optimizer_config: {adamw: {weight_decay: 0.1}}."
         ) from error
 
 

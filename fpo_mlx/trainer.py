@@ -167,7 +167,7 @@ class Trainer:
         self.config, self.folder, self._stop = config, folder, stop
         self.model = scorer.policy.model
         self.total = config.iterations(len(train))
-        self.optimizer = make_optimizer(config, self.total)
+        self.optimizer = make_optimizer(config)
         self.optimizer.init(self.model.trainable_parameters())
         self.progress = Progress()
         self._reference: dict[str, mx.array] = {}

@@ -198,3 +198,14 @@ def test_a_setting_that_nothing_reads_is_found():
 def test_every_setting_is_in_one_section_only():
     names = [field.name for section in SECTIONS for field in dataclasses.fields(section)]
     assert len(names) == len(set(names))
+
+
+def test_numbers_with_an_exponent_are_numbers_in_lists_too(tmp_path):
+    """PyYAML alone reads 1e-5 as text, and a schedule would fail far from its cause."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "learning_rate: 1e-5\nlr_schedule: {name: cosine_decay, arguments: [2e-5, 1E3]}"
+    )
+    train = load_config({}, path).train
+    assert train.learning_rate == 1e-5
+    assert train.lr_schedule == {"name": "cosine_decay", "arguments": [2e-5, 1000.0]}

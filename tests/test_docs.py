@@ -137,7 +137,7 @@ def test_the_readmes_schedule_and_optimizer_are_taken_by_mlx(tmp_path):
 
     path = tmp_path / "run.yaml"
     path.write_text(blocks("yaml")[0], encoding="utf-8")
-    optimizer = make_optimizer(load_config({}, path).train, 500)
+    optimizer = make_optimizer(load_config({}, path).train)
     assert type(optimizer).__name__ == "AdamW"
     assert float(optimizer.learning_rate.item()) == 0.0  # warm-up begins there
 

@@ -60,8 +60,8 @@ def _warnings(sae: SaeWeights, site: Site, model_name: str | None):
         yield f"The SAE was trained on {sae.site}; it is used on {site}."
     if sae.model_name and model_name and _plain(sae.model_name) != _plain(model_name):
         yield (
-            f"The SAE was trained on {sae.model_name}, the model is {model_name}. Check the fit "
-            "with `fpo-mlx sae evaluate`."
+            f"The SAE was trained on {sae.model_name}, the model is {model_name}. Prefer an SAE "
+            "of this model if there is one (`fpo-mlx sae list --model …`)."
         )
 
 
