@@ -32,7 +32,7 @@ SETTINGS = {
     "val_batches": 1,
     "save_every": 10_000,
 }
-QUESTIONS = ("Why do cats purr?", "How can I keep my phone battery healthy?")
+QUESTIONS = ("Why do cats purr?", "What is photosynthesis?")
 ANSWER_TOKENS = 120
 
 
