@@ -18,16 +18,17 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from fpo_mlx import files
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.model import adapters, randomness
+from fpo_mlx.model.trees import arrays_of, read_arrays
 
 STATE = Path("checkpoint") / "state.safetensors"
 
@@ -74,9 +75,9 @@ class AdapterFolder:
     ) -> None:
         """Everything that the next update depends on, in one file."""
         arrays = {f"adapter.{k}": v for k, v in adapters.parameters(model)}
-        arrays |= {f"optimizer.{k}": v for k, v in tree_flatten(optimizer.state)}  # type: ignore[arg-type]
+        arrays |= {f"optimizer.{k}": v for k, v in arrays_of(optimizer.state)}
         arrays |= {f"reference.{k}": v for k, v in reference.items()}
-        arrays["random"] = mx.random.state[0]
+        arrays["random"] = cast("list[mx.array]", mx.random.state)[0]
         metadata = {"progress": json.dumps(asdict(progress))}
         path = self.path / STATE
         with files.atomic_path(path) as temporary:
@@ -91,9 +92,9 @@ class AdapterFolder:
         """
         path = self.path / STATE
         try:
-            arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
+            arrays, metadata = read_arrays(path)
             progress = Progress(**json.loads(metadata["progress"]))
-            high, low = arrays["random"].tolist()
+            high, low = cast("list[int]", arrays["random"].tolist())
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{path} cannot be read ({error}). Start the run anew without --resume; its "

@@ -41,7 +41,8 @@ def evaluate(scorer: Scorer, data: ScoredPairs, size: int = 1) -> EvalReport:
 
 
 def _record(i: int, data: ScoredPairs, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    pair, record = data.pairs[i], {"index": data.pairs[i].index}
+    pair = data.pairs[i]
+    record: dict[str, Any] = {"index": pair.index}
     for side, response, ref in zip(SIDES, pair.responses, data.refs[i], strict=True):
         record[side] = {
             "tokens": len(response),

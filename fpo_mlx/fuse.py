@@ -12,12 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.hub import resolve_model
 from fpo_mlx.model import adapters
 from fpo_mlx.model.load import dequantize as dequantize_layers
+from fpo_mlx.model.trees import arrays_of
 
 GGUF_TYPES = ("llama", "mistral", "mixtral")  # all that mlx-lm exports
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -100,7 +101,7 @@ def fuse_layers(model: nn.Module, *, dequantize: bool = False) -> int:
 
 def _float_dtype(model: nn.Module) -> mx.Dtype:
     """Of the embedding's (or its scales') values: the dtype that the base was published in."""
-    kinds = [v.dtype for _, v in tree_flatten(model.parameters())]
+    kinds = [v.dtype for _, v in arrays_of(model.parameters())]
     return next(kind for kind in kinds if mx.issubdtype(kind, mx.floating))
 
 
@@ -119,7 +120,7 @@ def _export_gguf(folder: Path, model: nn.Module, config: dict[str, Any], path: P
     from mlx_lm.gguf import convert_to_gguf
 
     with redirect_stdout(sys.stderr):  # it prints
-        convert_to_gguf(folder, dict(tree_flatten(model.parameters())), config, str(path))
+        convert_to_gguf(folder, dict(arrays_of(model.parameters())), config, str(path))
 
 
 class _whole_folder:

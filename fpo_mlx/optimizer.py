@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
 
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.model.trees import arrays_of
 
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
@@ -38,5 +38,5 @@ def make_optimizer(config: TrainConfig) -> optim.Optimizer:
 
 def trainable_count(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters."""
-    trainable = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
-    return trainable, sum(v.size for _, v in tree_flatten(model.parameters()))
+    trainable = sum(v.size for _, v in arrays_of(model.trainable_parameters()))
+    return trainable, sum(v.size for _, v in arrays_of(model.parameters()))

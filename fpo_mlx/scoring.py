@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -36,13 +37,14 @@ class Measures:
 
 def encoder_of(sae: SaeWeights) -> F.Encoder:
     """Arrays of the SAE's encoder on the default device, float32."""
-    arrays = {name: getattr(sae, name) for name in ENCODER_ARRAYS}
+    given = {name: getattr(sae, name) for name in ENCODER_ARRAYS}
+    arrays: dict[str, Any] = {k: None if a is None else mx.array(a) for k, a in given.items()}
     return F.Encoder(
         activation=sae.activation,
         w_enc=mx.array(np.ascontiguousarray(sae.w_enc.T)),
         k=sae.k or 0,
         normalize=sae.normalize,
-        **{name: None if a is None else mx.array(a) for name, a in arrays.items()},
+        **arrays,
     )
 
 
@@ -158,8 +160,8 @@ class Scorer:
             results.append(
                 self._distance(encoder, tapped, layout, mx.array(np.stack(dense)), pinned, grad)
             )
-        totals = [sum(column) / len(results) for column in zip(*results, strict=True)]
-        return totals[0], totals[1]
+        distances, scales = (mx.stack(list(column)) for column in zip(*results, strict=True))
+        return distances.mean(axis=0), scales.mean(axis=0)
 
     def _distance(
         self,

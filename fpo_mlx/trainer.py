@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -229,7 +229,7 @@ class Trainer:
             values, gradient = self._gradient(indices)
             self.model.eval()
             clipped, norm = optim.clip_grad_norm(gradient, self.config.max_grad_norm or math.inf)
-            grad_norm = float(norm.item())
+            grad_norm = cast(float, norm.item())
             if progress.iteration == 0:
                 self._window.notes += self._check_first(indices, grad_norm)
             self._guard(progress.iteration + count, values, grad_norm)
@@ -340,7 +340,7 @@ class Trainer:
             iteration=iteration,
             loss=means.pop("loss"),
             metrics={k: v for k, v in means.items() if k != "u"},
-            learning_rate=float(self.optimizer.learning_rate.item()),
+            learning_rate=cast(float, self.optimizer.learning_rate.item()),
             grad_norm=grad_norm,
             pairs=self.progress.pairs,
             tokens_per_second=window.tokens / seconds,

@@ -112,15 +112,15 @@ def activate(
     group_size: int = 1,
 ) -> mx.array:
     """Activations of the features `indices` [F'] from their raw and pre, each [R, F']."""
-    kind = encoder.activation
+    kind, threshold, bias = encoder.activation, encoder.threshold, encoder.gate_bias
     acts = pre if encoder.signed else mx.maximum(pre, 0.0)
-    if kind == "jumprelu":
-        acts = mx.where(pre > encoder.threshold, acts, 0.0)
-    elif kind == "gated":
-        acts = mx.where(raw + encoder.gate_bias > 0, acts, 0.0)
-    elif kind == "topk":
+    if kind == "jumprelu" and threshold is not None:
+        acts = mx.where(pre > threshold, acts, 0.0)
+    elif kind == "gated" and bias is not None:
+        acts = mx.where(raw + bias > 0, acts, 0.0)
+    elif kind == "topk" and gate is not None:
         acts = mx.where(pre >= gate, acts, 0.0)
-    elif kind == "abstopk":
+    elif kind == "abstopk" and gate is not None:
         acts = mx.where(mx.abs(pre) >= gate, acts, 0.0)
     elif kind == "groupmax" and gate is not None:
         winner = mx.take(gate, indices // group_size, axis=1)  # [R, F']

@@ -83,8 +83,9 @@ def run(
         first = None
         for report in pipeline.train(config, say=say):
             show(report)
-            if first is None and hasattr(report, "loss"):
-                first = report.loss  # the validation before the first update: policy = reference
+            loss = getattr(report, "loss", None)
+            if first is None and loss is not None:
+                first = loss  # the validation before the first update: policy = reference
     with clock("evaluate"):
         result = pipeline.evaluate(config, adapter_path=str(adapters), split="valid", say=say)
     with clock("fuse"):

@@ -10,10 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from fpo_mlx import files
 from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.model.trees import arrays_of, blocks_of, read_arrays
 from fpo_mlx.records import Site
 
 LEAVES = ("lora_a", "lora_b", "m")
@@ -62,12 +63,12 @@ def adapted_paths(
             f"--num-layers {num_layers}: there are {available} blocks up to block {deepest}, the "
             f"deepest that is adapted. Use 1 to {available}, or -1 for all."
         )
-    blocks = {id(block): i for i, block in enumerate(model.layers)}
+    blocks = {id(block): i for i, block in enumerate(blocks_of(model))}
     prefixes = {blocks[id(m)]: name for name, m in model.named_modules() if id(m) in blocks}
     wanted = None if keys is None else set(keys)
     paths = []
     for i in range(available - n, available):
-        for name, module in model.layers[i].named_modules():
+        for name, module in blocks_of(model)[i].named_modules():
             path = f"{prefixes[i]}.{name}"
             if (_adaptable(module) and name) if wanted is None else wanted & {name, path}:
                 paths.append(path)
@@ -136,7 +137,7 @@ def _resolve_keys(
     names = {name for name, _ in model.named_modules()}
     if keys is not None and all(key in names for key in keys):
         return num_layers, tuple(keys)
-    last = len(model.layers) - 1  # mlx-lm counts from the end
+    last = len(blocks_of(model)) - 1  # mlx-lm counts from the end
     n = min(num_layers, last + 1) if num_layers > 0 else -1
     return adapted_paths(model, n, last, keys)
 
@@ -157,7 +158,7 @@ def fill(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise ModelError(f"{path}: no such file. Wanted the weights of an adapter folder.")
     try:
-        weights = dict(mx.load(str(path)))
+        weights, _ = read_arrays(path)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as safetensors: {error}") from error
     own = dict(parameters(model))
@@ -176,7 +177,7 @@ def fill(model: nn.Module, path: Path) -> None:
 
 def parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
     """(path, array) of every adapter leaf, sorted by path."""
-    flat = tree_flatten(model.parameters())
+    flat = arrays_of(model.parameters())
     return sorted((k, v) for k, v in flat if k.rsplit(".", 1)[-1] in LEAVES)
 
 
@@ -198,11 +199,11 @@ def unreached(sites: Iterable[Site], keys: Iterable[str], layer_of: Mapping[str,
 
 def block_of(model: nn.Module) -> dict[str, int]:
     """Index of the block for every module path within the blocks."""
-    blocks = {id(block): i for i, block in enumerate(model.layers)}
+    blocks = {id(block): i for i, block in enumerate(blocks_of(model))}
     prefixes = {name: blocks[id(m)] for name, m in model.named_modules() if id(m) in blocks}
     return {
         f"{prefix}.{name}": i
         for prefix, i in prefixes.items()
-        for name, _ in model.layers[i].named_modules()
+        for name, _ in blocks_of(model)[i].named_modules()
         if name
     }

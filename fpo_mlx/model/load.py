@@ -8,10 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from fpo_mlx.errors import ModelError
 from fpo_mlx.hub import resolve_model
+from fpo_mlx.model.trees import arrays_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class LoadedModel:
     @property
     def dtype(self) -> str:
         """Of its values: that of the first floating-point parameter."""
-        kinds = (v.dtype for _, v in tree_flatten(self.model.parameters()))
+        kinds = (v.dtype for _, v in arrays_of(self.model.parameters()))
         return str(next(k for k in kinds if mx.issubdtype(k, mx.floating))).split(".")[-1]
 
 

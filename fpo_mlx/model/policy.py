@@ -24,6 +24,7 @@ from fpo_mlx.model.taps import (
     finish,
     tap_point,
 )
+from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.records import Site, TokenPair
 
 
@@ -77,7 +78,7 @@ class Policy:
         share_prompt: bool = True,
         grad_checkpoint: bool = False,
     ) -> None:
-        n = len(model.layers)
+        n = len(blocks_of(model))
         for site in sites:
             if not 0 <= site.layer < n:
                 raise SaeError(
@@ -92,10 +93,10 @@ class Policy:
         self.shares_prompt = share_prompt and has_plain_caches(model)
         if grad_checkpoint:  # before the taps, which must lie outside
             inner = {s.layer for s in self.sites if s.kind not in ("resid_pre", "resid_post")}
-            for i, block in enumerate(model.layers):
+            for i, block in enumerate(blocks_of(model)):
                 if i not in inner:
                     checkpoint_block(block)
-        self._taps = [Tap(*tap_point(model.layers[site.layer], site)) for site in self.sites]
+        self._taps = [Tap(*tap_point(blocks_of(model)[site.layer], site)) for site in self.sites]
         self.head = Head(model, self.backbone)
 
     def rows(self, pairs: Sequence[TokenPair]) -> Rows:
@@ -105,12 +106,12 @@ class Policy:
         tapped = zip(*(part.tapped for part in parts), strict=True)
         return Rows(
             mx.concatenate([part.hidden for part in parts]),
-            tuple(mx.concatenate(site) for site in tapped),
+            tuple(mx.concatenate(list(site)) for site in tapped),
         )
 
     def _shared(self, pair: TokenPair) -> Rows:
         """Prompt once: its keys and values are computed once, and used by both responses."""
-        caches = [PrefixCache() for _ in self.model.layers]
+        caches = [PrefixCache() for _ in blocks_of(self.model)]
         if len(pair.prompt) > 1:
             self.backbone(mx.array(pair.prompt[None, :-1]), cache=caches)
         prefix = [cache.own for cache in caches]
@@ -122,7 +123,7 @@ class Policy:
             parts = [self._continue(prefix, tails)]
         return Rows(
             mx.concatenate([part.hidden for part in parts]),
-            tuple(mx.concatenate(t) for t in zip(*(p.tapped for p in parts), strict=True)),
+            tuple(mx.concatenate(list(t)) for t in zip(*(p.tapped for p in parts), strict=True)),
         )
 
     def _continue(self, prefix: Sequence[tuple[mx.array, ...]], tails: list[np.ndarray]) -> Rows:
@@ -185,4 +186,4 @@ def has_plain_caches(model: nn.Module) -> bool:
 
     caches = make_prompt_cache(model)
     plain = all(type(cache) in (KVCache, RotatingKVCache) for cache in caches)
-    return plain and len(caches) == len(model.layers)
+    return plain and len(caches) == len(blocks_of(model))

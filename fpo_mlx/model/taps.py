@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from fpo_mlx.errors import ModelError
 from fpo_mlx.model import randomness
+from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.records import Site
 
 ATTENTION = ("self_attn", "attn", "attention", "linear_attn", "temporal_block", "mixer")
@@ -83,7 +84,7 @@ class Head:
 
 def find_backbone(model: nn.Module) -> nn.Module:
     """The module that owns the list of blocks and applies the final norm."""
-    first = model.layers[0]
+    first = blocks_of(model)[0]
     owners = [
         module
         for _, module in model.named_modules()
@@ -108,12 +109,12 @@ def tap_point(block: nn.Module, site: Site) -> tuple[nn.Module, str]:
         if kind == "attn_z":
             return _child(attention, OUT_PROJ, site), "input"
         if kind == "attn_out" and sandwiched:
-            return block.post_attention_layernorm, "output"
+            return block["post_attention_layernorm"], "output"
         return attention, "output"
     if kind == "mlp_in":
         return _child(block, MLP, site), "input"
     if kind == "mlp_out" and sandwiched:
-        return block.post_feedforward_layernorm, "output"
+        return block["post_feedforward_layernorm"], "output"
     if kind in ("mlp_out", "mlp_raw"):
         return _child(block, MLP, site), "output"
     if kind == "resid_mid" and getattr(block, "use_parallel_residual", False):  # GPT-NeoX
