@@ -112,10 +112,6 @@ class AdapterFolder:
         randomness.go_to((high << 32) | low)
         return progress, part("reference")
 
-    @property
-    def has_state(self) -> bool:
-        return (self.path / STATE).is_file()
-
     def start(self, run: Mapping[str, Any]) -> None:
         """Begin a new run here; an older run's metrics and checkpoints do not survive it."""
         self.path.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 
-from fpo_mlx.errors import ConfigError, ModelError
-from fpo_mlx.hub import resolve_model
+from fpo_mlx.errors import ConfigError
 from fpo_mlx.model import adapters
 from fpo_mlx.model.load import dequantize as dequantize_layers
-from fpo_mlx.model.trees import arrays_of
+from fpo_mlx.model.load import read_model
+from fpo_mlx.model.trees import arrays_of, cast_floats, float_dtype
 
 GGUF_TYPES = ("llama", "mistral", "mixtral")  # all that mlx-lm exports
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -54,11 +54,8 @@ def fuse(
     """
     from mlx_lm import utils
 
-    path = resolve_model(model)
-    try:
-        base, config = utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{path}: mlx-lm cannot load this model: {error}") from error
+    loaded = read_model(model, trust_remote_code=trust_remote_code)
+    base, config, path = loaded.model, loaded.config, loaded.path
     if gguf_path and config["model_type"] not in GGUF_TYPES:
         raise ConfigError(
             f"--export-gguf: mlx-lm exports {', '.join(GGUF_TYPES)} only, and this is a "
@@ -66,16 +63,16 @@ def fuse(
         )
     if gguf_path and "quantization" in config and not dequantize:
         raise ConfigError("--export-gguf: mlx-lm exports float weights only; add --dequantize.")
-    own = _float_dtype(base)
+    own = float_dtype(base)
     if dequantize:
         dequantize_layers(base)
         config.pop("quantization", None)
         config.pop("quantization_config", None)
-        base.update(tree_map(_widen, base.parameters()))
+        cast_floats(base, mx.float32)
     adapters.load(base, adapter_path)
     count = fuse_layers(base, dequantize=dequantize)
     if dequantize or dtype:
-        _cast(base, DTYPES[dtype] if dtype else own)
+        cast_floats(base, DTYPES[dtype] if dtype else own)
     tokenizer = utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     with _whole_folder(save_path) as folder:
         utils.save(folder, str(path), base, tokenizer, config, donate_model=False)
@@ -97,23 +94,6 @@ def fuse_layers(model: nn.Module, *, dequantize: bool = False) -> int:
     if fused:
         model.update_modules(tree_unflatten(fused))
     return len(fused)
-
-
-def _float_dtype(model: nn.Module) -> mx.Dtype:
-    """Of the embedding's (or its scales') values: the dtype that the base was published in."""
-    kinds = [v.dtype for _, v in arrays_of(model.parameters())]
-    return next(kind for kind in kinds if mx.issubdtype(kind, mx.floating))
-
-
-def _widen(array: mx.array) -> mx.array:
-    return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
-
-
-def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    def cast(array: mx.array) -> mx.array:
-        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
-
-    model.update(tree_map(cast, model.parameters()))
 
 
 def _export_gguf(folder: Path, model: nn.Module, config: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,7 @@ backend calls `reference`; all three see the same rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -218,8 +218,3 @@ def _weights_at(indices: mx.array, named: mx.array, weights: mx.array) -> mx.arr
     """The user's weight where a feature is named, 1 elsewhere. indices: [S, K] -> [S, K]."""
     hit = (indices[..., None] == named).astype(mx.float32)  # [S, K, P]
     return (hit * weights).sum(axis=-1) + (1.0 - hit.sum(axis=-1))
-
-
-def stack(measures: Measures) -> list[mx.array]:
-    """The arrays of a record that are there, in field order (for mx.eval)."""
-    return [a for f in fields(measures) if (a := getattr(measures, f.name)) is not None]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from fpo_mlx.errors import ModelError
 from fpo_mlx.hub import resolve_model
-from fpo_mlx.model.trees import arrays_of
+from fpo_mlx.model.trees import cast_floats, float_dtype
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,11 @@ class LoadedModel:
     @property
     def dtype(self) -> str:
         """Of its values: that of the first floating-point parameter."""
-        kinds = (v.dtype for _, v in arrays_of(self.model.parameters()))
-        return str(next(k for k in kinds if mx.issubdtype(k, mx.floating))).split(".")[-1]
+        return str(float_dtype(self.model)).split(".")[-1]
 
 
-def load_model(spec: str | Path, *, trust_remote_code: bool = False) -> LoadedModel:
-    """Load, freeze, and on a CPU turn the weights into float32.
-
-    Quantised matmul on MLX's CPU is some 30 times slower than float32 through a BLAS, and half
-    precision has no fast path there either; the numbers stay those of the stored weights.
+def read_model(spec: str | Path, *, trust_remote_code: bool = False) -> LoadedModel:
+    """The model as it is stored, its weights not yet read.
 
     Raises: ModelError when the folder cannot be read as a model.
     """
@@ -46,22 +42,31 @@ def load_model(spec: str | Path, *, trust_remote_code: bool = False) -> LoadedMo
         model, config = utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
     except (FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{path}: mlx-lm cannot load this model: {error}") from error
+    return LoadedModel(model, config, path)
+
+
+def load_model(spec: str | Path, *, trust_remote_code: bool = False) -> LoadedModel:
+    """Load, freeze, and on a CPU turn the weights into float32.
+
+    Quantised matmul on MLX's CPU is some 30 times slower than float32 through a BLAS, and half
+    precision has no fast path there either; the numbers stay those of the stored weights.
+
+    Raises: ModelError when the folder cannot be read as a model.
+    """
+    loaded = read_model(spec, trust_remote_code=trust_remote_code)
+    model = loaded.model
     notes: list[str] = []
     if mx.default_device() == mx.cpu:
         count = dequantize(model)
         if count:
             notes.append(f"CPU: {count} quantised layers were dequantised to float32 at load")
-        model.update(tree_map(_to_float32, model.parameters()))
+        cast_floats(model, mx.float32)
     elif mx.metal.is_available():  # keep the weights resident, as mlx-lm does
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     model.freeze()
     model.eval()
     mx.eval(model.parameters())
-    return LoadedModel(model, config, path, tuple(notes))
-
-
-def _to_float32(array: mx.array) -> mx.array:
-    return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+    return replace(loaded, notes=tuple(notes))
 
 
 def dequantize(model: nn.Module) -> int:

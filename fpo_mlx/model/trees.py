@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 
 def arrays_of(tree: Any) -> list[tuple[str, mx.array]]:
@@ -18,6 +18,21 @@ def arrays_of(tree: Any) -> list[tuple[str, mx.array]]:
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The model's blocks, first to last, as mlx-lm's models name them."""
     return cast("list[nn.Module]", model.layers)
+
+
+def float_dtype(model: nn.Module) -> mx.Dtype:
+    """Of the first floating-point parameter (or scale): what the model was published in."""
+    kinds = (array.dtype for _, array in arrays_of(model.parameters()))
+    return next(kind for kind in kinds if mx.issubdtype(kind, mx.floating))
+
+
+def cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Turn all floating-point parameters into `dtype`; packed integers stay."""
+
+    def cast_one(array: mx.array) -> mx.array:
+        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+    model.update(tree_map(cast_one, model.parameters()))
 
 
 def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
