@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx import files
 from fpo_mlx.data.oddities import control_token_in, odd_text
 from fpo_mlx.data.read import SPLITS, RawRow, parse_raw
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, PreferenceRow, RowFault
@@ -345,13 +345,6 @@ def _json_line(record: Any) -> bytes:
 
 
 def _write_lines(path: Path, lines: Iterator[bytes]) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.writelines(lines)
     return path
