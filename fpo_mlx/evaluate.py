@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fpo_mlx.reports import ScoredPairs, measure
 from fpo_mlx.scoring import Scorer
-from fpo_mlx.trainer import ScoredPairs, measure
 
 SIDES = ("chosen", "rejected")
 RESAMPLES = 1000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, NoReturn, cast
 
 import mlx.core as mx
@@ -14,140 +14,26 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
+from fpo_mlx import guard
 from fpo_mlx.checkpoint import AdapterFolder, Progress
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.core.objectives import PairLosses
-from fpo_mlx.data import batches
+from fpo_mlx.data import batches, pair_lengths
 from fpo_mlx.errors import Diverged, Interrupted, ModelError
 from fpo_mlx.model import adapters
 from fpo_mlx.optimizer import make_optimizer
-from fpo_mlx.optimizer import trainable_count as trainable_count
 from fpo_mlx.records import PairScore, TokenPair
+from fpo_mlx.reports import (
+    Report,
+    SavedReport,
+    ScoredPairs,
+    StepReport,
+    ValidReport,
+    Window,
+    measure,
+    pair_metrics,
+)
 from fpo_mlx.scoring import Measures, Scorer
-
-SAME_POLICY = 0.05  # |u| / beta in nats (a token, if normalised) at which step 0 is refused
-
-
-@dataclass(frozen=True)
-class ScoredPairs:
-    """Token pairs and the reference's scores of them, in the same order."""
-
-    pairs: Sequence[TokenPair]
-    refs: Sequence[PairScore]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def lengths(self) -> np.ndarray:
-        return np.array([pair.tokens for pair in self.pairs])
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Means over the pairs since the last report."""
-
-    iteration: int
-    loss: float
-    metrics: Mapping[str, float]  # TRL's names: rewards/…, logps/…, features/…, kl/…
-    learning_rate: float
-    grad_norm: float
-    pairs: int  # trained on so far
-    tokens_per_second: float  # distinct tokens: a prompt counts once a pair
-    pairs_per_second: float
-    peak_memory_gb: float
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ValidReport:
-    iteration: int
-    loss: float
-    metrics: Mapping[str, float]
-    pairs: int
-    seconds: float
-    best: bool  # lowest loss so far
-
-
-@dataclass(frozen=True)
-class SavedReport:
-    iteration: int
-    numbered: bool
-
-
-Report = StepReport | ValidReport | SavedReport
-
-
-@np.errstate(invalid="ignore", over="ignore")  # the guard speaks of what is not finite
-def pair_metrics(losses: PairLosses, measures: Measures, beta: float) -> dict[str, np.ndarray]:
-    """Per-pair values [B] under TRL's metric names; logps and kl are per response, in nats."""
-    chosen, rejected = np.array(losses.chosen_rewards), np.array(losses.rejected_rewards)
-    logps, lengths = np.array(measures.logps), np.array(measures.lengths)
-    per_token = logps / lengths
-    ref_per_token = np.array(measures.ref_logps) / lengths
-    out = {
-        "loss": np.array(losses.losses),
-        "u": np.array(losses.u),
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).astype(np.float64),
-        "policy_accuracy": (per_token[0] > per_token[1]).astype(np.float64),
-        "logps/chosen": logps[0],
-        "logps/rejected": logps[1],
-        "logps_per_token/chosen": per_token[0],
-        "logps_per_token/rejected": per_token[1],
-        "logps_per_token/chosen_change": per_token[0] - ref_per_token[0],
-        "logps_per_token/rejected_change": per_token[1] - ref_per_token[1],
-    }
-    for name, values in (("features", measures.distances), ("kl", measures.kl)):
-        if values is not None:
-            sides = np.array(values)
-            out |= {f"{name}/chosen": sides[0], f"{name}/rejected": sides[1]}
-            out[f"{name}/margin"] = sides[1] - sides[0]
-    return out
-
-
-def measure(scorer: Scorer, data: ScoredPairs, size: int = 1) -> dict[str, np.ndarray]:
-    """`pair_metrics` of every pair, in order, without gradient; `size` pairs at a time."""
-    parts = []
-    for i in range(0, len(data), size):
-        chunk = slice(i, i + size)
-        losses, measures = scorer.losses(data.pairs[chunk], data.refs[chunk], grad=False)
-        parts.append(pair_metrics(losses, measures, scorer.objective.beta))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-@dataclass
-class _Window:
-    """Sums since the last report; `saved` and `of` let it outlive an interruption."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    pairs: int = 0
-    tokens: int = 0
-    seconds: float = 0.0  # before `started`
-    notes: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.perf_counter)
-
-    @staticmethod
-    def of(saved: Mapping[str, Any]) -> _Window:
-        return _Window(**saved)
-
-    def saved(self) -> dict[str, Any]:
-        """As JSON holds it, exactly: everything but the clock."""
-        everything = asdict(self) | {"seconds": self.elapsed()}
-        return {k: v for k, v in everything.items() if k != "started"}
-
-    def add(self, values: Mapping[str, np.ndarray], tokens: int) -> None:
-        for name, array in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(array.sum())
-        self.pairs += len(values["loss"])
-        self.tokens += tokens
-
-    def means(self) -> dict[str, float]:
-        return {name: total / self.pairs for name, total in self.sums.items()}
-
-    def elapsed(self) -> float:
-        return self.seconds + time.perf_counter() - self.started
 
 
 class Trainer:
@@ -171,7 +57,7 @@ class Trainer:
         self.optimizer.init(self.model.trainable_parameters())
         self.progress = Progress()
         self._reference: dict[str, mx.array] = {}
-        self._window = _Window()
+        self._window = Window()
         self._good: dict[str, mx.array] = {}  # adapters that the guard let pass; {} before any
 
     def resume(self) -> None:
@@ -179,7 +65,7 @@ class Trainer:
         self.progress, self._reference = self.folder.load_state(self.model, self.optimizer)
         self.scorer.freeze_reference(self._reference)
         self.folder.rewind_log(self.progress)
-        self._window = _Window.of(self.progress.window)
+        self._window = Window.of(self.progress.window)
         self._good = dict(adapters.parameters(self.model))
 
     def run(self) -> Iterator[Report]:
@@ -221,7 +107,7 @@ class Trainer:
         progress, size = self.progress, self.config.batch_size
         update_pairs = size * self._step  # so accumulation changes nothing else
         done = progress.iteration // self._step
-        order = batches(self.train.lengths(), update_pairs, self.config.seed, done)
+        order = batches(pair_lengths(self.train.pairs), update_pairs, self.config.seed, done)
         while progress.iteration < self.total:
             count = min(self._step, self.total - progress.iteration)
             indices = next(order)[2][: count * size]
@@ -232,7 +118,9 @@ class Trainer:
             grad_norm = cast(float, norm.item())
             if progress.iteration == 0:
                 self._window.notes += self._check_first(indices, grad_norm)
-            self._guard(progress.iteration + count, values, grad_norm)
+            reason = guard.divergence(values, grad_norm, self.config, self.scorer.objective)
+            if reason is not None:
+                self._diverge(progress.iteration + count, reason)
             self._apply(progress.iteration + count, clipped)
             tokens = sum(self.train.pairs[i].tokens for i in indices)
             self._window.add(values, tokens)
@@ -278,45 +166,19 @@ class Trainer:
 
         Returns: warnings. Raises: ModelError.
         """
-        if grad_norm == 0.0:
-            raise ModelError(
-                "step 0: the gradient is zero, so nothing would be trained. Check that the "
-                "adapted layers (lora_parameters.keys, --num-layers) lie on the way to the loss."
+        reason = guard.no_gradient(grad_norm)
+        if reason is None and self.scorer.objective.margin == "reference":
+            first = ScoredPairs(
+                *([side[i] for i in indices] for side in (self.train.pairs, self.train.refs))
             )
-        if self.scorer.objective.margin != "reference":
-            return []
-        first = ScoredPairs(
-            *([side[i] for i in indices] for side in (self.train.pairs, self.train.refs))
-        )
-        u = measure(self.scorer, first, self.config.micro_batch_size)["u"]  # without dropout
-        gap = float(np.abs(u).max()) / self.scorer.objective.beta
-        if gap > SAME_POLICY:
-            raise ModelError(
-                f"step 0: the policy is not the reference. Their margins differ by up to {gap:.3g} "
-                f"nats, wanted less than {SAME_POLICY}: the loss would not start at ln 2. Run "
-                "`fpo-mlx precompute` with this model and adapter, or drop --reference."
-            )
-        close = 1e-3 if self.scorer.objective.length_normalize else 1e-2
-        if gap > close:
-            return [f"step 0: |u| / beta is {gap:.2g}; the reference was computed otherwise"]
-        return []
-
-    def _guard(self, iteration: int, values: Mapping[str, np.ndarray], grad_norm: float) -> None:
-        """Raises Diverged, keeping the adapters of the last good update."""
-        config, reason = self.config, None
-        u = float(np.abs(values["u"]).mean()) / self.scorer.objective.beta
-        drop = -float(values["logps_per_token/chosen_change"].mean())
-        if not (np.isfinite(values["loss"]).all() and math.isfinite(grad_norm)):
-            reason = "the loss or its gradient is not finite"
-        elif self.scorer.objective.length_normalize and u > config.max_margin:
-            reason = f"the margin is {u:.3g} nats a token, over --max-margin {config.max_margin}"
-        elif drop > config.max_logp_drop:
-            reason = (
-                f"the chosen log-prob fell {drop:.3g} nats a token below the reference's, over "
-                f"--max-logp-drop {config.max_logp_drop}"
-            )
+            u = measure(self.scorer, first, self.config.micro_batch_size)["u"]  # without dropout
+            gap = guard.policy_gap(u, self.scorer.objective)
+            reason = guard.another_policy(gap)
+            if reason is None:
+                return guard.gap_warnings(gap, self.scorer.objective)
         if reason is not None:
-            self._diverge(iteration, reason)
+            raise ModelError(reason)
+        return []
 
     def _diverge(self, iteration: int, reason: str) -> NoReturn:
         """End the run with the adapters from before the trouble; the last checkpoint stays."""
@@ -334,7 +196,7 @@ class Trainer:
         )
 
     def _report(self, iteration: int, grad_norm: float) -> StepReport:
-        window, self._window = self._window, _Window()
+        window, self._window = self._window, Window()
         seconds, means = window.elapsed(), window.means()
         report = StepReport(
             iteration=iteration,

@@ -22,8 +22,9 @@ from fpo_mlx.model import adapters
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy
 from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
+from fpo_mlx.reports import ScoredPairs
 from fpo_mlx.scoring import Scorer, encoder_of
-from fpo_mlx.trainer import ScoredPairs, Trainer
+from fpo_mlx.trainer import Trainer
 
 RANK, SCALE, LAYERS, RATE = 8, 20.0, 16, 1e-5
 LORA = {"rank": RANK, "scale": SCALE, "layers": LAYERS, "learning_rate": RATE}

@@ -15,8 +15,9 @@ from fpo_mlx.model import adapters
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy
 from fpo_mlx.records import SaeWeights, Site, TokenPair
+from fpo_mlx.reports import ScoredPairs
 from fpo_mlx.scoring import Scorer, encoder_of
-from fpo_mlx.trainer import ScoredPairs, Trainer
+from fpo_mlx.trainer import Trainer
 
 KEYS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 F, K = 48, 6

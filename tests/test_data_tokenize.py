@@ -42,7 +42,12 @@ def test_a_response_is_the_conversation_behind_the_prompt(tokenizer):
     assert (second.index, second.where) == (1, "train.jsonl:2")
     assert result.report.lines() == []
     assert (result.report.rows, result.report.pairs) == (2, 2)
-    assert result.report.longest == max(pair_lengths(result.pairs))
+    assert result.report.longest == max(
+        len(pair.prompt) + max(map(len, pair.responses)) for pair in result.pairs
+    )
+    assert list(pair_lengths(result.pairs)) == [
+        len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in result.pairs
+    ]
 
 
 @settings(max_examples=60, deadline=None)

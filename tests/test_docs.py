@@ -133,7 +133,7 @@ def test_the_readmes_yaml_is_a_valid_configuration(number, tmp_path):
 
 def test_the_readmes_schedule_and_optimizer_are_taken_by_mlx(tmp_path):
     pytest.importorskip("mlx.core")
-    from fpo_mlx.trainer import make_optimizer
+    from fpo_mlx.optimizer import make_optimizer
 
     path = tmp_path / "run.yaml"
     path.write_text(blocks("yaml")[0], encoding="utf-8")

@@ -13,7 +13,7 @@ from helpers import SIZES, log_of, open_trainer, random_pairs  # noqa: E402
 
 from fpo_mlx.checkpoint import STATE, check_resumable  # noqa: E402
 from fpo_mlx.errors import ConfigError, Interrupted, ModelError  # noqa: E402
-from fpo_mlx.trainer import SavedReport  # noqa: E402
+from fpo_mlx.reports import SavedReport  # noqa: E402
 
 PAIRS = random_pairs(SIZES)
 SETTINGS = {

@@ -206,9 +206,8 @@ def data_fingerprint(pairs: Iterable[TokenPair]) -> str:
 
 
 def pair_lengths(pairs: Sequence[TokenPair]) -> np.ndarray:
-    """Tokens of the longer conversation of each pair: [N] int64, what `batches` groups by."""
-    lengths = [len(pair.prompt) + max(map(len, pair.responses)) for pair in pairs]
-    return np.array(lengths, dtype=np.int64)
+    """Distinct tokens of each pair, what a step costs: [N] int64, what `batches` groups by."""
+    return np.array([pair.tokens for pair in pairs], dtype=np.int64)
 
 
 def ends_its_turn(response: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> bool:

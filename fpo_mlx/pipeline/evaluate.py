@@ -24,7 +24,7 @@ def evaluate(
 ) -> EvalReport:
     """Score a split under base + adapter against the reference. Features if an SAE is given."""
     from fpo_mlx import evaluate as evaluation
-    from fpo_mlx.trainer import ScoredPairs
+    from fpo_mlx.reports import ScoredPairs
 
     job = open_job(config, adapter=config.train.init_adapter, say=say, need_sae=False)
     pairs = read_pairs(job, split, say)

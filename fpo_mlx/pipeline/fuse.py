@@ -70,7 +70,7 @@ def _compare_fused(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Accuracy and margin of base + adapter and of the fused folder, against one reference."""
     from fpo_mlx import evaluate as evaluation
-    from fpo_mlx.trainer import ScoredPairs
+    from fpo_mlx.reports import ScoredPairs
 
     config = replace(
         config,

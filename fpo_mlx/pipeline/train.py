@@ -23,8 +23,9 @@ from fpo_mlx.pipeline.job import (
 from fpo_mlx.records import Site
 
 if TYPE_CHECKING:
+    from fpo_mlx.reports import Report
     from fpo_mlx.scoring import Scorer
-    from fpo_mlx.trainer import Report, Trainer
+    from fpo_mlx.trainer import Trainer
 
 
 def train(
@@ -39,7 +40,8 @@ def train(
     arm: called when training proper begins; gives what the trainer asks whether to stop.
     """
     from fpo_mlx.checkpoint import AdapterFolder, check_resumable
-    from fpo_mlx.trainer import ScoredPairs, Trainer
+    from fpo_mlx.reports import ScoredPairs
+    from fpo_mlx.trainer import Trainer
 
     t = config.train
     job = open_job(config, adapter=t.init_adapter, say=say)
@@ -63,7 +65,7 @@ def train(
 
 
 def _announce(trainer: Trainer, say: Say) -> None:
-    from fpo_mlx.trainer import trainable_count
+    from fpo_mlx.optimizer import trainable_count
 
     trainable, total = trainable_count(trainer.model)
     say(
