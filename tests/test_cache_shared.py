@@ -12,7 +12,7 @@ from test_cache import IDENTITY, Scorer, filled, folder_bytes, make_pairs, share
 
 from fpo_mlx import cache as rc
 from fpo_mlx.errors import ConfigError, FpoError
-from fpo_mlx.reference.processes import Share, find_share
+from fpo_mlx.processes import Share, find_share, is_first
 
 
 class Dead(Exception):
@@ -127,6 +127,18 @@ def test_a_kill_while_the_parts_are_joined_loses_nothing(tmp_path, monkeypatch, 
     assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
 
 
+def test_nothing_is_joined_before_all_parts_are_whole(tmp_path):
+    """Else a process that begins late would find another plan, and deal the groups otherwise."""
+    pairs = make_pairs(12)
+    filled(tmp_path / "one", pairs, shard_pairs=2)
+    for rank in (0, 1):
+        with pytest.raises(Dead):
+            run(tmp_path / "many", pairs, rank, 2)
+        assert len(rc.open_cache(tmp_path / "many", IDENTITY)) == 0
+    run(tmp_path / "many", pairs, 0, 2)
+    assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
+
+
 def test_a_whole_cache_is_left_as_it_is(tmp_path):
     pairs = make_pairs(6)
     filled(tmp_path, pairs, shard_pairs=2)
@@ -151,6 +163,14 @@ def test_the_share_is_what_the_launcher_says(tmp_path):
     mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "8"}
     assert find_share(mpi) == Share(1, 8)
     assert find_share({"RANK": "5"}) == Share(0, 1)  # of something else
+    hosts.write_text("\n")  # what mlx.launch -n 1 writes
+    assert find_share({"MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)}) == Share(0, 1)
+
+
+def test_only_the_first_process_speaks():
+    assert [is_first({"RANK": str(rank), "WORLD_SIZE": "3"}) for rank in range(3)] == [1, 0, 0]
+    assert is_first({})
+    assert is_first({"MLX_RANK": "x"})  # the error is said where the share is needed
 
 
 @pytest.mark.parametrize(

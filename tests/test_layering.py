@@ -9,7 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "fpo_mlx"
 MLX = {"mlx", "mlx_lm"}
-VOCABULARY = {"errors", "records", "files", "paths"}  # layer 0: import nothing above it
+VOCABULARY = {
+    "errors",
+    "records",
+    "files",
+    "paths",
+    "processes",
+}  # layer 0: import nothing above it
 RUN = {"config", "core", "model", "scoring"}  # what one step of training or scoring is made of
 
 # Longest matching name wins: "reference.mlx_backend" before "reference".
@@ -19,6 +25,7 @@ OURS = {
     "records": set(),
     "files": set(),
     "paths": set(),
+    "processes": {"errors"},
     "blas": {"paths"},
     "hub": VOCABULARY,
     "trackers": VOCABULARY,
@@ -52,6 +59,7 @@ OTHERS = {
     "records": {"numpy"},
     "files": set(),
     "paths": set(),
+    "processes": set(),
     "blas": set(),
     "hub": {"huggingface_hub"},
     "trackers": {"wandb", "tensorboardX"},

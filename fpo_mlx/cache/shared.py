@@ -122,14 +122,17 @@ def _shard_of(part: ReferenceCache, group: _Group) -> Shard | None:
 def _collect(
     cache: ReferenceCache, groups: Sequence[_Group], pause: Callable[[float], None]
 ) -> None:
-    """Adopt the shards of all groups in the plan's order, then remove the parts."""
-    parts: list[ReferenceCache] = []
+    """Adopt the shards of all groups in the plan's order, then remove the parts.
+
+    Not before all are there: a process that begins late has to find the plan that the others found.
+    """
     with cache.writing():
+        parts = _parts(cache.folder, cache)
+        while not all(any(_shard_of(part, group) for part in parts) for group in groups):
+            pause(1.0)
+            parts = _parts(cache.folder, cache)
         for group in groups:
-            while not _take(cache, parts, group):
-                parts = _parts(cache.folder, cache)  # look again: others may have written meanwhile
-                if not any(_shard_of(part, group) for part in parts):
-                    pause(1.0)
+            _take(cache, parts, group)
     for part in _parts(cache.folder, cache):
         _remove(part.folder)
 

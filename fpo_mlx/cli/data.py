@@ -14,7 +14,7 @@ from fpo_mlx.cli.options import (
     settings,
     write_json,
 )
-from fpo_mlx.cli.show import Bar, say, table
+from fpo_mlx.cli.show import Bar, result, say, table
 from fpo_mlx.config import DataConfig, ReferenceConfig
 from fpo_mlx.errors import DataError
 
@@ -92,13 +92,13 @@ def precompute(output, adapter, backend, device, split, keep_features, **values)
     """
     from fpo_mlx import pipeline
 
-    result = pipeline.precompute(
+    done = pipeline.precompute(
         gather(values), output=output, adapter=adapter, backend=backend, device=device,
         split=split, keep_features=keep_features, say=say, progress=Bar("reference"),
     )  # fmt: skip
-    click.echo(f"{result.pairs} pairs, {result.rows} rows in {result.path}")
-    for i, (largest, share) in enumerate(result.left_out):
-        click.echo(
+    result(f"{done.pairs} pairs, {done.rows} rows in {done.path}")
+    for i, (largest, share) in enumerate(done.left_out):
+        result(
             f"SAE {i}: left out {share:.3%} of the squares, no feature above {largest:.4g}. Where "
             "the policy's top features are not among those kept, D takes the reference's for 0."
         )

@@ -8,9 +8,19 @@ from typing import Any
 
 import click
 
+from fpo_mlx.processes import is_first
+
 
 def say(text: str) -> None:
-    click.echo(text, err=True)
+    """On stderr; of several processes the first speaks."""
+    if is_first():
+        click.echo(text, err=True)
+
+
+def result(text: str) -> None:
+    """On stdout; of several processes the first speaks."""
+    if is_first():
+        click.echo(text)
 
 
 class Bar:
@@ -24,7 +34,11 @@ class Bar:
 
         if self._bar is None:
             self._bar = tqdm(
-                total=report.total_pairs, desc=self._what, unit="pair", disable=None, leave=False
+                total=report.total_pairs,
+                desc=self._what,
+                unit="pair",
+                disable=not is_first() or None,
+                leave=False,
             )
         self._bar.update(report.pairs - self._bar.n)
 
@@ -65,7 +79,13 @@ class Progress:
         from tqdm import tqdm
 
         if self._bar is None:
-            self._bar = tqdm(total=self._total, desc="train", unit="it", disable=None, leave=False)
+            self._bar = tqdm(
+                total=self._total,
+                desc="train",
+                unit="it",
+                disable=not is_first() or None,
+                leave=False,
+            )
         self._bar.update(iteration - self._bar.n)
 
     def close(self) -> None:

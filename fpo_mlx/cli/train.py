@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from fpo_mlx.cli.options import gather, preset_option, settings
-from fpo_mlx.cli.show import Bar, Progress, say
+from fpo_mlx.cli.show import Bar, Progress, result, say
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig, TrainConfig
 
 
@@ -37,7 +37,7 @@ def train(**values) -> None:
             track(report)
     finally:
         show.close()
-    click.echo(f"adapters in {config.train.adapter_path}")
+    result(f"adapters in {config.train.adapter_path}")
 
 
 def on_signal() -> Callable[[], int | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from fpo_mlx.cache import CacheIdentity, FillReport, ReferenceCache
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.hub import read_config, resolve_model
+from fpo_mlx.processes import find_share
 from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
 from fpo_mlx.reference import ReferenceBackend, open_backend, weights
 from fpo_mlx.sae import load_sae
@@ -21,6 +24,7 @@ from fpo_mlx.tokenizer import ChatTokenizer, load_tokenizer
 
 Say = Callable[[str], None]
 OnFill = Callable[[FillReport], None]
+WAIT_SAID = 60.0  # seconds of waiting for other processes until a user hears of it
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,11 @@ def fill_cache(
     device: str | None = None,
     progress: OnFill = lambda _: None,
 ) -> ReferenceCache:
-    """Open or make the cache and score the rows that it lacks; the model is loaded only then."""
+    """Open or make the cache and score the rows that it lacks; the model is loaded only then.
+
+    Under a launcher (torchrun, mlx.launch, …) every process scores its share into the one folder.
+    """
+    share = find_share(os.environ)
     identity = replace(job.identity, backend=backend)
     store = cache.open_cache(folder, identity, create=True)
     lacking = [pair for pair in pairs if store.missing(pair.keys)]
@@ -208,9 +216,29 @@ def fill_cache(
         return store
     say(f"scoring {len(lacking)} of {len(pairs)} pairs with the reference into {folder}")
     engine = open_engine(job, adapter=adapter, backend=backend, device=device, say=say)
-    store = cache.open_cache(folder, replace(identity, dtype=engine.dtype), create=True)
-    cache.fill(store, lacking, engine.score, report=progress)
-    return store
+    identity = replace(identity, dtype=engine.dtype)
+    cache.fill_shared(
+        folder, identity, pairs, engine.score, rank=share.rank, world=share.world,
+        report=progress, pause=_patience(folder, say),
+    )  # fmt: skip
+    return cache.open_cache(folder, identity)
+
+
+def _patience(folder: Path, say: Say) -> Callable[[float], None]:
+    """A pause that says, once, what the wait is for when it grows long."""
+    waited = [0.0]
+
+    def pause(seconds: float) -> None:
+        time.sleep(seconds)
+        waited[0] += seconds
+        if waited[0] == WAIT_SAID:
+            say(
+                f"waiting for the other processes, whose parts belong into {folder / 'parts'}; "
+                "machines without that folder in common have to precompute apart and "
+                "`fpo-mlx cache merge`"
+            )
+
+    return pause
 
 
 def open_engine(

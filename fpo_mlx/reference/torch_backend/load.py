@@ -32,10 +32,10 @@ IGNORED = ("vision", "visual", "multi_modal", "image", "audio")  # towers that t
 
 def choose_device(name: str | None) -> torch.device:
     """The device of this name; None: CUDA, else Metal, else the CPU. Raises ConfigError."""
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's
+    if name is None and not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name in (None, "cuda"):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's: a GPU for each process
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

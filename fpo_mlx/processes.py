@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -42,10 +43,19 @@ def find_share(environment: Mapping[str, str]) -> Share:
     return share
 
 
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process speaks and writes for all: rank 0, or alone."""
+    try:
+        return find_share(environment).rank == 0
+    except ConfigError:  # said where the share is needed
+        return True
+
+
 def _mlx_world(environment: Mapping[str, str]) -> int:
     if "MLX_WORLD_SIZE" in environment:
         return int(environment["MLX_WORLD_SIZE"])
     for name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES"):  # a JSON list with one entry for each rank
         if name in environment:
-            return len(json.loads(Path(environment[name]).read_text(encoding="utf-8")))
+            text = Path(environment[name]).read_text(encoding="utf-8")
+            return len(json.loads(text)) if text.strip() else 1  # mlx.launch -n 1 writes nothing
     return 1
