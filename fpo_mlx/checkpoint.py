@@ -140,6 +140,7 @@ FREE = {
     "resume", "iters", "epochs", "report_to", "project_name", "reference", "adapter_path",
     "grad_checkpoint", "steps_per_report", "steps_per_eval", "val_batches", "save_every",
     "max_margin", "max_logp_drop", "valid_split", "test_split", "trust_remote_code",
+    "feature_weights",  # the file's name; what it says is a fingerprint
 }  # fmt: skip
 
 

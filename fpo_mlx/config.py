@@ -41,6 +41,9 @@ class Objective:
     feature_scale: Literal["raw", "reference"] = _opt(
         "raw", "raw: the paper's D; reference: D over the mean square of the reference's top-k"
     )
+    feature_weights: str | None = _opt(
+        None, "file of feature: weight; these are always in D, so weighted; 0 frees a feature"
+    )
 
     def __post_init__(self) -> None:
         _positive(self, "beta", "top_k")

@@ -59,6 +59,9 @@ def open_scorer(job: Job, adapter_path: str | None, *, measure_kl: bool, say: Sa
         loaded.model, loaded.config, sites, share_prompt=job.config.reference.share_prompt
     )
     encoders = [encoder_of(sae) for sae in job.saes]
-    scorer = Scorer(policy, encoders, job.config.objective, measure_kl=measure_kl)
+    scorer = Scorer(
+        policy, encoders, job.config.objective,
+        feature_weights=job.feature_weights, measure_kl=measure_kl,
+    )  # fmt: skip
     scorer.freeze_reference(reference or None)
     return scorer

@@ -13,6 +13,7 @@ from fpo_mlx import cache, data, paths
 from fpo_mlx.cache import CacheIdentity, FillReport, ReferenceCache
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.featurefiles import Weights, read_weights
 from fpo_mlx.hub import read_config, resolve_model
 from fpo_mlx.processes import find_share
 from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
@@ -36,6 +37,7 @@ class Job:
     tokenizer: ChatTokenizer
     saes: tuple[SaeWeights, ...]
     identity: CacheIdentity
+    feature_weights: Weights = ()  # per SAE; of --feature-weights
 
 
 def open_job(
@@ -62,7 +64,20 @@ def open_job(
         adapter=weights.adapter_fingerprint(Path(adapter)) if adapter else "none",
         saes=tuple((sae.fingerprint(), str(sae.site)) for sae in opened),
     )
-    return Job(config, path, tokenizer, opened, identity)
+    return Job(config, path, tokenizer, opened, identity, open_weights(config, opened))
+
+
+def open_weights(config: RunConfig, saes: Sequence[SaeWeights]) -> Weights:
+    """What --feature-weights says of each SAE. Raises: ConfigError, also where nothing uses it."""
+    o = config.objective
+    if o.feature_weights is None:
+        return ()
+    if o.constraint == "activations" or not saes:
+        raise ConfigError(
+            f"--feature-weights {o.feature_weights}: there are no SAE features to weigh. Give "
+            "--sae with --constraint features, or leave the weights out."
+        )
+    return read_weights(o.feature_weights, [sae.n_features for sae in saes])
 
 
 def open_saes(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fpo_mlx import __version__, data
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.featurefiles import weights_fingerprint
 from fpo_mlx.pipeline.job import (
     Job,
     OnFill,
@@ -87,6 +88,7 @@ def run_record(job: Job, data_fingerprint: str) -> dict[str, Any]:
             "tokenizer": job.identity.tokenizer,
             "data": data_fingerprint,
             "saes": [list(sae) for sae in job.identity.saes],
+            "named_features": weights_fingerprint(job.feature_weights),
         },
         "versions": {"fpo-mlx": __version__, "python": platform.python_version()}
         | {name: version(name) for name in names},
@@ -106,6 +108,8 @@ def open_policy(job: Job, *, say: Say) -> tuple[Scorer, dict[str, Any]]:
     for note in loaded.notes:
         say(note)
     mx.random.seed(t.seed)
+    if job.feature_weights and not o.pooled:
+        say(f"warning: --feature-weights does nothing with --constraint {o.constraint}")
     saes = job.saes if o.pooled else ()
     sites = [sae.site for sae in saes if sae.site is not None]
     spec = _attach_adapters(job, loaded.model, sites, say)
@@ -118,7 +122,9 @@ def open_policy(job: Job, *, say: Say) -> tuple[Scorer, dict[str, Any]]:
     )
     if ref.share_prompt and not policy.shares_prompt:
         say("this model's caches are not plain keys and values: prompts run twice a pair")
-    scorer = Scorer(policy, [encoder_of(sae) for sae in saes], o)
+    scorer = Scorer(
+        policy, [encoder_of(sae) for sae in saes], o, feature_weights=job.feature_weights
+    )
     return scorer, spec.as_config(ref.model)
 
 
