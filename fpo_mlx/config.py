@@ -99,9 +99,20 @@ class ReferenceConfig:
     layer: int | None = _opt(None, "block that the SAE reads (default: from the SAE's metadata)")
     site: str | None = _opt(None, "site within the block (default: from the SAE's metadata)")
     sae_format: str | None = _opt(None, "family of the SAE's files (default: recognised)")
+    sae_k: int | None = _opt(None, "k of a top-k SAE whose files do not hold it")
+    norm_scaling_factor: float | None = _opt(
+        None, "factor on the SAE's inputs, where it was trained with one that its files do not hold"
+    )
+    llama_scope_gate: Literal["authors", "saelens"] = _opt(
+        "authors", "Llama Scope's gate: with the decoder's norm, or without it as in SAELens"
+    )
     allow_pickle: bool = _opt(False, "read pickled SAE files through a tensors-only loader")
     trust_remote_code: bool = _opt(False, "let the model folder run its own Python code")
     share_prompt: bool = _opt(True, "run the prompt of a pair once for both responses")
+
+    def __post_init__(self) -> None:
+        asked = ("sae_k", "norm_scaling_factor")
+        _positive(self, *(name for name in asked if getattr(self, name) is not None))
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_files import Case, D, F, Made, save_torch
+from sae_files import Case, D, F, K, Made, save_torch
 from safetensors.numpy import load_file, save_file
 from tiny_saes import CASES
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.sae import FORMATS, load_sae
+from fpo_mlx.sae.arrays import open_tensors
 
 
 def made(name: str, folder: Path) -> Made:
@@ -203,10 +204,66 @@ def test_qwen_scope_without_its_repository_name_asks_for_k(tmp_path: Path):
     case = made("qwen_scope", tmp_path)
     moved = tmp_path / case.path.name
     case.path.rename(moved)
-    with pytest.raises(SaeError, match="k is not in the file"):
+    with pytest.raises(SaeError, match="k is not in the file.*--sae-k"):
         load_sae(moved, allow_pickle=True)
     assert load_sae(moved, allow_pickle=True, k=5).k == 5
     assert load_sae(moved, allow_pickle=True, name="Qwen/SAE-Res-Qwen3-W32K-L0_7").k == 7
+
+
+def without_k(name: str, folder: Path) -> Path:
+    """A case's SAE whose files do not hold k; in a folder whose name does not either."""
+    case = made(name, folder)
+    for file in folder.rglob("*.json"):
+        config = json.loads(file.read_text())
+        trainer = config.get("trainer", {})
+        for part in (config, trainer, config.get("activation_fn_kwargs", {})):
+            for key in ("k", "top_k"):
+                part.pop(key, None)
+        file.write_text(json.dumps(config))
+    if case.path.suffix != ".pt":
+        return case.path
+    tree = read_back(case.path)
+    tree.get("activation_state_dict", {}).pop("k", None)
+    return save_torch(folder / "plain" / case.path.name, tree)
+
+
+def read_back(path: Path) -> dict:
+    file = open_tensors(path, allow_pickle=True)
+    return {name: file.read(name) for name in file.shapes} | dict(file.extras)
+
+
+WITHOUT_K = ["openai", "qwen_scope", "sparsify_topk", "llamascopium_topk", "saelens_topk"]
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_K, "saelens_pre6_topk"])
+def test_a_topk_sae_whose_files_hold_no_k_is_read_with_the_users(name: str, tmp_path: Path):
+    case, path = made(name, tmp_path / "whole"), without_k(name, tmp_path / "bare")
+    with pytest.raises(SaeError, match="--sae-k"):
+        load_sae(path, allow_pickle=True)
+    whole = load_sae(case.path, allow_pickle=True)
+    bare = load_sae(path, allow_pickle=True, k=K)
+    assert bare.fingerprint() == whole.fingerprint()
+    assert load_sae(path, allow_pickle=True, k=K + 1).fingerprint() != whole.fingerprint()
+    with pytest.raises(SaeError, match="k is 0; wanted a whole number"):
+        load_sae(path, allow_pickle=True, k=0)
+
+
+IDLE = [
+    ("gemma_scope_res", {"k": 4}, "--sae-k says nothing to a gemma_scope SAE"),
+    ("saelens_jumprelu", {"k": 4}, "a jumprelu SAE, which has no k"),
+    ("sparsify_topk", {"norm_scaling_factor": 2.0}, "--norm-scaling-factor says nothing"),
+    ("saelens_topk", {"norm_scaling_factor": 2.0}, "were not scaled by an average norm"),
+    ("saelens_topk", {"llama_scope_gate": "saelens"}, "--llama-scope-gate says nothing"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "reason"), IDLE)
+def test_a_reading_that_would_change_nothing_is_refused(
+    name: str, options: dict, reason: str, tmp_path: Path
+):
+    case = made(name, tmp_path)
+    with pytest.raises(SaeError, match=reason):
+        load_sae(case.path, **options)
 
 
 def test_an_object_array_in_an_npz_is_not_unpickled(tmp_path: Path):

@@ -144,7 +144,7 @@ def test_each_layout_brings_its_own_config(
 ):
     case = "dictionary_GatedAutoEncoder" if case == "dictionary_gated" else case
     put(hub, "a/b", case, inside)
-    sae = load_sae(resolve(f"a/b/{inside}".rstrip("/")), allow_pickle=True)
+    sae = load_sae(resolve(f"a/b/{inside}".rstrip("/"), allow_pickle=True), allow_pickle=True)
     prefix = f"{inside}/" if inside else ""
     assert sorted(hub.fetched) == sorted([prefix + weights, prefix + config])
     assert sae.n_features == 40
@@ -153,8 +153,23 @@ def test_each_layout_brings_its_own_config(
 def test_one_file_and_a_name_without_suffix_will_do(hub: Hub):
     put(hub, f"Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}", "qwen_scope")
     for spec in ("layer3.sae.pt", "layer3.sae"):
-        path = resolve(f"Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}/{spec}")
+        path = resolve(f"Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}/{spec}", allow_pickle=True)
         assert load_sae(path, allow_pickle=True).k == K
+
+
+@pytest.mark.parametrize("spec", ["layer3.sae.pt", "layer3.sae", ""])
+def test_a_pickled_sae_is_refused_before_it_is_fetched(spec: str, hub: Hub):
+    repo = f"Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}"
+    put(hub, repo, "qwen_scope")
+    hub.sizes["layer3.sae.pt"] = 540_000_000
+    said: list[str] = []
+    with pytest.raises(
+        SaeError, match=rf"{repo}/layer3\.sae\.pt is a pickled file.*--allow-pickle"
+    ):
+        resolve(f"{repo}/{spec}".rstrip("/"), report=said.append)
+    assert (hub.fetched, said) == ([], [])
+    assert resolve(f"{repo}/{spec}".rstrip("/"), allow_pickle=True).name == "layer3.sae.pt"
+    assert hub.fetched == ["layer3.sae.pt"]
 
 
 def test_several_saes_in_a_repository_are_listed(hub: Hub):

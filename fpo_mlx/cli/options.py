@@ -31,6 +31,11 @@ backend_option = click.option(
 device_option = click.option("--device", help="Device of the torch backend: cpu, cuda, mps.")
 
 
+READING = (  # of an SAE's files
+    "sae_format", "sae_k", "norm_scaling_factor", "llama_scope_gate", "allow_pickle",
+)  # fmt: skip
+
+
 def settings(*parts: type | str) -> Callable:
     """Options for settings, and --config: all that a flag can hold of a section, or one by name."""
     wanted = [

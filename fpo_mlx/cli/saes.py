@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from fpo_mlx.cli.options import PATH, gather, json_option, settings, write_json
+from fpo_mlx.cli.options import PATH, READING, gather, json_option, settings, write_json
 from fpo_mlx.cli.show import listing, say, table
 
 
@@ -41,7 +41,7 @@ def list_(model, json_path) -> None:
 
 @sae.command()
 @click.argument("spec")
-@settings("model", "layer", "site", "sae_format", "allow_pickle")
+@settings("model", "layer", "site", *READING)
 @json_option
 def info(spec, json_path, **values) -> None:
     """Say what an SAE is: family, activation, width, site, fingerprint; and whether it fits.
@@ -64,7 +64,7 @@ def info(spec, json_path, **values) -> None:
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16", "int8"]), default="float32",
     show_default=True, help="Of the stored weights; SAELens reads all but int8.",
 )  # fmt: skip
-@settings("layer", "site", "sae_format", "allow_pickle")
+@settings("layer", "site", *READING)
 def convert(spec, output, dtype, **values) -> None:
     """Write an SAE in SAELens' layout.
 
@@ -80,7 +80,7 @@ def convert(spec, output, dtype, **values) -> None:
 
 
 @sae.command()
-@settings("sae", "sae_format", "allow_pickle")
+@settings("sae", *READING)
 @click.option("--input", type=PATH, required=True, help=".npy of vectors, [N, D].")
 @click.option("--output", type=PATH, required=True, help=".npy of activations to write, [N, F].")
 def encode(input, output, **values) -> None:

@@ -95,10 +95,7 @@ def open_saes(
         raise ConfigError("--layer speaks of one SAE; with several, their own metadata decides.")
     opened = []
     for spec in ref.sae:
-        path = resolve(spec, report=say)
-        sae = load_sae(
-            path, format=ref.sae_format, allow_pickle=ref.allow_pickle, decoder=False, name=spec
-        )
+        sae = read_sae(spec, config, say, decoder=False)
         for note in sae.notes:
             say(f"{spec}: {note}")
         opened.append(at_site(sae, config, model_config, say))
@@ -110,6 +107,21 @@ def open_saes(
         if not opened:
             raise ConfigError("--constraint activations: give --layer (and --site), or an --sae.")
     return tuple(opened)
+
+
+def read_sae(spec: str, config: RunConfig, say: Say, *, decoder: bool = True) -> SaeWeights:
+    """One SAE, fetched if need be, as the settings say that its files are to be read."""
+    ref = config.reference
+    return load_sae(
+        resolve(spec, allow_pickle=ref.allow_pickle, report=say),
+        format=ref.sae_format,
+        allow_pickle=ref.allow_pickle,
+        decoder=decoder,
+        k=ref.sae_k,
+        llama_scope_gate=ref.llama_scope_gate,
+        norm_scaling_factor=ref.norm_scaling_factor,
+        name=spec,
+    )
 
 
 def at_site(

@@ -12,21 +12,18 @@ from fpo_mlx import files
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.hub import read_config, resolve_model
-from fpo_mlx.pipeline.job import Say, at_site
-from fpo_mlx.records import SaeWeights
-from fpo_mlx.sae import load_sae, registry
+from fpo_mlx.pipeline.job import Say, at_site, read_sae
+from fpo_mlx.sae import registry
 from fpo_mlx.sae.check import resolve_site
 from fpo_mlx.sae.convert import ConvertReport, SaeDtype, write_saelens
 from fpo_mlx.sae.encode import encode
-from fpo_mlx.sae.resolve import resolve
 
 
 def sae_info(spec: str, config: RunConfig, say: Say) -> dict[str, Any]:
     """What an SAE is, as plain values."""
-    path, ref = resolve(spec, report=say), config.reference
-    sae = load_sae(path, format=ref.sae_format, allow_pickle=ref.allow_pickle, name=spec)
+    sae, ref = read_sae(spec, config, say), config.reference
     info = {
-        "source": str(path),
+        "source": sae.source,
         "format": sae.format,
         "activation": sae.activation,
         "d_in": sae.d_in,
@@ -66,7 +63,7 @@ def sae_convert(
     spec: str, config: RunConfig, *, output: Path, dtype: SaeDtype, say: Say
 ) -> ConvertReport:
     """Write an SAE in SAELens' layout; --layer and --site correct what its metadata says."""
-    sae, ref = _load(spec, config, say), config.reference
+    sae, ref = read_sae(spec, config, say), config.reference
     if ref.layer is not None or ref.site is not None:
         sae = replace(sae, site=resolve_site(sae, ref.layer, ref.site))
     for note in sae.notes:
@@ -84,7 +81,7 @@ def sae_encode(config: RunConfig, *, input: Path, output: Path, say: Say) -> tup
         raise FpoError(
             f"{input} cannot be read as an array: {error}. Wanted a .npy file of [N, D] floats."
         ) from error
-    acts = encode(_load(config.reference.sae[0], config, say), vectors)
+    acts = encode(read_sae(config.reference.sae[0], config, say), vectors)
     try:
         with files.atomic_path(output) as temporary, open(temporary, "wb") as file:
             np.save(file, acts)
@@ -92,8 +89,3 @@ def sae_encode(config: RunConfig, *, input: Path, output: Path, say: Say) -> tup
         raise FpoError(f"{output} cannot be written: {error}.") from error
     rows, features = acts.shape
     return rows, features
-
-
-def _load(spec: str, config: RunConfig, say: Say) -> SaeWeights:
-    ref, path = config.reference, resolve(spec, report=say)
-    return load_sae(path, format=ref.sae_format, allow_pickle=ref.allow_pickle, name=spec)

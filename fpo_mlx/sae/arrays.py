@@ -95,16 +95,21 @@ def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
     if path.suffix == ".safetensors":
         return open_safetensors(path)
     if path.suffix in PICKLED_SUFFIXES:
-        if not allow_pickle:
-            raise SaeError(
-                f"{path} is a pickled file, which can be made to run code by most loaders. "
-                "Pass --allow-pickle to read it with a loader that admits tensors only, "
-                "or convert it once with `fpo-mlx sae convert --allow-pickle`."
-            )
+        refuse_pickle(str(path), allow_pickle)
         from fpo_mlx.sae.torchfile import open_torch
 
         return open_torch(path)
     raise SaeError(f"{path}: wanted a .safetensors, .npz, .pt or .pth file.")
+
+
+def refuse_pickle(name: str, allowed: bool) -> None:
+    """Raise SaeError for the path or name of a pickled file, unless pickled files are allowed."""
+    if name.endswith(PICKLED_SUFFIXES) and not allowed:
+        raise SaeError(
+            f"{name} is a pickled file, which can be made to run code by most loaders. "
+            "Pass --allow-pickle to read it with a loader that admits tensors only, "
+            "or convert it once with `fpo-mlx sae convert --allow-pickle`."
+        )
 
 
 def widen_bfloat16(bits: np.ndarray) -> np.ndarray:

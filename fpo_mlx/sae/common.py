@@ -56,6 +56,17 @@ class Source:
                 return read_json(self.folder / name)
         return None
 
+    def k(self, stated: Any, where: Path) -> int:
+        """The user's k, else the one that the files state. Raises SaeError without either."""
+        if self.options.k is not None:
+            return count(self.options.k, "k", self.file)
+        if stated is None:
+            raise SaeError(
+                f"{where}: k is not there, and a top-k SAE cannot be read without it. "
+                "Give the k it was trained with as --sae-k."
+            )
+        return count(stated, "k", where)
+
     def factor(self) -> float | None:
         """The input scale that the user or a norm_scaling_factor.json gives, if any."""
         if self.options.norm_scaling_factor is not None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights
-from fpo_mlx.sae.common import Source, assert_width, count, finished, matrix, transposed
+from fpo_mlx.sae.common import Source, assert_width, finished, matrix, transposed
 from fpo_mlx.sae.hooks import site_of
 
 FORMAT = "dictionary_learning"
@@ -101,7 +101,7 @@ def _with_activation(
         return replace(sae, activation="gated", gate_scale=scale, gate_bias=gate)
     if name == "AutoEncoderTopK":  # its stored threshold is not used by encode
         k = tensors.scalar("k") if "k" in tensors else trainer.get("k")
-        return replace(sae, activation="topk", k=count(k, "k", source.file))
+        return replace(sae, activation="topk", k=source.k(k, source.file))
     if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):  # their stored k is not used by encode
         value = tensors.scalar("threshold")
         threshold = np.full(sae.n_features, value, dtype=np.float32)

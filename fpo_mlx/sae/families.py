@@ -36,25 +36,33 @@ class Family:
     name: str
     matches: Callable[[Source], bool]
     load: Callable[[Source], SaeWeights]
+    asks: tuple[str, ...] = ()  # the readings that a user may have to choose, of _READINGS
 
 
+_READINGS = {  # option of load_sae -> its flag, and the value that says nothing
+    "k": ("--sae-k", None),
+    "norm_scaling_factor": ("--norm-scaling-factor", None),
+    "llama_scope_gate": ("--llama-scope-gate", "authors"),
+}
+_K, _FACTOR, _GATE = _READINGS
 # the first match wins: the more particular come first
 _FAMILIES: tuple[Family, ...] = (
-    Family(saelens.FORMAT, saelens.matches, saelens.load),
+    Family(saelens.FORMAT, saelens.matches, saelens.load, (_K, _FACTOR)),
     Family(gemma_scope.FORMAT, gemma_scope.matches, gemma_scope.load),
     Family(gemma_scope2.FORMAT, gemma_scope2.matches, gemma_scope2.load),
-    Family(sparsify.FORMAT, sparsify.matches, sparsify.load),
+    Family(sparsify.FORMAT, sparsify.matches, sparsify.load, (_K,)),
     Family(
         dictionary_learning.FORMAT,
         dictionary_learning.matches,
         dictionary_learning.load,
+        (_K,),
     ),
-    Family(llama_scope.FORMAT, llama_scope.matches, llama_scope.load),
-    Family(llama_scope.SAELENS_FORMAT, lambda _: False, llama_scope.load_saelens),
-    Family(llama_scope.R1_FORMAT, llama_scope.matches_r1, llama_scope.load_r1),
-    Family(llamascopium.FORMAT, llamascopium.matches, llamascopium.load),
-    Family(qwen_scope.FORMAT, qwen_scope.matches, qwen_scope.load),
-    Family(openai.FORMAT, openai.matches, openai.load),
+    Family(llama_scope.FORMAT, llama_scope.matches, llama_scope.load, (_FACTOR, _GATE)),
+    Family(llama_scope.SAELENS_FORMAT, lambda _: False, llama_scope.load_saelens, (_FACTOR, _GATE)),
+    Family(llama_scope.R1_FORMAT, llama_scope.matches_r1, llama_scope.load_r1, (_FACTOR, _GATE)),
+    Family(llamascopium.FORMAT, llamascopium.matches, llamascopium.load, (_K, _FACTOR)),
+    Family(qwen_scope.FORMAT, qwen_scope.matches, qwen_scope.load, (_K,)),
+    Family(openai.FORMAT, openai.matches, openai.load, (_K,)),
     Family(linear.GOODFIRE, linear.matches_goodfire, linear.load_goodfire),
     Family(linear.QRESEARCH, linear.matches_qresearch, linear.load_qresearch),
     Family(connor_rob.FORMAT, connor_rob.matches, connor_rob.load),
@@ -89,6 +97,7 @@ def load_sae(
     options = LoadOptions(allow_pickle, decoder, k, llama_scope_gate, norm_scaling_factor, name)
     source = _open(Path(path), options)
     family = _recognise(source, format)
+    _refuse_idle(family, source)
     try:
         sae = family.load(source)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -97,10 +106,24 @@ def load_sae(
             f"({type(error).__name__}: {error}). Compare it with one that its tool wrote, or "
             "name another --sae-format."
         ) from error
+    if k is not None and sae.k is None:
+        raise SaeError(
+            f"{source.file}: is a {sae.activation} SAE, which has no k. Leave --sae-k out."
+        )
     known = facts(source.name)
     if known is not None and sae.neuronpedia is None:
         sae = replace(sae, neuronpedia=known.neuronpedia)
     return sae if decoder else replace(sae, w_dec=None, b_dec=None)
+
+
+def _refuse_idle(family: Family, source: Source) -> None:
+    """A reading that the family does not ask for would be believed and change nothing."""
+    for name, (flag, silent) in _READINGS.items():
+        if getattr(source.options, name) != silent and name not in family.asks:
+            raise SaeError(
+                f"{source.file}: {flag} says nothing to a {family.name} SAE. Leave it out, or name "
+                "another --sae-format."
+            )
 
 
 def sniff(path: Path, *, allow_pickle: bool = False) -> str:

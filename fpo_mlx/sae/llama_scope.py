@@ -150,7 +150,7 @@ def _factors(config: dict[str, Any], source: Source, d_in: int) -> tuple[np.floa
     if not norms.get("in"):
         raise SaeError(
             f"{source.folder}: hyperparams.json has no dataset_average_activation_norm.in, "
-            "the scale of its inputs. Give norm_scaling_factor."
+            "the scale of its inputs. Give --norm-scaling-factor."
         )
     root = np.sqrt(d_in)
     return np.float32(root / norms["in"]), np.float32(root / norms.get("out", norms["in"]))

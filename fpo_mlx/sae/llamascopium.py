@@ -17,7 +17,6 @@ from fpo_mlx.records import Activation, SaeWeights
 from fpo_mlx.sae.common import (
     Source,
     assert_width,
-    count,
     decoder_norms,
     finished,
     inverse,
@@ -86,7 +85,7 @@ def hook_norm(source: Source, hook: str) -> float:
         raise SaeError(
             f"{source.file}: has no average activation norm for {hook!r} "
             f"(it has: {', '.join(n.removeprefix(prefix) for n in names) or 'none'}). "
-            "Give norm_scaling_factor, the factor on its inputs."
+            "Give the factor on its inputs as --norm-scaling-factor."
         )
     value = source.tensors.scalar(name)
     if value <= 0:
@@ -106,7 +105,7 @@ def _with_activation(sae: SaeWeights, config: dict[str, Any], source: Source) ->
     if sae.activation == "jumprelu":
         return replace(sae, threshold=log_threshold(source))
     if sae.activation == "topk":
-        return replace(sae, k=count(config.get("top_k"), "top_k", source.folder / "config.json"))
+        return replace(sae, k=source.k(config.get("top_k"), source.folder / "config.json"))
     return sae
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights, Site, SiteKind
-from fpo_mlx.sae.common import Source, count, finished, matrix, transposed
+from fpo_mlx.sae.common import Source, finished, matrix, transposed
 
 FORMAT = "openai"
 _LOCATIONS: dict[str, SiteKind] = {
@@ -39,7 +39,7 @@ def load(source: Source) -> SaeWeights:
             w_enc=transposed(matrix(source, "encoder.weight")),
             b_enc=source.tensors.read("latent_bias"),
             b_in=bias,
-            k=count(state.get("k"), "k", source.file) if topk else None,
+            k=source.k(state.get("k"), source.file) if topk else None,
             normalize="layer_norm" if topk else "none",
             w_dec=transposed(matrix(source, "decoder.weight")) if source.options.decoder else None,
             b_dec=bias,

@@ -10,7 +10,7 @@ import re
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights, Site
-from fpo_mlx.sae.common import Source, count, finished, matrix, transposed
+from fpo_mlx.sae.common import Source, finished, matrix, transposed
 from fpo_mlx.sae.hooks import layer_in
 
 FORMAT = "qwen_scope"
@@ -41,12 +41,10 @@ def load(source: Source) -> SaeWeights:
 
 
 def _k(source: Source) -> int:
-    if source.options.k is not None:
-        return count(source.options.k, "k", source.file)
     found = re.findall(r"[-_]L0_(\d+)", source.name)
-    if not found:
+    if not found and source.options.k is None:
         raise SaeError(
             f"{source.file}: k is not in the file but in the repository's name (…-L0_50). Keep "
-            "the file in a folder of that name, or give k."
+            "the file in a folder of that name, or give it as --sae-k."
         )
-    return count(int(found[-1]), "k", source.file)
+    return source.k(int(found[-1]) if found else None, source.file)

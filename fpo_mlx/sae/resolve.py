@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.sae import registry
+from fpo_mlx.sae.arrays import refuse_pickle
 from fpo_mlx.sae.files import companions, listed_weights
 
 _SPARE = 1.05  # part of the download's size that must be free
@@ -35,12 +36,17 @@ class HubFile:
 
 
 def resolve(
-    spec: str, *, revision: str | None = None, report: Callable[[str], None] | None = None
+    spec: str,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    report: Callable[[str], None] | None = None,
 ) -> Path:
     """The local path of an SAE: an existing path, `owner/repo[/path]`, or `release/sae_id`.
 
     Releases are SAELens' (`gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55`). revision: a
-    branch, tag or commit of the repository. report: told what will be fetched, and its size.
+    branch, tag or commit of the repository. allow_pickle: False refuses a pickled file before it
+    is fetched. report: told what will be fetched, and its size.
     Raises SaeError if nothing is there, the hub cannot be reached, or the disk is too small.
     """
     local = Path(spec).expanduser()
@@ -54,6 +60,7 @@ def resolve(
         return _cached(where, revision, error, say)
     names = [file.name for file in files]
     weights = listed_weights(names, where.inside, where.repo)
+    refuse_pickle(f"{where.repo}/{weights}", allow_pickle)
     wanted = [weights, *companions(names, weights)]
     missing = [
         file for file in files if file.name in wanted and not _has(where.repo, file, revision)

@@ -15,7 +15,6 @@ from fpo_mlx.records import Normalization, SaeWeights, Site
 from fpo_mlx.sae.common import (
     Source,
     assert_width,
-    count,
     decoder_norms,
     finished,
     inverse,
@@ -102,14 +101,14 @@ def _architecture(config: dict[str, Any], source: Source) -> str:
     if name.startswith("matryoshka"):
         name = "batchtopk"  # the inner widths shape training only
     activation = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
-    k = (config.get("activation_fn_kwargs") or {}).get("k")
+    k = (config.get("activation_fn_kwargs") or {}).get("k", source.options.k)
     if name == "standard" and activation == "topk" and k is not None:
         config.setdefault("k", k)
         return "topk"
     if name == "standard" and activation != "relu":
         raise SaeError(
             f"{where}: the activation is {activation!r} (k: {k}); wanted relu, or topk with "
-            "activation_fn_kwargs.k. Reading it as a ReLU SAE would give wrong features."
+            "activation_fn_kwargs.k or --sae-k. Reading it as a ReLU SAE would give wrong features."
         )
     if name in REFUSED:
         raise SaeError(f"{where}: {name} SAEs are not supported: {REFUSED[name]}.")
@@ -181,7 +180,7 @@ def _with_activation(
         sae = replace(
             sae,
             activation="topk" if base == "topk" else "abstopk",
-            k=count(config.get("k"), "k", where),
+            k=source.k(config.get("k"), where),
         )
         return _fold_norms(sae) if config.get("rescale_acts_by_decoder_norm") else sae
     if base == "batchtopk":
@@ -219,12 +218,17 @@ def _fold_average(
 ) -> tuple[SaeWeights, tuple[str, ...]]:
     """expected_average_only_in: W_enc * f, W_dec / f, b_dec / f; the biases of the encoder stay."""
     if config.get("normalize_activations") not in (True, "expected_average_only_in"):
+        if source.options.norm_scaling_factor is not None:
+            raise SaeError(
+                f"{source.folder / 'cfg.json'}: normalize_activations says that its inputs were "
+                "not scaled by an average norm. Leave --norm-scaling-factor out."
+            )
         return sae, ()
     factor = known_factor(source)
     if factor is None:
         return sae, (
             "Trained on inputs scaled by a factor that the files do not hold; raw inputs are used. "
-            "Give the factor as norm_scaling_factor.",
+            "Give the factor as --norm-scaling-factor.",
         )
     f = np.float32(factor)
     return replace(

@@ -14,7 +14,6 @@ from fpo_mlx.records import Activation, SaeWeights, Site
 from fpo_mlx.sae.common import (
     Source,
     assert_width,
-    count,
     finished,
     matrix,
     read_json,
@@ -48,7 +47,7 @@ def load(source: Source) -> SaeWeights:
             w_enc=w_enc,
             b_enc=source.tensors.read("encoder.bias"),
             b_in=None if transcode else b_dec,
-            k=count(config.get("k"), "k", where),
+            k=source.k(config.get("k"), where),
             w_dec=matrix(source, "W_dec") if source.options.decoder else None,
             b_dec=b_dec,
             transcoder=transcode,
