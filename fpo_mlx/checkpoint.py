@@ -5,6 +5,7 @@ adapters.safetensors, adapter_config.json   as mlx_lm.load(adapter_path=...) tak
 best/                                       the adapter with the lowest validation loss
 run.json                                    all settings, versions, fingerprints
 metrics.jsonl                               one line per report or validation
+train.lock                                  held while a run writes
 checkpoint/state.safetensors                adapters, optimizer, reference adapter, random state
                                             (with position and best-so-far in its metadata, so
                                             that one rename moves them all)
@@ -15,7 +16,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,12 +27,13 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 
-from fpo_mlx import files
+from fpo_mlx import files, locks
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.model.trees import arrays_of, read_arrays
 
 STATE = Path("checkpoint") / "state.safetensors"
+LOCK = "train.lock"  # held while a run writes
 
 
 @dataclass
@@ -58,13 +61,18 @@ class AdapterFolder:
         weights = dict(adapters.parameters(model))
         if iteration is not None:
             adapters.save(self.path / f"{iteration:07d}_adapters.safetensors", weights)
-        adapters.save(self.path / adapters.WEIGHTS, weights)
-        files.write_json(self.path / adapters.CONFIG, dict(self.adapter_config))
+        self._save_pair(self.path, weights)
 
     def save_best(self, model: nn.Module) -> None:
-        best = self.path / "best"
-        adapters.save(best / adapters.WEIGHTS, dict(adapters.parameters(model)))
-        files.write_json(best / adapters.CONFIG, dict(self.adapter_config))
+        self._save_pair(self.path / "best", dict(adapters.parameters(model)))
+
+    def _save_pair(self, folder: Path, weights: Mapping[str, mx.array]) -> None:
+        """Weights and their configuration, never one of them with an older run's other."""
+        config, text = folder / adapters.CONFIG, files.json_text(dict(self.adapter_config))
+        if not config.is_file() or config.read_bytes() != text.encode():
+            (folder / adapters.WEIGHTS).unlink(missing_ok=True)  # of another shape or scale
+            files.write_text(config, text)
+        adapters.save(folder / adapters.WEIGHTS, weights)
 
     def save_state(
         self,
@@ -112,9 +120,22 @@ class AdapterFolder:
         randomness.go_to((high << 32) | low)
         return progress, part("reference")
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the folder for one run. Raises FpoError naming the run that has it already."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with locks.held(self.path / LOCK, self.path):
+                for folder in (self.path, self.path / "best", self.path / STATE.parent):
+                    files.sweep(folder)
+                yield
+        except OSError as error:
+            raise files.unwritable(self.path, error) or error from error
+
     def start(self, run: Mapping[str, Any]) -> None:
         """Begin a new run here; an older run's metrics and checkpoints do not survive it."""
         self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / STATE).unlink(missing_ok=True)  # first: half a folder must not be resumed
         for old in (*self.path.glob("*_adapters.safetensors"), self.path / "metrics.jsonl"):
             old.unlink(missing_ok=True)
         for folder in ("checkpoint", "best"):
@@ -123,9 +144,12 @@ class AdapterFolder:
 
     def log(self, entry: Mapping[str, Any], progress: Progress) -> None:
         """Append one line to metrics.jsonl."""
-        line = json.dumps(entry) + "\n"
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as handle:
-            handle.write(line)
+        line, path = json.dumps(entry) + "\n", self.path / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as handle:
+                handle.write(line)
+        except OSError as error:
+            raise files.unwritable(path, error) or error from error
         progress.metrics_bytes += len(line.encode())
 
     def rewind_log(self, progress: Progress) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from fpo_mlx import files
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.model import adapters
 from fpo_mlx.model.load import dequantize as dequantize_layers
@@ -54,6 +53,7 @@ def fuse(
     """
     from mlx_lm import utils
 
+    _check_place(save_path)
     loaded = read_model(model, trust_remote_code=trust_remote_code)
     base, config, path = loaded.model, loaded.config, loaded.path
     if gguf_path and config["model_type"] not in GGUF_TYPES:
@@ -74,7 +74,7 @@ def fuse(
     if dequantize or dtype:
         cast_floats(base, DTYPES[dtype] if dtype else own)
     tokenizer = utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
-    with _whole_folder(save_path) as folder:
+    with files.atomic_folder(save_path) as folder:
         utils.save(folder, str(path), base, tokenizer, config, donate_model=False)
         if gguf_path:
             _export_gguf(folder, base, config, folder / gguf_path)
@@ -103,24 +103,10 @@ def _export_gguf(folder: Path, model: nn.Module, config: dict[str, Any], path: P
         convert_to_gguf(folder, dict(arrays_of(model.parameters())), config, str(path))
 
 
-class _whole_folder:
-    """A folder to fill; it takes the place of `target` when the block ends without error."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.work = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir(parents=True)
-        return self.work
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is not None:
-            shutil.rmtree(self.work, ignore_errors=True)
-            return
-        old = self.target.with_name(f".old-{os.getpid()}-{self.target.name}")
-        if self.target.exists():
-            os.replace(self.target, old)
-        os.replace(self.work, self.target)
-        shutil.rmtree(old, ignore_errors=True)
+def _check_place(path: Path) -> None:
+    """A folder that is replaced must be a model's: nobody loses other files to a wrong name."""
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"--save-path {path}: it holds files and is no model folder, and fusing would replace "
+            "it. Name a new folder, or an older fused one."
+        )

@@ -449,7 +449,7 @@ def test_two_writers_are_kept_apart_and_the_first_is_named(tmp_path):
 
 def hold_and_die(folder: Path) -> None:
     with rc.open_cache(folder, IDENTITY, create=True).writing():
-        (folder / "rows-00000.safetensors.tmp").write_bytes(b"half")
+        (folder / ".tmp-1-rows-00000.safetensors").write_bytes(b"half")
         os.kill(os.getpid(), 9)
 
 
@@ -459,7 +459,7 @@ def test_a_killed_writer_blocks_nobody_and_its_half_file_goes(tmp_path):
     process.join()
     assert process.exitcode == -9
     assert (tmp_path / "writer.lock").exists()
-    assert (tmp_path / "rows-00000.safetensors.tmp").exists()
+    assert (tmp_path / ".tmp-1-rows-00000.safetensors").exists()
     assert len(rc.open_cache(tmp_path, IDENTITY)) == 0  # a reader minds neither
     filled(tmp_path, make_pairs(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "rows-00000.safetensors"]

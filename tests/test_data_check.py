@@ -206,7 +206,7 @@ def test_a_clean_set_that_cannot_be_written_leaves_what_was_there(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "train.jsonl").mkdir()  # in the way of the file
-    with pytest.raises(FpoError, match="the clean data cannot be written"):
+    with pytest.raises(FpoError, match="cannot be written: Is a directory"):
         write_clean({"train": [PAIR]}, out)
     assert [path.name for path in out.iterdir()] == ["train.jsonl"]
 

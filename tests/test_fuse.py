@@ -96,7 +96,7 @@ def test_the_stored_dtype_can_be_chosen(made, tmp_path, dtype):
 def test_a_failure_while_saving_leaves_the_old_folder_and_nothing_else(made, tmp_path, monkeypatch):
     folder, adapter = made["llama", "lora"]
     (tmp_path / "fused").mkdir()
-    (tmp_path / "fused/old").write_text("kept")
+    (tmp_path / "fused/config.json").write_text("kept")
 
     def save(target, *args, **kwargs):
         (target / "half").write_text("x")
@@ -106,7 +106,7 @@ def test_a_failure_while_saving_leaves_the_old_folder_and_nothing_else(made, tmp
     with pytest.raises(KeyboardInterrupt):
         fuse(str(folder), adapter, tmp_path / "fused")
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == [
-        "fused", "fused/old",
+        "fused", "fused/config.json",
     ]  # fmt: skip
 
 
@@ -114,6 +114,10 @@ def test_a_fused_folder_takes_the_place_of_the_old_one(made, tmp_path):
     folder, adapter = made["llama", "lora"]
     (tmp_path / "fused").mkdir()
     (tmp_path / "fused/old").write_text("gone")
+    with pytest.raises(ConfigError, match="is no model folder"):
+        fuse(str(folder), adapter, tmp_path / "fused")
+    assert (tmp_path / "fused/old").read_text() == "gone"
+    (tmp_path / "fused/config.json").write_text("{}")
     fuse(str(folder), adapter, tmp_path / "fused")
     assert not (tmp_path / "fused/old").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["fused"]

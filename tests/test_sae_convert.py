@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from sae_files import Case, D, F
 from safetensors import safe_open
 from tiny_saes import CASES
 
-from fpo_mlx.errors import SaeError
+from fpo_mlx import files
+from fpo_mlx.errors import FpoError, SaeError
 from fpo_mlx.records import SITE_KINDS, SaeWeights, Site
 from fpo_mlx.sae import convert, load_sae
 from fpo_mlx.sae.encode import decode, encode
@@ -117,10 +119,10 @@ def test_a_failed_write_leaves_the_old_sae_whole(tmp_path: Path, monkeypatch: py
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
 
     def full(*_):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(convert.os, "fsync", full)
-    with pytest.raises(SaeError, match="No space left on device"):
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(FpoError, match="No space left on device"):
         convert.write_saelens(replace(sae, b_enc=sae.b_enc + 1), tmp_path / "out")
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 

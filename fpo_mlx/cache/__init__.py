@@ -30,7 +30,7 @@ for the record `dtype` and `backend`. A run whose model, adapter, tokenizer, SAE
 differ is refused; dtype and backend may differ, each shard tells its own. `digest` is the sha256
 over the JSON text of [format, version, identity without dtype and backend], keys sorted, without
 spaces. The manifest lists no shards: a file counts when it is there, and it is there whole or not
-at all (written as *.tmp, synced, renamed). `writer.lock` is held while a process writes;
+at all (written as .tmp-*, synced, renamed). `writer.lock` is held while a process writes;
 `parts/` holds a cache for each of several processes until they are joined.
 """
 

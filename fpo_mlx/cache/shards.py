@@ -1,10 +1,9 @@
-"""One shard file of a reference cache: bytes in, bytes out, and whole-or-nothing writing."""
+"""One shard file of a reference cache: rows to bytes, and back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from fpo_mlx.errors import CacheMismatch, FpoError
 from fpo_mlx.records import ResponseScore, SparseFeatures
 
 KEY_BYTES = 16
-TMP_SUFFIX = ".tmp"
 Row = tuple[bytes, ResponseScore]
 
 
@@ -35,21 +33,6 @@ class Shard:
     backend: str
     dtype: str
     sha256: str  # of everything behind the header
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash it is there whole, or as it was before."""
-    tmp = path.with_name(path.name + TMP_SUFFIX)
-    with open(tmp, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself must reach the disk
-    finally:
-        os.close(folder)
 
 
 def check_score(where: str, score: ResponseScore, n_saes: int) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import re
-import socket
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from fpo_mlx import files, locks
 from fpo_mlx.cache.identity import (
     FORMAT,
     VERSION,
@@ -20,16 +18,14 @@ from fpo_mlx.cache.identity import (
     same_values,
 )
 from fpo_mlx.cache.shards import (
-    TMP_SUFFIX,
     Row,
     Shard,
     check_content,
     encode_shard,
     open_shard,
     read_features,
-    write_whole,
 )
-from fpo_mlx.errors import CacheMismatch, FpoError
+from fpo_mlx.errors import CacheMismatch
 from fpo_mlx.records import ResponseScore
 
 MANIFEST = "manifest.json"
@@ -90,7 +86,7 @@ def open_cache(
 
 
 def _foreign(name: str) -> bool:
-    ours = name in (LOCK, PARTS) or SHARD_NAME.fullmatch(name) or name.endswith(TMP_SUFFIX)
+    ours = name in (LOCK, PARTS) or SHARD_NAME.fullmatch(name)
     return not ours and not name.startswith(".")
 
 
@@ -179,15 +175,14 @@ class ReferenceCache:
     def _write(self, data: bytes) -> None:
         number = 1 + max((_number(shard.path) for shard in self.shards), default=-1)
         path = self.folder / f"rows-{number:05d}.safetensors"
-        write_whole(path, data)
+        files.write_bytes(path, data)
         self._add(open_shard(path, self.identity))
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder for writing (re-entrant). Raises FpoError when another process does."""
         if self._depth == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _acquire(self.folder / LOCK)
+            self._lock = _acquire(self.folder)
         self._depth += 1
         try:
             if self._depth == 1:
@@ -196,20 +191,19 @@ class ReferenceCache:
         finally:
             self._depth -= 1
             if self._depth == 0:
-                (self.folder / LOCK).unlink(missing_ok=True)  # while held: none can lose its own
-                os.close(self._lock)
+                locks.release(self.folder / LOCK, self._lock)
 
     def _prepare(self) -> None:
         """Under the lock: clear a killed run's leavings, see what others wrote."""
-        for stray in self.folder.glob("*" + TMP_SUFFIX):
-            stray.unlink()
+        files.sweep(self.folder)
         path = self.folder / MANIFEST
         if path.exists():
             check_same(self.folder, read_identity(self.folder), self.identity)
         else:
             about = {"format": FORMAT, "version": VERSION, "identity": self.identity.to_json()}
             about["digest"] = self.identity.digest()
-            write_whole(path, (json.dumps(about, indent=2, sort_keys=True) + "\n").encode())
+            text = json.dumps(about, indent=2, sort_keys=True) + "\n"
+            files.write_bytes(path, text.encode())
         self._discover()
 
     def _discover(self) -> None:
@@ -237,25 +231,9 @@ def _number(path: Path) -> int:
     return int(match[1])
 
 
-def _acquire(path: Path) -> int:
-    """The locked file descriptor. The kernel lets go of it when its owner dies, however it dies."""
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(lock)
-            raise FpoError(
-                f"{path.parent} is being written by {owner}. "
-                "Wait for it to end, or give this run another folder."
-            ) from None
-        try:
-            current = os.stat(path).st_ino == os.fstat(lock).st_ino
-        except FileNotFoundError:
-            current = False
-        if current:  # else its owner removed it between our open and our lock: take the new one
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-            return lock
-        os.close(lock)
+def _acquire(folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return locks.acquire(folder / LOCK, folder)
+    except OSError as error:
+        raise files.unwritable(folder, error) or error from error

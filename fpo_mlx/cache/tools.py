@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -12,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
+from fpo_mlx import files
 from fpo_mlx.cache.fill import ScorePairs, rows_of
 from fpo_mlx.cache.identity import CacheIdentity, check_same, same_values
-from fpo_mlx.cache.shards import TMP_SUFFIX, Shard, check_content
+from fpo_mlx.cache.shards import Shard, check_content
 from fpo_mlx.cache.store import ReferenceCache, open_cache, read_identity
 from fpo_mlx.errors import CacheMismatch, DataError
 from fpo_mlx.records import ResponseScore, TokenPair
@@ -190,8 +190,7 @@ def export(folder: str | Path, path: str | Path) -> int:
     {"key", "logp", "tokens", "features": [{"indices", "values"}, … one for each SAE]}
     """
     cache, path = open_whole(folder), Path(path)
-    tmp = path.with_name(path.name + TMP_SUFFIX)
-    with open(tmp, "w", encoding="utf-8") as file:
+    with files.atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for key in cache.keys():  # noqa: SIM118 (a list in file order, not a mapping)
             score = cache.get(key)
             features = [
@@ -199,7 +198,4 @@ def export(folder: str | Path, path: str | Path) -> int:
             ]
             row = {"key": key.hex(), "logp": score.logps, "tokens": score.tokens}
             file.write(json.dumps(row | {"features": features}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
     return len(cache)

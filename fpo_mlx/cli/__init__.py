@@ -14,6 +14,7 @@ from fpo_mlx.cli.results import convert, evaluate, fuse
 from fpo_mlx.cli.saes import sae
 from fpo_mlx.cli.train import train
 from fpo_mlx.errors import FpoError, Interrupted
+from fpo_mlx.files import unwritable
 
 
 class Group(click.Group):
@@ -25,6 +26,12 @@ class Group(click.Group):
         except FpoError as error:
             click.echo(f"fpo-mlx: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:  # a full disk, a read-only folder: the user's to mend
+            plain = unwritable(error.filename or "the output", error)
+            if plain is None:
+                raise
+            click.echo(f"fpo-mlx: {plain}", err=True)
+            ctx.exit(plain.exit_code)
         except KeyboardInterrupt:
             click.echo("fpo-mlx: interrupted", err=True)
             ctx.exit(Interrupted("").exit_code)

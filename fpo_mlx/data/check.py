@@ -15,7 +15,6 @@ from fpo_mlx.data.oddities import control_token_in, odd_text
 from fpo_mlx.data.read import SPLITS, RawRow, parse_raw
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, PreferenceRow, RowFault
 from fpo_mlx.data.tokenize import Tokenizer, ends_its_turn, tokenize_row, truncate_pairs
-from fpo_mlx.errors import FpoError
 from fpo_mlx.records import TokenPair
 
 # What becomes of a row: "refused" rows stop a run, "spare" rows can be trained on (or are dropped
@@ -177,17 +176,11 @@ def write_clean(clean: Mapping[str, Sequence[Any]], folder: Path) -> list[Path]:
 
     Returns the files written. Raises FpoError if folder cannot be written to.
     """
-    written = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, records in clean.items():
-            if records:
-                written.append(_write_lines(folder / f"{name}.jsonl", map(_json_line, records)))
-    except OSError as error:
-        raise FpoError(
-            f"{folder}: the clean data cannot be written: {error.strerror or error}."
-        ) from error
-    return written
+    return [
+        _write_lines(folder / f"{name}.jsonl", map(_json_line, records))
+        for name, records in clean.items()
+        if records
+    ]
 
 
 def _check_row(

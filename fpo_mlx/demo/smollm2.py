@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from fpo_mlx import files
 from fpo_mlx.demo.gguf import GgufFile, parse, tensor
 from fpo_mlx.errors import ModelError
 from fpo_mlx.paths import cache_root
@@ -257,19 +257,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _build(target: Path, write: Callable[[Path], None]) -> None:
-    """Fills a folder under a temporary name beside `target`, then gives it its name."""
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        write(scratch)
-        scratch.chmod(0o755)
-        for path in scratch.iterdir():
+    """Makes the folder whole or not at all."""
+    with files.atomic_folder(target) as folder:
+        write(folder)
+        for path in folder.iterdir():
             path.chmod(0o644)  # safetensors makes its files private
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        try:
-            os.replace(scratch, target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process was first, with the same bytes
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import sys
 from pathlib import Path
 
+from fpo_mlx import files
 from fpo_mlx.errors import FpoError, ModelError
 from fpo_mlx.hub import resolve_model
 
@@ -31,16 +30,16 @@ def convert(
     if mlx_path.exists():
         raise FpoError(f"{mlx_path} exists. Wanted a --mlx-path that does not, to write to.")
     source = resolve_model(hf_path)
-    temporary = mlx_path.with_name(f".tmp-{os.getpid()}-{mlx_path.name}")
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            mlx_convert(
-                str(source), str(temporary), quantize=quantize, q_group_size=q_group_size,
-                q_bits=q_bits, dtype=dtype, trust_remote_code=trust_remote_code,
-            )  # fmt: skip
-        os.replace(temporary, mlx_path)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise ModelError(f"{hf_path} cannot be converted: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with files.atomic_folder(mlx_path) as folder:
+        folder.rmdir()  # mlx-lm makes it itself, and refuses one that is there
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                mlx_convert(
+                    str(source), str(folder), quantize=quantize, q_group_size=q_group_size,
+                    q_bits=q_bits, dtype=dtype, trust_remote_code=trust_remote_code,
+                )  # fmt: skip
+        except (ValueError, KeyError, OSError, RuntimeError) as error:
+            raise files.unwritable(mlx_path, error) or ModelError(
+                f"{hf_path} cannot be converted: {error}"
+            ) from error
     return mlx_path

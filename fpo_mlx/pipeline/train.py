@@ -57,12 +57,13 @@ def train(
     scored, held_out = (ScoredPairs(part, scores(store, part)) for part in (pairs, valid))
     trainer = Trainer(scorer, scored, held_out if valid else None, t, out, arm())
     _announce(trainer, say)
-    if t.resume:
-        trainer.resume()
-        say(f"resumed after iteration {trainer.progress.iteration}")
-    else:
-        out.start(run)
-    yield from trainer.run()
+    with out.writing():
+        if t.resume:
+            trainer.resume()
+            say(f"resumed after iteration {trainer.progress.iteration}")
+        else:
+            out.start(run)
+        yield from trainer.run()
 
 
 def _announce(trainer: Trainer, say: Say) -> None:

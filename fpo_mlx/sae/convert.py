@@ -8,16 +8,17 @@ scale), every vector float32; SAELens stops at the unknown tensors.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from fpo_mlx import files
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights, Site
 
+WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 SaeDtype = Literal["float32", "float16", "bfloat16", "int8"]
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FLOAT16_MAX = 65504.0
@@ -62,19 +63,31 @@ class ConvertReport:
 def write_saelens(sae: SaeWeights, folder: Path, dtype: SaeDtype = "float32") -> ConvertReport:
     """Write `sae` so that SAELens 6 loads it (not "int8") and encodes the same.
 
-    Each file is written whole or not at all, the weights first. Raises SaeError if SAELens has no
-    such form, or a weight does not fit the dtype.
+    The folder is written whole or not at all; an older SAE there is replaced. Raises SaeError if
+    SAELens has no such form, a weight does not fit the dtype, or the folder holds something else;
+    FpoError if it cannot be written.
     """
     if dtype not in (*_STORED, "int8"):
         raise SaeError(f"dtype {dtype!r}; wanted float32, float16, bfloat16 or int8.")
     _refuse(sae)
     tensors, subtracts = _tensors(sae)
     config = _config(sae, dtype, subtracts)
-    folder.mkdir(parents=True, exist_ok=True)
     stored = _quantized(tensors) if dtype == "int8" else _cast(tensors, dtype, sae.source)
-    size = write_safetensors(folder / "sae_weights.safetensors", stored)
-    _write_whole(folder / "cfg.json", [json.dumps(config, indent=1).encode()])
+    _check_place(folder)
+    with files.atomic_folder(folder) as work:  # weights and configuration change together
+        size = write_safetensors(work / WEIGHTS, stored)
+        files.write_bytes(work / CONFIG, json.dumps(config, indent=1).encode())
     return ConvertReport(folder, config["architecture"], dtype, size)
+
+
+def _check_place(folder: Path) -> None:
+    others = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    others = sorted(name for name in others if name not in (WEIGHTS, CONFIG))
+    if others:
+        raise SaeError(
+            f"{folder} holds other files ({', '.join(others[:3])}), and writing an SAE replaces "
+            "the folder. Name a new folder."
+        )
 
 
 def _refuse(sae: SaeWeights) -> None:
@@ -209,20 +222,7 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) ->
     text += b" " * (-len(text) % 8)  # tensors start on a multiple of 8
     parts = [len(text).to_bytes(8, "little"), text]
     arrays = [np.ascontiguousarray(array).data for _, array in tensors.values()]
-    return _write_whole(path, [*parts, *arrays])
-
-
-def _write_whole(path: Path, parts: list[Any]) -> int:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            for part in parts:
-                stream.write(part)
-            stream.flush()
-            os.fsync(stream.fileno())
-            size = stream.tell()
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SaeError(f"{path} cannot be written: {error}. Nothing was changed.") from error
-    return size
+    with files.atomic_path(path) as temporary, temporary.open("wb") as stream:
+        for part in (*parts, *arrays):
+            stream.write(part)
+        return stream.tell()
