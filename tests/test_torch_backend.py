@@ -22,7 +22,7 @@ import torch
 from fpo_mlx.errors import ConfigError, FpoError, ModelError, SaeError
 from fpo_mlx.records import SITE_KINDS, SaeWeights, Site, TokenPair
 from fpo_mlx.reference import open_backend
-from fpo_mlx.reference.torch_backend import TorchBackend, mlx_folder
+from fpo_mlx.reference.torch_backend import TorchBackend, mlx_folder, passes
 from fpo_mlx.reference.torch_backend.saes import encode, on_device
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -191,7 +191,7 @@ def test_chunks_of_the_head_and_of_the_encoder_change_nothing(llama, monkeypatch
 
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeypatch):
     pairs, saes = make_pairs(6), [make_sae(Site(2), 32)]
-    backend = TorchBackend(llama, saes=saes, device="cpu")
+    backend = TorchBackend(llama, saes=saes, device="cpu", share_prompt=False)
     want, sizes = backend.score(pairs), []
     real = backend._score
 
@@ -207,6 +207,72 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeyp
     assert all(size <= 12 // 2 for size in sizes[1:])
     for a, b in zip(np.ravel(got), np.ravel(want), strict=True):
         assert a.logps == pytest.approx(b.logps, rel=1e-5)
+
+
+WINDOWED = {"gemma2", "gemma3_text", "cohere2"}  # some of their caches hold a window only
+
+
+def long_prompts(n: int, seed: int = 0) -> list[TokenPair]:
+    """Prompts of many lengths, so long that to run them once pays."""
+    rng = np.random.default_rng(seed)
+    sizes = [(int(rng.integers(20, 40)), *rng.integers(1, 9, size=2)) for _ in range(n)]
+    draw = [
+        [rng.integers(3, tiny_models.VOCAB, s).astype(np.int32) for s in size] for size in sizes
+    ]
+    return [TokenPair(*ids, index=i) for i, ids in enumerate(draw)]
+
+
+def assert_close(got, want, tolerance: float = 1e-5) -> None:
+    for a, b in zip(np.ravel(got), np.ravel(want), strict=True):
+        assert a.logps == pytest.approx(b.logps, rel=tolerance)
+        for x, y in zip(a.features, b.features, strict=True):
+            x, y = x.to_dense(FEATURES), y.to_dense(FEATURES)
+            np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * abs(y).max())
+
+
+@pytest.mark.parametrize("family", tiny_models.MAKERS)
+def test_a_prompt_that_runs_once_gives_the_scores_of_one_that_runs_twice(family, folder_of):
+    folder, width = folder_of(family), 64 if family == "gemma3_text" else 32
+    pairs, saes = [*long_prompts(5), *make_pairs(3)], [make_sae(Site(2), width)]
+    once = TorchBackend(folder, saes=saes, device="cpu")
+    assert once.shares_prompt == (family not in WINDOWED)
+    twice = TorchBackend(folder, saes=saes, device="cpu", share_prompt=False)
+    assert_close(once.score(pairs), twice.score(pairs))
+    once.tokens_per_batch = 150  # a few pairs a batch
+    assert_close(once.score(pairs), twice.score(pairs))
+
+
+def test_a_shared_prompt_is_shared_where_it_pays_and_counted_with_its_padding():
+    one = np.array([5], np.int32)
+    even = TokenPair(one.repeat(11), one.repeat(10), one.repeat(10), index=0)  # 10 + 20 against 40
+    lopsided = TokenPair(one.repeat(2), one.repeat(3), one.repeat(90), index=1)
+    assert [len(unit) for unit in passes.units([even, lopsided], share=True)] == [1, 1, 2]
+    assert passes.width(passes.units([even], share=True)) == 10 + 2 * 10
+    assert [len(unit) for unit in passes.units([even], share=False)] == [1, 1]
+    todo = passes.units([even, even, even, lopsided], share=True)
+    assert len(passes.next_batch(todo[2:], 60)) == 2
+    assert len(passes.next_batch(todo[2:], 89)) == 2
+    assert len(passes.next_batch(todo[2:], 90)) == 3
+    assert len(passes.next_batch(todo, 1)) == 1
+
+
+def test_where_memory_holds_no_pair_its_responses_are_scored_one_by_one(llama, monkeypatch):
+    pairs, saes = long_prompts(6), [make_sae(Site(2), 32)]
+    backend = TorchBackend(llama, saes=saes, device="cpu")
+    want, seen = backend.score(pairs), []
+    real = backend._score
+
+    def small(batch):
+        seen.append((len(batch), len(batch[0])))
+        if len(batch[0]) == 2 and (len(batch) > 2 or batch[0][0].number in (0, 4)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(batch)
+
+    monkeypatch.setattr(backend, "_score", small)
+    assert_close(backend.score(pairs), want)
+    assert seen[0] == (6, 2)
+    assert (1, 2) in seen
+    assert (1, 1) in seen or (2, 1) in seen
 
 
 def test_a_response_that_no_memory_holds_is_an_error_with_advice(llama, monkeypatch):

@@ -43,8 +43,8 @@ def open_backend(
 ) -> ReferenceBackend:
     """Load the reference model, a folder, with its adapter.
 
-    device, dtype and tokens_per_batch are the torch backend's, share_prompt is the mlx backend's:
-    they change time and memory (dtype also the rounding). Every SAE needs its `site`.
+    device, dtype and tokens_per_batch are the torch backend's. All but the paths and the SAEs
+    change time and memory only (dtype also the rounding). Every SAE needs its `site`.
     Raises: ConfigError for a backend that is unknown or not installed, ModelError and SaeError for
     a model, adapter or SAE that cannot be used.
     """
@@ -76,5 +76,6 @@ def open_backend(
         device=device,
         dtype=dtype,
         tokens_per_batch=tokens_per_batch,
+        share_prompt=share_prompt,
         trust_remote_code=trust_remote_code,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from fpo_mlx.errors import ModelError
 from fpo_mlx.records import PairScore, ResponseScore, SaeWeights, SparseFeatures, TokenPair
+from fpo_mlx.reference.torch_backend import passes
 from fpo_mlx.reference.torch_backend.load import choose_device, choose_dtype, load_model
 from fpo_mlx.reference.torch_backend.saes import on_device, pooled
 from fpo_mlx.reference.torch_backend.taps import Recorder, find_tap
@@ -21,25 +21,8 @@ HEAD_ELEMENTS = 1 << 25  # logits in memory at once: 128 MB in float32
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "failed to allocate")
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One response to score: the tokens that go in, and the response that is read off them."""
-
-    number: int
-    tokens: np.ndarray  # int32 [P + |y| - 1]: the last token predicts nothing
-    response: np.ndarray  # int32 [|y|]
-
-    @property
-    def first(self) -> int:
-        """The last prompt position: the first whose next token is the response's."""
-        return len(self.tokens) - len(self.response)
-
-
 class TorchBackend:
-    """`ReferenceBackend` with transformers. Responses are sorted by length and padded on the right.
-
-    No attention mask is given: under a causal mask no position sees the padding behind it.
-    """
+    """`ReferenceBackend` with transformers: batches of a token budget, sorted by length."""
 
     name = "torch"
 
@@ -52,11 +35,13 @@ class TorchBackend:
         device: str | None = None,
         dtype: str | None = None,
         tokens_per_batch: int | None = None,
+        share_prompt: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
         """device: None for CUDA, else Metal, else the CPU. dtype: None for float32 on a CPU, else
         the folder's. tokens_per_batch: what a batch may hold, padding included; halved by itself
-        when memory runs out.
+        when memory runs out. share_prompt: run a pair's prompt once where that saves a tenth or
+        more and the model's caches are plain.
 
         Raises: ConfigError, ModelError, SaeError for settings, files or sites that do not fit.
         """
@@ -70,30 +55,27 @@ class TorchBackend:
         self._recorder = Recorder(tuple(find_tap(self._model, sae.site) for sae in self._saes))
         self.dtype = str(weights).removeprefix("torch.")
         self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 4096)
+        self.shares_prompt = share_prompt and passes.shares_prompt(self._model)
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
         if self._model.base_model is self._model:
             raise ModelError(f"{folder}: a model without a separate head. Use --backend mlx.")
 
     def score(self, pairs: Sequence[TokenPair]) -> list[PairScore]:
         """Raises ModelError when a single response is too much for the memory."""
-        rows = [
-            _Row(2 * n + side, np.concatenate([pair.prompt, response[:-1]]), response)
-            for n, pair in enumerate(pairs)
-            for side, response in enumerate(pair.responses)
-        ]
-        todo = sorted(rows, key=lambda row: -len(row.tokens))  # the longest shows what memory holds
+        todo = passes.units(pairs, share=self.shares_prompt)
         scores: dict[int, ResponseScore] = {}
         while todo:
-            batch = todo[: max(1, self.tokens_per_batch // len(todo[0].tokens))]
+            batch = passes.next_batch(todo, self.tokens_per_batch)
+            todo = todo[len(batch) :]
             found = self._try(batch)
             if found is None:
-                self._back_off(batch)
-                continue
-            scores |= {row.number: score for row, score in zip(batch, found, strict=True)}
-            todo = todo[len(batch) :]
+                todo = [*self._back_off(batch), *todo]
+            else:
+                rows = (row for unit in batch for row in unit)
+                scores |= {row.number: score for row, score in zip(rows, found, strict=True)}
         return [(scores[2 * n], scores[2 * n + 1]) for n in range(len(pairs))]
 
-    def _try(self, batch: Sequence[_Row]) -> list[ResponseScore] | None:
+    def _try(self, batch: Sequence[passes.Unit]) -> list[ResponseScore] | None:
         """The scores, or None when memory ran out (what the attempt held is free by then)."""
         try:
             with torch.no_grad():
@@ -105,28 +87,27 @@ class TorchBackend:
         finally:
             self._recorder.clear()
 
-    def _back_off(self, batch: Sequence[_Row]) -> None:
-        longest = len(batch[0].tokens)
-        if len(batch) == 1:
+    def _back_off(self, batch: Sequence[passes.Unit]) -> Sequence[passes.Unit]:
+        """What to try in the batch's place, with half its tokens from now on."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) == 1 and len(batch[0]) == 1:
+            longest = len(batch[0][0].tokens)
             raise ModelError(
                 f"{self.device}: out of memory on a single response of {longest} tokens. "
                 "Lower --max-seq-length, or use a smaller --dtype or another --device."
             )
-        self.tokens_per_batch = longest * (len(batch) // 2)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            return [(row,) for row in batch[0]]  # a pair: its responses one by one
+        self.tokens_per_batch = passes.width(batch) * (len(batch) // 2)
+        return batch
 
-    def _score(self, batch: Sequence[_Row]) -> list[ResponseScore]:
-        lengths = [len(row.response) for row in batch]
-        tokens = np.zeros((len(batch), len(batch[0].tokens)), np.int64)  # [B, L], longest first
-        for i, row in enumerate(batch):
-            tokens[i, : len(row.tokens)] = row.tokens
-        out = self._model.base_model(input_ids=self._put(tokens), use_cache=False)
-        at = (
-            self._put(np.repeat(np.arange(len(batch)), lengths)),
-            self._put(np.concatenate([np.arange(r.first, len(r.tokens)) for r in batch])),
-        )  # response positions of all rows, [R] each
-        targets = self._put(np.concatenate([row.response for row in batch]).astype(np.int64))
+    def _score(self, batch: Sequence[passes.Unit]) -> list[ResponseScore]:
+        out, places = passes.run(self._model, batch, self.device)
+        at = (self._put(places[0]), self._put(places[1]))  # [R] each
+        responses = [row.response for unit in batch for row in unit]
+        lengths = [len(response) for response in responses]
+        targets = self._put(np.concatenate(responses).astype(np.int64))
         logps = self._token_logps(out, out.last_hidden_state[at], targets)
         sites = [self._recorder.rows(tap, at).split(lengths) for tap in self._recorder.taps]
         features = [
