@@ -76,7 +76,7 @@ class Scorer:
         layout, rows = Layout.of(pairs), self.policy.rows(pairs)
         logps = self._logps(rows, layout, grad=False)
         pooled = [
-            F.pool(encoder, tapped, layout.means())[0]
+            F.pool(encoder, tapped, layout.means(), after=[logps])[0]
             for encoder, tapped in zip(self.encoders, rows.tapped, strict=False)
         ]
         mx.eval(logps, pooled)
@@ -103,7 +103,7 @@ class Scorer:
             logps = self._logps(rows, layout, grad=grad)
         distances, penalties = None, None
         if self.encoders:
-            distances, scales = self._distances(rows, layout, refs, grad)
+            distances, scales = self._distances(rows, layout, refs, logps, grad)
             scaled = self.objective.feature_scale == "reference"
             penalties = _by_side(distances / scales if scaled else distances)
         if self.objective.constraint == "kl" and kl is not None:
@@ -149,7 +149,7 @@ class Scorer:
         return layout.sums() @ tokens, layout.sums() @ kl
 
     def _distances(
-        self, rows: Rows, layout: Layout, refs: Sequence[PairScore], grad: bool
+        self, rows: Rows, layout: Layout, refs: Sequence[PairScore], logps: mx.array, grad: bool
     ) -> tuple[mx.array, mx.array]:
         """D and the reference's scale, each [2B], means over the SAEs."""
         results = []
@@ -157,8 +157,10 @@ class Scorer:
             n = encoder.n_features
             dense = [side.features[i].to_dense(n) for ref in refs for side in ref]
             pinned = self._pinned[i] if i < len(self._pinned) else None
+            ref = mx.array(np.stack(dense))
+            pooled, gates = F.pool(encoder, tapped, layout.means(), after=[logps])  # [2B, F]
             results.append(
-                self._distance(encoder, tapped, layout, mx.array(np.stack(dense)), pinned, grad)
+                self._distance(encoder, tapped, layout, pooled, gates, ref, pinned, grad)
             )
         distances, scales = (mx.stack(list(column)) for column in zip(*results, strict=True))
         return distances.mean(axis=0), scales.mean(axis=0)
@@ -168,13 +170,14 @@ class Scorer:
         encoder: F.Encoder,
         tapped: mx.array,
         layout: Layout,
+        pooled: mx.array,
+        gates: mx.array | None,
         ref: mx.array,
         pinned: tuple[mx.array, mx.array] | None,
         grad: bool,
     ) -> tuple[mx.array, mx.array]:
-        """One SAE's D [2B]. ref: [2B, F]. Gradient only where the objective lets it through."""
+        """One SAE's D [2B]. pooled, ref: [2B, F]. Gradient where the objective lets it through."""
         k, size = self.objective.top_k, encoder.signed
-        pooled, gates = F.pool(encoder, tapped, layout.means())  # [2B, F]
         parts = [F.top_set(side, k, magnitude=size) for side in (pooled, ref)]
         if pinned is not None:
             shape = (len(layout.lengths), len(pinned[0]))

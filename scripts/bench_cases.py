@@ -16,9 +16,9 @@ import mlx.core as mx
 
 from fpo_mlx import cache
 from fpo_mlx.cache.identity import CacheIdentity
-from fpo_mlx.core.logprobs import token_logps
+from fpo_mlx.core.logprobs import Head, token_logps
+from fpo_mlx.model.heads import find_backbone, find_head
 from fpo_mlx.model.load import load_model
-from fpo_mlx.model.taps import Head, find_backbone
 from fpo_mlx.reference import open_backend
 
 Say = Callable[[str], None]
@@ -126,7 +126,7 @@ def vocabulary(plan: Plan) -> bm.Result:
         )  # fmt: skip
         model = Model(arguments)
         model.freeze()
-        head = Head(model, find_backbone(model))
+        head = find_head(model, find_backbone(model), {})
         hidden, goals = mx.random.normal((512, 64)), mx.random.randint(0, vocab, (512,))
         mx.eval(model.parameters(), hidden, goals)
         subjects.append(bm.Local(f"V {vocab}", _loss_of(hidden, goals, head, vocab)))
@@ -170,7 +170,7 @@ def precompute(plan: Plan) -> bm.Result:
     sae = bs.random_sae(world, 16384, pairs[0])
     backend = open_backend("mlx", model_path=world.path, saes=[sae])
     model = load_model(world.path).model
-    head = Head(model, find_backbone(model))
+    head = find_head(model, find_backbone(model), {})
     identity = CacheIdentity("bench", "bench", saes=((sae.fingerprint(), str(sae.site)),))
 
     def filled() -> None:

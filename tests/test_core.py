@@ -12,8 +12,9 @@ mx = pytest.importorskip("mlx.core")
 from helpers import F, random_sae  # noqa: E402
 
 from fpo_mlx.config import PRESETS, Objective  # noqa: E402
-from fpo_mlx.core import features, logprobs  # noqa: E402
+from fpo_mlx.core import features, logprobs, vocabulary  # noqa: E402
 from fpo_mlx.core.objectives import preference_losses  # noqa: E402
+from fpo_mlx.core.vocabulary import LinearHead  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
 from fpo_mlx.sae.encode import encode, normalized  # noqa: E402
 from fpo_mlx.scoring import encoder_of  # noqa: E402
@@ -90,6 +91,73 @@ def test_log_sum_exp_holds_for_every_vocabulary(vocab):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 if vocab == 4099 else 2e-5)
 
 
+LINEAR = {
+    "plain": LinearHead(WEIGHT),
+    "bias": LinearHead(WEIGHT, bias=WEIGHT.sum(axis=1)),
+    "scale and soft-cap": LinearHead(WEIGHT, scale=0.5, cap=3.0),
+    "bfloat16": LinearHead(WEIGHT.astype(mx.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("name", list(LINEAR))
+@pytest.mark.parametrize(("tile", "chunk"), [(1, 1), (5, 4), (V - 1, R), (V, 3), (2048, 1024)])
+def test_log_probs_do_not_depend_on_the_tiles_of_the_vocabulary(monkeypatch, name, tile, chunk):
+    """Values and gradient against the same head in chunks of rows."""
+    monkeypatch.setattr(vocabulary, "TILE", tile)
+    monkeypatch.setattr(vocabulary, "ROWS", chunk)
+    head, weights = LINEAR[name], mx.arange(1.0, R + 1.0) / R
+
+    def total(rows, any_head):
+        values = logprobs.token_logps(rows, TARGETS, any_head, V)
+        return (weights * values).sum(), values
+
+    rows = ROWS.astype(head.weight.dtype)
+    slope = mx.value_and_grad(total)
+    (_, got), got_slope = slope(rows, head)
+    (_, want), want_slope = slope(rows, lambda x: head(x))
+    tolerance = 0.05 if name == "bfloat16" else 1e-5
+    np.testing.assert_allclose(np.array(got), np.array(want), atol=1e-5)
+    for a, b in ((got_slope, want_slope),):
+        a, b = (np.array(x.astype(mx.float32)) for x in (a, b))
+        np.testing.assert_allclose(a, b, atol=tolerance)
+    off = logprobs.token_logps(rows, TARGETS, head, V, grad=False)
+    np.testing.assert_array_equal(np.array(off), np.array(got))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_head_has_the_values_and_gradient_of_its_dequantised_matrix(monkeypatch, bits):
+    monkeypatch.setattr(vocabulary, "TILE", 10)
+    weight = mx.array(RNG.normal(size=(V, 32)).astype(np.float32))
+    rows = mx.array(RNG.normal(size=(R, 32)).astype(np.float32))
+    packed, scales, biases = mx.quantize(weight, 32, bits)
+    packing = vocabulary.Packing(scales, biases, 32, bits, "affine")
+    plain = LinearHead(mx.dequantize(packed, scales, biases, 32, bits))
+
+    def slope(head):
+        return mx.value_and_grad(
+            lambda x: (logprobs.token_logps(x, TARGETS, head, V) * mx.arange(R)).sum()
+        )(rows)
+
+    for a, b in zip(slope(LinearHead(packed, packing=packing)), slope(plain), strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-4)
+
+
+def test_peak_memory_of_the_loss_does_not_grow_with_the_vocabulary():
+    """V eight times as large: the same temporaries, but for the matrix itself."""
+    peaks = []
+    for vocab in (1 << 13, 1 << 16):
+        head = LinearHead(mx.random.normal((vocab, D)))
+        goals = mx.random.randint(0, vocab, (64,))
+        rows = mx.random.normal((64, D))
+        mx.eval(head.weight, goals, rows)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        slope = mx.grad(lambda x, y, h, v: logprobs.token_logps(x, y, h, v).sum())
+        mx.eval(slope(rows, goals, head, vocab))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] <= 1.1 * peaks[0]
+
+
 def test_row_chunks_cover_every_row_once():
     assert logprobs.row_chunks(7, 10, 30) == [slice(0, 3), slice(3, 6), slice(6, 7)]
     assert logprobs.row_chunks(2, 10, 1) == [slice(0, 1), slice(1, 2)]
@@ -123,10 +191,12 @@ def test_encode_equals_the_numpy_encoder(activation, normalize):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("elements", [1, 3 * F, 1 << 22])
-def test_pool_is_the_mean_of_the_activations(monkeypatch, activation, elements):
-    """Two responses of 4 and 7 rows; whatever the chunks."""
-    monkeypatch.setattr(features, "ENCODE_ELEMENTS", elements)
+@pytest.mark.parametrize(("rows", "tile"), [(1, 1), (3, 5), (R, 20), (4, F), (1024, 1 << 20)])
+def test_pool_is_the_mean_of_the_activations(monkeypatch, activation, rows, tile):
+    """Two responses of 4 and 7 rows; whatever the chunks of rows and the tiles of features."""
+    monkeypatch.setattr(features, "ROWS", rows)
+    monkeypatch.setattr(features, "ENCODE_ELEMENTS", 1)
+    monkeypatch.setattr(features, "LEAST_TILE", tile)
     sae = sae_of(activation)
     weights = np.zeros((2, R), dtype=np.float32)
     weights[0, :4], weights[1, 4:] = 1 / 4, 1 / 7

@@ -40,7 +40,7 @@ OURS = {
     "cache": VOCABULARY,
     "demo": VOCABULARY | {"blas"},
     "demo.run": VOCABULARY | {"config", "pipeline"},  # a caller of the pipeline, as the cli is
-    "model": VOCABULARY | {"blas", "hub"},
+    "model": VOCABULARY | {"blas", "core", "hub"},
     "scoring": VOCABULARY | {"config", "core", "model"},
     "checkpoint": VOCABULARY | {"model"},
     "reference": VOCABULARY | {"config", "hub"},

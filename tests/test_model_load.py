@@ -9,14 +9,16 @@ import tiny_models
 
 mx = pytest.importorskip("mlx.core")
 
+import mlx.nn as nn  # noqa: E402
 from helpers import logits_of, random_pairs  # noqa: E402
 from mlx_lm import utils  # noqa: E402
 from test_adapters import quantised  # noqa: E402
 
+from fpo_mlx.core.vocabulary import LinearHead  # noqa: E402
 from fpo_mlx.errors import ModelError, SaeError  # noqa: E402
+from fpo_mlx.model.heads import ReplayedHead, find_backbone, find_head, split  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy, has_plain_caches  # noqa: E402
-from fpo_mlx.model.taps import Head, find_backbone  # noqa: E402
 from fpo_mlx.records import SITE_KINDS, Site  # noqa: E402
 
 FAMILIES = list(tiny_models.MAKERS)
@@ -68,11 +70,51 @@ def test_head_of_backbone_is_the_model(folders, family):
     want = np.array(loaded.model(tokens))[0]
     backbone = find_backbone(loaded.model)
     hidden = backbone(tokens)[0]
-    head = Head(loaded.model, backbone)
+    head = ReplayedHead(loaded.model, backbone)
     np.testing.assert_allclose(np.array(head(hidden)), want, atol=1e-5)
     some = mx.array([17, 3, 3])
     np.testing.assert_allclose(np.array(head(hidden[some])), want[[17, 3, 3]], atol=1e-5)
     np.testing.assert_array_equal(np.array(loaded.model(tokens))[0], want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_head_that_is_one_matrix(folders, family):
+    """With its scale and soft-cap, found by itself; the vocabulary then goes in tiles."""
+    loaded = load_model(folders(family))
+    tokens = mx.array([list(range(5, 25))])
+    want = np.array(loaded.model(tokens))[0]
+    backbone, head = split(loaded.model, loaded.config)
+    hidden = backbone(tokens)[0]
+    assert isinstance(head, LinearHead)
+    assert hidden.shape[-1] != want.shape[-1]
+    np.testing.assert_allclose(np.array(head(hidden)), want, atol=2e-5)
+    np.testing.assert_array_equal(np.array(loaded.model(tokens))[0], want)  # the model as it was
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_head_stays_packed(folders, bits):
+    loaded = load_model(folders("llama"))
+    nn.quantize(loaded.model, 32, bits, class_predicate=lambda path, _: path == "lm_head")
+    backbone = find_backbone(loaded.model)
+    head = find_head(loaded.model, backbone, loaded.config)
+    assert isinstance(head, LinearHead)
+    assert head.packing is not None
+    tokens = mx.array([[5, 6, 7]])
+    want = np.array(loaded.model(tokens))[0]
+    np.testing.assert_allclose(np.array(head(backbone(tokens)[0])), want, atol=2e-5)
+
+
+def test_a_head_that_is_no_plain_matrix_is_replayed(folders):
+    loaded = load_model(folders("llama"))
+    own = type(loaded.model).__call__
+
+    class Odd(type(loaded.model)):
+        def __call__(self, *args, **kwargs):
+            return mx.sin(own(self, *args, **kwargs))
+
+    loaded.model.__class__ = Odd
+    head = find_head(loaded.model, find_backbone(loaded.model), loaded.config)
+    assert isinstance(head, ReplayedHead)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,18 +1,20 @@
 """What an SAE sees in a response: encode, pool over the response, distance to the reference.
 
-Pooling runs without gradient over all F features in row chunks; the distance is then recomputed
-with gradient on the at most 2k selected columns only, so its cost does not depend on F.
+Pooling runs without gradient over all F features, a tile of them at a time; the distance is then
+recomputed with gradient on the at most 2k selected columns only, so its cost does not depend on F.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from fpo_mlx.core.logprobs import row_chunks
-
-ENCODE_ELEMENTS = 1 << 22  # activations alive at once: 16 MiB in float32
+ROWS = 1024  # at once
+ENCODE_ELEMENTS = 1 << 21  # activations alive at once: 8 MiB in float32
+LEAST_TILE = 1024  # features at once, below which a product with the encoder is slow
+PER_FEATURE = ("w_enc", "b_enc", "threshold", "gate_scale", "gate_bias", "act_scale")
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,19 @@ class Encoder:
 
     def columns(self, indices: mx.array) -> Encoder:
         """The same encoder, of the features `indices` only (token gates must be given)."""
+        return self._some(lambda array: mx.take(array, indices, axis=0), self.k)
 
-        def some(array: mx.array | None) -> mx.array | None:
-            return None if array is None else mx.take(array, indices, axis=0)
+    def tile(self, features: slice) -> Encoder:
+        """The same encoder, of consecutive features; of whole groups, if it has groups."""
+        k = self.k
+        if self.activation == "groupmax":
+            k = len(range(*features.indices(self.n_features))) * k // self.n_features
+        return self._some(lambda array: array[features], k)
 
-        return Encoder(
-            activation=self.activation,
-            w_enc=mx.take(self.w_enc, indices, axis=0),
-            b_enc=mx.take(self.b_enc, indices, axis=0),
-            b_in=self.b_in,
-            threshold=some(self.threshold),
-            gate_scale=some(self.gate_scale),
-            gate_bias=some(self.gate_bias),
-            act_scale=some(self.act_scale),
-            k=self.k,
-            normalize=self.normalize,
-        )
+    def _some(self, pick: Callable[[mx.array], mx.array], k: int) -> Encoder:
+        arrays = {name: getattr(self, name) for name in PER_FEATURE}
+        some = {name: None if a is None else pick(a) for name, a in arrays.items()}
+        return replace(self, k=k, **some)
 
 
 def normalize(rows: mx.array, mode: str) -> mx.array:
@@ -71,11 +70,14 @@ def normalize(rows: mx.array, mode: str) -> mx.array:
     return rows
 
 
-def pre_activations(encoder: Encoder, rows: mx.array) -> tuple[mx.array, mx.array]:
-    """rows: [R, D_in] -> (raw, pre), each [R, F]; they differ for gated SAEs only by gate_scale."""
+def encoder_inputs(encoder: Encoder, rows: mx.array) -> mx.array:
+    """rows: [R, D_in] -> what the encoder's matrix is applied to, [R, D_in] float32."""
     inputs = normalize(rows, encoder.normalize)
-    if encoder.b_in is not None:
-        inputs = inputs - encoder.b_in
+    return inputs if encoder.b_in is None else inputs - encoder.b_in
+
+
+def products(encoder: Encoder, inputs: mx.array) -> tuple[mx.array, mx.array]:
+    """inputs: [R, D_in] -> (raw, pre), each [R, F]; they differ only by gate_scale and bias."""
     raw = inputs @ encoder.w_enc.T
     scaled = raw if encoder.gate_scale is None else raw * encoder.gate_scale
     return raw, scaled + encoder.b_enc
@@ -89,8 +91,7 @@ def token_gate(encoder: Encoder, pre: mx.array) -> mx.array | None:
     each group [R, k].
     """
     if encoder.activation in ("topk", "abstopk"):
-        size = mx.abs(pre) if encoder.activation == "abstopk" else pre
-        k = encoder.k
+        size, k = _size(encoder, pre), encoder.k
         if k >= pre.shape[-1]:
             return mx.full((pre.shape[0], 1), -mx.inf)
         falling = mx.partition(-size, k, axis=-1)
@@ -133,30 +134,90 @@ def encode(encoder: Encoder, rows: mx.array) -> mx.array:
 
     Features that tie for the k-th place of a top-k SAE are all kept.
     """
-    raw, pre = pre_activations(encoder, rows)
+    raw, pre = products(encoder, encoder_inputs(encoder, rows))
     size = encoder.n_features // max(encoder.k, 1)
     gate = token_gate(encoder, pre)
     return activate(encoder, raw, pre, gate, mx.arange(encoder.n_features), size)
 
 
-def pool(encoder: Encoder, rows: mx.array, weights: mx.array) -> tuple[mx.array, mx.array | None]:
-    """Weighted sums of activations, without gradient.
+def pool(
+    encoder: Encoder, rows: mx.array, weights: mx.array, after: Sequence[mx.array] = ()
+) -> tuple[mx.array, mx.array | None]:
+    """Weighted sums of activations, without gradient, a tile of the features at a time.
 
-    rows: [R, D_in]; weights: [S, R], for means 1 / |y| on a response's own rows.
+    rows: [R, D_in]; weights: [S, R], for means 1 / |y| on a response's own rows; after: what must
+    be computed first, so that its temporaries and these are not in memory together.
     Returns: pooled [S, F] float32, and the token gates [R, ...] that `selected_means` needs.
     """
-    rows = mx.stop_gradient(rows)
-    pooled, gates = mx.zeros((weights.shape[0], encoder.n_features)), []
-    everything = mx.arange(encoder.n_features)
-    size = encoder.n_features // max(encoder.k, 1)
-    for part in row_chunks(rows.shape[0], encoder.n_features, ENCODE_ELEMENTS):
-        chunk = mx.depends(rows[part], pooled) if part.start else rows[part]  # one after the other
-        raw, pre = pre_activations(encoder, chunk)  # [r, F]
-        gate = token_gate(encoder, pre)
-        acts = activate(encoder, raw, pre, gate, everything, size)
-        pooled = pooled + weights[:, part] @ acts
+    rows, pooled, gates = mx.stop_gradient(rows), None, []
+    after = [mx.stop_gradient(array) for array in after]
+    one_chunk = _pool_top if encoder.activation in ("topk", "abstopk") else _pool_tiles
+    for start in range(0, rows.shape[0], ROWS):
+        chunk = slice(start, start + ROWS)
+        part, gate = one_chunk(encoder, rows[chunk], weights[:, chunk], after)
+        pooled = part if pooled is None else pooled + part
+        after = [pooled]
         gates.append(gate)
+    assert pooled is not None, "no rows to pool"
     return pooled, None if gates[0] is None else mx.concatenate(gates)
+
+
+def _tiles(encoder: Encoder, n_rows: int) -> list[slice]:
+    """The features in pieces of about ENCODE_ELEMENTS activations; groups stay whole."""
+    size = max(LEAST_TILE, ENCODE_ELEMENTS // n_rows)
+    if encoder.activation == "groupmax":
+        group = encoder.n_features // encoder.k
+        size = max(1, size // group) * group
+    return [slice(at, at + size) for at in range(0, encoder.n_features, size)]
+
+
+def _pool_tiles(
+    encoder: Encoder, rows: mx.array, weights: mx.array, after: list[mx.array]
+) -> tuple[mx.array, mx.array | None]:
+    """Features that do not look at each other, but within their group."""
+    group = encoder.n_features // max(encoder.k, 1)
+    inputs, pieces, gates = encoder_inputs(encoder, rows), [], []
+    for tile in _tiles(encoder, rows.shape[0]):
+        part = encoder.tile(tile)
+        raw, pre = products(part, mx.depends(inputs, after) if after else inputs)
+        gate = token_gate(part, pre)
+        indices = mx.arange(part.n_features)  # within the tile, as the gate's
+        acts = activate(part, raw, pre, gate, indices, group)
+        pieces.append(weights @ acts)  # [S, tile]
+        after = [pieces[-1]]
+        if gate is not None:
+            gates.append(gate + tile.start)
+    return mx.concatenate(pieces, axis=1), mx.concatenate(gates, axis=1) if gates else None
+
+
+def _pool_top(
+    encoder: Encoder, rows: mx.array, weights: mx.array, after: list[mx.array]
+) -> tuple[mx.array, mx.array | None]:
+    """Top-k over all features from each tile's own top k + 1; the few that fire are scattered."""
+    inputs, found, places = encoder_inputs(encoder, rows), [], []
+    for tile in _tiles(encoder, rows.shape[0]):
+        part = encoder.tile(tile)
+        _, pre = products(part, mx.depends(inputs, after) if after else inputs)
+        n = min(encoder.k + 1, part.n_features)
+        order = mx.argpartition(-_size(encoder, pre), n - 1, axis=-1)[:, :n]
+        found.append(mx.take_along_axis(pre, order, axis=-1))
+        places.append(order + tile.start)
+        after = [found[-1], places[-1]]
+    pre, indices = mx.concatenate(found, axis=1), mx.concatenate(places, axis=1)  # [R, n * tiles]
+    gate = token_gate(encoder, pre)
+    plain = replace(encoder, act_scale=None)
+    acts = activate(plain, pre, pre, gate, indices)
+    if encoder.act_scale is not None:
+        acts = acts * mx.take(encoder.act_scale, indices)
+    pooled = mx.zeros((weights.shape[0], encoder.n_features))
+    shape = (weights.shape[0], *indices.shape)
+    values = weights[:, :, None] * acts  # [S, R, n * tiles]
+    sides = mx.broadcast_to(mx.arange(shape[0])[:, None, None], shape)
+    return pooled.at[sides, mx.broadcast_to(indices, shape)].add(values), gate
+
+
+def _size(encoder: Encoder, pre: mx.array) -> mx.array:
+    return mx.abs(pre) if encoder.activation == "abstopk" else pre
 
 
 def selected_means(
@@ -164,7 +225,7 @@ def selected_means(
 ) -> mx.array:
     """Mean activation of the features `indices` [K] over rows [n, D_in] -> [K], differentiable."""
     some = encoder.columns(indices)
-    raw, pre = pre_activations(some, rows)
+    raw, pre = products(some, encoder_inputs(some, rows))
     size = encoder.n_features // max(encoder.k, 1)
     return activate(some, raw, pre, gate, indices, size).mean(axis=0)
 

@@ -1,10 +1,10 @@
 """Log-probabilities of response tokens from hidden rows, a few logits at a time.
 
-The rows' logits [R, V] never exist together: `head` is applied to chunks whose element count is
-fixed, so peak memory grows neither with V nor with L. Rows are independent, so the gradient of each
-row's value is one row of [R, D]; it is taken in the same pass as the value, while the chunk's
-logits are at hand. That costs two head products where recomputation in the backward pass
-(checkpointing) costs three.
+The rows' logits [R, V] never exist together. A head that is one matrix goes through the tiles of
+`core.vocabulary`; any other is applied to chunks of rows whose element count is fixed. Rows are
+independent, so the gradient of each row's value is one row of [R, D]; it is taken in the same pass
+as the value, while the logits are at hand. That costs two head products where recomputation in the
+backward pass (checkpointing) costs three.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import mlx.core as mx
+
+from fpo_mlx.core.vocabulary import LinearHead, tiled_logps
 
 Head = Callable[[mx.array], mx.array]  # [r, D] -> [r, V], final soft-caps and scales included
 
@@ -71,6 +73,10 @@ def token_logps(
     hidden: [R, D] after the final norm, targets: [R] int. `grad=False` skips the gradient.
     Returns: [R] float32.
     """
+    if isinstance(head, LinearHead):
+        frozen = mx.stop_gradient(hidden)
+        values, slopes = tiled_logps(frozen, targets, head, grad=grad)
+        return values if slopes is None else _with_slope(values, slopes, hidden, frozen)
 
     def value(rows: mx.array, goals: mx.array) -> mx.array:
         logits = head(rows).astype(mx.float32)
@@ -135,11 +141,18 @@ def _by_rows(
     joined = [mx.concatenate(pieces) for pieces in values]
     if not grad:
         return joined
-    # adds zero, but carries the gradient: d/dh [v + (h - sg(h)) . slope] = slope
-    step = (hidden - frozen).astype(mx.float32)  # [R, D]
     return [
-        v + (step * mx.concatenate(s)).sum(axis=-1) for v, s in zip(joined, slopes, strict=True)
+        _with_slope(v, mx.concatenate(s), hidden, frozen)
+        for v, s in zip(joined, slopes, strict=True)
     ]
+
+
+def _with_slope(values: mx.array, slopes: mx.array, hidden: mx.array, frozen: mx.array) -> mx.array:
+    """Constants `values` [R] given the gradient `slopes` [R, D] in `hidden` [R, D].
+
+    What is added is zero, but d/dh [v + (h - sg(h)) . slope] = slope.
+    """
+    return values + ((hidden - frozen).astype(mx.float32) * slopes).sum(axis=-1)
 
 
 def _value_and_slope(

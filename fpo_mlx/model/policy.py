@@ -15,15 +15,8 @@ import mlx.nn as nn
 import numpy as np
 
 from fpo_mlx.errors import SaeError
-from fpo_mlx.model.taps import (
-    Head,
-    PrefixCache,
-    Tap,
-    checkpoint_block,
-    find_backbone,
-    finish,
-    tap_point,
-)
+from fpo_mlx.model.heads import split
+from fpo_mlx.model.taps import PrefixCache, Tap, checkpoint_block, finish, tap_point
 from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.records import Site, TokenPair
 
@@ -89,7 +82,6 @@ class Policy:
         self.vocab_size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
         self.norm_eps = float(config.get("rms_norm_eps") or 1e-6)
         self._residual = float(config.get("residual_multiplier") or 1.0)
-        self.backbone = find_backbone(model)
         self.shares_prompt = share_prompt and has_plain_caches(model)
         if grad_checkpoint:  # before the taps, which must lie outside
             inner = {s.layer for s in self.sites if s.kind not in ("resid_pre", "resid_post")}
@@ -97,7 +89,7 @@ class Policy:
                 if i not in inner:
                     checkpoint_block(block)
         self._taps = [Tap(*tap_point(blocks_of(model)[site.layer], site)) for site in self.sites]
-        self.head = Head(model, self.backbone)
+        self.backbone, self.head = split(model, config)
 
     def rows(self, pairs: Sequence[TokenPair]) -> Rows:
         """Hidden rows at the response positions of all pairs, in `Layout` order."""

@@ -14,7 +14,6 @@ import mlx.nn as nn
 
 from fpo_mlx.errors import ModelError
 from fpo_mlx.model import randomness
-from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.records import Site
 
 ATTENTION = ("self_attn", "attn", "attention", "linear_attn", "temporal_block", "mixer")
@@ -23,7 +22,7 @@ OUT_PROJ = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 PRE_MLP_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "ffn_norm")
 
 
-def _swap_call(module: nn.Module, call) -> None:
+def swap_call(module: nn.Module, call) -> None:
     """Give this one object a `__call__` of (own class's call, *args, **kwargs)."""
     cls = type(module)
     original = cls.__call__
@@ -47,7 +46,7 @@ class Tap:
                 self._seen.append(value[0] if isinstance(value, tuple) else value)
             return out
 
-        _swap_call(module, call)
+        swap_call(module, call)
 
     @contextmanager
     def recording(self) -> Iterator[list[mx.array]]:
@@ -57,43 +56,6 @@ class Tap:
             yield seen
         finally:
             self._seen = None
-
-
-class Head:
-    """The model's own map from the final hidden state to logits, soft-caps and scales included.
-
-    The model is called as usual, but its backbone answers with the hidden rows it is given.
-    """
-
-    def __init__(self, model: nn.Module, backbone: nn.Module) -> None:
-        self._model, self._replay = model, None
-
-        def call(original, *args, **kwargs):
-            return original(*args, **kwargs) if self._replay is None else self._replay
-
-        _swap_call(backbone, call)
-
-    def __call__(self, rows: mx.array) -> mx.array:
-        """rows: [r, D] -> logits [r, V]."""
-        self._replay = rows[None]
-        try:
-            return self._model(mx.zeros((1, rows.shape[0]), dtype=mx.int32))[0]
-        finally:
-            self._replay = None
-
-
-def find_backbone(model: nn.Module) -> nn.Module:
-    """The module that owns the list of blocks and applies the final norm."""
-    first = blocks_of(model)[0]
-    owners = [
-        module
-        for _, module in model.named_modules()
-        if module is not model
-        and any(isinstance(v, list) and v and v[0] is first for v in module.values())
-    ]
-    if not owners:
-        raise ModelError(f"{type(model).__module__}: found no module that holds the blocks")
-    return owners[-1] if len(owners) == 1 else min(owners, key=lambda m: len(m.named_modules()))
 
 
 def tap_point(block: nn.Module, site: Site) -> tuple[nn.Module, str]:
@@ -198,7 +160,7 @@ def checkpoint_block(block: nn.Module) -> None:
             cache.own = own
         return out
 
-    _swap_call(block, call)
+    swap_call(block, call)
 
 
 class PrefixCache:

@@ -1,0 +1,152 @@
+"""Log-probabilities through a head that is one matrix, a tile of the vocabulary at a time.
+
+A softmax needs only its running maximum, sum and weighted row sum, so logits [R, V] never exist:
+a tile [r, TILE] is made, folded into the three and forgotten. Peak memory then depends neither on V
+nor, beyond a chunk of rows, on L. The gradient is folded in the same pass, which makes two products
+with the matrix in all, the least that a value and its gradient can cost.
+
+Source: the online softmax of Milakov & Gimelshein (2018, arXiv 1805.02867).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+TILE = 2048  # columns of the vocabulary at once; also what float32 sums go over
+ROWS = 1024  # rows at once: 8 MiB of logits a tile
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a quantised matrix is stored; its first axis is the plain one's."""
+
+    scales: mx.array
+    biases: mx.array | None
+    group_size: int
+    bits: int
+    mode: str
+
+    def tile(self, columns: slice) -> Packing:
+        biases = None if self.biases is None else self.biases[columns]
+        return Packing(self.scales[columns], biases, self.group_size, self.bits, self.mode)
+
+    def multiply(self, rows: mx.array, weight: mx.array, *, transpose: bool) -> mx.array:
+        options: dict[str, Any] = {
+            "transpose": transpose, "group_size": self.group_size, "bits": self.bits,
+            "mode": self.mode,
+        }  # fmt: skip
+        return mx.quantized_matmul(rows, weight, self.scales, self.biases, **options)
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """logits = cap * tanh(scale * (h W^T + b) / cap); without a cap the inner part alone."""
+
+    weight: mx.array  # [V, D], or packed
+    bias: mx.array | None = None  # [V]
+    packing: Packing | None = None
+    scale: float = 1.0
+    cap: float = 0.0  # 0: none
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the matrix's values."""
+        return self.weight.dtype if self.packing is None else self.packing.scales.dtype
+
+    def tile(self, columns: slice) -> LinearHead:
+        """The head of these logits only."""
+        return LinearHead(
+            self.weight[columns],
+            None if self.bias is None else self.bias[columns],
+            None if self.packing is None else self.packing.tile(columns),
+            self.scale,
+            self.cap,
+        )
+
+    def __call__(self, rows: mx.array) -> mx.array:
+        """rows: [r, D] -> logits [r, V], in the dtype of the product."""
+        logits = self._multiply(rows, transpose=True)
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return self.cap * mx.tanh(logits / self.cap) if self.cap else logits
+
+    def back(self, slopes: mx.array, logits: mx.array) -> mx.array:
+        """d(sum slopes * logits) / d rows. slopes, logits: [r, V] -> [r, D] float32."""
+        if self.cap:
+            slopes = slopes * (1.0 - (logits / self.cap) ** 2)
+        out = self._multiply(slopes.astype(self.dtype), transpose=False).astype(mx.float32)
+        return out if self.scale == 1.0 else out * self.scale
+
+    def _multiply(self, rows: mx.array, *, transpose: bool) -> mx.array:
+        if self.packing is not None:
+            return self.packing.multiply(rows, self.weight, transpose=transpose)
+        return rows @ (self.weight.T if transpose else self.weight)
+
+
+def tiled_logps(
+    rows: mx.array, targets: mx.array, head: LinearHead, *, grad: bool
+) -> tuple[mx.array, mx.array | None]:
+    """Log-probs of `targets` and, with `grad`, their gradient in `rows`.
+
+    rows: [R, D], targets: [R] int. Returns: [R] and [R, D] or None, float32, both constants.
+    """
+    values, slopes = [], []
+    for start in range(0, rows.shape[0], ROWS):
+        part = rows[start : start + ROWS]
+        if values:  # one chunk after the other
+            part = mx.depends(part, [values[-1], *slopes[-1:]])
+        value, slope = _chunk(part, targets[start : start + ROWS], head, grad)
+        values.append(value)
+        if slope is not None:
+            slopes.append(slope)
+    return mx.concatenate(values), mx.concatenate(slopes) if grad else None
+
+
+def _chunk(
+    rows: mx.array, targets: mx.array, head: LinearHead, grad: bool
+) -> tuple[mx.array, mx.array | None]:
+    n = rows.shape[0]
+    top, total = mx.full((n,), -mx.inf), mx.zeros((n,))  # of exp(logits - top)
+    picked = mx.zeros((n,))
+    pull = mx.zeros((n, 1))  # [r, D] after the first tile: rows of W, weighted like `total`
+    for start in range(0, head.vocab_size, TILE):
+        tile = head.tile(slice(start, start + TILE))
+        after = mx.depends(rows, [total, picked, pull]) if start else rows  # one after the other
+        logits = tile(after).astype(mx.float32)  # [r, TILE]
+        higher = mx.maximum(top, logits.max(axis=-1))
+        shrink = mx.exp(top - higher)
+        parts = mx.exp(logits - higher[:, None])
+        total, top = total * shrink + parts.sum(axis=-1), higher
+        local = targets - start
+        inside = (local >= 0) & (local < logits.shape[-1])
+        column = mx.clip(local, 0, logits.shape[-1] - 1)[:, None]
+        picked = mx.where(inside, mx.take_along_axis(logits, column, axis=-1).squeeze(-1), picked)
+        if grad:
+            pull = pull * shrink[:, None] + tile.back(parts, logits)
+    values = picked - (top + mx.log(total))
+    if not grad:
+        return values, None
+    return values, _rows_of(head, targets, picked) - pull / total[:, None]
+
+
+def _rows_of(head: LinearHead, targets: mx.array, logits: mx.array) -> mx.array:
+    """d logits[target] / d rows. targets, logits: [r] -> [r, D] float32."""
+    weight = mx.take(head.weight, targets, axis=0)
+    packing = head.packing
+    if packing is not None:
+        biases = None if packing.biases is None else mx.take(packing.biases, targets, axis=0)
+        scales = mx.take(packing.scales, targets, axis=0)
+        weight = mx.dequantize(
+            weight, scales, biases, packing.group_size, packing.bits, packing.mode
+        )
+    slope = weight.astype(mx.float32) * head.scale
+    return slope * (1.0 - (logits / head.cap) ** 2)[:, None] if head.cap else slope
