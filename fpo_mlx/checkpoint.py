@@ -45,6 +45,9 @@ class Progress:
     tokens: int = 0
     best_loss: float | None = None
     best_iteration: int = 0
+    stale: int = 0  # validations since the best
+    skipped: int = 0  # updates left out
+    skipped_in_a_row: int = 0
     metrics_bytes: int = 0  # length of metrics.jsonl
     window: dict[str, Any] = field(default_factory=dict)  # sums since the last report
 
@@ -163,7 +166,8 @@ class AdapterFolder:
 FREE = {
     "resume", "iters", "epochs", "report_to", "project_name", "reference", "adapter_path",
     "grad_checkpoint", "steps_per_report", "steps_per_eval", "val_batches", "save_every",
-    "max_margin", "max_logp_drop", "valid_split", "test_split", "trust_remote_code",
+    "max_margin", "max_logp_drop", "max_feature_distance", "early_stopping", "on_divergence",
+    "max_skipped_updates", "valid_split", "test_split", "trust_remote_code",
     "feature_weights",  # the file's name; what it says is a fingerprint
 }  # fmt: skip
 

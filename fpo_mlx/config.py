@@ -147,15 +147,26 @@ class TrainConfig:
     resume: bool = _opt(False, "continue the run in --adapter-path exactly where it stopped")
     report_to: str | None = _opt(None, "wandb, tensorboard, or both with a comma")
     project_name: str | None = _opt(None, "project name at the tracker")
-    max_margin: float = _opt(50.0, "stop when |u| / beta of a report exceeds this")
+    early_stopping: int | None = _opt(
+        None, "stop after so many validations in a row without a better loss"
+    )
+    on_divergence: Literal["stop", "skip"] = _opt(
+        "stop", "stop: end the run, exit code 4; skip: leave that update out and count it"
+    )
+    max_skipped_updates: int = _opt(5, "updates left out in a row that end the run all the same")
+    max_margin: float = _opt(50.0, "largest |u| / beta of an update, in nats a token")
     max_logp_drop: float = _opt(
-        5.0, "stop when chosen log-prob falls this many nats a token below the reference's"
+        5.0, "most that the chosen log-prob may fall below the reference's, in nats a token"
+    )
+    max_feature_distance: float | None = _opt(
+        None, "largest D of an update; its scale is the SAE's, so there is no bound by default"
     )
 
     def __post_init__(self) -> None:
         _positive(
             self, "batch_size", "grad_accumulation_steps", "micro_batch_size", "learning_rate",
             "steps_per_report", "steps_per_eval", "save_every", "max_margin", "max_logp_drop",
+            "early_stopping", "max_skipped_updates", "max_feature_distance",
         )  # fmt: skip
         if self.iters is not None and self.epochs is not None:
             raise ConfigError("--iters and --epochs exclude each other; give one.")
@@ -297,7 +308,7 @@ def _positive(config: Any, *names: str) -> None:
     faults = [
         f"--{name.replace('_', '-')} {getattr(config, name)}: wanted more than 0."
         for name in names
-        if getattr(config, name) <= 0
+        if (value := getattr(config, name)) is not None and not value > 0
     ]
     if faults:
         raise ConfigError("\n".join(faults))

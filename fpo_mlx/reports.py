@@ -38,6 +38,7 @@ class StepReport:
     tokens_per_second: float  # distinct tokens: a prompt counts once a pair
     pairs_per_second: float
     peak_memory_gb: float
+    skipped: int = 0  # updates left out so far
     warnings: tuple[str, ...] = ()
 
 
@@ -57,7 +58,26 @@ class SavedReport:
     numbered: bool
 
 
-Report = StepReport | ValidReport | SavedReport
+@dataclass(frozen=True)
+class SkippedReport:
+    """An update that the guard left out; iteration: where it would have stood."""
+
+    iteration: int
+    reason: str
+    in_a_row: int
+
+
+@dataclass(frozen=True)
+class StoppedReport:
+    """The run ended before its last iteration, because validation found nothing better."""
+
+    iteration: int
+    validations: int  # in a row without a better loss
+    best_iteration: int
+    best_loss: float
+
+
+Report = StepReport | ValidReport | SavedReport | SkippedReport | StoppedReport
 
 
 @np.errstate(invalid="ignore", over="ignore")  # the guard speaks of what is not finite

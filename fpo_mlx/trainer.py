@@ -27,7 +27,9 @@ from fpo_mlx.reports import (
     Report,
     SavedReport,
     ScoredPairs,
+    SkippedReport,
     StepReport,
+    StoppedReport,
     ValidReport,
     Window,
     measure,
@@ -69,7 +71,7 @@ class Trainer:
         self._good = dict(adapters.parameters(self.model))
 
     def run(self) -> Iterator[Report]:
-        """Train to the last iteration.
+        """Train to the last iteration, or until validation finds nothing better.
 
         Raises: Diverged, Interrupted (after saving), ModelError when step 0 shows that policy and
         reference are not the same model.
@@ -81,16 +83,27 @@ class Trainer:
             if self.valid:
                 yield self._validate()
         self._window.started = time.perf_counter()
-        for iteration, grad_norm in self._updates():
+        if guard.stale(self.progress.stale, self.config):  # a run that had ended is resumed
+            yield self._stopped()
+            return
+        for iteration, grad_norm, skipped in self._updates():
             last = iteration >= self.total
-            if last or _crossed(iteration, self.config.steps_per_report, self._step):
+            if skipped is not None:
+                yield skipped
+            report = last or _crossed(iteration, self.config.steps_per_report, self._step)
+            if report and self._window.pairs:  # else all of them were left out
                 yield self._report(iteration, grad_norm)
             if self.valid and (last or _crossed(iteration, self.config.steps_per_eval, self._step)):
                 yield self._validate()
+            early = not last and guard.stale(self.progress.stale, self.config)
+            last = last or early
             code, due = self._stop(), _crossed(iteration, self.config.save_every, self._step)
             if code or last or due:
                 self._save(numbered=last or due)
                 yield SavedReport(iteration, numbered=last or due)
+            if early:
+                yield self._stopped()
+                return
             if code and not last:
                 raise Interrupted(
                     f"stopped after iteration {iteration}; everything is in {self.folder.path}. "
@@ -102,8 +115,8 @@ class Trainer:
     def _step(self) -> int:
         return self.config.grad_accumulation_steps
 
-    def _updates(self) -> Iterator[tuple[int, float]]:
-        """One optimizer update each: (iterations done, gradient norm)."""
+    def _updates(self) -> Iterator[tuple[int, float, SkippedReport | None]]:
+        """One optimizer update each: (iterations done, gradient norm, whether it was left out)."""
         progress, size = self.progress, self.config.batch_size
         update_pairs = size * self._step  # so accumulation changes nothing else
         done = progress.iteration // self._step
@@ -119,15 +132,16 @@ class Trainer:
             if progress.iteration == 0:
                 self._window.notes += self._check_first(indices, grad_norm)
             reason = guard.divergence(values, grad_norm, self.config, self.scorer.objective)
-            if reason is not None:
-                self._diverge(progress.iteration + count, reason)
-            self._apply(progress.iteration + count, clipped)
-            tokens = sum(self.train.pairs[i].tokens for i in indices)
-            self._window.add(values, tokens)
+            reason = reason or self._apply(clipped)
+            skipped = self._skip(progress.iteration + count, reason) if reason else None
             progress.iteration += count
-            progress.pairs += len(indices)
-            progress.tokens += tokens
-            yield progress.iteration, grad_norm
+            if skipped is None:
+                tokens = sum(self.train.pairs[i].tokens for i in indices)
+                self._window.add(values, tokens)
+                progress.skipped_in_a_row = 0
+                progress.pairs += len(indices)
+                progress.tokens += tokens
+            yield progress.iteration, grad_norm, skipped
 
     def _gradient(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
         """Mean gradient over the pairs, a few in memory at a time, and their values in order."""
@@ -153,32 +167,43 @@ class Trainer:
         seen = {k: v for k, v in vars(measures).items() if v is not None}
         return losses.losses.sum() / count, tuple(losses), seen
 
-    def _apply(self, iteration: int, gradient: Any) -> None:
-        """Update the adapters, unless that makes one of them infinite."""
+    def _apply(self, gradient: Any) -> str | None:
+        """Update the adapters, unless that makes one of them infinite: then the reason."""
         self._good = dict(adapters.parameters(self.model))  # the guard let them pass
+        before = tree_map(lambda array: array, self.optimizer.state)
         self.optimizer.update(self.model, gradient)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        if not _finite(self.model):
-            self._diverge(iteration, "the update made the adapters infinite")
+        if _finite(self.model):
+            return None
+        adapters.update(self.model, self._good)
+        self.optimizer.state = before
+        return "the update made the adapters infinite"
+
+    def _skip(self, iteration: int, reason: str) -> SkippedReport:
+        """Leave an update out and count it; Diverged where that is not wanted, or no way on."""
+        progress = self.progress
+        in_a_row = progress.skipped_in_a_row + 1
+        if progress.iteration == 0 or guard.too_many(in_a_row, self.config):
+            row = f" ({in_a_row} updates in a row were left out)" if in_a_row > 1 else ""
+            self._diverge(iteration, reason + row)
+        progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, in_a_row
+        report = SkippedReport(iteration, reason, in_a_row)
+        self._log("skipped", report)
+        return report
 
     def _check_first(self, indices: np.ndarray, grad_norm: float) -> list[str]:
         """Before the first update policy and reference are one model; see that they are.
 
         Returns: warnings. Raises: ModelError.
         """
-        reason = guard.no_gradient(grad_norm)
-        if reason is None and self.scorer.objective.margin == "reference":
-            first = ScoredPairs(
-                *([side[i] for i in indices] for side in (self.train.pairs, self.train.refs))
-            )
-            u = measure(self.scorer, first, self.config.micro_batch_size)["u"]  # without dropout
-            gap = guard.policy_gap(u, self.scorer.objective)
-            reason = guard.another_policy(gap)
-            if reason is None:
-                return guard.gap_warnings(gap, self.scorer.objective)
-        if reason is not None:
-            raise ModelError(reason)
-        return []
+        first = ScoredPairs(
+            *([side[i] for i in indices] for side in (self.train.pairs, self.train.refs))
+        )
+        values = measure(self.scorer, first, self.config.micro_batch_size)  # without dropout
+        verdict = guard.first_step(values, first.refs, grad_norm, self.scorer.objective)
+        if verdict.reason is not None:
+            raise ModelError(verdict.reason)
+        return list(verdict.notes)
 
     def _diverge(self, iteration: int, reason: str) -> NoReturn:
         """End the run with the adapters from before the trouble; the last checkpoint stays."""
@@ -208,6 +233,7 @@ class Trainer:
             tokens_per_second=window.tokens / seconds,
             pairs_per_second=window.pairs / seconds,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
+            skipped=self.progress.skipped,
             warnings=tuple(window.notes),
         )
         self._log("train", report)
@@ -227,19 +253,29 @@ class Trainer:
         best = progress.best_loss is None or loss < progress.best_loss
         if best:
             progress.best_loss, progress.best_iteration = loss, progress.iteration
+            progress.stale = 0
             self.folder.save_best(self.model)
+        else:
+            progress.stale += 1
         seconds = time.perf_counter() - started
         self._window.started += seconds  # speed is that of training
         report = ValidReport(progress.iteration, loss, means, n, seconds, best)
         self._log("valid", report)
         return report
 
+    def _stopped(self) -> StoppedReport:
+        progress = self.progress
+        assert progress.best_loss is not None
+        return StoppedReport(
+            progress.iteration, progress.stale, progress.best_iteration, progress.best_loss
+        )
+
     def _save(self, *, numbered: bool) -> None:
         self.progress.window = self._window.saved()
         self.folder.save_adapters(self.model, self.progress.iteration if numbered else None)
         self.folder.save_state(self.model, self.optimizer, self._reference, self.progress)
 
-    def _log(self, kind: str, report: StepReport | ValidReport) -> None:
+    def _log(self, kind: str, report: StepReport | ValidReport | SkippedReport) -> None:
         self.folder.log({"kind": kind, **asdict(report)}, self.progress)
 
 

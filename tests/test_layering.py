@@ -46,7 +46,7 @@ OURS = {
     "reference": VOCABULARY | {"config", "hub"},
     "reference.mlx_backend": VOCABULARY | RUN | {"hub"},
     "optimizer": VOCABULARY | {"config", "model"},
-    "guard": {"config"},
+    "guard": VOCABULARY | {"config"},
     "reports": VOCABULARY | {"core", "scoring"},
     "trainer": VOCABULARY | RUN | {"checkpoint", "data", "guard", "optimizer", "reports"},
     "evaluate": VOCABULARY | RUN | {"reports"},

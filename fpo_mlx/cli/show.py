@@ -72,7 +72,15 @@ class Progress:
                 f"{report.iteration:>6}  valid {report.loss:.4f}  {describe(report.metrics)}  "
                 f"{report.pairs} pairs in {report.seconds:.0f} s{best}"
             )
-        elif report.numbered:
+        elif kind == "SkippedReport":
+            self.say(f"{report.iteration:>6}  update left out: {report.reason}")
+        elif kind == "StoppedReport":
+            self.say(
+                f"{report.iteration:>6}  stopped early: no better validation loss in "
+                f"{report.validations} validations; the best, {report.best_loss:.4f} at iteration "
+                f"{report.best_iteration}, is in best/"
+            )
+        elif kind == "SavedReport" and report.numbered:
             self.say(f"{report.iteration:>6}  saved")
 
     def _advance(self, iteration: int) -> None:

@@ -51,6 +51,12 @@ def train(
     if t.resume:
         check_resumable(Path(t.adapter_path), run)
     valid = read_pairs(job, "valid", say) if has_split(job, "valid") else []
+    if t.early_stopping and not valid:
+        raise ConfigError(
+            f"--early-stopping {t.early_stopping}: found no validation pairs in "
+            f"{config.data.data}. Add a valid.jsonl (or --valid-split of a hub data set), or drop "
+            "the setting."
+        )
     store = reference_of(job, [*pairs, *valid], say, progress)
     scorer, adapter_config = open_policy(job, say=say)
     out = AdapterFolder(Path(t.adapter_path), adapter_config)
