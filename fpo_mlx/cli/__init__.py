@@ -10,6 +10,7 @@ from fpo_mlx import __version__
 from fpo_mlx.cli.caches import cache
 from fpo_mlx.cli.data import check, precompute
 from fpo_mlx.cli.machine import demo, doctor
+from fpo_mlx.cli.report import report
 from fpo_mlx.cli.results import convert, evaluate, fuse
 from fpo_mlx.cli.saes import sae
 from fpo_mlx.cli.train import train
@@ -51,5 +52,6 @@ def main() -> None:
 
 for _command in (
     demo, doctor, check, convert, sae, precompute, cache, train, evaluate, fuse,
+    report,
 ):  # fmt: skip
     main.add_command(_command)

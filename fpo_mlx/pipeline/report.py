@@ -1,0 +1,26 @@
+"""Runs -> an HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from fpo_mlx import files
+from fpo_mlx.errors import FpoError
+
+
+def report(runs: Sequence[Path], output: Path, results: Sequence[Path] = ()) -> Path:
+    """Write the page of these run folders; gives its path.
+
+    Raises: FpoError for a folder without a run or a place that cannot be written to; ConfigError
+    where the `report` extra is not installed.
+    """
+    from fpo_mlx import report as pages
+
+    page = pages.render(pages.read_runs(runs, results), made=f"{datetime.now():%Y-%m-%d %H:%M}")
+    try:
+        files.write_text(output, page)
+    except OSError as error:
+        raise FpoError(f"{output} cannot be written: {error.strerror or error}.") from error
+    return output

@@ -1,0 +1,132 @@
+"""What a reader must be told: warnings of the run, of its figures, and parts that are missing."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fpo_mlx.report.plots import value_of
+from fpo_mlx.report.read import Run, figure
+from fpo_mlx.report.tables import COLLAPSE, chosen_drop, number, summary_of, text
+
+LENGTH_GAP = 0.15  # of accuracy between pairs whose chosen is longer and the others
+
+
+@dataclass(frozen=True)
+class Warning:
+    run: str  # empty: about all of them
+    text: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    run: str
+    what: str
+    command: str
+
+
+def warnings(runs: Sequence[Run]) -> list[Warning]:
+    found = [Warning(run.name, said) for run in runs for said in _of_one(run)]
+    return found + [Warning("", said) for said in _between(runs)]
+
+
+def _of_one(run: Run) -> Iterator[str]:
+    yield from run.faults
+    for report in run.train:
+        said = report.get("warnings")
+        for warning in said if isinstance(said, Sequence) and not isinstance(said, str) else ():
+            yield f"Iteration {text(report.get('iteration'))}: {text(warning)}"
+    if any(
+        (loss := value_of(r, "loss")) is not None and not math.isfinite(loss) for r in run.train
+    ):
+        yield "The loss was not finite at some report."
+    yield from _unfinished(run)
+    yield from _collapse(run)
+    yield from _length(run)
+    for kind, result in run.results.items():
+        if result.stale:
+            yield f"{result.path.name} ({kind}) is older than the adapters: run it again."
+
+
+def _unfinished(run: Run) -> Iterator[str]:
+    planned = figure(run.settings.get("iters"))
+    done = figure(run.train[-1].get("iteration")) if run.train else None
+    if planned and done and done < planned:
+        yield f"The last report is of iteration {number(done)} of {number(planned)}."
+
+
+def _collapse(run: Run) -> Iterator[str]:
+    lost = chosen_drop(run)
+    if lost > COLLAPSE:
+        yield (
+            f"The chosen answers lost {number(lost, 3)} nats a token against the reference. Text "
+            "that unlikely is no longer written: the model has probably collapsed, and its "
+            "accuracy and margin mean nothing. Look at sample answers; lower the learning rate, "
+            "or raise alpha or beta."
+        )
+
+
+def _length(run: Run) -> Iterator[str]:
+    summary = summary_of(run)
+    longer, other = (
+        figure(summary.get(f"rewards/accuracies/{k}"))
+        for k in ("chosen_longer", "chosen_not_longer")
+    )
+    if longer is not None and other is not None and abs(longer - other) > LENGTH_GAP:
+        yield (
+            f"Accuracy is {number(longer, 3)} where the chosen answer is the longer one and "
+            f"{number(other, 3)} elsewhere: part of what was learned may be length."
+        )
+
+
+def _between(runs: Sequence[Run]) -> Iterator[str]:
+    """What makes several runs hard to compare."""
+    for name, why in (
+        ("model", "No figure can be compared."),
+        ("data", "They were trained on different pairs."),
+        ("tokenizer", "Token counts and log-probs may differ for that alone."),
+        ("saes", "D is measured in different features, so D cannot be compared."),
+    ):
+        seen = {text(run.fingerprints[name]) for run in runs if name in run.fingerprints}
+        if len(seen) > 1:
+            yield f"The runs differ in {name} (see the fingerprints). {why}"
+    pairs = {n for run in runs if (n := figure(summary_of(run).get("n"))) is not None}
+    if len(pairs) > 1:
+        yield f"The evaluations are over {', '.join(map(number, sorted(pairs)))} pairs."
+
+
+def missing(runs: Sequence[Run]) -> list[Missing]:
+    """Parts that a report can show, and the command that makes each."""
+    return [m for run in runs for m in _missing(run)]
+
+
+def _missing(run: Run) -> Iterator[Missing]:
+    if not run.record:
+        yield Missing(run.name, "run.json (settings, fingerprints)", "fpo-mlx train …")
+    if not run.train:
+        yield Missing(run.name, "metrics.jsonl (curves)", "fpo-mlx train …")
+    adapter = f"--adapter-path {shlex.quote(str(run.path))}"
+    for kind, what, flag in (
+        ("evaluate", "held-out figures", "--json"),
+        ("features", "feature changes", "--json"),
+        ("compare", "sample answers", "--output"),
+    ):
+        if kind in run.results or (kind == "features" and not run.settings.get("sae")):
+            continue
+        to = shlex.quote(str(run.path / f"{kind}.json"))
+        usual = _usual(run, sae=kind != "compare")
+        yield Missing(run.name, what, f"fpo-mlx {kind} {usual} {adapter} {flag} {to}")
+
+
+def _usual(run: Run, sae: bool = True) -> str:
+    """--model, --sae and --data of the run, quoted for a shell; a lone file was trained on."""
+    s, words = run.settings, []
+    words += ["--model", text(s.get("model") or "MODEL")]
+    saes = s.get("sae")
+    for one in saes if sae and isinstance(saes, Sequence) and not isinstance(saes, str) else ():
+        words += ["--sae", text(one)]
+    data = text(s.get("data") or "DATA")
+    words += ["--data", "HELD_OUT.jsonl" if data.endswith(".jsonl") else data]
+    return shlex.join(words)

@@ -1,0 +1,207 @@
+"""A run's files as plain records. What is missing or damaged is noted, never guessed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fpo_mlx.errors import FpoError
+
+OWN = ("run.json", "adapter_config.json")
+WEIGHTS = "adapters.safetensors"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A JSON file that another command wrote; `stale` when the adapters are newer."""
+
+    path: Path
+    value: Any
+    stale: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One adapter folder, as far as it is there."""
+
+    name: str  # of the folder; unique within a report
+    path: Path
+    record: Mapping[str, Any] = field(default_factory=dict)  # run.json
+    adapter: Mapping[str, Any] = field(default_factory=dict)  # adapter_config.json
+    train: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "train"
+    valid: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "valid"
+    results: Mapping[str, Result] = field(default_factory=dict)  # evaluate, features, compare
+    faults: tuple[str, ...] = ()  # files that could not be read
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return part(self.record, "settings")
+
+    @property
+    def fingerprints(self) -> Mapping[str, Any]:
+        return part(self.record, "fingerprints")
+
+
+def part(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A mapping within a mapping; empty where there is none."""
+    found = value.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def figure(value: Any) -> float | None:
+    """A number as float, NaN and infinity too; None for whatever else a file may hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
+
+
+def read_runs(paths: Sequence[Path], results: Sequence[Path] = ()) -> list[Run]:
+    """Run folders, and result files that lie elsewhere or speak of several adapters.
+
+    Raises: FpoError for a folder that is not there or holds no run, and for a result file that
+    cannot be read or is of none of these runs.
+    """
+    names = unique_names(paths)
+    runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
+    for file in results:
+        runs = _with_result(runs, file)
+    return runs
+
+
+def _with_result(runs: Sequence[Run], file: Path) -> list[Run]:
+    faults: list[str] = []
+    value = _read(file, faults)
+    if faults:
+        raise FpoError(f"--results {faults[0]}.")
+    kind = kind_of(value)
+    parts = [_of_run(kind, value, run) for run in runs]
+    if not any(parts):
+        raise FpoError(
+            f"--results {file}: found nothing of {', '.join(run.name for run in runs)}, wanted "
+            "the JSON that `fpo-mlx evaluate`, `features` or `compare` wrote of these runs."
+        )
+    if kind == "compare":  # the same answers stand once, whoever they are of
+        parts = [p if not any(parts[:i]) else None for i, p in enumerate(parts)]
+    return [
+        replace(run, results={**run.results, kind: Result(file, p, _stale(file, run.path))})
+        if p and kind
+        else run
+        for run, p in zip(runs, parts, strict=True)
+    ]
+
+
+def _of_run(kind: str | None, value: Any, run: Run) -> Any:
+    """What a result file says of one run; None when it speaks of others."""
+    if kind == "evaluate":
+        listed = value.get("adapters")
+        for one in listed if isinstance(listed, list) else ():
+            if isinstance(one, Mapping) and is_of(one.get("adapter_path"), run):
+                return {**one, "base": value.get("base")}
+        return value if "summary" in value else None
+    if kind == "compare":
+        rows = [row for row in value.get("prompts", ()) if isinstance(row, Mapping)]
+        return value if any(is_of(k, run) for row in rows for k in part(row, "answers")) else None
+    return value if kind else None
+
+
+def is_of(name: Any, run: Run) -> bool:
+    """Whether an adapter path that a command was given means this run's folder."""
+    return isinstance(name, str) and Path(name).resolve() == run.path.resolve()
+
+
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """Folder names, with as much of the path before them as tells them apart."""
+    full = [path.resolve() for path in paths]
+    depth = 1
+    while depth < 8:
+        names = ["/".join(path.parts[-depth:]) for path in full]
+        if len(set(names)) == len(set(full)):
+            break
+        depth += 1
+    return [f"{n} ({i + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
+
+
+def read_run(path: Path, name: str) -> Run:
+    """One folder. Raises FpoError when it is not there or holds no run."""
+    if not path.is_dir():
+        raise FpoError(f"{path}: no such folder. Give the --adapter-path of a `fpo-mlx train` run.")
+    if not any((path / known).is_file() for known in ("run.json", "metrics.jsonl")):
+        raise FpoError(
+            f"{path}: found neither run.json nor metrics.jsonl, wanted the folder of a "
+            "`fpo-mlx train` run (its --adapter-path)."
+        )
+    faults: list[str] = []
+    record, adapter = (_mapping(path / own, faults) for own in OWN)
+    reports = _lines(path / "metrics.jsonl", faults)
+    kinds = {k: [r for r in reports if r.get("kind") == k] for k in ("train", "valid")}
+    results = _results(path, faults)
+    return Run(name, path, record, adapter, kinds["train"], kinds["valid"], results, tuple(faults))
+
+
+def _read(path: Path, faults: list[str]) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        faults.append(f"{path} cannot be read: {error}")
+        return None
+
+
+def _mapping(path: Path, faults: list[str]) -> Mapping[str, Any]:
+    value = _read(path, faults) if path.exists() else {}
+    return value if isinstance(value, Mapping) else {}
+
+
+def _lines(path: Path, faults: list[str]) -> list[Mapping[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"{path} cannot be read: {error}")
+        return []
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            faults.append(f"{path}:{number} is no JSON and was left out: {error}")
+            continue
+        if isinstance(row, Mapping):
+            rows.append(row)
+    return rows
+
+
+def _results(path: Path, faults: list[str]) -> dict[str, Result]:
+    """Results of other commands: in the folder, or beside it as NAME.json or NAME.*.json.
+
+    They are known by what they hold, not by their names; the newest of a kind counts.
+    """
+    inside = [p for p in path.glob("*.json") if p.name not in OWN]
+    name = path.resolve().name
+    beside = path.resolve().parent
+    outside = [p for p in beside.glob("*.json") if p.name.startswith(f"{name}.")]
+    found: dict[str, Result] = {}
+    for file in sorted((*outside, *inside), key=lambda p: p.stat().st_mtime):
+        value = _read(file, faults)
+        if kind := kind_of(value):
+            found[kind] = Result(file, value, _stale(file, path))
+    return found
+
+
+def _stale(file: Path, folder: Path) -> bool:
+    weights = folder / WEIGHTS
+    return weights.exists() and file.stat().st_mtime < weights.stat().st_mtime
+
+
+def kind_of(value: Any) -> str | None:
+    """Which command wrote this; None when it was none of those that a report shows."""
+    if not isinstance(value, Mapping):
+        return None
+    if "summary" in value or "adapters" in value:
+        return "evaluate"
+    if "features" in value:
+        return "features"
+    if "prompts" in value:
+        return "compare"
+    return None

@@ -1,0 +1,299 @@
+"""The report: what it shows, what it escapes, what it says of runs that are not whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+from report_runs import SUMMARY, Elements, a_report, a_run, evil_runs
+
+from fpo_mlx.cli import main
+from fpo_mlx.errors import FpoError
+from fpo_mlx.report import read_runs, render
+from fpo_mlx.report.findings import missing, warnings
+from fpo_mlx.report.plots import POINTS, points
+from fpo_mlx.report.read import Run, unique_names
+
+
+def said(runs: list[Run]) -> str:
+    return "\n".join(f"{w.run}: {w.text}" for w in warnings(runs))
+
+
+def test_markup_in_any_file_name_or_path_stays_text(tmp_path):
+    page = Elements(render(read_runs(evil_runs(tmp_path / "<b>&amp;"))))
+    tags = {tag for tag, _ in page.found}
+    assert not tags & {"script", "img", "iframe", "object", "b", "base", "form", "foreignobject"}
+    assert not [a for _, attributes in page.found for a in attributes if a.startswith("on")]
+    assert page.text.count("alert(") >= 20
+    links = [a["href"] for a in page.of("a")]
+    assert links
+    assert all(link is not None and link.startswith("#") for link in links)
+
+
+def test_the_page_points_to_nothing_outside_but_neuronpedia(tmp_path):
+    rows = [{"index": 7, "change": 0.5, "neuronpedia": "https://www.neuronpedia.org/g/25/7"}]
+    run = a_run(tmp_path / "run", evaluate={"summary": SUMMARY}, features={"features": rows})
+    page = render(read_runs([run]))
+    elements = Elements(page)
+    assert re.findall(r"https?://[^\s\"'<]+", page) == ["https://www.neuronpedia.org/g/25/7"]
+    assert {a["href"] for a in elements.of("link")} == {"data:,"}
+    assert not re.findall(r"url\((?!#)|@import|src=|srcset=", page)
+    policy = next(m for m in elements.of("meta") if m.get("http-equiv"))
+    assert (policy["content"] or "").startswith("default-src 'none'")
+
+
+def test_every_table_has_a_caption_and_heads_with_scope(tmp_path):
+    page = render(read_runs(evil_runs(tmp_path)))
+    tables = re.findall(r"<table.*?</table>", page, re.DOTALL)
+    assert len(tables) >= 6
+    for table in tables:
+        assert "<caption>" in table
+        assert '<th scope="col"' in table
+        assert '<th scope="row">' in table
+        assert not re.search(r"<th(?! scope=)[ >]", table)
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    figures = [a for a in Elements(page).of("figure")]
+    assert figures
+    assert all("iteration" in (a["aria-label"] or "") for a in figures)
+
+
+def test_figures_of_the_files_are_on_the_page(tmp_path):
+    record = {"settings": {"objective": "fpo"}, "memory": {"predicted_gb": 1.8}}
+    run = a_run(
+        tmp_path / "run", record=record, evaluate={"summary": SUMMARY},
+        features={"features": [{"index": 123, "change": -0.25, "label": "lists"}]},
+        compare={"prompts": [{"prompt": "Why?", "answers": {"base": "So.", "run": "Thus."}}]},
+    )  # fmt: skip
+    text = " ".join(Elements(render(read_runs([run]))).text.split())
+    for part in ("0.9", "0.8 to 0.975", "−0.1", "40 held-out pairs", "123", "lists", "−0.25",
+                 "Why?", "Thus.", "blocks 3 to 5: mlp.up_proj", "+20 %"):  # fmt: skip
+        assert part in text, part
+
+
+def test_settings_at_their_defaults_stand_apart_from_those_that_were_chosen(tmp_path):
+    page = render(read_runs([a_run(tmp_path / "run")]))
+    chosen, rest = (
+        re.findall(r'<th scope="row">([a-z_]+)</th>', part.split("</table>")[0])
+        for part in (
+            page.split("Settings that were chosen")[-1],
+            page.split("at their defaults")[-1],
+        )
+    )
+    assert {"model", "sae", "data", "iters", "learning_rate"} == set(chosen)
+    assert {"beta", "alpha", "constraint", "stop_gradient", "objective"} == set(rest)
+
+
+@pytest.mark.parametrize("kept", ["run.json", "metrics.jsonl"])
+def test_half_a_run_is_shown_and_its_other_half_named(tmp_path, kept):
+    run = a_run(tmp_path / "run")
+    for path in run.iterdir():
+        if path.name != kept:
+            path.unlink()
+    runs = read_runs([run])
+    page = Elements(render(runs)).text
+    other = {"run.json": "metrics.jsonl", "metrics.jsonl": "run.json"}[kept]
+    assert any(m.what.startswith(other) for m in missing(runs))
+    assert f"{other} (" in page
+
+
+def test_what_is_missing_comes_with_a_command_that_the_shell_reads_back(tmp_path):
+    import shlex
+
+    record = {"settings": {"model": "my model", "sae": ["a b"], "data": "pairs; rm x"}}
+    run = a_run(tmp_path / "my run", record=record)
+    found = {m.what: shlex.split(m.command) for m in missing(read_runs([run]))}
+    words = found["held-out figures"]
+    assert words[:2] == ["fpo-mlx", "evaluate"]
+    assert dict(zip(words[2::2], words[3::2], strict=True)) == {
+        "--model": "my model", "--sae": "a b", "--data": "pairs; rm x",
+        "--adapter-path": str(run), "--json": str(run / "evaluate.json"),
+    }  # fmt: skip
+    assert found["sample answers"][1] == "compare"
+    (run / "evaluate.json").write_text(json.dumps({"summary": SUMMARY}))
+    assert "held-out figures" not in {m.what for m in missing(read_runs([run]))}
+
+
+def test_the_commands_that_a_report_names_are_commands_with_these_flags(tmp_path):
+    import shlex
+
+    for m in missing(read_runs([a_run(tmp_path / "run")])):
+        words = shlex.split(m.command)
+        if command := main.commands.get(words[1]):
+            known = {name for p in command.params for name in p.opts}
+            assert set(words[2::2]) <= known, m.command
+
+
+def test_damaged_files_are_told_and_the_rest_is_shown(tmp_path):
+    run = a_run(tmp_path / "run", evaluate={"summary": SUMMARY})
+    (run / "evaluate.json").write_text('{"summary": {')
+    (run / "run.json").write_text("[1]")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "iter')
+    runs = read_runs([run])
+    assert len(runs[0].train) == 3
+    assert "evaluate.json cannot be read" in said(runs)
+    assert "metrics.jsonl:4" in said(runs)
+    assert "fpo-mlx evaluate" in render(runs)
+
+
+def test_figures_of_the_wrong_kind_do_not_stop_a_report(tmp_path):
+    odd = {"n": "x", "rewards/accuracies": None, "rewards/margins": math.nan, "kl/chosen": [1],
+           "rewards/margins/ci95": "ab", "features/chosen": math.inf, "u": True}  # fmt: skip
+    reports = [{"kind": "train"}, {"kind": "train", "iteration": "x", "loss": "y", "metrics": 3},
+               a_report(1) | {"loss": math.nan, "warnings": "text"}, {"kind": "valid"}]  # fmt: skip
+    run = a_run(tmp_path / "run", reports, evaluate={"summary": odd, "base": 3},
+                features={"features": [1, {"index": {}}]}, compare={"prompts": "x"})  # fmt: skip
+    text = Elements(render(read_runs([run]))).text
+    assert "not a number" in text
+    assert "The loss was not finite" in text
+
+
+def test_warnings_speak_of_collapse_length_and_results_older_than_the_adapters(tmp_path):
+    lost = SUMMARY | {"logps_per_token/chosen_change": -22.7}
+    run = a_run(
+        tmp_path / "run", [a_report(10) | {"warnings": ["gap"]}], evaluate={"summary": lost}
+    )
+    (run / "adapters.safetensors").write_bytes(b"")
+    os.utime(run / "evaluate.json", (1, 1))
+    text = said(read_runs([run]))
+    for part in ("lost 22.7 nats a token", "0.95 where", "0.6 elsewhere", "Iteration 10: gap",
+                 "older than the adapters", "iteration 10 of 30"):  # fmt: skip
+        assert part in text, part
+    assert "collapsed?" in render(read_runs([run]))
+
+
+def test_a_whole_run_without_trouble_has_no_warnings(tmp_path):
+    even = SUMMARY | {"rewards/accuracies/chosen_not_longer": 0.9}
+    runs = read_runs([a_run(tmp_path / "run", evaluate={"summary": even})])
+    assert said(runs) == ""
+    assert "Before you trust" not in render(runs)
+
+
+def test_runs_that_cannot_be_compared_are_called_that(tmp_path):
+    other = {"settings": {}, "fingerprints": {"model": "c" * 64, "saes": [["d" * 64, "x"]]}}
+    runs = [a_run(tmp_path / "a"), a_run(tmp_path / "b", record=other)]
+    text = said(read_runs(runs))
+    assert "differ in model" in text
+    assert "D cannot be compared" in text
+    assert said(read_runs(runs[:1])) == ""
+
+
+def test_results_over_several_adapters_go_to_their_runs(tmp_path):
+    runs = [a_run(tmp_path / name) for name in ("a", "b")]
+    listed = [{"adapter_path": str(r), "summary": SUMMARY | {"n": i}} for i, r in enumerate(runs)]
+    both = tmp_path / "both.json"
+    both.write_text(json.dumps({"base": {"summary": {"n": 9}}, "adapters": listed}))
+    answers = {"base": "B", str(runs[0]): "of a", str(runs[1]): "second answer"}
+    side = tmp_path / "side.json"
+    side.write_text(json.dumps({"prompts": [{"prompt": "Q", "answers": answers}]}))
+    read = read_runs(runs, [both, side])
+    assert [run.results["evaluate"].value["summary"]["n"] for run in read] == [0, 1]
+    page = Elements(render(read)).text
+    assert "base model" in page
+    assert page.count("second answer") == 1
+
+
+def test_a_result_beside_the_folder_is_found_and_the_newest_counts(tmp_path):
+    run = a_run(tmp_path / "run", evaluate={"summary": {"n": 1}})
+    for name, n, when in (("run.json", 2, 9e9), ("run.old.json", 3, 2), ("runs.json", 4, 9.5e9)):
+        (tmp_path / name).write_text(json.dumps({"summary": {"n": n}}))
+        os.utime(tmp_path / name, (when, when))
+    assert read_runs([run])[0].results["evaluate"].value["summary"]["n"] == 2
+
+
+def test_names_are_as_long_as_it_takes_to_tell_runs_apart(tmp_path):
+    paths = [tmp_path / "a" / "adapters", tmp_path / "b" / "adapters"]
+    assert unique_names(paths) == ["a/adapters", "b/adapters"]
+    assert unique_names(paths[:1]) == ["adapters"]
+    assert len(set(unique_names([paths[0], paths[0]]))) == 2
+
+
+def test_a_curve_of_many_points_keeps_its_mean_and_its_ends():
+    reports = [{"iteration": i, "metrics": {"x": float(i)}} for i in range(10 * POINTS)]
+    x, y = points(reports, "x")
+    assert len(x) == POINTS
+    assert sum(y) / len(y) == pytest.approx((10 * POINTS - 1) / 2)
+    assert (x[0], y[0]) == (4.5, 4.5)  # the mean of 0 to 9
+    assert points([*reports, {"iteration": 1, "x": math.nan}], "x")[1][-1] <= 10 * POINTS
+
+
+def test_a_line_is_drawn_where_its_values_are(tmp_path):
+    page = render(read_runs([a_run(tmp_path / "run", [a_report(i) for i in (10, 20, 40)])]))
+    loss = page.split("Loss by iteration: run from 0.69 to 0.66")[1].split("</figure>")[0]
+    path = next(p for p in re.findall(r"<path[^>]*>", loss) if "var(--s0)" in p)
+    steps = [tuple(map(float, m)) for m in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
+    (x0, y0), (x1, y1), (x2, y2) = steps
+    assert (x2 - x1) / (x1 - x0) == pytest.approx(2, rel=1e-3)  # 10, 20, 40
+    assert (y2 - y1) / (y1 - y0) == pytest.approx(2, rel=1e-3)  # 0.69, 0.68, 0.66
+    assert y2 > y0  # downwards on the page
+
+
+def test_a_report_of_many_long_runs_stays_small(tmp_path):
+    reports = [a_report(i, **{"rewards/margins": math.sin(i)}) for i in range(3000)]
+    runs = [a_run(tmp_path / f"r{i}", reports, evaluate={"summary": SUMMARY}) for i in range(3)]
+    page = render(read_runs(runs))
+    assert len(page.encode()) < 1_000_000
+    assert {f"s{i}" for i in range(3)} <= set(re.findall(r'class="(s\d)"', page))
+
+
+def run_cli(*words: object) -> Any:
+    return CliRunner().invoke(main, ["report", *map(str, words)])
+
+
+def test_the_command_writes_the_page_and_says_where(tmp_path):
+    done = run_cli(a_run(tmp_path / "run"), "--output", tmp_path / "new" / "page.html")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"report in {tmp_path / 'new' / 'page.html'}\n"
+    assert (
+        (tmp_path / "new" / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        (["missing"], 1, "no such folder"),
+        (["empty"], 1, "neither run.json nor metrics.jsonl"),
+        (["run", "--results", "no.json"], 1, "--results no.json cannot be read"),
+        (["run", "--results", "odd.json"], 1, "found nothing of run"),
+        (["run", "--output", "run"], 1, "cannot be written"),
+        ([], 2, "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_message_and_nothing_is_written(tmp_path, monkeypatch, words, code, part):
+    monkeypatch.chdir(tmp_path)
+    a_run(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd.json").write_text('{"prompts": [{"prompt": "x", "answers": {"y": "z"}}]}')
+    before = sorted(tmp_path.rglob("*"))
+    done = run_cli(*words)
+    assert done.exit_code == code
+    assert part in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("absent", ["jinja2", "matplotlib"])
+def test_without_the_report_extra_the_message_says_what_to_install(tmp_path, monkeypatch, absent):
+    monkeypatch.setitem(__import__("sys").modules, absent, None)
+    done = run_cli(a_run(tmp_path / "run"), "--output", tmp_path / "page.html")
+    assert done.exit_code == 2
+    assert 'pip install "fpo-mlx[report]"' in done.stderr
+    assert absent in done.stderr
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_folder_without_a_run_raises_an_expected_error(tmp_path):
+    with pytest.raises(FpoError, match="wanted the folder"):
+        read_runs([tmp_path])
