@@ -7,7 +7,6 @@ from datetime import datetime
 from pathlib import Path
 
 from fpo_mlx import files
-from fpo_mlx.errors import FpoError
 
 
 def report(runs: Sequence[Path], output: Path, results: Sequence[Path] = ()) -> Path:
@@ -19,8 +18,5 @@ def report(runs: Sequence[Path], output: Path, results: Sequence[Path] = ()) -> 
     from fpo_mlx import report as pages
 
     page = pages.render(pages.read_runs(runs, results), made=f"{datetime.now():%Y-%m-%d %H:%M}")
-    try:
-        files.write_text(output, page)
-    except OSError as error:
-        raise FpoError(f"{output} cannot be written: {error.strerror or error}.") from error
+    files.write_text(output, page)
     return output
