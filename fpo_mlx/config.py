@@ -193,6 +193,22 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Answers drawn from a model; names and meanings are mlx_lm.generate's."""
+
+    max_tokens: int = _opt(64, "longest answer, in tokens")
+    temp: float = _opt(1.0, "temperature of the answers; 0 takes the likeliest token")
+    seed: int = _opt(0, "seed of the answers, the same for every model")
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_tokens")
+        if not 0 <= self.temp < math.inf:
+            raise ConfigError(f"--temp {self.temp}: wanted a finite number, 0 or more.")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed}: wanted 0 or more.")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All settings of a command, by section."""
 

@@ -6,7 +6,8 @@ backend calls `reference`; all three see the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,19 @@ class Scorer:
         """Take these adapter weights (default: the present ones) as the reference's, for the KL."""
         self._reference = dict(weights or adapters.parameters(self.policy.model))
 
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """The model with the reference's adapter weights in it, dropping nothing."""
+        model, training = self.policy.model, self.policy.model.training
+        current = dict(adapters.parameters(model))
+        adapters.update(model, self._reference)
+        model.eval()
+        try:
+            yield
+        finally:
+            adapters.update(model, current)
+            model.train(training)
+
     def reference(self, pairs: Sequence[TokenPair]) -> list[PairScore]:
         """Summed log-probs and pooled features under the model as it stands, without gradient."""
         layout, rows = Layout.of(pairs), self.policy.rows(pairs)
@@ -134,15 +148,9 @@ class Scorer:
     def _logps_and_kl(
         self, pairs: Sequence[TokenPair], rows: Rows, layout: Layout, grad: bool
     ) -> tuple[mx.array, mx.array]:
-        policy, current = self.policy, dict(adapters.parameters(self.policy.model))
-        training = policy.model.training
-        adapters.update(policy.model, self._reference)
-        policy.model.eval()  # the reference drops nothing
-        try:
+        policy = self.policy
+        with self.as_reference():
             ref_rows = policy.rows(pairs)
-        finally:
-            adapters.update(policy.model, current)
-            policy.model.train(training)
         tokens, kl = token_logps_and_kl(
             rows.hidden, ref_rows.hidden, layout.targets, policy.head, policy.vocab_size, grad=grad
         )

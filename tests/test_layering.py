@@ -49,12 +49,13 @@ OURS = {
     "guard": VOCABULARY | {"config"},
     "reports": VOCABULARY | {"core", "scoring"},
     "trainer": VOCABULARY | RUN | {"checkpoint", "data", "guard", "optimizer", "reports"},
-    "evaluate": VOCABULARY | RUN | {"reports"},
+    "sampling": VOCABULARY | RUN,
+    "evaluate": VOCABULARY | RUN | {"sampling"} | {"reports"},
     "fuse": VOCABULARY | {"hub", "model"},
     "doctor": VOCABULARY | {"blas"},
     "report": VOCABULARY | {"config"},
     "pipeline": {"*"},
-    "cli": VOCABULARY | {"config", "pipeline", "trackers", "doctor", "demo"},
+    "cli": VOCABULARY | {"featurefiles", "config", "pipeline", "trackers", "doctor", "demo"},
     "__main__": {"cli"},
 }
 OTHERS = {
@@ -86,6 +87,7 @@ OTHERS = {
     "guard": {"numpy"},
     "reports": {"numpy"},
     "trainer": {"numpy", *MLX},
+    "sampling": {"numpy", *MLX},
     "evaluate": {"numpy", *MLX},
     "fuse": {"numpy", *MLX},
     "doctor": {"numpy", "mlx", "huggingface_hub"},

@@ -8,6 +8,7 @@ import click
 
 from fpo_mlx import __version__
 from fpo_mlx.cli.caches import cache
+from fpo_mlx.cli.compare import compare
 from fpo_mlx.cli.data import check, precompute
 from fpo_mlx.cli.machine import demo, doctor
 from fpo_mlx.cli.report import report
@@ -51,7 +52,11 @@ def main() -> None:
 
 
 for _command in (
+<<<<<<< HEAD
     demo, doctor, check, convert, sae, precompute, cache, train, evaluate, fuse,
     report,
+=======
+    demo, doctor, check, convert, sae, precompute, cache, train, evaluate, compare, fuse,
+>>>>>>> 6282a84 (evaluate judges several adapters in one table, with intervals and sampled answers; compare shows answers side by side)
 ):  # fmt: skip
     main.add_command(_command)

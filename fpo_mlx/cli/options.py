@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from fpo_mlx import files
-from fpo_mlx.config import PRESETS, SECTIONS, YAML_ONLY, RunConfig, load_config
+from fpo_mlx.config import PRESETS, SECTIONS, YAML_ONLY, RunConfig, Sampling, load_config
 from fpo_mlx.errors import FpoError
+from fpo_mlx.featurefiles import csv_text
 
 PATH = click.Path(path_type=Path)
 NEVER_ITS_DEFAULT = (None, (), "", dataclasses.MISSING)  # these say nothing in a help text
@@ -24,6 +25,7 @@ preset_option = click.option(
     "--objective", type=click.Choice(list(PRESETS)), help="Preset of the objective.  [default: fpo]"
 )
 json_option = click.option("--json", "json_path", type=PATH, help="Write the result here.")
+csv_option = click.option("--csv", "csv_path", type=PATH, help="Write the result here as CSV.")
 backend_option = click.option(
     "--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True,
     help="What runs the reference model.",
@@ -70,6 +72,20 @@ def _option(field: dataclasses.Field, hint: Any) -> Callable:
     return click.option(name, field.name, type=kind, help=help)
 
 
+def sampling_options(command: Callable) -> Callable:
+    """--max-tokens, --temp and --seed of sampled answers."""
+    hints = typing.get_type_hints(Sampling)
+    for field in reversed(dataclasses.fields(Sampling)):
+        command = _option(field, hints[field.name])(command)
+    return command
+
+
+def gather_sampling(values: dict[str, Any]) -> Sampling:
+    """Takes the sampling options out of the values; what was not given is the default."""
+    given = {field.name: values.pop(field.name, None) for field in dataclasses.fields(Sampling)}
+    return Sampling(**{name: value for name, value in given.items() if value is not None})
+
+
 def gather(values: dict[str, Any]) -> RunConfig:
     """Flags that were given, over the YAML file, over the preset, over the defaults."""
     path = values.pop("config", None)
@@ -78,11 +94,19 @@ def gather(values: dict[str, Any]) -> RunConfig:
     return load_config(flags, path)
 
 
-def write_json(path: Path | None, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Raises FpoError when the place that the user named cannot be written to."""
-    if path is None:
-        return
     try:
-        files.write_json(path, value)
+        files.write_text(path, text)
     except OSError as error:
         raise FpoError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    if path is not None:
+        write_text(path, files.json_text(value))
+
+
+def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    if path is not None:
+        write_text(path, csv_text(rows))

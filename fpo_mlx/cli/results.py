@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from fpo_mlx.cli.options import (
     PATH,
+    csv_option,
     gather,
+    gather_sampling,
     json_option,
     preset_option,
+    sampling_options,
     settings,
+    write_csv,
     write_json,
 )
-from fpo_mlx.cli.show import Bar, listing, say
+from fpo_mlx.cli.show import Bar, listing, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
+
+SHOWN = (  # rows of the table of several models; --json and --csv have every metric
+    "rewards/accuracies", "policy_accuracy", "rewards/margins", "logps_per_token/chosen_change",
+    "perplexity/chosen", "features/chosen", "features/rejected", "features/margin",
+    "kl/chosen", "kl/rejected", "kl/margin", "answers/entropy", "answers/distinct_1",
+    "answers/distinct_2", "answers/distinct_3", "answers/tokens",
+)  # fmt: skip
 
 
 @click.command()
 @settings(DataConfig, ReferenceConfig, Objective, "init_adapter", "reference")
 @preset_option
-@click.option("--adapter-path", help="Adapter to judge (default: the base alone).")
+@click.option(
+    "--adapter-path", multiple=True, help="Adapter to judge; repeatable (default: the base alone)."
+)
 @click.option(
     "--split",
     type=click.Choice(["train", "valid", "test"]),
@@ -28,9 +44,18 @@ from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
     help="Part of the data to judge on.",
 )
 @click.option("--kl/--no-kl", default=True, help="Measure the sequential KL (a second pass).")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="Prompts of the split to answer, for entropy and distinct-n; 0 for none.",
+)
+@sampling_options
 @json_option
-def evaluate(adapter_path, split, kl, json_path, **values) -> None:
-    """Judge an adapter on held-out pairs: accuracy, margins, drift of features and of text.
+@csv_option
+def evaluate(adapter_path, split, kl, samples, json_path, csv_path, **values) -> None:
+    """Judge adapters on held-out pairs: accuracy, margins, drift of features and text, diversity.
 
     \b
     Example:
@@ -39,12 +64,35 @@ def evaluate(adapter_path, split, kl, json_path, **values) -> None:
     """
     from fpo_mlx import pipeline
 
-    report = pipeline.evaluate(
-        gather(values), adapter_path=adapter_path, split=split, measure_kl=kl, say=say,
-        progress=Bar("reference"),
+    sampling = gather_sampling(values)
+    judged = pipeline.evaluate_all(
+        gather(values), adapter_paths=adapter_path, split=split, measure_kl=kl, samples=samples,
+        sampling=sampling, say=say, progress=Bar("reference"),
     )  # fmt: skip
-    write_json(json_path, report.as_dict())
-    listing(report.summary)
+    write_json(json_path, judged.as_dict())
+    write_csv(csv_path, judged.rows())
+    if judged.base is None:
+        listing(next(iter(judged.adapters.values())).summary)
+    else:
+        table(side_by_side({name: report.summary for name, report in judged.columns.items()}))
+
+
+def side_by_side(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Rows of a table: a metric a row, a model a column, intervals in brackets."""
+    rows = [["", *summaries]]
+    for name in SHOWN:
+        cells = [_with_interval(summary, name) for summary in summaries.values()]
+        if any(cells):
+            rows.append([name, *cells])
+    return rows
+
+
+def _with_interval(summary: Mapping[str, Any], name: str) -> str:
+    if summary.get(name) is None:
+        return ""
+    low_high = summary.get(f"{name}/ci95")
+    text = f"{summary[name]:.4g}"
+    return text if low_high is None else f"{text} [{low_high[0]:.4g}, {low_high[1]:.4g}]"
 
 
 @click.command()

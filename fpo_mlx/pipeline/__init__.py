@@ -5,8 +5,11 @@ from fpo_mlx.pipeline.caches import cache_info as cache_info
 from fpo_mlx.pipeline.caches import cache_merge as cache_merge
 from fpo_mlx.pipeline.caches import cache_verify as cache_verify
 from fpo_mlx.pipeline.check import check as check
+from fpo_mlx.pipeline.compare import Comparison as Comparison
+from fpo_mlx.pipeline.compare import compare as compare
 from fpo_mlx.pipeline.convert import convert as convert
 from fpo_mlx.pipeline.evaluate import evaluate as evaluate
+from fpo_mlx.pipeline.evaluate import evaluate_all as evaluate_all
 from fpo_mlx.pipeline.evaluate import open_scorer as open_scorer
 from fpo_mlx.pipeline.fuse import FuseResult as FuseResult
 from fpo_mlx.pipeline.fuse import fuse as fuse

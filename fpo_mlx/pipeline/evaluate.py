@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fpo_mlx.config import RunConfig
+from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.pipeline.job import Job, OnFill, Say, open_job, read_pairs, reference_of, scores
 
 if TYPE_CHECKING:
-    from fpo_mlx.evaluate import EvalReport
+    from fpo_mlx.evaluate import EvalReport, EvalTable
+    from fpo_mlx.reports import ScoredPairs
     from fpo_mlx.scoring import Scorer
 
 
@@ -23,14 +25,73 @@ def evaluate(
     progress: OnFill = lambda _: None,
 ) -> EvalReport:
     """Score a split under base + adapter against the reference. Features if an SAE is given."""
+    table = evaluate_all(
+        config, adapter_paths=[adapter_path] if adapter_path else [], split=split,
+        measure_kl=measure_kl, say=say, progress=progress,
+    )  # fmt: skip
+    return next(iter(table.adapters.values()))
+
+
+def evaluate_all(
+    config: RunConfig,
+    *,
+    adapter_paths: Sequence[str],
+    split: str = "test",
+    measure_kl: bool = True,
+    samples: int = 0,
+    sampling: Sampling | None = None,
+    say: Say,
+    progress: OnFill = lambda _: None,
+) -> EvalTable:
+    """Score a split under each adapter, beside the reference; without adapters the base alone.
+
+    samples: prompts of the split to answer, for entropy and distinct-n; 0 for none.
+    """
     from fpo_mlx import evaluate as evaluation
+    from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.reports import ScoredPairs
 
+    for path in adapter_paths:
+        read_spec(Path(path))  # before the long part
     job = open_job(config, adapter=config.train.init_adapter, say=say, need_sae=False)
     pairs = read_pairs(job, split, say)
-    store = reference_of(job, pairs, say, progress)
-    scorer = open_scorer(job, adapter_path, measure_kl=measure_kl, say=say)
-    return evaluation.evaluate(scorer, ScoredPairs(pairs, scores(store, pairs)))
+    data = ScoredPairs(pairs, scores(reference_of(job, pairs, say, progress), pairs))
+    reports: dict[str, EvalReport] = {}
+    base: EvalReport | None = None
+    for path in dict.fromkeys(adapter_paths) or {"base": None}:
+        adapter = path if adapter_paths else None
+        if len(adapter_paths) > 1:
+            say(f"judging {path}")
+        scorer = open_scorer(job, adapter, measure_kl=measure_kl, say=say)
+        report = evaluation.evaluate(scorer, data)
+        if base is None and adapter_paths:
+            base = evaluation.reference_report(data, report.summary)
+            with scorer.as_reference():
+                base = _with_answers(job, scorer, base, data, samples, sampling)
+        reports[path] = _with_answers(job, scorer, report, data, samples, sampling)
+        del scorer  # one model in memory at a time
+    return evaluation.EvalTable(reports, base)
+
+
+def _with_answers(
+    job: Job,
+    scorer: Scorer,
+    report: EvalReport,
+    data: ScoredPairs,
+    samples: int,
+    sampling: Sampling | None,
+) -> EvalReport:
+    """Sampled answers of the model as it stands, to the first prompts of the split."""
+    from fpo_mlx.sampling import first_prompts, records, sample
+
+    if not samples:
+        return report
+    prompts = first_prompts([pair.prompt for pair in data.pairs], samples)
+    end = job.tokenizer.eos_token_ids
+    answers = list(sample(scorer.policy.model, prompts, sampling or Sampling(), end))
+    return report.with_answers(
+        answers, records(answers, lambda ids: job.tokenizer.decode(ids.tolist(), skip_special=True))
+    )
 
 
 def open_scorer(job: Job, adapter_path: str | None, *, measure_kl: bool, say: Say) -> Scorer:

@@ -1,0 +1,105 @@
+"""`fpo-mlx compare`."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fpo_mlx.cli.options import (
+    PATH,
+    gather,
+    gather_sampling,
+    sampling_options,
+    settings,
+    write_json,
+    write_text,
+)
+from fpo_mlx.cli.show import say
+from fpo_mlx.config import DataConfig
+from fpo_mlx.errors import ConfigError
+
+NARROWEST = 28  # columns that are narrower than this stand below each other
+
+
+@click.command()
+@settings("model", "trust_remote_code", DataConfig, "init_adapter")
+@click.option("--adapter-path", multiple=True, help="Adapter to answer with; repeatable.")
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; repeatable.")
+@click.option(
+    "--prompts", "prompts_file", type=PATH,
+    help="File of prompts: one a line, or .jsonl objects with a text `prompt`.",
+)  # fmt: skip
+@click.option(
+    "--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True,
+    help="Part of --data to take prompts from, where none are given.",
+)  # fmt: skip
+@click.option(
+    "--count", type=click.IntRange(min=1), default=5, show_default=True,
+    help="Prompts to take from --data.",
+)  # fmt: skip
+@sampling_options
+@click.option("--output", type=PATH, help="Write the answers here: .json or .md.")
+def compare(adapter_path, prompts, prompts_file, split, count, output, **values) -> None:
+    """Answer the same prompts with the base and with adapters, side by side, with the same noise.
+
+    \b
+    Example:
+      fpo-mlx compare --model M --adapter-path adapters --prompt "Why do cats purr?" --temp 0
+    """
+    from fpo_mlx import pipeline
+
+    if output is not None and output.suffix.lower() not in (".json", ".md"):
+        raise ConfigError(f"--output {output}: wanted a name that ends in .json or .md.")
+    if not adapter_path:
+        raise ConfigError("--adapter-path is missing: there is nothing to compare the base with.")
+    sampling = gather_sampling(values)
+    result = pipeline.compare(
+        gather(values), adapter_paths=adapter_path, prompts=prompts, prompts_file=prompts_file,
+        split=split, count=count, sampling=sampling, say=say,
+    )  # fmt: skip
+    _write(output, result)
+    width = shutil.get_terminal_size((100, 24)).columns
+    for i, prompt in enumerate(result.prompts):
+        for line in shown(prompt, {name: t[i] for name, t in result.answers.items()}, width):
+            click.echo(line)
+
+
+def _write(output: Path | None, result: Any) -> None:
+    if output is None:
+        return
+    if output.suffix.lower() == ".json":
+        write_json(output, result.as_dict())
+    else:
+        write_text(output, result.markdown())
+
+
+def shown(prompt: str, answers: Mapping[str, str], width: int) -> Iterator[str]:
+    """One prompt and its answers: columns where they are wide enough, else one after the other."""
+    yield "=" * width
+    yield from _wrapped(prompt, width)
+    yield "-" * width
+    column = (width - 2 * (len(answers) - 1)) // len(answers)
+    if column < NARROWEST:
+        for name, text in answers.items():
+            yield f"[{name}]"
+            yield from _wrapped(text, width)
+        return
+    blocks = [
+        [textwrap.shorten(f"[{name}]", column, placeholder="…]"), *_wrapped(text, column)]
+        for name, text in answers.items()
+    ]
+    for parts in itertools.zip_longest(*blocks, fillvalue=""):
+        yield "  ".join(part.ljust(column) for part in parts).rstrip()
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """What a model wrote, without control characters that would move the terminal's cursor."""
+    clean = "".join(char if char.isprintable() or char == "\n" else " " for char in text)
+    lines = clean.strip().splitlines() or ["(nothing)"]
+    return [part for line in lines for part in (textwrap.wrap(line, width) or [""])]

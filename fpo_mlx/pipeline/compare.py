@@ -1,0 +1,162 @@
+"""The same prompts answered by the base and by adapters, with the same noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fpo_mlx import data
+from fpo_mlx.config import RunConfig, Sampling
+from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.hub import resolve_model
+from fpo_mlx.pipeline.job import Say, columns, hub_splits
+from fpo_mlx.tokenizer import ChatTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+Turns = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """answers: per model, one text a prompt; "base" is the model without (or before) adapters."""
+
+    prompts: tuple[str, ...]  # the last user turn of each
+    answers: dict[str, tuple[str, ...]]
+    sampling: Sampling
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [
+            {"prompt": prompt, "answers": {name: texts[i] for name, texts in self.answers.items()}}
+            for i, prompt in enumerate(self.prompts)
+        ]
+        return {"sampling": vars(self.sampling), "prompts": rows}
+
+    def markdown(self) -> str:
+        """One table a prompt, models side by side; what the model wrote cannot break it."""
+        lines = []
+        for i, prompt in enumerate(self.prompts):
+            lines += [f"## {_cell(prompt)}", "", "| " + " | ".join(map(_cell, self.answers)) + " |"]
+            lines += ["|" + "---|" * len(self.answers)]
+            texts = [_cell(texts[i]) for texts in self.answers.values()]
+            lines += ["| " + " | ".join(texts) + " |", ""]
+        return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    for char, safe in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("`", "&#96;")):
+        text = text.replace(char, safe)
+    return "<br>".join(text.strip().splitlines()) or "(nothing)"
+
+
+def compare(
+    config: RunConfig,
+    *,
+    adapter_paths: Sequence[str],
+    prompts: Sequence[str] = (),
+    prompts_file: Path | None = None,
+    split: str = "valid",
+    count: int = 5,
+    sampling: Sampling,
+    say: Say,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Comparison:
+    """Answer prompts (given, from a file, or the first of a split) with base and adapters."""
+    from fpo_mlx.model.adapters import read_spec
+    from fpo_mlx.sampling import sample
+
+    if not config.reference.model:
+        raise ConfigError("--model is missing. Wanted a model folder or hub id.")
+    given = [*prompts, *(_read_prompts(prompts_file) if prompts_file else ())]
+    asked = [[{"role": "user", "content": text}] for text in given] or _of_data(
+        config, split, count
+    )
+    path = resolve_model(config.reference.model)
+    template = config.data.chat_template
+    tokenizer = load_tokenizer(
+        path,
+        chat_template=Path(template) if template else None,
+        trust_remote_code=config.reference.trust_remote_code,
+    )
+    tokens = _tokens(asked, tokenizer, config.data.max_seq_length)
+    for adapter in adapter_paths:
+        read_spec(Path(adapter))  # before the long part
+    answers: dict[str, tuple[str, ...]] = {}
+    for name in ("base", *dict.fromkeys(adapter_paths)):
+        adapter = config.train.init_adapter if name == "base" else name
+        model = _open(path, adapter, config.reference.trust_remote_code, say)
+        texts = []
+        for answer in sample(model, tokens, sampling, tokenizer.eos_token_ids):
+            texts.append(tokenizer.decode(answer.tokens.tolist(), skip_special=True))
+            progress(name, len(texts), len(tokens))
+        answers[name] = tuple(texts)
+        del model  # one in memory at a time
+    shown = tuple(str(turns[-1]["content"]) for turns in asked)
+    return Comparison(shown, answers, sampling)
+
+
+def _open(path: Path, adapter: str | None, trust_remote_code: bool, say: Say) -> nn.Module:
+    from fpo_mlx.model import adapters
+    from fpo_mlx.model.load import load_model
+
+    loaded = load_model(path, trust_remote_code=trust_remote_code)
+    for note in loaded.notes:
+        say(note)
+    if adapter:
+        adapters.load(loaded.model, Path(adapter))
+    loaded.model.eval()
+    return loaded.model
+
+
+def _tokens(asked: Sequence[Turns], tokenizer: ChatTokenizer, limit: int) -> list[Any]:
+    import numpy as np
+
+    tokens = [np.array(tokenizer.prompt_tokens(turns), dtype=np.int32) for turns in asked]
+    for turns, ids in zip(asked, tokens, strict=True):
+        if len(ids) >= limit:
+            raise DataError(
+                f"a prompt has {len(ids)} tokens, which leaves no room below --max-seq-length "
+                f"{limit}: {str(turns[-1]['content'])[:80]!r}. Shorten it, or raise the limit."
+            )
+    return tokens
+
+
+def _of_data(config: RunConfig, split: str, count: int) -> list[Turns]:
+    """The first `count` different prompts of a split."""
+    if not config.data.data:
+        raise ConfigError(
+            "no prompts: give --prompt TEXT (repeatable), --prompts FILE, or --data with --split."
+        )
+    rows = data.read_split(config.data.data, split, columns(config), hub_splits(config))
+    unique = {json.dumps(row.prompt): row.prompt for row in rows}
+    return [list(turns) for turns in list(unique.values())[:count]]
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """One prompt a line; in a .jsonl file the `prompt` of each object."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompts {path}: cannot be read: {error}.") from error
+    texts, faults = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["prompt"] if path.suffix == ".jsonl" else line.strip()
+            if not isinstance(text, str) or not text.strip():
+                raise TypeError("its prompt is no text")
+            texts.append(text)
+        except (ValueError, KeyError, TypeError) as error:
+            faults.append(f"{path.name}:{number}: {error!r}")
+    if faults or not texts:
+        raise DataError(
+            f"--prompts {path}: wanted one prompt a line, or objects with a text `prompt` in a "
+            ".jsonl file.",
+            faults,
+        )
+    return texts
