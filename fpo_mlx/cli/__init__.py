@@ -52,11 +52,6 @@ def main() -> None:
 
 
 for _command in (
-<<<<<<< HEAD
-    demo, doctor, check, convert, sae, precompute, cache, train, evaluate, fuse,
-    report,
-=======
-    demo, doctor, check, convert, sae, precompute, cache, train, evaluate, compare, fuse,
->>>>>>> 6282a84 (evaluate judges several adapters in one table, with intervals and sampled answers; compare shows answers side by side)
+    demo, doctor, check, convert, sae, precompute, cache, train, evaluate, compare, report, fuse,
 ):  # fmt: skip
     main.add_command(_command)
