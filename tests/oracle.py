@@ -30,31 +30,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
+from oracle_sites import F64, hidden_and_logits, torch_path
 
 from fpo_mlx.records import SaeWeights, Site, TokenPair
 
 Tap = SaeWeights | Site
 Tokens = Sequence[int] | np.ndarray
-F64 = torch.float64
-ATTN_OUT = ("self_attn:out", "attn:out", "attention:out")
-
-
-class _NoDownCast(TorchFunctionMode):
-    """transformers casts norms, softmax and rotary angles to float32; here they stay float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        args = tuple(F64 if arg is torch.float32 else arg for arg in args)
-        kwargs = {k: F64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
-        return func(*args, **kwargs)
 
 
 def load_oracle(folder: Path | str) -> Any:
     """The transformers model of a folder in float64, frozen, with the plainest attention."""
+    from tiny_make import for_transformers
     from transformers import AutoModelForCausalLM
 
+    folder = for_transformers(Path(folder))
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=F64, local_files_only=True, **plain)
     return model.requires_grad_(False).eval()
@@ -93,12 +82,6 @@ def attach_lora(
     return parameters
 
 
-def torch_path(model: Any, mlx_path: str) -> str:
-    """mlx-lm's module path as transformers spells it (they differ for GPT-2 and GPT-NeoX)."""
-    blocks = {"gpt2": "transformer.h.", "gpt_neox": "gpt_neox.layers."}
-    return mlx_path.replace("model.h.", blocks.get(model.config.model_type, "model.h."), 1)
-
-
 @contextlib.contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
     adapted = [module for module in model.modules() if isinstance(module, LoraLinear)]
@@ -109,73 +92,6 @@ def adapters_off(model: Any) -> Iterator[None]:
     finally:
         for module in adapted:
             module.enabled = True
-
-
-# Forward pass and sites ---------------------------------------------------------------------------
-
-
-def hidden_and_logits(
-    model: Any, tokens: Tokens, *sites: Site
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Run one sequence. tokens: [L]. Returns the activation at each site [L, .], logits [L, V]."""
-    seen: dict[tuple[int, str], Any] = {}
-    hooks = [hook for site in sites for hook in _watch(model, site.layer, seen)]
-    try:
-        with _NoDownCast():
-            logits = model(torch.tensor(np.array(tokens))[None].long(), use_cache=False).logits[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [_at_site(model, site, seen)[0] for site in sites], logits
-
-
-def _blocks(model: Any) -> Any:
-    for path in ("model.layers", "transformer.h", "gpt_neox.layers"):
-        with contextlib.suppress(AttributeError):
-            return model.get_submodule(path)
-    raise NotImplementedError(f"the oracle does not know where {type(model)} keeps its blocks")
-
-
-def _watch(model: Any, layer: int, seen: dict[tuple[int, str], Any]) -> list[Any]:
-    """Note the input and output of the block and of every module in it, by name."""
-
-    def hook_for(name: str) -> Callable[..., None]:
-        def note(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-            seen[layer, f"{name}:in"] = args[0] if args else kwargs.get("hidden_states")
-            seen[layer, f"{name}:out"] = output[0] if isinstance(output, tuple) else output
-
-        return note
-
-    named = _blocks(model)[layer].named_modules()
-    return [m.register_forward_hook(hook_for(name), with_kwargs=True) for name, m in named]
-
-
-def _at_site(model: Any, site: Site, seen: Mapping[tuple[int, str], Any]) -> torch.Tensor:
-    def of(*names: str) -> torch.Tensor:
-        return next(seen[site.layer, name] for name in names if (site.layer, name) in seen)
-
-    family, factor = model.config.model_type, getattr(model.config, "residual_multiplier", 1.0)
-    post_normed = family in ("gemma2", "gemma3_text", "olmo2")
-
-    def attn_out() -> torch.Tensor:
-        return of("post_attention_layernorm:out") if post_normed else factor * of(*ATTN_OUT)
-
-    if site.kind in ("resid_pre", "resid_mid"):
-        return of(":in") if site.kind == "resid_pre" else of(":in") + attn_out()
-    if site.kind == "resid_post":
-        return of(":out")
-    if site.kind == "attn_z":
-        return of("self_attn.o_proj:in", "attn.c_proj:in", "attention.dense:in")
-    if site.kind in ("attn_raw", "attn_out"):
-        return of(*ATTN_OUT) if site.kind == "attn_raw" else attn_out()
-    if site.kind in ("mlp_in", "mlp_raw"):
-        return of("mlp:in" if site.kind == "mlp_in" else "mlp:out")
-    if site.kind == "mlp_out":
-        return of("post_feedforward_layernorm:out") if post_normed else factor * of("mlp:out")
-    if family in ("olmo2", "gpt2", "gpt_neox", "cohere2"):
-        raise NotImplementedError(f"{family} has no RMS norm before its MLP")
-    x = of("pre_feedforward_layernorm:in", "post_attention_layernorm:in")  # mlp_in_unscaled
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + model.config.rms_norm_eps)
 
 
 # SAE ----------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import tiny_models
 
@@ -18,13 +17,11 @@ from fpo_mlx.core.vocabulary import LinearHead  # noqa: E402
 from fpo_mlx.errors import ModelError, SaeError  # noqa: E402
 from fpo_mlx.model.heads import ReplayedHead, find_backbone, find_head, split  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
-from fpo_mlx.model.policy import Policy, has_plain_caches  # noqa: E402
-from fpo_mlx.records import SITE_KINDS, Site  # noqa: E402
+from fpo_mlx.model.policy import Policy, plain_caches  # noqa: E402
+from fpo_mlx.records import Site  # noqa: E402
 
 FAMILIES = list(tiny_models.MAKERS)
 PAIRS = random_pairs([(12, 5, 8), (3, 7, 7), (1, 4, 2)])
-# attention and MLP run side by side there: no tensor of the forward pass lies between them
-NOT_TAPPED = {("cohere2", "resid_mid"), ("gpt_neox", "resid_mid")}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +122,7 @@ def test_prompt_once_equals_whole_sequences_on_every_family(folders, family):
         loaded = load_model(folders(family))
         sites = [Site(1), Site(3, "resid_pre")]
         policy = Policy(loaded.model, loaded.config, sites, share_prompt=share)
-        assert policy.shares_prompt is (share and has_plain_caches(loaded.model))
+        assert policy.shares_prompt is (share and plain_caches(loaded.model) > 0)
         seen = policy.rows(PAIRS)
         rows.append([np.array(a) for a in (seen.hidden, *seen.tapped)])
     for once, plain in zip(*rows, strict=True):
@@ -133,33 +130,37 @@ def test_prompt_once_equals_whole_sequences_on_every_family(folders, family):
         np.testing.assert_allclose(once, plain, atol=2e-5 * max(1, np.abs(plain).max()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_site_is_the_oracles(folders, family):
-    """All site kinds at once, on the middle blocks; refused where a family has no such place."""
-    truth = oracle.load_oracle(folders(family))
+@pytest.mark.parametrize("family", ["cohere2", "gpt_neox"])
+def test_the_middle_of_a_block_without_a_middle_is_refused(folders, family):
     loaded = load_model(folders(family))
-    pair, compared = PAIRS[0], 0
-    slow = family in ("mixtral", "qwen2_moe")  # float64 experts
-    sequence = [*pair.prompt, *pair.chosen]
-    rows = slice(len(pair.prompt) - 1, len(sequence) - 1)
-    for kind in SITE_KINDS:
-        for layer in (2,) if slow else (0, 2):
-            site = Site(layer, kind)
-            try:
-                (want,), _ = oracle.hidden_and_logits(truth, sequence, site)
-            except (NotImplementedError, StopIteration):
-                continue
-            try:
-                policy = Policy(loaded.model, loaded.config, [site])
-            except ModelError:
-                assert (family, kind) in NOT_TAPPED
-                continue
-            got = np.array(policy.rows([pair]).tapped[0])[: len(pair.chosen)]
-            want = want[rows].detach().numpy()
-            size = max(1.0, np.abs(want).max())
-            np.testing.assert_allclose(got, want, atol=1e-4 * size, err_msg=str(site))
-            compared += 1
-    assert compared >= (7 if slow else 14)
+    with pytest.raises(ModelError, match="resid_mid of block 1 cannot be tapped"):
+        Policy(loaded.model, loaded.config, [Site(1, "resid_mid")])
+
+
+def test_a_site_that_is_not_one_vector_a_token_is_refused(folders):
+    """Gemma 3n's blocks, for one, pass several streams at once."""
+    loaded = load_model(folders("llama"))
+    block = loaded.model.layers[3]
+
+    class Streams(type(block)):
+        def __call__(self, *args, **kwargs):
+            return mx.stack([super().__call__(*args, **kwargs)] * 2)
+
+    block.__class__ = Streams
+    policy = Policy(loaded.model, loaded.config, [Site(3)])
+    with pytest.raises(ModelError, match="resid_post of block 3 .* not one vector a token"):
+        policy.rows(PAIRS[:1])
+
+
+def test_a_wrapper_whose_files_leave_the_vocabulary_out_is_read(folders):
+    """As published for Gemma 3: neither level of config.json has vocab_size."""
+    loaded = load_model(folders("gemma3"))
+    text = {k: v for k, v in loaded.config["text_config"].items() if k != "vocab_size"}
+    config = {"model_type": "gemma3", "text_config": text | {"rms_norm_eps": 1e-5}}
+    policy = Policy(loaded.model, config)
+    assert policy.vocab_size == 300
+    assert isinstance(policy.head, LinearHead)
+    assert policy.norm_eps == 1e-5
 
 
 def test_a_site_beyond_the_model_is_refused(folders):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mlx_lm.utils import load_model
+from tiny_make import for_transformers
 from tiny_models import MAKERS, tiny_gemma2, tiny_gemma3_text, tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,7 @@ TOKENS = np.random.default_rng(7).integers(0, 300, (1, 17))  # longer than every
 
 def torch_logits(folder: Path, **settings: object) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", local_files_only=True, **settings
+        for_transformers(folder), attn_implementation="eager", local_files_only=True, **settings
     ).eval()
     with torch.no_grad():
         return model(torch.tensor(TOKENS), use_cache=False).logits[0].numpy()

@@ -12,19 +12,30 @@ any part of the forward pass moves the logits by far more than a test's toleranc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-VOCAB, HIDDEN, BLOCKS, HEADS, KV_HEADS, MLP = 300, 32, 4, 4, 2, 48
+from tiny_make import (
+    BLOCKS,
+    GEMMA3_KEYS,
+    HEADS,
+    HIDDEN,
+    VOCAB,
+    dense,
+    gemma3_settings,
+    make,
+    mlx_experts_apart,
+    rename_weights,
+    windowed,
+)
 
 Maker = Callable[..., Path]
 
 
 def tiny_llama(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
     """The plain pre-norm decoder with an untied head."""
-    return _make(folder, "llama", seed, tokenizer, _dense() | settings)
+    return make(folder, "llama", seed, tokenizer, dense() | settings)
 
 
 def tiny_gemma2(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
@@ -39,7 +50,7 @@ def tiny_gemma2(folder: Path, *, seed: int = 0, tokenizer: bool = False, **setti
         "final_logit_softcapping": 4.0,
         "hidden_activation": "gelu_pytorch_tanh",
     }
-    return _make(folder, "gemma2", seed, tokenizer, _dense() | own | settings)
+    return make(folder, "gemma2", seed, tokenizer, dense() | own | settings)
 
 
 def tiny_gemma3_text(
@@ -50,43 +61,33 @@ def tiny_gemma3_text(
     Hidden size 64, not 32: mlx-lm rounds the embedding's factor sqrt(hidden) to bfloat16,
     transformers does not, and sqrt(64) is exact in both.
     """
-    own = {
-        "hidden_size": 64,
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 6,
-        "layer_types": [_windowed(block, every=3) for block in range(BLOCKS)],
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 40000.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-    }
-    for_mlx = {"sliding_window_pattern": 3, "rope_theta": 40000.0, "rope_local_base_freq": 10000.0}
-    return _make(folder, "gemma3_text", seed, tokenizer, _dense() | own | settings, for_mlx)
+    return make(folder, "gemma3_text", seed, tokenizer, gemma3_settings() | settings, GEMMA3_KEYS)
 
 
 def tiny_qwen3(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
     """Query and key norms, a head size that is not hidden / heads, tied head."""
     own = {"head_dim": 16, "tie_word_embeddings": True}
-    return _make(folder, "qwen3", seed, tokenizer, _dense() | own | settings)
+    return make(folder, "qwen3", seed, tokenizer, dense() | own | settings)
 
 
 def tiny_mistral(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
-    """Saved as mistral; mlx-lm runs it with its llama code, without a sliding window."""
-    own = {"head_dim": 8, "sliding_window": None}
-    return _make(folder, "mistral", seed, tokenizer, _dense() | own | settings)
+    """Saved as mistral; mlx-lm runs it with its llama code, without a sliding window.
+
+    Heads larger than hidden / heads, as Mistral Nemo has them.
+    """
+    own = {"head_dim": 16, "sliding_window": None}
+    return make(folder, "mistral", seed, tokenizer, dense() | own | settings)
 
 
 def tiny_phi3(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
     """One fused projection for q, k and v, another for gate and up."""
     own = {"original_max_position_embeddings": 512}
-    return _make(folder, "phi3", seed, tokenizer, _dense() | own | settings)
+    return make(folder, "phi3", seed, tokenizer, dense() | own | settings)
 
 
 def tiny_olmo2(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
     """No pre-norms: attention and MLP read the stream, and their outputs are normed."""
-    return _make(folder, "olmo2", seed, tokenizer, _dense() | settings)
+    return make(folder, "olmo2", seed, tokenizer, dense() | settings)
 
 
 def tiny_granite(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
@@ -97,7 +98,7 @@ def tiny_granite(folder: Path, *, seed: int = 0, tokenizer: bool = False, **sett
         "residual_multiplier": 0.7,
         "logits_scaling": 2.0,
     }
-    return _make(folder, "granite", seed, tokenizer, _dense() | own | settings)
+    return make(folder, "granite", seed, tokenizer, dense() | own | settings)
 
 
 def tiny_cohere2(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
@@ -105,11 +106,11 @@ def tiny_cohere2(folder: Path, *, seed: int = 0, tokenizer: bool = False, **sett
     own = {
         "sliding_window": 6,
         "logit_scale": 0.5,
-        "layer_types": [_windowed(block, every=2) for block in range(BLOCKS)],
+        "layer_types": [windowed(block, every=2) for block in range(BLOCKS)],
         "tie_word_embeddings": True,
     }
     for_mlx = {"sliding_window_pattern": 2, "head_dim": HIDDEN // HEADS}
-    return _make(folder, "cohere2", seed, tokenizer, _dense() | own | settings, for_mlx)
+    return make(folder, "cohere2", seed, tokenizer, dense() | own | settings, for_mlx)
 
 
 def tiny_gpt2(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
@@ -123,8 +124,8 @@ def tiny_gpt2(folder: Path, *, seed: int = 0, tokenizer: bool = False, **setting
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    _make(folder, "gpt2", seed, tokenizer, own | settings, {"n_ctx": 512})
-    _rename_weights(folder, "transformer.", "")  # mlx-lm knows the hub's names, which lack it
+    make(folder, "gpt2", seed, tokenizer, own | settings, {"n_ctx": 512})
+    rename_weights(folder, "transformer.", "")  # mlx-lm knows the hub's names, which lack it
     return Path(folder)
 
 
@@ -143,7 +144,7 @@ def tiny_gpt_neox(folder: Path, *, seed: int = 0, tokenizer: bool = False, **set
         },
     }
     for_mlx = {"rotary_emb_base": 10000, "rotary_pct": 0.25}
-    return _make(folder, "gpt_neox", seed, tokenizer, _dense() | own | settings, for_mlx)
+    return make(folder, "gpt_neox", seed, tokenizer, dense() | own | settings, for_mlx)
 
 
 def tiny_qwen2_moe(
@@ -161,13 +162,183 @@ def tiny_qwen2_moe(
         "norm_topk_prob": False,
         "decoder_sparse_step": 1,
     }
-    return _make(folder, "qwen2_moe", seed, tokenizer, _dense() | own | settings)
+    return make(folder, "qwen2_moe", seed, tokenizer, dense() | own | settings)
 
 
 def tiny_mixtral(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
     """Four routed experts, two a token, weights renormalised."""
     own = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
-    return _make(folder, "mixtral", seed, tokenizer, _dense() | own | settings)
+    return make(folder, "mixtral", seed, tokenizer, dense() | own | settings)
+
+
+def tiny_qwen2(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
+    """Biases on q, k and v; tied head."""
+    return make(
+        folder, "qwen2", seed, tokenizer, dense() | {"tie_word_embeddings": True} | settings
+    )
+
+
+def tiny_qwen3_moe(
+    folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any
+) -> Path:
+    """Four routed experts, two a token, weights renormalised; one block of the four is dense."""
+    own = {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+    }
+    for_mlx = {"num_experts": 4}
+    return make(folder, "qwen3_moe", seed, tokenizer, dense() | own | settings, for_mlx)
+
+
+def tiny_qwen3_next(
+    folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any
+) -> Path:
+    """A hybrid: three blocks of gated delta rule, one of gated attention; experts everywhere."""
+    own = {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 8,
+        "linear_conv_kernel_dim": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 40000.0,
+            "partial_rotary_factor": 0.25,
+        },
+    }
+    for_mlx = {"partial_rotary_factor": 0.25, "full_attention_interval": 4}
+    return make(folder, "qwen3_next", seed, tokenizer, dense() | own | settings, for_mlx)
+
+
+def tiny_gemma(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
+    """Gains of 1 + weight, scaled embeddings, tied head.
+
+    The MLP's activation is exact gelu, as mlx-lm has it; the published config says tanh-gelu.
+    """
+    own = {"head_dim": 16, "hidden_act": "gelu_python"}
+    return make(folder, "gemma", seed, tokenizer, dense() | own | settings)
+
+
+def tiny_gemma3(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
+    """`tiny_gemma3_text` inside the wrapper that holds the vision tower, which text never meets."""
+    text = gemma3_settings() | settings
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    ids = {"image_token_index": 299, "boi_token_index": 298, "eoi_token_index": 297}
+    own = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4, **ids}
+    for_mlx = {"vocab_size": VOCAB, "text_config": GEMMA3_KEYS}
+    return make(folder, "gemma3", seed, tokenizer, own, for_mlx)
+
+
+def tiny_gemma4_text(
+    folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any
+) -> Path:
+    """Per-layer embeddings and gates, a scalar on every block, two head sizes, a window of 6,
+    and two blocks at the end that attend to the keys and values of earlier ones."""
+    own = {
+        "num_hidden_layers": 6,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 8,
+        "sliding_window": 6,
+        "layer_types": [windowed(block, every=2) for block in range(6)],
+        "final_logit_softcapping": 4.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 40000.0,
+                "partial_rotary_factor": 0.25,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    }
+    for_mlx = {"global_head_dim": 16, "sliding_window_pattern": 2}
+    return make(folder, "gemma4_text", seed, tokenizer, dense() | own | settings, for_mlx)
+
+
+def tiny_smollm3(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
+    """Rotary positions on three blocks of four; tied head."""
+    return make(folder, "smollm3", seed, tokenizer, dense() | settings)
+
+
+def tiny_deepseek_v2(
+    folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any
+) -> Path:
+    """Latent attention with yarn; a dense block, then routed experts beside shared ones."""
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    }
+    own = {
+        "num_key_value_heads": HEADS,
+        "rope_parameters": yarn,
+        "kv_lora_rank": 16,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+    }
+    for_mlx = {"rope_scaling": yarn}
+    return make(folder, "deepseek_v2", seed, tokenizer, dense() | own | settings, for_mlx)
+
+
+def tiny_gpt_oss(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
+    """Attention sinks, a window of 6 on every other block, yarn, experts with biases.
+
+    Yarn's bounds are rounded, as mlx-lm has them; the published config says they are not.
+    """
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 40000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": True,
+    }
+    own = {
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+        "layer_types": [windowed(block, every=2) for block in range(BLOCKS)],
+        "rope_parameters": yarn,
+    }
+    for_mlx = {"rope_scaling": yarn}
+    make(folder, "gpt_oss", seed, tokenizer, dense() | own | settings, for_mlx)
+    return mlx_experts_apart(Path(folder))
 
 
 MAKERS: dict[str, Maker] = {
@@ -184,87 +355,13 @@ MAKERS: dict[str, Maker] = {
     "gpt_neox": tiny_gpt_neox,
     "qwen2_moe": tiny_qwen2_moe,
     "mixtral": tiny_mixtral,
+    "qwen2": tiny_qwen2,
+    "qwen3_moe": tiny_qwen3_moe,
+    "qwen3_next": tiny_qwen3_next,
+    "gemma": tiny_gemma,
+    "gemma3": tiny_gemma3,
+    "gemma4_text": tiny_gemma4_text,
+    "smollm3": tiny_smollm3,
+    "deepseek_v2": tiny_deepseek_v2,
+    "gpt_oss": tiny_gpt_oss,
 }
-
-
-def _dense() -> dict[str, Any]:
-    return {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": MLP,
-        "num_hidden_layers": BLOCKS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 40000.0},
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-
-
-def _windowed(block: int, every: int) -> str:
-    return "full_attention" if block % every == every - 1 else "sliding_attention"
-
-
-def _make(
-    folder: Path,
-    model_type: str,
-    seed: int,
-    tokenizer: bool,
-    settings: dict[str, Any],
-    for_mlx: dict[str, Any] | None = None,
-) -> Path:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = AutoConfig.for_model(model_type, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _randomise(model, seed)
-    model.save_pretrained(folder)
-    _write_mlx_keys(folder, for_mlx or {})
-    if tokenizer:
-        from tiny_tokenizer import build_tiny_tokenizer
-
-        build_tiny_tokenizer(folder)
-    return folder
-
-
-def _randomise(model: Any, seed: int) -> None:
-    """Matrices get std 1.5 / sqrt(fan in), embeddings 0.5; norms and biases move off 1 and 0."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        if weight.ndim == 1:
-            weight.data += 0.2 * noise
-        elif "embed" in name or "wte" in name or "wpe" in name:
-            weight.data = 0.5 * noise
-        else:
-            fan_in = weight.shape[0] if "Conv1D" in _owner(model, name) else weight.shape[-1]
-            weight.data = 1.5 * noise / fan_in**0.5
-
-
-def _owner(model: Any, name: str) -> str:
-    return type(model.get_submodule(name.rpartition(".")[0])).__name__
-
-
-def _rename_weights(folder: Path, prefix: str, to: str) -> None:
-    from safetensors.torch import load_file, save_file
-
-    path = Path(folder) / "model.safetensors"
-    weights = {to + name.removeprefix(prefix): array for name, array in load_file(path).items()}
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-def _write_mlx_keys(folder: Path, extra: dict[str, Any]) -> None:
-    """mlx-lm reads rope_theta; transformers 5 writes it inside rope_parameters and reads both."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-    path.write_text(json.dumps(config | extra, indent=2))

@@ -61,7 +61,7 @@ def split(model: nn.Module, config: Mapping[str, Any]) -> tuple[Callable[..., mx
     """The model in two: tokens [n, L] (and caches) -> hidden [n, L, D], and the head after it."""
     backbone = find_backbone(model)
     for _, module in backbone.named_modules():
-        if type(module) in LINEARS and _is_output(module, _vocab_size(config)):
+        if type(module) in LINEARS and _is_output(module, vocab_size(model, config)):
             return _without(backbone, module), _head_of(module)[0]
     return backbone, find_head(model, backbone, config)
 
@@ -88,12 +88,15 @@ def find_head(model: nn.Module, backbone: nn.Module, config: Mapping[str, Any]) 
     that does something else to its logits is never mistaken.
     """
     replayed = ReplayedHead(model, backbone)
-    modules = [m for _, m in model.named_modules() if _is_output(m, _vocab_size(config))]
+    modules = [m for _, m in model.named_modules() if _is_output(m, vocab_size(model, config))]
     for module in sorted(modules, key=lambda m: isinstance(m, EMBEDDINGS)):  # output layers first
         plain, width = _head_of(module)
         rows = mx.random.normal((4, width), key=mx.random.key(0))
         rows = (rows * mx.array([[1.0], [1.0], [30.0], [30.0]])).astype(plain.dtype)
-        wanted = replayed(rows).astype(mx.float32)
+        try:
+            wanted = replayed(rows).astype(mx.float32)
+        except ValueError:  # of another width: Gemma 4 has a second embedding of the vocabulary
+            continue
         allowed = AGREES.get(rows.dtype, 1e-4) * mx.abs(wanted).max()
         for scale, cap in _numbers(model, config):
             head = replace(plain, scale=scale, cap=cap)
@@ -103,8 +106,10 @@ def find_head(model: nn.Module, backbone: nn.Module, config: Mapping[str, Any]) 
     return replayed
 
 
-def _vocab_size(config: Mapping[str, Any]) -> int:
-    return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0)
+def vocab_size(model: nn.Module, config: Mapping[str, Any]) -> int:
+    """Rows of the head. The published files of Gemma 3 leave it to the model's own defaults."""
+    stated = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return int(stated or getattr(getattr(model, "args", None), "vocab_size", None) or 0)
 
 
 def _is_output(module: Any, vocab: int) -> bool:

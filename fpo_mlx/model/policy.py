@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fpo_mlx.errors import SaeError
-from fpo_mlx.model.heads import split
+from fpo_mlx.errors import ModelError, SaeError
+from fpo_mlx.model.heads import split, vocab_size
 from fpo_mlx.model.taps import PrefixCache, Tap, checkpoint_block, finish, tap_point
 from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.records import Site, TokenPair
@@ -79,10 +79,12 @@ class Policy:
                     "Use an SAE for this model, or give --layer."
                 )
         self.model, self.sites = model, tuple(sites)
-        self.vocab_size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
-        self.norm_eps = float(config.get("rms_norm_eps") or 1e-6)
-        self._residual = float(config.get("residual_multiplier") or 1.0)
-        self.shares_prompt = share_prompt and has_plain_caches(model)
+        text = config.get("text_config") or config  # a wrapper keeps the language model's own there
+        self.vocab_size = vocab_size(model, config)
+        self.norm_eps = float(text.get("rms_norm_eps") or 1e-6)
+        self._residual = float(text.get("residual_multiplier") or 1.0)
+        self._caches = plain_caches(model)
+        self.shares_prompt = share_prompt and self._caches > 0
         if grad_checkpoint:  # before the taps, which must lie outside
             inner = {s.layer for s in self.sites if s.kind not in ("resid_pre", "resid_post")}
             for i, block in enumerate(blocks_of(model)):
@@ -103,7 +105,7 @@ class Policy:
 
     def _shared(self, pair: TokenPair) -> Rows:
         """Prompt once: its keys and values are computed once, and used by both responses."""
-        caches = [PrefixCache() for _ in blocks_of(self.model)]
+        caches = [PrefixCache() for _ in range(self._caches)]
         if len(pair.prompt) > 1:
             self.backbone(mx.array(pair.prompt[None, :-1]), cache=caches)
         prefix = [cache.own for cache in caches]
@@ -137,6 +139,12 @@ class Policy:
         with _all_recording(self._taps, seen):
             hidden = self.backbone(tokens, cache=caches)  # [n, L, D]
         width = tokens.shape[1]
+        for record, site in zip(seen, self.sites, strict=True):
+            if record[-1].ndim != 3 or record[-1].shape[:2] != tokens.shape:
+                raise ModelError(
+                    f"the {site} of this model is an array of shape {record[-1].shape} for "
+                    f"{tokens.shape} tokens, not one vector a token. Use an SAE of another site."
+                )
         picks = [i * width + s + np.arange(n) for i, (s, n) in enumerate(spans)]
         index = mx.array(np.concatenate(picks).astype(np.int32))
 
@@ -172,10 +180,14 @@ def pad(sequences: Sequence[np.ndarray]) -> mx.array:
     return mx.array(out)
 
 
-def has_plain_caches(model: nn.Module) -> bool:
-    """Whether every block keeps ordinary keys and values, so that a prompt can be shared."""
+def plain_caches(model: nn.Module) -> int:
+    """How many caches of ordinary keys and values the model keeps; 0 if it has others, too.
+
+    Only with those can a prompt be shared. They are fewer than the blocks where some blocks attend
+    to the keys and values of earlier ones (Gemma 4) or have no attention.
+    """
     from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
     caches = make_prompt_cache(model)
     plain = all(type(cache) in (KVCache, RotatingKVCache) for cache in caches)
-    return plain and len(caches) == len(blocks_of(model))
+    return len(caches) if plain and len(caches) <= len(blocks_of(model)) else 0

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from fpo_mlx.errors import ModelError
 from fpo_mlx.model import randomness
+from fpo_mlx.model.trees import leaves_of
 from fpo_mlx.records import Site
 
 ATTENTION = ("self_attn", "attn", "attention", "linear_attn", "temporal_block", "mixer")
@@ -116,13 +118,16 @@ def checkpoint_block(block: nn.Module) -> None:
     """Recompute this block's activations in the backward pass (gradient checkpointing).
 
     Keys and values that a `PrefixCache` collects inside the call leave it as outputs, since an
-    array noted on the side would tie the whole block to the outer graph. Where the block has
-    dropout, the second pass draws the numbers of the first, and leaves no trace in the generator.
+    array noted on the side would tie the whole block to the outer graph; arrays that come within
+    tuples (keys and values of an earlier block, in Gemma 4) enter it as inputs for the same reason.
+    Where the block has dropout, the second pass draws the numbers of the first, and leaves no trace
+    in the generator.
     """
 
     def call(original, *args, **kwargs):
-        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, PrefixCache)), None)
-
+        given = leaves_of((args, kwargs))
+        cache = next((leaf for leaf in given if isinstance(leaf, PrefixCache)), None)
+        arrays = [leaf for leaf in given if isinstance(leaf, mx.array)]
         start = randomness.position() if randomness.drops(block) else None
         passes = []
 
@@ -139,22 +144,22 @@ def checkpoint_block(block: nn.Module) -> None:
 
         def run(parameters, prefix, *rest):
             block.update(parameters)
-            fresh = PrefixCache(prefix)
-            given = dict(zip(arrays, rest, strict=True))
-            out = original(
-                *(given.get(i, fresh if a is cache and cache else a) for i, a in enumerate(args)),
-                **{
-                    key: given.get(key, fresh if a is cache and cache else a)
-                    for key, a in kwargs.items()
-                },
-            )
-            return out, fresh.own
+            fresh, rest = PrefixCache(prefix), iter(rest)
 
-        arrays = {i: a for i, a in enumerate(args) if isinstance(a, mx.array)}
-        arrays |= {key: a for key, a in kwargs.items() if isinstance(a, mx.array)}
+            def put(leaf):
+                if isinstance(leaf, mx.array):
+                    return next(rest)
+                return fresh if leaf is cache and cache else leaf
+
+            a, k = tree_map(put, (args, kwargs))
+            out = original(*a, **k)
+            # the same array twice among the outputs would lose one of its two gradients
+            twice = any(leaf is own for leaf in leaves_of(out) for own in fresh.own)
+            return out, tuple(map(mx.contiguous, fresh.own)) if twice else fresh.own
+
         prefix = cache.prefix if cache else ()
         trainable = block.trainable_parameters()
-        out, own = mx.checkpoint(inner)(trainable, prefix, *arrays.values())
+        out, own = mx.checkpoint(inner)(trainable, prefix, *arrays)
         block.update(trainable)  # undo the tracer that `inner` left behind
         if cache:
             cache.own = own

@@ -15,6 +15,13 @@ def arrays_of(tree: Any) -> list[tuple[str, mx.array]]:
     return cast("list[tuple[str, mx.array]]", tree_flatten(tree))
 
 
+def leaves_of(tree: Any) -> list[Any]:
+    """Everything in nested tuples, lists and dictionaries, in the order of `tree_map`."""
+    found: list[Any] = []
+    tree_map(found.append, tree)
+    return found
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The model's blocks, first to last, as mlx-lm's models name them."""
     return cast("list[nn.Module]", model.layers)
