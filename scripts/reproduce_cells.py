@@ -139,7 +139,8 @@ def train_words(plan: Plan, cell: Cell, adapters: Path) -> list[str]:
     sae = cell.sae or plan.sae
     flags = {
         "reference": reference(plan, sae, cell), "iters": plan.updates,
-        "batch-size": plan.batch_size, "learning-rate": plan.learning_rate, "seed": cell.seed, "top-k": plan.top_k,
+        "batch-size": plan.batch_size, "learning-rate": plan.learning_rate,
+        "seed": cell.seed, "top-k": plan.top_k,
         "steps-per-report": max(1, plan.updates // 30), "save-every": max(1, plan.updates // 3),
         "adapter-path": adapters,
     }  # fmt: skip
