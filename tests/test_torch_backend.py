@@ -18,6 +18,7 @@ import oracle
 import safetensors.torch
 import tiny_models
 import torch
+from tiny_make import for_transformers
 
 from fpo_mlx.errors import ConfigError, FpoError, ModelError, SaeError
 from fpo_mlx.records import SITE_KINDS, SaeWeights, Site, TokenPair
@@ -89,7 +90,7 @@ def folder_of(tmp_path_factory):
     def get(family: str) -> Path:
         if family not in made:
             made[family] = tiny_models.MAKERS[family](tmp_path_factory.mktemp(family))
-        return made[family]
+        return for_transformers(made[family])
 
     return get
 
@@ -158,7 +159,7 @@ def test_without_an_sae_a_score_is_its_log_prob(llama):
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
 def test_a_score_does_not_depend_on_its_batch(family, folder_of):
     folder = folder_of(family)
-    width = 64 if family == "gemma3_text" else 32
+    width = 64 if family.startswith("gemma3") else 32
     backend = TorchBackend(folder, saes=[make_sae(Site(2), width)], device="cpu")
     pairs = make_pairs(6, longest=20)
     together = backend.score(pairs)
@@ -209,7 +210,8 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeyp
         assert a.logps == pytest.approx(b.logps, rel=1e-5)
 
 
-WINDOWED = {"gemma2", "gemma3_text", "cohere2"}  # some of their caches hold a window only
+# blocks with a window, or with a recurrent state
+WINDOWED = {"gemma2", "gemma3_text", "gemma3", "gemma4_text", "cohere2", "gpt_oss", "qwen3_next"}
 
 
 def long_prompts(n: int, seed: int = 0) -> list[TokenPair]:
@@ -232,7 +234,7 @@ def assert_close(got, want, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("family", tiny_models.MAKERS)
 def test_a_prompt_that_runs_once_gives_the_scores_of_one_that_runs_twice(family, folder_of):
-    folder, width = folder_of(family), 64 if family == "gemma3_text" else 32
+    folder, width = folder_of(family), 64 if family.startswith("gemma3") else 32
     pairs, saes = [*long_prompts(5), *make_pairs(3)], [make_sae(Site(2), width)]
     once = TorchBackend(folder, saes=saes, device="cpu")
     assert once.shares_prompt == (family not in WINDOWED)
