@@ -181,9 +181,10 @@ def check_resumable(folder: Path, run: Mapping[str, Any]) -> None:
             "--adapter-path of the run to continue."
         )
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        before["settings"], before["fingerprints"]  # both are looked at below
-    except (ValueError, KeyError, TypeError) as error:
+        before = files.parse_json(path.read_text(encoding="utf-8"))
+        if not all(isinstance(before[part], dict) for part in ("settings", "fingerprints")):
+            raise TypeError("settings or fingerprints are no objects")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error!r}). Start anew without --resume.") from error
     faults = [
         f"  {section}.{name}: was {old!r}, now {now!r}"

@@ -47,6 +47,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         _positive(self, "beta", "top_k")
+        _finite(self, "beta", "alpha", "gamma")
         if self.alpha < 0:
             raise ConfigError(f"--alpha {self.alpha}: wanted 0 or more.")
 
@@ -168,10 +169,13 @@ class TrainConfig:
             "steps_per_report", "steps_per_eval", "save_every", "max_margin", "max_logp_drop",
             "early_stopping", "max_skipped_updates", "max_feature_distance",
         )  # fmt: skip
+        _finite(self, "learning_rate", "epochs")
         if self.iters is not None and self.epochs is not None:
             raise ConfigError("--iters and --epochs exclude each other; give one.")
         if (self.iters is not None and self.iters < 1) or (self.epochs or 1) <= 0:
             raise ConfigError("--iters and --epochs: wanted more than 0.")
+        if (self.epochs or 0) > 1e6:
+            raise ConfigError(f"--epochs {self.epochs}: wanted a million at most.")
         unknown = set(self.lora_parameters) - {"rank", "scale", "dropout", "keys"}
         if unknown:
             hint = " mlx-lm uses scale, = alpha / rank." if "alpha" in unknown else ""
@@ -247,7 +251,7 @@ def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig
         raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}.{_closest(unknown)}")
     given |= {name: value for name, value in flags.items() if value is not None}
     preset = given.pop("objective", "fpo")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"--objective {preset}: wanted one of {', '.join(PRESETS)}.")
     given = {**PRESETS[preset], **given}
     faults, values = [], {}
@@ -281,16 +285,22 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return _coerce(name, value, next(a for a in arguments if a is not type(None)))
     flag = "--" + name.replace("_", "-")
     if origin is Literal:
-        if value not in arguments:
+        if not isinstance(value, str) or value not in arguments:
             raise ConfigError(f"{flag} {value}: wanted one of {', '.join(arguments)}.")
         return value
     if origin is tuple:
-        return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
+        if isinstance(value, str):
+            return (value,)
+        if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise ConfigError(f"{flag} {value!r}: wanted a text or a list of texts.")
     if hint is float and not isinstance(value, bool):
         try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isnan(number):  # infinity is a bound that is never reached
+            return number
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{flag} {value!r}: wanted {getattr(hint, '__name__', hint)}.")
@@ -306,7 +316,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: cannot be read as YAML: nested too deeply") from None
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: found {type(value).__name__}, wanted `setting: value` lines.")
@@ -318,6 +330,16 @@ def _closest(unknown: list[str]) -> str:
 
     near = difflib.get_close_matches(unknown[0], options(), n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def _finite(config: Any, *names: str) -> None:
+    faults = [
+        f"--{name.replace('_', '-')} {value}: wanted a finite number."
+        for name in names
+        if (value := getattr(config, name)) is not None and not math.isfinite(value)
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def _positive(config: Any, *names: str) -> None:

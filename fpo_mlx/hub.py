@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx import files
 from fpo_mlx.errors import ModelError
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.tiktoken"]
@@ -39,7 +39,10 @@ def resolve_model(spec: str | Path, revision: str | None = None) -> Path:
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model folder; a multimodal one's text part is laid over the top level."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = files.parse_json((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
-    return {**config, **config.get("text_config", {})}
+    inner = config.get("text_config") or {} if isinstance(config, dict) else None
+    if not isinstance(inner, dict):
+        raise ModelError(f"{path / 'config.json'}: wanted a JSON object, as a model folder has it.")
+    return {**config, **inner}

@@ -166,6 +166,8 @@ def _read_small(path: Path, file, about: dict, n_saes: int) -> Shard:
         raise ValueError(f"its arrays have shapes {shapes}, not those of {rows} rows")
     for s, o in enumerate(offsets):
         nonzeros = file.get_slice(f"features.{s}.values").get_shape()[0]
+        if file.get_slice(f"features.{s}.indices").get_shape() != [nonzeros]:
+            raise ValueError(f"SAE {s} has not as many indices as values")
         if o[0] != 0 or (np.diff(o) < 0).any() or o[-1] != nonzeros:
             raise ValueError(f"the offsets of SAE {s} do not fit its {nonzeros} values")
     return Shard(

@@ -38,7 +38,7 @@ def read_identity(folder: str | Path) -> CacheIdentity:
     """What the cache in this folder was made of. Raises CacheMismatch when there is none."""
     path = Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = files.parse_json(path.read_text(encoding="utf-8"))
         kind = (manifest["format"], manifest["version"])
         if kind == (FORMAT, VERSION):
             return CacheIdentity.from_json(manifest["identity"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,24 +111,31 @@ def read_spec(folder: Path, model: nn.Module | None = None) -> AdapterSpec:
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = files.parse_json(path.read_text(encoding="utf-8"))
         lora, kind = config["lora_parameters"], config.get("fine_tune_type", "lora")
         n, keys = int(config["num_layers"]), lora.get("keys")
         rank, scale = int(lora["rank"]), float(lora["scale"])
-        if keys is not None and not all(isinstance(key, str) for key in keys):
+        dropout = float(lora.get("dropout", 0.0))
+        if keys is not None and not (isinstance(keys, list) and _all_texts(keys)):
             raise TypeError(f"keys {keys!r}")
+        if rank < 1 or not 0 <= dropout < 1 or not math.isfinite(scale):
+            raise ValueError(f"rank {rank}, scale {scale}, dropout {dropout}")
     except FileNotFoundError as error:
         raise ModelError(
             f"{folder}: found no {CONFIG}. Wanted an adapter folder as mlx_lm.lora or "
             "fpo-mlx train writes it."
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ModelError(f"{path}: not an adapter configuration ({error!r})") from error
     if kind not in ("lora", "dora"):
         raise ModelError(f"{path}: fine_tune_type {kind!r}; wanted lora or dora. Fuse it first.")
     if model is not None:
         n, keys = _resolve_keys(model, n, keys)
-    return AdapterSpec(kind, n, rank, scale, float(lora.get("dropout", 0.0)), tuple(keys or ()))
+    return AdapterSpec(kind, n, rank, scale, dropout, tuple(keys or ()))
+
+
+def _all_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _resolve_keys(

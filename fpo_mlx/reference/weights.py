@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fpo_mlx.errors import ModelError
+from fpo_mlx.files import parse_json
 
 CHUNK = 1 << 22  # bytes read at a time
 # fields of config.json that no logit depends on, or that repeat another field
@@ -106,19 +107,28 @@ def _tensors(path: Path) -> Iterator[_Tensor]:
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < 1 << 28 else {}
-        end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"))
-        if path.stat().st_size != 8 + length + end:
-            raise ValueError(f"{path.stat().st_size} bytes instead of {8 + length + end}")
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            header = parse_json(file.read(length)) if length < 1 << 28 else {}
+        header.pop("__metadata__", None)
+        found = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
+        end = max(tensor.start + tensor.size for tensor in found)
+        if path.stat().st_size != end:
+            raise ValueError(f"{path.stat().st_size} bytes instead of {end}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ModelError(
             f"{path} is no whole safetensors file ({error}). Download or copy it again."
         ) from error
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, stop = entry["data_offsets"]
-            at = 8 + length + begin
-            yield _Tensor(name, entry["dtype"], tuple(entry["shape"]), path, at, stop - begin)
+    yield from found
+
+
+def _entry(path: Path, name: str, entry: dict[str, Any], start: int) -> _Tensor:
+    """One line of a header. Raises: KeyError, TypeError or ValueError."""
+    begin, stop = entry["data_offsets"]
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    if type(dtype) is not str or not all(type(n) is int for n in (begin, stop, *shape)):
+        raise TypeError(f"{name} is described by values of wrong types")
+    if not 0 <= begin <= stop:
+        raise ValueError(f"{name} ends before it begins")
+    return _Tensor(name, dtype, shape, path, start + begin, stop - begin)
 
 
 def _content(tensor: _Tensor) -> bytes:
@@ -137,7 +147,7 @@ def _content(tensor: _Tensor) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} cannot be read ({error}). Wanted a model folder with config.json, or an "

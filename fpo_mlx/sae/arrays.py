@@ -5,16 +5,20 @@ Each opener returns a `TensorFile`: names and shapes at once, values when asked 
 
 from __future__ import annotations
 
-import json
+import math
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from fpo_mlx.errors import SaeError
+from fpo_mlx.files import parse_json
 
 # numpy dtype of each safetensors dtype; BF16 is read as its 16 bits and widened below
 SAFETENSORS_DTYPES = {
@@ -30,6 +34,12 @@ SAFETENSORS_DTYPES = {
     "BOOL": "|b1",
 }
 PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+# what a broken archive makes zipfile, zlib, numpy and the parser of its headers raise
+UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError, TypeError,
+    SyntaxError, tokenize.TokenError, NotImplementedError, RuntimeError, RecursionError,
+    OverflowError, MemoryError, IndexError, struct.error, AttributeError,
+)  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
 
 
@@ -126,24 +136,40 @@ def open_npz(path: Path) -> TensorFile:
                 for name in archive.namelist()
                 if name.endswith(".npy")
             }
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise _unreadable(path, "an .npz archive", error) from error
     return TensorFile(path, shapes, lambda name: _npz_array(path, name))
 
 
 def _npy_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
     with archive.open(name) as stream:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            return np.lib.format.read_array_header_1_0(stream)[0]
-        return np.lib.format.read_array_header_2_0(stream)[0]
+        return _npy_header(stream)[0]
+
+
+def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, Fortran order, dtype)."""
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    return np.lib.format.read_array_header_2_0(stream)
+
+
+def _check_room(archive: zipfile.ZipFile, name: str) -> None:
+    """An entry's header must not claim more than its bytes: numpy allocates first."""
+    with archive.open(name) as stream:
+        shape, _, dtype = _npy_header(stream)
+        there = archive.getinfo(name).file_size
+        if math.prod(shape) * max(dtype.itemsize, 1) > there:
+            raise ValueError(f"{name} claims the shape {list(shape)} in {there} bytes")
 
 
 def _npz_array(path: Path, name: str) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return archive[name]
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        with zipfile.ZipFile(path) as archive:
+            _check_room(archive, f"{name}.npy")
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except UNREADABLE as error:
         raise _unreadable(path, "an .npz archive of plain arrays", error) from error
 
 
@@ -175,7 +201,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER, path.stat().st_size - 8):
                 raise ValueError(f"its header claims {length} bytes")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
     except (OSError, ValueError) as error:
         raise _unreadable(path, "a safetensors file", error) from error
     if not isinstance(header, dict):
@@ -187,10 +213,12 @@ def _safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 def _check_extent(path: Path, name: str, entry: Any, size: int) -> None:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        known = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        numbers = (*shape, begin, end)
+        if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+            raise ValueError(f"extents of {name!r} that cannot be")
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(path, "a safetensors file", error) from error
-    if dtype not in SAFETENSORS_DTYPES:
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
         raise SaeError(
             f"{path}: tensor {name!r} is stored as {dtype}; wanted one of "
             f"{', '.join(SAFETENSORS_DTYPES)}. Convert it with the tool that wrote it."
@@ -200,8 +228,7 @@ def _check_extent(path: Path, name: str, entry: Any, size: int) -> None:
             f"{path} is truncated: tensor {name!r} ends at byte {end} of the data, the file has "
             f"{size}. Download it again."
         )
-    count = int(np.prod(shape, dtype=np.int64)) if known else -1
-    if count * np.dtype(SAFETENSORS_DTYPES[dtype]).itemsize != end - begin:
+    if math.prod(shape) * np.dtype(SAFETENSORS_DTYPES[dtype]).itemsize != end - begin:
         raise SaeError(
             f"{path}: tensor {name!r} of shape {shape} and {dtype} has {end - begin} bytes. "
             "The header is damaged; download the file again."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fpo_mlx.errors import SaeError
+from fpo_mlx.files import parse_json
 from fpo_mlx.records import SaeWeights
 from fpo_mlx.sae.arrays import TensorFile
 from fpo_mlx.sae.registry import facts
@@ -103,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _parsed(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SaeError(f"{path} cannot be read as JSON: {error}. Download it again.") from error
 
@@ -146,7 +146,11 @@ def inverse(norms: np.ndarray) -> np.ndarray:
 
 def assert_width(found: int, wanted: Any, what: str, where: Path) -> None:
     """Raise if a configuration contradicts the tensors."""
-    if wanted is not None and int(wanted) != found:
+    try:
+        same = wanted is None or int(wanted) == found  # some write it as a text
+    except (TypeError, ValueError, OverflowError):
+        same = False
+    if not same:
         raise SaeError(
             f"{where}: the configuration says {what} = {wanted}, the weights have {found}. "
             "Configuration and weights belong to different SAEs."
