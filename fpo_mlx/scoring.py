@@ -40,6 +40,8 @@ def encoder_of(sae: SaeWeights) -> F.Encoder:
     """Arrays of the SAE's encoder on the default device, float32."""
     given = {name: getattr(sae, name) for name in ENCODER_ARRAYS}
     arrays: dict[str, Any] = {k: None if a is None else mx.array(a) for k, a in given.items()}
+    if arrays["threshold"] is not None:  # below 0 it would be the ReLU's: the same function
+        arrays["threshold"] = mx.maximum(arrays["threshold"], 0.0)
     return F.Encoder(
         activation=sae.activation,
         w_enc=mx.array(np.ascontiguousarray(sae.w_enc.T)),

@@ -25,7 +25,7 @@ class Encoder:
     w_enc: mx.array  # [F, D_in]
     b_enc: mx.array  # [F]
     b_in: mx.array | None = None  # [D_in]
-    threshold: mx.array | None = None  # [F]
+    threshold: mx.array | None = None  # [F], 0 or more
     gate_scale: mx.array | None = None  # [F]
     gate_bias: mx.array | None = None  # [F]
     act_scale: mx.array | None = None  # [F]
@@ -77,7 +77,10 @@ def encoder_inputs(encoder: Encoder, rows: mx.array) -> mx.array:
 
 
 def products(encoder: Encoder, inputs: mx.array) -> tuple[mx.array, mx.array]:
-    """inputs: [R, D_in] -> (raw, pre), each [R, F]; they differ only by gate_scale and bias."""
+    """inputs: [R, D_in] -> (raw, pre), each [R, F]; they are one but for gated SAEs."""
+    if encoder.activation != "gated":
+        pre = mx.addmm(encoder.b_enc, inputs, encoder.w_enc.T)
+        return pre, pre
     raw = inputs @ encoder.w_enc.T
     scaled = raw if encoder.gate_scale is None else raw * encoder.gate_scale
     return raw, scaled + encoder.b_enc
@@ -114,10 +117,11 @@ def activate(
 ) -> mx.array:
     """Activations of the features `indices` [F'] from their raw and pre, each [R, F']."""
     kind, threshold, bias = encoder.activation, encoder.threshold, encoder.gate_bias
+    if kind == "jumprelu" and threshold is not None:  # never negative, so no ReLU is needed
+        acts = mx.where(pre > threshold, pre, 0.0)
+        return acts if encoder.act_scale is None else acts * encoder.act_scale
     acts = pre if encoder.signed else mx.maximum(pre, 0.0)
-    if kind == "jumprelu" and threshold is not None:
-        acts = mx.where(pre > threshold, acts, 0.0)
-    elif kind == "gated" and bias is not None:
+    if kind == "gated" and bias is not None:
         acts = mx.where(raw + bias > 0, acts, 0.0)
     elif kind == "topk" and gate is not None:
         acts = mx.where(pre >= gate, acts, 0.0)
