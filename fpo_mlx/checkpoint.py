@@ -54,19 +54,27 @@ class Progress:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """Writes one run's files; every one whole or not at all."""
+    """Writes one run's files; every one whole or not at all.
+
+    writes: False for all but the first of several processes, which then leave no trace.
+    """
 
     path: Path
     adapter_config: Mapping[str, Any]
+    writes: bool = True
 
     def save_adapters(self, model: nn.Module, iteration: int | None = None) -> None:
         """The current adapters; numbered as well when an iteration is given."""
+        if not self.writes:
+            return
         weights = dict(adapters.parameters(model))
         if iteration is not None:
             adapters.save(self.path / f"{iteration:07d}_adapters.safetensors", weights)
         self._save_pair(self.path, weights)
 
     def save_best(self, model: nn.Module) -> None:
+        if not self.writes:
+            return
         self._save_pair(self.path / "best", dict(adapters.parameters(model)))
 
     def _save_pair(self, folder: Path, weights: Mapping[str, mx.array]) -> None:
@@ -85,6 +93,8 @@ class AdapterFolder:
         progress: Progress,
     ) -> None:
         """Everything that the next update depends on, in one file."""
+        if not self.writes:
+            return
         arrays = {f"adapter.{k}": v for k, v in adapters.parameters(model)}
         arrays |= {f"optimizer.{k}": v for k, v in arrays_of(optimizer.state)}
         arrays |= {f"reference.{k}": v for k, v in reference.items()}
@@ -95,13 +105,14 @@ class AdapterFolder:
             mx.save_safetensors(str(temporary), arrays, metadata=metadata)
 
     def load_state(
-        self, model: nn.Module, optimizer: Optimizer
+        self, model: nn.Module, optimizer: Optimizer, path: Path | None = None
     ) -> tuple[Progress, dict[str, mx.array]]:
         """Put a saved state back. Returns: progress and the reference's adapter weights.
 
+        path: where the state lies, if not in this folder.
         Raises: ModelError when the file is damaged or belongs to another adapter.
         """
-        path = self.path / STATE
+        path = path or self.path / STATE
         try:
             arrays, metadata = read_arrays(path)
             progress = Progress(**json.loads(metadata["progress"]))
@@ -126,6 +137,9 @@ class AdapterFolder:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder for one run. Raises FpoError naming the run that has it already."""
+        if not self.writes:
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with locks.held(self.path / LOCK, self.path):
@@ -137,6 +151,8 @@ class AdapterFolder:
 
     def start(self, run: Mapping[str, Any]) -> None:
         """Begin a new run here; an older run's metrics and checkpoints do not survive it."""
+        if not self.writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / STATE).unlink(missing_ok=True)  # first: half a folder must not be resumed
         for old in (*self.path.glob("*_adapters.safetensors"), self.path / "metrics.jsonl"):
@@ -147,6 +163,8 @@ class AdapterFolder:
 
     def log(self, entry: Mapping[str, Any], progress: Progress) -> None:
         """Append one line to metrics.jsonl."""
+        if not self.writes:
+            return
         line, path = json.dumps(entry) + "\n", self.path / "metrics.jsonl"
         try:
             with open(path, "a", encoding="utf-8") as handle:
@@ -157,6 +175,8 @@ class AdapterFolder:
 
     def rewind_log(self, progress: Progress) -> None:
         """Drop the lines that were written after the state was saved."""
+        if not self.writes:
+            return
         path = self.path / "metrics.jsonl"
         if path.exists():
             os.truncate(path, min(progress.metrics_bytes, path.stat().st_size))
@@ -167,7 +187,8 @@ FREE = {
     "resume", "iters", "epochs", "report_to", "project_name", "reference", "adapter_path",
     "grad_checkpoint", "steps_per_report", "steps_per_eval", "val_batches", "save_every",
     "max_margin", "max_logp_drop", "max_feature_distance", "early_stopping", "on_divergence",
-    "max_skipped_updates", "valid_split", "test_split", "trust_remote_code",
+    "max_skipped_updates", "max_start_gap", "peer_timeout", "valid_split", "test_split",
+    "trust_remote_code",
     "feature_weights",  # the file's name; what it says is a fingerprint
 }  # fmt: skip
 

@@ -155,6 +155,12 @@ class TrainConfig:
         "stop", "stop: end the run, exit code 4; skip: leave that update out and count it"
     )
     max_skipped_updates: int = _opt(5, "updates left out in a row that end the run all the same")
+    max_start_gap: float = _opt(
+        0.05, "refuse to start when |u| / beta is above this: policy and reference differ"
+    )
+    peer_timeout: float = _opt(
+        600.0, "seconds to wait for the other processes of a launcher before giving up"
+    )
     max_margin: float = _opt(50.0, "largest |u| / beta of an update, in nats a token")
     max_logp_drop: float = _opt(
         5.0, "most that the chosen log-prob may fall below the reference's, in nats a token"
@@ -168,6 +174,7 @@ class TrainConfig:
             self, "batch_size", "grad_accumulation_steps", "micro_batch_size", "learning_rate",
             "steps_per_report", "steps_per_eval", "save_every", "max_margin", "max_logp_drop",
             "early_stopping", "max_skipped_updates", "max_feature_distance",
+            "max_start_gap", "peer_timeout",
         )  # fmt: skip
         _finite(self, "learning_rate", "epochs")
         if self.iters is not None and self.epochs is not None:

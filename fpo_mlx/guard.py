@@ -12,8 +12,6 @@ from fpo_mlx.config import Objective, TrainConfig
 from fpo_mlx.records import PairScore
 
 SAME_LOSS = 1e-4  # nats; float32 holds the loss to 1e-6
-SAME_POLICY = 0.05  # |u| / beta in nats (a token, if normalised) at which step 0 is refused
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -24,7 +22,11 @@ class Verdict:
 
 
 def first_step(
-    values: Mapping[str, np.ndarray], refs: Sequence[PairScore], grad_norm: float, o: Objective
+    values: Mapping[str, np.ndarray],
+    refs: Sequence[PairScore],
+    grad_norm: float,
+    o: Objective,
+    bound: float = TrainConfig.max_start_gap,
 ) -> Verdict:
     """Before the first update policy and reference are one model, and something can be learnt.
 
@@ -39,21 +41,19 @@ def first_step(
     if not (np.isfinite(values["loss"]).all() and math.isfinite(grad_norm)):
         return Verdict()  # `divergence` speaks of it
     want = closed_form(refs, o)
-    gap = float(np.abs(values["u"] - want).max()) / o.beta
-    sides = ("logps_per_token/chosen_change", "logps_per_token/rejected_change")
-    apart = max(float(np.abs(values[side]).max()) for side in sides)
+    gap, apart = gaps(values, refs, o)
     advice = "Run `fpo-mlx precompute` with this model and adapter, or drop --reference."
-    if gap > SAME_POLICY:
+    if gap > bound:
         return Verdict(
             f"step 0: the policy is not the reference. Their margins differ by up to {gap:.3g} "
-            f"nats, wanted less than {SAME_POLICY}: the loss would start at "
+            f"nats, wanted less than {bound:g} (--max-start-gap): the loss would start at "
             f"{values['loss'].mean():.4f}, not at {_loss(want).mean():.4f}"
             f"{' (ln 2)' if o.margin == 'reference' else ''}. {advice}"
         )
-    if apart > SAME_POLICY:
+    if apart > bound:
         return Verdict(
             f"step 0: the policy is not the reference. Their log-probs differ by up to {apart:.3g} "
-            f"nats a token, wanted less than {SAME_POLICY}. {advice}"
+            f"nats a token, wanted less than {bound:g} (--max-start-gap). {advice}"
         )
     wrong = float(np.abs(values["loss"] - _loss(values["u"])).max())
     if wrong > SAME_LOSS:
@@ -65,6 +65,19 @@ def first_step(
         note = f"step 0: |u| / beta is off by {gap:.2g}; the reference was computed otherwise"
         return Verdict(notes=(note,))
     return Verdict()
+
+
+def gaps(
+    values: Mapping[str, np.ndarray], refs: Sequence[PairScore], o: Objective
+) -> tuple[float, float]:
+    """How far policy and reference are apart before any update; both 0 where they are one.
+
+    Returns: the largest |u| / beta, u less its closed form, in nats (a token, if normalised), and
+    the largest difference of a response's log-prob in nats a token.
+    """
+    gap = float(np.abs(values["u"] - closed_form(refs, o)).max()) / o.beta
+    sides = ("logps_per_token/chosen_change", "logps_per_token/rejected_change")
+    return gap, max(float(np.abs(values[side]).max()) for side in sides)
 
 
 def closed_form(refs: Sequence[PairScore], o: Objective) -> np.ndarray:

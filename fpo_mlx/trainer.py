@@ -15,13 +15,14 @@ import numpy as np
 from mlx.utils import tree_map
 
 from fpo_mlx import guard
-from fpo_mlx.checkpoint import AdapterFolder, Progress
+from fpo_mlx.checkpoint import STATE, AdapterFolder, Progress
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.core.objectives import PairLosses
 from fpo_mlx.data import batches, pair_lengths
 from fpo_mlx.errors import Diverged, Interrupted, ModelError
-from fpo_mlx.model import adapters
+from fpo_mlx.model import adapters, randomness
 from fpo_mlx.optimizer import make_optimizer
+from fpo_mlx.parallel import Ranks
 from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.reports import (
     Report,
@@ -49,10 +50,15 @@ class Trainer:
         config: TrainConfig,
         folder: AdapterFolder,
         stop: Callable[[], int | None] = lambda: None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """stop: asked between updates; an exit code (130, 143) saves the state and ends the run."""
+        """stop: asked between updates; an exit code (130, 143) saves the state and ends the run.
+
+        ranks: the processes among which the pairs of every update are dealt out; default one.
+        """
         self.scorer, self.train, self.valid = scorer, train, valid
         self.config, self.folder, self._stop = config, folder, stop
+        self.ranks = ranks or Ranks()
         self.model = scorer.policy.model
         self.total = config.iterations(len(train))
         self.optimizer = make_optimizer(config)
@@ -64,11 +70,19 @@ class Trainer:
 
     def resume(self) -> None:
         """Go back to the state in the folder."""
-        self.progress, self._reference = self.folder.load_state(self.model, self.optimizer)
+        with self.ranks.file_of_first(self.folder.path / STATE) as path:
+            loaded = self.folder.load_state(self.model, self.optimizer, path)
+        self.progress, self._reference = loaded
         self.scorer.freeze_reference(self._reference)
         self.folder.rewind_log(self.progress)
         self._window = Window.of(self.progress.window)
         self._good = dict(adapters.parameters(self.model))
+
+    def start_gaps(self, pairs: int = 16) -> tuple[float, float]:
+        """`guard.gaps` of the first pairs, before any update."""
+        self.model.eval()
+        some = ScoredPairs(self.train.pairs[:pairs], self.train.refs[:pairs])
+        return guard.gaps(self._measure(some), some.refs, self.scorer.objective)
 
     def run(self) -> Iterator[Report]:
         """Train to the last iteration, or until validation finds nothing better.
@@ -78,6 +92,7 @@ class Trainer:
         """
         mx.reset_peak_memory()
         if self.progress.iteration == 0:
+            adapters.update(self.model, self._of_first(dict(adapters.parameters(self.model))))
             self._reference = dict(adapters.parameters(self.model))
             self.scorer.freeze_reference(self._reference)
             if self.valid:
@@ -97,7 +112,8 @@ class Trainer:
                 yield self._validate()
             early = not last and guard.stale(self.progress.stale, self.config)
             last = last or early
-            code, due = self._stop(), _crossed(iteration, self.config.save_every, self._step)
+            code = self.ranks.largest(self._stop() or 0)
+            due = _crossed(iteration, self.config.save_every, self._step)
             if code or last or due:
                 self._save(numbered=last or due)
                 yield SavedReport(iteration, numbered=last or due)
@@ -124,6 +140,7 @@ class Trainer:
         while progress.iteration < self.total:
             count = min(self._step, self.total - progress.iteration)
             indices = next(order)[2][: count * size]
+            self._seed_dropout()
             self.model.train()
             values, gradient = self._gradient(indices)
             self.model.eval()
@@ -144,24 +161,50 @@ class Trainer:
             yield progress.iteration, grad_norm, skipped
 
     def _gradient(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
-        """Mean gradient over the pairs, a few in memory at a time, and their values in order."""
+        """Mean gradient over the pairs, a few in memory at a time, and their values in order.
+
+        Each process adds up its own part; a mean over all pairs is the sum of the parts.
+        """
         size, total, parts = self.config.micro_batch_size, None, []
+        own = self.ranks.part(len(indices))
+        count = math.inf if own.idle else len(indices)  # a borrowed pair gives no gradient
         value_and_grad = nn.value_and_grad(self.model, self._loss)
-        for start in range(0, len(indices), size):
-            chosen = indices[start : start + size]
+        for start in range(0, len(own.positions), size):
+            chosen = indices[own.positions[start : start + size]]
             pairs = [self.train.pairs[i] for i in chosen]
             (_, losses, measures), gradient = value_and_grad(
-                pairs, [self.train.refs[i] for i in chosen], len(indices)
+                pairs, [self.train.refs[i] for i in chosen], count
             )
             total = gradient if total is None else tree_map(mx.add, total, gradient)
             mx.eval(total, losses, measures)
             parts.append(
                 pair_metrics(PairLosses(*losses), _measures(measures), self.scorer.objective.beta)
             )
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, total
+        values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return self.ranks.gather(values, own, len(indices)), self.ranks.sum(total)
+
+    def _measure(self, data: ScoredPairs) -> dict[str, np.ndarray]:
+        """`measure` of all pairs, each by one of the processes."""
+        own = self.ranks.part(len(data))
+        part = ScoredPairs(*([side[i] for i in own.positions] for side in (data.pairs, data.refs)))
+        values = measure(self.scorer, part, self.config.micro_batch_size)
+        return self.ranks.gather(values, own, len(data))
+
+    def _seed_dropout(self) -> None:
+        """Of several processes each drops on its own, and on again from any checkpoint."""
+        if self.ranks.size > 1:
+            place = [self.config.seed, self.progress.iteration, self.ranks.rank]
+            state = np.random.SeedSequence(place).generate_state(1, np.uint64)
+            randomness.go_to(int(state[0]))
+
+    def _of_first(self, tree: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The first process's adapters: another machine may draw other numbers."""
+        if self.ranks.size == 1:
+            return tree
+        return dict(zip(tree, self.ranks.from_first(list(tree.values())), strict=True))
 
     def _loss(
-        self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], count: int
+        self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], count: float
     ) -> tuple[mx.array, tuple[mx.array, ...], dict[str, mx.array]]:
         losses, measures = self.scorer.losses(pairs, refs, grad=True)
         seen = {k: v for k, v in vars(measures).items() if v is not None}
@@ -199,8 +242,8 @@ class Trainer:
         first = ScoredPairs(
             *([side[i] for i in indices] for side in (self.train.pairs, self.train.refs))
         )
-        values = measure(self.scorer, first, self.config.micro_batch_size)  # without dropout
-        verdict = guard.first_step(values, first.refs, grad_norm, self.scorer.objective)
+        o, bound = self.scorer.objective, self.config.max_start_gap
+        verdict = guard.first_step(self._measure(first), first.refs, grad_norm, o, bound)
         if verdict.reason is not None:
             raise ModelError(verdict.reason)
         return list(verdict.notes)
@@ -245,7 +288,7 @@ class Trainer:
         if self.config.val_batches >= 0:
             n = min(n, self.config.val_batches * self.config.batch_size)
         some = ScoredPairs(self.valid.pairs[:n], self.valid.refs[:n])
-        values = measure(self.scorer, some, self.config.micro_batch_size)
+        values = self._measure(some)
         means = {name: float(array.mean()) for name, array in values.items() if name != "u"}
         loss, progress = means.pop("loss"), self.progress
         if not math.isfinite(loss):

@@ -90,6 +90,17 @@ def test_a_reference_margin_starts_at_ln_2():
     assert guard.first_step(first(), REFS, 1.0, FPO) == guard.Verdict()
 
 
+def test_a_larger_gap_passes_where_the_user_allows_it():
+    apart = first(u=-0.02, rejected=0.3)
+    assert guard.gaps(apart, REFS, FPO) == pytest.approx((0.2, 0.3))
+    assert "log-probs differ by up to 0.3" in (
+        guard.first_step(apart, REFS, 1.0, FPO, bound=0.25).reason or ""
+    )
+    allowed = guard.first_step(apart, REFS, 1.0, FPO, bound=0.31)
+    assert allowed.reason is None
+    assert "off by 0.2" in allowed.notes[0]
+
+
 def test_a_constant_margin_starts_at_its_closed_form():
     """2 (-6/3 - -20/4) - 1 = 5 normalised; 2 (-6 - -20) - 1 = 27 in sums."""
     np.testing.assert_allclose(guard.closed_form(REFS, SIMPO), [5.0])

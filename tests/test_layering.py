@@ -28,6 +28,7 @@ OURS = {
     "files": {"errors", "locks"},
     "paths": set(),
     "processes": {"errors"},
+    "parallel": VOCABULARY,
     "blas": {"paths"},
     "hub": VOCABULARY,
     "featurefiles": VOCABULARY,
@@ -48,7 +49,9 @@ OURS = {
     "optimizer": VOCABULARY | {"config", "model"},
     "guard": VOCABULARY | {"config"},
     "reports": VOCABULARY | {"core", "scoring"},
-    "trainer": VOCABULARY | RUN | {"checkpoint", "data", "guard", "optimizer", "reports"},
+    "trainer": VOCABULARY
+    | RUN
+    | {"checkpoint", "data", "guard", "optimizer", "parallel", "reports"},
     "sampling": VOCABULARY | RUN,
     "evaluate": VOCABULARY | RUN | {"sampling"} | {"reports"},
     "fuse": VOCABULARY | {"hub", "model"},
@@ -66,6 +69,7 @@ OTHERS = {
     "locks": set(),
     "paths": set(),
     "processes": set(),
+    "parallel": {"numpy", "mlx"},
     "blas": set(),
     "hub": {"huggingface_hub"},
     "featurefiles": {"yaml"},

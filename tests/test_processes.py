@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
+from launchers import launch, mlx_launch
 from test_cli import ROWS, lines, random_sae
 
 from fpo_mlx import cache
@@ -19,50 +16,7 @@ from fpo_mlx.sae.convert import write_saelens
 pytest.importorskip("mlx.core")
 pytest.importorskip("torch")
 
-ROOT = Path(__file__).resolve().parent.parent
 PAIRS = 70  # two shards: work for two
-QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def environment(**more: str) -> dict[str, str]:
-    """This one's, without what a launcher would have set, and with this checkout's package."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_", "OMPI_"))}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        own.pop(name, None)
-    return {**own, **QUIET, "PYTHONPATH": str(ROOT), **more}
-
-
-def free_ports(n: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def launch(words: list[object], **more: str) -> subprocess.CompletedProcess:
-    """Run to the end; stdin stays open, for mlx.launch spins on one that is not."""
-    reader, writer = os.pipe()
-    try:
-        return subprocess.run(
-            [str(word) for word in words], stdin=reader, env=environment(**more),
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-    finally:
-        os.close(reader)
-        os.close(writer)
-
-
-def mlx_launch(n: int, *words: object) -> list[object]:
-    beside = Path(sys.executable).with_name("mlx.launch")
-    program = beside if beside.exists() else shutil.which("mlx.launch")
-    if program is None:
-        pytest.skip("mlx.launch is not here")
-    start = min(free_ports(8))
-    return [
-        program, "-n", n, "--backend", "ring", "--starting-port", start,
-        "--python", sys.executable, "--", "-m", "fpo_mlx", *words,
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import click
 from fpo_mlx.cli.options import gather, preset_option, settings
 from fpo_mlx.cli.show import Bar, Progress, result, say
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig, TrainConfig
+from fpo_mlx.processes import is_first
 
 
 @click.command()
@@ -28,7 +29,8 @@ def train(**values) -> None:
     from fpo_mlx import pipeline, trackers
 
     config = gather(values)
-    track = trackers.open_trackers(config.train.report_to, config.train.project_name, config)
+    trackers_of = config.train.report_to if is_first() else None  # of several processes
+    track = trackers.open_trackers(trackers_of, config.train.project_name, config)
     show = Progress(config.train.iters)
     reports = pipeline.train(config, say=show.say, progress=Bar("reference"), arm=on_signal)
     try:

@@ -25,6 +25,7 @@ from fpo_mlx.tokenizer import ChatTokenizer, load_tokenizer
 
 Say = Callable[[str], None]
 OnFill = Callable[[FillReport], None]
+Agree = Callable[[Path, bool], bool]
 WAIT_SAID = 60.0  # seconds of waiting for other processes until a user hears of it
 
 
@@ -183,16 +184,44 @@ def default_cache(identity: CacheIdentity) -> Path:
 
 
 def reference_of(
-    job: Job, pairs: Sequence[TokenPair], say: Say, progress: OnFill = lambda _: None
+    job: Job,
+    pairs: Sequence[TokenPair],
+    say: Say,
+    progress: OnFill = lambda _: None,
+    *,
+    other_weights: bool = False,
+    agree: Agree = lambda _, lacking: lacking,
 ) -> ReferenceCache:
-    """The cache that --reference names, or the default one, with a row for every response."""
+    """The cache that --reference names, or the default one, with a row for every response.
+
+    other_weights: take a whole cache of another model too (its `differences` say so).
+    """
     t = job.config.train
     if not t.reference:
         folder = default_cache(job.identity)
     else:
         folder = Path(t.reference)
         job = replace(job, identity=as_kept(folder, job, say))
-    return fill_cache(job, pairs, folder=folder, adapter=t.init_adapter, say=say, progress=progress)
+        if other_weights and (store := _of_other_weights(folder, job.identity, pairs)):
+            return store
+    return fill_cache(
+        job, pairs, folder=folder, adapter=t.init_adapter, say=say, progress=progress, agree=agree
+    )
+
+
+def _of_other_weights(
+    folder: Path, identity: CacheIdentity, pairs: Sequence[TokenPair]
+) -> ReferenceCache | None:
+    """The cache, if it is of another model and nothing else, and has all rows. It is read-only.
+
+    Raises: CacheMismatch when more than the model differs.
+    """
+    if not (folder / "manifest.json").exists():
+        return None
+    if cache.read_identity(folder).model == identity.model:
+        return None
+    store = cache.open_cache(folder, identity, allow=("model",))
+    return None if store.missing(key for pair in pairs for key in pair.keys) else store
 
 
 def as_kept(folder: Path, job: Job, say: Say) -> CacheIdentity:
@@ -230,16 +259,18 @@ def fill_cache(
     backend: str = "mlx",
     device: str | None = None,
     progress: OnFill = lambda _: None,
+    agree: Agree = lambda _, lacking: lacking,
 ) -> ReferenceCache:
     """Open or make the cache and score the rows that it lacks; the model is loaded only then.
 
     Under a launcher (torchrun, mlx.launch, …) every process scores its share into the one folder.
+    agree: from whether this process finds rows lacking to whether to score, alike on all.
     """
     share = find_share(os.environ)
     identity = replace(job.identity, backend=backend)
     store = cache.open_cache(folder, identity, create=True)
     lacking = [pair for pair in pairs if store.missing(pair.keys)]
-    if not lacking:
+    if not agree(folder, bool(lacking)):
         return store
     say(f"scoring {len(lacking)} of {len(pairs)} pairs with the reference into {folder}")
     engine = open_engine(job, adapter=adapter, backend=backend, device=device, say=say)

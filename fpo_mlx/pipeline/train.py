@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx import __version__, data
+from fpo_mlx.cache import ReferenceCache
 from fpo_mlx.config import RunConfig
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.errors import CacheMismatch, ConfigError
 from fpo_mlx.featurefiles import weights_fingerprint
 from fpo_mlx.pipeline.job import (
     Job,
@@ -24,6 +25,7 @@ from fpo_mlx.pipeline.job import (
 from fpo_mlx.records import Site
 
 if TYPE_CHECKING:
+    from fpo_mlx.parallel import Ranks
     from fpo_mlx.reports import Report
     from fpo_mlx.scoring import Scorer
     from fpo_mlx.trainer import Trainer
@@ -41,14 +43,16 @@ def train(
     arm: called when training proper begins; gives what the trainer asks whether to stop.
     """
     from fpo_mlx.checkpoint import AdapterFolder, check_resumable
+    from fpo_mlx.parallel import open_ranks
     from fpo_mlx.reports import ScoredPairs
     from fpo_mlx.trainer import Trainer
 
     t = config.train
+    ranks = open_ranks(pairs=t.batch_size * t.grad_accumulation_steps, patience=t.peer_timeout)
     job = open_job(config, adapter=t.init_adapter, say=say)
     pairs = read_pairs(job, "train", say)
     run = run_record(job, data.data_fingerprint(pairs))
-    if t.resume:
+    if t.resume and ranks.first:
         check_resumable(Path(t.adapter_path), run)
     valid = read_pairs(job, "valid", say) if has_split(job, "valid") else []
     if t.early_stopping and not valid:
@@ -57,12 +61,15 @@ def train(
             f"{config.data.data}. Add a valid.jsonl (or --valid-split of a hub data set), or drop "
             "the setting."
         )
-    store = reference_of(job, [*pairs, *valid], say, progress)
+    agree = _agreement(ranks)
+    store = reference_of(job, [*pairs, *valid], say, progress, other_weights=True, agree=agree)
     scorer, adapter_config = open_policy(job, say=say)
-    out = AdapterFolder(Path(t.adapter_path), adapter_config)
+    out = AdapterFolder(Path(t.adapter_path), adapter_config, writes=ranks.first)
     scored, held_out = (ScoredPairs(part, scores(store, part)) for part in (pairs, valid))
-    trainer = Trainer(scorer, scored, held_out if valid else None, t, out, arm())
+    trainer = Trainer(scorer, scored, held_out if valid else None, t, out, arm(), ranks)
     _announce(trainer, say)
+    if "model" in store.differences:
+        _compare_weights(trainer, store, say)
     with out.writing():
         if t.resume:
             trainer.resume()
@@ -70,6 +77,44 @@ def train(
         else:
             out.start(run)
         yield from trainer.run()
+
+
+def _agreement(ranks: Ranks) -> Callable[[Path, bool], bool]:
+    """Whether the reference has to run, for all processes alike, and can run in all of them."""
+
+    def agree(folder: Path, lacking: bool) -> bool:
+        if not ranks.largest(int(lacking)):
+            return False
+        if not ranks.share_folder(folder):
+            raise ConfigError(
+                f"The processes of this run have no folder {folder} in common, so they cannot "
+                "fill one cache. Run `fpo-mlx precompute` first, copy the cache to the same path "
+                "on every machine, and name it with --reference."
+            )
+        return True
+
+    return agree
+
+
+def _compare_weights(trainer: Trainer, store: ReferenceCache, say: Say) -> None:
+    """Say how far the policy is from a reference of other weights.
+
+    Raises: CacheMismatch when that is more than --max-start-gap.
+    """
+    old, new = store.differences["model"]
+    (gap, apart), bound = trainer.start_gaps(), trainer.config.max_start_gap
+    found = (
+        f"{store.folder} was made with other weights than this run's (model: cache {old}, this "
+        f"run {new}). At step 0 |u| / beta is up to {gap:.3g} nats, and log-probs differ by up to "
+        f"{apart:.3g} nats a token"
+    )
+    if max(gap, apart) <= bound:
+        say(f"warning: {found}")
+        return
+    raise CacheMismatch(
+        f"{found}, over --max-start-gap {bound:g}. Run `fpo-mlx precompute` with this run's model, "
+        "or raise --max-start-gap if another reference is what you want."
+    )
 
 
 def _announce(trainer: Trainer, say: Say) -> None:
