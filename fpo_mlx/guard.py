@@ -13,6 +13,7 @@ from fpo_mlx.records import PairScore
 
 SAME_LOSS = 1e-4  # nats; float32 holds the loss to 1e-6
 
+
 @dataclass(frozen=True)
 class Verdict:
     """What the look at step 0 found: a reason to stop, or notes."""
