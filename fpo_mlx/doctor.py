@@ -44,7 +44,7 @@ def examine(hub_seconds: float = 3.0) -> list[Finding]:
     findings = [*versions(), blas_library(), *device()]
     if hub_seconds > 0:
         findings.append(hub(hub_seconds))
-    return [*findings, compiler(), disk(), *caches()]
+    return [*findings, compiler(), disk(), *caches(), reference_caches()]
 
 
 def versions() -> list[Finding]:
@@ -162,6 +162,19 @@ def caches() -> list[Finding]:
         text = f"{folder}: {size / GB:.2f} GB" if folder.exists() else f"{folder}: empty"
         found.append(Finding(topic, text))
     return found
+
+
+def reference_caches() -> Finding:
+    """How many there are, and what they take."""
+    from fpo_mlx.cache import list_caches
+
+    folder = cache_root() / "reference"
+    entries = list_caches(folder)
+    if not entries:
+        return Finding("references", f"{folder}: no reference caches")
+    size = sum(entry.bytes for entry in entries) / GB
+    oldest = f"the oldest {entries[0].days:.0f} days old (`fpo-mlx cache list`, `cache prune`)"
+    return Finding("references", f"{len(entries)} caches, {size:.2f} GB, {oldest}")
 
 
 def folder_size(folder: Path) -> int:

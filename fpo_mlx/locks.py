@@ -63,3 +63,18 @@ def _sign(lock: int) -> None:
         os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     except OSError:
         return
+
+
+def owner(path: Path) -> str | None:
+    """Who holds this lock file; None when nobody does."""
+    try:
+        lock = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+    finally:
+        os.close(lock)
+    return None

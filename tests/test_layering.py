@@ -55,7 +55,7 @@ OURS = {
     "sampling": VOCABULARY | RUN,
     "evaluate": VOCABULARY | RUN | {"sampling"} | {"reports"},
     "fuse": VOCABULARY | {"hub", "model"},
-    "doctor": VOCABULARY | {"blas"},
+    "doctor": VOCABULARY | {"blas", "cache"},
     "report": VOCABULARY | {"config"},
     "pipeline": {"*"},
     "cli": VOCABULARY | {"featurefiles", "config", "pipeline", "trackers", "doctor", "demo"},

@@ -35,6 +35,7 @@ at all (written as .tmp-*, synced, renamed). `writer.lock` is held while a proce
 """
 
 from fpo_mlx.cache.fill import SHARD_PAIRS, FillReport, fill, plan
+from fpo_mlx.cache.housekeeping import Entry, list_caches, remove, select
 from fpo_mlx.cache.identity import CacheIdentity
 from fpo_mlx.cache.shared import fill_shared
 from fpo_mlx.cache.store import ReferenceCache, open_cache, read_identity
@@ -53,6 +54,7 @@ __all__ = [
     "SHARD_PAIRS",
     "CacheIdentity",
     "CacheInfo",
+    "Entry",
     "FillReport",
     "MergeReport",
     "ReferenceCache",
@@ -62,9 +64,12 @@ __all__ = [
     "fill",
     "fill_shared",
     "info",
+    "list_caches",
     "merge",
     "open_cache",
     "plan",
     "read_identity",
+    "remove",
+    "select",
     "verify_rows",
 ]

@@ -1,4 +1,4 @@
-"""`fpo-mlx cache info | verify | merge | export`."""
+"""`fpo-mlx cache list | info | verify | merge | export | prune`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fpo_mlx.cli.options import (
     settings,
     write_json,
 )
-from fpo_mlx.cli.show import listing, say
+from fpo_mlx.cli.show import listing, say, table
 from fpo_mlx.config import DataConfig, ReferenceConfig
 
 
 @click.group()
 def cache() -> None:
-    """Reference caches: look at one, verify it, merge parts, export the rows.
+    """Reference caches: list them, look at one, verify, merge, export, prune.
 
     \b
     Example:
@@ -110,3 +110,75 @@ def export(folder, output) -> None:
     from fpo_mlx import pipeline
 
     click.echo(f"{pipeline.cache_export(folder, output)} rows in {output}")
+
+
+root_option = click.option(
+    "--folder", type=PATH, help="Where the caches lie (default: the user cache)."
+)
+
+
+@cache.command("list")
+@root_option
+@json_option
+def list_(folder, json_path) -> None:
+    """List the reference caches with size, age and what they belong to, the oldest first.
+
+    \b
+    Example:
+      fpo-mlx cache list
+    """
+    from fpo_mlx import pipeline
+
+    entries = pipeline.cache_list(folder)
+    write_json(json_path, [{**asdict(entry), "folder": str(entry.folder)} for entry in entries])
+    if not entries:
+        say("no reference caches")
+        return
+    _show(entries)
+    click.echo(f"{len(entries)} caches, {sum(e.bytes for e in entries) / 1e6:.1f} MB")
+
+
+@cache.command()
+@root_option
+@click.option("--older-than", type=click.FloatRange(min=0), help="Days since the last writing.")
+@click.option("--larger-than", type=click.FloatRange(min=0), help="Megabytes.")
+@click.option("--model", help="Model folder, or the beginning of a fingerprint (`cache list`).")
+@click.option("--dry-run", is_flag=True, help="Say what would go, remove nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def prune(folder, older_than, larger_than, model, dry_run, yes) -> None:
+    """Remove the caches that meet every condition given. Those being written are left alone.
+
+    \b
+    Example:
+      fpo-mlx cache prune --older-than 30 --dry-run
+    """
+    from fpo_mlx import pipeline
+
+    entries = pipeline.cache_select(
+        folder, older_than=older_than, larger_than=larger_than, model=model
+    )
+    if not entries:
+        say("nothing to remove")
+        return
+    _show(entries)
+    total = sum(entry.bytes for entry in entries) / 1e6
+    if dry_run:
+        click.echo(f"would remove {len(entries)} caches, {total:.1f} MB")
+        return
+    if not yes:
+        click.confirm(f"Remove these {len(entries)} caches, {total:.1f} MB?", abort=True, err=True)
+    freed = sum(pipeline.cache_remove(entry.folder) for entry in entries)
+    click.echo(f"removed {len(entries)} caches, {freed / 1e6:.1f} MB")
+
+
+def _show(entries) -> None:
+    table(
+        [
+            ("cache", "MB", "shards", "days", "model", "SAEs", "writer"),
+            *(
+                (str(e.folder), round(e.bytes / 1e6, 1), e.shards, round(e.days, 1), e.model[:12],
+                 e.saes, e.writer or "")
+                for e in entries
+            ),
+        ]
+    )  # fmt: skip

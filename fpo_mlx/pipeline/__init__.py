@@ -2,7 +2,10 @@
 
 from fpo_mlx.pipeline.caches import cache_export as cache_export
 from fpo_mlx.pipeline.caches import cache_info as cache_info
+from fpo_mlx.pipeline.caches import cache_list as cache_list
 from fpo_mlx.pipeline.caches import cache_merge as cache_merge
+from fpo_mlx.pipeline.caches import cache_remove as cache_remove
+from fpo_mlx.pipeline.caches import cache_select as cache_select
 from fpo_mlx.pipeline.caches import cache_verify as cache_verify
 from fpo_mlx.pipeline.check import check as check
 from fpo_mlx.pipeline.compare import Comparison as Comparison

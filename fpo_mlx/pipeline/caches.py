@@ -7,12 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx import cache
+from fpo_mlx import cache, paths
 from fpo_mlx.cache import MergeReport, VerifyReport
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pipeline.job import Say, as_kept, has_split, open_engine, open_job, read_pairs
 from fpo_mlx.records import PairScore, ResponseScore, SparseFeatures, TokenPair
+from fpo_mlx.reference import weights
 
 
 def cache_info(folder: Path) -> dict[str, Any]:
@@ -87,3 +88,31 @@ def cache_export(folder: Path, output: Path) -> int:
         return cache.export(folder, output)
     except OSError as error:
         raise FpoError(f"{output} cannot be written: {error}.") from error
+
+
+def cache_list(root: Path | None) -> list[cache.Entry]:
+    """The caches below a folder (default: the user's own), the oldest first."""
+    return cache.list_caches(root or paths.cache_root() / "reference")
+
+
+def cache_select(
+    root: Path | None, *, older_than: float | None, larger_than: float | None, model: str | None
+) -> list[cache.Entry]:
+    """Those to prune. model: a model folder, or the beginning of a fingerprint.
+
+    Raises: ConfigError without any condition.
+    """
+    if older_than is None and larger_than is None and model is None:
+        raise ConfigError(
+            "cache prune: say which caches: --older-than DAYS, --larger-than MB or --model. "
+            "`--older-than 0` means all."
+        )
+    if model is not None and (Path(model).expanduser() / "config.json").is_file():
+        model = weights.model_fingerprint(Path(model).expanduser())
+    entries = cache_list(root)
+    return cache.select(entries, older_than=older_than, larger_than=larger_than, model=model)
+
+
+def cache_remove(folder: Path) -> int:
+    """Bytes that were freed."""
+    return cache.remove(folder)
