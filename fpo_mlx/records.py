@@ -65,6 +65,15 @@ class TokenPair:
         return row_key(self.prompt, self.chosen), row_key(self.prompt, self.rejected)
 
 
+@dataclass(frozen=True)
+class Passage:
+    """One answer behind its prompt, as token ids: what an SAE is judged on."""
+
+    prompt: np.ndarray  # int32 [P], P >= 1
+    response: np.ndarray  # int32 [|y|] >= 1
+    where: str = ""  # "chats.jsonl:12"
+
+
 def row_key(prompt: np.ndarray, response: np.ndarray) -> bytes:
     """The 16-byte name of (prompt tokens, response tokens) in a reference cache."""
     digest = hashlib.sha256(np.int64(len(prompt)).tobytes())
@@ -113,7 +122,7 @@ class SaeWeights:
 
     raw  = (N(x) - b_in) @ w_enc                              [.., F]
     acts = A(raw + b_enc) * act_scale
-    recon = N^-1(acts @ w_dec + b_dec)                        [.., D_out]
+    recon = N^-1(acts @ w_dec + b_dec)                        [.., D_out], + mean(x) if centred
 
     A: relu     max(pre, 0)
        jumprelu max(pre, 0) where pre > threshold (strict)
@@ -142,6 +151,7 @@ class SaeWeights:
     format: str = "unknown"  # family it was read from
     source: str = ""  # path or hub id, for messages
     neuronpedia: str | None = None  # "gemma-2-2b/25-gemmascope-res-16k"
+    centred: bool = False  # reads and gives x - mean(x) over D; w_enc takes the mean out itself
     transcoder: bool = False  # the decoder predicts another place than the input's
     notes: tuple[str, ...] = field(default=())  # what a user should know, one sentence each
 

@@ -1,11 +1,12 @@
-"""`fpo-mlx sae list | info | convert | encode`."""
+"""`fpo-mlx sae list | info | convert | encode | evaluate`."""
 
 from __future__ import annotations
 
 import click
 
 from fpo_mlx.cli.options import PATH, READING, gather, json_option, settings, write_json
-from fpo_mlx.cli.show import listing, say, table
+from fpo_mlx.cli.show import Steps, listing, say, table
+from fpo_mlx.config import DataConfig
 
 
 @click.group()
@@ -94,3 +95,37 @@ def encode(input, output, **values) -> None:
 
     rows, features = pipeline.sae_encode(gather(values), input=input, output=output, say=say)
     click.echo(f"{rows} x {features} activations in {output}")
+
+
+@sae.command()
+@settings(DataConfig, "model", "sae", "layer", "site", *READING, "trust_remote_code")
+@click.option("--adapter-path", help="Adapter that belongs to the model that is looked at.")
+@click.option(
+    "--sequences", type=click.IntRange(min=1), default=64, show_default=True,
+    help="Answers, chats or texts to look at, spread evenly over the data.",
+)  # fmt: skip
+@click.option(
+    "--ablation", type=click.Choice(["zero", "mean"]), default="zero", show_default=True,
+    help="What stands for nothing where loss recovered is measured.",
+)  # fmt: skip
+@json_option
+def evaluate(adapter_path, sequences, ablation, json_path, **values) -> None:
+    """How well an SAE reads a model: L0, unexplained variance, dead features, loss recovered.
+
+    Rows of --data: preference pairs, {"messages": [...]} or {"text": ...}; without --data the
+    demo's pairs. Warnings say what the figures call wrong.
+
+    \b
+    Example:
+      fpo-mlx sae evaluate --model M --sae S --data pairs/ --sequences 64 --json fit.json
+    """
+    from fpo_mlx import pipeline
+
+    report = pipeline.sae_evaluate(
+        gather(values), adapter_path=adapter_path, sequences=sequences, ablation=ablation, say=say,
+        progress=Steps("passes"),
+    )  # fmt: skip
+    write_json(json_path, report.as_dict() | {"warnings": list(report.warnings)})
+    listing(report.as_dict())
+    for warning in report.warnings:
+        say(f"warning: {warning}")

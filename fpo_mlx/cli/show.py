@@ -43,6 +43,20 @@ class Bar:
         self._bar.update(report.pairs - self._bar.n)
 
 
+class Steps:
+    """The same for (done, to do)."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._bar = what, None
+
+    def __call__(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=self._what, disable=None, leave=False)
+        self._bar.update(done - self._bar.n)
+
+
 class Progress:
     """A line per report; on a terminal a bar below them."""
 

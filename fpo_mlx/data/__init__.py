@@ -7,6 +7,8 @@ from fpo_mlx.data.batches import micro_batches as micro_batches
 from fpo_mlx.data.check import CheckReport as CheckReport
 from fpo_mlx.data.check import check_data as check_data
 from fpo_mlx.data.check import write_clean as write_clean
+from fpo_mlx.data.passages import read_passages as read_passages
+from fpo_mlx.data.passages import spread as spread
 from fpo_mlx.data.read import AUTO_SPLITS as AUTO_SPLITS
 from fpo_mlx.data.read import SPLITS as SPLITS
 from fpo_mlx.data.read import HubSplits as HubSplits

@@ -7,7 +7,7 @@ run side by side. The results are equal (a test holds it).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,9 +16,19 @@ import numpy as np
 
 from fpo_mlx.errors import ModelError, SaeError
 from fpo_mlx.model.heads import split, vocab_size
-from fpo_mlx.model.taps import PrefixCache, Tap, checkpoint_block, finish, tap_point
+from fpo_mlx.model.taps import (
+    PrefixCache,
+    Tap,
+    checkpoint_block,
+    finish,
+    refuse_splice,
+    tap_point,
+    unfinish,
+)
 from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.records import Site, TokenPair
+
+Splice = Callable[[mx.array], mx.array]  # [n, D_in] -> [n, D_in]
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,29 @@ class Policy:
             mx.concatenate([part.hidden for part in parts]),
             tuple(mx.concatenate(list(site)) for site in tapped),
         )
+
+    def answer_rows(
+        self, prompt: np.ndarray, response: np.ndarray, splice: Splice | None = None
+    ) -> Rows:
+        """Hidden rows at the response positions of one sequence, [|y|, ·], run whole.
+
+        splice: at the first site, the model goes on with what this makes of the site's rows
+        [|y|, D_in]. Raises: ModelError for a site where that is not possible.
+        """
+        tokens, first = np.concatenate([prompt, response[:-1]]), len(prompt) - 1
+        span = [(first, len(response))]
+        if splice is None:
+            return self._run(pad([tokens]), span, None)
+        site = self.sites[0]
+        refuse_splice(site)
+
+        def change(array: mx.array) -> mx.array:  # [1, L, D_in]
+            rows = finish(array[0, first:], site, self.norm_eps, self._residual)
+            put = unfinish(splice(rows), site, self._residual)
+            return mx.concatenate([array[0, :first], put.astype(array.dtype)])[None]
+
+        with self._taps[0].intervening(change):
+            return self._run(pad([tokens]), span, None)
 
     def _shared(self, pair: TokenPair) -> Rows:
         """Prompt once: its keys and values are computed once, and used by both responses."""

@@ -6,7 +6,7 @@ paths and isinstance stay as they were, so adapters keep mlx-lm's names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -35,20 +35,45 @@ def swap_call(module: nn.Module, call) -> None:
     module.__class__ = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": __name__})
 
 
+Change = Callable[[mx.array], mx.array]  # [B, L, D] -> the same shape
+
+
 class Tap:
-    """Collects the input or output of one module while `recording()`."""
+    """Collects the input or output of one module while `recording()`.
+
+    Within `intervening(change)` the model goes on with what `change` makes of it, and that is what
+    is recorded.
+    """
 
     def __init__(self, module: nn.Module, port: str) -> None:
         self._seen: list[mx.array] | None = None
+        self._change: Change | None = None
 
         def call(original, *args, **kwargs):
-            out = original(*args, **kwargs)
-            if self._seen is not None:
-                value = args[0] if port == "input" else out
-                self._seen.append(value[0] if isinstance(value, tuple) else value)
-            return out
+            if port == "input":
+                return original(self._passed(args[0]), *args[1:], **kwargs)
+            return self._passed(original(*args, **kwargs))
 
         swap_call(module, call)
+
+    def _passed(self, value):
+        """An array, or a tuple that begins with it, as it goes on."""
+        array = value[0] if isinstance(value, tuple) else value
+        if self._change is not None:
+            array = self._change(array).astype(array.dtype)
+            value = (array, *value[1:]) if isinstance(value, tuple) else array
+        if self._seen is not None:
+            self._seen.append(array)
+        return value
+
+    @contextmanager
+    def intervening(self, change: Change) -> Iterator[None]:
+        """Put `change` between this place and what follows it."""
+        self._change = change
+        try:
+            yield
+        finally:
+            self._change = None
 
     @contextmanager
     def recording(self) -> Iterator[list[mx.array]]:
@@ -112,6 +137,20 @@ def finish(rows: mx.array, site: Site, eps: float, residual: float = 1.0) -> mx.
         return rows
     rows = rows.astype(mx.float32)
     return rows * mx.rsqrt((rows * rows).mean(axis=-1, keepdims=True) + eps)
+
+
+def refuse_splice(site: Site) -> None:
+    """Raise ModelError where the tapped tensor is not all that the model reads of the site."""
+    if site.kind in ("resid_mid", "mlp_in_unscaled"):
+        raise ModelError(
+            f"nothing can be put in the place of the {site}: the model reads it in more than one "
+            "way, and the tap sees only what goes into the norm before the MLP."
+        )
+
+
+def unfinish(rows: mx.array, site: Site, residual: float = 1.0) -> mx.array:
+    """The tapped tensor that `finish` would turn into `rows`, where `refuse_splice` lets pass."""
+    return rows / residual if site.kind in ("attn_out", "mlp_out") and residual != 1.0 else rows
 
 
 def checkpoint_block(block: nn.Module) -> None:

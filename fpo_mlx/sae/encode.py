@@ -31,9 +31,11 @@ def decode(sae: SaeWeights, acts: np.ndarray, x: np.ndarray) -> np.ndarray:
     if sae.w_dec is None or sae.b_dec is None:
         raise SaeError(f"{sae.source}: has no decoder, so nothing can be reconstructed.")
     recon = acts.astype(np.float32, copy=False) @ sae.w_dec + sae.b_dec  # [N, D_out]
-    if sae.transcoder or sae.normalize == "none":
+    if sae.transcoder or (sae.normalize == "none" and not sae.centred):
         return recon
     x = _checked(sae, x)
+    if sae.centred:
+        return recon + x.mean(axis=1, keepdims=True)
     if sae.normalize == "constant_norm":
         return recon / _constant_norm_scale(x)
     mean = x.mean(axis=1, keepdims=True)

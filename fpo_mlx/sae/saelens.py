@@ -255,6 +255,7 @@ def _fold_centring(sae: SaeWeights, config: dict[str, Any]) -> tuple[SaeWeights,
         sae,
         w_enc=sae.w_enc - sae.w_enc.mean(axis=0, dtype=np.float64).astype(np.float32),
         b_in=None,
+        centred=True,
         b_enc=sae.b_enc - shift * gate_scale,
         gate_bias=None if sae.gate_bias is None else sae.gate_bias - shift,
     ), ("Trained on a residual stream of mean 0: the mean is taken out within the weights.",)

@@ -1,0 +1,95 @@
+"""Texts to judge an SAE on: answers of preference pairs, whole chats, or plain texts, as tokens.
+
+Rows: a preference pair in any form of `rows`; {"messages": [...]} (a chat); {"text": "..."}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from fpo_mlx.data.read import RawRow, parse_raw
+from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, RowFault
+from fpo_mlx.data.tokenize import Tokenizer, tokenize_row
+from fpo_mlx.errors import DataError
+from fpo_mlx.records import Passage
+
+
+class TextTokenizer(Tokenizer, Protocol):
+    """A chat tokenizer that also takes plain text."""
+
+    def text_tokens(self, text: str) -> list[int]: ...
+
+
+def read_passages(
+    rows: Sequence[RawRow],
+    tokenizer: TextTokenizer,
+    count: int,
+    max_tokens: int,
+    columns: Columns = DEFAULT_COLUMNS,
+) -> list[Passage]:
+    """At most `count` passages of at most max_tokens, from rows spread evenly over the data.
+
+    A pair gives both of its answers, each behind the prompt. A chat or a text is looked at from its
+    second position on: the first is no place to judge an SAE at (see `saefit`).
+
+    Raises DataError for a row that cannot be used, or when nothing fits into max_tokens.
+    """
+    found: list[Passage] = []
+    for row in spread(rows, count):
+        found += _passages(row, tokenizer, max_tokens, columns)
+        if len(found) >= count:
+            break
+    if not found:
+        raise DataError(
+            f"none of the rows that were looked at fits into {max_tokens} tokens (the first: "
+            f"{rows[0].where}). Raise --max-seq-length."
+        )
+    return found[:count]
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the items, evenly spread from the first to the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).astype(int)]
+
+
+def _passages(
+    row: RawRow, tokenizer: TextTokenizer, max_tokens: int, columns: Columns
+) -> Iterator[Passage]:
+    try:
+        record = row.record if isinstance(row.record, Mapping) else {}
+        if "messages" in record or ("text" in record and columns.chosen not in record):
+            yield from _whole(_tokens(record, tokenizer), max_tokens, row.where)
+            return
+        pair = tokenize_row(parse_raw(row, columns), tokenizer)
+    except DataError as error:  # RowFault too
+        raise DataError(f"{row.where}: {error}") from error
+    for response in pair.responses:
+        kept = response[: max_tokens - len(pair.prompt)]
+        if len(pair.prompt) < max_tokens:
+            yield Passage(pair.prompt, kept, row.where)
+
+
+def _tokens(record: Mapping[str, Any], tokenizer: TextTokenizer) -> list[int]:
+    """Tokens of a chat or a text. Raises RowFault."""
+    messages, text = record.get("messages"), record.get("text")
+    if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+        return tokenizer.conversation_tokens(messages)
+    if isinstance(text, str) and text.strip():
+        return tokenizer.text_tokens(text)
+    raise RowFault("wrong type", "wanted `messages`, a list of {role, content}, or `text`, a text")
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "content" in value and isinstance(value.get("role"), str)
+
+
+def _whole(tokens: list[int], max_tokens: int, where: str) -> Iterator[Passage]:
+    """Positions from the second to the last but one: each has a next token to predict."""
+    kept = np.array(tokens[:max_tokens], dtype=np.int32)
+    if len(kept) > 2:
+        yield Passage(kept[:2], kept[2:], where)

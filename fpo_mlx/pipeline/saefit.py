@@ -1,0 +1,75 @@
+"""How well an SAE reads a model: `sae evaluate`, and the short look before the reference pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fpo_mlx import data, demo
+from fpo_mlx.config import RunConfig
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.hub import read_config, resolve_model
+from fpo_mlx.pipeline.job import Say, at_site, columns, hub_splits, read_sae
+from fpo_mlx.records import Passage
+from fpo_mlx.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from fpo_mlx.saefit import Ablation, FitReport
+
+HELD_OUT_FIRST = ("valid", "test", "train")
+
+
+def sae_evaluate(
+    config: RunConfig,
+    *,
+    adapter_path: str | None = None,
+    sequences: int = 64,
+    ablation: Ablation = "zero",
+    say: Say,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> FitReport:
+    """One SAE on base (+ adapter), on answers of --data, or of the demo's pairs without it."""
+    from fpo_mlx import saefit
+    from fpo_mlx.model import adapters
+    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.policy import Policy
+
+    ref, notes = config.reference, []
+    if not ref.model:
+        raise ConfigError("--model is missing. Wanted a model folder or hub id.")
+    if len(ref.sae) != 1:
+        raise ConfigError(f"--sae: found {len(ref.sae)}, wanted exactly one.")
+    folder = resolve_model(ref.model)
+    sae = at_site(read_sae(ref.sae[0], config, say), config, read_config(folder), notes.append)
+    for note in sae.notes:
+        say(f"{ref.sae[0]}: {note}")
+    passages = read_passages(config, folder, sequences)
+    loaded = load_model(folder, trust_remote_code=ref.trust_remote_code)
+    for note in loaded.notes:
+        say(note)
+    if adapter_path:
+        adapters.load(loaded.model, Path(adapter_path))
+        loaded.model.eval()
+    assert sae.site is not None
+    sites = (sae.site, *saefit.places_to_compare(loaded.model, sae.site))
+    policy = Policy(loaded.model, loaded.config, sites, share_prompt=False)
+    report = saefit.evaluate(policy, sae, passages, ablation=ablation, progress=progress)
+    said = (note.removeprefix("warning: ") for note in notes)
+    return replace(report, warnings=(*said, *report.warnings))
+
+
+def read_passages(config: RunConfig, model: Path, count: int) -> list[Passage]:
+    """Answers to judge on: of the split that is held out, where the data has one."""
+    d = config.data
+    source = d.data or str(Path(demo.__file__).parent / "data")
+    splits = data.find_splits(source, hub_splits(config), want="valid")
+    split = next((name for name in HELD_OUT_FIRST if name in splits), "train")
+    rows = data.read_raw(source, split, hub_splits(config))
+    tokenizer = load_tokenizer(
+        model,
+        chat_template=Path(d.chat_template) if d.chat_template else None,
+        trust_remote_code=config.reference.trust_remote_code,
+    )
+    return data.read_passages(rows, tokenizer, count, d.max_seq_length, columns(config))
