@@ -108,6 +108,7 @@ class ReferenceConfig:
         "authors", "Llama Scope's gate: with the decoder's norm, or without it as in SAELens"
     )
     allow_pickle: bool = _opt(False, "read pickled SAE files through a tensors-only loader")
+    check_sae: bool = _opt(True, "look at 32 answers before a reference pass; warn of a bad SAE")
     trust_remote_code: bool = _opt(False, "let the model folder run its own Python code")
     share_prompt: bool = _opt(True, "run the prompt of a pair once for both responses")
 

@@ -43,6 +43,7 @@ OURS = {
     "demo.run": VOCABULARY | {"config", "pipeline"},  # a caller of the pipeline, as the cli is
     "model": VOCABULARY | {"blas", "core", "hub"},
     "scoring": VOCABULARY | {"config", "core", "model"},
+    "saefit": VOCABULARY | {"core", "model", "sae"},
     "checkpoint": VOCABULARY | {"model"},
     "reference": VOCABULARY | {"config", "hub"},
     "reference.mlx_backend": VOCABULARY | RUN | {"hub"},
@@ -83,6 +84,7 @@ OTHERS = {
     "demo": {"numpy", "safetensors", "mlx_lm"},
     "model": {"numpy", "huggingface_hub", "safetensors", *MLX},
     "scoring": {"numpy", "mlx"},
+    "saefit": {"numpy", "mlx"},
     "checkpoint": {"numpy", "mlx"},
     "reference": {"numpy"},
     "reference.mlx_backend": {"numpy", *MLX},

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_models
-from helpers import random_sae
+from helpers import random_pairs, random_sae
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import lines, run
@@ -400,3 +400,61 @@ def test_a_row_that_is_no_text_is_named(place, tmp_path, row, reason):
     assert done.exit_code == 3, done.stderr
     assert "rows.jsonl:1: " in done.stderr
     assert reason in done.stderr
+
+
+# --- the look before a reference pass ------------------------------------------------------------
+def precomputed(root, out, *words: object):
+    flags = {"--model": root / "model", "--data": root / "pairs", "--output": out}
+    return run("precompute", *(w for flag in flags.items() for w in flag), *words)
+
+
+def test_precompute_says_how_the_sae_reads_and_is_silent_when_nothing_is_to_do(place, tmp_path):
+    words = ("--sae", place / "sae")
+    done = precomputed(place, tmp_path / "ref", *words)
+    assert done.exit_code == 0, done.stderr
+    assert f"{place / 'sae'}: L0 {WIDTH}.0, FVU " in done.stderr
+    assert "warning" not in done.stderr
+    assert "FVU" not in precomputed(place, tmp_path / "ref", *words).stderr
+    assert "FVU" not in precomputed(place, tmp_path / "r2", *words, "--no-check-sae").stderr
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_precompute_warns_of_an_sae_that_reads_nothing(place, tmp_path, backend):
+    if backend == "torch":
+        pytest.importorskip("torch")
+    blind = replace(exact_sae(Site(1)), w_dec=-exact_sae(Site(1)).w_enc.T.copy())
+    write_saelens(blind, tmp_path / "blind")
+    words = ("--sae", place / "sae", "--sae", tmp_path / "blind", "--backend", backend)
+    done = precomputed(place, tmp_path / "ref", *words)
+    assert done.exit_code == 0, done.stderr
+    assert f"warning: {tmp_path / 'blind'}: FVU is " in done.stderr
+    assert "worse than the mean" in done.stderr
+    assert f"warning: {place / 'sae'}" not in done.stderr
+
+
+def test_both_backends_see_the_same_activations(place):
+    pytest.importorskip("torch")
+    from fpo_mlx.reference import open_backend
+
+    saes = [exact_sae(Site(1)), exact_sae(Site(2, "mlp_out"))]
+    pairs = random_pairs([(4, 7, 3), (1, 4, 4)])
+    mlx, torch = (
+        open_backend(name, model_path=place / "model", saes=saes).activations(pairs)
+        for name in ("mlx", "torch")
+    )
+    for a, b in zip(mlx, torch, strict=True):
+        assert a.shape == (7 + 3 + 4 + 4, WIDTH)
+        a, b = (rows[np.lexsort(rows.T)] for rows in (a, b))  # each backend has its own order
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_the_look_is_bounded():
+    from fpo_mlx.pipeline.saefit import beginnings
+
+    pairs = random_pairs([(n, 300, 10) for n in range(1, 101)])
+    few = beginnings(pairs)
+    assert len(few) == 16
+    assert max(len(pair.prompt) for pair in few) == 50  # of the shorter half
+    assert {len(pair.chosen) for pair in few} == {64}
+    assert {len(pair.rejected) for pair in few} == {10}
+    assert len(beginnings(pairs[:3])) == 3

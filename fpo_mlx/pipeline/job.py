@@ -274,12 +274,24 @@ def fill_cache(
         return store
     say(f"scoring {len(lacking)} of {len(pairs)} pairs with the reference into {folder}")
     engine = open_engine(job, adapter=adapter, backend=backend, device=device, say=say)
+    if share.rank == 0:
+        look_at_saes(job, engine, pairs, say)
     identity = replace(identity, dtype=engine.dtype)
     cache.fill_shared(
         folder, identity, pairs, engine.score, rank=share.rank, world=share.world,
         report=progress, pause=_patience(folder, say),
     )  # fmt: skip
     return cache.open_cache(folder, identity)
+
+
+def look_at_saes(job: Job, engine: ReferenceBackend, pairs: Sequence[TokenPair], say: Say) -> None:
+    """Say how well the SAEs read a few answers, and warn where one does not."""
+    from fpo_mlx.pipeline.saefit import glance
+
+    if job.config.reference.check_sae and job.config.objective.constraint != "activations":
+        specs = job.config.reference.sae[: len(job.saes)]
+        for line in glance(job.config, dict(zip(specs, job.saes, strict=True)), engine, pairs):
+            say(line)
 
 
 def _patience(folder: Path, say: Say) -> Callable[[float], None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +12,16 @@ from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.hub import read_config, resolve_model
 from fpo_mlx.pipeline.job import Say, at_site, columns, hub_splits, read_sae
-from fpo_mlx.records import Passage
+from fpo_mlx.records import Passage, SaeWeights, TokenPair
+from fpo_mlx.reference import ReferenceBackend
+from fpo_mlx.sae import fit
 from fpo_mlx.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from fpo_mlx.saefit import Ablation, FitReport
 
 HELD_OUT_FIRST = ("valid", "test", "train")
+GLANCE_PAIRS, GLANCE_TOKENS = 16, 64  # 32 answers, of each so many tokens at most
 
 
 def sae_evaluate(
@@ -73,3 +76,36 @@ def read_passages(config: RunConfig, model: Path, count: int) -> list[Passage]:
         trust_remote_code=config.reference.trust_remote_code,
     )
     return data.read_passages(rows, tokenizer, count, d.max_seq_length, columns(config))
+
+
+def glance(
+    config: RunConfig,
+    saes: Mapping[str, SaeWeights],
+    engine: ReferenceBackend,
+    pairs: Sequence[TokenPair],
+) -> Iterator[str]:
+    """L0 and FVU of each SAE, by its name, on the beginnings of 32 answers; then its warnings.
+
+    The SAEs are read once more, with their decoders, which the reference pass does without.
+    """
+    if not saes or not pairs:
+        return
+    rows = engine.activations(beginnings(pairs))
+    for (spec, half), x in zip(saes.items(), rows, strict=True):
+        sae = replace(read_sae(spec, config, lambda _: None), site=half.site)
+        found = fit.figures(fit.measure(sae, x), fit.reconstructs(sae))
+        fvu = f"FVU {found.fvu:.3f}" if found.fvu is not None else f"no FVU: {found.why_not}"
+        yield f"{spec}: L0 {found.l0:.1f}, {fvu} ({found.tokens} tokens; --no-check-sae: no look)"
+        stated = fit.stated_l0(sae)
+        for text in fit.verdict(found, features=sae.n_features, stated_l0=stated):
+            yield f"warning: {spec}: {text}"
+
+
+def beginnings(pairs: Sequence[TokenPair]) -> list[TokenPair]:
+    """GLANCE_PAIRS pairs, evenly spread over those with the shorter prompts, answers cut short."""
+    short = sorted(pairs, key=lambda pair: len(pair.prompt))[: max(GLANCE_PAIRS, len(pairs) // 2)]
+    n = GLANCE_TOKENS
+    return [
+        replace(pair, chosen=pair.chosen[:n], rejected=pair.rejected[:n])
+        for pair in data.spread(short, GLANCE_PAIRS)
+    ]

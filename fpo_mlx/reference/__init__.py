@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.records import PairScore, SaeWeights, TokenPair
 
@@ -26,6 +28,10 @@ class ReferenceBackend(Protocol):
 
     def score(self, pairs: Sequence[TokenPair]) -> list[PairScore]:
         """(chosen, rejected) of each pair, in order; one feature vector for each SAE."""
+        ...
+
+    def activations(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
+        """For each SAE what its site holds at the response positions, float32 [R, D_in]."""
         ...
 
 

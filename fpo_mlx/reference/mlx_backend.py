@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from fpo_mlx.config import Objective
 from fpo_mlx.model import adapters
@@ -46,3 +47,11 @@ class MlxBackend:
             scores += self._scorer.reference([pair])
         mx.clear_cache()  # lengths differ from group to group: give back what is not reused
         return scores
+
+    def activations(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
+        found: list[list[np.ndarray]] = []
+        for pair in pairs:
+            tapped = self._scorer.policy.rows([pair]).tapped
+            found.append([np.array(site.astype(mx.float32)) for site in tapped])
+        mx.clear_cache()
+        return [np.concatenate(site) for site in zip(*found, strict=True)]

@@ -160,6 +160,8 @@ def _config(sae: SaeWeights, dtype: str, subtracts: bool) -> dict[str, Any]:
     metadata |= {"converted_from": sae.format, "neuronpedia_id": sae.neuronpedia}
     if sae.transcoder:
         metadata["transcoder"] = True
+    if sae.centred:
+        metadata["centred"] = True  # ours: SAELens gives the reconstruction without the mean
     config["metadata"] = {name: value for name, value in metadata.items() if value is not None}
     return config
 

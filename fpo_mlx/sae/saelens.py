@@ -67,6 +67,7 @@ def load(source: Source) -> SaeWeights:
         normalize=_normalization(config, source),
         w_dec=w_dec,
         b_dec=source.tensors.get("b_dec"),
+        centred=bool(config.get("centred")),
         transcoder=architecture in TRANSCODERS or bool(config.get("transcoder")),
         site=_site(config),
         model_name=config.get("model_name"),

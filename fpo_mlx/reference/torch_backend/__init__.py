@@ -75,6 +75,17 @@ class TorchBackend:
                 scores |= {row.number: score for row, score in zip(rows, found, strict=True)}
         return [(scores[2 * n], scores[2 * n + 1]) for n in range(len(pairs))]
 
+    def activations(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
+        found: list[list[np.ndarray]] = []
+        for unit in passes.units(pairs, share=False):  # one by one: they are few and short
+            with torch.no_grad():
+                _, places = passes.run(self._model, [unit], self.device)
+                at = (self._put(places[0]), self._put(places[1]))
+                rows = [self._recorder.rows(tap, at).float() for tap in self._recorder.taps]
+            found.append([site.cpu().numpy() for site in rows])
+            self._recorder.clear()
+        return [np.concatenate(site) for site in zip(*found, strict=True)]
+
     def _try(self, batch: Sequence[passes.Unit]) -> list[ResponseScore] | None:
         """The scores, or None when memory ran out (what the attempt held is free by then)."""
         try:
