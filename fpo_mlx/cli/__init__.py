@@ -34,6 +34,17 @@ class Group(click.Group):
                 raise
             click.echo(f"fpo-mlx: {plain}", err=True)
             ctx.exit(plain.exit_code)
+        except ModuleNotFoundError as error:
+            name = (error.name or "").split(".")[0]
+            if name not in ("mlx", "mlx_lm"):
+                raise
+            click.echo(
+                f"fpo-mlx: this command needs the package {name}, which is not installed here. "
+                "Install it with `pip install fpo-mlx`; without it only the torch backend works "
+                "(`fpo-mlx precompute --backend torch`).",
+                err=True,
+            )
+            ctx.exit(FpoError.exit_code)
         except KeyboardInterrupt:
             click.echo("fpo-mlx: interrupted", err=True)
             ctx.exit(Interrupted("").exit_code)
