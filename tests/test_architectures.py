@@ -35,6 +35,12 @@ WHOLE_SEQUENCES = {"qwen3_next"}  # some of its blocks keep a recurrent state, n
 ARCHITECTURES = list(tiny_models.MAKERS)
 
 
+def absent_from(name: str) -> set[str]:
+    """Sites that this architecture does not have."""
+    absent = {"resid_mid"} if name in SIDE_BY_SIDE else set()
+    return absent | ({"mlp_in_unscaled"} if name in NO_RMS_NORM else set())
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """On arrays this small, threads only wait for each other."""
@@ -52,9 +58,7 @@ def proof_of(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_hidden_states_at_every_site_of_every_block_are_transformers(proof_of, name):
-    absent = {"resid_mid"} if name in SIDE_BY_SIDE else set()
-    absent |= {"mlp_in_unscaled"} if name in NO_RMS_NORM else set()
-    assert set(proof_of(name).kinds) == set(SITE_KINDS) - absent
+    assert set(proof_of(name).kinds) == set(SITE_KINDS) - absent_from(name)
     assert proof_of(name).hidden < 1e-4
 
 
@@ -174,3 +178,18 @@ def rounded(whole: Path, packed: Path, target: Path) -> Path:
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text((whole / "config.json").read_text())
     return target
+
+
+# The README ---------------------------------------------------------------------------------------
+
+
+def test_the_readmes_table_is_of_these_architectures_and_within_the_bounds():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.split("<!-- models: begin -->\n")[1].split("<!-- models: end -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [row[0].strip("`") for row in rows] == ARCHITECTURES
+    for name, sites, hidden, logits, gradient, once, _ in rows:
+        assert int(sites) == len(SITE_KINDS) - len(absent_from(name.strip("`")))
+        assert max(float(hidden), float(logits)) <= 1e-4
+        assert float(gradient) <= 1e-3
+        assert once == ("no" if name.strip("`") in WHOLE_SEQUENCES else "yes")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mlx_lm.utils import load_model
 from tiny_make import for_transformers
-from tiny_models import MAKERS, tiny_gemma2, tiny_gemma3_text, tiny_llama
+from tiny_models import MAKERS, tiny_gemma2, tiny_gemma3_text, tiny_llama, tiny_qwen3_next
 from transformers import AutoModelForCausalLM
 
 TOKENS = np.random.default_rng(7).integers(0, 300, (1, 17))  # longer than every window of 6
@@ -46,9 +46,10 @@ def test_the_window_of_tiny_gemma3_is_in_effect(tmp_path: Path):
     assert change[6:].max() > 0.5
 
 
-def test_a_seed_names_its_weights(tmp_path: Path):
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3_next])
+def test_a_seed_names_its_weights(make, tmp_path: Path):
     files = [
-        (tiny_llama(tmp_path / name, seed=seed) / "model.safetensors").read_bytes()
+        (make(tmp_path / name, seed=seed) / "model.safetensors").read_bytes()
         for name, seed in [("a", 0), ("b", 0), ("c", 1)]
     ]
     assert files[0] == files[1]

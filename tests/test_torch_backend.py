@@ -239,9 +239,10 @@ def test_a_prompt_that_runs_once_gives_the_scores_of_one_that_runs_twice(family,
     once = TorchBackend(folder, saes=saes, device="cpu")
     assert once.shares_prompt == (family not in WINDOWED)
     twice = TorchBackend(folder, saes=saes, device="cpu", share_prompt=False)
-    assert_close(once.score(pairs), twice.score(pairs))
+    tolerance = 1e-4 if family == "qwen3_next" else 1e-5  # its recurrence adds up more rounding
+    assert_close(once.score(pairs), twice.score(pairs), tolerance)
     once.tokens_per_batch = 150  # a few pairs a batch
-    assert_close(once.score(pairs), twice.score(pairs))
+    assert_close(once.score(pairs), twice.score(pairs), tolerance)
 
 
 def test_a_shared_prompt_is_shared_where_it_pays_and_counted_with_its_padding():

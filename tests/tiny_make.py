@@ -68,7 +68,9 @@ def make(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(model_type, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.random.fork_rng():  # what is not drawn below: decay rates of recurrent blocks
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _randomise(model, seed)
     model.save_pretrained(folder)
     _write_mlx_keys(folder, for_mlx or {})
