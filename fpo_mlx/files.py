@@ -20,7 +20,7 @@ from fpo_mlx.errors import FpoError
 TEMPORARY = ".tmp-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_NO_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 # what MLX and safetensors say when the system refuses to write: classes that say nothing
 _FOREIGN = ("[write] ", "[save_safetensors] Failed to open", "Error while serializing: I/O error")
 

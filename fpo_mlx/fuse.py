@@ -73,7 +73,11 @@ def fuse(
     count = fuse_layers(base, dequantize=dequantize)
     if dequantize or dtype:
         cast_floats(base, DTYPES[dtype] if dtype else own)
-    tokenizer = utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    tokenizer = utils.load_tokenizer(
+        path,
+        {"trust_remote_code": trust_remote_code},  # without it transformers would ask
+        eos_token_ids=config.get("eos_token_id"),
+    )
     with files.atomic_folder(save_path) as folder:
         utils.save(folder, str(path), base, tokenizer, config, donate_model=False)
         if gguf_path:

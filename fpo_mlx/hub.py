@@ -10,6 +10,8 @@ from fpo_mlx.errors import ModelError
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.tiktoken"]
 
+NO_CODE = ["*.py", "*.pyc", "*.so", "*.sh"]  # "tokenizer*" would let tokenizer_x.py in
+
 
 def resolve_model(spec: str | Path, revision: str | None = None) -> Path:
     """A local folder as it is; anything else is a hub id, downloaded without code files.
@@ -27,7 +29,11 @@ def resolve_model(spec: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(spec), revision=revision, allow_patterns=MODEL_FILES))
+        return Path(
+            snapshot_download(
+                str(spec), revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=NO_CODE
+            )
+        )
     except Exception as error:  # huggingface_hub raises a dozen unrelated classes
         raise ModelError(
             f"{spec}: neither a local folder nor a model that could be downloaded "
