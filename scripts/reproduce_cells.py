@@ -30,7 +30,7 @@ class Plan:
     saes: Mapping[str, Path]
     data: Path
     work: Path
-    updates: int = 300
+    updates: int = 200
     batch_size: int = 1
     learning_rate: float = 1e-5
     max_seq_length: int = 320
