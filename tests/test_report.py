@@ -67,16 +67,24 @@ def test_every_table_has_a_caption_and_heads_with_scope(tmp_path):
     assert all("iteration" in (a["aria-label"] or "") for a in figures)
 
 
+FEATURE = {
+    "sae": 0, "feature": 123, "change": -0.25, "label": "lists", "tokens": [" -"],
+    "link": "https://www.neuronpedia.org/m/1/123",
+    "contexts": [{"activation": 2.0, "token": " -", "text": "First:«-» milk\n", "where": "pair 7"}],
+}  # fmt: skip
+
+
 def test_figures_of_the_files_are_on_the_page(tmp_path):
-    record = {"settings": {"objective": "fpo"}, "memory": {"predicted_gb": 1.8}}
+    record = {"settings": {"objective": "fpo"}, "memory": {"predicted_peak_gb": 1.8}}
     run = a_run(
         tmp_path / "run", record=record, evaluate={"summary": SUMMARY},
-        features={"features": [{"index": 123, "change": -0.25, "label": "lists"}]},
+        features={"features": [FEATURE]},
         compare={"prompts": [{"prompt": "Why?", "answers": {"base": "So.", "run": "Thus."}}]},
     )  # fmt: skip
     text = " ".join(Elements(render(read_runs([run]))).text.split())
     for part in ("0.9", "0.8 to 0.975", "−0.1", "40 held-out pairs", "123", "lists", "−0.25",
-                 "Why?", "Thus.", "blocks 3 to 5: mlp.up_proj", "+20 %"):  # fmt: skip
+                 "First:«-» milk", "Why?", "Thus.", "blocks 3 to 5: mlp.up_proj",
+                 "+20 %"):  # fmt: skip
         assert part in text, part
 
 
@@ -119,8 +127,20 @@ def test_what_is_missing_comes_with_a_command_that_the_shell_reads_back(tmp_path
         "--adapter-path": str(run), "--json": str(run / "evaluate.json"),
     }  # fmt: skip
     assert found["sample answers"][1] == "compare"
+    assert "--split" not in words
     (run / "evaluate.json").write_text(json.dumps({"summary": SUMMARY}))
     assert "held-out figures" not in {m.what for m in missing(read_runs([run]))}
+
+
+def test_the_command_names_the_split_that_is_there(tmp_path):
+    data = tmp_path / "pairs"
+    data.mkdir()
+    (data / "valid.jsonl").touch()
+    run = a_run(tmp_path / "run", record={"settings": {"data": str(data)}})
+    command = next(m.command for m in missing(read_runs([run])) if "evaluate" in m.command)
+    assert "--split valid" in command
+    (data / "test.jsonl").touch()
+    assert not any("--split" in m.command for m in missing(read_runs([run])))
 
 
 def test_the_commands_that_a_report_names_are_commands_with_these_flags(tmp_path):
@@ -161,12 +181,18 @@ def test_figures_of_the_wrong_kind_do_not_stop_a_report(tmp_path):
 def test_warnings_speak_of_collapse_length_and_results_older_than_the_adapters(tmp_path):
     lost = SUMMARY | {"logps_per_token/chosen_change": -22.7}
     run = a_run(
-        tmp_path / "run", [a_report(10) | {"warnings": ["gap"]}], evaluate={"summary": lost}
+        tmp_path / "run",
+        [
+            a_report(10) | {"warnings": ["gap"]},
+            {"kind": "skipped", "iteration": 11, "reason": "too far", "in_a_row": 1},
+        ],
+        evaluate={"summary": lost},
     )
     (run / "adapters.safetensors").write_bytes(b"")
     os.utime(run / "evaluate.json", (1, 1))
     text = said(read_runs([run]))
-    for part in ("lost 22.7 nats a token", "0.95 where", "0.6 elsewhere", "Iteration 10: gap",
+    for part in ("Updates left out: 1; the first at iteration 11: too far",
+                 "lost 22.7 nats a token", "0.95 where", "0.6 elsewhere", "Iteration 10: gap",
                  "older than the adapters", "iteration 10 of 30"):  # fmt: skip
         assert part in text, part
     assert "collapsed?" in render(read_runs([run]))

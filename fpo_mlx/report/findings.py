@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fpo_mlx.report.plots import value_of
 from fpo_mlx.report.read import Run, figure
@@ -42,6 +43,12 @@ def _of_one(run: Run) -> Iterator[str]:
         (loss := value_of(r, "loss")) is not None and not math.isfinite(loss) for r in run.train
     ):
         yield "The loss was not finite at some report."
+    if run.skipped:
+        first = run.skipped[0]
+        yield (
+            f"Updates left out: {len(run.skipped)}; the first at iteration "
+            f"{text(first.get('iteration'))}: {text(first.get('reason'))}."
+        )
     yield from _unfinished(run)
     yield from _collapse(run)
     yield from _length(run)
@@ -129,4 +136,5 @@ def _usual(run: Run, sae: bool = True) -> str:
         words += ["--sae", text(one)]
     data = text(s.get("data") or "DATA")
     words += ["--data", "HELD_OUT.jsonl" if data.endswith(".jsonl") else data]
-    return shlex.join(words)
+    here = {name for name in ("valid", "test") if Path(data, f"{name}.jsonl").is_file()}
+    return shlex.join(words + (["--split", "valid"] if here == {"valid"} else []))

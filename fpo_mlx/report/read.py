@@ -33,6 +33,7 @@ class Run:
     adapter: Mapping[str, Any] = field(default_factory=dict)  # adapter_config.json
     train: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "train"
     valid: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "valid"
+    skipped: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "skipped": updates left out
     results: Mapping[str, Result] = field(default_factory=dict)  # evaluate, features, compare
     faults: tuple[str, ...] = ()  # files that could not be read
 
@@ -136,9 +137,9 @@ def read_run(path: Path, name: str) -> Run:
     faults: list[str] = []
     record, adapter = (_mapping(path / own, faults) for own in OWN)
     reports = _lines(path / "metrics.jsonl", faults)
-    kinds = {k: [r for r in reports if r.get("kind") == k] for k in ("train", "valid")}
+    kinds = [[r for r in reports if r.get("kind") == k] for k in ("train", "valid", "skipped")]
     results = _results(path, faults)
-    return Run(name, path, record, adapter, kinds["train"], kinds["valid"], results, tuple(faults))
+    return Run(name, path, record, adapter, *kinds, results=results, faults=tuple(faults))
 
 
 def _read(path: Path, faults: list[str]) -> Any:

@@ -30,7 +30,7 @@ COLUMNS = {  # key of a feature's row -> title; other keys come after these, as 
     "share_of_d": "Share of D",
     "tokens": "Tokens where it fires most",
 }
-WIDEST = 10  # columns
+CONTEXTS = "contexts"  # of a feature's row: where it fires most, the strongest first
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,14 @@ def features(run: Run) -> Table | None:
     shown = rows[:FEATURES]
     keys = [k for k in COLUMNS if any(k in row for row in shown)]
     keys += [k for k in dict.fromkeys(k for r in shown for k in r) if k not in COLUMNS]
-    keys = [k for k in keys if _tells(shown, k)][:WIDEST]
+    keys = [k for k in keys if _tells(shown, k)]
     links = {(i, 0): url for i, row in enumerate(shown) if (url := _link(row))}
     note = f"The first {len(shown)} of {len(rows)}." if len(rows) > len(shown) else ""
     cells = [[_cell(row.get(k)) for k in keys] for row in shown]
     head = [COLUMNS.get(k, k) for k in keys]
+    if any(_examples(row) for row in shown):
+        head.append("Where")
+        cells = [[*line, _examples(row)] for line, row in zip(cells, shown, strict=True)]
     return Table(f"Features that moved: {run.name}", head, cells, note=note, links=links)
 
 
@@ -75,8 +78,10 @@ def _rows(value: Any, names: Sequence[str]) -> list[Mapping[str, Any]]:
 
 
 def _tells(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
-    """Whether a column holds anything but addresses, records and blanks."""
+    """Whether a column holds anything but addresses, records, blanks and one SAE's number."""
     values = [row.get(key) for row in rows]
+    if key == CONTEXTS or (key == "sae" and len({text(v) for v in values}) == 1):
+        return False
     return any(v not in (None, "", []) for v in values) and not any(
         isinstance(v, Mapping) or str(v).startswith("http") for v in values
     )
@@ -85,6 +90,14 @@ def _tells(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
 def _link(row: Mapping[str, Any]) -> str:
     """Neuronpedia's page of a feature; no other address becomes a link."""
     return next((v for v in row.values() if isinstance(v, str) and v.startswith(LINKS)), "")
+
+
+def _examples(row: Mapping[str, Any]) -> str:
+    """Two texts in which the feature fires, a line each; the token stands between « and »."""
+    found = row.get(CONTEXTS)
+    listed = found if isinstance(found, Sequence) and not isinstance(found, str) else ()
+    texts = [one.get("text") for one in listed if isinstance(one, Mapping)]
+    return "\n".join(" ".join(t.split()) for t in texts[:2] if isinstance(t, str))
 
 
 def _cell(value: Any) -> str:

@@ -325,11 +325,11 @@ def memory(runs: Sequence[Run]) -> Table | None:
 
 
 def predicted_gb(run: Run) -> float | None:
-    found = part(run.record, "memory")
-    return figure(found.get("predicted_gb", run.record.get("predicted_peak_memory_gb")))
+    return figure(part(run.record, "memory").get("predicted_peak_gb")) or None
 
 
 def measured_gb(run: Run) -> float | None:
-    found = figure(part(run.record, "memory").get("measured_gb"))
+    """As run.json has it, or the highest of the reports while the run has not ended."""
+    found = figure(part(run.record, "memory").get("measured_peak_gb"))
     peaks = [p for r in run.train if (p := value_of(r, "peak_memory_gb")) is not None]
     return max(peaks) if found is None and peaks else found
