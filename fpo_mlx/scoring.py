@@ -67,6 +67,7 @@ class Scorer:
             raise ValueError(f"{len(encoders)} encoders for {len(policy.sites)} sites")
         self.policy, self.encoders, self.objective = policy, tuple(encoders), objective
         self.measure_kl = measure_kl or objective.constraint == "kl"
+        self.feature_weights = tuple(feature_weights)
         self._pinned = [_pinned(weights) for weights in feature_weights]
         self._reference: dict[str, mx.array] = dict(adapters.parameters(policy.model))
 

@@ -33,7 +33,7 @@ def leaves(group: click.Group = main, path: tuple[str, ...] = ()) -> Iterator[tu
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from leaves(command, (*path, name))
-        else:
+        if not isinstance(command, click.Group) or command.invoke_without_command:
             yield (*path, name)
 
 
@@ -42,6 +42,8 @@ def command_of(words: list[str]) -> click.Command:
     command: click.Command = main
     for word in words:
         if not isinstance(command, click.Group):
+            break
+        if word.startswith("-") and command.invoke_without_command:
             break
         command = command.commands[word]
     return command

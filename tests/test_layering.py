@@ -54,12 +54,15 @@ OURS = {
     | RUN
     | {"checkpoint", "data", "guard", "optimizer", "parallel", "reports"},
     "sampling": VOCABULARY | RUN,
+    "featurereport": VOCABULARY,
+    "featurescan": VOCABULARY | RUN | {"featurereport", "reports"},
     "evaluate": VOCABULARY | RUN | {"sampling"} | {"reports"},
     "fuse": VOCABULARY | {"hub", "model"},
     "doctor": VOCABULARY | {"blas", "cache"},
     "report": VOCABULARY | {"config"},
     "pipeline": {"*"},
-    "cli": VOCABULARY | {"featurefiles", "config", "pipeline", "trackers", "doctor", "demo"},
+    "cli": VOCABULARY
+    | {"featurefiles", "featurereport", "config", "pipeline", "trackers", "doctor", "demo"},
     "__main__": {"cli"},
 }
 OTHERS = {
@@ -94,6 +97,8 @@ OTHERS = {
     "reports": {"numpy"},
     "trainer": {"numpy", *MLX},
     "sampling": {"numpy", *MLX},
+    "featurereport": {"numpy"},
+    "featurescan": {"numpy", *MLX},
     "evaluate": {"numpy", *MLX},
     "fuse": {"numpy", *MLX},
     "doctor": {"numpy", "mlx", "huggingface_hub"},

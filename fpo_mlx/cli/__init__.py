@@ -10,6 +10,7 @@ from fpo_mlx import __version__
 from fpo_mlx.cli.caches import cache
 from fpo_mlx.cli.compare import compare
 from fpo_mlx.cli.data import check, precompute
+from fpo_mlx.cli.features import features
 from fpo_mlx.cli.machine import demo, doctor
 from fpo_mlx.cli.report import report
 from fpo_mlx.cli.results import convert, evaluate, fuse
@@ -63,6 +64,7 @@ def main() -> None:
 
 
 for _command in (
-    demo, doctor, check, convert, sae, precompute, cache, train, evaluate, compare, report, fuse,
+    demo, doctor, check, convert, sae, precompute, cache, train, evaluate, compare, features,
+    report, fuse,
 ):  # fmt: skip
     main.add_command(_command)

@@ -14,6 +14,9 @@ from fpo_mlx.pipeline.convert import convert as convert
 from fpo_mlx.pipeline.evaluate import evaluate as evaluate
 from fpo_mlx.pipeline.evaluate import evaluate_all as evaluate_all
 from fpo_mlx.pipeline.evaluate import open_scorer as open_scorer
+from fpo_mlx.pipeline.features import FeatureReport as FeatureReport
+from fpo_mlx.pipeline.features import features as features
+from fpo_mlx.pipeline.features import find_features as find_features
 from fpo_mlx.pipeline.fuse import FuseResult as FuseResult
 from fpo_mlx.pipeline.fuse import fuse as fuse
 from fpo_mlx.pipeline.job import Job as Job

@@ -1,0 +1,173 @@
+"""`fpo-mlx features` and `fpo-mlx features find`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fpo_mlx.cli.options import (
+    PATH,
+    csv_option,
+    gather,
+    json_option,
+    preset_option,
+    settings,
+    write_csv,
+    write_json,
+)
+from fpo_mlx.cli.show import Bar, say, table
+from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.featurefiles import write_weights
+from fpo_mlx.featurereport import SORTS
+
+labels_option = click.option(
+    "--labels", type=PATH, help="What features mean: JSON, YAML or CSV, or Neuronpedia's export."
+)
+examples_option = click.option(
+    "--examples", type=click.IntRange(min=0), default=3, show_default=True,
+    help="Contexts to show of each feature; 0 for none.",
+)  # fmt: skip
+
+
+@click.group(invoke_without_command=True)
+@settings(DataConfig, ReferenceConfig, Objective, "init_adapter", "reference")
+@preset_option
+@click.option("--adapter-path", help="Adapter whose changes are looked at.")
+@click.option(
+    "--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True,
+    help="Part of the data to look at.",
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), help="Look at this many pairs.")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=20, show_default=True, help="Features to show."
+)
+@click.option(
+    "--sort", type=click.Choice(SORTS), default="share_of_d", show_default=True,
+    help="What moved most means.",
+)  # fmt: skip
+@examples_option
+@labels_option
+@json_option
+@csv_option
+@click.pass_context
+def features(
+    ctx, adapter_path, split, limit, top, sort, examples, labels, json_path, csv_path, **values
+) -> None:
+    """Say which SAE features an adapter moved, by how much, and where they fire.
+
+    \b
+    Example:
+      fpo-mlx features --model M --sae S --data pairs/ --adapter-path adapters --json moved.json
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from fpo_mlx import pipeline
+
+    if not adapter_path:
+        raise ConfigError("--adapter-path is missing: without one no feature has moved.")
+    report = pipeline.features(
+        gather(values), adapter_path=adapter_path, split=split, limit=limit, top=top, sort=sort,
+        examples=examples, labels=labels, say=say, progress=Bar("reference"),
+    )  # fmt: skip
+    write_json(json_path, report.as_dict())
+    write_csv(csv_path, report.rows())
+    columns = ("chosen before", "after", "rejected before", "after", "change", "effect", "of D")
+    rows: list[list[Any]] = [["feature", *columns, "label"]]
+    for c in report.changes:
+        figures = (c.chosen_before, c.chosen_after, c.rejected_before, c.rejected_after, c.change)
+        cells = [f"{v:.4g}" for v in figures] + [f"{c.effect_size:.2f}", f"{c.share_of_d:.1%}"]
+        rows.append([_name(c.sae, c.feature), *cells, c.label or c.link])
+    click.echo(f"{report.pairs} pairs, mean D {', '.join(f'{d:.4g}' for d in report.distance)}")
+    table(rows)
+    _examples(report.changes)
+
+
+@features.command()
+@settings(
+    "model", "sae", "layer", "site", "sae_format", "allow_pickle", "trust_remote_code",
+    "max_seq_length",
+)  # fmt: skip
+@click.option("--positive", type=PATH, required=True, help="Texts (.jsonl) with what is sought.")
+@click.option("--negative", type=PATH, required=True, help="Texts (.jsonl) without it.")
+@click.option(
+    "--limit", type=click.IntRange(min=2), default=200, show_default=True, help="Texts of each set."
+)
+@click.option(
+    "--top", type=click.IntRange(min=1), default=10, show_default=True, help="Features to find."
+)
+@click.option(
+    "--held-out", type=click.FloatRange(0, 0.5), default=0.2, show_default=True,
+    help="Share of the texts that is not chosen from, but judged on.",
+)  # fmt: skip
+@click.option(
+    "--weight", type=click.FloatRange(min=0), default=1.0, show_default=True,
+    help="Weight to write for the features that were found.",
+)  # fmt: skip
+@click.option("--output", type=PATH, help="Feature weights to write: .json, .yaml or .csv.")
+@examples_option
+@labels_option
+@json_option
+def find(
+    positive, negative, limit, top, held_out, weight, output, examples, labels, json_path, **values
+) -> None:
+    """Find the features that tell two sets of texts apart, for --feature-weights.
+
+    \b
+    Example:
+      fpo-mlx features find --model M --sae S --positive lists.jsonl --negative prose.jsonl \\
+        --output weights.json
+    """
+    from fpo_mlx import pipeline
+
+    _check_output(output)
+    found = pipeline.find_features(
+        gather(values), positive=positive, negative=negative, limit=limit, top=top,
+        held_out=held_out, examples=examples, labels=labels, say=say,
+    )  # fmt: skip
+    rows = [{"weight": weight, **dataclasses.asdict(one)} for one in found]
+    write_json(json_path, {"found": rows})
+    if not found:
+        say("no feature fires more on the positive texts")
+        return
+    if output is not None:
+        plain = [{k: v for k, v in row.items() if k != "contexts"} for row in rows]
+        write_weights(output, plain)
+    names = ("feature", "AUC", "held out", "mean", "elsewhere", "token", "elsewhere", "label")
+    cells = [
+        [_name(f.sae, f.feature), *(_short(v) for v in _figures(f)), f.label or f.link]
+        for f in found
+    ]
+    table([names, *cells])
+    _examples(found)
+
+
+def _check_output(output: Path | None) -> None:
+    if output is not None and output.suffix.lower() not in (".json", ".yaml", ".yml", ".csv"):
+        raise ConfigError(f"--output {output}: wanted a name in .json, .yaml, .yml or .csv.")
+
+
+def _figures(f: Any) -> tuple[Any, ...]:
+    means = (f.positive, f.negative, f.positive_token, f.negative_token)
+    return (f.auc, f.held_out_auc, *means)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _name(sae: int, feature: int) -> str:
+    return f"{sae}:{feature}" if sae else str(feature)
+
+
+def _examples(rows: Iterable[Any]) -> None:
+    """Where each feature fires most, one line a context."""
+    for row in rows:
+        for context in row.contexts:
+            text = "".join(c if c.isprintable() else " " for c in context.text)
+            name = _name(row.sae, row.feature)
+            click.echo(f"{name:>8} {context.activation:>8.4g}  {text}  ({context.where})")

@@ -1,0 +1,219 @@
+"""Which features moved on a split, and which tell two sets of texts apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fpo_mlx.config import RunConfig
+from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.featurefiles import read_labels
+from fpo_mlx.featurereport import Change, Found, Sort
+from fpo_mlx.hub import read_config, resolve_model
+from fpo_mlx.pipeline.evaluate import open_scorer
+from fpo_mlx.pipeline.job import (
+    OnFill,
+    Say,
+    open_job,
+    open_saes,
+    read_pairs,
+    reference_of,
+    scores,
+)
+from fpo_mlx.records import SaeWeights
+from fpo_mlx.tokenizer import ChatTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from fpo_mlx.featurescan import Text
+
+NEURONPEDIA = "https://www.neuronpedia.org"
+
+
+@dataclass(frozen=True)
+class FeatureReport:
+    """changes: the features that moved most, of every SAE; distance: mean D a response, by SAE."""
+
+    changes: list[Change]
+    distance: list[float]
+    pairs: int
+    adapter_path: str
+
+    def as_dict(self) -> dict[str, Any]:
+        about = {"adapter_path": self.adapter_path, "pairs": self.pairs, "distance": self.distance}
+        return about | {"features": [change.as_dict() for change in self.changes]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Flat, for a CSV: the contexts as their tokens."""
+        rows = [change.as_dict() for change in self.changes]
+        for row in rows:
+            row["tokens"] = " ".join(map(repr, row["tokens"]))
+            del row["contexts"]
+        return rows
+
+
+def features(
+    config: RunConfig,
+    *,
+    adapter_path: str,
+    split: str = "valid",
+    limit: int | None = None,
+    top: int = 20,
+    sort: Sort = "share_of_d",
+    examples: int = 3,
+    labels: Path | None = None,
+    say: Say,
+    progress: OnFill = lambda _: None,
+    count: Callable[[int], None] = lambda _: None,
+) -> FeatureReport:
+    """What an adapter did to the SAE's features on a split, against the cached reference.
+
+    limit: pairs to look at; examples: contexts of each feature, found in a second pass; 0 for none.
+    """
+    from fpo_mlx import featurescan
+    from fpo_mlx.model.adapters import read_spec
+    from fpo_mlx.reports import ScoredPairs
+
+    read_spec(Path(adapter_path))  # before the long part
+    job = open_job(config, adapter=config.train.init_adapter, say=say, need_sae=True)
+    known = read_labels(labels, len(job.saes)) if labels else ({},) * len(job.saes)
+    pairs = read_pairs(job, split, say)[:limit]
+    data = ScoredPairs(pairs, scores(reference_of(job, pairs, say, progress), pairs))
+    scorer = open_scorer(job, adapter_path, measure_kl=False, say=say)
+    tallies = featurescan.tally(scorer, data, count)
+    changes: list[Change] = []
+    for i, (sae, one) in enumerate(zip(job.saes, tallies, strict=True)):
+        found = one.changes(top, sort, sae=i)
+        shown = featurescan.contexts(
+            scorer.policy, scorer.encoders[i], i, featurescan.pair_texts(data) if examples else (),
+            [change.feature for change in found], examples, job.tokenizer.decode,
+        )  # fmt: skip
+        changes += [
+            replace(
+                change,
+                label=known[i].get(change.feature, ""),
+                link=link(sae, change.feature),
+                contexts=shown[change.feature],
+            )
+            for change in found
+        ]
+    distance = [float(one.distance.sum() / one.responses) for one in tallies]
+    return FeatureReport(changes, distance, len(pairs), adapter_path)
+
+
+def find_features(
+    config: RunConfig,
+    *,
+    positive: Path,
+    negative: Path,
+    limit: int = 200,
+    top: int = 10,
+    held_out: float = 0.2,
+    examples: int = 3,
+    labels: Path | None = None,
+    say: Say,
+) -> list[Found]:
+    """Features of one SAE that tell two sets of texts apart under the base model."""
+    from fpo_mlx import featurereport, featurescan
+    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.policy import Policy
+    from fpo_mlx.scoring import encoder_of
+
+    if not config.reference.model:
+        raise ConfigError("--model is missing. Wanted a model folder or hub id.")
+    path = resolve_model(config.reference.model)
+    tokenizer = load_tokenizer(path, trust_remote_code=config.reference.trust_remote_code)
+    longest = config.data.max_seq_length
+    sets = [read_texts(file, tokenizer, longest)[:limit] for file in (positive, negative)]
+    (sae,) = _one_sae(open_saes(config, read_config(path), need=True, say=say))
+    known = read_labels(labels)[0] if labels else {}
+    loaded = load_model(path, trust_remote_code=config.reference.trust_remote_code)
+    policy = Policy(loaded.model, loaded.config, [sae.site] if sae.site else [])
+    encoder = encoder_of(sae)
+    seen = [featurescan.read_texts(policy, encoder, 0, texts) for texts in sets]
+    found = featurereport.find(seen[0], seen[1], top, held_out=held_out)
+    shown = featurescan.contexts(
+        policy, encoder, 0, sets[0] if examples else (),
+        [one.feature for one in found], examples, tokenizer.decode,
+    )  # fmt: skip
+    return [
+        replace(
+            one,
+            label=known.get(one.feature, ""),
+            link=link(sae, one.feature),
+            contexts=shown[one.feature],
+        )
+        for one in found
+    ]
+
+
+def link(sae: SaeWeights, feature: int) -> str:
+    """Neuronpedia's page of a feature; "" where the SAE's files do not say its name there."""
+    return f"{NEURONPEDIA}/{sae.neuronpedia}/{feature}" if sae.neuronpedia else ""
+
+
+def _one_sae(saes: Sequence[SaeWeights]) -> Sequence[SaeWeights]:
+    if len(saes) != 1:
+        raise ConfigError(f"features find looks into one SAE, and --sae names {len(saes)}.")
+    return saes
+
+
+def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Text]:
+    """Texts of a .jsonl file, cut to `longest` tokens.
+
+    A line is {"text": …}, or an answer with its prompt: {"prompt": …, "response": …}. Of an answer
+    the response positions are looked at; of a plain text all but the first, on which activations
+    are unlike those of any other. Raises: DataError naming the lines that cannot be used.
+    """
+    from fpo_mlx.featurescan import Text
+
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}.") from error
+    texts, faults = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path.name}:{number}"
+        try:
+            prompt, response = _tokens(json.loads(line), tokenizer)
+        except (ValueError, TypeError, KeyError) as error:
+            faults.append(f"{where}: {error}")
+            continue
+        response = response[: longest - len(prompt)]
+        if len(response):
+            texts.append(Text(prompt, response, where))
+        else:
+            faults.append(f"{where}: no tokens to look at below --max-seq-length {longest}")
+    if faults or len(texts) < 2:
+        raise DataError(
+            f'{path}: wanted two or more lines of {{"text": …}} or {{"prompt": …, "response": …}}.',
+            faults,
+        )
+    return texts
+
+
+def _tokens(row: Any, tokenizer: ChatTokenizer) -> tuple[Any, Any]:
+    import numpy as np
+
+    if not isinstance(row, dict):
+        raise TypeError(f"found {type(row).__name__}, wanted an object")
+    names = ("text",) if "text" in row else ("prompt", "response")
+    for name in names:
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise ValueError(f"{name} is missing, empty or no text")
+    if "text" in row:
+        tokens = np.array(tokenizer.text_tokens(row["text"]), dtype=np.int32)
+        return tokens[:2], tokens[2:]
+    begin = [{"role": "user", "content": row["prompt"]}]
+    prompt = tokenizer.prompt_tokens(begin)
+    whole = tokenizer.conversation_tokens(
+        [*begin, {"role": "assistant", "content": row["response"]}]
+    )
+    if whole[: len(prompt)] != prompt:
+        raise ValueError("the prompt's tokens change when the answer follows")
+    both = np.array(whole, dtype=np.int32)
+    return both[: len(prompt)], both[len(prompt) :]
