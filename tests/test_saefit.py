@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -458,3 +459,28 @@ def test_the_look_is_bounded():
     assert {len(pair.chosen) for pair in few} == {64}
     assert {len(pair.rejected) for pair in few} == {10}
     assert len(beginnings(pairs[:3])) == 3
+
+
+def test_vectors_by_heads_are_encoded_side_by_side(place, tmp_path):
+    x = np.random.default_rng(0).normal(size=(3, 4, WIDTH // 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    flags = ("--input", tmp_path / "x.npy", "--output", tmp_path / "acts.npy")
+    done = run("sae", "encode", "--sae", place / "sae", *flags)
+    assert done.exit_code == 0, done.stderr
+    wanted = encode(exact_sae(Site(1)), x.reshape(3, WIDTH))
+    np.testing.assert_array_equal(np.load(tmp_path / "acts.npy"), wanted)
+
+
+def test_the_fixture_check_calls_out_what_is_wrong(tmp_path, monkeypatch):
+    """Its own judgement: equal, off, refused for the right and for another reason."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    import check_fixtures as check
+
+    wanted = np.array([[4.0, 0.0]])
+    assert check.compared("f", "n", wanted * (1 + 9e-6), wanted).good
+    assert not check.compared("f", "n", wanted * (1 + 2e-5), wanted).good
+    assert not check.compared("f", "n", "a message", wanted).good
+    assert check.refused("f", "n", "it is a pickle", "pickle").good
+    assert not check.refused("f", "n", "something else", "pickle").good
+    assert not check.refused("f", "n", wanted, "pickle").good
+    assert {line.good for line in check.fresh(3)} == {True}

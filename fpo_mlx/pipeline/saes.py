@@ -72,7 +72,10 @@ def sae_convert(
 
 
 def sae_encode(config: RunConfig, *, input: Path, output: Path, say: Say) -> tuple[int, int]:
-    """Activations of a .npy of vectors [N, D] as float32 [N, F], written whole. Returns (N, F)."""
+    """Activations of a .npy of vectors [N, D] (or [N, heads, head size]) as float32 [N, F].
+
+    The file is written whole. Returns (N, F).
+    """
     if len(config.reference.sae) != 1:
         raise ConfigError(f"--sae: found {len(config.reference.sae)}, wanted exactly one.")
     try:
@@ -81,7 +84,10 @@ def sae_encode(config: RunConfig, *, input: Path, output: Path, say: Say) -> tup
         raise FpoError(
             f"{input} cannot be read as an array: {error}. Wanted a .npy file of [N, D] floats."
         ) from error
-    acts = encode(read_sae(config.reference.sae[0], config, say), vectors)
+    sae = read_sae(config.reference.sae[0], config, say)
+    if vectors.ndim > 2 and np.prod(vectors.shape[1:]) == sae.d_in:  # [N, heads, head size]
+        vectors = vectors.reshape(len(vectors), -1)
+    acts = encode(sae, vectors)
     try:
         with files.atomic_path(output) as temporary, open(temporary, "wb") as file:
             np.save(file, acts)
