@@ -218,7 +218,9 @@ def test_results_over_several_adapters_go_to_their_runs(tmp_path):
     runs = [a_run(tmp_path / name) for name in ("a", "b")]
     listed = [{"adapter_path": str(r), "summary": SUMMARY | {"n": i}} for i, r in enumerate(runs)]
     both = tmp_path / "both.json"
-    both.write_text(json.dumps({"base": {"summary": {"n": 9}}, "adapters": listed}))
+    both.write_text(
+        json.dumps({"base": {"summary": {"n": 9, "rewards/margins": 77.5}}, "adapters": listed})
+    )
     answers = {"base": "B", str(runs[0]): "of a", str(runs[1]): "second answer"}
     side = tmp_path / "side.json"
     side.write_text(json.dumps({"prompts": [{"prompt": "Q", "answers": answers}]}))
@@ -226,6 +228,7 @@ def test_results_over_several_adapters_go_to_their_runs(tmp_path):
     assert [run.results["evaluate"].value["summary"]["n"] for run in read] == [0, 1]
     page = Elements(render(read)).text
     assert "base model" in page
+    assert "77.5" not in page  # against itself: it says nothing
     assert page.count("second answer") == 1
 
 

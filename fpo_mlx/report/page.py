@@ -33,13 +33,15 @@ def render(runs: Sequence[Run], made: str = "") -> str:
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     given, rest = tables.settings(runs)
+    evaluation, figures = tables.evaluation(runs)
     return template.render(
         title=" · ".join(run.name for run in runs),
         version=__version__,
         made=made,
         cards=[tables.card(run, i % COLOURS) for i, run in enumerate(runs)],
         plots=plots,
-        evaluation=tables.evaluation(runs),
+        evaluation=evaluation,
+        figures=figures,
         curves=[t for run in runs if (t := tables.curves(run))],
         features=[t for run in runs if (t := samples.features(run))],
         answers=[a for run in runs if (a := samples.answers(run))],

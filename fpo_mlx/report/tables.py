@@ -55,6 +55,7 @@ METRICS = {
     "logps_per_token/chosen": "Chosen log-prob (nats a token)",
     "logps_per_token/rejected": "Rejected log-prob (nats a token)",
 }
+TOLD = list(METRICS)[: list(METRICS).index("rewards/accuracies/short")]  # the rest is folded away
 WORDS = re.compile(r"(?!to\b|not a number|infinite)[^\W\d_]{2}")
 HEADLINES = (
     ("rewards/accuracies", "Reward accuracy"),
@@ -191,25 +192,33 @@ def objective(run: Run) -> str:
     return f"{text(s.get('objective'))}: " + ", ".join(parts)
 
 
-def evaluation(runs: Sequence[Run]) -> Table | None:
-    """Metrics down, runs across; with the base where an evaluation holds one."""
+def evaluation(runs: Sequence[Run]) -> tuple[Table | None, Table | None]:
+    """(what matters, everything else): metrics down, runs across, the base where there is one."""
     columns = [(run.name, summary_of(run)) for run in runs]
     for run in runs:
         found = run.results.get("evaluate")
         base = part(found.value, "base") if found else {}
         if base:
-            columns.insert(0, ("base model", part(base, "summary") or base))
+            own = part(base, "summary") or base  # its rewards are 0 by definition: they say nothing
+            own = {k: v for k, v in own.items() if not k.startswith("rewards/")}
+            columns.insert(0, ("base model", own))
             break
     columns = [(name, s) for name, s in columns if s]
     if not columns:
-        return None
+        return None, None
     keys = [k for k in METRICS if any(k in s for _, s in columns)]
     others = {k for _, s in columns for k, v in s.items() if figure(v) is not None}
     keys += sorted(k for k in others - set(METRICS) if "/ci95" not in k)
-    rows = [[METRICS.get(k, k), *(_measured(s, k) for _, s in columns)] for k in keys]
+    rows = {k: [METRICS.get(k, k), *(_measured(s, k) for _, s in columns)] for k in keys}
     around = any("/ci95" in key for _, summary in columns for key in summary)
     note = "Below a figure: its 95 % bootstrap interval over the pairs." if around else ""
-    return Table("Held-out pairs", ["Metric", *(name for name, _ in columns)], rows, note=note)
+    head = ["Metric", *(name for name, _ in columns)]
+    told = [row for key, row in rows.items() if key in TOLD]
+    rest = [row for key, row in rows.items() if key not in TOLD]
+    return (
+        Table("Held-out pairs", head, told, note=note) if told else None,
+        Table("Held-out pairs, all other figures", head, rest) if rest else None,
+    )
 
 
 def _measured(summary: Mapping[str, Any], key: str) -> str:
