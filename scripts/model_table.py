@@ -24,6 +24,7 @@ MIND = {  # where mlx-lm computes something else than transformers, as its code 
     "mistral": "no window (v0.1 has one of 4096 tokens)",
     "gemma3_text": "embedding scale rounded to bfloat16 in every dtype",
     "gemma3": "text only; as `gemma3_text`",
+    "gemma4": "text only",
     "qwen2_moe": "routing weights never renormalised",
     "gpt_oss": "yarn bounds rounded (published: not)",
 }

@@ -19,7 +19,7 @@ OUT_PROJECTIONS = (
     "self_attn.o_proj", "attn.c_proj", "attention.dense", "linear_attn.out_proj",
 )  # fmt: skip
 # what attention and MLP give is normed before it is added to the stream
-POST_NORMED = ("gemma2", "gemma3_text", "gemma3", "gemma4_text", "olmo2")
+POST_NORMED = ("gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4", "olmo2")
 WITHOUT_RMS_NORM = ("olmo2", "gpt2", "gpt_neox", "cohere2")  # before the MLP
 
 

@@ -52,10 +52,11 @@ def test_sites_add_up_to_the_residual_stream(architecture: str, folders: dict[st
     assert attn.abs().max() > 0.1
     assert mlp.abs().max() > 0.1
     np.testing.assert_allclose(mid, pre + attn, atol=1e-12)
-    if architecture == "gemma4_text":  # adds the embedding of its own layer, then scales the sum
-        layer = model.model.layers[1]
+    if architecture.startswith("gemma4"):  # adds its own embedding, then scales
+        text = getattr(model.model, "language_model", model.model)
+        layer = text.layers[1]
         own = torch.nn.functional.gelu(layer.per_layer_input_gate(mid + mlp), approximate="tanh")
-        own = own * per_layer_input(model, 1)
+        own = own * per_layer_input(text, 1)
         added = layer.post_per_layer_input_norm(layer.per_layer_projection(own))
         np.testing.assert_allclose(post, layer.layer_scalar * (mid + mlp + added), atol=1e-5)
     else:
@@ -63,11 +64,11 @@ def test_sites_add_up_to_the_residual_stream(architecture: str, folders: dict[st
     np.testing.assert_array_equal(post, after)
 
 
-def per_layer_input(model, layer: int) -> torch.Tensor:
+def per_layer_input(text, layer: int) -> torch.Tensor:
     tokens = torch.tensor(TOKENS)[None]
-    embedded = model.model.embed_tokens(tokens)
-    given = model.model.get_per_layer_inputs(tokens, embedded)
-    return model.model.project_per_layer_inputs(embedded, given)[0, :, layer]
+    embedded = text.embed_tokens(tokens)
+    given = text.get_per_layer_inputs(tokens, embedded)
+    return text.project_per_layer_inputs(embedded, given)[0, :, layer]
 
 
 @pytest.mark.parametrize("architecture", MAKERS)

@@ -50,6 +50,34 @@ def gemma3_settings() -> dict[str, Any]:
     return dense() | own
 
 
+GEMMA4_KEYS = {"global_head_dim": 16, "sliding_window_pattern": 2}
+
+
+def gemma4_settings() -> dict[str, Any]:
+    own = {
+        "num_hidden_layers": 6,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 8,
+        "sliding_window": 6,
+        "layer_types": [windowed(block, every=2) for block in range(6)],
+        "final_logit_softcapping": 4.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 40000.0,
+                "partial_rotary_factor": 0.25,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    }
+    return dense() | own
+
+
 def windowed(block: int, every: int) -> str:
     return "full_attention" if block % every == every - 1 else "sliding_attention"
 
@@ -96,7 +124,7 @@ def _randomise(model: Any, seed: int) -> None:
             fan_in = weight.shape[0] if "Conv1D" in _owner(model, name) else weight.shape[-1]
             weight.data = 1.5 * noise / fan_in**0.5
     for name, buffer in model.named_buffers():
-        if name.endswith("layer_scalar"):  # Gemma 4
+        if name.endswith(("layer_scalar", "e_score_correction_bias")):  # Gemma 4, DeepSeek 3
             buffer += 0.2 * torch.rand(buffer.shape, generator=generator)
 
 

@@ -19,11 +19,13 @@ from typing import Any
 from tiny_make import (
     BLOCKS,
     GEMMA3_KEYS,
+    GEMMA4_KEYS,
     HEADS,
     HIDDEN,
     VOCAB,
     dense,
     gemma3_settings,
+    gemma4_settings,
     make,
     mlx_experts_apart,
     rename_weights,
@@ -252,29 +254,15 @@ def tiny_gemma4_text(
 ) -> Path:
     """Per-layer embeddings and gates, a scalar on every block, two head sizes, a window of 6,
     and two blocks at the end that attend to the keys and values of earlier ones."""
-    own = {
-        "num_hidden_layers": 6,
-        "head_dim": 8,
-        "global_head_dim": 16,
-        "num_kv_shared_layers": 2,
-        "use_double_wide_mlp": True,
-        "vocab_size_per_layer_input": VOCAB,
-        "hidden_size_per_layer_input": 8,
-        "sliding_window": 6,
-        "layer_types": [windowed(block, every=2) for block in range(6)],
-        "final_logit_softcapping": 4.0,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rope_parameters": {
-            "full_attention": {
-                "rope_type": "proportional",
-                "rope_theta": 40000.0,
-                "partial_rotary_factor": 0.25,
-            },
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-    }
-    for_mlx = {"global_head_dim": 16, "sliding_window_pattern": 2}
-    return make(folder, "gemma4_text", seed, tokenizer, dense() | own | settings, for_mlx)
+    settings = gemma4_settings() | settings
+    return make(folder, "gemma4_text", seed, tokenizer, settings, GEMMA4_KEYS)
+
+
+def tiny_gemma4(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
+    """`tiny_gemma4_text` as the language model of the published wrapper, without its towers."""
+    own = {"text_config": gemma4_settings() | settings, "vision_config": None, "audio_config": None}
+    for_mlx = {"vocab_size": VOCAB, "text_config": GEMMA4_KEYS}
+    return make(folder, "gemma4", seed, tokenizer, own, for_mlx)
 
 
 def tiny_smollm3(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
@@ -312,6 +300,29 @@ def tiny_deepseek_v2(
     }
     for_mlx = {"rope_scaling": yarn}
     return make(folder, "deepseek_v2", seed, tokenizer, dense() | own | settings, for_mlx)
+
+
+def tiny_deepseek_v3(
+    folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any
+) -> Path:
+    """Latent attention that mlx-lm runs without building the keys; experts chosen by group."""
+    own = {
+        "num_key_value_heads": HEADS,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 24,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+    }
+    return make(folder, "deepseek_v3", seed, tokenizer, dense() | own | settings)
 
 
 def tiny_gpt_oss(folder: Path, *, seed: int = 0, tokenizer: bool = False, **settings: Any) -> Path:
@@ -361,7 +372,9 @@ MAKERS: dict[str, Maker] = {
     "gemma": tiny_gemma,
     "gemma3": tiny_gemma3,
     "gemma4_text": tiny_gemma4_text,
+    "gemma4": tiny_gemma4,
     "smollm3": tiny_smollm3,
     "deepseek_v2": tiny_deepseek_v2,
+    "deepseek_v3": tiny_deepseek_v3,
     "gpt_oss": tiny_gpt_oss,
 }
