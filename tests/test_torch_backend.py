@@ -213,15 +213,6 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeyp
 # blocks with a window, or with a recurrent state
 WINDOWED = {"gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4", "cohere2", "gpt_oss"}
 WINDOWED |= {"qwen3_next"}
-    "gemma2",
-    "gemma3_text",
-    "gemma3",
-    "gemma4_text",
-    "gemma4",
-    "cohere2",
-    "gpt_oss",
-    "qwen3_next",
-}
 
 
 def long_prompts(n: int, seed: int = 0) -> list[TokenPair]:
