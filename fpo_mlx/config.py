@@ -252,7 +252,7 @@ def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig
 
     Raises: ConfigError for unknown keys, wrong types and values out of range, all at once.
     """
-    given = _read_yaml(path) if path else {}
+    given = read_yaml(path) if path else {}
     known = options()
     unknown = sorted(set(given) - set(known) - {"objective"})
     if unknown:
@@ -265,7 +265,7 @@ def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig
     faults, values = [], {}
     for name, value in given.items():
         try:
-            values[name] = _coerce(name, value, _hints()[name])
+            values[name] = coerce(name, value, _hints()[name])
         except ConfigError as error:
             faults.append(str(error))
     if faults:
@@ -284,13 +284,16 @@ def _hints() -> dict[str, Any]:
     return hints
 
 
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """YAML reads 1e-5 as text and [a] as a list: bring a value to its declared type."""
+def coerce(name: str, value: Any, hint: Any) -> Any:
+    """YAML reads 1e-5 as text and [a] as a list: bring a value to its declared type.
+
+    Raises ConfigError.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _coerce(name, value, next(a for a in arguments if a is not type(None)))
+        return coerce(name, value, next(a for a in arguments if a is not type(None)))
     flag = "--" + name.replace("_", "-")
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
@@ -314,7 +317,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     raise ConfigError(f"{flag} {value!r}: wanted {getattr(hint, '__name__', hint)}.")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The top level of a YAML file. Raises ConfigError."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -38,6 +38,11 @@ OURS = {
     "tokenizer": VOCABULARY,
     "data": VOCABULARY,
     "sae": VOCABULARY | {"hub"},
+    "saetrain": VOCABULARY | {"core", "sae"},
+    "saetrain.activations": VOCABULARY | {"model"},
+    "saetrain.settings": VOCABULARY | {"config"},
+    "saetrain.state": VOCABULARY | {"core", "model"},
+    "saetrain.texts": VOCABULARY | {"data", "tokenizer"},
     "cache": VOCABULARY,
     "demo": VOCABULARY | {"blas"},
     "demo.run": VOCABULARY | {"config", "pipeline"},  # a caller of the pipeline, as the cli is
@@ -62,7 +67,8 @@ OURS = {
     "report": VOCABULARY | {"config"},
     "pipeline": {"*"},
     "cli": VOCABULARY
-    | {"featurefiles", "featurereport", "config", "pipeline", "trackers", "doctor", "demo"},
+    | {"featurefiles", "featurereport", "config", "pipeline", "saetrain", "trackers", "doctor"}
+    | {"demo"},
     "__main__": {"cli"},
 }
 OTHERS = {
@@ -83,6 +89,10 @@ OTHERS = {
     "tokenizer": {"transformers"},
     "data": {"numpy", "datasets"},
     "sae": {"numpy", "safetensors", "huggingface_hub", "yaml"},
+    "saetrain": {"numpy", "mlx", "huggingface_hub"},
+    "saetrain.settings": set(),
+    "saetrain.texts": {"numpy"},
+    "saetrain.rows": {"numpy"},
     "cache": {"numpy", "safetensors"},
     "demo": {"numpy", "safetensors", "mlx_lm"},
     "model": {"numpy", "huggingface_hub", "safetensors", *MLX},

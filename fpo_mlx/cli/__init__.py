@@ -14,6 +14,7 @@ from fpo_mlx.cli.features import features
 from fpo_mlx.cli.machine import demo, doctor
 from fpo_mlx.cli.report import report
 from fpo_mlx.cli.results import convert, evaluate, fuse
+from fpo_mlx.cli.sae_train import sae_train
 from fpo_mlx.cli.saes import sae
 from fpo_mlx.cli.train import train
 from fpo_mlx.errors import FpoError, Interrupted
@@ -68,3 +69,4 @@ for _command in (
     report, fuse,
 ):  # fmt: skip
     main.add_command(_command)
+sae.add_command(sae_train)

@@ -56,6 +56,18 @@ def settings(*parts: type | str) -> Callable:
     return decorate
 
 
+def section_options(section: type) -> Callable:
+    """Options for all of a settings class that is none of a run's sections, and --config."""
+    hints = typing.get_type_hints(section)
+
+    def decorate(command: Callable) -> Callable:
+        for field in reversed(dataclasses.fields(section)):
+            command = _option(field, hints[field.name])(command)
+        return config_option(command)
+
+    return decorate
+
+
 def _option(field: dataclasses.Field, hint: Any) -> Callable:
     name = "--" + field.name.replace("_", "-")
     help = field.metadata["help"] + "."

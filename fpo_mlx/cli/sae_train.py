@@ -1,0 +1,44 @@
+"""`fpo-mlx sae train`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from fpo_mlx.cli.options import json_option, section_options, write_json
+from fpo_mlx.cli.show import listing, say
+from fpo_mlx.cli.train import on_signal
+from fpo_mlx.saetrain.settings import SaeTrainConfig, load_settings
+
+
+@click.command("train")
+@section_options(SaeTrainConfig)
+@click.option("--upload-repo", help="Hub repository to upload the SAE and its card to.")
+@json_option
+def sae_train(config, upload_repo, json_path, **values) -> None:
+    """Train an SAE on a model's own activations, for a model that has none.
+
+    \b
+    Example:
+      fpo-mlx sae train --model mlx-community/SmolLM2-135M-Instruct --data chats.jsonl \\
+        --minutes 30 --output my-sae
+    """
+    from fpo_mlx import pipeline
+
+    chosen = load_settings({k: v for k, v in values.items() if v is not None}, config)
+    done = pipeline.sae_train(
+        chosen, upload_repo=upload_repo, say=say, report=_training_line, arm=on_signal
+    )
+    figures = {} if done.figures is None else dataclasses.asdict(done.figures)
+    write_json(json_path, {"tokens": done.tokens, **figures})
+    listing(figures)
+    click.echo(f"SAE in {done.folder}: train with --sae {done.folder}")
+
+
+def _training_line(report) -> None:
+    say(
+        f"{report.step:>6}/{report.steps}  loss {report.loss:.4f}  L0 {report.l0:.1f}  "
+        f"dead {report.dead:.3f}  lr {report.learning_rate:.1e}  "
+        f"{report.tokens_per_second:.0f} tok/s  peak {report.peak_memory_gb:.2f} GB"
+    )

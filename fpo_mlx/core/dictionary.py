@@ -1,0 +1,257 @@
+"""Training a sparse dictionary: selection, loss and its gradient, one Adam step. Pure functions.
+
+The gradient is written out, not traced: only chosen entries of [n, F] matter, and a tracer would
+keep copies of it. Inputs are centred and scaled by the caller to a mean square of about 1, so the
+reconstruction loss reads as the fraction of variance unexplained.
+
+Sources: TopK and AuxK, Gao et al. 2024 (arXiv 2406.04093); BatchTopK, Bussmann et al. 2024
+(2412.06410); Matryoshka, Bussmann et al. 2025 (2503.17547); JumpReLU with its straight-through
+gradient, Rajamanoharan et al. 2024 (2407.14435); projected decoder gradient, Bricken et al. 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+
+Arrays = dict[str, mx.array]  # w_enc, w_dec [F, D]; b_enc [F]; b_dec [D]; log_threshold [F]
+SPARSE_ROWS = 64  # tokens whose k decoder rows are gathered at a time: they stay in the cache
+GROUP = 16  # entries a group of `largest` holds
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What does not change from step to step."""
+
+    architecture: str  # topk, batchtopk, jumprelu
+    k: int
+    groups: tuple[int, ...]  # ends of the nested prefixes, the last is F; (F,) for a plain SAE
+    bandwidth: float = 0.1  # of JumpReLU's straight-through kernel, in units of the scaled input
+    aux_k: int = 256
+    aux_weight: float = 1 / 32
+    sparse: bool = True  # decode from k gathered rows (topk without nested prefixes)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One micro-batch: sums over its tokens times the weight it was given."""
+
+    grads: Arrays
+    loss: mx.array  # scalar, reconstruction
+    l0: mx.array  # scalar, active features of a token
+    aux: mx.array  # scalar, the auxiliary loss before its weight
+    fired: mx.array  # bool [F]
+    threshold: mx.array  # scalar, smallest active pre-activation
+
+
+def largest(values: mx.array, k: int) -> mx.array:
+    """Indices of the k largest of each row, in no order. [n, F] -> [n, k].
+
+    Exact. The k largest lie in the k groups with the largest maxima, so two small partitions do
+    for one of the whole row; four times faster on a CPU at F = 4096.
+    """
+    n, width = values.shape
+    if k >= width:
+        return mx.broadcast_to(mx.arange(width), (n, width))
+    count = width // GROUP
+    if width % GROUP or count <= 2 * k:
+        return mx.argpartition(values, width - k, axis=-1)[:, width - k :].astype(mx.int32)
+    groups = values.reshape(n, GROUP, count)  # group j holds j, j + count, j + 2 count, …
+    best = mx.argpartition(groups.max(axis=1), count - k, axis=-1)[:, count - k :]  # [n, k]
+    picks = mx.broadcast_to(best[:, None, :], (n, GROUP, k))
+    candidates = mx.take_along_axis(groups, picks, axis=2).reshape(n, GROUP * k)
+    kept = mx.argpartition(candidates, GROUP * k - k, axis=-1)[:, GROUP * k - k :]
+    column = mx.take_along_axis(best, kept % k, axis=-1)
+    return ((kept // k) * count + column).astype(mx.int32)
+
+
+def pre_activations(params: Arrays, x: mx.array) -> mx.array:
+    """x: [n, D] -> [n, F]."""
+    return (x - params["b_dec"]) @ params["w_enc"].T + params["b_enc"]
+
+
+def activate(rule: Rule, params: Arrays, pre: mx.array) -> tuple[mx.array, mx.array | None]:
+    """(acts [n, F], indices [n, k] where every row has its own k)."""
+    if rule.architecture == "topk":
+        index = largest(pre, rule.k)
+        values = mx.maximum(mx.take_along_axis(pre, index, axis=-1), 0.0)
+        return mx.put_along_axis(mx.zeros_like(pre), index, values, axis=-1), index
+    if rule.architecture == "batchtopk":
+        flat = pre.reshape(1, -1)
+        index = largest(flat, min(rule.k * pre.shape[0], flat.shape[1]))
+        bound = mx.maximum(mx.take_along_axis(flat, index, axis=-1).min(), 0.0)
+        return mx.where((pre >= bound) & (pre > 0), pre, 0.0), None
+    return mx.where(pre > mx.exp(params["log_threshold"]), pre, 0.0), None
+
+
+def gradients(
+    rule: Rule, params: Arrays, x: mx.array, weight: float, l0_pull: mx.array, dead: mx.array | None
+) -> Parts:
+    """Loss and gradient of a micro-batch.
+
+    weight: 1 / tokens of the whole batch, so that the parts of micro-batches add up.
+    l0_pull: scalar, what one more active feature a token costs (JumpReLU).
+    dead: int [m] features for the auxiliary loss, -1 where there is none; None to leave it out.
+    """
+    inputs = x - params["b_dec"]  # [n, D]
+    pre = inputs @ params["w_enc"].T + params["b_enc"]  # [n, F]
+    acts, index = activate(rule, params, pre)
+    live = acts > 0
+    scale = 2.0 * weight / x.shape[1]
+    if index is not None and rule.sparse and len(rule.groups) == 1:
+        error, d_acts = _sparse_decode(params, x, acts, index, scale)
+        loss = _square(error) * (weight / x.shape[1])
+        grads = {"w_dec": acts.T @ (error * scale), "b_dec": error.sum(axis=0) * scale}
+    else:
+        error, loss, grads, d_acts = _dense_decode(rule, params, x, acts, weight)
+    d_pre = mx.where(live, d_acts, 0.0)
+    grads |= {"w_enc": d_pre.T @ inputs, "b_enc": d_pre.sum(axis=0)}
+    grads["b_dec"] = grads["b_dec"] - grads["b_enc"] @ params["w_enc"]
+    if rule.architecture == "jumprelu":
+        grads["log_threshold"] = _threshold_gradient(rule, params, pre, d_acts, weight * l0_pull)
+    aux = mx.array(0.0)
+    if dead is not None:
+        aux, grads = _auxiliary(rule, params, inputs, pre, -error, dead, weight, grads)
+    l0 = live.sum() * weight
+    threshold = mx.where(live, acts, mx.inf).min()
+    return Parts(grads, loss, l0, aux, live.any(axis=0), threshold)
+
+
+def _square(rows: mx.array) -> mx.array:
+    return (rows * rows).sum()
+
+
+def _sparse_decode(
+    params: Arrays, x: mx.array, acts: mx.array, index: mx.array, scale: float
+) -> tuple[mx.array, mx.array]:
+    """(error [n, D], gradient of the acts [n, F], zero outside of `index`).
+
+    Each decoder row is read once for both: 4 k D operations a token where dense takes 4 F D.
+    """
+    values = mx.take_along_axis(acts, index, axis=-1)  # [n, k]
+    errors, products = [], []
+    for start in range(0, x.shape[0], SPARSE_ROWS):
+        part = slice(start, start + SPARSE_ROWS)
+        rows = params["w_dec"][index[part]]  # [c, k, D]
+        error = (values[part, None, :] @ rows)[:, 0] + params["b_dec"] - x[part]  # [c, D]
+        products.append((rows @ error[:, :, None])[..., 0] * scale)  # [c, k]
+        errors.append(error)
+    d_values = mx.concatenate(products)
+    d_acts = mx.put_along_axis(mx.zeros_like(acts), index, d_values, axis=-1)
+    return mx.concatenate(errors), d_acts
+
+
+def _dense_decode(
+    rule: Rule, params: Arrays, x: mx.array, acts: mx.array, weight: float
+) -> tuple[mx.array, mx.array, Arrays, mx.array]:
+    """(error [n, D] of the whole, mean loss over prefixes, decoder gradients, d_acts [n, F]).
+
+    A prefix reconstructs with the features below its end; the loss is the mean over prefixes.
+    """
+    w_dec, starts = params["w_dec"], (0, *rule.groups[:-1])
+    parts = [slice(a, b) for a, b in zip(starts, rule.groups, strict=True)]
+    error, errors = params["b_dec"] - x, []
+    for part in parts:
+        error = error + acts[:, part] @ w_dec[part]
+        errors.append(error)
+    share = weight / (x.shape[1] * len(parts))
+    loss = sum((_square(e) for e in errors), mx.array(0.0)) * share
+    later, d_dec, d_acts = mx.zeros_like(error), [], []
+    for part, e in zip(reversed(parts), reversed(errors), strict=True):
+        later = later + e * (2.0 * share)  # what this and all wider prefixes are off by
+        d_dec.append(acts[:, part].T @ later)
+        d_acts.append(later @ w_dec[part].T)
+    grads = {"w_dec": mx.concatenate(d_dec[::-1]), "b_dec": later.sum(axis=0)}
+    return error, loss, grads, mx.concatenate(d_acts[::-1], axis=1)
+
+
+def _threshold_gradient(
+    rule: Rule, params: Arrays, pre: mx.array, d_acts: mx.array, pull: mx.array
+) -> mx.array:
+    """Of log_threshold, [F]: rectangle kernel of the given bandwidth (2407.14435, Eq. 11, 12)."""
+    threshold = mx.exp(params["log_threshold"])
+    near = mx.abs(pre - threshold) < rule.bandwidth / 2
+    slope = mx.where(near, d_acts * threshold + pull, 0.0).sum(axis=0)
+    return -threshold * slope / rule.bandwidth
+
+
+def _auxiliary(
+    rule: Rule,
+    params: Arrays,
+    inputs: mx.array,
+    pre: mx.array,
+    rest: mx.array,
+    dead: mx.array,
+    weight: float,
+    grads: Arrays,
+) -> tuple[mx.array, Arrays]:
+    """Dead features learn what the living ones leave over; nothing else moves by it.
+
+    rest: [n, D] x minus its reconstruction, held constant.
+    """
+    rows = mx.maximum(dead, 0)
+    spare = mx.where(dead >= 0, mx.maximum(mx.take(pre, rows, axis=1), 0.0), 0.0)  # [n, m]
+    if rule.aux_k < spare.shape[1]:
+        index = largest(spare, rule.aux_k)
+        chosen = mx.take_along_axis(spare, index, axis=-1)
+        spare = mx.put_along_axis(mx.zeros_like(spare), index, chosen, axis=-1)
+    w_dec = mx.take(params["w_dec"], rows, axis=0)
+    error = spare @ w_dec - rest
+    aux = _square(error) * (weight / rest.shape[1])
+    error = error * (2.0 * weight * rule.aux_weight / rest.shape[1])
+    d_pre = mx.where(spare > 0, error @ w_dec.T, 0.0)
+    added = {"w_dec": spare.T @ error, "w_enc": d_pre.T @ inputs, "b_enc": d_pre.sum(axis=0)}
+    return aux, grads | {name: grads[name].at[rows].add(part) for name, part in added.items()}
+
+
+def add_parts(parts: Sequence[Parts]) -> Parts:
+    """Micro-batches of one batch."""
+    if len(parts) == 1:
+        return parts[0]
+    first, *rest = parts
+    grads, loss, l0, aux = first.grads, first.loss, first.l0, first.aux
+    fired, least = first.fired, first.threshold
+    for part in rest:
+        grads = {name: grads[name] + value for name, value in part.grads.items()}
+        loss, l0, aux = loss + part.loss, l0 + part.l0, aux + part.aux
+        fired, least = fired | part.fired, mx.minimum(least, part.threshold)
+    return Parts(grads, loss, l0, aux, fired, least)
+
+
+B1, B2, EPSILON = 0.9, 0.999, 1e-8
+THRESHOLD_RATE = 10.0  # times the learning rate: a threshold has far to go, on a log scale
+
+
+def _adam(p, g, m, v, rate, fix1, fix2):
+    m = B1 * m + (1 - B1) * g
+    v = B2 * v + (1 - B2) * (g * g)
+    return p - rate * (m * fix1) / (mx.sqrt(v * fix2) + EPSILON), m, v
+
+
+def _adam_decoder(w, g, m, v, rate, fix1, fix2):
+    """Rows keep length 1: no step along a row, and its length put back."""
+    w, m, v = _adam(w, g - (g * w).sum(axis=1, keepdims=True) * w, m, v, rate, fix1, fix2)
+    return w * mx.rsqrt((w * w).sum(axis=1, keepdims=True)), m, v
+
+
+def adam_step(
+    params: Arrays, grads: Arrays, first: Arrays, second: Arrays, rate: float, step: int
+) -> tuple[Arrays, Arrays, Arrays]:
+    """One Adam update (Kingma & Ba 2015); step counts from 1. Returns params and both moments."""
+    fixes = (1 / (1 - B1**step), 1 / (1 - B2**step))  # in double: 1 - 0.999 loses 4 digits in float
+    return _compiled_step(params, grads, first, second, *map(mx.array, (rate, *fixes)))
+
+
+@partial(mx.compile)
+def _compiled_step(params, grads, first, second, rate, fix1, fix2):
+    new: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})
+    for name, value in params.items():
+        update = _adam_decoder if name == "w_dec" else _adam
+        own = rate * THRESHOLD_RATE if name == "log_threshold" else rate
+        done = update(value, grads[name], first[name], second[name], own, fix1, fix2)
+        for into, array in zip(new, done, strict=True):
+            into[name] = array
+    return new

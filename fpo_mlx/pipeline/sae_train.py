@@ -1,0 +1,333 @@
+"""Train a sparse autoencoder on a model's activations and write it for SAELens and `train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fpo_mlx import __version__, locks
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.hub import read_config, resolve_model
+from fpo_mlx.pipeline.job import Say
+from fpo_mlx.records import SITE_KINDS, Site
+from fpo_mlx.reference import weights
+from fpo_mlx.saetrain import rows, settings, texts
+from fpo_mlx.saetrain.settings import SaeTrainConfig
+from fpo_mlx.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from fpo_mlx.saetrain.activations import Reader
+    from fpo_mlx.saetrain.finish import Figures
+    from fpo_mlx.saetrain.state import State
+    from fpo_mlx.saetrain.trainer import Plan, Report
+
+CALIBRATION = 40  # documents that the norm limit and the speed are measured on
+START_ROWS = 8192  # that b_dec, scale and thresholds begin with
+HELD_OUT_MOST = 65_536
+MOST_POSITIONS = 20_000_000  # that are tokenized where the budget is a time
+WARM_STEPS = 3  # of a throw-away copy, to measure speed
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run before its budget is known."""
+
+    config: SaeTrainConfig
+    model_name: str
+    site: Site
+    hidden: int
+    sizes: settings.Sizes
+    train: tuple[texts.Document, ...]
+    held_out: tuple[texts.Document, ...]
+    reader: Reader
+    fingerprints: dict[str, str]
+    seconds_a_row: float  # measured
+
+    @property
+    def positions(self) -> int:
+        return sum(int(document.keep.sum()) for document in self.train)
+
+
+@dataclass(frozen=True)
+class SaeTrained:
+    """What was written."""
+
+    folder: Path
+    figures: Figures | None
+    tokens: int
+    uploaded: str | None = None
+
+
+def sae_train(
+    config: SaeTrainConfig,
+    *,
+    upload_repo: str | None = None,
+    say: Say,
+    report: Callable[[Report], None] = lambda _: None,
+    arm: Callable[[], Callable[[], int | None]] = lambda: lambda: None,
+) -> SaeTrained:
+    """The whole way: text to activations to a SAELens folder.
+
+    arm: called when training begins; gives what is asked whether to stop.
+    """
+    from fpo_mlx.saetrain import finish, state, trainer
+
+    folder = Path(config.output)
+    _check(config)
+    setup = _open(config, say)
+    source, stored = _source(setup, say)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locks.held(folder / "writer.lock", folder):
+        run = _record(setup)
+        if config.resume:
+            before = state.check_resumable(folder, run, settings.FREE)
+            plan, current = trainer.Plan(**before["plan"]), state.load(folder)
+            plan = replace(plan, save_every=config.save_every, report_every=config.steps_per_report)
+            state.rewind_log(folder, current)
+            say(f"resumed after step {current.step} of {plan.steps}")
+        else:
+            current = _fresh(setup, source)
+            plan = _plan(setup, source, current, stored, say)
+            finish.clear(folder)
+            _write_run(folder, run, plan)
+        rule = _rule(setup)
+        say(
+            f"{config.architecture} of {setup.sizes.width} features, k {setup.sizes.k}, on the "
+            f"{setup.site}: {plan.steps} updates of {plan.batch} tokens"
+        )
+        for each in trainer.train(source, current, rule, plan, folder, arm()):
+            report(each)
+        return _finish(setup, source, current, plan, upload_repo, say)
+
+
+def _check(config: SaeTrainConfig) -> None:
+    faults = []
+    if not config.model:
+        faults.append("--model is missing. Wanted a model folder or hub id.")
+    if not config.data:
+        faults.append("--data is missing. Wanted texts, chats or pairs to run the model on.")
+    if config.site not in SITE_KINDS:
+        faults.append(f"--site {config.site}: wanted one of {', '.join(SITE_KINDS)}.")
+    if config.micro_batch_size and config.micro_batch_size > config.batch_size:
+        faults.append("--micro-batch-size is larger than --batch-size.")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _open(config: SaeTrainConfig, say: Say) -> Setup:
+    """Tokens first: a fault in the data should not wait for the model."""
+    from fpo_mlx.model.load import load_model
+    from fpo_mlx.saetrain.activations import OUTLIER, norm_limit, open_reader
+
+    path = resolve_model(config.model)
+    model_config = read_config(path)
+    layer = settings.sizes(config, model_config, int(model_config["hidden_size"])).layer
+    site = Site(layer, config.site)  # type: ignore[arg-type]
+    template = Path(config.chat_template) if config.chat_template else None
+    tokenizer = load_tokenizer(
+        path, chat_template=template, trust_remote_code=config.trust_remote_code
+    )
+    documents = texts.read_documents(
+        config.data, tokenizer, max_length=config.max_seq_length, kind=config.data_kind,
+        tokens=config.tokens, limit=config.training_tokens or MOST_POSITIONS,
+    )  # fmt: skip
+    for note in documents.notes:
+        say(note)
+    train, held_out = texts.split_held_out(
+        documents.items, config.held_out, config.seed, HELD_OUT_MOST
+    )
+    loaded = load_model(path, trust_remote_code=config.trust_remote_code)
+    for note in loaded.notes:
+        say(note)
+    reader = open_reader(loaded.model, loaded.config, site)
+    reader.rows(train[:1])  # the first call is slower than the others
+    started = time.perf_counter()
+    sample = reader.rows(train[:CALIBRATION])
+    seconds = time.perf_counter() - started
+    limit = norm_limit(sample)
+    say(
+        f"{documents.kind}: {len(train)} documents to train on, {len(held_out)} held out; left "
+        f"out are first positions and norms above {limit:.4g} ({OUTLIER:.0f} medians)"
+    )
+    return Setup(
+        config,
+        Path(config.model).name,
+        site,
+        sample.shape[1],
+        settings.sizes(config, model_config, sample.shape[1]),
+        tuple(train),
+        tuple(held_out),
+        replace(reader, limit=limit),
+        {
+            "model": weights.model_fingerprint(path),
+            "data": documents.fingerprint(),
+            "norm_limit": repr(limit),
+        },
+        seconds / max(sum(len(d.tokens) for d in train[:CALIBRATION]), 1),
+    )
+
+
+def _source(setup: Setup, say: Say) -> tuple[rows.Source, bool]:
+    """(activations, whether they are all there already)."""
+    config = setup.config
+    if config.store:
+        about = {**setup.fingerprints, "site": str(setup.site)}
+        array = _stored(setup, Path(config.store), about, say)
+        return rows.from_array(array), True
+    most = int(config.memory_gb * 1e9 / (4 * setup.hidden))
+    source = rows.from_documents(
+        setup.train, setup.reader.rows, rows=max(most, 1), seed=config.seed
+    )
+    if source.chunks > 1:
+        say(
+            f"the activations of one pass take more than --memory-gb {config.memory_gb:g}: they "
+            f"are computed anew in {source.chunks} chunks a pass; --store FOLDER keeps them"
+        )
+    return source, False
+
+
+def _stored(setup: Setup, folder: Path, about: dict[str, str], say: Say) -> Any:
+    """Activations in `folder`, written there first if it has none."""
+    if (folder / rows.STORE_ABOUT).exists():
+        array, found = rows.read_store(folder)
+        if wrong := [name for name, value in about.items() if found.get(name) != value]:
+            raise ConfigError(
+                f"--store {folder}: holds activations of another run ({', '.join(wrong)} differ). "
+                "Name another folder, or remove it."
+            )
+        return array
+    say(f"writing the activations of {setup.positions} positions to {folder}")
+    parts = (
+        setup.reader.rows(setup.train[at : at + CALIBRATION])
+        for at in range(0, len(setup.train), CALIBRATION)
+    )
+    rows.write_store(folder, parts, about)
+    return rows.read_store(folder)[0]
+
+
+def _rule(setup: Setup) -> Any:
+    import mlx.core as mx
+
+    from fpo_mlx.core.dictionary import Rule
+
+    config, sizes = setup.config, setup.sizes
+    return Rule(
+        config.architecture,
+        sizes.k,
+        settings.prefixes(config, sizes.width),
+        bandwidth=config.bandwidth,
+        aux_k=sizes.aux_k,
+        sparse=mx.default_device() == mx.cpu,
+    )
+
+
+def _fresh(setup: Setup, source: rows.Source) -> State:
+    import numpy as np
+
+    from fpo_mlx.saetrain import state
+
+    first = source.chunk(0)
+    order = np.random.default_rng([setup.config.seed, 5]).permutation(len(first))
+    sample = np.array(first[np.sort(order[:START_ROWS])])
+    return state.fresh(sample, _rule(setup), seed=setup.config.seed, centre=setup.config.centre)
+
+
+def _plan(setup: Setup, source: rows.Source, fresh: State, stored: bool, say: Say) -> Plan:
+    """The budget in updates, from tokens or from measured speed."""
+    from fpo_mlx.saetrain.trainer import Plan
+
+    config = setup.config
+    tokens = config.training_tokens
+    if tokens is None:
+        minutes = 30.0 if config.minutes is None else config.minutes
+        speed = _seconds_a_token(setup, source, fresh)
+        tokens = settings.steps_in_time(
+            minutes * 60,
+            per_row=0.0 if stored else setup.seconds_a_row,
+            per_token=speed,
+            available=setup.positions,
+            reused=source.chunks == 1,
+        )
+        say(f"{minutes:g} minutes are {tokens} tokens at {1 / speed:.0f} a second of training")
+    most = int(config.passes * setup.positions)
+    if tokens > most:
+        say(f"--passes {config.passes:g} over {setup.positions} positions end it at {most} tokens")
+    steps = max(min(tokens, most) // config.batch_size, 1)
+    return Plan(
+        steps=steps,
+        batch=config.batch_size,
+        micro=config.micro_batch_size or config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        dead_after=config.dead_after or max(steps // 10, 4) * config.batch_size,
+        report_every=config.steps_per_report,
+        save_every=config.save_every,
+    )
+
+
+def _seconds_a_token(setup: Setup, source: rows.Source, fresh: State) -> float:
+    """Training speed, measured on a copy that is thrown away."""
+    from fpo_mlx.saetrain import trainer
+
+    config, copy = setup.config, replace(fresh, unused=fresh.unused.copy())
+    micro = config.micro_batch_size or config.batch_size
+    plan = trainer.Plan(
+        WARM_STEPS, config.batch_size, micro, config.learning_rate, config.seed, 1 << 40,
+        report_every=1,
+    )  # fmt: skip
+    speeds = [
+        report.tokens_per_second for report in trainer.train(source, copy, _rule(setup), plan)
+    ]
+    return 1 / max(speeds)
+
+
+def _record(setup: Setup) -> dict[str, Any]:
+    """What run.json holds beside the plan. No environment, no tokens."""
+    sizes = dataclasses.asdict(setup.sizes)
+    return {
+        "settings": dataclasses.asdict(setup.config) | sizes,
+        "fingerprints": setup.fingerprints,
+        "versions": {"fpo-mlx": __version__},
+    }
+
+
+def _write_run(folder: Path, run: dict[str, Any], plan: Plan) -> None:
+    from fpo_mlx import files
+    from fpo_mlx.saetrain import state
+
+    files.write_json(folder / state.RUN, run | {"plan": dataclasses.asdict(plan)})
+
+
+def _finish(
+    setup: Setup, source: rows.Source, current: State, plan: Plan, repo: str | None, say: Say
+) -> SaeTrained:
+    from fpo_mlx.saetrain import finish
+
+    config, folder = setup.config, Path(setup.config.output)
+    sample = source.chunk(0)[:START_ROWS]
+    sae = finish.finished(
+        current, _rule(setup), sample, site=setup.site, model_name=setup.model_name
+    )
+    held = setup.reader.rows(setup.held_out) if setup.held_out else None
+    figures = None if held is None else finish.measure(sae, held)
+    tokens = plan.steps * plan.batch
+    facts = {
+        "model": config.model if "/" in config.model and not Path(config.model).exists()
+        else setup.model_name,
+        "site": str(setup.site),
+        "architecture": config.architecture + (", matryoshka" if config.matryoshka else ""),
+        "k": setup.sizes.k,
+        "data": config.data if not Path(config.data).exists() else Path(config.data).name,
+        "positions": f"{config.tokens}; without first positions and outlier norms",
+        "tokens trained on": tokens,
+        "passes": f"{tokens / max(setup.positions, 1):.2f}",
+    }  # fmt: skip
+    finish.write(folder, sae, finish.card(sae, figures, facts))
+    if repo:
+        finish.upload(folder, repo)
+        say(f"uploaded to {repo}")
+    return SaeTrained(folder, figures, tokens, repo)

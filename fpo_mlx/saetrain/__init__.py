@@ -1,0 +1,1 @@
+"""Training a sparse autoencoder on a model's activations. Importing this loads no MLX."""

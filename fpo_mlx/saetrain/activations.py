@@ -1,0 +1,95 @@
+"""Activations of a model at a site: only the blocks up to the site are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from fpo_mlx.errors import ModelError
+from fpo_mlx.model.heads import find_backbone
+from fpo_mlx.model.policy import pad
+from fpo_mlx.model.taps import Tap, finish, tap_point
+from fpo_mlx.model.trees import blocks_of
+from fpo_mlx.records import Site
+from fpo_mlx.saetrain.texts import Document
+
+BATCH_TOKENS = 4096  # padded tokens run at once
+OUTLIER = 10.0  # times the median norm of a calibration sample: positions beyond are left out
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A truncated model with one tap. `limit`: the largest norm that still counts."""
+
+    backbone: nn.Module
+    tap: Tap
+    site: Site
+    eps: float
+    residual: float
+    limit: float = float("inf")
+
+    def rows(self, documents: Sequence[Document]) -> np.ndarray:
+        """Activations of all kept positions, in the documents' order: float32 [R, D].
+
+        The same documents give the same bits. Raises ModelError for values that are not finite.
+        """
+        found: list[np.ndarray] = [np.empty(0)] * len(documents)
+        for batch in batches([len(document.tokens) for document in documents]):
+            with self.tap.recording() as seen:
+                self.backbone(pad([documents[i].tokens for i in batch]))
+            hidden = finish(seen[-1].astype(mx.float32), self.site, self.eps, self.residual)
+            values = np.array(hidden)  # [B, L, D]; what follows the site was never computed
+            for row, i in zip(values, batch, strict=True):
+                found[i] = row[: len(documents[i].tokens)][documents[i].keep]
+            mx.clear_cache()
+        rows = np.concatenate(found)
+        if not np.isfinite(rows).all():
+            raise ModelError(
+                f"the {self.site} has values that are not finite; convert the model to bfloat16 "
+                "or float32 (float16 overflows), or choose another --layer."
+            )
+        return rows if self.limit == float("inf") else rows[norms(rows) <= self.limit]
+
+
+def norms(rows: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("nd,nd->n", rows, rows))
+
+
+def batches(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> list[list[int]]:
+    """Indices of neighbours in length, at most `tokens` padded tokens together."""
+    made: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if made and lengths[i] * (len(made[-1]) + 1) <= tokens:
+            made[-1].append(i)
+        else:
+            made.append([i])
+    return made
+
+
+def open_reader(model: nn.Module, config: dict, site: Site) -> Reader:
+    """Cut the model behind the site's block and tap it. The model is of no other use afterwards.
+
+    Raises ModelError for a block or a site that the model does not have.
+    """
+    blocks = blocks_of(model)
+    if not 0 <= site.layer < len(blocks):
+        raise ModelError(f"--layer {site.layer}: the model's blocks are 0 to {len(blocks) - 1}.")
+    tap = Tap(*tap_point(blocks[site.layer], site))
+    backbone = find_backbone(model)
+    for name, value in backbone.items():
+        if isinstance(value, list) and value and value[0] is blocks[0]:
+            backbone[name] = value[: site.layer + 1]
+    eps = float(config.get("rms_norm_eps") or 1e-6)
+    return Reader(backbone, tap, site, eps, float(config.get("residual_multiplier") or 1.0))
+
+
+def norm_limit(rows: np.ndarray) -> float:
+    """The stated rule: a position whose norm exceeds OUTLIER medians is left out."""
+    return OUTLIER * float(np.median(norms(rows)))
+
+
+RowsOf = Callable[[Sequence[Document]], np.ndarray]

@@ -1,0 +1,180 @@
+"""From trained parameters to an SAE that others read: folding, threshold, figures, card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from fpo_mlx import files
+from fpo_mlx.core.dictionary import Rule, largest, pre_activations
+from fpo_mlx.errors import FpoError
+from fpo_mlx.records import SaeWeights, Site
+from fpo_mlx.sae.convert import write_saelens
+from fpo_mlx.saetrain import state
+from fpo_mlx.saetrain.state import State
+
+CHUNK = 1024
+CONFIG, WEIGHTS, CARD = "cfg.json", "sae_weights.safetensors", "README.md"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """On rows that were not trained on."""
+
+    rows: int
+    fvu: float  # squared error over squared distance from the rows' mean
+    l0: float
+    dead: float  # share of features that no row uses
+
+
+def finished(
+    run: State, rule: Rule, sample: np.ndarray, *, site: Site, model_name: str
+) -> SaeWeights:
+    """The SAE on raw activations: centre and scale are folded into biases and thresholds.
+
+    A BatchTopK SAE becomes a JumpReLU one with a single threshold (2412.06410, section 3), the
+    one that gives k active features a token on `sample` [n, D], or the running mean of the
+    smallest active value without a sample.
+    """
+    p = {name: np.array(value) for name, value in run.params.items()}
+    b_dec = p["b_dec"] / run.scale + run.centre
+    threshold = None
+    if rule.architecture == "jumprelu":
+        threshold = np.exp(p["log_threshold"]) / run.scale
+    elif rule.architecture == "batchtopk":
+        bound = batch_threshold(run, rule, sample) if len(sample) else run.threshold
+        threshold = np.full(len(p["b_enc"]), bound / run.scale)
+    return SaeWeights(
+        activation="topk" if rule.architecture == "topk" else "jumprelu",
+        w_enc=np.ascontiguousarray(p["w_enc"].T),
+        b_enc=(p["b_enc"] / run.scale).astype(np.float32),
+        b_in=b_dec.astype(np.float32),
+        threshold=None if threshold is None else threshold.astype(np.float32),
+        k=rule.k if rule.architecture == "topk" else None,
+        w_dec=p["w_dec"],
+        b_dec=b_dec.astype(np.float32),
+        site=site,
+        model_name=model_name,
+        format="fpo-mlx",
+    )
+
+
+def batch_threshold(run: State, rule: Rule, sample: np.ndarray) -> float:
+    """Above which k of a row's pre-activations lie, on average; in the scaled input's units."""
+    bounds = []
+    for at in range(0, len(sample), CHUNK):
+        x = (mx.array(sample[at : at + CHUNK]) - mx.array(run.centre)) * run.scale
+        flat = pre_activations(run.params, x).reshape(1, -1)
+        index = largest(flat, min(rule.k * x.shape[0], flat.shape[1] - 1))
+        bounds.append(float(mx.take_along_axis(flat, index, axis=-1).min()) * x.shape[0])
+    return max(sum(bounds) / len(sample), 0.0)
+
+
+def measure(sae: SaeWeights, rows: np.ndarray) -> Figures:
+    """FVU, L0 and dead share of a finished SAE on raw rows [n, D]; float64 sums."""
+    assert sae.w_dec is not None
+    assert sae.b_dec is not None
+    used = np.zeros(sae.n_features, dtype=bool)
+    w_enc, w_dec = mx.array(sae.w_enc), mx.array(sae.w_dec)
+    error = active = 0.0
+    for at in range(0, len(rows), CHUNK):
+        x = np.ascontiguousarray(rows[at : at + CHUNK], dtype=np.float32)
+        inputs = x if sae.b_in is None else x - sae.b_in
+        pre = mx.array(inputs) @ w_enc + mx.array(sae.b_enc)
+        if sae.activation == "topk":
+            index = largest(pre, sae.k or 1)
+            values = mx.maximum(mx.take_along_axis(pre, index, axis=-1), 0.0)
+            acts = mx.put_along_axis(mx.zeros_like(pre), index, values, axis=-1)
+        else:
+            assert sae.threshold is not None
+            acts = mx.where(pre > mx.array(sae.threshold), pre, 0.0)
+        recon = np.array(acts @ w_dec) + sae.b_dec
+        live = np.array(acts > 0)
+        error += float(np.square(x - recon, dtype=np.float64).sum())
+        active += float(live.sum())
+        used |= live.any(axis=0)
+    mean = rows.mean(axis=0, dtype=np.float64)
+    variance = sum(
+        float(np.square(rows[at : at + CHUNK] - mean).sum()) for at in range(0, len(rows), CHUNK)
+    )
+    return Figures(len(rows), error / variance, active / len(rows), float(1 - used.mean()))
+
+
+def write(folder: Path, sae: SaeWeights, card: str) -> None:
+    """A SAELens folder with its card, beside the run's own files. cfg.json comes last.
+
+    Where cfg.json is, the SAE is whole.
+    """
+    made = folder / "export"
+    write_saelens(sae, made)
+    files.write_text(made / CARD, card)
+    for name in (WEIGHTS, CARD, CONFIG):
+        os.replace(made / name, folder / name)
+    shutil.rmtree(made, ignore_errors=True)
+    files.sync_folder(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an older run left, its SAE included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, WEIGHTS, CARD, state.RUN, state.STATE, state.METRICS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def upload(folder: Path, repo: str) -> None:
+    """The SAE and its card to a hub repository, made if absent; no checkpoint, no logs.
+
+    Raises FpoError for whatever the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=str(folder), allow_patterns=[CONFIG, WEIGHTS, CARD],
+            commit_message="SAE trained with fpo-mlx",
+        )  # fmt: skip
+    except Exception as error:  # the hub's client raises a dozen unrelated classes
+        raise FpoError(
+            f"{repo}: the upload failed ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}). The SAE is in {folder}; check HF_TOKEN and "
+            "the name (owner/name), then upload that folder."
+        ) from error
+
+
+def card(sae: SaeWeights, figures: Figures | None, facts: Mapping[str, Any]) -> str:
+    """The README of a published SAE, with the hub's front matter."""
+    site = sae.site
+    lines = [
+        "---",
+        "library_name: saelens",
+        f"base_model: {facts['model']}" if "/" in str(facts["model"]) else "base_model: unknown",
+        "tags: [sparse-autoencoder, sae, fpo-mlx]",
+        "---",
+        "",
+        f"# Sparse autoencoder for {sae.model_name}",
+        "",
+        f"Reads the {site}: {sae.n_features} features of {sae.d_in} dimensions. Trained with "
+        "`fpo-mlx sae train`; loads in SAELens and in fpo-mlx.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    rows = dict(facts)
+    if figures is not None:
+        rows |= {
+            "held-out rows": figures.rows,
+            "fraction of variance unexplained": f"{figures.fvu:.4f}",
+            "active features a token (L0)": f"{figures.l0:.2f}",
+            "features that no held-out row uses": f"{figures.dead:.4f}",
+        }
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,157 @@
+"""Activations in shuffled batches under a memory bound, repeatable from a few numbers.
+
+Documents are cut into chunks whose activations fit the bound. A chunk is computed, its rows are
+shuffled, and all of them are used before the next one. Where everything fits there is one chunk:
+it is computed once and shuffled anew for every pass. A batch is a function of (seed, chunk, row),
+so a resumed run needs no stored buffer: it computes its chunk again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fpo_mlx import files
+from fpo_mlx.errors import FpoError
+from fpo_mlx.saetrain.texts import Document
+
+
+@dataclass(frozen=True)
+class Position:
+    """What has been used: rows of chunk `chunk`, counted over all passes."""
+
+    chunk: int = 0
+    row: int = 0
+
+
+def plan_chunks(counts: Sequence[int], rows: int, order: Sequence[int]) -> list[list[int]]:
+    """Documents of each chunk, in the given order; a chunk has at most `rows` positions.
+
+    counts: positions of each document. A document that alone has more is a chunk of its own.
+    """
+    chunks: list[list[int]] = []
+    filled = 0
+    for i in order:
+        if not chunks or filled + counts[i] > rows:
+            chunks.append([])
+            filled = 0
+        chunks[-1].append(int(i))
+        filled += counts[i]
+    return chunks
+
+
+@dataclass(frozen=True)
+class Source:
+    """Chunk number, counted over all passes -> rows [R, D]. `chunks` make the first pass."""
+
+    chunk: Callable[[int], np.ndarray]
+    chunks: int
+
+
+def from_documents(
+    documents: Sequence[Document],
+    rows_of: Callable[[Sequence[Document]], np.ndarray],
+    *,
+    rows: int,
+    seed: int,
+) -> Source:
+    """Activations computed as they are needed, at most `rows` of them in memory."""
+    counts = [int(document.keep.sum()) for document in documents]
+    single = sum(counts) <= rows
+    kept: dict[str, np.ndarray] = {}
+
+    def order(turn: int) -> list[int]:
+        return np.random.default_rng([seed, 2, turn]).permutation(len(documents)).tolist()
+
+    def everything(number: int) -> np.ndarray:
+        del number
+        if "all" not in kept:
+            kept["all"] = rows_of(documents)
+        return kept["all"]
+
+    if single:
+        return Source(everything, 1)
+
+    def plan(turn: int) -> list[list[int]]:
+        return plan_chunks(counts, rows, order(turn))
+
+    def chunk(number: int) -> np.ndarray:
+        turn = 0
+        while number >= len(plan(turn)):  # passes differ in order, and so in chunks
+            number, turn = number - len(plan(turn)), turn + 1
+        return rows_of([documents[i] for i in plan(turn)[number]])
+
+    return Source(chunk, len(plan(0)))
+
+
+def from_array(array: np.ndarray) -> Source:
+    """Rows that are there already, in memory or mapped from a file."""
+    return Source(lambda number: array, 1)
+
+
+def batches(
+    source: Source, batch: int, seed: int, start: Position
+) -> Iterator[tuple[np.ndarray, Position]]:
+    """(rows [batch, D] float32, the position behind them), endless. The rest of a chunk is left.
+
+    Raises FpoError when a chunk is smaller than a batch.
+    """
+    number, row = start.chunk, start.row
+    while True:
+        rows = source.chunk(number)
+        if len(rows) < batch:
+            raise FpoError(
+                f"{len(rows)} activations are fewer than one batch of {batch}. Give more text, "
+                "more --memory-gb, or a smaller --batch-size."
+            )
+        order = np.random.default_rng([seed, 3, number]).permutation(len(rows))
+        while row + batch <= len(rows):
+            picked = rows[np.sort(order[row : row + batch])]
+            row += batch
+            yield np.ascontiguousarray(picked, dtype=np.float32), Position(number, row)
+        number, row = number + 1, 0
+
+
+STORE_ROWS, STORE_ABOUT = "rows.npy", "store.json"
+
+
+def write_store(folder: Path, parts: Iterator[np.ndarray], about: dict) -> int:
+    """Append parts [r, D] to folder/rows.npy, float32; whole or not at all. Returns the rows.
+
+    about: what the activations are of; `read_store` gives it back.
+    """
+    total, width = 0, None
+    with files.atomic_path(folder / STORE_ROWS) as temporary, open(temporary, "wb") as stream:
+        for part in parts:
+            if width is None:
+                width = part.shape[1]
+                stream.write(_header(0, width))
+            part.astype("<f4", copy=False).tofile(stream)
+            total += len(part)
+        if width is None:
+            raise FpoError(f"{folder}: no activations to store.")
+        stream.seek(0)
+        stream.write(_header(total, width))
+    files.write_json(folder / STORE_ABOUT, about | {"rows": total, "width": width})
+    return total
+
+
+def _header(rows: int, width: int) -> bytes:
+    """An .npy header of 128 bytes whatever the number of rows."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {width}), }}"
+    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
+
+
+def read_store(folder: Path) -> tuple[np.ndarray, dict]:
+    """(rows mapped from the file, what they are of). Raises FpoError if it is not a store."""
+    try:
+        about = json.loads((folder / STORE_ABOUT).read_text(encoding="utf-8"))
+        return np.load(folder / STORE_ROWS, mmap_mode="r"), about
+    except (OSError, ValueError) as error:
+        raise FpoError(
+            f"{folder} holds no stored activations that can be read: {error}."
+        ) from error

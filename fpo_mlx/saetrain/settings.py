@@ -1,0 +1,140 @@
+"""The settings of `fpo-mlx sae train`: every default and check, once; and what is derived."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fpo_mlx import config
+from fpo_mlx.errors import ConfigError
+
+
+def _opt(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class SaeTrainConfig:
+    """None means: chosen from the model, the data and the budget."""
+
+    model: str = _opt("", "model folder or hub id")
+    data: str = _opt("", ".jsonl, .txt, folder or hub id: texts, chats or preference pairs")
+    output: str = _opt("sae", "folder to write")
+    layer: int | None = _opt(None, "block to read, from 0 (default: at nine tenths of the depth)")
+    site: str = _opt("resid_post", "site within the block")
+    data_kind: Literal["auto", "text", "chat", "pairs"] = _opt("auto", "what the rows are")
+    tokens: Literal["all", "response"] = _opt("all", "positions to train on")
+    max_seq_length: int = _opt(1024, "longest document, in tokens")
+    chat_template: str | None = _opt(None, "file with a chat template, in place of the model's")
+    architecture: Literal["topk", "batchtopk", "jumprelu"] = _opt("topk", "kind of SAE")
+    matryoshka: bool = _opt(False, "nested prefixes of features, each to reconstruct alone")
+    width: int | None = _opt(None, "features (default: about 8 times the hidden size)")
+    k: int | None = _opt(None, "active features a token (default: 32, or 64 for wide models)")
+    minutes: float | None = _opt(None, "time to train for; sets the tokens (default 30)")
+    training_tokens: int | None = _opt(None, "tokens to train on, in place of --minutes")
+    passes: float = _opt(8.0, "most passes over the data")
+    batch_size: int = _opt(1024, "tokens an update")
+    micro_batch_size: int | None = _opt(None, "tokens in memory at once (default: the batch)")
+    learning_rate: float = _opt(2e-3, "highest learning rate")
+    centre: Literal["geometric_median", "mean"] = _opt("geometric_median", "start of b_dec")
+    aux_k: int | None = _opt(None, "dead features a token revives (default: half the hidden size)")
+    dead_after: int | None = _opt(None, "tokens without a use (default: a tenth of the tokens)")
+    bandwidth: float = _opt(0.1, "of JumpReLU's gradient, in units of the scaled activations")
+    memory_gb: float = _opt(2.0, "bound of the activations in memory")
+    store: str | None = _opt(None, "folder to keep the activations in, and to read them from")
+    held_out: float = _opt(0.05, "share of the data to judge on, 65536 tokens at most")
+    seed: int = _opt(0, "seed of weights and order")
+    save_every: int = _opt(200, "updates between checkpoints")
+    steps_per_report: int = _opt(20, "updates between reports")
+    resume: bool = _opt(False, "continue the run in --output exactly where it stopped")
+    trust_remote_code: bool = _opt(False, "let the model folder run its own Python code")
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"--{f.name.replace('_', '-')} {value}: wanted more than 0."
+            for f in dataclasses.fields(self)
+            if f.name not in ("layer", "seed", "held_out")
+            and isinstance(value := getattr(self, f.name), int | float)
+            and not isinstance(value, bool)
+            and not value > 0
+        ]
+        if not 0 <= self.held_out < 1:
+            faults.append(f"--held-out {self.held_out}: wanted a share from 0 to below 1.")
+        if self.minutes is not None and self.training_tokens is not None:
+            faults.append("--minutes and --training-tokens exclude each other; give one.")
+        if self.max_seq_length == 1:
+            faults.append("--max-seq-length 1: wanted 2 or more.")
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+
+# what may differ between the two halves of a resumed run
+FREE = {
+    "output", "resume", "minutes", "passes", "store",
+    "save_every", "steps_per_report", "trust_remote_code",
+}  # fmt: skip
+
+
+def load_settings(flags: Mapping[str, Any], path: Path | None = None) -> SaeTrainConfig:
+    """Flags over a YAML file over defaults. Raises ConfigError for unknown keys and bad values."""
+    given = config.read_yaml(path) if path else {}
+    hints = typing.get_type_hints(SaeTrainConfig)
+    if unknown := sorted(set(given) - set(hints)):
+        raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}.")
+    given |= {name: value for name, value in flags.items() if value is not None}
+    return SaeTrainConfig(**{n: config.coerce(n, v, hints[n]) for n, v in given.items()})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run needs of numbers, settled."""
+
+    layer: int
+    width: int
+    k: int
+    aux_k: int
+
+
+def sizes(settings: SaeTrainConfig, model: Mapping[str, Any], hidden: int) -> Sizes:
+    """Block, width and k from the model alone.
+
+    The block lies at nine tenths of the depth: FPO's authors found late blocks best (2411.07618,
+    section 5), and adapters are put below it. Width is the power of two at or below 8 hidden
+    sizes.
+
+    Raises ConfigError for what does not fit together.
+    """
+    n = int(model["num_hidden_layers"])
+    layer = n - 1 - max(1, round(n / 15)) if settings.layer is None else settings.layer
+    if not 0 <= layer < n:
+        raise ConfigError(f"--layer {layer}: the model's blocks are 0 to {n - 1}.")
+    width = settings.width or 1 << (8 * hidden).bit_length() - 1
+    k = settings.k or min(32 if hidden < 1024 else 64, width // 4)
+    if k >= width:
+        raise ConfigError(f"--k {k}: wanted fewer than --width {width}.")
+    if settings.matryoshka and width % 8:
+        raise ConfigError(f"--matryoshka: wanted a --width that 8 divides, found {width}.")
+    return Sizes(layer, width, k, min(settings.aux_k or hidden // 2, width))
+
+
+def prefixes(settings: SaeTrainConfig, width: int) -> tuple[int, ...]:
+    """Ends of the nested prefixes: an eighth, a quarter, half, all."""
+    return (width // 8, width // 4, width // 2, width) if settings.matryoshka else (width,)
+
+
+def steps_in_time(
+    seconds: float, *, per_row: float, per_token: float, available: int, reused: bool
+) -> int:
+    """Tokens that can be trained on in `seconds`.
+
+    per_row: seconds for one activation; per_token: seconds of training a token; available: rows
+    of one pass; reused: whether a second pass needs no new activations.
+    """
+    both = seconds / (per_row + per_token)
+    if both <= available or not reused:
+        return int(both)
+    return int(available + (seconds - available * (per_row + per_token)) / per_token)

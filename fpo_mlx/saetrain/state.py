@@ -1,0 +1,159 @@
+"""Everything that the next step depends on, and its one file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from fpo_mlx import files
+from fpo_mlx.core.dictionary import Arrays, Rule, largest
+from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.model.trees import read_arrays
+from fpo_mlx.saetrain.rows import Position
+
+STATE, RUN, METRICS = "checkpoint.safetensors", "run.json", "metrics.jsonl"
+_SECTIONS = ("params", "first", "second")
+
+
+@dataclass
+class State:
+    """Where a run stands, between two steps. Inputs are (x - centre) * scale of the raw rows."""
+
+    params: Arrays
+    first: Arrays  # Adam's moments
+    second: Arrays
+    unused: np.ndarray  # int64 [F], tokens since a feature's last use
+    centre: np.ndarray  # float32 [D]
+    scale: float
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    threshold: float = 0.0  # running mean of the smallest active value
+    l0: float = 0.0  # running mean
+    metrics_bytes: int = 0
+    window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # since the last report
+
+
+def centre_of(rows: np.ndarray, kind: str, steps: int = 20) -> np.ndarray:
+    """Mean, or geometric median by Weiszfeld's iteration. [n, D] -> float32 [D]."""
+    wide = rows.astype(np.float64)
+    point = wide.mean(axis=0)
+    if kind == "geometric_median":
+        for _ in range(steps):
+            away = 1 / np.maximum(np.sqrt(np.square(wide - point).sum(axis=1)), 1e-8)
+            point = (away[:, None] * wide).sum(axis=0) / away.sum()
+    return point.astype(np.float32)
+
+
+def fresh(rows: np.ndarray, rule: Rule, *, seed: int, centre: str) -> State:
+    """Start from a sample of raw rows [n, D].
+
+    The decoder's rows have length 1, the encoder is their transpose. JumpReLU's thresholds begin
+    where k features of a token are active.
+    """
+    n_features, rng = rule.groups[-1], np.random.default_rng([seed, 4])
+    point = centre_of(rows, centre)
+    scale = float(1 / np.sqrt(np.square(rows - rows.mean(axis=0), dtype=np.float64).mean()))
+    w_dec = rng.standard_normal((n_features, rows.shape[1]), dtype=np.float32)
+    w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
+    params = {
+        "w_enc": mx.array(w_dec),
+        "w_dec": mx.array(w_dec),
+        "b_enc": mx.zeros(n_features),
+        "b_dec": mx.zeros(rows.shape[1]),
+    }
+    inputs = mx.array((rows[:1024] - point) * scale)
+    pre = inputs @ params["w_enc"].T
+    flat = pre.reshape(1, -1)
+    index = largest(flat, min(rule.k * len(inputs), flat.shape[1] - 1))
+    bound = max(float(mx.take_along_axis(flat, index, axis=-1).min()), 1e-3)
+    if rule.architecture == "jumprelu":
+        params["log_threshold"] = mx.full(n_features, float(np.log(bound)))
+    first, second = ({name: mx.zeros_like(v) for name, v in params.items()} for _ in range(2))
+    unused = np.zeros(n_features, dtype=np.int64)
+    return State(params, first, second, unused, point, scale, threshold=bound, l0=float(rule.k))
+
+
+def save(folder: Path, state: State) -> None:
+    """One file, one rename: a run that is killed at any point goes on from a whole state."""
+    arrays: Arrays = {}
+    for section in _SECTIONS:
+        arrays |= {f"{section}.{name}": value for name, value in getattr(state, section).items()}
+    arrays |= {"unused": mx.array(state.unused), "centre": mx.array(state.centre)}
+    numbers = {
+        "scale": state.scale,
+        "step": state.step,
+        "position": asdict(state.position),
+        "threshold": state.threshold,
+        "l0": state.l0,
+        "metrics_bytes": state.metrics_bytes,
+        "window": state.window,
+    }
+    with files.atomic_path(folder / STATE) as temporary:
+        mx.save_safetensors(str(temporary), arrays, metadata={"state": json.dumps(numbers)})
+
+
+def load(folder: Path) -> State:
+    """Raises ModelError when the file is damaged."""
+    try:
+        arrays, metadata = read_arrays(folder / STATE)
+        numbers = json.loads(metadata["state"])
+        params, first, second = (
+            {k[len(s) + 1 :]: v for k, v in arrays.items() if k.startswith(f"{s}.")}
+            for s in _SECTIONS
+        )
+        numbers["position"] = Position(**numbers["position"])
+        unused, centre = np.array(arrays["unused"]), np.array(arrays["centre"])
+        return State(params, first, second, unused, centre, **numbers)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder / STATE} cannot be read ({error}). Start anew without --resume."
+        ) from error
+
+
+def log(folder: Path, entry: dict[str, Any], state: State) -> None:
+    """Append one line to metrics.jsonl."""
+    line = json.dumps(entry) + "\n"
+    with open(folder / METRICS, "a", encoding="utf-8") as stream:
+        stream.write(line)
+    state.metrics_bytes += len(line.encode())
+
+
+def rewind_log(folder: Path, state: State) -> None:
+    """Drop the lines that were written after the state was saved."""
+    path = folder / METRICS
+    if path.exists():
+        os.truncate(path, min(state.metrics_bytes, path.stat().st_size))
+
+
+def check_resumable(folder: Path, run: dict[str, Any], free: set[str]) -> dict[str, Any]:
+    """The record of the run in `folder`. Raises ConfigError naming what differs from `run`."""
+    path = folder / RUN
+    if not (folder / STATE).is_file() or not path.is_file():
+        raise ConfigError(
+            f"--resume: {folder} holds no checkpoint. Start without --resume, or give the "
+            "--output of the run to continue."
+        )
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(run))
+        faults = [
+            f"  {name}: was {before[part].get(name)!r}, now {value!r}"
+            for part in ("settings", "fingerprints")
+            for name, value in now[part].items()
+            if name not in free and before[part].get(name) != value
+        ]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{path} is damaged ({error!r}). Start anew without --resume.") from error
+    if faults:
+        raise ConfigError(
+            f"--resume: these settings would make another run of {folder}:\n"
+            + "\n".join(faults)
+            + "\nUse the old values, or start anew in another --output."
+        )
+    return before

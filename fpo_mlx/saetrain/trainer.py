@@ -1,0 +1,159 @@
+"""One loop for every architecture. It yields reports; the caller shows them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from fpo_mlx.core import dictionary
+from fpo_mlx.core.dictionary import Parts, Rule
+from fpo_mlx.errors import Diverged, Interrupted
+from fpo_mlx.saetrain import state as files_of
+from fpo_mlx.saetrain.rows import Source, batches
+from fpo_mlx.saetrain.state import State
+
+L0_WEIGHT = 1.0  # of (L0 / k - 1)^2, JumpReLU's pull to its target
+SMOOTH = 0.95  # of the running means of L0 and threshold
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast."""
+
+    steps: int
+    batch: int
+    micro: int  # rows in memory at once; memory and time only (BatchTopK selects within them)
+    learning_rate: float
+    seed: int
+    dead_after: int  # tokens without a use
+    warm_up: float = 0.05  # shares of the steps
+    decay: float = 0.5
+    report_every: int = 50
+    save_every: int = 200
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step counted from 0: linear up, constant, linear down to 0."""
+        up = (step + 1) / max(self.warm_up * self.steps, 1)
+        down = (self.steps - step) / max(self.decay * self.steps, 1)
+        return self.learning_rate * min(1.0, up, down)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Means over the steps since the last report."""
+
+    step: int
+    steps: int
+    tokens: int
+    loss: float  # share of the variance that is not explained, nested prefixes averaged
+    l0: float
+    dead: float  # share of features unused for `dead_after` tokens
+    learning_rate: float
+    tokens_per_second: float
+    peak_memory_gb: float
+
+
+def train(
+    source: Source,
+    state: State,
+    rule: Rule,
+    plan: Plan,
+    folder: Path | None = None,
+    stop: Callable[[], int | None] = lambda: None,
+) -> Iterator[Report]:
+    """Steps from where `state` stands to the plan's end; `state` is moved along.
+
+    folder: for checkpoints and metrics.jsonl; None keeps nothing.
+    Raises Diverged when the loss is no longer finite (the last checkpoint stays), Interrupted
+    after saving when `stop` gives an exit code.
+    """
+    stream = batches(source, plan.batch, plan.seed, state.position)
+    since, timed = time.perf_counter(), 0
+    while state.step < plan.steps:
+        rows, position = next(stream)
+        done = step(state, rule, plan, rows)
+        state.position = position
+        state.window = [a + b for a, b in zip(state.window, (1, *done), strict=True)]
+        timed += 1
+        if not math.isfinite(done[0]):
+            raise Diverged(
+                f"the loss is {done[0]} at step {state.step}. Lower --learning-rate; the last "
+                "checkpoint is kept."
+            )
+        last = state.step == plan.steps
+        if state.step % plan.report_every == 0 or last:
+            speed = timed * plan.batch / (time.perf_counter() - since)
+            report = _report(state, plan, speed)
+            state.window = [0.0, 0.0, 0.0]
+            if folder is not None:
+                files_of.log(folder, asdict(report), state)
+            yield report
+            since, timed = time.perf_counter(), 0
+        code = stop()
+        if folder is not None and (state.step % plan.save_every == 0 or last or code is not None):
+            files_of.save(folder, state)
+        if code is not None and not last:
+            raise Interrupted(f"stopped after step {state.step}; go on with --resume", code)
+
+
+def step(state: State, rule: Rule, plan: Plan, rows: np.ndarray) -> tuple[float, float]:
+    """One update on raw rows [batch, D]. Returns (loss, L0)."""
+    x = (mx.array(rows) - mx.array(state.centre)) * state.scale
+    pull = mx.array(2 * L0_WEIGHT * (state.l0 / rule.k - 1) / rule.k)
+    dead = dead_list(state.unused, plan.dead_after)
+    parts = []
+    for at in range(0, len(rows), plan.micro):
+        chunk = x[at : at + plan.micro]
+        part = dictionary.gradients(rule, state.params, chunk, 1 / len(rows), pull, dead)
+        mx.eval(part.grads, part.loss, part.l0, part.fired, part.threshold)
+        parts.append(part)
+    done = dictionary.add_parts(parts)
+    moved = dictionary.adam_step(
+        state.params, done.grads, state.first, state.second, plan.rate(state.step), state.step + 1
+    )
+    mx.eval(moved)
+    state.params, state.first, state.second = moved
+    state.unused += len(rows)
+    state.unused[np.array(done.fired)] = 0
+    _remember(state, done)
+    state.step += 1
+    return float(done.loss), float(done.l0)
+
+
+def dead_list(unused: np.ndarray, after: int) -> mx.array | None:
+    """Dead features, filled up with -1 to a power of two so that few shapes occur; None: none."""
+    found = np.flatnonzero(unused > after)
+    if not len(found):
+        return None
+    size = min(max(64, 1 << (len(found) - 1).bit_length()), len(unused))
+    return mx.array(np.pad(found, (0, size - len(found)), constant_values=-1).astype(np.int32))
+
+
+def _remember(state: State, done: Parts) -> None:
+    """Running means; the first steps count fully."""
+    keep = min(SMOOTH, state.step / (state.step + 1))
+    least = float(done.threshold)
+    if math.isfinite(least):
+        state.threshold = keep * state.threshold + (1 - keep) * least
+    state.l0 = keep * state.l0 + (1 - keep) * float(done.l0)
+
+
+def _report(state: State, plan: Plan, speed: float) -> Report:
+    steps, loss, l0 = state.window
+    return Report(
+        step=state.step,
+        steps=plan.steps,
+        tokens=state.step * plan.batch,
+        loss=loss / steps,
+        l0=l0 / steps,
+        dead=float((state.unused > plan.dead_after).mean()),
+        learning_rate=plan.rate(state.step - 1),
+        tokens_per_second=speed,
+        peak_memory_gb=mx.get_peak_memory() / 1e9,
+    )
