@@ -14,7 +14,7 @@ from fpo_mlx.cli.features import features
 from fpo_mlx.cli.machine import demo, doctor
 from fpo_mlx.cli.report import report
 from fpo_mlx.cli.results import convert, evaluate, fuse
-from fpo_mlx.cli.sae_train import sae_train
+from fpo_mlx.cli.sae_train import train_sae
 from fpo_mlx.cli.saes import sae
 from fpo_mlx.cli.train import train
 from fpo_mlx.errors import FpoError, Interrupted
@@ -69,4 +69,4 @@ for _command in (
     report, fuse,
 ):  # fmt: skip
     main.add_command(_command)
-sae.add_command(sae_train)
+sae.add_command(train_sae)

@@ -16,7 +16,7 @@ from fpo_mlx.saetrain.settings import SaeTrainConfig, load_settings
 @section_options(SaeTrainConfig)
 @click.option("--upload-repo", help="Hub repository to upload the SAE and its card to.")
 @json_option
-def sae_train(config, upload_repo, json_path, **values) -> None:
+def train_sae(config, upload_repo, json_path, **values) -> None:
     """Train an SAE on a model's own activations, for a model that has none.
 
     \b
