@@ -187,8 +187,8 @@ FREE = {
     "resume", "iters", "epochs", "report_to", "project_name", "reference", "adapter_path",
     "grad_checkpoint", "steps_per_report", "steps_per_eval", "val_batches", "save_every",
     "max_margin", "max_logp_drop", "max_feature_distance", "early_stopping", "on_divergence",
-    "max_skipped_updates", "max_start_gap", "peer_timeout", "valid_split", "test_split",
-    "trust_remote_code",
+    "max_skipped_updates", "max_start_gap", "peer_timeout", "dtype", "valid_split", "test_split",
+    "trust_remote_code", "tokens_per_batch",
     "feature_weights",  # the file's name; what it says is a fingerprint
 }  # fmt: skip
 

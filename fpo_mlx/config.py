@@ -110,10 +110,16 @@ class ReferenceConfig:
     allow_pickle: bool = _opt(False, "read pickled SAE files through a tensors-only loader")
     check_sae: bool = _opt(True, "look at 32 answers before a reference pass; warn of a bad SAE")
     trust_remote_code: bool = _opt(False, "let the model folder run its own Python code")
+    dtype: str | None = _opt(
+        None, "float32, bfloat16 or float16, of the torch backend (default: by the device)"
+    )
+    tokens_per_batch: int | None = _opt(
+        None, "tokens in a batch of the torch backend, padding included (default: by the device)"
+    )
     share_prompt: bool = _opt(True, "run the prompt of a pair once for both responses")
 
     def __post_init__(self) -> None:
-        asked = ("sae_k", "norm_scaling_factor")
+        asked = ("sae_k", "norm_scaling_factor", "tokens_per_batch")
         _positive(self, *(name for name in asked if getattr(self, name) is not None))
 
 

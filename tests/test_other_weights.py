@@ -70,6 +70,23 @@ def test_a_far_quantisation_is_refused_above_the_bound_and_leaves_no_trace(place
     assert allowed.exit_code == 0, allowed.stderr
 
 
+def test_a_cache_in_bfloat16_by_torch_is_of_the_same_weights_and_its_gap_is_said(place, tmp_path):
+    pytest.importorskip("torch")
+    flags = ["--backend", "torch", "--output", tmp_path / "ref"]
+    words = [*usual(place), *flags, "--dtype", "bfloat16", "--tokens-per-batch", 64]
+    made = run("precompute", *words)
+    assert made.exit_code == 0, made.stderr
+    assert json.loads((tmp_path / "ref" / "manifest.json").read_text())["identity"]["dtype"] == (
+        "bfloat16"
+    )
+    done = train(place, tmp_path / "out", "--reference", tmp_path / "ref", "--max-start-gap", 9)
+    assert done.exit_code == 0, done.stderr
+    assert "made with other weights" not in done.stderr
+    assert re.search(r"step 0: \|u\| / beta is off by", done.stderr)
+    flags = ["--backend", "torch", "--output", tmp_path / "other", "--dtype", "int4"]
+    refused(run("precompute", *usual(place), *flags), 2, "--dtype int4", "bfloat16")
+
+
 @pytest.mark.parametrize(("cache", "field"), [("ref-template", "tokenizer"), ("ref-sae", "saes")])
 def test_another_template_or_sae_is_refused_whatever_is_allowed(place, tmp_path, cache, field):
     result = train(place, tmp_path / "out", "--reference", place / cache, "--max-start-gap", 99)

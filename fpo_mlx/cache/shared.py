@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ def _take(cache: ReferenceCache, donors: Sequence[ReferenceCache], group: _Group
     for donor in donors:
         shard = _shard_of(donor, group)
         if shard is not None:
-            return cache.adopt(shard, donor.identity)
+            with contextlib.suppress(FileNotFoundError):  # joined and removed in the meantime
+                return cache.adopt(shard, donor.identity)
     return 0
 
 

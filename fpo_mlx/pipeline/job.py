@@ -321,6 +321,8 @@ def open_engine(
         adapter_path=Path(adapter) if adapter else None,
         saes=job.saes,
         device=device,
+        dtype=job.config.reference.dtype,
+        tokens_per_batch=job.config.reference.tokens_per_batch,
         share_prompt=job.config.reference.share_prompt,
         trust_remote_code=job.config.reference.trust_remote_code,
     )
