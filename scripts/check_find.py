@@ -3,7 +3,8 @@
     python scripts/check_find.py [--model FOLDER] [--sae FOLDER] [--data FILE] [--texts N]
 
 Prints the features that were found on three quarters of the texts and the AUC of each on the rest.
-Exits with 1 when the best one's held-out AUC is below 0.8. About two minutes on two cores.
+Exits with 1 when the best one's held-out AUC is below 0.8. The SAE and the pairs that it looks for
+by default lie in a folder `shared` beside the checkout; they are not part of the repository.
 """
 
 from __future__ import annotations

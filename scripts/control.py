@@ -206,6 +206,8 @@ def verdict(runs: list[dict[str, Any]]) -> dict[str, Any]:
         ("accuracy/held - free", right["held"] - right["free"]),
     ):
         out[name] = {"points": 100 * float(values.mean()), "ci95": _interval(100 * values)}
+    # without this there was nothing to hold back, and the rest says nothing
+    out["lists were learned without control"] = out["lists/free - base"]["ci95"][0] > 0
     out["within 5 points"] = {
         "lists": abs(out["lists/held - base"]["points"]) <= 100 * POINTS,
         "accuracy": abs(out["accuracy/held - free"]["points"]) <= 100 * POINTS,
