@@ -25,7 +25,7 @@ from fpo_mlx.cache.shards import (
     open_shard,
     read_features,
 )
-from fpo_mlx.errors import CacheMismatch
+from fpo_mlx.errors import CacheMismatch, FpoError
 from fpo_mlx.records import ResponseScore
 
 MANIFEST = "manifest.json"
@@ -192,6 +192,15 @@ class ReferenceCache:
             self._depth -= 1
             if self._depth == 0:
                 locks.release(self.folder / LOCK, self._lock)
+
+    def tidy(self) -> None:
+        """Remove a killed writer's lock and half files; a living writer's stay."""
+        if (self.folder / LOCK).exists():
+            with (
+                contextlib.suppress(OSError, FpoError),
+                locks.held(self.folder / LOCK, self.folder),
+            ):
+                files.sweep(self.folder)
 
     def _prepare(self) -> None:
         """Under the lock: clear a killed run's leavings, see what others wrote."""
