@@ -465,6 +465,18 @@ def test_a_killed_writer_blocks_nobody_and_its_half_file_goes(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "rows-00000.safetensors"]
 
 
+def test_a_writer_killed_at_its_very_end_leaves_nothing_once_it_is_looked_at(tmp_path):
+    filled(tmp_path, make_pairs(2))
+    cache = rc.open_cache(tmp_path, IDENTITY)
+    with rc.open_cache(tmp_path, IDENTITY, create=True).writing():
+        (tmp_path / ".tmp-2-rows").write_text("of the living one")
+        cache.tidy()
+        assert (tmp_path / ".tmp-2-rows").exists()
+    (tmp_path / "writer.lock").write_text("pid 1 on nowhere")
+    cache.tidy()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "rows-00000.safetensors"]
+
+
 def test_keeping_the_largest_features_says_what_that_dropped(tmp_path):
     values = np.array([1.0, -4.0, 2.0, 3.0], np.float32)
     score = ResponseScore(-1.0, 1, (SparseFeatures(np.array([0, 2, 5, 9], np.int32), values),))

@@ -271,6 +271,7 @@ def fill_cache(
     store = cache.open_cache(folder, identity, create=True)
     lacking = [pair for pair in pairs if store.missing(pair.keys)]
     if not agree(folder, bool(lacking)):
+        store.tidy()
         return store
     say(f"scoring {len(lacking)} of {len(pairs)} pairs with the reference into {folder}")
     engine = open_engine(job, adapter=adapter, backend=backend, device=device, say=say)
