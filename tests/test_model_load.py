@@ -11,6 +11,8 @@ mx = pytest.importorskip("mlx.core")
 import mlx.nn as nn  # noqa: E402
 from helpers import logits_of, random_pairs  # noqa: E402
 from mlx_lm import utils  # noqa: E402
+from mlx_lm.models import gemma3n  # noqa: E402
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from test_adapters import quantised  # noqa: E402
 
 from fpo_mlx.core.vocabulary import LinearHead  # noqa: E402
@@ -167,3 +169,32 @@ def test_a_site_beyond_the_model_is_refused(folders):
     loaded = load_model(folders("llama"))
     with pytest.raises(SaeError, match="blocks are 0 to 3"):
         Policy(loaded.model, loaded.config, [Site(4)])
+
+
+GEMMA_3N = {
+    "model_type": "gemma3n_text", "hidden_size": 32, "num_hidden_layers": 6,
+    "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8, "rms_norm_eps": 1e-6,
+    "vocab_size": 300, "num_key_value_heads": 2, "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 300, "sliding_window": 6, "max_position_embeddings": 512,
+    "rope_local_base_freq": 1e4, "rope_theta": 4e4, "final_logit_softcapping": 30.0,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "activation_sparsity_pattern": [0.0] * 6, "hidden_size_per_layer_input": 8,
+    "altup_num_inputs": 2, "altup_coef_clip": 120.0, "altup_correct_scale": True,
+    "altup_active_idx": 0, "laurel_rank": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_gemma_3n_is_scored_as_it_generates(share):
+    """Two of its blocks use the keys and values of earlier ones, which mlx-lm finds in caches."""
+    mx.random.seed(0)
+    model = gemma3n.Model(gemma3n.ModelArgs("gemma3n", GEMMA_3N))
+    policy = Policy(model, {"text_config": GEMMA_3N}, share_prompt=share)
+    assert policy.shares_prompt is share
+    pair = PAIRS[0]
+    got = np.array(policy.head(policy.rows([pair]).hidden))[: len(pair.chosen)]
+    tokens = mx.array(np.concatenate([pair.prompt, pair.chosen[:-1]]))[None]
+    want = np.array(model(tokens, cache=make_prompt_cache(model)))[0, len(pair.prompt) - 1 :]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    without = np.array(model(tokens))[0, len(pair.prompt) - 1 :]
+    assert np.abs(without - want).max() > 0.1, "then the caches would not matter"

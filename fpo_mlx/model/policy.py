@@ -164,7 +164,10 @@ class Policy:
             for response in pair.responses:
                 inputs.append(np.concatenate([pair.prompt, response[:-1]]))
                 spans.append((len(pair.prompt) - 1, len(response)))
-        return self._run(pad(inputs), spans, None)
+        # without a cache, Gemma 3n's last blocks would not see the keys and values of earlier ones
+        fewer = self._caches < len(blocks_of(self.model))
+        caches = [PrefixCache() for _ in range(self._caches)] if fewer else []
+        return self._run(pad(inputs), spans, caches or None)
 
     def _run(self, tokens: mx.array, spans: list[tuple[int, int]], caches: list | None) -> Rows:
         """tokens: [n, L]; spans: (start, length) of each sequence's response positions."""

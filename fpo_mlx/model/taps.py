@@ -170,20 +170,21 @@ def checkpoint_block(block: nn.Module) -> None:
         start = randomness.position() if randomness.drops(block) else None
         passes = []
 
-        def inner(parameters, prefix, *rest):
+        def inner(parameters, held, *rest):
             if start is None:
-                return run(parameters, prefix, *rest)
+                return run(parameters, held, *rest)
             now = randomness.position()
             randomness.go_to(start)
-            out = run(parameters, prefix, *rest)
+            out = run(parameters, held, *rest)
             if passes:
                 randomness.go_to(now)
             passes.append(now)
             return out
 
-        def run(parameters, prefix, *rest):
+        def run(parameters, held, *rest):
             block.update(parameters)
-            fresh, rest = PrefixCache(prefix), iter(rest)
+            fresh, rest = PrefixCache(held[0]), iter(rest)
+            fresh.own = held[1]
 
             def put(leaf):
                 if isinstance(leaf, mx.array):
@@ -196,9 +197,9 @@ def checkpoint_block(block: nn.Module) -> None:
             twice = any(leaf is own for leaf in leaves_of(out) for own in fresh.own)
             return out, tuple(map(mx.contiguous, fresh.own)) if twice else fresh.own
 
-        prefix = cache.prefix if cache else ()
+        held = (cache.prefix, cache.own) if cache else ((), ())
         trainable = block.trainable_parameters()
-        out, own = mx.checkpoint(inner)(trainable, prefix, *arrays)
+        out, own = mx.checkpoint(inner)(trainable, held, *arrays)
         block.update(trainable)  # undo the tracer that `inner` left behind
         if cache:
             cache.own = own
@@ -221,6 +222,10 @@ class PrefixCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
         self.own = (keys, values)
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, ...]:
+        """All of them; blocks without their own ask an earlier block's cache (Gemma 3n)."""
         if not self.prefix:
             return self.own
         return tuple(
