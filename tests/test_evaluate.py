@@ -286,3 +286,21 @@ def test_weights_change_the_d_that_is_reported(place, tmp_path):
     assert plain["summary"]["features/chosen"] > 0
     assert zero["summary"]["features/chosen"] == 0
     assert "answers" not in plain
+
+
+def test_a_run_keeps_its_weights_and_resumes_with_the_same_only(place, tmp_path):
+    (tmp_path / "w.json").write_text('{"7": 2.0}')
+    (tmp_path / "other.csv").write_text("feature,weight\n7,3\n")
+    (tmp_path / "same.csv").write_text("feature,weight\n7,2\n")
+    flags = ["--top-k", K, "--batch-size", 1, "--num-layers", 1, "--adapter-path", tmp_path / "o"]
+    words = ["train", *usual(place, data=place / "data" / "valid.jsonl"), *flags]
+    first = run(*words, "--iters", 1, "--feature-weights", tmp_path / "w.json")
+    assert first.exit_code == 0, first.stderr
+    record = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert record["settings"]["feature_weights"] == str(tmp_path / "w.json")
+    assert len(record["fingerprints"]["named_features"]) == 64
+    again = [*words, "--iters", 2, "--resume", "--feature-weights"]
+    refused(run(*again, tmp_path / "other.csv"), 2, "fingerprints.named_features")
+    refused(run(*words, "--iters", 2, "--resume"), 2, "fingerprints.named_features")
+    done = run(*again, tmp_path / "same.csv")
+    assert done.exit_code == 0, done.stderr
