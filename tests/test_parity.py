@@ -146,11 +146,14 @@ def test_prompt_once_equals_whole_sequences(folders, family, grad_checkpoint, pr
 
 
 def test_objective_fields_are_all_compared_here():
-    """A new field of Objective must be added to the comparison above."""
+    """A new field of Objective must be added to the comparison above.
+
+    feature_weights has its own, in test_feature_weights.py.
+    """
     names = {f.name for f in dataclasses.fields(Objective)}
     assert names == {
         "beta", "alpha", "gamma", "length_normalize", "margin", "constraint", "stop_gradient",
-        "top_k", "feature_scale",
+        "top_k", "feature_scale", "feature_weights",
     }  # fmt: skip
 
 
