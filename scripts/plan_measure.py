@@ -1,0 +1,82 @@
+"""One real step in a process of its own: the peak memory that `scripts/check_plan.py` compares."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bench_subjects as bs
+import mlx.core as mx
+import numpy as np
+
+from fpo_mlx.config import PRESETS, Objective
+from fpo_mlx.model import adapters
+from fpo_mlx.model.load import load_model
+from fpo_mlx.model.policy import Policy
+from fpo_mlx.records import Site
+from fpo_mlx.scoring import Scorer, encoder_of
+
+
+def measure(model: Path, case: dict[str, Any]) -> dict[str, float]:
+    """Peak and resident bytes, seconds of the faster of two steps (or reference passes)."""
+    loaded = load_model(model)
+    last = len(loaded.model.layers) - 1
+    site, train = Site(last), case["command"] == "train"
+    if train:
+        mx.random.seed(0)
+        n, keys = adapters.adapted_paths(loaded.model, min(bs.LAYERS, last + 1), last, None)
+        adapters.attach(
+            loaded.model, adapters.AdapterSpec("lora", n, bs.RANK, bs.SCALE, 0.0, keys)
+        )
+    objective = Objective(**PRESETS[case["objective"]])
+    sites = [site] if objective.pooled else []
+    policy = Policy(
+        loaded.model, loaded.config, sites, grad_checkpoint=train and case["grad_checkpoint"]
+    )
+    pairs = [
+        bs.make_pair(*case["shape"], policy.vocab_size, index=i) for i in range(case["micro"])
+    ]
+    encoders = []
+    if objective.pooled:
+        world = SimpleNamespace(policy=policy, site=site)
+        encoders = [encoder_of(bs.random_sae(world, case["sae"], pairs[0]))]  # type: ignore
+    scorer = Scorer(policy, encoders, objective)
+    mx.eval([vars(encoder) for encoder in encoders])
+    if train:
+        refs = [row for pair in pairs for row in scorer.reference([pair])]
+        trainer = bs.make_trainer(scorer, pairs, refs, case["micro"])
+        everything = np.arange(len(pairs))
+        mx.eval(trainer.optimizer.state)
+
+    def run() -> None:
+        if not train:
+            scorer.reference(pairs[:1])
+            return
+        trainer.model.train()
+        bs.update(trainer, trainer._gradient(everything)[1])
+
+    return _run_twice(run)
+
+
+def _run_twice(run) -> dict[str, float]:
+    mx.clear_cache()
+    resident = mx.get_active_memory()
+    mx.reset_peak_memory()
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return {"peak": mx.get_peak_memory(), "resident": resident, "seconds": min(seconds)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("case", type=json.loads)
+    given = parser.parse_args()
+    print(json.dumps(measure(given.model, given.case)))
