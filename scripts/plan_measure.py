@@ -5,24 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import bench_subjects as bs
-import mlx.core as mx
-import numpy as np
-
-from fpo_mlx.config import PRESETS, Objective
-from fpo_mlx.model import adapters
-from fpo_mlx.model.load import load_model
-from fpo_mlx.model.policy import Policy
-from fpo_mlx.records import Site
-from fpo_mlx.scoring import Scorer, encoder_of
+import fpo_mlx  # noqa: F401  puts a fast BLAS in front, before anything imports MLX
 
 
-def measure(model: Path, case: dict[str, Any]) -> dict[str, float]:
-    """Peak and resident bytes, seconds of the faster of two steps (or reference passes)."""
+def measure(model: Path, case: dict[str, Any], steps: int) -> dict[str, float]:
+    """Peak and resident bytes, seconds of the fastest of the steps (or reference passes)."""
+    import bench_subjects as bs
+    import mlx.core as mx
+    import numpy as np
+
+    from fpo_mlx.config import PRESETS, Objective
+    from fpo_mlx.model import adapters
+    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.policy import Policy
+    from fpo_mlx.records import Site
+    from fpo_mlx.scoring import Scorer, encoder_of
+
     loaded = load_model(model)
     last = len(loaded.model.layers) - 1
     site, train = Site(last), case["command"] == "train"
@@ -59,15 +62,17 @@ def measure(model: Path, case: dict[str, Any]) -> dict[str, float]:
         trainer.model.train()
         bs.update(trainer, trainer._gradient(everything)[1])
 
-    return _run_twice(run)
+    return _watch(run, steps)
 
 
-def _run_twice(run) -> dict[str, float]:
+def _watch(run: Callable[[], None], steps: int) -> dict[str, float]:
+    import mlx.core as mx
+
     mx.clear_cache()
     resident = mx.get_active_memory()
     mx.reset_peak_memory()
     seconds = []
-    for _ in range(2):
+    for _ in range(steps):
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)
@@ -78,5 +83,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("case", type=json.loads)
+    parser.add_argument("--steps", type=int, default=1)
     given = parser.parse_args()
-    print(json.dumps(measure(given.model, given.case)))
+    print(json.dumps(measure(given.model, given.case, given.steps)))
