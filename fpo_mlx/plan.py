@@ -8,7 +8,7 @@ Bytes throughout; FLOPs count a multiplication and an addition as two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 FLOAT = 4  # bytes: adapters, optimizer state, log-probs and SAE arithmetic are float32
@@ -16,7 +16,15 @@ FLOAT = 4  # bytes: adapters, optimizer state, log-probs and SAE arithmetic are 
 # arrays of each width that a block keeps for its backward pass: hidden, query, keys, MLP
 KEPT = {"hidden": 4.8, "query": 0.4, "keys": 3.0, "inner": 4.7}
 SCORES = 1.2  # the same for attention weights, where attention has no fused kernel
-WORK = 1.15  # of the heaviest block's kept arrays: temporaries of the pass in work
+FORWARD = {"hidden": 4.0, "inner": 4.0}  # the same in work without gradient
+FORWARD_SCORES = 2.5
+AHEAD = 10  # tiles alive at once: the device allocates for operations that still wait
+TILE_ARRAYS = 2.6  # arrays of a tile's size, where there are fewer tiles than that
+FEATURE_VECTORS = 20  # of length F, for each response
+KL_ARRAYS = 12.5  # of a chunk of logits
+# of the heaviest block's kept arrays: temporaries of the pass in work, without and with
+# gradient checkpointing, where several blocks are made again at once
+WORK, WORK_AGAIN = 1.15, 4.0
 BASE = 2e6  # bytes: small arrays, index tables, the random state
 # Fitted to measured times: share of a large product's speed that a step reaches
 EFFICIENCY = 0.6
@@ -150,8 +158,7 @@ def train_terms(
     gradients = 2 if setup.batch_size > setup.micro_batch_size else 1
     kept = sum(_kept(model, setup, call) for call in calls)
     heaviest = max(calls, key=lambda call: _block(model, call))
-    # a pass in work: its temporaries, and with checkpointing one block's activations made again
-    work = (WORK + setup.grad_checkpoint) * _block(model, heaviest)
+    work = (WORK_AGAIN if setup.grad_checkpoint else WORK) * _block(model, heaviest)
     loss = _head(model, tiles, rows, grad=True, kl=setup.kl)
     pooling = sum(_pool(sae, tiles, rows, 2 * setup.micro_batch_size) for sae in saes)
     terms = [
@@ -171,7 +178,7 @@ def precompute_terms(
 ) -> list[Term]:
     """Peak memory of scoring one pair with the reference, largest first."""
     calls = passes(lengths, share_prompt=model.shares_prompt)
-    work = max(WORK * _block(model, call) for call in calls)
+    work = max(_forward(model, call) for call in calls)
     loss = _head(model, tiles, lengths.rows, grad=False, kl=False)
     pooling = sum(_pool(sae, tiles, lengths.rows, 2) for sae in saes)
     prefix = sum(model.keys * call.tokens for call in calls if call.prompt) * model.blocks
@@ -200,6 +207,12 @@ def _block(model: ModelShape, call: Pass) -> float:
     return model.value_bytes * width * call.tokens + SCORES * _scores(model, call)
 
 
+def _forward(model: ModelShape, call: Pass) -> float:
+    """Bytes of one block in work without gradient."""
+    width = FORWARD["hidden"] * model.hidden + FORWARD["inner"] * model.inner
+    return model.value_bytes * width * call.tokens + FORWARD_SCORES * _scores(model, call)
+
+
 def _scores(model: ModelShape, call: Pass) -> float:
     if model.fused_attention:
         return 0.0
@@ -219,17 +232,156 @@ def _head(model: ModelShape, tiles: Tiles, rows: int, *, grad: bool, kl: bool) -
     """The loss: a few tiles of logits, and the rows' gradients."""
     slopes = rows * model.hidden * FLOAT * (3 if grad else 0)
     if kl:  # whole rows of logits of policy and reference, forward and backward
-        return FLOAT * 5 * min(tiles.chunk_elements, rows * model.vocab) + 2 * slopes
-    return FLOAT * 4 * min(rows, tiles.vocab_rows) * tiles.vocab_columns + slopes
+        return FLOAT * KL_ARRAYS * min(tiles.chunk_elements, rows * model.vocab) + 2 * slopes
+    tile = min(rows, tiles.vocab_rows) * tiles.vocab_columns
+    return FLOAT * min(AHEAD, TILE_ARRAYS * model.vocab / tiles.vocab_columns) * tile + slopes
 
 
 def _pool(sae: SaeShape, tiles: Tiles, rows: int, responses: int) -> float:
-    """Pooling: a tile of activations in three forms, and vectors of length F a response."""
-    tile = min(tiles.pool_elements, rows * sae.features)
-    return FLOAT * (3 * tile + 5 * responses * sae.features)
+    """Pooling: tiles of activations, and vectors of length F a response."""
+    everything = rows * sae.features
+    tile = min(tiles.pool_elements, everything)
+    arrays = min(AHEAD, TILE_ARRAYS * everything / tile)
+    return FLOAT * (arrays * tile + FEATURE_VECTORS * responses * sae.features)
 
 
 def _columns(saes: Sequence[SaeShape], setup: Setup) -> float:
     """The selected encoder columns, again with gradient."""
     sides = setup.micro_batch_size * (1 if setup.stop_gradient else 2)
     return sum(FLOAT * 2 * sides * 2 * setup.top_k * sae.width for sae in saes)
+
+
+# Time ---------------------------------------------------------------------------------------------
+
+
+def train_flops(
+    model: ModelShape, saes: Sequence[SaeShape], setup: Setup, lengths: Lengths
+) -> float:
+    """Of one pair: forward everywhere, backward from the first adapted block on."""
+    behind = (model.blocks - setup.first_adapted) / model.blocks  # share of the blocks
+    rounds = 1 + behind * (2 if setup.grad_checkpoint else 1) + setup.kl
+    body = sum(_body(model, call) for call in passes(lengths, share_prompt=model.shares_prompt))
+    head = 2.0 * lengths.rows * model.hidden * model.vocab * (5 if setup.kl else 2)
+    return body * rounds + head + sum(_encode(sae, lengths) for sae in saes)
+
+
+def precompute_flops(model: ModelShape, saes: Sequence[SaeShape], lengths: Lengths) -> float:
+    """Of one pair: one forward, the head once, the pooling."""
+    body = sum(_body(model, call) for call in passes(lengths, share_prompt=model.shares_prompt))
+    head = 2.0 * lengths.rows * model.hidden * model.vocab
+    return body + head + sum(_encode(sae, lengths) for sae in saes)
+
+
+def _body(model: ModelShape, call: Pass) -> float:
+    attention = 4.0 * model.query * call.n * call.new * call.seen
+    return model.blocks * (2.0 * model.block_parameters * call.tokens + attention)
+
+
+def _encode(sae: SaeShape, lengths: Lengths) -> float:
+    return 2.0 * lengths.rows * sae.width * sae.features
+
+
+def seconds(flops: float, gflops: float) -> float:
+    """gflops: measured speed of a large product."""
+    return flops / (gflops * 1e9 * EFFICIENCY)
+
+
+# What fits ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that a prediction of `train` needs."""
+
+    model: ModelShape
+    saes: tuple[SaeShape, ...]
+    setup: Setup
+    tiles: Tiles
+    lengths: tuple[Lengths, ...]  # of the pairs; the heaviest decides
+
+    def terms(self) -> list[Term]:
+        every = (
+            train_terms(self.model, self.saes, self.setup, self.tiles, lengths)
+            for lengths in set(self.lengths)
+        )
+        return max(every, key=total)
+
+    @property
+    def peak(self) -> float:
+        return total(self.terms())
+
+    def cut(self, longest: int) -> Case:
+        """The same with every response cut as --max-seq-length cuts it."""
+        return replace(self, lengths=tuple({_cut(pair, longest) for pair in self.lengths}))
+
+
+def _cut(pair: Lengths, longest: int) -> Lengths:
+    prompt = min(pair.prompt, longest - 1)
+    room = longest - prompt
+    return Lengths(prompt, min(pair.chosen, room), min(pair.rejected, room))
+
+
+def heaviest(lengths: Sequence[Lengths], count: int = 50) -> tuple[Lengths, ...]:
+    """The pairs that can decide the peak: those of the most tokens, and the longest prompts."""
+    ways = (lambda pair: pair.tokens, lambda pair: pair.prompt)
+    return tuple({pair for way in ways for pair in sorted(set(lengths), key=way)[-count:]})
+
+
+def changes(case: Case) -> list[tuple[str, Case]]:
+    """What could be changed to need less memory, the least painful first."""
+    setup, now = case.setup, case.peak
+    ways: list[tuple[str, Case]] = []
+    if setup.micro_batch_size > 1:
+        case = replace(case, setup=replace(setup, micro_batch_size=1))
+        ways.append(("--micro-batch-size 1 (slower, the same result)", case))
+    if not case.setup.grad_checkpoint:
+        case = replace(case, setup=replace(case.setup, grad_checkpoint=True))
+        ways.append(("--grad-checkpoint (slower, the same result)", case))
+    ways += [(f"and {n} adapted blocks (--num-layers {n})", fewer(case, n)) for n in (8, 4, 2)]
+    ways += [
+        (f"and --max-seq-length {n} (cuts what is longer)", case.cut(n))
+        for n in (2048, 1024, 512, 256)
+        if n < max(pair.prompt + max(pair.chosen, pair.rejected) for pair in case.lengths)
+    ]
+    return [(name, way) for name, way in ways if way.peak < now]
+
+
+def fewer(case: Case, blocks: int) -> Case:
+    """The same with adapters on at most so many blocks."""
+    setup = case.setup
+    now = setup.last_adapted - setup.first_adapted + 1
+    blocks = min(blocks, now)
+    smaller = replace(
+        setup,
+        first_adapted=setup.last_adapted + 1 - blocks,
+        adapter_parameters=setup.adapter_parameters * blocks // now,
+    )
+    return replace(case, setup=smaller)
+
+
+def largest_micro_batch(case: Case, memory: float) -> int:
+    """The most pairs at once that fit, 0 where not even one does; never more than an update's."""
+
+    def fits(n: int) -> bool:
+        return replace(case, setup=replace(case.setup, micro_batch_size=n)).peak <= memory
+
+    return _largest(fits, case.setup.batch_size)
+
+
+def longest_sequence(case: Case, memory: float, most: int = 1 << 17) -> int:
+    """The longest prompt + response, half of it prompt, that fits."""
+
+    def fits(n: int) -> bool:
+        half, rest = max(1, n // 2), max(1, n - n // 2)
+        return replace(case, lengths=(Lengths(half, rest, rest),)).peak <= memory
+
+    return _largest(fits, most)
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n <= most with fits(n), for a `fits` that ends once; 0 if there is none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

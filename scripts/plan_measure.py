@@ -23,25 +23,26 @@ def measure(model: Path, case: dict[str, Any], steps: int) -> dict[str, float]:
     from fpo_mlx.model import adapters
     from fpo_mlx.model.load import load_model
     from fpo_mlx.model.policy import Policy
+    from fpo_mlx.model.trees import blocks_of
     from fpo_mlx.records import Site
     from fpo_mlx.scoring import Scorer, encoder_of
 
     loaded = load_model(model)
-    last = len(loaded.model.layers) - 1
+    last = len(blocks_of(loaded.model)) - 1
     site, train = Site(last), case["command"] == "train"
     if train:
         mx.random.seed(0)
         n, keys = adapters.adapted_paths(loaded.model, min(bs.LAYERS, last + 1), last, None)
-        adapters.attach(
-            loaded.model, adapters.AdapterSpec("lora", n, bs.RANK, bs.SCALE, 0.0, keys)
-        )
+        adapters.attach(loaded.model, adapters.AdapterSpec("lora", n, bs.RANK, bs.SCALE, 0.0, keys))
     objective = Objective(**PRESETS[case["objective"]])
     sites = [site] if objective.pooled else []
     policy = Policy(
         loaded.model, loaded.config, sites, grad_checkpoint=train and case["grad_checkpoint"]
     )
+    prompt, chosen, rejected = case["shape"]
     pairs = [
-        bs.make_pair(*case["shape"], policy.vocab_size, index=i) for i in range(case["micro"])
+        bs.make_pair(prompt, chosen, rejected, policy.vocab_size, index=i)
+        for i in range(case["micro"])
     ]
     encoders = []
     if objective.pooled:

@@ -53,6 +53,7 @@ OURS = {
     "reference": VOCABULARY | {"config", "hub"},
     "reference.mlx_backend": VOCABULARY | RUN | {"hub"},
     "optimizer": VOCABULARY | {"config", "model"},
+    "plan": set(),
     "guard": VOCABULARY | {"config"},
     "reports": VOCABULARY | {"core", "scoring"},
     "trainer": VOCABULARY
@@ -103,6 +104,7 @@ OTHERS = {
     "reference.mlx_backend": {"numpy", *MLX},
     "reference.torch_backend": {"numpy", "torch", "transformers", "safetensors"},
     "optimizer": MLX,
+    "plan": set(),
     "guard": {"numpy"},
     "reports": {"numpy"},
     "trainer": {"numpy", *MLX},

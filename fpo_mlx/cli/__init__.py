@@ -12,6 +12,7 @@ from fpo_mlx.cli.compare import compare
 from fpo_mlx.cli.data import check, precompute
 from fpo_mlx.cli.features import features
 from fpo_mlx.cli.machine import demo, doctor
+from fpo_mlx.cli.plan import plan
 from fpo_mlx.cli.report import report
 from fpo_mlx.cli.results import convert, evaluate, fuse
 from fpo_mlx.cli.sae_train import train_sae
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 for _command in (
-    demo, doctor, check, convert, sae, precompute, cache, train, evaluate, compare, features,
+    demo, doctor, check, convert, sae, plan, precompute, cache, train, evaluate, compare, features,
     report, fuse,
 ):  # fmt: skip
     main.add_command(_command)

@@ -60,8 +60,13 @@ class Steps:
 class Progress:
     """A line per report; on a terminal a bar below them."""
 
-    def __init__(self, total: int | None = None) -> None:
-        self._total, self._bar = total, None
+    def __init__(self) -> None:
+        self._total: int | None = None
+        self._bar = None
+
+    def begin(self, total: int) -> None:
+        """The number of iterations of the run, once it is known."""
+        self._total = total
 
     def say(self, text: str) -> None:
         if self._bar is None:

@@ -31,8 +31,10 @@ def train(**values) -> None:
     config = gather(values)
     trackers_of = config.train.report_to if is_first() else None  # of several processes
     track = trackers.open_trackers(trackers_of, config.train.project_name, config)
-    show = Progress(config.train.iters)
-    reports = pipeline.train(config, say=show.say, progress=Bar("reference"), arm=on_signal)
+    show = Progress()
+    reports = pipeline.train(
+        config, say=show.say, progress=Bar("reference"), arm=on_signal, begin=show.begin
+    )
     try:
         for report in reports:
             show(report)

@@ -29,6 +29,8 @@ from fpo_mlx.pipeline.job import open_saes as open_saes
 from fpo_mlx.pipeline.job import read_pairs as read_pairs
 from fpo_mlx.pipeline.job import reference_of as reference_of
 from fpo_mlx.pipeline.job import scores as scores
+from fpo_mlx.pipeline.plan import PlanReport as PlanReport
+from fpo_mlx.pipeline.plan import plan as plan
 from fpo_mlx.pipeline.precompute import PrecomputeResult as PrecomputeResult
 from fpo_mlx.pipeline.precompute import precompute as precompute
 from fpo_mlx.pipeline.report import report as report

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fpo_mlx import __version__, data
+from fpo_mlx import __version__, data, files
 from fpo_mlx.cache import ReferenceCache
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import CacheMismatch, ConfigError
@@ -22,9 +22,10 @@ from fpo_mlx.pipeline.job import (
     reference_of,
     scores,
 )
-from fpo_mlx.records import Site
+from fpo_mlx.pipeline.plan import predicted_peak, with_memory
 
 if TYPE_CHECKING:
+    from fpo_mlx.checkpoint import AdapterFolder
     from fpo_mlx.parallel import Ranks
     from fpo_mlx.reports import Report
     from fpo_mlx.scoring import Scorer
@@ -37,10 +38,12 @@ def train(
     say: Say,
     progress: OnFill = lambda _: None,
     arm: Callable[[], Callable[[], int | None]] = lambda: lambda: None,
+    begin: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Report]:
     """Train adapters; yields the trainer's reports.
 
-    arm: called when training proper begins; gives what the trainer asks whether to stop.
+    begin: called with the number of iterations before the first one; arm: called when training
+    proper begins; gives what the trainer asks whether to stop.
     """
     from fpo_mlx.checkpoint import AdapterFolder, check_resumable
     from fpo_mlx.parallel import open_ranks
@@ -61,12 +64,15 @@ def train(
             f"{config.data.data}. Add a valid.jsonl (or --valid-split of a hub data set), or drop "
             "the setting."
         )
+    predicted = predicted_peak(job, pairs)  # refuses adapters out of reach before the reference
+    say(f"predicted peak memory of training: {predicted / 1e9:.2f} GB")
     agree = _agreement(ranks)
     store = reference_of(job, [*pairs, *valid], say, progress, other_weights=True, agree=agree)
     scorer, adapter_config = open_policy(job, say=say)
     out = AdapterFolder(Path(t.adapter_path), adapter_config, writes=ranks.first)
     scored, held_out = (ScoredPairs(part, scores(store, part)) for part in (pairs, valid))
     trainer = Trainer(scorer, scored, held_out if valid else None, t, out, arm(), ranks)
+    begin(trainer.total)
     _announce(trainer, say)
     if "model" in store.differences:
         _compare_weights(trainer, store, say)
@@ -77,6 +83,17 @@ def train(
         else:
             out.start(run)
         yield from trainer.run()
+        if ranks.first:
+            _compare_peaks(out, run, predicted, say)
+
+
+def _compare_peaks(out: AdapterFolder, run: Mapping[str, Any], predicted: float, say: Say) -> None:
+    """Say what `plan` predicted and what MLX measured, and keep both in run.json."""
+    import mlx.core as mx
+
+    measured = mx.get_peak_memory()
+    say(f"peak memory {measured / 1e9:.2f} GB, predicted {predicted / 1e9:.2f} GB")
+    files.write_json(out.path / "run.json", with_memory(run, predicted, measured))
 
 
 def _agreement(ranks: Ranks) -> Callable[[Path, bool], bool]:
@@ -164,7 +181,7 @@ def open_policy(job: Job, *, say: Say) -> tuple[Scorer, dict[str, Any]]:
         say(f"warning: --feature-weights does nothing with --constraint {o.constraint}")
     saes = job.saes if o.pooled else ()
     sites = [sae.site for sae in saes if sae.site is not None]
-    spec = _attach_adapters(job, loaded.model, sites, say)
+    spec = attach_adapters(job, loaded.model, say)
     policy = Policy(
         loaded.model,
         loaded.config,
@@ -180,10 +197,15 @@ def open_policy(job: Job, *, say: Say) -> tuple[Scorer, dict[str, Any]]:
     return scorer, spec.as_config(ref.model)
 
 
-def _attach_adapters(job: Job, model: Any, sites: Sequence[Site], say: Say) -> Any:
-    """Fresh adapters, or those of --init-adapter, on layers that the constraint can reach."""
+def attach_adapters(job: Job, model: Any, say: Say) -> Any:
+    """Fresh adapters, or those of --init-adapter, on layers that the constraint can reach.
+
+    Raises: ConfigError where it can reach none of them.
+    """
     from fpo_mlx.model import adapters
 
+    pooled = job.config.objective.pooled
+    sites = [sae.site for sae in job.saes if pooled and sae.site is not None]
     init = job.config.train.init_adapter
     if init:
         spec = adapters.load(model, Path(init))

@@ -1,0 +1,63 @@
+"""`fpo-mlx plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fpo_mlx.cli.options import gather, json_option, preset_option, settings, write_json
+from fpo_mlx.cli.show import say, table
+from fpo_mlx.config import DataConfig, Objective, ReferenceConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from fpo_mlx.pipeline.plan import CommandPlan
+
+GB = 1e9
+
+
+@click.command()
+@settings(DataConfig, ReferenceConfig, Objective, TrainConfig)
+@preset_option
+@click.option("--memory-gb", type=float, help="Memory to fit into.  [default: this machine's]")
+@json_option
+def plan(memory_gb, json_path, **values) -> None:
+    """Say beforehand whether precompute and train will fit into memory, and how long they take.
+
+    No weight is read. With --data the lengths are those of its training pairs; without it a pair
+    as long as --max-seq-length is assumed.
+
+    \b
+    Example:
+      fpo-mlx plan --model M --sae S --data pairs/ --batch-size 2 --memory-gb 16
+    """
+    from fpo_mlx import pipeline
+
+    report = pipeline.plan(gather(values), memory_gb=memory_gb, say=say)
+    write_json(json_path, report.as_dict())
+    longest = report.longest
+    click.echo(
+        f"heaviest pair: prompt {longest.prompt}, responses {longest.chosen} and "
+        f"{longest.rejected} tokens"
+    )
+    for name, command in (("precompute", report.precompute), ("train", report.train)):
+        verdict = "fits" if command.fits else "DOES NOT FIT"
+        click.echo(
+            f"\n{name}: peak {command.peak / GB:.2f} GB, {verdict} into "
+            f"{report.memory / GB:.2f} GB; {_time(command)}"
+        )
+        table(
+            (f"  {term.name}", f"{term.bytes / GB:.3f} GB") for term in command.terms if term.bytes
+        )
+    click.echo()
+    for line in report.advice:
+        click.echo(line)
+
+
+def _time(command: CommandPlan) -> str:
+    each = f"about {command.seconds_per_pair:.2g} s a pair"
+    if command.seconds is None:
+        return each
+    minutes = command.seconds / 60
+    whole = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+    return f"{each}, {whole} in all"

@@ -1,0 +1,296 @@
+"""Will it fit? Memory and time of `precompute` and `train`, before a weight is read."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fpo_mlx import plan as model_of
+from fpo_mlx.cache import CacheIdentity
+from fpo_mlx.config import RunConfig
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.hub import read_config, resolve_model
+from fpo_mlx.pipeline.job import Job, Say, open_saes, read_pairs
+from fpo_mlx.plan import Case, Lengths, ModelShape, SaeShape, Setup, Term, Tiles
+from fpo_mlx.records import SaeWeights, TokenPair
+from fpo_mlx.tokenizer import load_tokenizer
+
+CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class CommandPlan:
+    """One command: its peak, term by term (bytes), and its time."""
+
+    terms: tuple[Term, ...]
+    fits: bool
+    seconds_per_pair: float
+    seconds: float | None  # of the whole command; None where the number of pairs is unknown
+
+    @property
+    def peak(self) -> float:
+        return model_of.total(self.terms)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """memory: bytes that may be used; advice: what to change, or what more would fit."""
+
+    memory: float
+    gflops: float
+    pairs: int | None
+    longest: Lengths
+    precompute: CommandPlan
+    train: CommandPlan
+    advice: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        def one(command: CommandPlan) -> dict[str, Any]:
+            return {
+                "peak_bytes": round(command.peak),
+                "terms": {term.name: round(term.bytes) for term in command.terms},
+                "fits": command.fits,
+                "seconds_per_pair": command.seconds_per_pair,
+                "seconds": command.seconds,
+            }
+
+        return {
+            "memory_bytes": round(self.memory), "gflops": self.gflops, "pairs": self.pairs,
+            "longest_pair": vars(self.longest), "precompute": one(self.precompute),
+            "train": one(self.train), "advice": list(self.advice),
+        }  # fmt: skip
+
+
+def plan(config: RunConfig, *, memory_gb: float | None = None, say: Say) -> PlanReport:
+    """Predict peak memory and time of `precompute` and `train` for these settings.
+
+    memory_gb: what may be used; default: what this machine lets MLX use.
+    """
+    from fpo_mlx import doctor
+
+    if memory_gb is not None and memory_gb <= 0:
+        raise ConfigError(f"--memory-gb {memory_gb:g}: wanted more than 0.")
+    job = _open(config, say)
+    pairs = read_pairs(job, "train", say) if config.data.data else []
+    lengths = lengths_of(pairs) if pairs else _assumed(config, say)
+    case = case_of(job, lengths)
+    memory = machine_memory() if memory_gb is None else memory_gb * 1e9
+    speed = doctor.gflops()
+    train = _train_plan(case, lengths, config, len(pairs), memory, speed)
+    first = _precompute_plan(case, lengths, len(pairs), memory, speed)
+    decisive = max(case.lengths, key=lambda one: model_of.total(_terms(case, one)))
+    advice = tuple(_advice(case, memory, train.fits))
+    return PlanReport(memory, speed, len(pairs) or None, decisive, first, train, advice)
+
+
+def _open(config: RunConfig, say: Say) -> Job:
+    """As `open_job`, but without fingerprints: those read every byte of the weights."""
+    ref = config.reference
+    if not ref.model:
+        raise ConfigError("--model is missing. Wanted a model folder or hub id.")
+    path = resolve_model(ref.model)
+    template = config.data.chat_template
+    tokenizer = load_tokenizer(
+        path,
+        chat_template=Path(template) if template else None,
+        trust_remote_code=ref.trust_remote_code,
+    )
+    saes = open_saes(config, read_config(path), need=config.objective.needs_sae, say=say)
+    return Job(config, path, tokenizer, saes, CacheIdentity("plan", "plan"))
+
+
+def lengths_of(pairs: Sequence[TokenPair]) -> tuple[Lengths, ...]:
+    return tuple(Lengths(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs)
+
+
+def _assumed(config: RunConfig, say: Say) -> tuple[Lengths, ...]:
+    """Without data the longest pair that --max-seq-length lets through, half of it prompt."""
+    longest = config.data.max_seq_length
+    prompt = max(1, longest // 2)
+    say(f"no --data: a pair of {longest} tokens is assumed (--max-seq-length), half of them prompt")
+    return (Lengths(prompt, longest - prompt, longest - prompt),)
+
+
+def case_of(job: Job, lengths: Sequence[Lengths]) -> Case:
+    """What memory and time depend on. The model is built, but none of its weights is read."""
+    from fpo_mlx.core import features, logprobs, vocabulary
+    from fpo_mlx.model import adapters
+    from fpo_mlx.model.load import read_model
+    from fpo_mlx.pipeline.train import attach_adapters
+
+    t, o, ref = job.config.train, job.config.objective, job.config.reference
+    loaded = read_model(job.model_path, trust_remote_code=ref.trust_remote_code)
+    shape = shape_of(loaded.model, read_config(job.model_path), share_prompt=ref.share_prompt)
+    spec = attach_adapters(job, loaded.model, lambda _: None)
+    block = adapters.block_of(loaded.model)
+    adapted = {block[key] for key in spec.keys}
+    setup = Setup(
+        min(adapted), max(adapted),
+        sum(array.size for _, array in adapters.parameters(loaded.model)),
+        t.optimizer, t.micro_batch_size, t.batch_size * t.grad_accumulation_steps,
+        t.grad_checkpoint, o.constraint == "kl", o.stop_gradient, o.top_k,
+    )  # fmt: skip
+    tiles = Tiles(
+        vocabulary.TILE, vocabulary.ROWS, logprobs.CHUNK_ELEMENTS, features.ENCODE_ELEMENTS
+    )
+    saes = tuple(_sae_shape(sae) for sae in job.saes) if o.pooled else ()
+    return Case(shape, saes, setup, tiles, model_of.heaviest(lengths))
+
+
+def _sae_shape(sae: SaeWeights) -> SaeShape:
+    names = ("b_enc", "threshold", "gate_scale", "gate_bias", "act_scale")
+    vectors = sum(getattr(sae, name) is not None for name in names)
+    return SaeShape(sae.n_features, sae.d_in, vectors, sae.activation in ("topk", "abstopk"))
+
+
+def shape_of(model: Any, config: Mapping[str, Any], *, share_prompt: bool) -> ModelShape:
+    """Of a model of mlx-lm without adapters, whose weights need not have been read."""
+    import mlx.core as mx
+
+    from fpo_mlx.model.policy import plain_caches
+    from fpo_mlx.model.trees import arrays_of, blocks_of, float_dtype
+
+    cpu = mx.default_device() == mx.cpu  # there load_model makes float32 of everything
+    arrays = arrays_of(model.parameters())
+    hidden, heads = int(config["hidden_size"]), int(config.get("num_attention_heads") or 1)
+    experts = _experts_share(config)
+    blocks = blocks_of(model)
+    parameters = sum(
+        _values(blocks[0], name, array) * (experts if "switch" in name else 1)
+        for name, array in arrays_of(blocks[0].parameters())
+    )
+    stored = sum(array.nbytes for _, array in arrays)
+    widened = 4 * sum(_values(model, name, array) for name, array in arrays)
+    return ModelShape(
+        blocks=len(blocks),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        inner=_inner(config, hidden),
+        vocab=int(config["vocab_size"]),
+        weights=widened if cpu else stored,
+        block_parameters=round(parameters),
+        value_bytes=4 if cpu else float_dtype(model).size,
+        shares_prompt=share_prompt and plain_caches(model) > 0,
+        fused_attention=not cpu,
+    )
+
+
+def _values(root: Any, name: str, array: Any) -> int:
+    """Values that a stored array stands for; scales and biases of a packing stand for none."""
+    import mlx.core as mx
+
+    *path, leaf = name.split(".")
+    owner = root
+    for part in path:
+        owner = owner[int(part)] if isinstance(owner, list) else owner[part]
+    if not hasattr(owner, "bits"):
+        return array.size
+    if leaf in ("scales", "biases"):
+        return 0
+    return array.size * 32 // owner.bits if array.dtype == mx.uint32 else array.size
+
+
+def _experts_share(config: Mapping[str, Any]) -> float:
+    """Part of a mixture's experts that a token runs through; 1 without experts."""
+    every = config.get("num_local_experts") or config.get("num_experts")
+    used = config.get("num_experts_per_tok")
+    return used / every if every and used else 1.0
+
+
+def _inner(config: Mapping[str, Any], hidden: int) -> int:
+    inner = config.get("moe_intermediate_size") or config.get("intermediate_size") or 4 * hidden
+    used = config.get("num_experts_per_tok") or 1
+    return int(inner) * int(used)
+
+
+def machine_memory() -> float:
+    """Bytes that MLX may use here: Metal's recommended working set, or the machine's memory."""
+    import mlx.core as mx
+
+    if mx.metal.is_available():
+        return float(mx.device_info()["max_recommended_working_set_size"])
+    whole = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        return min(whole, float(CGROUP.read_text()))
+    except (OSError, ValueError):  # no such limit, or "max"
+        return whole
+
+
+def _terms(case: Case, lengths: Lengths) -> list[Term]:
+    return model_of.train_terms(case.model, case.saes, case.setup, case.tiles, lengths)
+
+
+def _train_plan(
+    case: Case,
+    lengths: Sequence[Lengths],
+    config: RunConfig,
+    pairs: int,
+    memory: float,
+    speed: float,
+) -> CommandPlan:
+    terms, t = case.terms(), config.train
+    work = (model_of.train_flops(case.model, case.saes, case.setup, one) for one in lengths)
+    each = model_of.seconds(sum(work) / len(lengths), speed)
+    known = pairs or t.epochs is None
+    seconds = each * t.iterations(pairs) * t.batch_size if known else None
+    return CommandPlan(tuple(terms), model_of.total(terms) <= memory, each, seconds)
+
+
+def _precompute_plan(
+    case: Case, lengths: Sequence[Lengths], pairs: int, memory: float, speed: float
+) -> CommandPlan:
+    every = (
+        model_of.precompute_terms(case.model, case.saes, case.tiles, one) for one in case.lengths
+    )
+    terms = max(every, key=model_of.total)
+    work = (model_of.precompute_flops(case.model, case.saes, one) for one in lengths)
+    each = model_of.seconds(sum(work) / len(lengths), speed)
+    return CommandPlan(
+        tuple(terms), model_of.total(terms) <= memory, each, each * pairs if pairs else None
+    )
+
+
+def _advice(case: Case, memory: float, fits: bool) -> list[str]:
+    """What to change until it fits; what more would fit where it does."""
+    if fits:
+        most = model_of.largest_micro_batch(case, memory)
+        longest = model_of.longest_sequence(case, memory)
+        return [
+            f"largest --micro-batch-size that fits: {most} (an update has "
+            f"{case.setup.batch_size} pairs)",
+            f"longest pair that fits at --micro-batch-size {case.setup.micro_batch_size}: "
+            f"{longest} tokens, half of them prompt",
+        ]
+    lines = []
+    for name, way in model_of.changes(case):
+        lines.append(f"{name}: {way.peak / 1e9:.2f} GB{', fits' if way.peak <= memory else ''}")
+        if way.peak <= memory:
+            return lines
+    weights = case.model.weights
+    if weights > 0.8 * memory:
+        lines.append(
+            f"the weights alone take {weights / 1e9:.2f} GB: take a smaller model, or one of fewer "
+            "bits (`fpo-mlx convert -q --q-bits 4`; on a CPU it is widened to float32 all the same)"
+        )
+    return [*lines, f"nothing of this fits into {memory / 1e9:.2f} GB"]
+
+
+def predicted_peak(job: Job, pairs: Sequence[TokenPair]) -> float:
+    """Bytes; what `train` says before and beside what it measures.
+
+    Raises: ConfigError where no adapted layer can be reached by the constraint.
+    """
+    peak = case_of(job, lengths_of(pairs)).peak
+    return peak if math.isfinite(peak) else 0.0
+
+
+def with_memory(run: Mapping[str, Any], predicted: float, measured: float) -> dict[str, Any]:
+    """run.json's record with both peaks, in GB."""
+    memory = {"predicted_peak_gb": predicted / 1e9, "measured_peak_gb": measured / 1e9}
+    return {**run, "memory": memory}
