@@ -158,7 +158,8 @@ def test_a_plan_that_does_not_fit_says_what_to_change(place):
     result = run(place, "--memory-gb", 0.003, "--max-seq-length", 4096)
     assert result.exit_code == 0, result.stderr
     assert "DOES NOT FIT into 0.00 GB" in result.stdout
-    assert "--grad-checkpoint" in result.stdout
+    assert "and --max-seq-length 1024 (cuts what is longer)" in result.stdout
+    assert "nothing of this fits" in result.stdout
     assert "a pair of 4096 tokens is assumed" in result.stderr
 
 
