@@ -28,9 +28,8 @@ import numpy as np
 SHAPE = {"width": 4096, "k": 32}
 RUNS = {
     "fpo-mlx": {"lr": 4e-3, "batch": 1024},
-    "saelens default": {"lr": 3e-4, "batch": 4096, "sparse": False},
-    "saelens lr 3e-3": {"lr": 3e-3, "batch": 1024, "sparse": False},
-    "saelens lr 3e-3 sparse": {"lr": 3e-3, "batch": 1024, "sparse": True},
+    "saelens default": {"lr": 3e-4, "batch": 4096},
+    "saelens lr 3e-3": {"lr": 3e-3, "batch": 1024},
     "sparsify default": {"lr": 1e-2, "batch": 4096, "optimizer": "signum", "aux": 0},
     "sparsify adam 3e-3": {"lr": 3e-3, "batch": 1024, "optimizer": "adam", "aux": 1 / 32},
 }
@@ -128,7 +127,7 @@ def one(args: argparse.Namespace, name: str) -> dict:
         settings = json.dumps(SHAPE | RUNS[name] | {"tokens": args.tokens, "threads": args.threads})
         script = str(Path(__file__).with_name("bench_sae_rival.py"))
         command = [str(environment(args, rival)), script, rival, *acts, str(out), settings]
-        env |= {"TRITON_INTERPRET": "0", "SPARSIFY_DISABLE_TRITON": "1"}
+        env |= {"SPARSIFY_DISABLE_TRITON": "1"}
     subprocess.run(command, check=True, env=env, stdout=sys.stderr)
     return json.loads(out.read_text())
 

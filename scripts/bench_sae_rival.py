@@ -4,6 +4,7 @@
 
 SAELens runs its own SAETrainer. sparsify's Trainer wants a language model, so its step is called
 here as its trainer calls it: unit-norm decoder, forward, AuxK, gradient projection, its optimizer.
+SAELens' use_sparse_activations is off: its backward pass fails on a CPU (torch 2.13).
 """
 
 import json
@@ -32,14 +33,14 @@ def saelens(rows, s):
         TopKTrainingSAEConfig(
             d_in=rows.shape[1], d_sae=s["width"], k=s["k"], dtype="float32", device="cpu",
             apply_b_dec_to_input=True, normalize_activations="expected_average_only_in",
-            use_sparse_activations=s["sparse"],
         )
     )  # fmt: skip
     steps = s["tokens"] // s["batch"]
     trainer = SAETrainer(
         SAETrainerConfig(
             total_training_samples=steps * s["batch"], train_batch_size_samples=s["batch"],
-            lr=s["lr"], lr_warm_up_steps=steps // 20, lr_decay_steps=steps // 2, device="cpu",
+            lr=s["lr"], lr_end=s["lr"] / 10, lr_warm_up_steps=steps // 20,
+            lr_decay_steps=steps // 2, device="cpu",
             dead_feature_window=max(steps // 10, 4), n_batches_for_norm_estimate=10,
             logger=LoggingConfig(log_to_wandb=False),
         ),
@@ -51,7 +52,6 @@ def saelens(rows, s):
 
     def run(x):
         acts = sae.encode(x)
-        acts = acts.to_dense() if acts.is_sparse else acts
         return sae.decode(acts), acts > 0
 
     return run, seconds

@@ -18,7 +18,13 @@ from fpo_mlx.model.policy import Policy  # noqa: E402
 from fpo_mlx.records import Site, TokenPair  # noqa: E402
 from fpo_mlx.sae import load_sae  # noqa: E402
 from fpo_mlx.saetrain import activations, finish, texts  # noqa: E402
-from fpo_mlx.saetrain.settings import SaeTrainConfig, load_settings, sizes, steps_in_time  # noqa: E402
+from fpo_mlx.saetrain.settings import (  # noqa: E402
+    SaeTrainConfig,
+    learning_rate,
+    load_settings,
+    sizes,
+    steps_in_time,
+)
 from fpo_mlx.tokenizer import load_tokenizer  # noqa: E402
 
 TEXTS = [
@@ -249,6 +255,9 @@ def test_sizes_follow_from_the_model():
         found = sizes(SaeTrainConfig(), {"num_hidden_layers": blocks}, hidden)
         assert (found.layer, found.width, found.k) == wanted
         assert found.aux_k == hidden // 2
+    assert learning_rate(SaeTrainConfig(), 1024) == 4e-3
+    assert learning_rate(SaeTrainConfig(), 16384) == 2e-3
+    assert learning_rate(SaeTrainConfig(learning_rate=1.0), 16384) == 1.0
 
 
 def test_minutes_become_tokens():

@@ -261,7 +261,7 @@ def _plan(setup: Setup, source: rows.Source, fresh: State, stored: bool, say: Sa
         steps=steps,
         batch=config.batch_size,
         micro=config.micro_batch_size or config.batch_size,
-        learning_rate=config.learning_rate,
+        learning_rate=settings.learning_rate(config, setup.sizes.width),
         seed=config.seed,
         dead_after=config.dead_after or max(steps // 10, 4) * config.batch_size,
         report_every=config.steps_per_report,
@@ -276,7 +276,7 @@ def _seconds_a_token(setup: Setup, source: rows.Source, fresh: State) -> float:
     config, copy = setup.config, replace(fresh, unused=fresh.unused.copy())
     micro = config.micro_batch_size or config.batch_size
     plan = trainer.Plan(
-        WARM_STEPS, config.batch_size, micro, config.learning_rate, config.seed, 1 << 40,
+        WARM_STEPS, config.batch_size, micro, 1e-3, config.seed, 1 << 40,
         report_every=1,
     )  # fmt: skip
     speeds = [

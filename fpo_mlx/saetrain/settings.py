@@ -39,7 +39,7 @@ class SaeTrainConfig:
     passes: float = _opt(8.0, "most passes over the data")
     batch_size: int = _opt(1024, "tokens an update")
     micro_batch_size: int | None = _opt(None, "tokens in memory at once (default: the batch)")
-    learning_rate: float = _opt(2e-3, "highest learning rate")
+    learning_rate: float | None = _opt(None, "highest (default: 4e-3, less above 4096 features)")
     centre: Literal["geometric_median", "mean"] = _opt("geometric_median", "start of b_dec")
     aux_k: int | None = _opt(None, "dead features a token revives (default: half the hidden size)")
     dead_after: int | None = _opt(None, "tokens without a use (default: a tenth of the tokens)")
@@ -119,6 +119,11 @@ def sizes(settings: SaeTrainConfig, model: Mapping[str, Any], hidden: int) -> Si
     if settings.matryoshka and width % 8:
         raise ConfigError(f"--matryoshka: wanted a --width that 8 divides, found {width}.")
     return Sizes(layer, width, k, min(settings.aux_k or hidden // 2, width))
+
+
+def learning_rate(settings: SaeTrainConfig, width: int) -> float:
+    """4e-3 up to 4096 features, then falling with the root of the width (2406.04093, B.3)."""
+    return settings.learning_rate or 4e-3 * min(1.0, (4096 / width) ** 0.5)
 
 
 def prefixes(settings: SaeTrainConfig, width: int) -> tuple[int, ...]:
