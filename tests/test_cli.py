@@ -169,6 +169,30 @@ def test_an_sae_of_a_block_that_the_model_lacks_is_refused(place, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_adapters_out_of_reach_are_refused_before_the_reference_runs(place, tmp_path):
+    result = train(place, tmp_path / "out", "--adapt-above-sae", "--num-layers", 1)
+    refused(result, 2, "no adapted layer", f"block {BLOCK}")
+    assert "scoring" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_keeps_its_predicted_and_its_measured_peak(place, tmp_path):
+    result = train(place, tmp_path / "out", "--reference", place / "ref")
+    assert result.exit_code == 0, result.stderr
+    assert "predicted peak memory of training" in result.stderr
+    assert re.search(r"peak memory [\d.]+ GB, predicted [\d.]+ GB", result.stderr)
+    memory = json.loads((tmp_path / "out" / "run.json").read_text())["memory"]
+    assert set(memory) == {"predicted_peak_gb", "measured_peak_gb"}
+    assert min(memory.values()) > 0
+
+
+def test_early_stopping_without_validation_pairs_is_refused(place, tmp_path):
+    alone = lines(tmp_path / "data" / "train.jsonl", *ROWS)
+    result = train(place, tmp_path / "out", "--early-stopping", 2, data=alone)
+    refused(result, 2, "--early-stopping 2", "no validation pairs", "valid.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_only_above_the_saes_block_are_refused(place, tmp_path):
     result = train(
         place, tmp_path / "out", "--adapt-above-sae", "--num-layers", 1,

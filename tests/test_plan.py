@@ -54,6 +54,16 @@ def test_peaks_that_were_measured_are_predicted_within_15_percent(pair, again, m
     assert plan.total(terms) == pytest.approx(measured, rel=0.15)
 
 
+def test_measured_peaks_of_tdpo2_a_wide_sae_and_precompute_are_predicted_too():
+    pair = Lengths(76, 154, 77)
+    kl = plan.train_terms(MODEL, (), replace(SETUP, kl=True), TILES, pair)
+    assert plan.total(kl) == pytest.approx(1258.6e6, rel=0.15)
+    wide = plan.train_terms(MODEL, (SaeShape(65536, 576),), SETUP, TILES, PAIR)
+    assert plan.total(wide) == pytest.approx(1203.2e6, rel=0.15)
+    first = plan.precompute_terms(MODEL, (SaeShape(16384, 576),), TILES, Lengths(512, 256, 256))
+    assert plan.total(first) == pytest.approx(659.5e6, rel=0.15)
+
+
 def test_the_terms_that_need_no_constant_are_counted_by_hand():
     terms = {term.name: term.bytes for term in CASE.terms()}
     assert terms["model weights"] == 538_060_032
