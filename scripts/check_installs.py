@@ -46,11 +46,16 @@ def run(*words: object, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def make(folder: Path, packages: list[str], *options: str) -> Path:
-    """A virtual environment with these packages and fpo-mlx itself; its Python."""
+def make(folder: Path, packages: list[str], *first: str) -> Path:
+    """A virtual environment with these packages and fpo-mlx itself; its Python.
+
+    first: what pip is to install before them, with its options.
+    """
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    run(python, "-m", "pip", "install", "-q", *options, *packages)
+    if first:
+        run(python, "-m", "pip", "install", "-q", *first)
+    run(python, "-m", "pip", "install", "-q", *packages)
     run(python, "-m", "pip", "install", "-q", "--no-deps", ROOT)
     return python
 
@@ -64,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="default: a temporary folder")
     parser.add_argument("--torch-index", help="package index to take torch from")
+    parser.add_argument("--torch", default="torch", help="requirement, as pip takes it")
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="fpo-mlx-installs-"))
     work.mkdir(parents=True, exist_ok=True)
@@ -72,8 +78,8 @@ def main() -> None:
     common = ["--model", inputs / "model", "--sae", inputs / "sae", "--data", inputs / "data"]
     needed = dependencies()
     plain = [name for name in needed if not name.startswith("mlx")]
-    index = ("--extra-index-url", args.torch_index) if args.torch_index else ()
-    torch_python = make(work / "torch", [*plain, "torch"], *index)
+    index = ("--index-url", args.torch_index) if args.torch_index else ()
+    torch_python = make(work / "torch", plain, *index, args.torch)
     print(f"torch's: torch {has(torch_python, 'torch')}, mlx {has(torch_python, 'mlx')}")
     fpo = [torch_python, "-m", "fpo_mlx"]
     words = [*common, "--backend", "torch", "--output", work / "ref"]
