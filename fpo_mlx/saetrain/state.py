@@ -53,8 +53,9 @@ def centre_of(rows: np.ndarray, kind: str, steps: int = 20) -> np.ndarray:
 def fresh(rows: np.ndarray, rule: Rule, *, seed: int, centre: str) -> State:
     """Start from a sample of raw rows [n, D].
 
-    The decoder's rows have length 1, the encoder is their transpose. JumpReLU's thresholds begin
-    where k features of a token are active.
+    The decoder's rows have length 1, the encoder is their transpose times the factor at which the
+    first reconstructions fit best: k of many random rows overlap, and overshoot without it.
+    JumpReLU's thresholds begin where k features of a token are active.
     """
     n_features, rng = rule.groups[-1], np.random.default_rng([seed, 4])
     point = centre_of(rows, centre)
@@ -68,6 +69,8 @@ def fresh(rows: np.ndarray, rule: Rule, *, seed: int, centre: str) -> State:
         "b_dec": mx.zeros(rows.shape[1]),
     }
     inputs = mx.array((rows[:1024] - point) * scale)
+    gain = _gain(params, inputs, rule.k)
+    params["w_enc"] = params["w_enc"] * gain
     pre = inputs @ params["w_enc"].T
     flat = pre.reshape(1, -1)
     index = largest(flat, min(rule.k * len(inputs), flat.shape[1] - 1))
@@ -77,6 +80,15 @@ def fresh(rows: np.ndarray, rule: Rule, *, seed: int, centre: str) -> State:
     first, second = ({name: mx.zeros_like(v) for name, v in params.items()} for _ in range(2))
     unused = np.zeros(n_features, dtype=np.int64)
     return State(params, first, second, unused, point, scale, threshold=bound, l0=float(rule.k))
+
+
+def _gain(params: Arrays, inputs: mx.array, k: int) -> mx.array:
+    """Least-squares factor of the reconstruction from the k largest; inputs: [n, D]."""
+    pre = inputs @ params["w_enc"].T
+    index = largest(pre, k)
+    values = mx.maximum(mx.take_along_axis(pre, index, axis=-1), 0.0)
+    recon = mx.put_along_axis(mx.zeros_like(pre), index, values, axis=-1) @ params["w_dec"]
+    return (recon * inputs).sum() / mx.maximum((recon * recon).sum(), 1e-12)
 
 
 def save(folder: Path, state: State) -> None:
