@@ -18,7 +18,7 @@ from functools import partial
 import mlx.core as mx
 
 Arrays = dict[str, mx.array]  # w_enc, w_dec [F, D]; b_enc [F]; b_dec [D]; log_threshold [F]
-SPARSE_ROWS = 64  # tokens whose k decoder rows are gathered at a time: they stay in the cache
+SPARSE_ROWS = 32  # tokens whose k decoder rows are gathered at a time: they stay in the cache
 GROUP = 16  # entries a group of `largest` holds
 
 
@@ -136,7 +136,8 @@ def _sparse_decode(
     errors, products = [], []
     for start in range(0, x.shape[0], SPARSE_ROWS):
         part = slice(start, start + SPARSE_ROWS)
-        rows = params["w_dec"][index[part]]  # [c, k, D]
+        chosen = mx.depends(index[part], products[-1]) if products else index[part]  # in turn
+        rows = params["w_dec"][chosen]  # [c, k, D]
         error = (values[part, None, :] @ rows)[:, 0] + params["b_dec"] - x[part]  # [c, D]
         products.append((rows @ error[:, :, None])[..., 0] * scale)  # [c, k]
         errors.append(error)
