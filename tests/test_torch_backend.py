@@ -451,6 +451,7 @@ def save_adapter(source: Path, target: Path, kind: str, keys: list[str] | None =
     }
     model, _ = load_model(source)
     model.freeze()
+    mx.random.seed(0)
     linear_to_lora_layers(model, 2, lora, use_dora=kind == "dora")
     key = iter(mx.random.split(mx.random.key(3), 99))
     noise = {"lora_a": 0.3, "lora_b": 0.3, "m": 0.1}
