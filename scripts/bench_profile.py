@@ -148,7 +148,7 @@ def _one_round(
         lambda: token_logps(rows.hidden, layout.targets, policy.head, policy.vocab_size),
     )
     timed("SAE pooling", lambda: F.pool(scorer.encoders[0], rows.tapped[0], layout.means())[0])
-    timed("SAE distance in all", lambda: scorer._distances(rows, layout, refs, True))
+    timed("SAE distance in all", lambda: scorer._distances(rows, layout, refs, mx.zeros(()), True))
     trainer.model.train()
     found: list[Any] = []
     whole = _seconds(lambda: found.extend(trainer._gradient(np.arange(1))))

@@ -196,6 +196,7 @@ def test_pool_is_the_mean_of_the_activations(monkeypatch, activation, rows, tile
     """Two responses of 4 and 7 rows; whatever the chunks of rows and the tiles of features."""
     monkeypatch.setattr(features, "ROWS", rows)
     monkeypatch.setattr(features, "ENCODE_ELEMENTS", 1)
+    monkeypatch.setattr(features, "TOP_ELEMENTS", 1)
     monkeypatch.setattr(features, "LEAST_TILE", tile)
     sae = sae_of(activation)
     weights = np.zeros((2, R), dtype=np.float32)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 mx = pytest.importorskip("mlx.core")
 torch = pytest.importorskip("torch")
 
-from fpo_mlx.core import dictionary  # noqa: E402
+from fpo_mlx.core import dictionary, selection  # noqa: E402
 from fpo_mlx.core.dictionary import Rule  # noqa: E402
 
 N, D, F, K = 70, 12, 64, 5
@@ -138,7 +138,7 @@ def test_largest_finds_the_k_largest_of_every_row(seed, width, k):
     # ties too: with only 50 different values, the values must be right, whichever indices
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 50, (3, width)).astype(np.float32)
-    index = np.array(dictionary.largest(mx.array(values), k))
+    index = np.array(selection.largest(mx.array(values), k))
     k = min(k, width)
     assert index.shape == (3, k)
     for row, picked in zip(values, index, strict=True):

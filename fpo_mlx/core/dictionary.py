@@ -17,9 +17,10 @@ from functools import partial
 
 import mlx.core as mx
 
+from fpo_mlx.core.selection import largest
+
 Arrays = dict[str, mx.array]  # w_enc, w_dec [F, D]; b_enc [F]; b_dec [D]; log_threshold [F]
 SPARSE_ROWS = 32  # tokens whose k decoder rows are gathered at a time: they stay in the cache
-GROUP = 16  # entries a group of `largest` holds
 
 
 @dataclass(frozen=True)
@@ -45,27 +46,6 @@ class Parts:
     aux: mx.array  # scalar, the auxiliary loss before its weight
     fired: mx.array  # bool [F]
     threshold: mx.array  # scalar, smallest active value; BatchTopK only, else infinite
-
-
-def largest(values: mx.array, k: int) -> mx.array:
-    """Indices of the k largest of each row, in no order. [n, F] -> [n, k].
-
-    Exact. The k largest lie in the k groups with the largest maxima, so two small partitions do
-    for one of the whole row; four times faster on a CPU at F = 4096.
-    """
-    n, width = values.shape
-    if k >= width:
-        return mx.broadcast_to(mx.arange(width), (n, width))
-    count = width // GROUP
-    if width % GROUP or count <= 2 * k:
-        return mx.argpartition(values, width - k, axis=-1)[:, width - k :].astype(mx.int32)
-    groups = values.reshape(n, GROUP, count)  # group j holds j, j + count, j + 2 count, …
-    best = mx.argpartition(groups.max(axis=1), count - k, axis=-1)[:, count - k :]  # [n, k]
-    picks = mx.broadcast_to(best[:, None, :], (n, GROUP, k))
-    candidates = mx.take_along_axis(groups, picks, axis=2).reshape(n, GROUP * k)
-    kept = mx.argpartition(candidates, GROUP * k - k, axis=-1)[:, GROUP * k - k :]
-    column = mx.take_along_axis(best, kept % k, axis=-1)
-    return ((kept // k) * count + column).astype(mx.int32)
 
 
 def pre_activations(params: Arrays, x: mx.array) -> mx.array:

@@ -11,8 +11,12 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from fpo_mlx.core.selection import GROUP, largest
+
 ROWS = 1024  # at once
-ENCODE_ELEMENTS = 1 << 21  # activations alive at once: 8 MiB in float32
+# Activations of a tile: 1 MiB in float32. MLX allocates some ten tiles ahead of the arithmetic.
+ENCODE_ELEMENTS = 1 << 18
+TOP_ELEMENTS = 1 << 20  # where each tile's own top k is looked for: fewer, larger tiles
 LEAST_TILE = 1024  # features at once, below which a product with the encoder is slow
 PER_FEATURE = ("w_enc", "b_enc", "threshold", "gate_scale", "gate_bias", "act_scale")
 
@@ -166,9 +170,9 @@ def pool(
     return pooled, None if gates[0] is None else mx.concatenate(gates)
 
 
-def _tiles(encoder: Encoder, n_rows: int) -> list[slice]:
-    """The features in pieces of about ENCODE_ELEMENTS activations; groups stay whole."""
-    size = max(LEAST_TILE, ENCODE_ELEMENTS // n_rows)
+def _tiles(encoder: Encoder, n_rows: int, elements: int) -> list[slice]:
+    """The features in pieces of about `elements` activations; groups stay whole."""
+    size = max(LEAST_TILE, elements // n_rows // GROUP * GROUP)
     if encoder.activation == "groupmax":
         group = encoder.n_features // encoder.k
         size = max(1, size // group) * group
@@ -181,7 +185,7 @@ def _pool_tiles(
     """Features that do not look at each other, but within their group."""
     group = encoder.n_features // max(encoder.k, 1)
     inputs, pieces, gates = encoder_inputs(encoder, rows), [], []
-    for tile in _tiles(encoder, rows.shape[0]):
+    for tile in _tiles(encoder, rows.shape[0], ENCODE_ELEMENTS):
         part = encoder.tile(tile)
         raw, pre = products(part, mx.depends(inputs, after) if after else inputs)
         gate = token_gate(part, pre)
@@ -199,11 +203,11 @@ def _pool_top(
 ) -> tuple[mx.array, mx.array | None]:
     """Top-k over all features from each tile's own top k + 1; the few that fire are scattered."""
     inputs, found, places = encoder_inputs(encoder, rows), [], []
-    for tile in _tiles(encoder, rows.shape[0]):
+    for tile in _tiles(encoder, rows.shape[0], TOP_ELEMENTS):
         part = encoder.tile(tile)
         _, pre = products(part, mx.depends(inputs, after) if after else inputs)
         n = min(encoder.k + 1, part.n_features)
-        order = mx.argpartition(-_size(encoder, pre), n - 1, axis=-1)[:, :n]
+        order = largest(_size(encoder, pre), n)
         found.append(mx.take_along_axis(pre, order, axis=-1))
         places.append(order + tile.start)
         after = [found[-1], places[-1]]
@@ -237,8 +241,7 @@ def selected_means(
 def top_indices(pooled: mx.array, k: int, *, magnitude: bool = False) -> mx.array:
     """Indices of the k largest entries (or largest magnitudes). [S, F] -> [S, min(k, F)]."""
     size = mx.abs(pooled) if magnitude else pooled
-    k = min(k, pooled.shape[-1])
-    return mx.argpartition(-size, k - 1, axis=-1)[:, :k]
+    return largest(size, k)
 
 
 def union_indices(parts: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 TILE = 2048  # columns of the vocabulary at once; also what float32 sums go over
-ROWS = 1024  # rows at once: 8 MiB of logits a tile
+ROWS = 512  # rows at once: 4 MiB of logits a tile, and MLX allocates some tiles ahead
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from fpo_mlx import files
-from fpo_mlx.core.dictionary import Rule, largest, pre_activations
+from fpo_mlx.core.dictionary import Rule, pre_activations
+from fpo_mlx.core.selection import largest
 from fpo_mlx.errors import FpoError
 from fpo_mlx.records import SaeWeights, Site
 from fpo_mlx.sae.convert import write_saelens
