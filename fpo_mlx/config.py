@@ -95,7 +95,7 @@ class DataConfig:
 class ReferenceConfig:
     """The frozen side: base model, its adapter, and the SAEs that look into it."""
 
-    model: str = _opt("", "model folder or hub id")
+    model: str = _opt("", "model folder or hub id, owner/name[@revision]")
     sae: tuple[str, ...] = _opt((), "SAE: folder, hub id/path, or short name; repeatable")
     layer: int | None = _opt(None, "block that the SAE reads (default: from the SAE's metadata)")
     site: str | None = _opt(None, "site within the block (default: from the SAE's metadata)")

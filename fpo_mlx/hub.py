@@ -13,8 +13,8 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokeni
 NO_CODE = ["*.py", "*.pyc", "*.so", "*.sh"]  # "tokenizer*" would let tokenizer_x.py in
 
 
-def resolve_model(spec: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is; anything else is a hub id, downloaded without code files.
+def resolve_model(spec: str | Path) -> Path:
+    """A local folder as it is; else a hub id `owner/name[@revision]`, fetched without code files.
 
     Raises: ModelError when neither can be had.
     """
@@ -28,10 +28,11 @@ def resolve_model(spec: str | Path, revision: str | None = None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    repo, _, revision = str(spec).partition("@")
     try:
         return Path(
             snapshot_download(
-                str(spec), revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=NO_CODE
+                repo, revision=revision or None, allow_patterns=MODEL_FILES, ignore_patterns=NO_CODE
             )
         )
     except Exception as error:  # huggingface_hub raises a dozen unrelated classes

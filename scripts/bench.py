@@ -27,7 +27,7 @@ from fpo_mlx.demo import smollm2
 
 NAMES = (
     "main-256", "main-76", "main-512", "sae", "vocabulary", "pairs", "precompute", "length",
-    "profile",
+    "precision", "profile",
 )  # fmt: skip
 
 

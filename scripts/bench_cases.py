@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bench_measure as bm
@@ -13,13 +13,17 @@ import bench_profile as bp
 import bench_rival as rival
 import bench_subjects as bs
 import mlx.core as mx
+import numpy as np
 
 from fpo_mlx import cache
 from fpo_mlx.cache.identity import CacheIdentity
+from fpo_mlx.core import features as F
 from fpo_mlx.core.logprobs import Head, token_logps
 from fpo_mlx.model.heads import find_backbone, find_head
 from fpo_mlx.model.load import load_model
+from fpo_mlx.model.policy import Layout
 from fpo_mlx.reference import open_backend
+from fpo_mlx.scoring import encoder_of
 
 Say = Callable[[str], None]
 LENGTHS = {"main-256": (256, 90, 70), "main-76": (76, 154, 77), "main-512": (512, 256, 256)}
@@ -221,6 +225,34 @@ def length(plan: Plan) -> bm.Result:
     return bm.Result("length", "FPO, time a token", rows, table, notes, checks)
 
 
+def precision(plan: Plan) -> bm.Result:
+    """What the encoder's matrix may be kept in: pooled features against float32's."""
+    world, table = plan.world, []
+    pair = bs.make_pair(*LENGTHS["main-256"], world.vocab)
+    exact = encoder_of(bs.random_sae(world, WIDTHS[1], pair))
+    rows, means = world.policy.rows([pair]).tapped[0], Layout.of([pair]).means()
+    wanted, _ = F.pool(exact, rows, means)
+    top = F.top_indices(wanted, 50)
+    packed = mx.quantize(exact.w_enc, 64, 8)
+    matrices = {
+        "float16": exact.w_enc.astype(mx.float16),
+        "bfloat16": exact.w_enc.astype(mx.bfloat16),
+        "8 bits": mx.dequantize(*packed, 64, 8),
+    }
+    for name, matrix in matrices.items():
+        got, _ = F.pool(replace(exact, w_enc=matrix.astype(mx.float32)), rows, means)
+        other = set(np.array(F.top_indices(got, 50)).ravel().tolist())
+        off = (mx.abs(got - wanted).max() / wanted.max()).item()
+        table.append(
+            {
+                "kept in": name, "largest error / largest feature": off,
+                "of the top 50, others": len(set(np.array(top).ravel().tolist()) - other),
+            }
+        )  # fmt: skip
+    notes = ["wanted: 1e-4, the agreement of the backends; so float32 is kept"]
+    return bm.Result("precision", "the SAE's matrix, 16k random features", (), table, notes)
+
+
 def profile(plan: Plan) -> bm.Result:
     """The computed floor of a step, the rate reached, and the parts."""
     world, table, facts = plan.world, [], {}
@@ -268,6 +300,7 @@ CASES: dict[str, Callable[[Plan], bm.Result]] = {
     "pairs": pairs_a_step,
     "precompute": precompute,
     "length": length,
+    "precision": precision,
     "profile": profile,
 }
 QUICK = ("main-256", "main-76")

@@ -116,9 +116,17 @@ def test_a_saelens_release_is_found_by_its_own_id(hub: Hub):
 
 def test_a_revision_is_pinned(hub: Hub):
     put(hub, "someone/sae", "saelens_topk")
-    path = resolve("someone/sae", revision="abc123")
+    path = resolve("someone/sae@abc123")
     assert path.parent.name == "abc123"
     assert load_sae(path).activation == "topk"
+    assert resolve("someone/sae", revision="abc123") == path
+
+
+@pytest.mark.parametrize("revision", ["", "a b", "-x@y", "a?b"])
+def test_what_is_no_revision_is_refused_without_network(revision: str, hub: Hub):
+    hub.reachable = False
+    with pytest.raises(SaeError, match="is no revision; wanted a branch, tag or commit"):
+        resolve(f"someone/sae@{revision}/layer_3")
 
 
 def test_only_weights_and_their_configs_are_fetched(hub: Hub):
@@ -238,6 +246,11 @@ def test_what_is_neither_path_nor_name_is_refused_without_network(spec: str, hub
 
 NAMES = [
     ("hf://a/b/c", HubSae("a/b", "c")),
+    ("a/b@v1.0/c/d", HubSae("a/b", "c/d", "v1.0")),
+    (
+        "llama_scope_lxr_8x@main/l15r_8x",
+        HubSae("fnlp/Llama3_1-8B-Base-LXR-8x", "Llama3_1-8B-Base-L15R-8x", "main"),
+    ),
     (
         "llama_scope_lxr_8x/l15r_8x",
         HubSae("fnlp/Llama3_1-8B-Base-LXR-8x", "Llama3_1-8B-Base-L15R-8x"),

@@ -137,11 +137,14 @@ def test_no_code_is_downloaded_with_a_model(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text("{}")
 
     def download(repo: str, **settings) -> str:
-        asked.update(settings)
+        asked.update(settings, repo=repo)
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     hub.resolve_model("owner/model")
+    assert (asked["repo"], asked["revision"]) == ("owner/model", None)
+    hub.resolve_model("owner/model@v2")
+    assert (asked["repo"], asked["revision"]) == ("owner/model", "v2")
 
     def taken(name: str) -> bool:
         allowed = any(fnmatch.fnmatch(name, p) for p in asked["allow_patterns"])

@@ -73,6 +73,7 @@ def train(
     scored, held_out = (ScoredPairs(part, scores(store, part)) for part in (pairs, valid))
     trainer = Trainer(scorer, scored, held_out if valid else None, t, out, arm(), ranks)
     begin(trainer.total)
+    del job  # and with it the SAEs' numpy arrays: the encoders on the device are the only copy
     _announce(trainer, say)
     if "model" in store.differences:
         _compare_weights(trainer, store, say)

@@ -25,6 +25,7 @@ class HubSae:
 
     repo: str
     inside: str
+    revision: str | None = None  # branch, tag or commit
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ def resolve(
     allow_pickle: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> Path:
-    """The local path of an SAE: an existing path, `owner/repo[/path]`, or `release/sae_id`.
+    """The local path of an SAE: an existing path, `owner/repo[@revision][/path]`, or a release's.
 
     Releases are SAELens' (`gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55`). revision: a
-    branch, tag or commit of the repository. allow_pickle: False refuses a pickled file before it
+    branch, tag or commit of the repository, if `spec` names none. allow_pickle: False refuses a pickled file before it
     is fetched. report: told what will be fetched, and its size.
     Raises SaeError if nothing is there, the hub cannot be reached, or the disk is too small.
     """
@@ -53,6 +54,7 @@ def resolve(
     if local.exists():
         return local
     where = parse(spec)
+    revision = where.revision or revision
     say = report or (lambda _: None)
     try:
         files = _listing(where.repo, revision)
@@ -72,8 +74,14 @@ def resolve(
 
 
 def parse(spec: str) -> HubSae:
-    """`owner/repo[/path]` or `release/sae_id` to repository and path. No network."""
+    """`owner/repo[@revision][/path]` or `release[@revision]/sae_id`, taken apart. No network."""
     parts = spec.removeprefix("hf://").split("/")
+    at = 0 if registry.named(parts[0].partition("@")[0]) is not None else 1
+    revision = None
+    if len(parts) > at and "@" in parts[at]:
+        parts[at], _, revision = parts[at].partition("@")
+        if not re.fullmatch(r"[\w.-]+", revision):
+            raise SaeError(f"{spec}: {revision!r} is no revision; wanted a branch, tag or commit.")
     release = registry.named(parts[0])
     if any(part in ("", ".", "..", "~") or "\\" in part for part in parts):
         raise SaeError(f"{spec}: no such file or folder.")
@@ -85,13 +93,13 @@ def parse(spec: str) -> HubSae:
                 f"{spec}: {parts[0]} is a release of many SAEs; name one of them, e.g. "
                 f"{release.example}{f' (known: {known}, …)' if known else ''}."
             )
-        return HubSae(release.repo, inside)
+        return HubSae(release.repo, inside, revision)
     if len(parts) < 2 or not all(re.fullmatch(r"[\w.-]+", part) for part in parts[:2]):
         raise SaeError(
             f"{spec}: no such file or folder, and no known release. Give a path, owner/repo/path, "
             "or a name from `fpo-mlx sae list`."
         )
-    return HubSae("/".join(parts[:2]), "/".join(parts[2:]))
+    return HubSae("/".join(parts[:2]), "/".join(parts[2:]), revision)
 
 
 def _listing(repo: str, revision: str | None) -> list[HubFile]:
