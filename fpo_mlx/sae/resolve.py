@@ -46,8 +46,8 @@ def resolve(
     """The local path of an SAE: an existing path, `owner/repo[@revision][/path]`, or a release's.
 
     Releases are SAELens' (`gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55`). revision: a
-    branch, tag or commit of the repository, if `spec` names none. allow_pickle: False refuses a pickled file before it
-    is fetched. report: told what will be fetched, and its size.
+    branch, tag or commit of the repository, if `spec` names none. allow_pickle: False refuses a
+    pickled file before it is fetched. report: told what will be fetched, and its size.
     Raises SaeError if nothing is there, the hub cannot be reached, or the disk is too small.
     """
     local = Path(spec).expanduser()
