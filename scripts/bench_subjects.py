@@ -26,7 +26,9 @@ from fpo_mlx.reports import ScoredPairs
 from fpo_mlx.scoring import Scorer, encoder_of
 from fpo_mlx.trainer import Trainer
 
-RANK, SCALE, LAYERS, RATE = 8, 20.0, 16, 1e-5
+# The rate is so small that every step of a case is the first one: random pairs would else drive
+# the loss to 0 and its gradient into denormal numbers, which a CPU multiplies slowly.
+RANK, SCALE, LAYERS, RATE = 8, 20.0, 16, 1e-9
 LORA = {"rank": RANK, "scale": SCALE, "layers": LAYERS, "learning_rate": RATE}
 FIRE = 2.5  # threshold of the random SAE in standard deviations: about 1 % of features fire
 

@@ -143,9 +143,12 @@ def if_not_there(case: Case) -> list[str] | None:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file; of what is not a clock, where it has one. Raises on a broken file."""
+    """sha256 of a file; of what was not measured, where it has such. Raises on a broken file."""
     if path.name == LOG:
         return hashlib.sha256("\n".join(log_lines(path)).encode()).hexdigest()
+    if path.name == "run.json":
+        told = {k: v for k, v in json.loads(path.read_text()).items() if k != "memory"}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     if path.suffix != ".safetensors":
         return hashlib.sha256(path.read_bytes()).hexdigest()
     import safetensors.numpy
