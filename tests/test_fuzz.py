@@ -126,6 +126,18 @@ def test_a_header_of_nonsense_is_refused(tmp_path, entry):
             adapter_fingerprint(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["name", "dtype"])
+def test_half_a_character_in_a_header_is_refused(tmp_path, place):
+    """A lone surrogate: JSON can hold it, no encoding can."""
+    half = {"name": {"\ud800": ENTRY}, "dtype": {"a": {**ENTRY, "dtype": "\ud800"}}}[place]
+    head = json.dumps(half).encode()
+    data = len(head).to_bytes(8, "little") + head + b"\0" * 4
+    (tmp_path / "adapters.safetensors").write_bytes(data)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    with pytest.raises(ModelError, match="no whole safetensors file"):
+        adapter_fingerprint(tmp_path)
+
+
 @pytest.mark.parametrize("shape", ["(99999999, 99999999)", "(", "(-1,)", "(1,) + (2,)"])
 def test_an_npz_that_claims_more_than_it_has_allocates_nothing(tmp_path, shape):
     raw = io.BytesIO()

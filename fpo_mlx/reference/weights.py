@@ -126,6 +126,7 @@ def _entry(path: Path, name: str, entry: dict[str, Any], start: int) -> _Tensor:
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     if type(dtype) is not str or not all(type(n) is int for n in (begin, stop, *shape)):
         raise TypeError(f"{name} is described by values of wrong types")
+    f"{name} {dtype}".encode()  # half a surrogate pair is a ValueError here, not in the hashing
     if not 0 <= begin <= stop:
         raise ValueError(f"{name} ends before it begins")
     return _Tensor(name, dtype, shape, path, start + begin, stop - begin)
