@@ -161,6 +161,12 @@ class AdapterFolder:
             shutil.rmtree(self.path / folder, ignore_errors=True)
         files.write_json(self.path / "run.json", dict(run))
 
+    def note(self, parts: Mapping[str, Any]) -> None:
+        """Add parts to run.json; what it says of the start stays, also when the run was resumed."""
+        path = self.path / "run.json"
+        if self.writes:
+            files.write_json(path, {**files.parse_json(path.read_text(encoding="utf-8")), **parts})
+
     def log(self, entry: Mapping[str, Any], progress: Progress) -> None:
         """Append one line to metrics.jsonl."""
         if not self.writes:

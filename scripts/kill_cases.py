@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx.locks import owner
+
 ROOT = Path(__file__).resolve().parent.parent
 CLOCKS = {"tokens_per_second", "pairs_per_second", "peak_memory_gb", "seconds"}
 STATE = "checkpoint/state.safetensors"
@@ -146,7 +148,7 @@ def digest(path: Path) -> str:
     """sha256 of a file; of what was not measured, where it has such. Raises on a broken file."""
     if path.name == LOG:
         return hashlib.sha256("\n".join(log_lines(path)).encode()).hexdigest()
-    if path.name == "run.json":
+    if path.name.endswith("run.json"):  # under its temporary name, too
         told = {k: v for k, v in json.loads(path.read_text()).items() if k != "memory"}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     if path.suffix != ".safetensors":
@@ -217,12 +219,19 @@ def the_folder_is_old_or_new(case: Case) -> list[str]:
     return [f"the folder is neither old nor new: {', '.join(found) or 'it is gone'}"]
 
 
-def finished(case: Case) -> list[str]:
-    """After the rerun: the result of the run that nobody killed, and nothing beside it."""
+def finished(case: Case, *, rerun: bool) -> list[str]:
+    """The result of the run that nobody killed and, after a rerun, nothing beside it.
+
+    Where all was done before the kill there is no rerun, and a lock that no one holds may stay.
+    """
     found, faults = tree(case.target), []
     for name in sorted(found.keys() | case.wanted.keys()):
         if found.get(name) != case.wanted.get(name):
             faults.append(f"after the rerun {name} differs from the undisturbed run's")
     stage = case.target.parent
-    left = [p for p in stage.rglob("*") if p.name.startswith(".tmp-") or p.suffix == ".lock"]
+    left = [
+        path
+        for path in stage.rglob("*")
+        if path.name.startswith(".tmp-") or (path.suffix == ".lock" and (rerun or owner(path)))
+    ]
     return faults + [f"left behind: {path.relative_to(stage)}" for path in left]

@@ -180,7 +180,7 @@ def judge(case: Case, faults: list[str], tally: Tally, moment: str, log: Path) -
             code = ended(fork(command(words, case.target.parent), log))
             if code:
                 faults.append(f"the rerun ended with {code}: {log.read_text()[-600:]}")
-        faults += finished(case)
+        faults += finished(case, rerun=words is not None)
     except Exception as error:  # a file that cannot be read is a fault, not the end of the test
         faults.append(f"{type(error).__name__}: {error}")
     if faults:

@@ -186,6 +186,17 @@ def test_a_run_keeps_its_predicted_and_its_measured_peak(place, tmp_path):
     assert min(memory.values()) > 0
 
 
+def test_a_resumed_run_keeps_the_settings_of_its_start(place, tmp_path):
+    flags = ("--reference", place / "ref", "--iters", 2)
+    assert train(place, tmp_path / "out", *flags).exit_code == 0
+    record = (tmp_path / "out" / "run.json").read_text()
+    again = train(place, tmp_path / "out", *flags, "--resume")
+    assert again.exit_code == 0, again.stderr
+    old, new = json.loads(record), json.loads((tmp_path / "out" / "run.json").read_text())
+    assert new["memory"].keys() == old["memory"].keys()
+    assert {**new, "memory": None} == {**old, "memory": None}
+
+
 def test_early_stopping_without_validation_pairs_is_refused(place, tmp_path):
     alone = lines(tmp_path / "data" / "train.jsonl", *ROWS)
     result = train(place, tmp_path / "out", "--early-stopping", 2, data=alone)

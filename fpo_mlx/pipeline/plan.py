@@ -288,9 +288,3 @@ def predicted_peak(job: Job, pairs: Sequence[TokenPair]) -> float:
     """
     peak = case_of(job, lengths_of(pairs)).peak
     return peak if math.isfinite(peak) else 0.0
-
-
-def with_memory(run: Mapping[str, Any], predicted: float, measured: float) -> dict[str, Any]:
-    """run.json's record with both peaks, in GB."""
-    memory = {"predicted_peak_gb": predicted / 1e9, "measured_peak_gb": measured / 1e9}
-    return {**run, "memory": memory}

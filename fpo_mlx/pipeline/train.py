@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fpo_mlx import __version__, data, files
+from fpo_mlx import __version__, data
 from fpo_mlx.cache import ReferenceCache
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import CacheMismatch, ConfigError
@@ -22,7 +22,7 @@ from fpo_mlx.pipeline.job import (
     reference_of,
     scores,
 )
-from fpo_mlx.pipeline.plan import predicted_peak, with_memory
+from fpo_mlx.pipeline.plan import predicted_peak
 
 if TYPE_CHECKING:
     from fpo_mlx.checkpoint import AdapterFolder
@@ -85,16 +85,17 @@ def train(
             out.start(run)
         yield from trainer.run()
         if ranks.first:
-            _compare_peaks(out, run, predicted, say)
+            _compare_peaks(out, predicted, say)
 
 
-def _compare_peaks(out: AdapterFolder, run: Mapping[str, Any], predicted: float, say: Say) -> None:
+def _compare_peaks(out: AdapterFolder, predicted: float, say: Say) -> None:
     """Say what `plan` predicted and what MLX measured, and keep both in run.json."""
     import mlx.core as mx
 
     measured = mx.get_peak_memory()
     say(f"peak memory {measured / 1e9:.2f} GB, predicted {predicted / 1e9:.2f} GB")
-    files.write_json(out.path / "run.json", with_memory(run, predicted, measured))
+    peaks = {"predicted_peak_gb": predicted / 1e9, "measured_peak_gb": measured / 1e9}
+    out.note({"memory": peaks})
 
 
 def _agreement(ranks: Ranks) -> Callable[[Path, bool], bool]:
