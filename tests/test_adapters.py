@@ -13,6 +13,7 @@ mx = pytest.importorskip("mlx.core")
 import mlx.nn as nn  # noqa: E402
 from helpers import SIZES, logits_of, open_trainer, random_adapters, random_pairs  # noqa: E402
 from mlx_lm import utils  # noqa: E402
+from mlx_lm.tuner.lora import LoRALinear  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 
 from fpo_mlx.errors import ConfigError, ModelError  # noqa: E402
@@ -66,6 +67,34 @@ def test_mlx_lm_loads_the_trained_policy(folders, tmp_path, family, base, kind):
     bare = utils.load_adapters(utils.load_model(folder)[0], str(tmp_path))
     bare.eval()
     np.testing.assert_allclose(logits_of(bare, TOKENS), got, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dropout", "swapped"), [(0.0, True), (0.5, False)])
+def test_an_adapted_layer_is_mlx_lms_own_in_value_and_gradient(folders, dropout, swapped):
+    model = load_model(folders["llama", "float"]).model
+    path = "model.layers.1.mlp.up_proj"
+    adapters.attach(model, adapters.AdapterSpec("lora", 3, 4, 7.0, dropout, (path,)))
+    layer = model.layers[1].mlp.up_proj
+    assert (type(layer) is not LoRALinear) is swapped
+    model.eval()
+    layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(1))
+    x = mx.random.normal((2, 3, layer.lora_a.shape[0]), key=mx.random.key(2))
+    cotangent = mx.random.normal((2, 3, layer.lora_b.shape[1]), key=mx.random.key(3))
+
+    def total(call):
+        def loss(x, a, b):
+            layer.lora_a, layer.lora_b = a, b
+            y = call(layer, x)
+            return (y * cotangent).sum(), y
+
+        return mx.value_and_grad(loss, argnums=(0, 1, 2))(x, layer.lora_a, layer.lora_b)
+
+    a, b = layer.lora_a, layer.lora_b
+    (_, got), got_slopes = total(type(layer).__call__)
+    layer.lora_a, layer.lora_b = a, b
+    (_, want), want_slopes = total(LoRALinear.__call__)
+    for one, other in zip((got, *got_slopes), (want, *want_slopes), strict=True):
+        np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
