@@ -9,8 +9,7 @@ from fpo_mlx import data
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.hub import resolve_model
-from fpo_mlx.pipeline.job import Say, columns, hub_splits
-from fpo_mlx.tokenizer import load_tokenizer
+from fpo_mlx.pipeline.job import Say, columns, hub_splits, open_tokenizer
 
 
 def check(
@@ -33,11 +32,7 @@ def check(
         raise ConfigError(f"--fix {fix}: this is where the data lies. Name another folder.")
     tokenizer = None
     if ref.model:
-        tokenizer = load_tokenizer(
-            resolve_model(ref.model),
-            chat_template=Path(d.chat_template) if d.chat_template else None,
-            trust_remote_code=ref.trust_remote_code,
-        )
+        tokenizer = open_tokenizer(config, resolve_model(ref.model))
     else:
         say("no --model: chat template and lengths in tokens are not checked")
     hub = hub_splits(config)

@@ -12,8 +12,8 @@ from fpo_mlx import data
 from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.hub import resolve_model
-from fpo_mlx.pipeline.job import Say, columns, hub_splits
-from fpo_mlx.tokenizer import ChatTokenizer, load_tokenizer
+from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_model, open_tokenizer
+from fpo_mlx.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -69,19 +69,13 @@ def compare(
     from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.sampling import sample
 
-    if not config.reference.model:
-        raise ConfigError("--model is missing. Wanted a model folder or hub id.")
+    model = need_model(config)
     given = [*prompts, *(_read_prompts(prompts_file) if prompts_file else ())]
     asked = [[{"role": "user", "content": text}] for text in given] or _of_data(
         config, split, count
     )
-    path = resolve_model(config.reference.model)
-    template = config.data.chat_template
-    tokenizer = load_tokenizer(
-        path,
-        chat_template=Path(template) if template else None,
-        trust_remote_code=config.reference.trust_remote_code,
-    )
+    path = resolve_model(model)
+    tokenizer = open_tokenizer(config, path)
     tokens = _tokens(asked, tokenizer, config.data.max_seq_length)
     for adapter in adapter_paths:
         read_spec(Path(adapter))  # before the long part

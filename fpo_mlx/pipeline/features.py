@@ -17,6 +17,7 @@ from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import (
     OnFill,
     Say,
+    need_model,
     open_job,
     open_saes,
     read_pairs,
@@ -121,9 +122,7 @@ def find_features(
     from fpo_mlx.model.policy import Policy
     from fpo_mlx.scoring import encoder_of
 
-    if not config.reference.model:
-        raise ConfigError("--model is missing. Wanted a model folder or hub id.")
-    path = resolve_model(config.reference.model)
+    path = resolve_model(need_model(config))
     tokenizer = load_tokenizer(path, trust_remote_code=config.reference.trust_remote_code)
     longest = config.data.max_seq_length
     sets = [read_texts(file, tokenizer, longest)[:limit] for file in (positive, negative)]

@@ -45,18 +45,11 @@ def open_job(
     config: RunConfig, *, adapter: str | None, say: Say, need_sae: bool | None = None
 ) -> Job:
     """Resolve model, tokenizer and SAEs, and fingerprint them. Reads weights, loads no model."""
-    ref = config.reference
-    if not ref.model:
-        raise ConfigError("--model is missing. Wanted a model folder or hub id.")
+    model = need_model(config)
     if not config.data.data:
         raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
-    path = resolve_model(ref.model)
-    template = config.data.chat_template
-    tokenizer = load_tokenizer(
-        path,
-        chat_template=Path(template) if template else None,
-        trust_remote_code=ref.trust_remote_code,
-    )
+    path = resolve_model(model)
+    tokenizer = open_tokenizer(config, path)
     need = config.objective.needs_sae if need_sae is None else need_sae
     opened = open_saes(config, read_config(path), need=need, say=say)
     identity = CacheIdentity(
@@ -66,6 +59,23 @@ def open_job(
         saes=tuple((sae.fingerprint(), str(sae.site)) for sae in opened),
     )
     return Job(config, path, tokenizer, opened, identity, open_weights(config, opened))
+
+
+def need_model(config: RunConfig) -> str:
+    """What --model says. Raises: ConfigError when it says nothing."""
+    if not config.reference.model:
+        raise ConfigError("--model is missing. Wanted a model folder or hub id.")
+    return config.reference.model
+
+
+def open_tokenizer(config: RunConfig, path: Path) -> ChatTokenizer:
+    """The tokenizer of the model folder `path`, with the chat template of the settings."""
+    template = config.data.chat_template
+    return load_tokenizer(
+        path,
+        chat_template=Path(template) if template else None,
+        trust_remote_code=config.reference.trust_remote_code,
+    )
 
 
 def open_weights(config: RunConfig, saes: Sequence[SaeWeights]) -> Weights:

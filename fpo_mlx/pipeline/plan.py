@@ -14,10 +14,9 @@ from fpo_mlx.cache import CacheIdentity
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.hub import read_config, resolve_model
-from fpo_mlx.pipeline.job import Job, Say, open_saes, read_pairs
+from fpo_mlx.pipeline.job import Job, Say, need_model, open_saes, open_tokenizer, read_pairs
 from fpo_mlx.plan import Case, Lengths, ModelShape, SaeShape, Setup, Term, Tiles
 from fpo_mlx.records import SaeWeights, TokenPair
-from fpo_mlx.tokenizer import load_tokenizer
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 
@@ -89,16 +88,8 @@ def plan(config: RunConfig, *, memory_gb: float | None = None, say: Say) -> Plan
 
 def _open(config: RunConfig, say: Say) -> Job:
     """As `open_job`, but without fingerprints: those read every byte of the weights."""
-    ref = config.reference
-    if not ref.model:
-        raise ConfigError("--model is missing. Wanted a model folder or hub id.")
-    path = resolve_model(ref.model)
-    template = config.data.chat_template
-    tokenizer = load_tokenizer(
-        path,
-        chat_template=Path(template) if template else None,
-        trust_remote_code=ref.trust_remote_code,
-    )
+    path = resolve_model(need_model(config))
+    tokenizer = open_tokenizer(config, path)
     saes = open_saes(config, read_config(path), need=config.objective.needs_sae, say=say)
     return Job(config, path, tokenizer, saes, CacheIdentity("plan", "plan"))
 

@@ -11,11 +11,18 @@ from fpo_mlx import data, demo
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.hub import read_config, resolve_model
-from fpo_mlx.pipeline.job import Say, at_site, columns, hub_splits, read_sae
+from fpo_mlx.pipeline.job import (
+    Say,
+    at_site,
+    columns,
+    hub_splits,
+    need_model,
+    open_tokenizer,
+    read_sae,
+)
 from fpo_mlx.records import Passage, SaeWeights, TokenPair
 from fpo_mlx.reference import ReferenceBackend
 from fpo_mlx.sae import fit
-from fpo_mlx.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from fpo_mlx.saefit import Ablation, FitReport
@@ -40,11 +47,10 @@ def sae_evaluate(
     from fpo_mlx.model.policy import Policy
 
     ref, notes = config.reference, []
-    if not ref.model:
-        raise ConfigError("--model is missing. Wanted a model folder or hub id.")
+    model = need_model(config)
     if len(ref.sae) != 1:
         raise ConfigError(f"--sae: found {len(ref.sae)}, wanted exactly one.")
-    folder = resolve_model(ref.model)
+    folder = resolve_model(model)
     sae = at_site(read_sae(ref.sae[0], config, say), config, read_config(folder), notes.append)
     for note in sae.notes:
         say(f"{ref.sae[0]}: {note}")
@@ -70,11 +76,7 @@ def read_passages(config: RunConfig, model: Path, count: int) -> list[Passage]:
     splits = data.find_splits(source, hub_splits(config), want="valid")
     split = next((name for name in HELD_OUT_FIRST if name in splits), "train")
     rows = data.read_raw(source, split, hub_splits(config))
-    tokenizer = load_tokenizer(
-        model,
-        chat_template=Path(d.chat_template) if d.chat_template else None,
-        trust_remote_code=config.reference.trust_remote_code,
-    )
+    tokenizer = open_tokenizer(config, model)
     return data.read_passages(rows, tokenizer, count, d.max_seq_length, columns(config))
 
 
