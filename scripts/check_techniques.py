@@ -8,6 +8,10 @@
 all logits at once, all features of all tokens, autograd through everything. Both runs see the same
 pairs in the same order and update the same adapters with the same optimizer. Data, SAE and model
 default to a folder `shared` beside the checkout and to SmolLM2-135M from a wheel.
+
+A JumpReLU feature jumps from 0 to its threshold: one that lies there to the last digit fires in one
+program and not in the other, whatever either does right. With --ramps the SAE's features rise from
+0 at their thresholds instead, so that what is left between the curves is the programs' difference.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +36,8 @@ from fpo_mlx.model.taps import Tap, tap_point
 from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.reports import ScoredPairs, StepReport
+from fpo_mlx.sae import load_sae
+from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.scoring import Measures, Scorer
 from fpo_mlx.trainer import Trainer
 
@@ -113,6 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--sae", type=Path, default=SHARED / "sae" / "smollm2-135m-instruct-l27-4k-jumprelu"
     )
+    parser.add_argument("--ramps", action="store_true", help="max(pre - threshold, 0) as the SAE")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "train.jsonl")
     parser.add_argument("--max-seq-length", type=int, default=320)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -125,9 +133,10 @@ def parse() -> argparse.Namespace:
 def run(options: argparse.Namespace, *, techniques: bool) -> list[float]:
     """The loss of every update."""
     options.output.mkdir(parents=True, exist_ok=True)
+    sae = ramps(options.sae, options.output / "ramps") if options.ramps else options.sae
     settings = {
         "model": str(options.model or smollm2.fetch(say=say).full),
-        "sae": (str(options.sae),),
+        "sae": (str(sae),),
         "data": str(options.data),
         "max_seq_length": options.max_seq_length,
         "batch_size": options.batch_size,
@@ -156,6 +165,17 @@ def run(options: argparse.Namespace, *, techniques: bool) -> list[float]:
                 losses.append(report.loss)
                 say(f"{report.iteration}/{trainer.total} loss {report.loss:.6f}")
     return losses
+
+
+def ramps(place: Path, folder: Path) -> Path:
+    """The JumpReLU SAE at `place` as a ReLU SAE with the same active features."""
+    if not folder.exists():
+        sae = load_sae(place)
+        if sae.threshold is None:
+            raise SystemExit(f"{place} has no thresholds: --ramps is for JumpReLU SAEs.")
+        soft = replace(sae, activation="relu", b_enc=sae.b_enc - sae.threshold, threshold=None)
+        write_saelens(soft, folder)
+    return folder
 
 
 def say(text: str) -> None:
