@@ -21,7 +21,7 @@ RUN = {"config", "core", "model", "scoring"}  # what one step of training or sco
 
 # Longest matching name wins: "reference.mlx_backend" before "reference".
 OURS = {
-    "": {"blas"},
+    "": {"blas", "heap"},
     "errors": set(),
     "records": set(),
     "locks": {"errors"},
@@ -30,6 +30,7 @@ OURS = {
     "processes": {"errors"},
     "parallel": VOCABULARY,
     "blas": {"paths"},
+    "heap": set(),
     "hub": VOCABULARY,
     "featurefiles": VOCABULARY,
     "trackers": VOCABULARY,
@@ -82,6 +83,7 @@ OTHERS = {
     "processes": set(),
     "parallel": {"numpy", "mlx"},
     "blas": set(),
+    "heap": set(),
     "hub": {"huggingface_hub"},
     "featurefiles": {"yaml"},
     "trackers": {"wandb", "tensorboardX"},

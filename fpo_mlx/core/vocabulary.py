@@ -15,6 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from fpo_mlx.core.exponential import exp_below
+
 TILE = 2048  # columns of the vocabulary at once; also what float32 sums go over
 ROWS = 512  # rows at once: 4 MiB of logits a tile, and MLX allocates some tiles ahead
 
@@ -124,7 +126,7 @@ def _chunk(
         logits = tile(after).astype(mx.float32)  # [r, TILE]
         higher = mx.maximum(top, logits.max(axis=-1))
         shrink = mx.exp(top - higher)
-        parts = mx.exp(logits - higher[:, None])
+        parts = exp_below(logits, higher[:, None])
         total, top = total * shrink + parts.sum(axis=-1), higher
         local = targets - start
         inside = (local >= 0) & (local < logits.shape[-1])
