@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import mlx.core as mx
 
@@ -122,7 +123,7 @@ def activate(
     """Activations of the features `indices` [F'] from their raw and pre, each [R, F']."""
     kind, threshold, bias = encoder.activation, encoder.threshold, encoder.gate_bias
     if kind == "jumprelu" and threshold is not None:  # never negative, so no ReLU is needed
-        acts = mx.where(pre > threshold, pre, 0.0)
+        acts = _above(pre, threshold)
         return acts if encoder.act_scale is None else acts * encoder.act_scale
     acts = pre if encoder.signed else mx.maximum(pre, 0.0)
     if kind == "gated" and bias is not None:
@@ -135,6 +136,12 @@ def activate(
         winner = mx.take(gate, indices // group_size, axis=1)  # [R, F']
         acts = mx.where(winner == indices, acts, 0.0)
     return acts if encoder.act_scale is None else acts * encoder.act_scale
+
+
+@partial(mx.compile, shapeless=True)
+def _above(pre, threshold):
+    """A product, not a choice: compiled it takes half the time of mx.where on a CPU."""
+    return pre * (pre > threshold)
 
 
 def encode(encoder: Encoder, rows: mx.array) -> mx.array:
