@@ -151,7 +151,7 @@ def test_batchtopk_spends_k_features_a_token_on_average_where_they_are_needed():
     rows[: N // 2] *= 3
     params = {k: mx.array(v) for k, v in some_params().items()}
     pre = dictionary.pre_activations(params, mx.array(rows))
-    acts, _ = dictionary.activate(Rule("batchtopk", K, (F,)), params, pre)
+    acts = dictionary.activate(Rule("batchtopk", K, (F,)), params, pre)
     active = np.array(acts > 0).sum(axis=1)
     assert active.sum() == N * K
     assert active[: N // 2].mean() > 1.5 * active[N // 2 :].mean()

@@ -189,7 +189,7 @@ def test_the_first_reconstruction_is_scaled_to_fit():
     data, rule = factors(1024)[1], small()
     run = start(rule, data)
     x = mx.array((data - run.centre) * run.scale)
-    acts, _ = dictionary.activate(rule, run.params, dictionary.pre_activations(run.params, x))
+    acts = dictionary.activate(rule, run.params, dictionary.pre_activations(run.params, x))
     recon, wanted = np.array(acts @ run.params["w_dec"], np.float64), np.array(x, np.float64)
     assert (recon * wanted).sum() / (recon * recon).sum() == pytest.approx(1, abs=1e-4)
     lengths = np.linalg.norm(run.params["w_enc"], axis=1)

@@ -53,18 +53,18 @@ def pre_activations(params: Arrays, x: mx.array) -> mx.array:
     return (x - params["b_dec"]) @ params["w_enc"].T + params["b_enc"]
 
 
-def activate(rule: Rule, params: Arrays, pre: mx.array) -> tuple[mx.array, mx.array | None]:
-    """(acts [n, F], indices [n, k] where every row has its own k)."""
+def activate(rule: Rule, params: Arrays, pre: mx.array) -> mx.array:
+    """pre: [n, F] -> acts [n, F]."""
     if rule.architecture == "topk":
         index = largest(pre, rule.k)
         values = mx.maximum(mx.take_along_axis(pre, index, axis=-1), 0.0)
-        return mx.put_along_axis(mx.zeros_like(pre), index, values, axis=-1), index
+        return mx.put_along_axis(mx.zeros_like(pre), index, values, axis=-1)
     if rule.architecture == "batchtopk":
         flat = pre.reshape(1, -1)
         index = largest(flat, min(rule.k * pre.shape[0], flat.shape[1]))
         bound = mx.maximum(mx.take_along_axis(flat, index, axis=-1).min(), 0.0)
-        return mx.where((pre >= bound) & (pre > 0), pre, 0.0), None
-    return mx.where(pre > mx.exp(params["log_threshold"]), pre, 0.0), None
+        return mx.where((pre >= bound) & (pre > 0), pre, 0.0)
+    return mx.where(pre > mx.exp(params["log_threshold"]), pre, 0.0)
 
 
 def gradients(
@@ -78,27 +78,34 @@ def gradients(
     """
     inputs = x - params["b_dec"]  # [n, D]
     pre = inputs @ params["w_enc"].T + params["b_enc"]  # [n, F]
-    acts, index = activate(rule, params, pre)
-    live = acts > 0
-    scale = 2.0 * weight / x.shape[1]
-    if index is not None and rule.sparse and len(rule.groups) == 1:
-        error, d_acts = _sparse_decode(params, x, acts, index, scale)
-        loss = _square(error) * (weight / x.shape[1])
-        grads = {"w_dec": acts.T @ (error * scale), "b_dec": error.sum(axis=0) * scale}
-    else:
-        error, loss, grads, d_acts = _dense_decode(rule, params, x, acts, weight)
-    d_pre = mx.where(live, d_acts, 0.0)
-    grads |= {"w_enc": d_pre.T @ inputs, "b_enc": d_pre.sum(axis=0)}
+    sparse = rule.architecture == "topk" and rule.sparse and len(rule.groups) == 1
+    decode = _sparse_decode if sparse else _dense_decode
+    done = decode(rule, params, x, pre, weight)
+    grads = done.grads | {"w_enc": done.d_pre.T @ inputs, "b_enc": done.d_pre.sum(axis=0)}
     grads["b_dec"] = grads["b_dec"] - grads["b_enc"] @ params["w_enc"]
     if rule.architecture == "jumprelu":
-        grads["log_threshold"] = _threshold_gradient(rule, params, pre, d_acts, weight * l0_pull)
+        pull = weight * l0_pull
+        grads["log_threshold"] = _threshold_gradient(rule, params, pre, done.d_acts, pull)
     aux = mx.array(0.0)
     if dead is not None:
-        aux, grads = _auxiliary(rule, params, inputs, pre, -error, dead, weight, grads)
-    l0 = live.sum() * weight
-    batchtopk = rule.architecture == "batchtopk"
-    threshold = mx.where(live, acts, mx.inf).min() if batchtopk else mx.array(mx.inf)
-    return Parts(grads, loss, l0, aux, live.any(axis=0), threshold)
+        aux, grads = _auxiliary(rule, params, inputs, pre, -done.error, dead, weight, grads)
+    acts, batchtopk = done.acts, rule.architecture == "batchtopk"
+    threshold = mx.where(acts > 0, acts, mx.inf).min() if batchtopk else mx.array(mx.inf)
+    fired = acts.max(axis=0) > 0
+    return Parts(grads, done.loss, done.active * weight, aux, fired, threshold)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """One micro-batch on its way back from the reconstruction."""
+
+    acts: mx.array  # [n, F]
+    error: mx.array  # [n, D] of the whole reconstruction
+    loss: mx.array  # scalar
+    active: mx.array  # scalar, active entries of acts
+    grads: Arrays  # of w_dec and b_dec
+    d_acts: mx.array | None  # [n, F], silent features included; where the thresholds need it
+    d_pre: mx.array  # [n, F], zero where a feature is silent
 
 
 def _square(rows: mx.array) -> mx.array:
@@ -106,33 +113,37 @@ def _square(rows: mx.array) -> mx.array:
 
 
 def _sparse_decode(
-    params: Arrays, x: mx.array, acts: mx.array, index: mx.array, scale: float
-) -> tuple[mx.array, mx.array]:
-    """(error [n, D], gradient of the acts [n, F], zero outside of `index`).
+    rule: Rule, params: Arrays, x: mx.array, pre: mx.array, weight: float
+) -> _Decoded:
+    """Top-k: each chosen decoder row is read once for the error and for the slopes.
 
-    Each decoder row is read once for both: 4 k D operations a token where dense takes 4 F D.
+    4 k D operations a token where dense takes 4 F D, and no pass over [n, F] but the two products'.
     """
-    values = mx.take_along_axis(acts, index, axis=-1)  # [n, k]
-    errors, products = [], []
+    index = largest(pre, rule.k)
+    values = mx.maximum(mx.take_along_axis(pre, index, axis=-1), 0.0)  # [n, k]
+    scale, share = 2.0 * weight / x.shape[1], weight / x.shape[1]
+    errors, slopes = [], []
     for start in range(0, x.shape[0], SPARSE_ROWS):
         part = slice(start, start + SPARSE_ROWS)
-        chosen = mx.depends(index[part], products[-1]) if products else index[part]  # in turn
+        chosen = mx.depends(index[part], slopes[-1]) if slopes else index[part]  # in turn
         rows = params["w_dec"][chosen]  # [c, k, D]
         error = (values[part, None, :] @ rows)[:, 0] + params["b_dec"] - x[part]  # [c, D]
-        products.append((rows @ error[:, :, None])[..., 0] * scale)  # [c, k]
+        slopes.append((rows @ error[:, :, None])[..., 0] * scale)  # [c, k]
         errors.append(error)
-    d_values = mx.concatenate(products)
-    d_acts = mx.put_along_axis(mx.zeros_like(acts), index, d_values, axis=-1)
-    return mx.concatenate(errors), d_acts
+    error, live = mx.concatenate(errors), values > 0
+    silent = mx.zeros_like(pre)
+    acts = mx.put_along_axis(silent, index, values, axis=-1)
+    d_pre = mx.put_along_axis(silent, index, mx.concatenate(slopes) * live, axis=-1)
+    scaled = error * scale
+    grads = {"w_dec": acts.T @ scaled, "b_dec": scaled.sum(axis=0)}
+    return _Decoded(acts, error, _square(error) * share, live.sum(), grads, None, d_pre)
 
 
 def _dense_decode(
-    rule: Rule, params: Arrays, x: mx.array, acts: mx.array, weight: float
-) -> tuple[mx.array, mx.array, Arrays, mx.array]:
-    """(error [n, D] of the whole, mean loss over prefixes, decoder gradients, d_acts [n, F]).
-
-    A prefix reconstructs with the features below its end; the loss is the mean over prefixes.
-    """
+    rule: Rule, params: Arrays, x: mx.array, pre: mx.array, weight: float
+) -> _Decoded:
+    """Mean loss over nested prefixes; a prefix reconstructs with the features below its end."""
+    acts = activate(rule, params, pre)
     w_dec, starts = params["w_dec"], (0, *rule.groups[:-1])
     parts = [slice(a, b) for a, b in zip(starts, rule.groups, strict=True)]
     error, errors = params["b_dec"] - x, []
@@ -147,15 +158,17 @@ def _dense_decode(
         d_dec.append(acts[:, part].T @ later)
         d_acts.append(later @ w_dec[part].T)
     grads = {"w_dec": mx.concatenate(d_dec[::-1]), "b_dec": later.sum(axis=0)}
-    return error, loss, grads, mx.concatenate(d_acts[::-1], axis=1)
+    live, slopes = acts > 0, mx.concatenate(d_acts[::-1], axis=1)
+    return _Decoded(acts, error, loss, live.sum(), grads, slopes, slopes * live)
 
 
 def _threshold_gradient(
-    rule: Rule, params: Arrays, pre: mx.array, d_acts: mx.array, pull: mx.array
+    rule: Rule, params: Arrays, pre: mx.array, d_acts: mx.array | None, pull: mx.array
 ) -> mx.array:
     """Of log_threshold, [F]: rectangle kernel of the given bandwidth (2407.14435, Eq. 11, 12)."""
     threshold = mx.exp(params["log_threshold"])
     near = mx.abs(pre - threshold) < rule.bandwidth / 2
+    assert d_acts is not None
     slope = mx.where(near, d_acts * threshold + pull, 0.0).sum(axis=0)
     return -threshold * slope / rule.bandwidth
 
