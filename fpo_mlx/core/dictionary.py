@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import mlx.core as mx
 
+from fpo_mlx.core import lanes
 from fpo_mlx.core.selection import largest
 
 Arrays = dict[str, mx.array]  # w_enc, w_dec [F, D]; b_enc [F]; b_dec [D]; log_threshold [F]
@@ -91,8 +91,7 @@ def gradients(
         aux, grads = _auxiliary(rule, params, inputs, pre, -done.error, dead, weight, grads)
     acts, batchtopk = done.acts, rule.architecture == "batchtopk"
     threshold = mx.where(acts > 0, acts, mx.inf).min() if batchtopk else mx.array(mx.inf)
-    fired = acts.max(axis=0) > 0
-    return Parts(grads, done.loss, done.active * weight, aux, fired, threshold)
+    return Parts(grads, done.loss, done.active * weight, aux, done.fired, threshold)
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,7 @@ class _Decoded:
     error: mx.array  # [n, D] of the whole reconstruction
     loss: mx.array  # scalar
     active: mx.array  # scalar, active entries of acts
+    fired: mx.array  # bool [F]
     grads: Arrays  # of w_dec and b_dec
     d_acts: mx.array | None  # [n, F], silent features included; where the thresholds need it
     d_pre: mx.array  # [n, F], zero where a feature is silent
@@ -119,24 +119,36 @@ def _sparse_decode(
 
     4 k D operations a token where dense takes 4 F D, and no pass over [n, F] but the two products'.
     """
-    index = largest(pre, rule.k)
-    values = mx.maximum(mx.take_along_axis(pre, index, axis=-1), 0.0)  # [n, k]
     scale, share = 2.0 * weight / x.shape[1], weight / x.shape[1]
+    parts = []
+    for number, rows in enumerate(lanes.shares(x.shape[0], SPARSE_ROWS)):
+        with lanes.lane(number):
+            parts.append(_decode_chosen(rule, params, x[rows], pre[rows]))
+    index, values, error, slopes = (mx.concatenate(part) for part in zip(*parts, strict=True))
+    live = values > 0
+    acts = mx.put_along_axis(mx.zeros_like(pre), index, values, axis=-1)
+    d_pre = mx.put_along_axis(mx.zeros_like(pre), index, slopes * live * scale, axis=-1)
+    fired = mx.zeros(pre.shape[1], dtype=mx.int32).at[index].maximum(live.astype(mx.int32)) > 0
+    scaled = error * scale
+    grads = {"w_dec": acts.T @ scaled, "b_dec": scaled.sum(axis=0)}
+    return _Decoded(acts, error, _square(error) * share, live.sum(), fired, grads, None, d_pre)
+
+
+def _decode_chosen(
+    rule: Rule, params: Arrays, x: mx.array, pre: mx.array
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """(indices [n, k], activations [n, k], error [n, D], error along each decoder row [n, k])."""
+    index = largest(pre, rule.k)
+    values = mx.maximum(mx.take_along_axis(pre, index, axis=-1), 0.0)
     errors, slopes = [], []
     for start in range(0, x.shape[0], SPARSE_ROWS):
         part = slice(start, start + SPARSE_ROWS)
         chosen = mx.depends(index[part], slopes[-1]) if slopes else index[part]  # in turn
         rows = params["w_dec"][chosen]  # [c, k, D]
         error = (values[part, None, :] @ rows)[:, 0] + params["b_dec"] - x[part]  # [c, D]
-        slopes.append((rows @ error[:, :, None])[..., 0] * scale)  # [c, k]
+        slopes.append((rows @ error[:, :, None])[..., 0])  # [c, k]
         errors.append(error)
-    error, live = mx.concatenate(errors), values > 0
-    silent = mx.zeros_like(pre)
-    acts = mx.put_along_axis(silent, index, values, axis=-1)
-    d_pre = mx.put_along_axis(silent, index, mx.concatenate(slopes) * live, axis=-1)
-    scaled = error * scale
-    grads = {"w_dec": acts.T @ scaled, "b_dec": scaled.sum(axis=0)}
-    return _Decoded(acts, error, _square(error) * share, live.sum(), grads, None, d_pre)
+    return index, values, mx.concatenate(errors), mx.concatenate(slopes)
 
 
 def _dense_decode(
@@ -159,7 +171,7 @@ def _dense_decode(
         d_acts.append(later @ w_dec[part].T)
     grads = {"w_dec": mx.concatenate(d_dec[::-1]), "b_dec": later.sum(axis=0)}
     live, slopes = acts > 0, mx.concatenate(d_acts[::-1], axis=1)
-    return _Decoded(acts, error, loss, live.sum(), grads, slopes, slopes * live)
+    return _Decoded(acts, error, loss, live.sum(), live.any(axis=0), grads, slopes, slopes * live)
 
 
 def _threshold_gradient(
@@ -226,10 +238,16 @@ def _adam(p, g, m, v, rate, fix1, fix2):
     return p - rate * (m * fix1) / (mx.sqrt(v * fix2) + EPSILON), m, v
 
 
-def _adam_decoder(w, g, m, v, rate, fix1, fix2):
-    """Rows keep length 1: no step along a row, and its length put back."""
-    w, m, v = _adam(w, g - (g * w).sum(axis=1, keepdims=True) * w, m, v, rate, fix1, fix2)
-    return w * mx.rsqrt((w * w).sum(axis=1, keepdims=True)), m, v
+_step = mx.compile(_adam)
+
+
+def _decoder_step(w, g, m, v, rate, fix1, fix2):
+    """Rows keep length 1: no step along a row, and its length put back.
+
+    Not compiled as a whole: MLX's CPU compiler is slow where a column meets a matrix.
+    """
+    w, m, v = _step(w, g - mx.einsum("fd,fd->f", g, w)[:, None] * w, m, v, rate, fix1, fix2)
+    return w * mx.rsqrt(mx.einsum("fd,fd->f", w, w))[:, None], m, v
 
 
 def adam_step(
@@ -237,16 +255,13 @@ def adam_step(
 ) -> tuple[Arrays, Arrays, Arrays]:
     """One Adam update (Kingma & Ba 2015); step counts from 1. Returns params and both moments."""
     fixes = (1 / (1 - B1**step), 1 / (1 - B2**step))  # in double: 1 - 0.999 loses 4 digits in float
-    return _compiled_step(params, grads, first, second, *map(mx.array, (rate, *fixes)))
-
-
-@partial(mx.compile)
-def _compiled_step(params, grads, first, second, rate, fix1, fix2):
+    numbers = [mx.array(number) for number in (rate, *fixes)]
     new: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})
-    for name, value in params.items():
-        update = _adam_decoder if name == "w_dec" else _adam
-        own = rate * THRESHOLD_RATE if name == "log_threshold" else rate
-        done = update(value, grads[name], first[name], second[name], own, fix1, fix2)
+    for i, name in enumerate(sorted(params, key=lambda name: -params[name].size)):
+        update = _decoder_step if name == "w_dec" else _step
+        own = [numbers[0] * THRESHOLD_RATE if name == "log_threshold" else numbers[0], *numbers[1:]]
+        with lanes.lane(i):
+            done = update(params[name], grads[name], first[name], second[name], *own)
         for into, array in zip(new, done, strict=True):
             into[name] = array
     return new
