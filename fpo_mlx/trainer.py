@@ -10,7 +10,6 @@ from typing import Any, NoReturn, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
@@ -21,7 +20,7 @@ from fpo_mlx.core.objectives import PairLosses
 from fpo_mlx.data import batches, pair_lengths
 from fpo_mlx.errors import Diverged, Interrupted, ModelError
 from fpo_mlx.model import adapters, randomness
-from fpo_mlx.optimizer import make_optimizer
+from fpo_mlx.optimizer import gradient_norm, make_optimizer, make_update
 from fpo_mlx.parallel import Ranks
 from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.reports import (
@@ -63,6 +62,7 @@ class Trainer:
         self.total = config.iterations(len(train))
         self.optimizer = make_optimizer(config)
         self.optimizer.init(self.model.trainable_parameters())
+        self._update = make_update(self.optimizer, config.max_grad_norm or 0.0)
         self.progress = Progress()
         self._reference: dict[str, mx.array] = {}
         self._window = Window()
@@ -144,12 +144,12 @@ class Trainer:
             self.model.train()
             values, gradient = self._gradient(indices)
             self.model.eval()
-            clipped, norm = optim.clip_grad_norm(gradient, self.config.max_grad_norm or math.inf)
+            norm = gradient_norm(gradient)
             grad_norm = cast(float, norm.item())
             if progress.iteration == 0:
                 self._window.notes += self._check_first(indices, grad_norm)
             reason = guard.divergence(values, grad_norm, self.config, self.scorer.objective)
-            reason = reason or self._apply(clipped)
+            reason = reason or self._apply(gradient, norm)
             skipped = self._skip(progress.iteration + count, reason) if reason else None
             progress.iteration += count
             if skipped is None:
@@ -210,11 +210,11 @@ class Trainer:
         seen = {k: v for k, v in vars(measures).items() if v is not None}
         return losses.losses.sum() / count, tuple(losses), seen
 
-    def _apply(self, gradient: Any) -> str | None:
+    def _apply(self, gradient: Any, norm: mx.array) -> str | None:
         """Update the adapters, unless that makes one of them infinite: then the reason."""
         self._good = dict(adapters.parameters(self.model))  # the guard let them pass
-        before = tree_map(lambda array: array, self.optimizer.state)
-        self.optimizer.update(self.model, gradient)
+        before = self.optimizer.state
+        self.model.update(self._update(gradient, norm, self.model.trainable_parameters()))
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         if _finite(self.model):
             return None
@@ -327,7 +327,8 @@ def _measures(seen: Mapping[str, mx.array]) -> Measures:
 
 
 def _all_finite(arrays: Iterable[mx.array]) -> bool:
-    return all(bool(mx.isfinite(array).all()) for array in arrays)
+    """One evaluation for all of them: a - a is 0 but where a is infinite or no number."""
+    return sum(((a - a).sum() for a in arrays), mx.array(0.0)).item() == 0.0
 
 
 def _finite(model: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from fpo_mlx.config import PRESETS, Objective, TrainConfig
 from fpo_mlx.model import adapters
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy
+from fpo_mlx.optimizer import gradient_norm
 from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
 from fpo_mlx.reports import ScoredPairs
 from fpo_mlx.scoring import Scorer, encoder_of
@@ -132,10 +133,9 @@ def make_trainer(
 
 def update(trainer: Trainer, gradient: Any) -> None:
     """Clip and apply, evaluated: what the trainer does after each gradient."""
-    clipped, norm = optim.clip_grad_norm(gradient, trainer.config.max_grad_norm or math.inf)
+    norm = gradient_norm(gradient)
     norm.item()
-    trainer.optimizer.update(trainer.model, clipped)
-    mx.eval(trainer.model.trainable_parameters(), trainer.optimizer.state)
+    trainer._apply(gradient, norm)
 
 
 def our_step(

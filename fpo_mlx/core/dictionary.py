@@ -124,7 +124,7 @@ def _sparse_decode(
     for number, rows in enumerate(lanes.shares(x.shape[0], SPARSE_ROWS)):
         with lanes.lane(number):
             parts.append(_decode_chosen(rule, params, x[rows], pre[rows]))
-    index, values, error, slopes = (mx.concatenate(part) for part in zip(*parts, strict=True))
+    index, values, error, slopes = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
     live = values > 0
     acts = mx.put_along_axis(mx.zeros_like(pre), index, values, axis=-1)
     d_pre = mx.put_along_axis(mx.zeros_like(pre), index, slopes * live * scale, axis=-1)
