@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy  # noqa: E402
 from fpo_mlx.records import Site, TokenPair  # noqa: E402
 from fpo_mlx.sae import load_sae  # noqa: E402
+from fpo_mlx.saefit import LossFigures  # noqa: E402
 from fpo_mlx.saetrain import activations, finish, texts  # noqa: E402
 from fpo_mlx.saetrain.settings import (  # noqa: E402
     SaeTrainConfig,
@@ -72,6 +74,8 @@ def test_one_command_makes_an_sae_that_reads_its_model(llama, corpus, tmp_path):
     assert 0 < figures["fvu"] < 0.8
     card = (out / "README.md").read_text()
     assert f"| fraction of variance unexplained | {figures['fvu']:.4f} |" in card
+    assert figures["loss_recovered"] is None  # zeros do a random model no harm
+    assert "loss recovered" not in card
     assert "| tokens trained on | 2560 |" in card
     assert card.startswith("---\nlibrary_name: saelens\n")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -80,6 +84,26 @@ def test_one_command_makes_an_sae_that_reads_its_model(llama, corpus, tmp_path):
     info = CliRunner().invoke(main, ["sae", "info", str(out), "--model", str(llama)])
     assert info.exit_code == 0, info.output
     assert not list(out.glob("export*"))
+
+
+def test_the_card_says_what_of_the_loss_is_recovered(llama, corpus, tmp_path, monkeypatch):
+    seen = {}
+
+    def evaluate(policy, sae, passages):
+        seen.update(site=policy.sites, passages=passages)
+        return SimpleNamespace(loss=LossFigures(2.0, 2.5, 7.0, "zero"))
+
+    monkeypatch.setattr("fpo_mlx.saefit.evaluate", evaluate)
+    out = tmp_path / "my-sae"
+    done = run("--model", llama, "--data", corpus, "--output", out, *QUICK, "--json",
+               tmp_path / "figures.json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert (
+        "| loss recovered, against zeros at the site | 0.9000 |" in (out / "README.md").read_text()
+    )
+    assert json.loads((tmp_path / "figures.json").read_text())["loss_recovered"] == 0.9
+    assert list(seen["site"]) == [Site(2)]
+    assert all(len(one.prompt) == 1 and len(one.response) > 1 for one in seen["passages"])
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])

@@ -31,6 +31,8 @@ def train_sae(config, upload_repo, json_path, **values) -> None:
         chosen, upload_repo=upload_repo, say=say, report=_training_line, arm=on_signal
     )
     figures = {} if done.figures is None else dataclasses.asdict(done.figures)
+    if done.loss is not None:
+        figures["loss_recovered"] = done.loss.recovered
     write_json(json_path, {"tokens": done.tokens, **figures})
     listing(figures)
     click.echo(f"SAE in {done.folder}: train with --sae {done.folder}")

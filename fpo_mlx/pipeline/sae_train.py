@@ -13,13 +13,14 @@ from fpo_mlx import __version__, locks
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.hub import read_config, resolve_model
 from fpo_mlx.pipeline.job import Say
-from fpo_mlx.records import SITE_KINDS, Site
+from fpo_mlx.records import SITE_KINDS, Passage, SaeWeights, Site
 from fpo_mlx.reference import weights
 from fpo_mlx.saetrain import rows, settings, texts
 from fpo_mlx.saetrain.settings import SaeTrainConfig
 from fpo_mlx.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
+    from fpo_mlx.saefit import LossFigures
     from fpo_mlx.saetrain.activations import Reader
     from fpo_mlx.saetrain.finish import Figures
     from fpo_mlx.saetrain.state import State
@@ -29,6 +30,7 @@ CALIBRATION = 40  # documents that the norm limit and the speed are measured on
 START_ROWS = 8192  # that b_dec, scale and thresholds begin with
 HELD_OUT_MOST = 65_536
 MOST_POSITIONS = 20_000_000  # that are tokenized where the budget is a time
+LOSS_DOCUMENTS, LOSS_TOKENS = 16, 256  # held out, that the loss with the SAE spliced in is taken on
 WARM_STEPS = 3  # of a throw-away copy, to measure speed
 
 
@@ -58,6 +60,7 @@ class SaeTrained:
 
     folder: Path
     figures: Figures | None
+    loss: LossFigures | None
     tokens: int
     uploaded: str | None = None
 
@@ -314,6 +317,7 @@ def _finish(
     )
     held = setup.reader.rows(setup.held_out) if setup.held_out else None
     figures = None if held is None else finish.measure(sae, held)
+    loss = _loss(setup, sae)
     tokens = plan.steps * plan.batch
     facts = {
         "model": config.model if "/" in config.model and not Path(config.model).exists()
@@ -326,8 +330,27 @@ def _finish(
         "tokens trained on": tokens,
         "passes": f"{tokens / max(setup.positions, 1):.2f}",
     }  # fmt: skip
-    finish.write(folder, sae, finish.card(sae, figures, facts))
+    finish.write(folder, sae, finish.card(sae, figures, facts, loss and loss.recovered))
     if repo:
         finish.upload(folder, repo)
         say(f"uploaded to {repo}")
-    return SaeTrained(folder, figures, tokens, repo)
+    return SaeTrained(folder, figures, loss, tokens, repo)
+
+
+def _loss(setup: Setup, sae: SaeWeights) -> LossFigures | None:
+    """With the SAE in the site's place on held-out documents; None where it cannot be had."""
+    from fpo_mlx import saefit
+    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.policy import Policy
+
+    passages = [
+        Passage(document.tokens[:first], document.tokens[first : first + LOSS_TOKENS])
+        for document in setup.held_out
+        if document.keep.any() and (first := max(1, int(document.keep.argmax())))
+    ][:LOSS_DOCUMENTS]
+    if not passages:
+        return None
+    config = setup.config  # read again: the reader has cut its copy behind the site
+    loaded = load_model(resolve_model(config.model), trust_remote_code=config.trust_remote_code)
+    policy = Policy(loaded.model, loaded.config, [setup.site], share_prompt=False)
+    return saefit.evaluate(policy, sae, passages).loss

@@ -151,8 +151,16 @@ def upload(folder: Path, repo: str) -> None:
         ) from error
 
 
-def card(sae: SaeWeights, figures: Figures | None, facts: Mapping[str, Any]) -> str:
-    """The README of a published SAE, with the hub's front matter."""
+def card(
+    sae: SaeWeights,
+    figures: Figures | None,
+    facts: Mapping[str, Any],
+    recovered: float | None = None,
+) -> str:
+    """The README of a published SAE, with the hub's front matter.
+
+    recovered: share of the loss that zeros in the site's place cost and the SAE does not.
+    """
     site = sae.site
     lines = [
         "---",
@@ -177,5 +185,7 @@ def card(sae: SaeWeights, figures: Figures | None, facts: Mapping[str, Any]) -> 
             "active features a token (L0)": f"{figures.l0:.2f}",
             "features that no held-out row uses": f"{figures.dead:.4f}",
         }
+    if recovered is not None:
+        rows["loss recovered, against zeros at the site"] = f"{recovered:.4f}"
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(lines) + "\n"
