@@ -136,3 +136,4 @@ def test_the_config_has_the_keys_that_saelens_6_writes(tmp_path: Path):
     assert config["apply_b_dec_to_input"] is True
     assert config["rescale_acts_by_decoder_norm"] is False
     assert config["metadata"]["hook_name"] == "blocks.3.hook_resid_post"
+    assert config["metadata"]["sae_lens_version"] == "6.0.0"  # SAELens drops the metadata without

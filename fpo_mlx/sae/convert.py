@@ -19,6 +19,7 @@ from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights, Site
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+FORM = "6.0.0"  # of SAELens, whose form this is; without it the metadata are read as an older one's
 SaeDtype = Literal["float32", "float16", "bfloat16", "int8"]
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FLOAT16_MAX = 65504.0
@@ -157,6 +158,7 @@ def _config(sae: SaeWeights, dtype: str, subtracts: bool) -> dict[str, Any]:
     if "transcoder" in architecture and sae.w_dec is not None:
         config["d_out"] = sae.w_dec.shape[1]
     metadata: dict[str, Any] = {"model_name": sae.model_name, **_hooks(sae.site)}
+    metadata["sae_lens_version"] = FORM
     metadata |= {"converted_from": sae.format, "neuronpedia_id": sae.neuronpedia}
     if sae.transcoder:
         metadata["transcoder"] = True
