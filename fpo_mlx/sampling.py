@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,10 @@ import numpy as np
 
 from fpo_mlx.config import Sampling
 from fpo_mlx.core.logprobs import log_softmax
+
+BATCH = 16  # prompts at once: the caches of as many answers are in memory
+
+Draw = Callable[[mx.array], mx.array]  # log-probs [1, V] -> token [1]
 
 
 @dataclass(frozen=True)
@@ -31,35 +35,98 @@ def sample(
     settings: Sampling,
     end: Collection[int],
 ) -> Iterator[Answer]:
-    """One answer to each prompt. prompts: token ids [P]; end: tokens that end an answer.
+    """One answer to each prompt, in order. prompts: token ids [P]; end: tokens that end an answer.
 
     The noise depends on the seed, the prompt's number and the position only, so that two models
-    are sampled with the same noise, and nobody else's random state moves.
+    are sampled with the same noise, and nobody else's random state moves. BATCH prompts go through
+    the model at once where its caches can be put together.
     """
-    for number, prompt in enumerate(prompts):
-        yield _answer(model, prompt, number, settings, end)
+    size = BATCH if _batches(model) else 1
+    for start in range(0, len(prompts), size):
+        numbers = range(start, min(start + size, len(prompts)))
+        draws = [_drawing(settings, number) for number in numbers]
+        group = [prompts[number] for number in numbers]
+        together = _together if size > 1 else _alone
+        yield from together(model, group, draws, settings, end)
+
+
+def _batches(model: nn.Module) -> bool:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    return all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
+
+
+def _drawing(settings: Sampling, number: int) -> Draw:
+    """A sampler of its own, [1, V] -> [1], that counts its positions."""
+    positions = itertools.count()
+
+    def draw(logprobs: mx.array) -> mx.array:
+        key = _key(settings.seed, number, next(positions))
+        return mx.random.categorical(logprobs / settings.temp, key=key)
+
+    return draw if settings.temp else _greedy
+
+
+def _greedy(logprobs: mx.array) -> mx.array:
+    return mx.argmax(logprobs, axis=-1)
+
+
+def _together(
+    model: nn.Module,
+    prompts: Sequence[np.ndarray],
+    draws: Sequence[Draw],
+    settings: Sampling,
+    end: Collection[int],
+) -> list[Answer]:
+    """By mlx-lm's batches: a step reads the weights once for all prompts."""
+    from mlx_lm.generate import BatchGenerator
+
+    batch = BatchGenerator(
+        model, max_tokens=settings.max_tokens, stop_tokens=[[token] for token in end],
+        completion_batch_size=len(prompts), prefill_batch_size=len(prompts),
+    )  # fmt: skip
+    numbers = batch.insert([prompt.tolist() for prompt in prompts], samplers=list(draws))
+    tokens: dict[int, list[int]] = {number: [] for number in numbers}
+    entropies: dict[int, list[float]] = {number: [] for number in numbers}
+    try:
+        while step := batch.next_generated():
+            logprobs = mx.stack([one.logprobs for one in step])  # [b, V]
+            values = np.array(entropy(logprobs / (settings.temp or 1.0)))
+            for one, value in zip(step, values, strict=True):
+                tokens[one.uid].append(int(one.token))
+                entropies[one.uid].append(float(value))
+    finally:
+        batch.close()
+    return [
+        _answer(prompt, tokens[number], entropies[number], end)
+        for prompt, number in zip(prompts, numbers, strict=True)
+    ]
+
+
+def _alone(
+    model: nn.Module,
+    prompts: Sequence[np.ndarray],
+    draws: Sequence[Draw],
+    settings: Sampling,
+    end: Collection[int],
+) -> Iterator[Answer]:
+    """One after the other, by mlx-lm's plain loop."""
+    from mlx_lm.generate import generate_step
+
+    for prompt, draw in zip(prompts, draws, strict=True):
+        tokens, entropies = [], []
+        steps = generate_step(mx.array(prompt), model, max_tokens=settings.max_tokens, sampler=draw)
+        for token, logprobs in steps:
+            entropies.append(entropy(logprobs[None] / (settings.temp or 1.0)).item())
+            tokens.append(int(token))
+            if tokens[-1] in end:
+                break
+        yield _answer(prompt, tokens, entropies, end)
 
 
 def _answer(
-    model: nn.Module, prompt: np.ndarray, number: int, settings: Sampling, end: Collection[int]
+    prompt: np.ndarray, tokens: list[int], entropies: list[float], end: Collection[int]
 ) -> Answer:
-    from mlx_lm.generate import generate_step
-
-    temperature, positions = settings.temp, itertools.count()
-
-    def draw(logprobs: mx.array) -> mx.array:
-        if not temperature:
-            return mx.argmax(logprobs, axis=-1)
-        key = _key(settings.seed, number, next(positions))
-        return mx.random.categorical(logprobs / temperature, key=key)
-
-    tokens, entropies = [], []
-    steps = generate_step(mx.array(prompt), model, max_tokens=settings.max_tokens, sampler=draw)
-    for token, logprobs in steps:
-        entropies.append(entropy(logprobs[None] / (temperature or 1.0)).item())
-        tokens.append(int(token))
-        if tokens[-1] in end:
-            break
     return Answer(
         np.asarray(prompt, dtype=np.int32),
         np.array(tokens, dtype=np.int32),

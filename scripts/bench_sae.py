@@ -27,7 +27,7 @@ import numpy as np
 
 SHAPE = {"width": 4096, "k": 32}
 RUNS = {
-    "fpo-mlx": {"lr": 4e-3, "batch": 1024},
+    "fpo-mlx": {"lr": 3e-3, "batch": 2048},
     "saelens default": {"lr": 3e-4, "batch": 4096},
     "saelens lr 3e-3": {"lr": 3e-3, "batch": 1024},
     "sparsify default": {"lr": 1e-2, "batch": 4096, "optimizer": "signum", "aux": 0},

@@ -16,6 +16,7 @@ import oracle  # noqa: E402
 from helpers import random_adapters  # noqa: E402
 from test_cli import ROWS, lines, random_sae, refused, run, usual  # noqa: E402
 
+from fpo_mlx import sampling  # noqa: E402
 from fpo_mlx.config import Sampling  # noqa: E402
 from fpo_mlx.evaluate import bootstrap_interval  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
@@ -190,6 +191,24 @@ def test_equal_seeds_give_equal_answers_and_others_do_not(model):
     assert once != ids(model, Sampling(12, seed=1))
     assert [a[:5] for a in once] == ids(model, Sampling(5))  # no shorter because more was asked
     assert ids(model, Sampling(12), PROMPTS[:1]) == once[:1]
+
+
+@pytest.mark.parametrize("temp", [0.0, 1.0])
+def test_prompts_sampled_together_give_the_answers_of_each_alone(model, monkeypatch, temp):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(5, 60, size=n).astype(np.int32) for n in (3, 9, 1, 17, 4)]
+    settings = Sampling(12, temp=temp)
+    end = {ids(model, settings, prompts)[1][6]}  # one ends early, and leaves the batch
+    monkeypatch.setattr(sampling, "BATCH", 3)  # a whole group and the rest
+    together = list(sampling.sample(model, prompts, settings, end))
+    monkeypatch.setattr(sampling, "_batches", lambda model: False)
+    alone = list(sampling.sample(model, prompts, settings, end))
+    assert len({len(answer.tokens) for answer in alone}) > 1
+    for a, b in zip(together, alone, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert a.finished == b.finished
+        np.testing.assert_allclose(a.entropies, b.entropies, atol=1e-4)
+        np.testing.assert_array_equal(a.prompt, b.prompt)
 
 
 def test_sampling_leaves_the_random_state_alone(model):

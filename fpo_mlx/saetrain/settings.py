@@ -37,9 +37,9 @@ class SaeTrainConfig:
     minutes: float | None = _opt(None, "time to train for; sets the tokens (default 30)")
     training_tokens: int | None = _opt(None, "tokens to train on, in place of --minutes")
     passes: float = _opt(8.0, "most passes over the data")
-    batch_size: int = _opt(1024, "tokens an update")
+    batch_size: int = _opt(2048, "tokens an update")
     micro_batch_size: int | None = _opt(None, "tokens in memory at once (default: the batch)")
-    learning_rate: float | None = _opt(None, "highest (default: 4e-3, less above 4096 features)")
+    learning_rate: float | None = _opt(None, "highest (default: 3e-3, less above 4096 features)")
     centre: Literal["geometric_median", "mean"] = _opt("geometric_median", "start of b_dec")
     aux_k: int | None = _opt(None, "dead features a token revives (default: half the hidden size)")
     dead_after: int | None = _opt(None, "tokens without a use (default: a tenth of the tokens)")
@@ -122,8 +122,8 @@ def sizes(settings: SaeTrainConfig, model: Mapping[str, Any], hidden: int) -> Si
 
 
 def learning_rate(settings: SaeTrainConfig, width: int) -> float:
-    """4e-3 up to 4096 features, then falling with the root of the width (2406.04093, B.3)."""
-    return settings.learning_rate or 4e-3 * min(1.0, (4096 / width) ** 0.5)
+    """3e-3 up to 4096 features, then falling with the root of the width (2406.04093, B.3)."""
+    return settings.learning_rate or 3e-3 * min(1.0, (4096 / width) ** 0.5)
 
 
 def prefixes(settings: SaeTrainConfig, width: int) -> tuple[int, ...]:
