@@ -28,6 +28,7 @@ import numpy as np
 SHAPE = {"width": 4096, "k": 32}
 RUNS = {
     "fpo-mlx": {"lr": 3e-3, "batch": 2048},
+    "fpo-mlx lr 5e-3": {"lr": 5e-3, "batch": 4096},
     "saelens default": {"lr": 3e-4, "batch": 4096},
     "saelens lr 3e-3": {"lr": 3e-3, "batch": 1024},
     "sparsify default": {"lr": 1e-2, "batch": 4096, "optimizer": "signum", "aux": 0},
@@ -84,7 +85,7 @@ def ours(args: argparse.Namespace, settings: dict) -> dict:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     sae = finish.finished(run, rule, x[:0], site=Site(args.layer), model_name=args.model.name)
     figures = finish.measure(sae, np.load(args.work / "acts" / "held" / rows.STORE_ROWS))
-    finish.write(args.work / f"sae-{args.tokens}", sae, finish.card(sae, figures, {"model": "-"}))
+    finish.write(args.only.with_suffix(""), sae, finish.card(sae, figures, {"model": "-"}))
     return {
         "fvu": figures.fvu, "l0": figures.l0, "dead": figures.dead,
         "tokens_per_second": last.tokens / seconds, "peak_memory_gb": peak,
@@ -118,9 +119,10 @@ def one(args: argparse.Namespace, name: str) -> dict:
     threads = str(args.threads)
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     env = os.environ | dict.fromkeys(names, threads)
-    if name == "fpo-mlx":
+    if name.startswith("fpo-mlx"):
         own = ["--model", str(args.model), "--work", str(args.work), "--tokens", str(args.tokens)]
-        command = [sys.executable, __file__, *own, "--layer", str(args.layer), "--only", str(out)]
+        own += ["--layer", str(args.layer), "--only", str(out), "--runs", name]
+        command = [sys.executable, __file__, *own]
     else:
         rival = name.split()[0]
         acts = [str(args.work / "acts" / part / "rows.npy") for part in ("train", "held")]
@@ -148,7 +150,7 @@ def main() -> None:
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        args.only.write_text(json.dumps(ours(args, RUNS["fpo-mlx"])))
+        args.only.write_text(json.dumps(ours(args, RUNS[args.runs[0]])))
         return
     cache(args)
     print(f"{'':<24} {'FVU':>7} {'L0':>6} {'dead':>6} {'tok/s':>8} {'peak GB':>8}")

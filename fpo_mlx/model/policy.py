@@ -137,25 +137,25 @@ class Policy:
             return self._run(pad([tokens]), span, None)
 
     def _shared(self, pair: TokenPair) -> Rows:
-        """Prompt once: its keys and values are computed once, and used by both responses."""
-        caches = [PrefixCache() for _ in range(self._caches)]
-        if len(pair.prompt) > 1:
-            self.backbone(mx.array(pair.prompt[None, :-1]), cache=caches)
-        prefix = [cache.own for cache in caches]
-        tails = [np.concatenate([pair.prompt[-1:], y[:-1]]) for y in pair.responses]
-        lengths = [len(tail) for tail in tails]
-        if abs(lengths[0] - lengths[1]) * 8 > sum(lengths):  # padding would cost over an eighth
-            parts = [self._continue(prefix, [tail]) for tail in tails]
-        else:
-            parts = [self._continue(prefix, tails)]
-        return Rows(
-            mx.concatenate([part.hidden for part in parts]),
-            tuple(mx.concatenate(list(t)) for t in zip(*(p.tapped for p in parts), strict=True)),
-        )
+        """Prompt once: the rejected response uses the keys and values that the chosen one's has.
 
-    def _continue(self, prefix: Sequence[tuple[mx.array, ...]], tails: list[np.ndarray]) -> Rows:
-        caches = [PrefixCache(own) for own in prefix]
-        return self._run(pad(tails), [(0, len(tail)) for tail in tails], caches)
+        Two passes without padding: prompt and chosen response, then the rejected response.
+        """
+        before = len(pair.prompt) - 1  # the prompt's last token predicts: each response has its own
+        caches = [PrefixCache() for _ in range(self._caches)]
+        whole = np.concatenate([pair.prompt, pair.chosen[:-1]])
+        chosen = self._run(pad([whole]), [(before, len(pair.chosen))], caches)
+        prefixes = [cache.own if before else () for cache in caches]
+        prefixes = [tuple(array[:, :, :before] for array in own) for own in prefixes]
+        tail = np.concatenate([pair.prompt[-1:], pair.rejected[:-1]])
+        again = [PrefixCache(prefix) for prefix in prefixes]
+        rejected = self._run(pad([tail]), [(0, len(tail))], again)
+        return Rows(
+            mx.concatenate([chosen.hidden, rejected.hidden]),
+            tuple(
+                mx.concatenate([a, b]) for a, b in zip(chosen.tapped, rejected.tapped, strict=True)
+            ),
+        )
 
     def _side_by_side(self, pairs: Sequence[TokenPair]) -> Rows:
         """Whole sequences, padded on the right: causal attention never looks at padding."""
