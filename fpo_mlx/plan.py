@@ -129,7 +129,6 @@ class Pass:
     n: int
     new: int
     seen: int
-    prompt: bool = False
 
     @property
     def tokens(self) -> int:
@@ -142,10 +141,8 @@ def passes(lengths: Lengths, *, share_prompt: bool) -> list[Pass]:
     if not share_prompt:
         longest = p + max(sides)
         return [Pass(2, longest, longest)]
-    shared = [Pass(1, p, p, prompt=True)] if p else []
-    if abs(sides[0] - sides[1]) * 8 > sum(sides):
-        return [*shared, *(Pass(1, n, p + n) for n in sides)]
-    return [*shared, Pass(2, max(sides), p + max(sides))]
+    first, second = sides
+    return [Pass(1, p + first, p + first), Pass(1, second, p + second)]
 
 
 def train_terms(
@@ -181,11 +178,11 @@ def precompute_terms(
     work = max(_forward(model, call) for call in calls)
     loss = _head(model, tiles, lengths.rows, grad=False, kl=False)
     pooling = sum(_pool(sae, tiles, lengths.rows, 2) for sae in saes)
-    prefix = sum(model.keys * call.tokens for call in calls if call.prompt) * model.blocks
+    prefix = model.keys * calls[0].tokens * model.blocks if model.shares_prompt else 0
     terms = [
         Term("model weights", model.weights),
         Term("SAE weights", sum(sae.weights for sae in saes)),
-        Term("keys and values of the prompt", prefix * model.value_bytes),
+        Term("keys and values of the first response's pass", prefix * model.value_bytes),
         Term("block in work, loss or pooling", max(work, loss, pooling)),
         Term("other", BASE),
     ]
@@ -221,7 +218,7 @@ def _scores(model: ModelShape, call: Pass) -> float:
 
 def _kept(model: ModelShape, setup: Setup, call: Pass) -> float:
     """Bytes of one pass that live until the backward pass: blocks from the first adapted one on."""
-    blocks = model.blocks - setup.first_adapted - call.prompt  # the last one makes keys only
+    blocks = model.blocks - setup.first_adapted
     if setup.grad_checkpoint:
         edge = model.hidden * call.tokens + model.keys * call.tokens
         return blocks * model.value_bytes * edge

@@ -26,13 +26,12 @@ CASE = Case(MODEL, (SAE,), SETUP, TILES, (PAIR,))
 
 
 def test_the_backbone_is_called_as_the_policy_calls_it():
-    """90 and 70 run together: 20 x 8 does not exceed 160; 154 and 77 would pad too much."""
-    prompt = Pass(1, 255, 255, prompt=True)
-    assert plan.passes(PAIR, share_prompt=True) == [prompt, Pass(2, 90, 345)]
+    """The prompt goes with the chosen response; the rejected one sees the prompt's 255 and itself."""
+    assert plan.passes(PAIR, share_prompt=True) == [Pass(1, 345, 345), Pass(1, 70, 325)]
     apart = plan.passes(Lengths(76, 154, 77), share_prompt=True)
-    assert apart[1:] == [Pass(1, 154, 229), Pass(1, 77, 152)]
+    assert apart == [Pass(1, 229, 229), Pass(1, 77, 152)]
     assert plan.passes(PAIR, share_prompt=False) == [Pass(2, 345, 345)]
-    assert plan.passes(Lengths(1, 4, 4), share_prompt=True) == [Pass(2, 4, 4)]
+    assert plan.passes(Lengths(1, 4, 4), share_prompt=True) == [Pass(1, 4, 4)] * 2
 
 
 @pytest.mark.parametrize(
