@@ -26,7 +26,7 @@ CASE = Case(MODEL, (SAE,), SETUP, TILES, (PAIR,))
 
 
 def test_the_backbone_is_called_as_the_policy_calls_it():
-    """The prompt goes with the chosen response; the rejected one sees the prompt's 255 and itself."""
+    """The prompt goes with the chosen response; the rejected one sees it and itself."""
     assert plan.passes(PAIR, share_prompt=True) == [Pass(1, 345, 345), Pass(1, 70, 325)]
     apart = plan.passes(Lengths(76, 154, 77), share_prompt=True)
     assert apart == [Pass(1, 229, 229), Pass(1, 77, 152)]
