@@ -78,7 +78,7 @@ def gradients(
     dead: int [m] features for the auxiliary loss, -1 where there is none; None to leave it out.
     """
     inputs = x - params["b_dec"]  # [n, D]
-    pre = inputs @ params["w_enc"].T + params["b_enc"]  # [n, F]
+    pre = mx.addmm(params["b_enc"], inputs, params["w_enc"].T)  # [n, F]
     sparse = rule.architecture == "topk" and rule.sparse and len(rule.groups) == 1
     decode = _sparse_decode if sparse else _dense_decode
     done = decode(rule, params, inputs, pre, weight)
