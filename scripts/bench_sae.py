@@ -78,7 +78,7 @@ def ours(args: argparse.Namespace, settings: dict) -> dict:
     run = state.fresh(sample, rule, seed=0, centre="geometric_median")
     start = time.perf_counter()
     plan = trainer.Plan(
-        steps, batch, batch, settings["lr"], 0, max(steps // 10, 4) * batch, report_every=steps
+        steps, batch, batch, settings["lr"], 0, max(steps // 60, 4) * batch, report_every=steps
     )
     last = list(trainer.train(rows.from_array(x), run, rule, plan))[-1]
     seconds = time.perf_counter() - start

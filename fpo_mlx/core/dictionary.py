@@ -107,7 +107,9 @@ class _Decoded:
 
 
 def _square(rows: mx.array) -> mx.array:
-    return (rows * rows).sum()
+    """Sum of squares, as a product of the flat array with itself: one pass."""
+    flat = rows.flatten()
+    return flat @ flat
 
 
 def _sparse_decode(
@@ -124,13 +126,13 @@ def _sparse_decode(
         with lanes.lane(number):
             parts.append(_decode_chosen(rule, params, inputs[rows], pre[rows]))
     index, values, error, slopes = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
-    live, scaled = values > 0, error * scale
+    live = values > 0
     d_pre = slopes * live * scale  # [n, k]
     entries = by_feature(index, pre.shape[1])
-    w_dec, w_enc = sums(entries, [(values, scaled), (d_pre, inputs)], rule.k)
+    w_dec, w_enc = sums(entries, [(values * scale, error), (d_pre, inputs)], rule.k)
     nothing = mx.zeros((pre.shape[1],))
     grads = {
-        "w_dec": w_dec, "w_enc": w_enc, "b_dec": scaled.sum(axis=0),
+        "w_dec": w_dec, "w_enc": w_enc, "b_dec": error.sum(axis=0) * scale,
         "b_enc": nothing.at[index].add(d_pre),
     }  # fmt: skip
     fired = nothing.at[index].maximum(live.astype(mx.float32)) > 0

@@ -266,7 +266,7 @@ def _plan(setup: Setup, source: rows.Source, fresh: State, stored: bool, say: Sa
         micro=config.micro_batch_size or config.batch_size,
         learning_rate=settings.learning_rate(config, setup.sizes.width),
         seed=config.seed,
-        dead_after=config.dead_after or max(steps // 10, 4) * config.batch_size,
+        dead_after=config.dead_after or max(steps // 60, 4) * config.batch_size,
         report_every=config.steps_per_report,
         save_every=config.save_every,
     )

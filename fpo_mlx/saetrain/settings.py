@@ -42,7 +42,7 @@ class SaeTrainConfig:
     learning_rate: float | None = _opt(None, "highest (default: 3e-3, less above 4096 features)")
     centre: Literal["geometric_median", "mean"] = _opt("geometric_median", "start of b_dec")
     aux_k: int | None = _opt(None, "dead features a token revives (default: half the hidden size)")
-    dead_after: int | None = _opt(None, "tokens without a use (default: a tenth of the tokens)")
+    dead_after: int | None = _opt(None, "tokens without a use (default: a sixtieth of the tokens)")
     bandwidth: float = _opt(0.1, "of JumpReLU's gradient, in units of the scaled activations")
     memory_gb: float = _opt(2.0, "bound of the activations in memory")
     store: str | None = _opt(None, "folder to keep the activations in, and to read them from")
