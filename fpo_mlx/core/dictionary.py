@@ -21,7 +21,7 @@ from fpo_mlx.core.selection import largest
 from fpo_mlx.core.sparse_sums import by_feature, sums
 
 Arrays = dict[str, mx.array]  # w_enc, w_dec [F, D]; b_enc [F]; b_dec [D]; log_threshold [F]
-SPARSE_ROWS = 32  # tokens whose k decoder rows are gathered at a time: they stay in the cache
+SPARSE_ROWS = 64  # tokens whose k decoder rows are gathered at a time: they stay in the cache
 
 
 @dataclass(frozen=True)

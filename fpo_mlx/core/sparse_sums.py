@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from fpo_mlx.core import lanes
 
-ENTRIES = 512  # gathered at a time: their rows stay in the cache of a core
+ENTRIES = 1024  # gathered at a time: their rows stay in the cache of a core
 
 
 @dataclass(frozen=True)
