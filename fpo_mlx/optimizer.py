@@ -56,6 +56,7 @@ def make_update(optimizer: optim.Optimizer, max_norm: float) -> Callable[[Any, m
     @mx.compile
     def update(gradient, norm, parameters, state):
         optimizer.state = state
+        optimizer.init(parameters)  # else it would look for the state of what has no gradient
         if max_norm:
             scale = mx.minimum(max_norm / (norm + 1e-6), 1.0)
             gradient = tree_map(lambda g: g * scale, gradient)

@@ -280,7 +280,7 @@ def test_sizes_follow_from_the_model():
         assert (found.layer, found.width, found.k) == wanted
         assert found.aux_k == hidden // 2
     assert learning_rate(SaeTrainConfig(), 1024) == 3e-3
-    assert learning_rate(SaeTrainConfig(), 16384) == 2e-3
+    assert learning_rate(SaeTrainConfig(), 16384) == 1.5e-3
     assert learning_rate(SaeTrainConfig(learning_rate=1.0), 16384) == 1.0
 
 
