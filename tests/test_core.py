@@ -143,19 +143,24 @@ def test_a_packed_head_has_the_values_and_gradient_of_its_dequantised_matrix(mon
 
 
 def test_peak_memory_of_the_loss_does_not_grow_with_the_vocabulary():
-    """V eight times as large: the same temporaries, but for the matrix itself."""
-    peaks = []
-    for vocab in (1 << 13, 1 << 16):
-        head = LinearHead(mx.random.normal((vocab, D)))
-        goals = mx.random.randint(0, vocab, (64,))
-        rows = mx.random.normal((64, D))
-        mx.eval(head.weight, goals, rows)
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        slope = mx.grad(lambda x, y, h, v: logprobs.token_logps(x, y, h, v).sum())
-        mx.eval(slope(rows, goals, head, vocab))
-        peaks.append(mx.get_peak_memory() - before)
+    """V eight times as large: the same temporaries, but for the matrix itself.
+
+    MLX allocates some operations ahead of the arithmetic, how many is a race: medians of five.
+    """
+    peaks = [np.median([_peak_of_the_loss(v) for _ in range(5)]) for v in (1 << 14, 1 << 17)]
     assert peaks[1] <= 1.1 * peaks[0]
+
+
+def _peak_of_the_loss(vocab: int) -> int:
+    head = LinearHead(mx.random.normal((vocab, D)))
+    goals = mx.random.randint(0, vocab, (64,))
+    rows = mx.random.normal((64, D))
+    mx.eval(head.weight, goals, rows)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    slope = mx.grad(lambda x, y, h, v: logprobs.token_logps(x, y, h, v).sum())
+    mx.eval(slope(rows, goals, head, vocab))
+    return mx.get_peak_memory() - before
 
 
 def test_row_chunks_cover_every_row_once():
