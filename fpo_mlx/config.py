@@ -42,7 +42,7 @@ class Objective:
         "raw", "raw: the paper's D; reference: D over the mean square of the reference's top-k"
     )
     feature_weights: str | None = _opt(
-        None, "file of feature: weight; these are always in D, so weighted; 0 frees a feature"
+        None, "file of feature: weight; these are held so much on both responses; 0 frees a feature"
     )
 
     def __post_init__(self) -> None:

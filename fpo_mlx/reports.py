@@ -13,6 +13,8 @@ from fpo_mlx.core.objectives import PairLosses
 from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.scoring import Measures, Scorer
 
+ROUNDING = 1e-6  # relative, of a response's log-prob; float32 sums were seen to differ by 1e-7
+
 
 @dataclass(frozen=True)
 class ScoredPairs:
@@ -87,13 +89,15 @@ def pair_metrics(losses: PairLosses, measures: Measures, beta: float) -> dict[st
     logps, lengths = np.array(measures.logps), np.array(measures.lengths)
     per_token = logps / lengths
     ref_per_token = np.array(measures.ref_logps) / lengths
+    # a policy that is its reference has margins of rounding's size; those win no pair
+    moved = (np.abs(per_token - ref_per_token) > ROUNDING * np.abs(ref_per_token)).any(axis=0)
     out = {
         "loss": np.array(losses.losses),
         "u": np.array(losses.u),
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).astype(np.float64),
+        "rewards/accuracies": ((chosen > rejected) & moved).astype(np.float64),
         "policy_accuracy": (per_token[0] > per_token[1]).astype(np.float64),
         "logps/chosen": logps[0],
         "logps/rejected": logps[1],

@@ -118,15 +118,16 @@ class Scorer:
             logps, kl = self._logps_and_kl(pairs, rows, layout, grad)
         else:
             logps = self._logps(rows, layout, grad=grad)
-        distances, penalties = None, None
+        distances, penalties, held = None, None, None
         if self.encoders:
-            distances, scales = self._distances(rows, layout, refs, logps, grad)
-            scaled = self.objective.feature_scale == "reference"
-            penalties = _by_side(distances / scales if scaled else distances)
+            distances, named, scales = self._distances(rows, layout, refs, logps, grad)
+            if self.objective.pooled:
+                raw = self.objective.feature_scale == "raw"
+                penalties = _by_side(distances if raw else distances / scales)
+                if any(self.feature_weights):
+                    held = _by_side(named if raw else named / scales)[0]
         if self.objective.constraint == "kl" and kl is not None:
             penalties = _by_side(kl)
-        elif not self.objective.pooled:
-            penalties = None
         ref_logps = [[side.logps for side in ref] for ref in refs]  # [B, 2]
         measures = Measures(
             _by_side(logps),
@@ -139,7 +140,7 @@ class Scorer:
         pair_losses = preference_losses(
             measures.logps, measures.ref_logps, measures.lengths, penalties,
             beta=o.beta, alpha=o.alpha, gamma=o.gamma, margin=o.margin,
-            length_normalize=o.length_normalize, stop_gradient=o.stop_gradient,
+            length_normalize=o.length_normalize, stop_gradient=o.stop_gradient, held=held,
         )  # fmt: skip
         return pair_losses, measures
 
@@ -161,8 +162,8 @@ class Scorer:
 
     def _distances(
         self, rows: Rows, layout: Layout, refs: Sequence[PairScore], logps: mx.array, grad: bool
-    ) -> tuple[mx.array, mx.array]:
-        """D and the reference's scale, each [2B], means over the SAEs."""
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """D, the named features' part of it, and D's scale; each [2B], means over the SAEs."""
         results = []
         for i, (encoder, tapped) in enumerate(zip(self.encoders, rows.tapped, strict=True)):
             n = encoder.n_features
@@ -173,8 +174,10 @@ class Scorer:
             results.append(
                 self._distance(encoder, tapped, layout, pooled, gates, ref, pinned, grad)
             )
-        distances, scales = (mx.stack(list(column)) for column in zip(*results, strict=True))
-        return distances.mean(axis=0), scales.mean(axis=0)
+        distances, named, scales = (
+            mx.stack(list(column)).mean(axis=0) for column in zip(*results, strict=True)
+        )
+        return distances, named, scales
 
     def _distance(
         self,
@@ -186,18 +189,24 @@ class Scorer:
         ref: mx.array,
         pinned: tuple[mx.array, mx.array] | None,
         grad: bool,
-    ) -> tuple[mx.array, mx.array]:
-        """One SAE's D [2B]. pooled, ref: [2B, F]. Gradient where the objective lets it through."""
-        k, size = self.objective.top_k, encoder.signed
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """One SAE's D, the named features' part of it, and D's scale, each [2B].
+
+        pooled, ref: [2B, F]. Gradient where the objective lets it through.
+        """
+        k, size, shape = self.objective.top_k, encoder.signed, (len(layout.lengths), 1)
         parts = [F.top_set(side, k, magnitude=size) for side in (pooled, ref)]
         if pinned is not None:
-            shape = (len(layout.lengths), len(pinned[0]))
-            parts.append((mx.broadcast_to(pinned[0][None], shape), mx.ones(shape)))
+            named = mx.broadcast_to(pinned[0][None], (shape[0], len(pinned[0])))
+            parts.append((named, mx.ones(named.shape)))
         indices, weights = F.union_indices(parts)  # [2B, K]
+        is_named = mx.zeros(indices.shape)
         if pinned is not None:
+            is_named = (indices[..., None] == pinned[0]).any(axis=-1).astype(mx.float32)
             weights = weights * _weights_at(indices, *pinned)
         policy = mx.take_along_axis(pooled, indices, axis=-1)
         if grad and self.objective.pooled:
+            free = not self.objective.stop_gradient or pinned is not None
             policy = mx.stack(
                 [
                     F.selected_means(
@@ -206,13 +215,17 @@ class Scorer:
                         None if gates is None else gates[layout.rows(i)],
                         indices[i],
                     )
-                    if i % 2 == 1 or not self.objective.stop_gradient
+                    if i % 2 == 1 or free
                     else policy[i]
-                    for i in range(len(layout.lengths))
+                    for i in range(shape[0])
                 ]
             )
-        distances = F.distance(policy, mx.take_along_axis(ref, indices, axis=-1), weights, k)
-        return distances, F.reference_scale(ref, k, magnitude=size)
+        ref_ = mx.take_along_axis(ref, indices, axis=-1)
+        named_part = F.distance(policy, ref_, weights * is_named, k)
+        rest = F.distance(policy, ref_, weights * (1 - is_named), k)
+        chosen = mx.arange(shape[0]) % 2 == 0  # the chosen's named part pulls through `held` alone
+        total = rest + mx.where(chosen, mx.stop_gradient(named_part), named_part)
+        return total, named_part, F.reference_scale(ref, k, magnitude=size)
 
 
 def _by_side(values: mx.array) -> mx.array:

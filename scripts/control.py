@@ -45,6 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iters", type=int, default=150, help="updates of one pair")
+    parser.add_argument("--train-pairs", type=int, default=150, help="the first of the file")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--answers", type=int, default=60, help="sampled for each model and seed")
     parser.add_argument("--tokens", type=int, default=160, help="of a sampled answer at most")
@@ -109,9 +110,9 @@ class Steps:
 
 
 def split(o: argparse.Namespace) -> Path:
-    """The pairs that this uses, in the work folder: all for training, some held out."""
+    """The pairs that this uses, in the work folder: the first of both files."""
     folder = o.work / "data"
-    write_rows(folder / "train.jsonl", rows(o.data / "train.jsonl"))
+    write_rows(folder / "train.jsonl", rows(o.data / "train.jsonl")[: o.train_pairs])
     write_rows(folder / "valid.jsonl", rows(o.data / "valid.jsonl")[: o.pairs])
     return folder
 
@@ -136,6 +137,7 @@ def train(o: argparse.Namespace, base: dict[str, Any], folder: Path, seed: int) 
         base
         | {"adapter_path": str(folder), "seed": seed, "iters": o.iters, "batch_size": 1}
         | {"learning_rate": o.learning_rate, "steps_per_eval": 10**6, "val_batches": 1}
+        | {"max_margin": 1e3}  # |u| / beta has D in it, and a weight of 100 makes that large
     )
     last: Any = None
     for report in pipeline.train(config, say=say):

@@ -79,9 +79,10 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, help="folder with train.jsonl and valid.jsonl or test.jsonl")
     add("--train-pairs", type=int, default=200)
     add("--held-out", type=int, default=100)
-    add("--updates", type=int, default=200, help="of every training (200)")
-    add("--learning-rate", type=float, default=1e-5, help="of every training (1e-5)")
-    add("--seeds", type=int, default=3, help="of the methods; ablations have one (3)")
+    add("--updates", type=int, default=rc.Plan.updates, help="of every training")
+    add("--learning-rate", type=float, default=rc.Plan.learning_rate, help="of every training")
+    add("--max-seq-length", type=int, default=rc.Plan.max_seq_length, help="of every pass")
+    add("--seeds", type=int, default=rc.Plan.seeds, help="of the methods; ablations have one")
     add("--minutes", type=float, help="begin no cell that would end later than this")
     add("--jobs", type=int, default=1, help="cells at once, one thread each (1)")
     add("--only", action="append", metavar="CELL", help="cells of this name; repeatable")
@@ -101,7 +102,8 @@ def real_plan(options: argparse.Namespace) -> tuple[rc.Plan, dict[str, Any]]:
         options.model or smollm2.fetch(say=say).full,
         {name: Path(path) for name, path in saes.items()} or {"demo": demo.SAE},
         rc.write_data(source, options.work / "data", options.train_pairs, options.held_out),
-        options.work, options.updates, learning_rate=options.learning_rate, seeds=options.seeds,
+        options.work, options.updates, learning_rate=options.learning_rate,
+        max_seq_length=options.max_seq_length, seeds=options.seeds,
     )  # fmt: skip
     return plan, facts_of(plan, source)
 

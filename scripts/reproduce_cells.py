@@ -30,13 +30,13 @@ class Plan:
     saes: Mapping[str, Path]
     data: Path
     work: Path
-    updates: int = 200
+    updates: int = 80
     batch_size: int = 1
-    learning_rate: float = 1e-5
-    max_seq_length: int = 320
+    learning_rate: float = 2e-5
+    max_seq_length: int = 192
     max_tokens: int = 64
-    samples: int = 32
-    seeds: int = 3
+    samples: int = 24
+    seeds: int = 1
     top_k: int = 50
     top_ks: Sequence[int] = TOP_KS
     extra: Sequence[str] = ()  # words for every training

@@ -28,6 +28,7 @@ COLUMNS = (  # heading, key of the summary, digits
     ("s/pair", "seconds_per_pair", 3),
     ("peak GB", "peak_memory_gb", 3),
 )
+JUDGED = ("rewards/accuracies", "kl/margin", "features/rejected")  # what the claims are about
 COLOURS = ("#1f6fc4", "#c2500a", "#0b7f5c", "#a0318f", "#7a6400", "#5a50c8", "#4d5866")
 
 
@@ -61,12 +62,16 @@ def names(records: Records, *groups: str) -> list[str]:
 
 
 def cell(records: Records, name: str, key: str, digits: int) -> str:
-    """The mean over the seeds, with half their range where there are several."""
+    """The mean over the seeds with half their range; of one seed with the interval over pairs."""
     found = values(records, name, key)
-    if not found:
-        return "–"
+    if not found or (name == "base" and key.startswith(("rewards/", "logps_per_token/"))):
+        return "–"  # the base's rewards are 0 by definition
     text = f"{statistics.fmean(found):.{digits}g}"
-    return f"{text} ± {(max(found) - min(found)) / 2:.2g}" if len(found) > 1 else text
+    if len(found) > 1:
+        return f"{text} ± {(max(found) - min(found)) / 2:.2g}"
+    (record,) = (r for r in records if r["name"] == name and value(r, key) is not None)
+    ends = record["summary"].get(f"{key}/ci95") if key in JUDGED and name != "base" else None
+    return f"{text} [{ends[0]:.3g}, {ends[1]:.3g}]" if ends else text
 
 
 def markdown(facts: Mapping[str, Any], records: Records, left: Sequence[str]) -> str:
@@ -75,8 +80,9 @@ def markdown(facts: Mapping[str, Any], records: Records, left: Sequence[str]) ->
     lines += [f"- cells that are still to be run: {len(left)}"] if left else []
     lines += [
         "",
-        "Means over the seeds, ± half their range. KL in nats an answer, D with the first SAE,",
-        "entropy of sampled answers in nats a token. KL and D margins: rejected minus chosen.",
+        "Means over the seeds, ± half their range; of one seed the accuracy, the KL margin and D",
+        "of the rejected with a 95 % interval over pairs. KL in nats an answer, D with the first",
+        "SAE, entropy of sampled answers in nats a token. KL and D margins: rejected minus chosen.",
         "",
     ]
     for title, groups in (("Methods", ("base", "method")), ("Ablations of FPO", ("ablation",))):

@@ -1,5 +1,18 @@
-"""Before any test imports MLX."""
+"""Before any test imports MLX; and what several files of tests share."""
+
+import pytest
 
 from fpo_mlx import blas
 
 blas.preload()
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """On arrays as small as the tests', threads only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

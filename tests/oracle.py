@@ -227,14 +227,22 @@ def top_indices(values: torch.Tensor, k: int, by_magnitude: bool) -> set[int]:
 
 
 def distance(
-    policy: torch.Tensor, ref: torch.Tensor, setup: Setup, by_magnitude: bool = False
+    policy: torch.Tensor,
+    ref: torch.Tensor,
+    setup: Setup,
+    by_magnitude: bool = False,
+    named_only: bool = False,
 ) -> torch.Tensor:
-    """D of Eq. 10. policy, ref: pooled [F]. The choice of I carries no gradient."""
+    """D of Eq. 10. policy, ref: pooled [F]. The choice of I carries no gradient.
+
+    named_only: the part of it that is due to the features with a weight of the user's.
+    """
     policy_top = top_indices(policy, setup.k, by_magnitude)
     ref_top = top_indices(ref, setup.k, by_magnitude)
     weights = setup.weights or {}
     total = torch.zeros((), dtype=F64)
-    for i in sorted(policy_top | ref_top | set(setup.named)):
+    union = policy_top | ref_top | set(setup.named)
+    for i in sorted(union & set(setup.named) if named_only else union):
         total = total + weights.get(i, 1.0) * (policy[i] - ref[i]) ** 2
     total = total / setup.k
     if setup.feature_scale == "reference":
@@ -268,6 +276,9 @@ def objective(
             taps = zip(of_policy.pooled, of_ref.pooled, by_magnitude, strict=True)
             each = [distance(p, r, setup, magnitude) for p, r, magnitude in taps]
             parts[f"features/{side}"] = torch.stack(each).mean()  # D is averaged over SAEs
+            taps = zip(of_policy.pooled, of_ref.pooled, by_magnitude, strict=True)
+            each = [distance(p, r, setup, m, named_only=True) for p, r, m in taps]
+            parts[f"named/{side}"] = torch.stack(each).mean()
 
     difference = setup.beta * (pw.logps / size_w - pl.logps / size_l)
     gamma = torch.tensor(setup.gamma, dtype=F64)
@@ -277,8 +288,10 @@ def objective(
     if setup.constraint != "none":
         source = "kl" if setup.constraint == "kl" else "features"
         d_w, d_l = parts[f"{source}/chosen"], parts[f"{source}/rejected"]
-        d_w = d_w.detach() if setup.stop_gradient else d_w
-        delta = setup.alpha * setup.beta * (d_l - d_w)
+        held = parts.get("named/chosen", torch.zeros((), dtype=F64))
+        pull = held - held.detach()  # nothing by value
+        d_w = d_w.detach() if setup.stop_gradient else d_w - pull
+        delta = setup.alpha * setup.beta * (d_l - d_w + pull)
     u = difference - gamma - delta
     loss = -torch.nn.functional.logsigmoid(u)
     parts["rewards/chosen"] = setup.beta * (pw.logps - rw.logps) / size_w

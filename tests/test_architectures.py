@@ -11,8 +11,8 @@ import pytest
 import tiny_models
 
 mx = pytest.importorskip("mlx.core")
+pytest.importorskip("torch")
 
-import torch  # noqa: E402
 from architectures import (  # noqa: E402
     PAIRS,
     forward_gap,
@@ -29,6 +29,8 @@ from fpo_mlx.data import parse_row, tokenize_rows  # noqa: E402
 from fpo_mlx.records import SITE_KINDS  # noqa: E402
 from fpo_mlx.tokenizer import load_tokenizer  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SIDE_BY_SIDE = {"cohere2", "gpt_neox"}  # attention and MLP: no stream between them
 NO_RMS_NORM = {"cohere2", "gpt_neox", "gpt2", "olmo2"}  # before the MLP
 WHOLE_SEQUENCES = {"qwen3_next"}  # some of its blocks keep a recurrent state, not keys and values
@@ -39,15 +41,6 @@ def absent_from(name: str) -> set[str]:
     """Sites that this architecture does not have."""
     absent = {"resid_mid"} if name in SIDE_BY_SIDE else set()
     return absent | ({"mlp_in_unscaled"} if name in NO_RMS_NORM else set())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On arrays this small, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

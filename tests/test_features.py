@@ -262,6 +262,7 @@ BAD = {
     "one text": (["--positive", "one.jsonl"], 3, ("one.jsonl", "two or more")),
     "output": (["--output", "w.txt"], 2, ("w.txt", ".csv")),
     "no sae": (["--sae", "nowhere"], 1, ("nowhere",)),
+    "no such template": (["--chat-template", "none.jinja"], 2, ("none.jinja",)),
 }
 
 

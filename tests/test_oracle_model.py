@@ -19,16 +19,9 @@ from tiny_models import HIDDEN, MAKERS, tiny_gemma2, tiny_llama
 
 from fpo_mlx.records import SaeWeights, Site, TokenPair
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 TOKENS = [5, 17, 3, 250, 99, 42, 7, 8, 120]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On arrays this small, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Sites --------------------------------------------------------------------------------------------

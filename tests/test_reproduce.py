@@ -90,7 +90,7 @@ def test_a_cell_of_other_settings_is_another_cell(tmp_path):
 
 
 def test_cells_come_with_the_methods_first_and_seeds_last(tmp_path):
-    cells = rc.cells(plan_at(tmp_path))
+    cells = rc.cells(plan_at(tmp_path, seeds=3))
     assert [c.id for c in cells[:3]] == ["base.s0", "dpo.s0", "simpo.s0"]
     assert len({c.id for c in cells}) == len(cells)
     assert [c.seed for c in cells[-12:]] == [1] * 6 + [2] * 6
@@ -183,6 +183,15 @@ def test_the_table_gives_the_mean_and_half_the_range_of_the_seeds():
     records = [a_record("fpo", a, 1.0, 1.0, seed=i) for i, a in enumerate((0.5, 0.7, 0.9))]
     row = reproduce_show.table(records, ["fpo"])[-1]
     assert row.startswith("| fpo | 3 | 0.7 ± 0.2 |")
+
+
+def test_the_table_gives_one_seed_its_interval_and_the_base_no_rewards():
+    records = [a_record("fpo", 0.9, 1.0, 2.0), a_record("base", 0.0, 0.0, 0.0)]
+    records[0]["summary"]["rewards/accuracies/ci95"] = [0.8312, 1.0]
+    head, _, fpo, base = reproduce_show.table(records, ["fpo", "base"])
+    assert [c.strip() for c in head.split("|")][3] == "accuracy"
+    assert fpo.startswith("| fpo | 1 | 0.9 [0.831, 1] |")
+    assert base.startswith("| base | 1 | – |")
 
 
 def test_the_list_runs_nothing(tmp_path):

@@ -20,12 +20,13 @@ from fpo_mlx.pipeline.job import (
     need_model,
     open_job,
     open_saes,
+    open_tokenizer,
     read_pairs,
     reference_of,
     scores,
 )
 from fpo_mlx.records import SaeWeights
-from fpo_mlx.tokenizer import ChatTokenizer, load_tokenizer
+from fpo_mlx.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
     from fpo_mlx.featurescan import Text
@@ -123,7 +124,7 @@ def find_features(
     from fpo_mlx.scoring import encoder_of
 
     path = resolve_model(need_model(config))
-    tokenizer = load_tokenizer(path, trust_remote_code=config.reference.trust_remote_code)
+    tokenizer = open_tokenizer(config, path)
     longest = config.data.max_seq_length
     sets = [read_texts(file, tokenizer, longest)[:limit] for file in (positive, negative)]
     (sae,) = _one_sae(open_saes(config, read_config(path), need=True, say=say))
