@@ -102,26 +102,42 @@ LINEAR = {
 @pytest.mark.parametrize("name", list(LINEAR))
 @pytest.mark.parametrize(("tile", "chunk"), [(1, 1), (5, 4), (V - 1, R), (V, 3), (2048, 1024)])
 def test_log_probs_do_not_depend_on_the_tiles_of_the_vocabulary(monkeypatch, name, tile, chunk):
-    """Values and gradient against the same head in chunks of rows."""
+    """Log-probs, KL and their gradients against the same head in chunks of rows."""
     monkeypatch.setattr(vocabulary, "TILE", tile)
     monkeypatch.setattr(vocabulary, "ROWS", chunk)
     head, weights = LINEAR[name], mx.arange(1.0, R + 1.0) / R
+    rows, ref = (x.astype(head.weight.dtype) for x in (ROWS, REF))
 
-    def total(rows, any_head):
-        values = logprobs.token_logps(rows, TARGETS, any_head, V)
-        return (weights * values).sum(), values
+    def alone(rows, any_head, grad=True):
+        return (logprobs.token_logps(rows, TARGETS, any_head, V, grad=grad),)
 
-    rows = ROWS.astype(head.weight.dtype)
-    slope = mx.value_and_grad(total)
-    (_, got), got_slope = slope(rows, head)
-    (_, want), want_slope = slope(rows, lambda x: head(x))
-    tolerance = 0.05 if name == "bfloat16" else 1e-5
-    np.testing.assert_allclose(np.array(got), np.array(want), atol=1e-5)
-    for a, b in ((got_slope, want_slope),):
-        a, b = (np.array(x.astype(mx.float32)) for x in (a, b))
-        np.testing.assert_allclose(a, b, atol=tolerance)
-    off = logprobs.token_logps(rows, TARGETS, head, V, grad=False)
-    np.testing.assert_array_equal(np.array(off), np.array(got))
+    def with_kl(rows, any_head, grad=True):
+        return logprobs.token_logps_and_kl(rows, ref, TARGETS, any_head, V, grad=grad)
+
+    for function, mix in ((alone, (1.0,)), (with_kl, (1.0, 0.0)), (with_kl, (0.5, -2.0))):
+        slope = mx.value_and_grad(
+            lambda x, any_head, f=function, m=mix: sum(
+                (weights * values * w).sum() for values, w in zip(f(x, any_head), m, strict=True)
+            )
+        )
+        _, got_slope = slope(rows, head)
+        _, want_slope = slope(rows, lambda x: head(x))
+        a, b = (np.array(x.astype(mx.float32)) for x in (got_slope, want_slope))
+        np.testing.assert_allclose(a, b, atol=0.05 if name == "bfloat16" else 2e-5)
+        on, off, want = (
+            function(rows, head),
+            function(rows, head, False),
+            function(rows, head.__call__),
+        )
+        for a, b, c in zip(on, off, want, strict=True):
+            np.testing.assert_array_equal(np.array(a), np.array(b))
+            np.testing.assert_allclose(np.array(a), np.array(c), atol=1e-5)
+
+
+def test_the_kl_of_a_policy_from_itself_is_exactly_nothing(monkeypatch):
+    monkeypatch.setattr(vocabulary, "TILE", 5)
+    _, kl = logprobs.token_logps_and_kl(ROWS, ROWS, TARGETS, LINEAR["plain"], V)
+    np.testing.assert_array_equal(np.array(kl), 0)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

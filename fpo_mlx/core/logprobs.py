@@ -14,7 +14,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from fpo_mlx.core.vocabulary import LinearHead, tiled_logps
+from fpo_mlx.core.vocabulary import LinearHead, tiled_logps, tiled_logps_and_kl
 
 Head = Callable[[mx.array], mx.array]  # [r, D] -> [r, V], final soft-caps and scales included
 
@@ -99,6 +99,13 @@ def token_logps_and_kl(
     hidden, ref_hidden: [R, D]; no gradient flows to the reference. Returns: two [R] float32.
     Source: TDPO (Zeng et al. 2024, arXiv 2404.11999), Eq. 15: sequential KL is the row sum.
     """
+    if isinstance(head, LinearHead):
+        frozen, fixed = mx.stop_gradient(hidden), mx.stop_gradient(ref_hidden)
+        values, slopes = tiled_logps_and_kl(frozen, fixed, targets, head, grad=grad)
+        if not grad:
+            return values[0], values[1]
+        found = [_with_slope(v, s, hidden, frozen) for v, s in zip(values, slopes, strict=True)]
+        return found[0], found[1]
 
     def logps(rows: mx.array, ref_rows: mx.array, goals: mx.array) -> mx.array:
         del ref_rows

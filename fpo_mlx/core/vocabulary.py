@@ -10,14 +10,16 @@ Source: the online softmax of Milakov & Gimelshein (2018, arXiv 1805.02867).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from fpo_mlx.core.exponential import exp_below
 
 TILE = 2048  # columns of the vocabulary at once; also what float32 sums go over
+Back = Callable[[mx.array], mx.array | None]  # weights [r, TILE] -> weighted rows of W, or nothing
 ROWS = 512  # rows at once: 4 MiB of logits a tile, and MLX allocates some tiles ahead
 
 
@@ -113,31 +115,108 @@ def tiled_logps(
     return mx.concatenate(values), mx.concatenate(slopes) if grad else None
 
 
+def tiled_logps_and_kl(
+    rows: mx.array, ref_rows: mx.array, targets: mx.array, head: LinearHead, *, grad: bool
+) -> tuple[mx.array, mx.array]:
+    """Log-probs of `targets` and KL(reference || policy), and their gradients in `rows`.
+
+    rows, ref_rows: [R, D], targets: [R] int.
+    Returns: [2, R] and [2, R, D] (empty without `grad`), float32, both constants.
+    """
+    values, slopes = [], []
+    for start in range(0, rows.shape[0], ROWS):
+        part = slice(start, start + ROWS)
+        first = rows[part]
+        if values:  # one chunk after the other
+            first = mx.depends(first, [values[-1], slopes[-1]])
+        value, slope = _chunk_with_kl(first, ref_rows[part], targets[part], head, grad)
+        values.append(value)
+        slopes.append(slope)
+    return mx.concatenate(values, axis=1), mx.concatenate(slopes, axis=1)
+
+
 def _chunk(
     rows: mx.array, targets: mx.array, head: LinearHead, grad: bool
 ) -> tuple[mx.array, mx.array | None]:
-    n = rows.shape[0]
-    top, total = mx.full((n,), -mx.inf), mx.zeros((n,))  # of exp(logits - top)
-    picked = mx.zeros((n,))
-    pull = mx.zeros((n, 1))  # [r, D] after the first tile: rows of W, weighted like `total`
+    sums = _Sums.start(rows.shape[0])
+    picked = mx.zeros((rows.shape[0],))
     for start in range(0, head.vocab_size, TILE):
         tile = head.tile(slice(start, start + TILE))
-        after = mx.depends(rows, [total, picked, pull]) if start else rows  # one after the other
+        after = mx.depends(rows, [*sums, picked]) if start else rows  # one after the other
         logits = tile(after).astype(mx.float32)  # [r, TILE]
-        higher = mx.maximum(top, logits.max(axis=-1))
-        shrink = mx.exp(top - higher)
-        parts = exp_below(logits, higher[:, None])
-        total, top = total * shrink + parts.sum(axis=-1), higher
-        local = targets - start
-        inside = (local >= 0) & (local < logits.shape[-1])
-        column = mx.clip(local, 0, logits.shape[-1] - 1)[:, None]
-        picked = mx.where(inside, mx.take_along_axis(logits, column, axis=-1).squeeze(-1), picked)
-        if grad:
-            pull = pull * shrink[:, None] + tile.back(parts, logits)
-    values = picked - (top + mx.log(total))
+        sums = sums.add(logits, lambda parts, t=tile, x=logits: t.back(parts, x) if grad else None)
+        picked = _pick(picked, logits, targets - start)
+    values = picked - sums.log()
     if not grad:
         return values, None
-    return values, _rows_of(head, targets, picked) - pull / total[:, None]
+    return values, _rows_of(head, targets, picked) - sums.mean()
+
+
+def _chunk_with_kl(
+    rows: mx.array, ref_rows: mx.array, targets: mx.array, head: LinearHead, grad: bool
+) -> tuple[mx.array, mx.array]:
+    """KL = E_ref[ref logit - policy logit] - log-sum(ref) + log-sum(policy)."""
+    n = rows.shape[0]
+    policy, ref, picked = _Sums.start(n), _Sums.start(n), mx.zeros((n,))
+    cross = mx.zeros((n,))  # of exp(ref logits - ref top) times (ref - policy logits)
+    for start in range(0, head.vocab_size, TILE):
+        tile = head.tile(slice(start, start + TILE))
+        after = mx.depends(rows, [*policy, *ref, picked, cross]) if start else rows
+        logits = tile(after).astype(mx.float32)  # [r, TILE]
+        ref_logits = tile(mx.depends(ref_rows, [after])).astype(mx.float32)
+
+        def back(parts: mx.array, t=tile, x=logits) -> mx.array | None:
+            return t.back(parts, x) if grad else None  # both pull on the policy's rows
+
+        policy = policy.add(logits, back)
+        before, gap = ref.top, ref_logits - logits
+        ref, parts = ref.add_and_parts(ref_logits, back)
+        cross = cross * mx.exp(before - ref.top) + (parts * gap).sum(axis=-1)
+        picked = _pick(picked, logits, targets - start)
+    logs = policy.log()
+    values = mx.stack([picked - logs, cross / ref.total - ref.log() + logs])
+    if not grad:
+        return values, mx.zeros((2, n, 0))
+    mean = policy.mean()
+    return values, mx.stack([_rows_of(head, targets, picked) - mean, mean - ref.mean()])
+
+
+class _Sums(NamedTuple):
+    """The softmax of rows as it is folded together, tile by tile."""
+
+    top: mx.array  # [r], the largest logit so far
+    total: mx.array  # [r], sum of exp(logits - top)
+    pull: mx.array  # [r, D] after the first tile: rows of W, weighted like `total`
+
+    @classmethod
+    def start(cls, n: int) -> _Sums:
+        return cls(mx.full((n,), -mx.inf), mx.zeros((n,)), mx.zeros((n, 1)))
+
+    def add(self, logits: mx.array, back: Back) -> _Sums:
+        return self.add_and_parts(logits, back)[0]
+
+    def add_and_parts(self, logits: mx.array, back: Back) -> tuple[_Sums, mx.array]:
+        """With a tile [r, TILE] more, and the tile's exp(logits - top)."""
+        top = mx.maximum(self.top, logits.max(axis=-1))
+        shrink, parts = mx.exp(self.top - top), exp_below(logits, top[:, None])
+        slope = back(parts)
+        pull = self.pull if slope is None else self.pull * shrink[:, None] + slope
+        return _Sums(top, self.total * shrink + parts.sum(axis=-1), pull), parts
+
+    def log(self) -> mx.array:
+        """[r], log-sum-exp."""
+        return self.top + mx.log(self.total)
+
+    def mean(self) -> mx.array:
+        """[r, D], the rows of W in expectation."""
+        return self.pull / self.total[:, None]
+
+
+def _pick(picked: mx.array, logits: mx.array, local: mx.array) -> mx.array:
+    """The logit of each row's target where it lies in this tile. local: [r], counted from it."""
+    inside = (local >= 0) & (local < logits.shape[-1])
+    column = mx.clip(local, 0, logits.shape[-1] - 1)[:, None]
+    return mx.where(inside, mx.take_along_axis(logits, column, axis=-1).squeeze(-1), picked)
 
 
 def _rows_of(head: LinearHead, targets: mx.array, logits: mx.array) -> mx.array:
