@@ -21,7 +21,7 @@ FORWARD_SCORES = 2.5
 AHEAD = 10  # tiles alive at once: the device allocates for operations that still wait
 TILE_ARRAYS = 2.6  # arrays of a tile's size, where there are fewer tiles than that
 FEATURE_VECTORS = 20  # of length F, for each response
-KL_ARRAYS = 12.5  # of a chunk of logits
+KL_TILES = 2.0  # times the tiles of logits, where the reference's are there too
 # of the heaviest block's kept arrays: temporaries of the pass in work, without and with
 # gradient checkpointing, where several blocks are made again at once
 WORK, WORK_AGAIN = 1.15, 4.0
@@ -78,7 +78,6 @@ class Tiles:
 
     vocab_columns: int
     vocab_rows: int
-    chunk_elements: int  # of logits, where the KL needs whole rows
     pool_elements: int
 
 
@@ -228,10 +227,10 @@ def _kept(model: ModelShape, setup: Setup, call: Pass) -> float:
 def _head(model: ModelShape, tiles: Tiles, rows: int, *, grad: bool, kl: bool) -> float:
     """The loss: a few tiles of logits, and the rows' gradients."""
     slopes = rows * model.hidden * FLOAT * (3 if grad else 0)
-    if kl:  # whole rows of logits of policy and reference, forward and backward
-        return FLOAT * KL_ARRAYS * min(tiles.chunk_elements, rows * model.vocab) + 2 * slopes
     tile = min(rows, tiles.vocab_rows) * tiles.vocab_columns
-    return FLOAT * min(AHEAD, TILE_ARRAYS * model.vocab / tiles.vocab_columns) * tile + slopes
+    arrays = min(AHEAD, TILE_ARRAYS * model.vocab / tiles.vocab_columns)
+    sides = KL_TILES if kl else 1.0
+    return sides * (FLOAT * arrays * tile + slopes)
 
 
 def _pool(sae: SaeShape, tiles: Tiles, rows: int, responses: int) -> float:
@@ -258,7 +257,7 @@ def train_flops(
     behind = (model.blocks - setup.first_adapted) / model.blocks  # share of the blocks
     rounds = 1 + behind * (2 if setup.grad_checkpoint else 1) + setup.kl
     body = sum(_body(model, call) for call in passes(lengths, share_prompt=model.shares_prompt))
-    head = 2.0 * lengths.rows * model.hidden * model.vocab * (5 if setup.kl else 2)
+    head = 2.0 * lengths.rows * model.hidden * model.vocab * (4 if setup.kl else 2)
     return body * rounds + head + sum(_encode(sae, lengths) for sae in saes)
 
 

@@ -108,7 +108,7 @@ def _assumed(config: RunConfig, say: Say) -> tuple[Lengths, ...]:
 
 def case_of(job: Job, lengths: Sequence[Lengths]) -> Case:
     """What memory and time depend on. The model is built, but none of its weights is read."""
-    from fpo_mlx.core import features, logprobs, vocabulary
+    from fpo_mlx.core import features, vocabulary
     from fpo_mlx.model import adapters
     from fpo_mlx.model.load import read_model
     from fpo_mlx.pipeline.train import attach_adapters
@@ -125,9 +125,7 @@ def case_of(job: Job, lengths: Sequence[Lengths]) -> Case:
         t.optimizer, t.micro_batch_size, t.batch_size * t.grad_accumulation_steps,
         t.grad_checkpoint, o.constraint == "kl", o.stop_gradient, o.top_k,
     )  # fmt: skip
-    tiles = Tiles(
-        vocabulary.TILE, vocabulary.ROWS, logprobs.CHUNK_ELEMENTS, features.ENCODE_ELEMENTS
-    )
+    tiles = Tiles(vocabulary.TILE, vocabulary.ROWS, features.ENCODE_ELEMENTS)
     saes = tuple(_sae_shape(sae) for sae in job.saes) if o.pooled else ()
     return Case(shape, saes, setup, tiles, model_of.heaviest(lengths))
 
