@@ -194,38 +194,60 @@ class Scorer:
 
         pooled, ref: [2B, F]. Gradient where the objective lets it through.
         """
-        k, size, shape = self.objective.top_k, encoder.signed, (len(layout.lengths), 1)
-        parts = [F.top_set(side, k, magnitude=size) for side in (pooled, ref)]
-        if pinned is not None:
-            named = mx.broadcast_to(pinned[0][None], (shape[0], len(pinned[0])))
-            parts.append((named, mx.ones(named.shape)))
-        indices, weights = F.union_indices(parts)  # [2B, K]
-        is_named = mx.zeros(indices.shape)
-        if pinned is not None:
-            is_named = (indices[..., None] == pinned[0]).any(axis=-1).astype(mx.float32)
-            weights = weights * _weights_at(indices, *pinned)
+        k, signed = self.objective.top_k, encoder.signed
+        indices, weights, named = _selection(pooled, ref, k, signed, pinned)  # [2B, K]
         policy = mx.take_along_axis(pooled, indices, axis=-1)
         if grad and self.objective.pooled:
-            free = not self.objective.stop_gradient or pinned is not None
-            policy = mx.stack(
-                [
-                    F.selected_means(
-                        encoder,
-                        tapped[layout.rows(i)],
-                        None if gates is None else gates[layout.rows(i)],
-                        indices[i],
-                    )
-                    if i % 2 == 1 or free
-                    else policy[i]
-                    for i in range(shape[0])
-                ]
-            )
-        ref_ = mx.take_along_axis(ref, indices, axis=-1)
-        named_part = F.distance(policy, ref_, weights * is_named, k)
-        rest = F.distance(policy, ref_, weights * (1 - is_named), k)
-        chosen = mx.arange(shape[0]) % 2 == 0  # the chosen's named part pulls through `held` alone
-        total = rest + mx.where(chosen, mx.stop_gradient(named_part), named_part)
-        return total, named_part, F.reference_scale(ref, k, magnitude=size)
+            every = not self.objective.stop_gradient or pinned is not None
+            moving = range(0 if every else 1, len(layout.lengths), 1 if every else 2)
+            policy = _with_gradient(encoder, tapped, layout, policy, gates, indices, moving)
+        there = mx.take_along_axis(ref, indices, axis=-1)
+        scale = F.reference_scale(ref, k, magnitude=signed)
+        if pinned is None:
+            distances = F.distance(policy, there, weights, k)
+            return distances, mx.zeros_like(distances), scale
+        of_named = F.distance(policy, there, weights * named, k)
+        rest = F.distance(policy, there, weights * (1 - named), k)
+        chosen = mx.arange(len(layout.lengths)) % 2 == 0  # there they pull through `held` alone
+        return rest + mx.where(chosen, mx.stop_gradient(of_named), of_named), of_named, scale
+
+
+def _selection(
+    pooled: mx.array,
+    ref: mx.array,
+    k: int,
+    signed: bool,
+    pinned: tuple[mx.array, mx.array] | None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """I of Eq. 10: indices, weights, and 1 where the user names the feature; each [2B, K]."""
+    parts = [F.top_set(side, k, magnitude=signed) for side in (pooled, ref)]
+    if pinned is None:
+        indices, weights = F.union_indices(parts)
+        return indices, weights, mx.zeros_like(weights)
+    names, values = pinned
+    always = mx.broadcast_to(names[None], (pooled.shape[0], len(names)))
+    indices, weights = F.union_indices([*parts, (always, mx.ones(always.shape))])
+    hit = (indices[..., None] == names).astype(mx.float32)  # [2B, K, P]
+    named = hit.sum(axis=-1)
+    return indices, weights * ((hit * values).sum(axis=-1) + 1.0 - named), named
+
+
+def _with_gradient(
+    encoder: F.Encoder,
+    tapped: mx.array,
+    layout: Layout,
+    values: mx.array,
+    gates: mx.array | None,
+    indices: mx.array,
+    moving: Sequence[int],
+) -> mx.array:
+    """values [2B, K], those of the responses in `moving` made anew so that gradient flows."""
+    rows = list(values)
+    for i in moving:
+        own = layout.rows(i)
+        gate = None if gates is None else gates[own]
+        rows[i] = F.selected_means(encoder, tapped[own], gate, indices[i])
+    return mx.stack(rows)
 
 
 def _by_side(values: mx.array) -> mx.array:
@@ -239,9 +261,3 @@ def _pinned(weights: Mapping[int, float]) -> tuple[mx.array, mx.array] | None:
         return None
     indices = sorted(weights)
     return mx.array(indices), mx.array([float(weights[i]) for i in indices])
-
-
-def _weights_at(indices: mx.array, named: mx.array, weights: mx.array) -> mx.array:
-    """The user's weight where a feature is named, 1 elsewhere. indices: [S, K] -> [S, K]."""
-    hit = (indices[..., None] == named).astype(mx.float32)  # [S, K, P]
-    return (hit * weights).sum(axis=-1) + (1.0 - hit.sum(axis=-1))
