@@ -7,7 +7,7 @@ and are better in other ways too. Three models are compared: the base, FPO witho
 with the features of lists (found by `features find` on the training answers) held by
 --feature-weights. Of each: the share of sampled answers with a list, with a 95 % interval, and the
 reward accuracy on held-out pairs. Each finished step is kept in --work, so that a killed run goes
-on where it was; the result is scripts/results/control.json. Some hours on two quiet cores.
+on where it was; the result is scripts/results/control.json. Some 90 minutes on one core.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def main() -> None:
                 f"answers-{kind}-{seed}", lambda f=folder, s=seed: answers(o, base, f, s)
             )
             runs.append({"kind": kind, "seed": seed, **judged, **sampled})
-    result = {"settings": settings, "features": found, "runs": runs, "verdict": verdict(runs)}
+    said = {k: v.name if isinstance(v, Path) else v for k, v in vars(o).items() if k in settings}
+    said |= {"model": Path(model).name, "seeds": o.seeds}
+    result = {"settings": said, "features": found, "runs": runs, "verdict": verdict(runs)}
     files.write_json(o.output, result)
     print(json.dumps(result["verdict"], indent=2))
 
