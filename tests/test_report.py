@@ -20,7 +20,7 @@ from fpo_mlx.cli import main
 from fpo_mlx.errors import FpoError
 from fpo_mlx.report import read_runs, render
 from fpo_mlx.report.findings import missing, warnings
-from fpo_mlx.report.plots import POINTS, points
+from fpo_mlx.report.plots import POINTS, Line, draw, points
 from fpo_mlx.report.read import Run, unique_names
 
 
@@ -326,3 +326,13 @@ def test_without_the_report_extra_the_message_says_what_to_install(tmp_path, mon
 def test_a_folder_without_a_run_raises_an_expected_error(tmp_path):
     with pytest.raises(FpoError, match="wanted the folder"):
         read_runs([tmp_path])
+
+
+def test_the_numbers_at_the_ticks_are_whole():
+    """Coordinates are shortened to two digits; a tick at 0.015 must not become 0.01."""
+    svg = draw([Line((0, 100, 200), (0.0, 0.02, 0.01), 0)], False, prefix="c")
+    shown = [float(t) for t in re.findall(r">(\d+\.\d+)</text>", svg)]
+    steps = {round(b - a, 6) for a, b in zip(shown, shown[1:], strict=False)}
+    assert len(shown) >= 3
+    assert len(steps) == 1
+    assert not re.search(r"<[^>]*\d\.\d{3}", svg)

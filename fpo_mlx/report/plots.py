@@ -177,7 +177,8 @@ def tidy(svg: str, prefix: str) -> str:
     svg = re.sub(r'<g id="[^"]*"/>', "", svg)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     svg = re.sub(r"\s+", " ", svg).replace("> <", "><")
-    svg = re.sub(r"(\d+\.\d\d)\d+", r"\1", svg)
+    # coordinates, not the numbers at the ticks
+    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d+\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--line)")
     for i, colour in enumerate(SERIES):
         svg = svg.replace(colour, f"var(--s{i})")

@@ -151,7 +151,7 @@ def card(run: Run, colour: int) -> Card:
     elif run.valid:
         last = run.valid[-1]
         summary, source = part(last, "metrics"), (
-            f"{text(last.get('pairs'))} validation pairs, iteration {text(last.get('iteration'))}"
+            f"validation pairs: {text(last.get('pairs'))}, iteration {text(last.get('iteration'))}"
         )  # fmt: skip
     elif run.train:
         last = run.train[-1]
