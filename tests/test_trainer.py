@@ -135,7 +135,10 @@ def test_a_report_is_the_mean_over_the_pairs_since_the_last(llama, tmp_path):
         assert len(values) == 7
         np.testing.assert_allclose(got, sum(values) / 7, rtol=1e-6)
     assert report.pairs == 7
-    share = np.concatenate([v["rewards/chosen"] > v["rewards/rejected"] for v in seen]).mean()
+    # the first three are judged before any update: no margin but rounding's, no pair won
+    won = [v["rewards/chosen"] > v["rewards/rejected"] for v in seen[1:]]
+    assert min(np.abs(v["rewards/margins"]).min() for v in seen[1:]) > 1e-4
+    share = np.concatenate(won).sum() / 7
     assert report.metrics["rewards/accuracies"] == pytest.approx(share)
 
 
