@@ -3,11 +3,13 @@
     python scripts/control.py [--seeds 3] [--iters 150] [--answers 60] [--work DIR]
 
 The chosen answers of the pairs have bullet or numbered lists far more often than the rejected ones,
-and are better in other ways too. Three models are compared: the base, FPO without control, and FPO
-with the features of lists (found by `features find` on the training answers) held by
---feature-weights. Of each: the share of sampled answers with a list, with a 95 % interval, and the
-reward accuracy on held-out pairs. Each finished step is kept in --work, so that a killed run goes
-on where it was; the result is scripts/results/control.json. Some 90 minutes on one core.
+and are better in other ways too. Four models are compared: the base, FPO without control, FPO with
+the features of lists (found by `features find` on the training answers) held by --feature-weights,
+and FPO with as many others held, which are as active and do not tell lists from prose: holding any
+feature slows all learning, so only what the list features do beyond these is control. Of each: the
+share of sampled answers with a list, with a 95 % interval, and the reward accuracy on held-out
+pairs. Each finished step is kept in --work, so that a killed run goes on where it was; the result
+is scripts/results/control.json. Some two hours on one core.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from fpo_mlx import files, pipeline
 from fpo_mlx.config import Sampling, load_config
 from fpo_mlx.demo import smollm2
 from fpo_mlx.featurefiles import write_weights
+from fpo_mlx.featurereport import auc
 
 RESULT = ROOT / "scripts" / "results" / "control.json"
-KINDS = ("free", "held")
+KINDS = ("free", "held", "others")
+UNRELATED = 0.1  # from 1/2: the AUC of a feature that does not tell lists from prose
 POINTS = 0.05  # what may be lost: 5 points
 
 
@@ -67,14 +71,15 @@ def main() -> None:
         "model": str(model), "sae": (str(o.sae),), "data": str(data),
         "max_seq_length": o.max_seq_length, "reference": str(o.work / "reference"),
     }  # fmt: skip
-    weights = o.work / "weights.csv"
-    found = steps("features", lambda: find(o, base, weights))
+    weights = {"held": o.work / "weights.csv", "others": o.work / "others.csv"}
+    found = steps("features", lambda: find(o, base, weights["held"]))
+    others = steps("others", lambda: find_others(o, base, found, weights["others"]))
     runs: list[dict[str, Any]] = []
     for seed in range(o.seeds):
         sampled = steps(f"answers-base-{seed}", lambda s=seed: answers(o, base, None, s))
         runs.append({"kind": "base", "seed": seed, **sampled})
         for kind in KINDS:
-            own = {**base, "feature_weights": str(weights)} if kind == "held" else base
+            own = {**base, "feature_weights": str(weights[kind])} if kind in weights else base
             folder = o.work / f"{kind}-{seed}"
             steps(f"train-{kind}-{seed}", lambda c=own, f=folder, s=seed: train(o, c, f, s))
             judged = steps(f"judge-{kind}-{seed}", lambda f=folder: judge(o, base, f))
@@ -84,7 +89,8 @@ def main() -> None:
             runs.append({"kind": kind, "seed": seed, **judged, **sampled})
     said = {k: v.name if isinstance(v, Path) else v for k, v in vars(o).items() if k in settings}
     said |= {"model": Path(model).name, "seeds": o.seeds}
-    result = {"settings": said, "features": found, "runs": runs, "verdict": verdict(runs)}
+    result = {"settings": said, "features": found, "others": others, "runs": runs}
+    result["verdict"] = verdict(runs)
     files.write_json(o.output, result)
     print(json.dumps(result["verdict"], indent=2))
 
@@ -132,6 +138,34 @@ def find(o: argparse.Namespace, base: dict[str, Any], weights: Path) -> list[dic
         {**row, "auc": one.auc, "held_out_auc": one.held_out_auc}
         for row, one in zip(kept, found, strict=True)
     ]
+
+
+def find_others(
+    o: argparse.Namespace, base: dict[str, Any], found: list[dict[str, Any]], weights: Path
+) -> list[dict[str, Any]]:
+    """Features to compare with: each as active as one that was found, and none of lists."""
+    texts = text_sets(o.data / "train.jsonl", o.work, o.texts)
+    seen = pipeline.text_activations(load_config(base), texts, limit=o.texts, say=say)
+    pairs = twins([one["feature"] for one in found], seen[0].mean, seen[1].mean)
+    write_weights(weights, [{"feature": one["feature"], "weight": o.weight} for one in pairs])
+    return pairs
+
+
+def twins(features: list[int], lists: np.ndarray, prose: np.ndarray) -> list[dict[str, Any]]:
+    """For each feature the one nearest in mean activation of those with AUC about 1/2.
+
+    lists, prose: mean activation of every feature in each text, [N, F] and [M, F].
+    """
+    activity = np.concatenate([lists, prose]).mean(axis=0)
+    aucs = {int(i): auc(lists[:, i], prose[:, i]) for i in np.flatnonzero(activity > 0)}
+    free = {i: activity[i] for i, a in aucs.items() if abs(a - 0.5) < UNRELATED}
+    out = []
+    for feature in features:
+        other = min(free, key=lambda i: abs(np.log(free[i] / activity[feature])))
+        del free[other]
+        out.append({"feature": other, "auc": aucs[other], "activation": float(activity[other])})
+        out[-1] |= {"in_place_of": feature, "its_activation": float(activity[feature])}
+    return out
 
 
 def train(o: argparse.Namespace, base: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
@@ -207,7 +241,10 @@ def verdict(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for name, values in (
         ("lists/free - base", lists["free"] - lists["base"]),
         ("lists/held - base", lists["held"] - lists["base"]),
+        ("lists/others - base", lists["others"] - lists["base"]),
+        ("lists/held - others", lists["held"] - lists["others"]),
         ("accuracy/held - free", right["held"] - right["free"]),
+        ("accuracy/held - others", right["held"] - right["others"]),
     ):
         out[name] = {"points": 100 * float(values.mean()), "ci95": _interval(100 * values)}
     # without this there was nothing to hold back, and the rest says nothing

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.featurefiles import read_labels
-from fpo_mlx.featurereport import Change, Found, Sort
+from fpo_mlx.featurereport import Change, Found, Sort, TextActivations
 from fpo_mlx.hub import read_config, resolve_model
 from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import (
@@ -29,7 +29,9 @@ from fpo_mlx.records import SaeWeights
 from fpo_mlx.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
+    from fpo_mlx.core.features import Encoder
     from fpo_mlx.featurescan import Text
+    from fpo_mlx.model.policy import Policy
 
 NEURONPEDIA = "https://www.neuronpedia.org"
 
@@ -119,34 +121,60 @@ def find_features(
 ) -> list[Found]:
     """Features of one SAE that tell two sets of texts apart under the base model."""
     from fpo_mlx import featurereport, featurescan
+
+    known = read_labels(labels)[0] if labels else {}
+    scan = _scan(config, (positive, negative), limit, say)
+    with_, without = scan.seen
+    found = featurereport.find(with_, without, top, held_out=held_out)
+    shown = featurescan.contexts(
+        scan.policy, scan.encoder, 0, scan.texts[0] if examples else (),
+        [one.feature for one in found], examples, scan.tokenizer.decode,
+    )  # fmt: skip
+    return [
+        replace(
+            one,
+            label=known.get(one.feature, ""),
+            link=link(scan.sae, one.feature),
+            contexts=shown[one.feature],
+        )
+        for one in found
+    ]
+
+
+def text_activations(
+    config: RunConfig, files: Sequence[Path], *, limit: int = 200, say: Say
+) -> list[TextActivations]:
+    """What one SAE says of the first `limit` texts of each file, under the base model."""
+    return _scan(config, files, limit, say).seen
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """Sets of texts, what one SAE said of them, and what read them."""
+
+    policy: Policy
+    encoder: Encoder
+    sae: SaeWeights
+    tokenizer: ChatTokenizer
+    texts: list[list[Text]]
+    seen: list[TextActivations]
+
+
+def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Scan:
+    from fpo_mlx import featurescan
     from fpo_mlx.model.load import load_model
     from fpo_mlx.model.policy import Policy
     from fpo_mlx.scoring import encoder_of
 
     path = resolve_model(need_model(config))
     tokenizer = open_tokenizer(config, path)
-    longest = config.data.max_seq_length
-    sets = [read_texts(file, tokenizer, longest)[:limit] for file in (positive, negative)]
+    texts = [read_texts(file, tokenizer, config.data.max_seq_length)[:limit] for file in files]
     (sae,) = _one_sae(open_saes(config, read_config(path), need=True, say=say))
-    known = read_labels(labels)[0] if labels else {}
     loaded = load_model(path, trust_remote_code=config.reference.trust_remote_code)
     policy = Policy(loaded.model, loaded.config, [sae.site] if sae.site else [])
     encoder = encoder_of(sae)
-    seen = [featurescan.read_texts(policy, encoder, 0, texts) for texts in sets]
-    found = featurereport.find(seen[0], seen[1], top, held_out=held_out)
-    shown = featurescan.contexts(
-        policy, encoder, 0, sets[0] if examples else (),
-        [one.feature for one in found], examples, tokenizer.decode,
-    )  # fmt: skip
-    return [
-        replace(
-            one,
-            label=known.get(one.feature, ""),
-            link=link(sae, one.feature),
-            contexts=shown[one.feature],
-        )
-        for one in found
-    ]
+    seen = [featurescan.read_texts(policy, encoder, 0, one) for one in texts]
+    return _Scan(policy, encoder, sae, tokenizer, texts, seen)
 
 
 def link(sae: SaeWeights, feature: int) -> str:
