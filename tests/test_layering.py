@@ -190,6 +190,37 @@ def test_a_forbidden_import_is_found(name, line, fault):
     assert faults(name, line) == [fault]
 
 
+def ours(source: str) -> set[str]:
+    """The modules that a source imports, by the names of FILES, without the faces of packages."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("fpo_mlx.") for name in found} & set(FILES)
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """Names that import each other in a ring, and those that lead to one."""
+    left = dict(imports)
+    while ready := [name for name, of in left.items() if not of & set(left)]:
+        for name in ready:
+            del left[name]
+    return sorted(left)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    sources = {name: path.read_text(encoding="utf-8") for name, path in FILES.items()}
+    assert circles({name: ours(source) for name, source in sources.items()}) == []
+
+
+def test_a_circle_of_imports_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    inside = "def f():\n    from fpo_mlx.pipeline import job\n    from fpo_mlx import blas, errors"
+    assert ours(inside) == {"pipeline.job", "blas", "errors"}
+
+
 LIGHT = [
     name
     for name in ("cli", "config", "tokenizer", "data", "cache", "sae", "reference", "pipeline")

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights
-from fpo_mlx.sae.arrays import widen_bfloat16
 from fpo_mlx.sae.convert import to_bfloat16
 from fpo_mlx.sae.encode import decode, encode
+from fpo_mlx.sae.tensorfile import widen_bfloat16
 
 
 def identity(**parts) -> SaeWeights:

@@ -11,7 +11,8 @@ from fpo_mlx import cache, paths
 from fpo_mlx.cache import MergeReport, VerifyReport
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError, FpoError
-from fpo_mlx.pipeline.job import Say, as_kept, has_split, open_engine, open_job, read_pairs
+from fpo_mlx.pipeline.job import Say, has_split, open_job, read_pairs
+from fpo_mlx.pipeline.store import as_kept, open_engine
 from fpo_mlx.records import PairScore, ResponseScore, SparseFeatures, TokenPair
 from fpo_mlx.reference import weights
 

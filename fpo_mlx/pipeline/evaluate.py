@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import RunConfig, Sampling
-from fpo_mlx.pipeline.job import Job, OnFill, Say, open_job, read_pairs, reference_of, scores
+from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs
+from fpo_mlx.pipeline.store import OnFill, reference_of, scores
 
 if TYPE_CHECKING:
     from fpo_mlx.evaluate import EvalReport, EvalTable

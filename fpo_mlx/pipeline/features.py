@@ -14,17 +14,8 @@ from fpo_mlx.featurefiles import read_labels
 from fpo_mlx.featurereport import Change, Found, Sort, TextActivations
 from fpo_mlx.hub import read_config, resolve_model
 from fpo_mlx.pipeline.evaluate import open_scorer
-from fpo_mlx.pipeline.job import (
-    OnFill,
-    Say,
-    need_model,
-    open_job,
-    open_saes,
-    open_tokenizer,
-    read_pairs,
-    reference_of,
-    scores,
-)
+from fpo_mlx.pipeline.job import Say, need_model, open_job, open_saes, open_tokenizer, read_pairs
+from fpo_mlx.pipeline.store import OnFill, reference_of, scores
 from fpo_mlx.records import SaeWeights
 from fpo_mlx.tokenizer import ChatTokenizer
 

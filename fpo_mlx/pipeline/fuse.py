@@ -10,15 +10,8 @@ from typing import Any
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.evaluate import open_scorer
-from fpo_mlx.pipeline.job import (
-    Say,
-    default_cache,
-    fill_cache,
-    has_split,
-    open_job,
-    read_pairs,
-    scores,
-)
+from fpo_mlx.pipeline.job import Say, has_split, open_job, read_pairs
+from fpo_mlx.pipeline.store import default_cache, fill_cache, scores
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,26 @@
-"""What every command that scores pairs starts from: model, tokenizer, SAEs, pairs, reference."""
+"""What every command that scores pairs starts from: model, tokenizer, SAEs, pairs."""
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx import cache, data, paths
-from fpo_mlx.cache import CacheIdentity, FillReport, ReferenceCache
+from fpo_mlx import data
+from fpo_mlx.cache import CacheIdentity
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.featurefiles import Weights, read_weights
 from fpo_mlx.hub import read_config, resolve_model
-from fpo_mlx.processes import find_share
-from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
-from fpo_mlx.reference import ReferenceBackend, open_backend, weights
+from fpo_mlx.records import SaeWeights, Site, TokenPair
+from fpo_mlx.reference import weights
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.check import check_fit, resolve_site
 from fpo_mlx.sae.resolve import resolve
 from fpo_mlx.tokenizer import ChatTokenizer, load_tokenizer
 
 Say = Callable[[str], None]
-OnFill = Callable[[FillReport], None]
-Agree = Callable[[Path, bool], bool]
-WAIT_SAID = 60.0  # seconds of waiting for other processes until a user hears of it
 
 
 @dataclass(frozen=True)
@@ -187,162 +181,3 @@ def columns(config: RunConfig) -> data.Columns:
 def hub_splits(config: RunConfig) -> data.HubSplits:
     d = config.data
     return data.HubSplits(d.train_split, d.valid_split, d.test_split)
-
-
-def default_cache(identity: CacheIdentity) -> Path:
-    return paths.cache_root() / "reference" / identity.digest()[:16]
-
-
-def reference_of(
-    job: Job,
-    pairs: Sequence[TokenPair],
-    say: Say,
-    progress: OnFill = lambda _: None,
-    *,
-    other_weights: bool = False,
-    agree: Agree = lambda _, lacking: lacking,
-) -> ReferenceCache:
-    """The cache that --reference names, or the default one, with a row for every response.
-
-    other_weights: take a whole cache of another model too (its `differences` say so).
-    """
-    t = job.config.train
-    if not t.reference:
-        folder = default_cache(job.identity)
-    else:
-        folder = Path(t.reference)
-        job = replace(job, identity=as_kept(folder, job, say))
-        if other_weights and (store := _of_other_weights(folder, job.identity, pairs)):
-            return store
-    return fill_cache(
-        job, pairs, folder=folder, adapter=t.init_adapter, say=say, progress=progress, agree=agree
-    )
-
-
-def _of_other_weights(
-    folder: Path, identity: CacheIdentity, pairs: Sequence[TokenPair]
-) -> ReferenceCache | None:
-    """The cache, if it is of another model and nothing else, and has all rows. It is read-only.
-
-    Raises: CacheMismatch when more than the model differs.
-    """
-    if not (folder / "manifest.json").exists():
-        return None
-    if cache.read_identity(folder).model == identity.model:
-        return None
-    store = cache.open_cache(folder, identity, allow=("model",))
-    return None if store.missing(key for pair in pairs for key in pair.keys) else store
-
-
-def as_kept(folder: Path, job: Job, say: Say) -> CacheIdentity:
-    """The job's identity, with the feature limit of the cache that is there already, if any.
-
-    Raises: ConfigError when the cache keeps fewer features than --top-k looks at.
-    """
-    if not (folder / "manifest.json").exists() or not job.identity.saes:
-        return job.identity
-    keep, top_k = cache.read_identity(folder).pooled_keep, job.config.objective.top_k
-    if keep is None:
-        return job.identity
-    check_keep(keep, top_k, f"{folder} keeps the {keep} largest features of a response")
-    say(
-        f"{folder} keeps the {keep} largest features of a response, so D is not exact: what it "
-        "left out reads as 0 (`fpo-mlx cache info` says how much that is)"
-    )
-    return replace(job.identity, pooled_keep=keep)
-
-
-def check_keep(keep: int, top_k: int, found: str) -> None:
-    if keep < top_k:
-        raise ConfigError(
-            f"{found}, but --top-k {top_k} looks at more. Keep at least {top_k}, or all."
-        )
-
-
-def fill_cache(
-    job: Job,
-    pairs: Sequence[TokenPair],
-    *,
-    folder: Path,
-    adapter: str | None,
-    say: Say,
-    backend: str = "mlx",
-    device: str | None = None,
-    progress: OnFill = lambda _: None,
-    agree: Agree = lambda _, lacking: lacking,
-) -> ReferenceCache:
-    """Open or make the cache and score the rows that it lacks; the model is loaded only then.
-
-    Under a launcher (torchrun, mlx.launch, …) every process scores its share into the one folder.
-    agree: from whether this process finds rows lacking to whether to score, alike on all.
-    """
-    share = find_share(os.environ)
-    identity = replace(job.identity, backend=backend)
-    store = cache.open_cache(folder, identity, create=True)
-    lacking = [pair for pair in pairs if store.missing(pair.keys)]
-    if not agree(folder, bool(lacking)):
-        store.tidy()
-        return store
-    say(f"scoring {len(lacking)} of {len(pairs)} pairs with the reference into {folder}")
-    engine = open_engine(job, adapter=adapter, backend=backend, device=device, say=say)
-    if share.rank == 0:
-        look_at_saes(job, engine, pairs, say)
-    identity = replace(identity, dtype=engine.dtype)
-    cache.fill_shared(
-        folder, identity, pairs, engine.score, rank=share.rank, world=share.world,
-        report=progress, pause=_patience(folder, say),
-    )  # fmt: skip
-    return cache.open_cache(folder, identity)
-
-
-def look_at_saes(job: Job, engine: ReferenceBackend, pairs: Sequence[TokenPair], say: Say) -> None:
-    """Say how well the SAEs read a few answers, and warn where one does not."""
-    from fpo_mlx.pipeline.saefit import glance
-
-    if job.config.reference.check_sae and job.config.objective.constraint != "activations":
-        specs = job.config.reference.sae[: len(job.saes)]
-        for line in glance(job.config, dict(zip(specs, job.saes, strict=True)), engine, pairs):
-            say(line)
-
-
-def _patience(folder: Path, say: Say) -> Callable[[float], None]:
-    """A pause that says, once, what the wait is for when it grows long."""
-    waited = [0.0]
-
-    def pause(seconds: float) -> None:
-        time.sleep(seconds)
-        waited[0] += seconds
-        if waited[0] == WAIT_SAID:
-            say(
-                f"waiting for the other processes, whose parts belong into {folder / 'parts'}; "
-                "machines without that folder in common have to precompute apart and "
-                "`fpo-mlx cache merge`"
-            )
-
-    return pause
-
-
-def open_engine(
-    job: Job, *, adapter: str | None, backend: str, device: str | None, say: Say
-) -> ReferenceBackend:
-    """The frozen reference, loaded; what the user should know of it is said."""
-    engine = open_backend(
-        backend,
-        model_path=job.model_path,
-        adapter_path=Path(adapter) if adapter else None,
-        saes=job.saes,
-        device=device,
-        dtype=job.config.reference.dtype,
-        tokens_per_batch=job.config.reference.tokens_per_batch,
-        share_prompt=job.config.reference.share_prompt,
-        trust_remote_code=job.config.reference.trust_remote_code,
-    )
-    for note in engine.notes:
-        say(note)
-    return engine
-
-
-def scores(store: ReferenceCache, pairs: Sequence[TokenPair]) -> list[PairScore]:
-    return [
-        (store.get(chosen), store.get(rejected)) for chosen, rejected in (p.keys for p in pairs)
-    ]

@@ -15,6 +15,7 @@ from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.hub import read_config, resolve_model
 from fpo_mlx.pipeline.job import Job, Say, need_model, open_saes, open_tokenizer, read_pairs
+from fpo_mlx.pipeline.policy import attach_adapters
 from fpo_mlx.plan import Case, Lengths, ModelShape, SaeShape, Setup, Term, Tiles
 from fpo_mlx.records import SaeWeights, TokenPair
 
@@ -111,7 +112,6 @@ def case_of(job: Job, lengths: Sequence[Lengths]) -> Case:
     from fpo_mlx.core import features, vocabulary
     from fpo_mlx.model import adapters
     from fpo_mlx.model.load import read_model
-    from fpo_mlx.pipeline.train import attach_adapters
 
     t, o, ref = job.config.train, job.config.objective, job.config.reference
     loaded = read_model(job.model_path, trust_remote_code=ref.trust_remote_code)

@@ -7,16 +7,8 @@ from pathlib import Path
 
 from fpo_mlx import cache
 from fpo_mlx.config import RunConfig
-from fpo_mlx.pipeline.job import (
-    OnFill,
-    Say,
-    check_keep,
-    default_cache,
-    fill_cache,
-    has_split,
-    open_job,
-    read_pairs,
-)
+from fpo_mlx.pipeline.job import Say, has_split, open_job, read_pairs
+from fpo_mlx.pipeline.store import OnFill, check_keep, default_cache, fill_cache
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +17,8 @@ import numpy as np
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.files import parse_json
+from fpo_mlx.sae.tensorfile import TensorFile, widen_bfloat16
+from fpo_mlx.sae.torchfile import open_torch
 
 # numpy dtype of each safetensors dtype; BF16 is read as its 16 bits and widened below
 SAFETENSORS_DTYPES = {
@@ -43,58 +43,6 @@ UNREADABLE = (
 MAX_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
 
 
-@dataclass(frozen=True)
-class TensorFile:
-    """One weight file. `read(name)` gives the tensor as float32, finite, C-contiguous or a view."""
-
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    fetch: Callable[[str], np.ndarray]  # any dtype that widens to float32
-    extras: Mapping[str, Any] = field(default_factory=dict)  # numbers and strings beside tensors
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.shapes
-
-    def rank(self, name: str) -> int:
-        """Number of dimensions."""
-        self._require(name)
-        return len(self.shapes[name])
-
-    def _require(self, name: str) -> None:
-        if name not in self.shapes:
-            raise SaeError(
-                f"{self.path}: has no tensor {name!r}; it holds {', '.join(sorted(self.shapes))}. "
-                "The file is another format than the one it was read as, or incomplete."
-            )
-
-    def read(self, name: str) -> np.ndarray:
-        self._require(name)
-        array = np.asarray(self.fetch(name)).astype(np.float32, copy=False)
-        if not np.isfinite(array).all():
-            bad = int(array.size - np.isfinite(array).sum())
-            raise SaeError(
-                f"{self.path}: tensor {name!r} has {bad} of {array.size} values that are NaN or "
-                "infinite; wanted finite weights. Download or convert the file again."
-            )
-        return array
-
-    def get(self, name: str) -> np.ndarray | None:
-        return self.read(name) if name in self.shapes else None
-
-    def first(self, *names: str) -> np.ndarray:
-        """The tensor under the first of `names` that the file has."""
-        present = [name for name in names if name in self.shapes]
-        return self.read(present[0] if present else names[0])
-
-    def scalar(self, name: str) -> float:
-        array = self.read(name)
-        if array.size != 1:
-            raise SaeError(
-                f"{self.path}: {name!r} has shape {list(array.shape)}; wanted one number."
-            )
-        return float(array.reshape(()))
-
-
 def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
     """Open .npz, .safetensors, or (only with `allow_pickle`) a torch zip file.
 
@@ -106,8 +54,6 @@ def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
         return open_safetensors(path)
     if path.suffix in PICKLED_SUFFIXES:
         refuse_pickle(str(path), allow_pickle)
-        from fpo_mlx.sae.torchfile import open_torch
-
         return open_torch(path)
     raise SaeError(f"{path}: wanted a .safetensors, .npz, .pt or .pth file.")
 
@@ -120,11 +66,6 @@ def refuse_pickle(name: str, allowed: bool) -> None:
             "Pass --allow-pickle to read it with a loader that admits tensors only, "
             "or convert it once with `fpo-mlx sae convert --allow-pickle`."
         )
-
-
-def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """uint16 bit patterns of bfloat16 -> float32 of the same shape, exact."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def open_npz(path: Path) -> TensorFile:

@@ -13,8 +13,8 @@ import numpy as np
 from fpo_mlx.errors import SaeError
 from fpo_mlx.files import parse_json
 from fpo_mlx.records import SaeWeights
-from fpo_mlx.sae.arrays import TensorFile
 from fpo_mlx.sae.registry import facts
+from fpo_mlx.sae.tensorfile import TensorFile
 
 
 @dataclass(frozen=True)

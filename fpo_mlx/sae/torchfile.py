@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx.errors import SaeError
-from fpo_mlx.sae.arrays import TensorFile, widen_bfloat16
+from fpo_mlx.sae.tensorfile import TensorFile, widen_bfloat16
 
 _STORAGES = {
     "DoubleStorage": "<f8",
