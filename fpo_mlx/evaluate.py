@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fpo_mlx.records import BASE, shown_name
 from fpo_mlx.reports import ScoredPairs, measure
 from fpo_mlx.sampling import Answer, distinct_n
 from fpo_mlx.scoring import Scorer
@@ -54,13 +55,16 @@ class EvalTable:
 
     @property
     def columns(self) -> dict[str, EvalReport]:
-        return ({"base": self.base} if self.base else {}) | dict(self.adapters)
+        if self.base is None:
+            return dict(self.adapters)
+        return {BASE: self.base} | {shown_name(path): r for path, r in self.adapters.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """One adapter: its summary and pairs, as ever, and the base; several: a list of them."""
-        base = {"base": self.base.as_dict()} if self.base else {}
+        """One adapter: its path, summary and pairs, and the base; several: a list of them."""
+        base = {BASE: self.base.as_dict()} if self.base else {}
         if len(self.adapters) == 1:
-            return next(iter(self.adapters.values())).as_dict() | base
+            ((path, report),) = self.adapters.items()
+            return {"adapter_path": path if self.base else None} | report.as_dict() | base
         named = [{"adapter_path": name, **r.as_dict()} for name, r in self.adapters.items()]
         return base | {"adapters": named}
 

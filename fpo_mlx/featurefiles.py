@@ -106,6 +106,8 @@ def _read(path: Path, flag: str, value: str, n_saes: int) -> list[Entry]:
     read = _from_csv if path.suffix.lower() == ".csv" else _from_tree
     try:
         return list(read(text, value))
+    except RecursionError:
+        raise ConfigError(f"{flag} {path}: nested too deeply. {WANTED}") from None
     except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise ConfigError(f"{flag} {path}: {error}. {WANTED}") from error
 
@@ -168,5 +170,5 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -89,10 +89,12 @@ class Tally:
         return indices[pooled[indices] != 0]
 
     def effect_sizes(self) -> np.ndarray:
-        """Paired Cohen's d of every feature [F]; 0 where nothing moved."""
+        """Paired Cohen's d of every feature [F]; 0 where nothing moved, at most a million."""
         n = self.responses
         mean = self.moved / n
         spread = np.sqrt(np.maximum(self.squares - n * mean**2, 0.0) / max(n - 1, 1))
+        # below this the spread is what rounding leaves of equal changes
+        spread = np.maximum(spread, 1e-6 * np.abs(mean))
         return np.divide(mean, spread, out=np.zeros_like(mean), where=spread > 1e-12)
 
     def changes(self, count: int, sort: Sort = "share_of_d", sae: int = 0) -> list[Change]:
@@ -182,10 +184,9 @@ def find(
 def _parts(
     texts: TextActivations, held_out: float
 ) -> tuple[TextActivations, TextActivations | None]:
-    """Every n-th text is held out, so that both parts are from the whole file."""
-    n = len(texts.mean)
-    every = round(1 / held_out) if held_out else 0
-    held = np.arange(n) % every == every - 1 if every else np.zeros(n, bool)
+    """Held-out texts lie evenly among the others, so that both parts are from the whole file."""
+    due = np.floor(np.arange(len(texts.mean) + 1) * held_out + 1e-9)
+    held = np.diff(due) > 0
     return texts.some(~held), texts.some(held) if held.any() else None
 
 

@@ -28,6 +28,12 @@ SiteKind = Literal[
 SITE_KINDS: tuple[str, ...] = SiteKind.__args__  # type: ignore[attr-defined]
 Activation = Literal["relu", "jumprelu", "gated", "topk", "abstopk", "groupmax", "identity"]
 Normalization = Literal["none", "layer_norm", "constant_norm"]
+BASE = "base"  # what results call the model without adapters
+
+
+def shown_name(adapter_path: str) -> str:
+    """What results call an adapter: its path as given, but never as the base is called."""
+    return f"./{adapter_path}" if adapter_path == BASE else adapter_path
 
 
 @dataclass(frozen=True)

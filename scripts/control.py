@@ -35,6 +35,9 @@ from fpo_mlx.featurereport import auc
 RESULT = ROOT / "scripts" / "results" / "control.json"
 KINDS = ("free", "held", "others")
 UNRELATED = 0.1  # from 1/2: the AUC of a feature that does not tell lists from prose
+MEASURED = (
+    "rewards/margins", "logps_per_token/chosen_change", "features/chosen", "features/rejected",
+)  # fmt: skip
 POINTS = 0.05  # what may be lost: 5 points
 
 
@@ -159,6 +162,9 @@ def twins(features: list[int], lists: np.ndarray, prose: np.ndarray) -> list[dic
     activity = np.concatenate([lists, prose]).mean(axis=0)
     aucs = {int(i): auc(lists[:, i], prose[:, i]) for i in np.flatnonzero(activity > 0)}
     free = {i: activity[i] for i, a in aucs.items() if abs(a - 0.5) < UNRELATED}
+    free = {i: size for i, size in free.items() if i not in features}
+    if len(free) < len(features):
+        raise SystemExit(f"{len(free)} features tell nothing of lists, wanted {len(features)}.")
     out = []
     for feature in features:
         other = min(free, key=lambda i: abs(np.log(free[i] / activity[feature])))
@@ -187,11 +193,7 @@ def judge(o: argparse.Namespace, base: dict[str, Any], folder: Path) -> dict[str
     report = pipeline.evaluate(
         load_config(base), adapter_path=str(folder), split="valid", measure_kl=False, say=say
     )
-    names = (
-        "rewards/accuracies", "rewards/margins", "logps_per_token/chosen_change",
-        "features/chosen", "features/rejected",
-    )  # fmt: skip
-    return {name: report.summary[name] for name in names} | {
+    return {name: report.summary[name] for name in ("rewards/accuracies", *MEASURED)} | {
         "right": [
             (p["chosen"]["logp"] - p["chosen"]["ref_logp"]) / p["chosen"]["tokens"]
             > (p["rejected"]["logp"] - p["rejected"]["ref_logp"]) / p["rejected"]["tokens"]
@@ -232,6 +234,10 @@ def answers(
 def verdict(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Rates over all seeds with 95 % bootstrap intervals; prompts are resampled, seeds together."""
     out: dict[str, Any] = {}
+    for key in MEASURED:
+        for kind in KINDS:
+            values = [run[key] for run in runs if run["kind"] == kind]
+            out[f"{key}/{kind}"] = {"mean": float(np.mean(values)), "seeds": values}
     lists = {kind: _matrix(runs, kind, "lists") for kind in ("base", *KINDS)}
     right = {kind: _matrix(runs, kind, "right") for kind in KINDS}
     for kind, matrix in lists.items():
@@ -242,8 +248,11 @@ def verdict(runs: list[dict[str, Any]]) -> dict[str, Any]:
         ("lists/free - base", lists["free"] - lists["base"]),
         ("lists/held - base", lists["held"] - lists["base"]),
         ("lists/others - base", lists["others"] - lists["base"]),
+        ("lists/held - free", lists["held"] - lists["free"]),
+        ("lists/others - free", lists["others"] - lists["free"]),
         ("lists/held - others", lists["held"] - lists["others"]),
         ("accuracy/held - free", right["held"] - right["free"]),
+        ("accuracy/others - free", right["others"] - right["free"]),
         ("accuracy/held - others", right["held"] - right["others"]),
     ):
         out[name] = {"points": 100 * float(values.mean()), "ci95": _interval(100 * values)}

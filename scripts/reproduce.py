@@ -33,13 +33,17 @@ from fpo_mlx import __version__
 from fpo_mlx.demo import run as demo
 from fpo_mlx.demo import smollm2
 
+RESULTS = rc.ROOT / "scripts" / "results" / "reproduce"
+
 
 def main(words: Sequence[str] | None = None) -> int:
     options = parse(words)
     started = time.monotonic()
     plan, facts = (smoke_plan if options.smoke else real_plan)(options)
+    output = options.output or (plan.work / "results" if options.smoke else RESULTS)
     run = in_process if options.smoke else in_subprocess(options.jobs)
-    wanted = [c for c in rc.cells(plan) if not options.only or c.name in options.only]
+    everything = rc.cells(plan)
+    wanted = [c for c in everything if not options.only or c.name in options.only]
     if options.list:
         for cell in wanted:
             print(f"{'kept' if rc.finished(plan, cell) else 'to do':<6}{cell.group:<10}{cell.id}")
@@ -49,9 +53,9 @@ def main(words: Sequence[str] | None = None) -> int:
         if code := run(rc.precompute_words(plan, sae), plan.work / f"reference-{sae}.log"):
             say(f"precompute ended with exit code {code}; see {plan.work}/reference-{sae}.log")
             return code
-    records = {c.id: r for c in wanted if (r := rc.finished(plan, c)) is not None}
+    records = {c.id: r for c in everything if (r := rc.finished(plan, c)) is not None}
     left = [c for c in wanted if c.id not in records]
-    say(f"{len(wanted)} cells, {len(records)} kept from before")
+    say(f"{len(wanted)} cells, {len(wanted) - len(left)} kept from before")
     failed = []
     deadline = None if options.minutes is None else started + 60 * options.minutes
     for outcome in outcomes(plan, left, run, options.jobs, deadline):
@@ -61,9 +65,9 @@ def main(words: Sequence[str] | None = None) -> int:
             continue
         records[outcome.cell.id] = outcome.record
         say(f"{outcome.cell.id}: {outcome.record['status']} in {outcome.seconds:.0f} s")
-        write(options.output, facts, wanted, records)
-    write(options.output, facts, wanted, records, draw=True)
-    print(f"{len(records)} of {len(wanted)} cells in {options.output}")
+        write(output, facts, everything, records)
+    write(output, facts, everything, records, draw=True)
+    print(f"{len(records)} of {len(everything)} cells in {output}")
     return 1 if failed else 0
 
 
@@ -72,7 +76,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--output", type=Path, default=rc.ROOT / "scripts" / "results" / "reproduce")
+    add("--output", type=Path, help="folder of the results (scripts/results/reproduce)")
     add("--work", type=Path, default=rc.ROOT / ".reproduce", help="adapters, caches, logs, cells")
     add("--model", type=Path, help="folder of the model")
     add("--sae", action="append", metavar="NAME=PATH", help="repeatable; the first measures D")
@@ -203,12 +207,12 @@ def in_process(words: list[str], log: Path) -> int:
 def write(
     output: Path,
     facts: dict[str, Any],
-    wanted: Sequence[rc.Cell],
+    everything: Sequence[rc.Cell],
     records: dict[str, Any],
     draw: bool = False,
 ) -> None:
-    ordered = [records[c.id] for c in wanted if c.id in records]
-    left = [c.id for c in wanted if c.id not in records]
+    ordered = [records[c.id] for c in everything if c.id in records]
+    left = [c.id for c in everything if c.id not in records]
     reproduce_show.write(output, facts, ordered, left, draw)
 
 

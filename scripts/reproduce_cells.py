@@ -105,7 +105,7 @@ def write_data(source: Path, folder: Path, train: int, held_out: int, seed: int 
     """The first pairs of train.jsonl and of valid.jsonl or test.jsonl, as train and test."""
     valid = next(p for n in ("valid", "test") if (p := source / f"{n}.jsonl").is_file())
     for name, path, n in (("train", source / "train.jsonl", train), ("test", valid, held_out)):
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         random.Random(seed).shuffle(lines)
         folder.mkdir(parents=True, exist_ok=True)
         text = "".join(f"{line}\n" for line in lines[:n])

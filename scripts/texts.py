@@ -17,7 +17,9 @@ def is_list(text: str) -> bool:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
+    ]
 
 
 def write_rows(path: Path, content: list[dict[str, Any]]) -> Path:

@@ -1,10 +1,14 @@
 """Before any test imports MLX; and what several files of tests share."""
 
+import hypothesis
 import pytest
 
 from fpo_mlx import blas
 
 blas.preload()
+# a machine that is busy with something else is no fault of the code
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="module")

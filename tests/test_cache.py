@@ -184,7 +184,7 @@ def test_a_row_without_any_feature_is_read_back_empty(tmp_path):
     assert len(rc.open_cache(tmp_path, IDENTITY).get(b"x" * 16).features[0].indices) == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(order=st.permutations(range(9)), first=st.integers(0, 9), shard=st.integers(1, 5))
 def test_the_order_of_the_rows_and_a_subset_done_before_change_no_value(
     tmp_path_factory, order, first, shard
@@ -202,7 +202,7 @@ def test_the_order_of_the_rows_and_a_subset_done_before_change_no_value(
 
 
 @given(order=st.permutations(range(7)))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_order_of_the_rows_does_not_change_a_byte(tmp_path_factory, order):
     folder, pairs = tmp_path_factory.mktemp("cache"), make_pairs(7)
     filled(folder / "a", pairs, shard_pairs=2)

@@ -81,6 +81,29 @@ def test_an_adapter_that_changes_nothing_answers_as_the_base(place, tmp_path):
         assert answers["base"] == answers[str(tmp_path / "zero")] != answers[str(place / "one")]
 
 
+def test_adapters_in_a_folder_called_base_are_not_taken_for_the_base(place, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "one", "base")
+    words = ["--model", place / "model", "--max-tokens", 6, "--prompt", "A?", "--output", "c.json"]
+    done = run("compare", *words, "--adapter-path", "base")
+    assert done.exit_code == 0, done.stderr
+    compare(place, "--prompt", "A?", "--output", tmp_path / "d.json")
+    own, usual = (json.loads((tmp_path / f"{n}.json").read_text())["prompts"] for n in "cd")
+    assert list(own[0]["answers"]) == ["base", "./base"]
+    assert list(own[0]["answers"].values()) == list(usual[0]["answers"].values())
+
+
+def test_a_prompt_may_hold_any_of_unicodes_line_ends(place, tmp_path):
+    prompt = "One\u2028two\u0085three\x0cfour?"
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\r\n")
+    compare(place, "--prompts", tmp_path / "p.jsonl", "--output", tmp_path / "c.json")
+    assert [r["prompt"] for r in json.loads((tmp_path / "c.json").read_text())["prompts"]] == [
+        prompt
+    ]
+
+
 BAD_ANSWER = "a | b\n<script>x</script> `code`"
 RESULT = Comparison(("Q | <b>?",), {"base": (BAD_ANSWER,), "a|b": ("",)}, Sampling())
 

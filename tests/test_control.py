@@ -28,6 +28,11 @@ def test_a_twin_serves_one_feature_only():
     assert [one["feature"] for one in control.twins([0, 1], lists, prose)] == [2, 3]
 
 
+def test_a_feature_is_no_twin_of_its_own():
+    same = np.array([[1.0, 2.0, 3.0]] * 4)
+    assert [one["feature"] for one in control.twins([0], same, same)] == [1]
+
+
 def test_rates_and_differences_are_means_over_seeds_and_prompts():
     lists = {
         "base": [0, 0, 0, 1],
@@ -37,7 +42,8 @@ def test_rates_and_differences_are_means_over_seeds_and_prompts():
     }
     right = {"free": [1, 1, 1, 1], "held": [1, 1, 1, 0], "others": [1, 0, 1, 1]}
     runs = [
-        {"kind": kind, "seed": seed, "lists": lists[kind]} | {"right": right.get(kind, [])}
+        {"kind": kind, "seed": seed, "lists": lists[kind], "right": right.get(kind, [])}
+        | {name: seed + i for i, name in enumerate(control.MEASURED)}
         for seed in (0, 1)
         for kind in lists
     ]
@@ -47,5 +53,6 @@ def test_rates_and_differences_are_means_over_seeds_and_prompts():
     assert found["lists/held - others"]["points"] == -25
     assert found["accuracy/held - free"]["points"] == -25
     assert found["within 5 points"] == {"lists": True, "accuracy": False}
+    assert found["rewards/margins/held"] == {"mean": 0.5, "seeds": [0, 1]}
     low, high = found["lists/held - base"]["ci95"]
     assert low == high == 0  # the same answers at every prompt: nothing to resample

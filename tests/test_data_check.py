@@ -241,7 +241,7 @@ FIELD = st.one_of(
 RECORD = st.fixed_dictionaries({"prompt": FIELD, "chosen": FIELD, "rejected": FIELD})
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(RECORD, max_size=4), st.lists(RECORD, max_size=2), st.integers(2, 40))
 def test_no_rows_make_the_check_fail_and_its_clean_set_is_clean(tokenizer, train, valid, length):
     splits = {"train": raw(*train), "valid": raw(*valid, name="valid")}

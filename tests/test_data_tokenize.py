@@ -50,7 +50,7 @@ def test_a_response_is_the_conversation_behind_the_prompt(tokenizer):
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=30))
 def test_prompt_and_response_together_are_the_rendered_conversation(tokenizer, prompt, answer):
     try:

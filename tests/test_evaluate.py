@@ -18,7 +18,7 @@ from test_cli import ROWS, lines, random_sae, refused, run, usual  # noqa: E402
 
 from fpo_mlx import sampling  # noqa: E402
 from fpo_mlx.config import Sampling  # noqa: E402
-from fpo_mlx.evaluate import bootstrap_interval  # noqa: E402
+from fpo_mlx.evaluate import EvalReport, EvalTable, bootstrap_interval  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.records import TokenPair  # noqa: E402
@@ -143,6 +143,14 @@ def test_several_adapters_make_one_table_and_each_is_what_it_is_alone(place, tmp
     assert [row["model"] for row in rows] == first
     kl = alone["summary"]["kl/margin/ci95"]
     assert [float(rows[2][f"kl/margin/ci95/{end}"]) for end in ("low", "high")] == kl
+
+
+def test_a_result_names_its_adapter_and_one_called_base_does_not_hide_the_base(place, tmp_path):
+    one, _ = judge(place, "--adapter-path", place / "one", out=tmp_path / "a.json")
+    assert one["adapter_path"] == str(place / "one")
+    assert judge(place, out=tmp_path / "b.json")[0]["adapter_path"] is None
+    table = EvalTable({"base": EvalReport({"n": 1}, [])}, EvalReport({"n": 2}, []))
+    assert [(r["model"], r["n"]) for r in table.rows()] == [("base", 2), ("./base", 1)]
 
 
 def test_strata_by_length_cover_every_pair_once(place, tmp_path):

@@ -20,7 +20,7 @@ def test_it_is_exact_to_float32_over_its_whole_range() -> None:
 
 
 @given(st.lists(st.floats(-60, 0, width=32), min_size=1, max_size=40), st.floats(-20, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_is_exact_for_any_values_below_any_top(values: list[float], top: float) -> None:
     shifted = np.array(values, dtype=np.float32) + np.float32(top)
     assert relative_error(np.minimum(shifted, np.float32(top)), top) < 2e-7

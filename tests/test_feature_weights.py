@@ -57,6 +57,8 @@ BAD = {
     "nothing": ("{}", ("names no feature",)),
     "no mapping": ("3", ("found int",)),
     "a list of numbers": ("[3, 4]", ("Wanted",)),
+    "deep": ("[" * 3000, ()),
+    "huge": ("{3: 1" + "0" * 400 + "}", ("feature 3",)),
     "broken": ("{3: ", ("neither JSON nor YAML",)),
 }
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpo_mlx.featurefiles import read_weights
-from fpo_mlx.featurereport import Tally, TextActivations, auc, find
+from fpo_mlx.featurereport import Tally, TextActivations, _parts, auc, find
 from fpo_mlx.records import SaeWeights, Site
 from fpo_mlx.sae.encode import encode
 
@@ -98,6 +98,25 @@ def test_changes_effect_and_share_by_hand():
     assert other.effect_size == pytest.approx(1.5 / 1.0)  # moves 1, 1, 1, 3: sd 1
     assert tally.changes(1, "effect_size")[0].feature == 0
     assert tally.changes(1, "change")[0].feature == 1
+
+
+def test_equal_moves_have_a_bounded_effect_size():
+    """Their spread is 0, and what rounding makes of it is no measure."""
+    tally = Tally(2, 1, magnitude=False, weights={})
+    for _ in range(20):
+        tally.add(np.array([[0.3, 1.0], [0.3, 1.0]]), np.array([[0.0, 1.0], [0.0, 1.0]]))
+    assert tally.effect_sizes().tolist() == [1e6, 0]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.25, 0.3, 0.4, 0.45, 0.0])
+def test_as_many_texts_are_held_out_as_was_asked(share):
+    texts = TextActivations(*np.arange(2 * 40 * 1, dtype=np.float32).reshape(2, 40, 1))
+    chosen, held = _parts(texts, share)
+    n = 0 if held is None else len(held.mean)
+    assert n == round(40 * share)
+    assert len(chosen.mean) == 40 - n
+    if held is not None:
+        assert np.ptp(held.mean) > 25  # from the whole file
 
 
 def test_named_features_count_with_their_weight():
@@ -264,6 +283,24 @@ BAD = {
     "no sae": (["--sae", "nowhere"], 1, ("nowhere",)),
     "no such template": (["--chat-template", "none.jinja"], 2, ("none.jinja",)),
 }
+
+
+def test_a_text_keeps_within_the_length_however_long_its_prompt(planted, tmp_path):
+    from fpo_mlx.errors import DataError
+    from fpo_mlx.pipeline.features import read_texts
+    from fpo_mlx.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(planted / "model")
+    row = {"prompt": "word " * 60, "response": "word " * 60}
+    lines(tmp_path / "t.jsonl", row, row)
+    whole = read_texts(tmp_path / "t.jsonl", tokenizer, 10**6)[0]
+    prompt, both = len(whole.prompt), len(whole.tokens)
+    for longest in (prompt + 1, prompt + 7, both, both + 5):
+        (text, _) = read_texts(tmp_path / "t.jsonl", tokenizer, longest)
+        assert len(text.tokens) == min(longest, both)
+    for longest in (prompt, prompt - 1, prompt // 2):
+        with pytest.raises(DataError, match=f"--max-seq-length {longest}"):
+            read_texts(tmp_path / "t.jsonl", tokenizer, longest)
 
 
 @pytest.mark.parametrize("case", BAD)

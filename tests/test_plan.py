@@ -77,7 +77,7 @@ LENGTHS = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(LENGTHS, st.integers(1, 8), st.sampled_from(["adam", "sgd"]))
 def test_what_saves_memory_is_predicted_to_save_it(pair, micro, optimizer):
     setup = replace(SETUP, micro_batch_size=micro, batch_size=8, optimizer=optimizer)

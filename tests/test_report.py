@@ -20,7 +20,7 @@ from fpo_mlx.cli import main
 from fpo_mlx.errors import FpoError
 from fpo_mlx.report import read_runs, render
 from fpo_mlx.report.findings import missing, warnings
-from fpo_mlx.report.plots import POINTS, Line, draw, points
+from fpo_mlx.report.plots import POINTS, Line, _spans, draw, points
 from fpo_mlx.report.read import Run, unique_names
 
 
@@ -238,6 +238,120 @@ def test_a_result_beside_the_folder_is_found_and_the_newest_counts(tmp_path):
         (tmp_path / name).write_text(json.dumps({"summary": {"n": n}}))
         os.utime(tmp_path / name, (when, when))
     assert read_runs([run])[0].results["evaluate"].value["summary"]["n"] == 2
+
+
+def of(run: Run, kind: str = "evaluate"):
+    return run.results[kind].value if kind in run.results else None
+
+
+def test_a_result_that_names_one_adapter_goes_to_no_other_run(tmp_path):
+    """Under --results: the other run keeps its own figures."""
+    a, b = a_run(tmp_path / "a"), a_run(tmp_path / "b", evaluate={"summary": {"n": 7}})
+    judged, moved = tmp_path / "judged.json", tmp_path / "moved.json"
+    judged.write_text(json.dumps({"adapter_path": str(a), "summary": {"n": 1}}))
+    moved.write_text(json.dumps({"adapter_path": str(a), "features": [FEATURE]}))
+    first, second = read_runs([a, b], [judged, moved])
+    assert (of(first)["summary"]["n"], of(second)["summary"]["n"]) == (1, 7)
+    assert of(first, "features")
+    assert not of(second, "features")
+
+
+@pytest.mark.parametrize("said", [{}, {"adapter_path": None}, {"adapter_path": "elsewhere"}])
+def test_a_result_of_nobody_knows_whom_is_refused_among_several_runs(tmp_path, said):
+    file = tmp_path / "judged.json"
+    file.write_text(json.dumps({"summary": {"n": 1}} | said))
+    runs = [a_run(tmp_path / "a"), a_run(tmp_path / "b")]
+    with pytest.raises(FpoError, match="belongs into the folder of its run"):
+        read_runs(runs, [file])
+    if said:
+        with pytest.raises(FpoError, match="found nothing of a,"):
+            read_runs(runs[:1], [file])
+    else:
+        assert of(read_runs(runs[:1], [file])[0]) == {"summary": {"n": 1}}
+
+
+def test_a_table_of_several_adapters_in_the_folder_gives_its_run_its_own_row(tmp_path):
+    listed = [{"adapter_path": f"old/{name}", "summary": {"n": i}} for i, name in enumerate("abc")]
+    runs = [a_run(tmp_path / name) for name in ("b", "z")]
+    for run in runs:
+        (run / "first.json").write_text(json.dumps({"summary": {"n": 9}}))
+        os.utime(run / "first.json", (1, 1))
+        (run / "all.json").write_text(json.dumps({"base": {}, "adapters": listed}))
+    assert [of(run)["summary"]["n"] for run in read_runs(runs)] == [1, 9]
+
+
+def test_a_result_beside_two_folders_is_of_the_one_with_the_longer_name(tmp_path):
+    runs = [a_run(tmp_path / name) for name in ("fpo", "fpo.long")]
+    (tmp_path / "fpo.long.json").write_text(json.dumps({"summary": {"n": 4}}))
+    short, long = read_runs(runs)
+    assert of(short) is None
+    assert of(long) == {"summary": {"n": 4}}
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "features", "compare"])
+def test_a_result_file_of_odd_values_is_refused_and_does_not_stop(tmp_path, kind):
+    odd = {"evaluate": {"adapters": [3, None]}, "features": {"features": None, "adapter_path": 3},
+           "compare": {"prompts": None}}[kind]  # fmt: skip
+    (tmp_path / "odd.json").write_text(json.dumps(odd))
+    with pytest.raises(FpoError, match="found nothing"):
+        read_runs([a_run(tmp_path / "a")], [tmp_path / "odd.json"])
+
+
+def test_the_command_judges_as_the_run_was_trained(tmp_path):
+    """Its preset, its start, its site and lengths: whatever is not the command's default."""
+    import shlex
+
+    settings = {
+        "model": "m", "sae": ["s", "t"], "data": "d", "objective": "dpo", "init_adapter": "sft",
+        "layer": 12, "site": "resid_post", "max_seq_length": 320, "top_k": 50, "beta": 0.1,
+        "length_normalize": False, "constraint": "none", "stop_gradient": False,
+        "prompt_feature": "question", "norm_scaling_factor": 0.5, "learning_rate": 1.0,
+        "system_feature": "system", "reference": "cache",
+    }  # fmt: skip
+    run = a_run(tmp_path / "run", record={"settings": settings})
+    for m in missing(read_runs([run])):
+        words = shlex.split(m.command)
+        context = main.commands[words[1]].make_context(words[1], words[2:])
+        taken = {k: v for k, v in context.params.items() if v not in (None, ())}
+        wanted = {k: v for k, v in settings.items() if k in taken} | {"sae": ("s", "t")}
+        assert {k: taken[k] for k in wanted if k in taken} == {
+            k: v for k, v in wanted.items() if k in taken
+        }
+        assert (taken["max_seq_length"], taken["init_adapter"]) == (320, "sft")
+        assert taken["prompt_feature"] == "question"
+        assert not {"top_k", "beta", "learning_rate", "system_feature"} & set(taken)
+        if words[1] != "compare":
+            assert (taken["objective"], taken["stop_gradient"], taken["layer"]) == (
+                "dpo",
+                False,
+                12,
+            )
+            assert (taken["site"], taken["reference"]) == ("resid_post", "cache")
+            assert taken["norm_scaling_factor"] == 0.5
+
+
+def test_the_length_of_few_pairs_is_no_reason_to_warn(tmp_path):
+    """One pair of 40 has the shorter chosen answer, and it was judged wrong."""
+    one = SUMMARY | {"share_chosen_longer": 0.975, "rewards/accuracies/chosen_not_longer": 0.0}
+    assert said(read_runs([a_run(tmp_path / "a", evaluate={"summary": one})])) == ""
+    many = one | {"share_chosen_longer": 0.75}
+    assert "length" in said(read_runs([a_run(tmp_path / "b", evaluate={"summary": many})]))
+
+
+def test_a_label_that_begins_like_an_address_keeps_its_column(tmp_path):
+    rows = [FEATURE | {"label": "http requests"}, FEATURE | {"feature": 5, "label": "numbers"}]
+    page = render(read_runs([a_run(tmp_path / "run", features={"features": rows})]))
+    assert "http requests" in page
+    assert "numbers" in page
+
+
+def test_an_axis_is_logarithmic_though_the_first_value_is_zero():
+    """D before the first update is 0, and everything else spans decades."""
+    spread = Line([0, 1, 2], [0.0, 0.5, 3492.0], 0)
+    assert _spans([spread])
+    assert not _spans([Line([0, 1], [0.0, 0.5], 0)])
+    assert not _spans([Line([0, 1, 2], [-1.0, 0.5, 3492.0], 0)])
+    assert "nan" not in draw([spread], True, prefix="p")
 
 
 def test_names_are_as_long_as_it_takes_to_tell_runs_apart(tmp_path):

@@ -83,6 +83,33 @@ def plan_at(tmp_path: Path, **changes: Any) -> rc.Plan:
     return rc.Plan(Path("m"), saes, Path("d"), tmp_path, **changes)
 
 
+def test_a_part_that_is_run_alone_leaves_the_rest_in_the_results(smoke, tmp_path):
+    work, out = smoke
+    words = ["--smoke", "--work", str(work), "--only", "fpo", "--output", str(tmp_path)]
+    assert reproduce.main(words) == 0
+    assert (tmp_path / "results.md").read_text().split("## Methods")[1] == (
+        out / "results.md"
+    ).read_text().split("## Methods")[1]
+
+
+def test_the_smoke_run_keeps_away_from_the_results_that_are_checked_in(smoke, monkeypatch):
+    work, _ = smoke
+    monkeypatch.setattr(reproduce, "RESULTS", work / "checked-in")
+    assert reproduce.main(["--smoke", "--work", str(work), "--only", "fpo"]) == 0
+    assert not (work / "checked-in").exists()
+    assert (work / "smoke" / "results" / "results.json").exists()
+
+
+def test_a_row_with_any_of_unicodes_line_ends_stays_one_row(tmp_path):
+    rows = [{"prompt": f"a\u2028{i}\u0085b"} for i in range(3)]
+    for name in ("train", "valid"):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    folder = rc.write_data(tmp_path, tmp_path / "out", 3, 3)
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert sorted((json.loads(line) for line in lines), key=str) == rows
+
+
 def test_a_cell_of_other_settings_is_another_cell(tmp_path):
     fpo = next(c for c in rc.cells(plan_at(tmp_path)) if c.name == "fpo")
     places = {rc.place_of(plan_at(tmp_path, updates=n), fpo) for n in (10, 10, 20)}

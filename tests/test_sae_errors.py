@@ -341,7 +341,7 @@ def test_a_compressed_torch_file_is_refused(tmp_path: Path):
         load_sae(tmp_path, allow_pickle=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_damaged_header_never_escapes_as_another_exception(data: st.DataObject, tmp_path_factory):
     """Flipped bytes give the SAE, other numbers, or an SaeError: never a traceback."""
@@ -365,7 +365,7 @@ JUNK = (
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_config_of_nonsense_never_ends_in_a_traceback(data: st.DataObject, tmp_path_factory):
     names = [case.name for case in CASES if not case.pickled]

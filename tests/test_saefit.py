@@ -81,7 +81,7 @@ def test_the_figures_by_hand():
     assert found.gain == pytest.approx(2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cut=st.integers(0, 40), seed=st.integers(0, 99))
 def test_sums_of_parts_are_the_sums_of_the_whole(cut: int, seed: int):
     sae = replace(

@@ -212,7 +212,7 @@ def documents(*lengths: int) -> list[Document]:
     ]  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(2, 30), min_size=4, max_size=30), st.integers(30, 200))
 def test_every_pass_uses_every_document_once(lengths, bound):
     items = documents(*lengths)

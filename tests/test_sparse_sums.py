@@ -12,7 +12,7 @@ from fpo_mlx.core import sparse_sums
     n=st.integers(1, 40), k=st.integers(1, 6), features=st.integers(6, 50),
     piece=st.integers(1, 60), seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_sums_by_feature_are_the_dense_product(n, k, features, piece, seed) -> None:
     rng = np.random.default_rng(seed)
     favoured = rng.random(features) ** 4  # some features have most entries, some none

@@ -49,7 +49,7 @@ def score(scorer, refs, indices) -> np.ndarray:
     return np.concatenate([np.array(losses.u)[:, None], np.array(measures.distances).T], axis=1)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(st.integers(0, len(PAIRS) - 1), min_size=1, max_size=5), st.booleans())
 def test_a_pair_scores_the_same_in_any_company_order_and_padding(moved, indices, share):
     """Alone with a shared prompt nothing is padded to a companion; side by side nearly all is."""

@@ -13,6 +13,7 @@ from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.hub import resolve_model
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_model, open_tokenizer
+from fpo_mlx.records import BASE, shown_name
 from fpo_mlx.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ def compare(
     for adapter in adapter_paths:
         read_spec(Path(adapter))  # before the long part
     answers: dict[str, tuple[str, ...]] = {}
-    for name in ("base", *dict.fromkeys(adapter_paths)):
-        adapter = config.train.init_adapter if name == "base" else name
+    asked_of = {shown_name(path): path for path in adapter_paths}
+    for name, adapter in {BASE: config.train.init_adapter, **asked_of}.items():
         model = _open(path, adapter, config.reference.trust_remote_code, say)
         texts = []
         for answer in sample(model, tokens, sampling, tokenizer.eos_token_ids):
@@ -133,7 +134,7 @@ def _of_data(config: RunConfig, split: str, count: int) -> list[Turns]:
 def _read_prompts(path: Path) -> list[str]:
     """One prompt a line; in a .jsonl file the `prompt` of each object."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path}: cannot be read: {error}.") from error
     texts, faults = [], []

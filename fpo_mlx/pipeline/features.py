@@ -184,7 +184,8 @@ def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Text]
 
     A line is {"text": …}, or an answer with its prompt: {"prompt": …, "response": …}. Of an answer
     the response positions are looked at; of a plain text all but the first, on which activations
-    are unlike those of any other. Raises: DataError naming the lines that cannot be used.
+    are unlike those of any other, and the last, which predicts nothing.
+    Raises: DataError naming the lines that cannot be used.
     """
     from fpo_mlx.featurescan import Text
 
@@ -202,11 +203,14 @@ def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Text]
         except (ValueError, TypeError, KeyError) as error:
             faults.append(f"{where}: {error}")
             continue
-        response = response[: longest - len(prompt)]
-        if len(response):
-            texts.append(Text(prompt, response, where))
+        room = max(0, longest - len(prompt))
+        if len(response) and room:
+            texts.append(Text(prompt, response[:room], where))
         else:
-            faults.append(f"{where}: no tokens to look at below --max-seq-length {longest}")
+            faults.append(
+                f"{where}: nothing to look at: {len(prompt)} tokens before the first position, "
+                f"{len(response)} after it, --max-seq-length {longest}"
+            )
     if faults or len(texts) < 2:
         raise DataError(
             f'{path}: wanted two or more lines of {{"text": …}} or {{"prompt": …, "response": …}}.',

@@ -5,14 +5,26 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
 from fpo_mlx.report.plots import value_of
 from fpo_mlx.report.read import Run, figure
-from fpo_mlx.report.tables import COLLAPSE, chosen_drop, number, summary_of, text
+from fpo_mlx.report.tables import COLLAPSE, chosen_drop, defaults, number, summary_of, text
 
 LENGTH_GAP = 0.15  # of accuracy between pairs whose chosen is longer and the others
+JUDGED = ("model", "sae", "data", "objective", "init_adapter", "reference") + tuple(
+    field.name
+    for section in (DataConfig, ReferenceConfig, Objective)
+    for field in fields(section)
+    if field.name not in ("model", "sae", "data")
+)  # what `evaluate` and `features` take
+COMPARED = ("model", "data", "trust_remote_code", "init_adapter") + tuple(
+    field.name for field in fields(DataConfig) if field.name != "data"
+)
+FEW = 9.5  # pairs; share * n is 10 to rounding
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,9 @@ def _length(run: Run) -> Iterator[str]:
         figure(summary.get(f"rewards/accuracies/{k}"))
         for k in ("chosen_longer", "chosen_not_longer")
     )
+    share, n = figure(summary.get("share_chosen_longer")), figure(summary.get("n"))
+    if share is not None and n is not None and n * min(share, 1 - share) < FEW:
+        return  # of so few pairs a share says nothing
     if longer is not None and other is not None and abs(longer - other) > LENGTH_GAP:
         yield (
             f"Accuracy is {number(longer, 3)} where the chosen answer is the longer one and "
@@ -123,18 +138,35 @@ def _missing(run: Run) -> Iterator[Missing]:
         if kind in run.results or (kind == "features" and not run.settings.get("sae")):
             continue
         to = shlex.quote(str(run.path / f"{kind}.json"))
-        usual = _usual(run, sae=kind != "compare")
+        usual = _usual(run, COMPARED if kind == "compare" else JUDGED)
         yield Missing(run.name, what, f"fpo-mlx {kind} {usual} {adapter} {flag} {to}")
 
 
-def _usual(run: Run, sae: bool = True) -> str:
-    """--model, --sae and --data of the run, quoted for a shell; a lone file was trained on."""
-    s, words = run.settings, []
-    words += ["--model", text(s.get("model") or "MODEL")]
-    saes = s.get("sae")
-    for one in saes if sae and isinstance(saes, Sequence) and not isinstance(saes, str) else ():
-        words += ["--sae", text(one)]
-    data = text(s.get("data") or "DATA")
-    words += ["--data", "HELD_OUT.jsonl" if data.endswith(".jsonl") else data]
+def _usual(run: Run, names: Sequence[str]) -> str:
+    """The run's settings that a command takes and that are not its defaults, quoted for a shell.
+
+    A lone file was trained on: the command is told to look at another.
+    """
+    chosen = {**run.settings, "model": run.settings.get("model") or "MODEL"}
+    data = text(run.settings.get("data") or "DATA")
+    chosen["data"] = "HELD_OUT.jsonl" if data.endswith(".jsonl") else data
+    default = defaults(run)
+    words = [
+        word
+        for name in names
+        if name in chosen and text(chosen[name]) != text(default.get(name))
+        for word in _words("--" + name.replace("_", "-"), chosen[name])
+    ]
     here = {name for name in ("valid", "test") if Path(data, f"{name}.jsonl").is_file()}
     return shlex.join(words + (["--split", "valid"] if here == {"valid"} else []))
+
+
+def _words(flag: str, value: Any) -> Iterator[str]:
+    """A setting as the command line has it."""
+    if value is None:
+        return
+    if isinstance(value, bool):
+        yield flag if value else f"--no-{flag[2:]}"
+        return
+    for one in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
+        yield from (flag, str(one) if isinstance(one, int | float) else text(one))

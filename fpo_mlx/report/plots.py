@@ -149,7 +149,7 @@ def draw(lines: Sequence[Line], log: bool, *, prefix: str) -> str:
                 marker="o" if line.dots or lone else None, markersize=4,
             )  # fmt: skip
         if log and _spans(lines):
-            axes.set_yscale("log")
+            axes.set_yscale("log", nonpositive="mask")
         axes.set_xlabel("iteration")
         out = io.StringIO()
         fig.savefig(out, format="svg", metadata={"Date": None})
@@ -157,8 +157,10 @@ def draw(lines: Sequence[Line], log: bool, *, prefix: str) -> str:
 
 
 def _spans(lines: Sequence[Line]) -> bool:
+    """Whether a logarithmic axis serves. A zero is no value there: D before the first update."""
     values = [y for line in lines for y in line.y]
-    return min(values) > 0 and max(values) / min(values) > 100
+    above = [y for y in values if y > 0]
+    return min(values) >= 0 and bool(above) and max(above) / min(above) > 100
 
 
 def tidy(svg: str, prefix: str) -> str:

@@ -78,11 +78,12 @@ def _with_result(runs: Sequence[Run], file: Path) -> list[Run]:
     if faults:
         raise FpoError(f"--results {faults[0]}.")
     kind = kind_of(value)
-    parts = [_of_run(kind, value, run) for run in runs]
+    parts = [_of_run(kind, value, run.path, alone=len(runs) == 1) for run in runs]
     if not any(parts):
         raise FpoError(
             f"--results {file}: found nothing of {', '.join(run.name for run in runs)}, wanted "
-            "the JSON that `fpo-mlx evaluate`, `features` or `compare` wrote of these runs."
+            "the JSON that `fpo-mlx evaluate`, `features` or `compare` wrote of these runs. One "
+            "that names no adapter belongs into the folder of its run."
         )
     if kind == "compare":  # the same answers stand once, whoever they are of
         parts = [p if not any(parts[:i]) else None for i, p in enumerate(parts)]
@@ -94,23 +95,40 @@ def _with_result(runs: Sequence[Run], file: Path) -> list[Run]:
     ]
 
 
-def _of_run(kind: str | None, value: Any, run: Run) -> Any:
-    """What a result file says of one run; None when it speaks of others."""
-    if kind == "evaluate":
-        listed = value.get("adapters")
-        for one in listed if isinstance(listed, list) else ():
-            if isinstance(one, Mapping) and is_of(one.get("adapter_path"), run):
-                return {**one, "base": value.get("base")}
-        return value if "summary" in value else None
+def _of_run(
+    kind: str | None, value: Any, folder: Path, *, own: bool = False, alone: bool = False
+) -> Any:
+    """What a result file says of the run in `folder`; None when it speaks of others.
+
+    own: the file lies in the folder or bears its name, so that what it says of one adapter is of
+    this one, wherever that lay then. alone: there is no other run that it could be of, so that a
+    file that names no adapter, or one of the folder's name elsewhere, is taken as this one's.
+    """
+
+    def is_ours(name: Any) -> bool:
+        moved = (own or alone) and isinstance(name, str) and Path(name).name == home.name
+        return moved or is_of(name, folder)
+
+    home = folder.resolve()
     if kind == "compare":
-        rows = [row for row in value.get("prompts", ()) if isinstance(row, Mapping)]
-        return value if any(is_of(k, run) for row in rows for k in part(row, "answers")) else None
-    return value if kind else None
+        rows = value["prompts"] if isinstance(value["prompts"], list) else []
+        answers = [part(row, "answers") for row in rows if isinstance(row, Mapping)]
+        return value if own or any(is_ours(name) for one in answers for name in one) else None
+    listed = value.get("adapters") if kind == "evaluate" else None
+    if isinstance(listed, list):
+        found = [one for one in listed if isinstance(one, Mapping)]
+        exact = [one for one in found if is_of(one.get("adapter_path"), folder)]
+        ours = exact or [one for one in found if is_ours(one.get("adapter_path"))]
+        return {**ours[0], "base": value.get("base")} if ours else None
+    if kind is None or "adapter_path" not in value:
+        return value if kind and (own or alone) else None
+    name = value["adapter_path"]  # None: the base alone
+    return value if name is not None and (own or is_ours(name)) else None
 
 
-def is_of(name: Any, run: Run) -> bool:
-    """Whether an adapter path that a command was given means this run's folder."""
-    return isinstance(name, str) and Path(name).resolve() == run.path.resolve()
+def is_of(name: Any, folder: Path) -> bool:
+    """Whether an adapter path that a command was given means this folder."""
+    return isinstance(name, str) and Path(name).resolve() == folder.resolve()
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -162,7 +180,9 @@ def _lines(path: Path, faults: list[str]) -> list[Mapping[str, Any]]:
         faults.append(f"{path} cannot be read: {error}")
         return []
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -179,15 +199,23 @@ def _results(path: Path, faults: list[str]) -> dict[str, Result]:
     They are known by what they hold, not by their names; the newest of a kind counts.
     """
     inside = [p for p in path.glob("*.json") if p.name not in OWN]
-    name = path.resolve().name
-    beside = path.resolve().parent
-    outside = [p for p in beside.glob("*.json") if p.name.startswith(f"{name}.")]
+    home = path.resolve()
+    folders = [p.name for p in home.parent.iterdir() if p.is_dir()]
+    outside = [p for p in home.parent.glob("*.json") if _owner(p.name, folders) == home.name]
     found: dict[str, Result] = {}
     for file in sorted((*outside, *inside), key=lambda p: p.stat().st_mtime):
         value = _read(file, faults)
-        if kind := kind_of(value):
-            found[kind] = Result(file, value, _stale(file, path))
+        kind = kind_of(value)
+        ours = _of_run(kind, value, path, own=True)
+        if kind and ours:
+            found[kind] = Result(file, ours, _stale(file, path))
     return found
+
+
+def _owner(file: str, folders: Sequence[str]) -> str | None:
+    """The folder that a file beside it is named after: of `fpo.long.json` fpo.long before fpo."""
+    named = [folder for folder in folders if file.startswith(f"{folder}.")]
+    return max(named, key=len, default=None)
 
 
 def _stale(file: Path, folder: Path) -> bool:

@@ -83,7 +83,7 @@ def _tells(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
     if key == CONTEXTS or (key == "sae" and len({text(v) for v in values}) == 1):
         return False
     return any(v not in (None, "", []) for v in values) and not any(
-        isinstance(v, Mapping) or str(v).startswith("http") for v in values
+        isinstance(v, Mapping) or str(v).startswith(("http://", "https://")) for v in values
     )
 
 
@@ -116,7 +116,7 @@ def answers(run: Run) -> Answers | None:
 
 def _answer(row: Mapping[str, Any], run: Run) -> Answer | None:
     texts = [
-        (run.name if is_of(name, run) else str(name), text(answer))
+        (run.name if is_of(name, run.path) else str(name), text(answer))
         for name, answer in part(row, "answers").items()
     ]
     return Answer(text(row.get("prompt")), texts) if texts else None

@@ -254,11 +254,11 @@ def settings(runs: Sequence[Run]) -> tuple[Table | None, Table | None]:
     names = list(dict.fromkeys(known))
     if not names:
         return None, None
-    defaults = [_defaults(run) for run in runs]
+    usual = [defaults(run) for run in runs]
     own, rest = [], []
     for name in names:
         cells = [text(run.settings.get(name)) for run in runs]
-        plain = [text(d.get(name)) for d in defaults]
+        plain = [text(d.get(name)) for d in usual]
         (rest if cells == plain and len(set(cells)) == 1 else own).append([name, *cells])
     head = ["Setting", *(run.name for run in runs)]
     given = Table("Settings that were chosen, or that differ", head, own, numeric=False)
@@ -266,7 +266,8 @@ def settings(runs: Sequence[Run]) -> tuple[Table | None, Table | None]:
     return given, left if rest else None
 
 
-def _defaults(run: Run) -> Mapping[str, Any]:
+def defaults(run: Run) -> Mapping[str, Any]:
+    """What every setting is where nobody says anything else, under the run's preset."""
     preset = PRESETS.get(str(run.settings.get("objective")), {})
     plain = {f.name: f.default for f in options().values()}
     plain |= {
