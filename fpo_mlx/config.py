@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
@@ -245,6 +246,7 @@ class RunConfig:
 
 
 SECTIONS = (DataConfig, ReferenceConfig, TrainConfig, Objective)
+PATHS = ("reference", "adapter_path", "init_adapter", "chat_template", "feature_weights")
 YAML_ONLY = ("lora_parameters", "lr_schedule", "optimizer_config")
 
 
@@ -276,6 +278,9 @@ def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig
             faults.append(str(error))
     if faults:
         raise ConfigError("\n".join(faults))
+    for name in PATHS:  # a shell does this for flags, nobody for YAML
+        if isinstance(path := values.get(name), str):
+            values[name] = os.path.expanduser(path)
     sections = [
         section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
         for section in SECTIONS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import os
 import platform
@@ -124,7 +125,7 @@ def hub(seconds: float) -> Finding:
     except urllib.error.HTTPError as e:  # it spoke, so it is there
         level: Level = "ok" if e.code < 500 and e.code not in (403, 407) else "note"
         return Finding("hub", f"{host} answers ({e.code})", level, "" if level == "ok" else advice)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:
         reason = getattr(e, "reason", e)
         return Finding("hub", f"{host} cannot be reached: {reason}", "note", advice)
 

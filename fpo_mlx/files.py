@@ -29,8 +29,13 @@ _FOREIGN = ("[write] ", "[save_safetensors] Failed to open", "Error while serial
 def atomic_path(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; it becomes `path` when the block ends without error.
 
+    Of a link it is the target that is replaced; a pipe or a device is written to as it is.
     Raises: FpoError when the system does not let it be written; what was there is untouched.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")  # keeps the suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,12 @@ from fpo_mlx.errors import ModelError
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.tiktoken"]
 
+# GPT-2's names of what all others call otherwise
+OLD_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+}
 NO_CODE = ["*.py", "*.pyc", "*.so", "*.sh"]  # "tokenizer*" would let tokenizer_x.py in
 
 
@@ -36,15 +42,19 @@ def resolve_model(spec: str | Path) -> Path:
             )
         )
     except Exception as error:  # huggingface_hub raises a dozen unrelated classes
+        why = next(iter(str(error).splitlines()), "no reason given")
         raise ModelError(
             f"{spec}: neither a local folder nor a model that could be downloaded "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the spelling, the "
-            "network and HF_TOKEN, or give a local folder."
+            f"({type(error).__name__}: {why}). Check the spelling, the network and HF_TOKEN, or "
+            "give a local folder."
         ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model folder; a multimodal one's text part is laid over the top level."""
+    """config.json of a model folder, under today's names.
+
+    A multimodal one's text part is laid over the top level. Raises: ModelError.
+    """
     try:
         config = files.parse_json((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -52,4 +62,6 @@ def read_config(path: Path) -> dict[str, Any]:
     inner = config.get("text_config") or {} if isinstance(config, dict) else None
     if not isinstance(inner, dict):
         raise ModelError(f"{path / 'config.json'}: wanted a JSON object, as a model folder has it.")
-    return {**config, **inner}
+    config = {**config, **inner}
+    old = {new: config[name] for new, name in OLD_NAMES.items() if name in config}
+    return {**old, **config}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fpo_mlx.errors import FpoError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
@@ -38,6 +41,14 @@ def acquire(path: Path, what: Path) -> int:
                 f"{what} is being written by {owner}. "
                 "Wait for it to end, or give this run another folder."
             ) from None
+        except OSError as error:
+            os.close(lock)
+            if error.errno not in NO_LOCKS:
+                raise
+            raise FpoError(
+                f"{what} cannot be locked against other writers: its file system has no locks "
+                f"({error.strerror}). Name a folder on a local disk."
+            ) from error
         except BaseException:
             os.close(lock)
             raise
@@ -75,6 +86,8 @@ def owner(path: Path) -> str | None:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+    except OSError:  # a file system without locks: nobody holds one
+        return None
     finally:
         os.close(lock)
     return None

@@ -74,7 +74,8 @@ class ChatTokenizer:
     @property
     def control_tokens(self) -> tuple[str, ...]:
         """Texts that the tokenizer reads as one control token wherever they stand."""
-        return tuple(sorted({text for text in self.raw.all_special_tokens if len(text) > 1}))
+        added = {t.content for t in self.raw.added_tokens_decoder.values() if t.special}
+        return tuple(sorted(t for t in added | set(self.raw.all_special_tokens) if len(t) > 1))
 
     def fingerprint(self) -> str:
         """sha256 over vocabulary, templates and their settings: whatever can change the tokens."""
@@ -167,7 +168,7 @@ def _own_templates(raw: Any) -> dict[str, str]:
 
 def _read_template(path: Path) -> dict[str, str]:
     try:
-        return {"default": Path(path).read_text(encoding="utf-8")}
+        return {"default": Path(path).read_text(encoding="utf-8-sig")}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: the chat template cannot be read: {error}. "

@@ -339,6 +339,52 @@ def test_encoding_what_is_no_array_is_refused(place, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
 
 
+def test_encoding_arrays_that_hold_no_numbers_is_refused(place, tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.zeros(3))
+    np.save(tmp_path / "y.npy", np.array(["a", "b"]))
+    for name, found in (("x.npz", "several arrays"), ("y.npy", "<U1")):
+        flags = ["--input", tmp_path / name, "--output", tmp_path / "acts.npy"]
+        refused(run("sae", "encode", "--sae", place / "sae", *flags), 1, name, found, "[N, D]")
+
+
+def test_the_same_sae_twice_is_refused(place):
+    flags = [*usual(place), "--sae", place / "sae"]
+    refused(run("precompute", *flags), 2, "--sae", "twice")
+
+
+def test_options_of_the_torch_backend_are_not_ignored_in_silence(place, tmp_path):
+    flags = [*usual(place, sae=None), "--objective", "dpo", "--output", tmp_path / "ref"]
+    refused(run("precompute", *flags, "--device", "cuda"), 2, "--device cuda", "--backend torch")
+    done = run("precompute", *flags, "--tokens-per-batch", 9)
+    assert done.exit_code == 0, done.stderr
+    assert "--tokens-per-batch 9 is for --backend torch" in done.stderr
+
+
+def test_a_run_without_saes_reads_a_cache_that_has_some_and_does_not_extend_it(place, tmp_path):
+    """It says so before a model is loaded, and does not blame the data."""
+    import shutil
+
+    shutil.copytree(place / "ref", tmp_path / "ref")
+    flags = [*usual(place, sae=None), "--objective", "dpo", "--output", tmp_path / "ref"]
+    assert run("precompute", *flags).exit_code == 0
+    lines(tmp_path / "data" / "train.jsonl", *ROWS, {**ROWS[0], "chosen": "New."})
+    refused(
+        run("precompute", *flags, "--data", tmp_path / "data"),
+        1,
+        "can be read here and not extended",
+    )
+
+
+def test_a_home_folder_in_yaml_is_expanded(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("reference: ~/ref\nadapter_path: ~/a\nobjective: dpo\n")
+    done = train(place, tmp_path / "unused", "-c", tmp_path / "run.yaml", sae=None)
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "ref" / "manifest.json").exists()
+    assert not (tmp_path / "~").exists()
+
+
 def test_cache_commands_show_verify_merge_and_export(place, tmp_path):
     ref = place / "ref"
     shown = run("cache", "info", ref, "--json", tmp_path / "info.json")

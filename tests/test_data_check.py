@@ -179,6 +179,13 @@ def test_the_report_is_plain_json(tokenizer):
     }  # fmt: skip
 
 
+def test_rows_that_differ_in_their_tools_are_no_duplicates():
+    tools = [[{"type": "function", "function": {"name": name}}] for name in "ab"]
+    same, other = ({**PAIR, "tools": t} for t in tools)
+    assert not [f for f in check(same, other).findings if f.kind == "duplicate"]
+    assert [f for f in check(same, same).findings if f.kind == "duplicate"]
+
+
 def test_the_clean_set_is_read_without_a_fault_and_has_no_findings(tmp_path, tokenizer):
     keep = {**PAIR, "note": "é \ud800", "prompt": "Kept"}
     folder = tmp_path / "in"

@@ -131,7 +131,11 @@ FEEDBACK = {
 def test_the_splits_of_ultrafeedback_are_found(hub):
     asked = hub({"train_sft": [{"x": 1}], "train_prefs": [FEEDBACK] * 3, "test_prefs": [FEEDBACK]})
     found = find_splits("owner/feedback")
-    assert found == {"train": "train_prefs", "valid": "test_prefs", "test": "test_prefs"}
+    # what was looked at in training is no test by itself, but may be called one
+    assert found == {"train": "train_prefs", "valid": "test_prefs"}
+    assert find_splits("owner/feedback", HubSplits(test="test_prefs"))["test"] == "test_prefs"
+    with pytest.raises(FpoError, match=r"no test split; .*--test-split NAME"):
+        read_split("owner/feedback", "test")
     rows = read_split("owner/feedback", "train")
     assert [row.where for row in rows] == [f"owner/feedback[train_prefs]:{n}" for n in (1, 2, 3)]
     assert rows[0].chosen == ({"role": "assistant", "content": "A"},)

@@ -257,6 +257,13 @@ def test_a_plain_answer_that_begins_with_human_is_no_transcript():
     assert row.chosen == (bot("Human: me"),)
 
 
+def test_a_transcript_with_windows_line_ends_is_the_same_pair():
+    row = {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"}
+    windows = {key: text.replace("\n", "\r\n") for key, text in row.items()}
+    assert parse_row(windows) == parse_row(row)
+    assert parse_row(windows).chosen == (bot("A"),)
+
+
 TEXTS = st.sampled_from(["", " ", "Q", "A", "\n\nHuman: Q\n\nAssistant: A", "\ud800", "[]"])
 ROLES = st.sampled_from(["system", "user", "assistant", "tool", "human", 3, None])
 LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.text())

@@ -94,6 +94,11 @@ def test_a_hub_that_is_not_there_is_a_note_with_a_way_out(monkeypatch):
     assert "local folders" in found.advice
 
 
+def test_a_hub_whose_address_is_none_is_a_note(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://local host:1")
+    assert doctor.hub(1.0).level == "note"
+
+
 def test_sizes_count_every_file_once(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "one").write_bytes(b"x" * 1000)

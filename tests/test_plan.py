@@ -185,3 +185,47 @@ def test_bad_inputs_of_plan_are_one_plain_message(place, words, code, text):
     assert result.exit_code == code
     assert text in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """Whose config.json has other names than everyone's."""
+    from test_cli import ROWS, lines, random_sae
+
+    from fpo_mlx.sae.convert import write_saelens
+
+    root = tmp_path_factory.mktemp("gpt2")
+    tiny_models.tiny_gpt2(root / "model", tokenizer=True)
+    write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
+    lines(root / "data" / "train.jsonl", *ROWS)
+    return root
+
+
+@pytest.mark.parametrize("command", ["sae info", "plan", "precompute", "train"])
+def test_gpt2_goes_through_every_command(gpt2, tmp_path, monkeypatch, command):
+    from test_cli import run, usual
+
+    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
+    words = {
+        "sae info": [gpt2 / "sae", "--model", gpt2 / "model"],
+        "plan": [*usual(gpt2), "--top-k", 5],
+        "precompute": [*usual(gpt2), "--output", tmp_path / "ref"],
+        "train": [*usual(gpt2), "--top-k", 5, "--iters", 1, "--adapter-path", tmp_path / "a"],
+    }[command]
+    done = run(*command.split(), *words)
+    assert done.exit_code == 0, done.stderr
+    assert done.exception is None
+
+
+def test_what_a_published_config_leaves_out_is_the_models_own_default(tmp_path):
+    """Gemma 3's has neither the vocabulary nor the heads, on either level."""
+    from fpo_mlx.hub import read_config
+    from fpo_mlx.model.load import load_model
+    from fpo_mlx.pipeline.plan import shape_of
+
+    folder = tiny_models.tiny_gemma3(tmp_path / "model")
+    model, whole = load_model(folder).model, read_config(folder)
+    wanted = shape_of(model, whole, share_prompt=True)
+    left_out = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    config = {k: v for k, v in whole.items() if k not in left_out}
+    assert shape_of(model, config, share_prompt=True) == wanted

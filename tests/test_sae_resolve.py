@@ -307,6 +307,16 @@ def test_a_model_without_saes_gets_none():
     assert registry.fits({}) == []
 
 
+def test_a_release_whose_name_begins_as_anothers_has_its_own_facts():
+    """…-transcoders and …-transcoders-lowl0 are two releases, with pages of their own."""
+    for name in ("mwhanna-qwen3-14b-transcoders", "mwhanna-qwen3-14b-transcoders-lowl0"):
+        release = registry.named(name)
+        assert release is not None
+        for rule in release.rules[:3]:
+            for place in (f"{release.repo}/{rule.path}", f"/x/{name}/{rule.path}"):
+                assert registry.facts(place) == rule
+
+
 def test_every_row_of_the_table_is_well_formed():
     from fpo_mlx.records import SITE_KINDS
     from fpo_mlx.sae import FORMATS

@@ -461,6 +461,26 @@ def test_the_look_is_bounded():
     assert len(beginnings(pairs[:3])) == 3
 
 
+@pytest.mark.parametrize("kind", ["pairs", "chats", "a few long prompts"])
+def test_passages_are_spread_over_the_whole_data(place, kind):
+    from fpo_mlx.data import read_passages
+    from fpo_mlx.data.read import RawRow
+    from fpo_mlx.tokenizer import load_tokenizer
+
+    def record(n: int) -> dict:
+        if kind == "chats":
+            return {"messages": [{"role": "user", "content": f"Say {n}, please."}]}
+        long = kind == "a few long prompts" and n % 3 == 0
+        return {"prompt": "Q? " * (200 if long else 1), "chosen": f"Yes {n}.", "rejected": "No."}
+
+    rows = [RawRow(record(n), f"{n}", n) for n in range(1000)]
+    found = read_passages(rows, load_tokenizer(place / "model"), 40, 128)
+    assert len(found) == 40
+    seen = [int(p.where) for p in found]
+    assert seen == sorted(seen)
+    assert max(np.diff([0, *seen, 1000])) < 80
+
+
 def test_vectors_by_heads_are_encoded_side_by_side(place, tmp_path):
     x = np.random.default_rng(0).normal(size=(3, 4, WIDTH // 4)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)

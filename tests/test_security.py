@@ -198,6 +198,17 @@ def test_a_model_id_cannot_be_a_path_out_of_the_cache():
             hub.resolve_model(spec)
 
 
+def test_a_hub_that_fails_without_a_word_is_a_plain_error(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FpoError, match="ConnectionError: no reason given"):
+        hub.resolve_model("owner/model")
+
+
 def test_every_test_that_the_page_names_exists():
     page = (ROOT / "SECURITY.md").read_text()
     named = re.findall(r"`((?:tests|scripts)/\w+\.py)`", page)

@@ -80,6 +80,18 @@ def test_no_chat_template_is_an_error_that_names_the_flag(tmp_path):
         load_tokenizer(folder)
 
 
+def test_control_tokens_are_all_that_are_read_as_one_wherever_they_stand(folder):
+    """Llama 3 names three of its control tokens in the configuration, and has hundreds."""
+    from transformers import AddedToken
+
+    tokenizer = load_tokenizer(folder)
+    assert "<|im_end|>" in tokenizer.control_tokens
+    more = [AddedToken("<|header|>", special=True), AddedToken("<|plain|>", special=False)]
+    tokenizer.raw.add_tokens(more)
+    assert "<|header|>" in tokenizer.control_tokens
+    assert "<|plain|>" not in tokenizer.control_tokens
+
+
 def test_a_chat_template_file_takes_the_place_of_the_models_own(tmp_path, folder):
     bare = build_tiny_tokenizer(tmp_path / "tok", template=None)
     file = tmp_path / "chat.jinja"
@@ -87,6 +99,8 @@ def test_a_chat_template_file_takes_the_place_of_the_models_own(tmp_path, folder
     given = load_tokenizer(bare, chat_template=file)
     assert given.conversation_tokens(WHOLE) == load_tokenizer(folder).conversation_tokens(WHOLE)
     assert given.fingerprint() == load_tokenizer(folder).fingerprint()
+    file.write_text(CHATML, encoding="utf-8-sig")  # as some editors write it
+    assert load_tokenizer(bare, chat_template=file).fingerprint() == given.fingerprint()
     with pytest.raises(ConfigError, match=r"absent\.jinja: the chat template cannot be read"):
         load_tokenizer(bare, chat_template=tmp_path / "absent.jinja")
 

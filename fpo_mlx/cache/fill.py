@@ -72,10 +72,13 @@ def fill(
     """Score every pair that has a row missing, one shard at a time, and say so after each.
 
     score is called with one group of the plan at a time. A kill at any point loses the group in
-    work, nothing else. Raises FpoError on values that are not finite (the shards before it stay).
+    work, nothing else. Raises CacheMismatch for a cache that can only be read, FpoError on values
+    that are not finite (the shards before it stay).
     """
     with cache.writing():  # first, for another writer may just have finished a part of it
         groups = plan(cache, pairs, shard_pairs)
+        if groups:
+            cache.check_extendable()
         total = sum(map(len, groups))
         state = FillReport(pairs=0, total_pairs=total, rows=0, shards=0, tokens=0)
         for group in groups:

@@ -40,7 +40,7 @@ def check_score(where: str, score: ResponseScore, n_saes: int) -> None:
     if not np.isfinite(score.logps):
         raise FpoError(
             f"{where}: the reference model's log-prob is {score.logps}, not a finite number. "
-            "The model overflows: try --dtype float32, or check the weights."
+            "The model overflows: try --backend torch --dtype float32, or check the weights."
         )
     if score.tokens < 1 or len(score.features) != n_saes:
         raise FpoError(
@@ -62,7 +62,7 @@ def _check_features(where: str, pooled: SparseFeatures) -> None:
         bad = int(indices[np.argmin(finite)])
         raise FpoError(
             f"{where}: pooled feature {bad} is not a finite float32. "
-            "The activations overflow: try --dtype float32, or check the SAE."
+            "The activations overflow: try --backend torch --dtype float32, or check the SAE."
         )
 
 

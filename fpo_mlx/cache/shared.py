@@ -49,6 +49,7 @@ def fill_shared(
         raise FpoError(f"rank {rank} of {world} processes: wanted a rank from 0 to {world - 1}.")
     folder = Path(folder)
     cache = open_cache(folder, identity, create=True)
+    cache.check_extendable()
     if world == 1 and not (folder / PARTS).exists():
         return fill(cache, pairs, score, shard_pairs=shard_pairs, report=report)
     groups = _groups(cache, pairs, shard_pairs)

@@ -143,7 +143,7 @@ class ReferenceCache:
         Raises FpoError on values that are not finite, CacheMismatch when this run may not write
         here (another identity), FpoError when another process writes.
         """
-        self._refuse_unless_same(self.wanted)
+        self.check_extendable()
         with self.writing():
             new = {key: score for key, score in rows if key not in self._rows}
             if new:
@@ -163,6 +163,13 @@ class ReferenceCache:
             if new:
                 self._write(shard.path.read_bytes())
         return len(new)
+
+    def check_extendable(self) -> None:
+        """Raises CacheMismatch when this run's rows would not fit to those that are there.
+
+        Such a cache can be read all the same: a run without SAEs reads one that has some.
+        """
+        self._refuse_unless_same(self.wanted)
 
     def _refuse_unless_same(self, identity: CacheIdentity) -> None:
         if not same_values(self.identity, identity):

@@ -35,11 +35,13 @@ def check(fix, json_path, **values) -> None:
     """
     from fpo_mlx import pipeline
 
-    report = pipeline.check(gather(values), fix=fix, say=say)
+    config = gather(values)
+    unit = "tokens" if config.reference.model else "letters"
+    report = pipeline.check(config, fix=fix, say=say)
     write_json(json_path, report.as_dict())
     table(
         [
-            ("split", "rows", "refused", "clean", "chosen tokens", "rejected tokens", "longer"),
+            ("split", "rows", "refused", "clean", f"chosen {unit}", f"rejected {unit}", "longer"),
             *(
                 (name, s.rows, s.refused, s.clean, s.chosen_length, s.rejected_length,
                  f"{s.longer_chosen:.0%} chosen")

@@ -310,7 +310,8 @@ def _summary(total: int, rows: Sequence[_Usable], clean: int) -> SplitSummary:
 
 def _keys(row: PreferenceRow) -> tuple[str, str, str]:
     prompt, chosen, rejected = (
-        json.dumps(turns, sort_keys=True) for turns in (row.prompt, row.chosen, row.rejected)
+        json.dumps(part, sort_keys=True)
+        for part in ((row.prompt, row.tools), row.chosen, row.rejected)
     )
     return prompt, chosen, rejected
 

@@ -5,6 +5,7 @@ Rows: a preference pair in any form of `rows`; {"messages": [...]} (a chat); {"t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -38,8 +39,9 @@ def read_passages(
     Raises DataError for a row that cannot be used, or when nothing fits into max_tokens.
     """
     found: list[Passage] = []
-    for row in spread(rows, count):
-        found += _passages(row, tokenizer, max_tokens, columns)
+    for wanted in (math.ceil(count / 2), count):  # a pair gives two
+        picked = spread(rows, wanted)
+        found = [p for row in picked for p in _passages(row, tokenizer, max_tokens, columns)]
         if len(found) >= count:
             break
     if not found:
@@ -47,7 +49,7 @@ def read_passages(
             f"none of the rows that were looked at fits into {max_tokens} tokens (the first: "
             f"{rows[0].where}). Raise --max-seq-length."
         )
-    return found[:count]
+    return spread(found, count)
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:

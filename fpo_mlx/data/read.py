@@ -193,7 +193,9 @@ def _hub_splits(source: str, hub: HubSplits) -> dict[str, Path | str]:
         wanted = (asked,) if asked else _HUB_NAMES[split]
         name = next((name for name in wanted if name in names), None)
         if name is not None:
-            found[split] = name
+            # rows that were looked at in training are no test, unless somebody says so
+            if asked or name not in found.values():
+                found[split] = name
         elif asked:
             raise FpoError(
                 f"{source}: no split {asked!r} (--{split}-split); it has {', '.join(names)}."

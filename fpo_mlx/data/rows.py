@@ -20,8 +20,8 @@ from fpo_mlx.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _KEPT_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-_TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
-_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ \t]*")
+_TRANSCRIPT = re.compile(r"\s*Human:.*\r?\n\r?\nAssistant:", re.DOTALL)
+_TURN = re.compile(r"(?:\A|\r?\n\r?\n)(Human|Assistant):[ \t]*")
 
 Message = dict[str, Any]
 Turns = tuple[Message, ...]

@@ -96,6 +96,8 @@ def open_saes(
             "(`fpo-mlx sae list` names public ones), or choose --constraint activations, kl or "
             "none."
         )
+    if len(set(ref.sae)) < len(ref.sae):
+        raise ConfigError(f"--sae: the same one stands there twice: {', '.join(ref.sae)}.")
     if len(ref.sae) > 1 and ref.layer is not None:
         raise ConfigError("--layer speaks of one SAE; with several, their own metadata decides.")
     opened = []

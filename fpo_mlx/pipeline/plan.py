@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from fpo_mlx import plan as model_of
@@ -140,13 +141,15 @@ def shape_of(model: Any, config: Mapping[str, Any], *, share_prompt: bool) -> Mo
     """Of a model of mlx-lm without adapters, whose weights need not have been read."""
     import mlx.core as mx
 
+    from fpo_mlx.model.heads import vocab_size
     from fpo_mlx.model.policy import plain_caches
     from fpo_mlx.model.trees import arrays_of, blocks_of, float_dtype
 
     cpu = mx.default_device() == mx.cpu  # there load_model makes float32 of everything
     arrays = arrays_of(model.parameters())
-    hidden, heads = int(config["hidden_size"]), int(config.get("num_attention_heads") or 1)
-    experts = _experts_share(config)
+    stated = _stated(model, config)
+    hidden, heads = int(stated["hidden_size"]), int(stated.get("num_attention_heads") or 1)
+    experts = _experts_share(stated)
     blocks = blocks_of(model)
     parameters = sum(
         _values(blocks[0], name, array) * (experts if "switch" in name else 1)
@@ -158,16 +161,24 @@ def shape_of(model: Any, config: Mapping[str, Any], *, share_prompt: bool) -> Mo
         blocks=len(blocks),
         hidden=hidden,
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        inner=_inner(config, hidden),
-        vocab=int(config["vocab_size"]),
+        kv_heads=int(stated.get("num_key_value_heads") or heads),
+        head_dim=int(stated.get("head_dim") or hidden // heads),
+        inner=_inner(stated, hidden),
+        vocab=vocab_size(model, stated),
         weights=widened if cpu else stored,
         block_parameters=round(parameters),
         value_bytes=4 if cpu else float_dtype(model).size,
         shares_prompt=share_prompt and plain_caches(model) > 0,
         fused_attention=not cpu,
     )
+
+
+def _stated(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json, and mlx-lm's own values of what it leaves out, as Gemma 3's does."""
+    found: dict[str, Any] = {}
+    for part in (model, getattr(model, "language_model", None)):
+        found |= vars(getattr(part, "args", None) or SimpleNamespace())
+    return found | {name: value for name, value in config.items() if value is not None}
 
 
 def _values(root: Any, name: str, array: Any) -> int:

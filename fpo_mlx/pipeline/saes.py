@@ -84,6 +84,9 @@ def sae_encode(config: RunConfig, *, input: Path, output: Path, say: Say) -> tup
         raise FpoError(
             f"{input} cannot be read as an array: {error}. Wanted a .npy file of [N, D] floats."
         ) from error
+    if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiu":
+        found = getattr(vectors, "dtype", "an archive of several arrays")
+        raise FpoError(f"{input}: found {found}, wanted a .npy file of [N, D] floats.")
     sae = read_sae(config.reference.sae[0], config, say)
     if vectors.ndim > 2 and np.prod(vectors.shape[1:]) == sae.d_in:  # [N, heads, head size]
         vectors = vectors.reshape(len(vectors), -1)

@@ -116,6 +116,7 @@ def fill_cache(
     if not agree(folder, bool(lacking)):
         store.tidy()
         return store
+    store.check_extendable()  # before the model is loaded
     say(f"scoring {len(lacking)} of {len(pairs)} pairs with the reference into {folder}")
     engine = open_engine(job, adapter=adapter, backend=backend, device=device, say=say)
     if share.rank == 0:
@@ -170,6 +171,10 @@ def open_engine(
     )
     for note in engine.notes:
         say(note)
+    for flag in ("dtype", "tokens_per_batch") if backend == "mlx" else ():
+        if (value := getattr(job.config.reference, flag)) is not None:
+            name = flag.replace("_", "-")
+            say(f"--{name} {value} is for --backend torch; mlx computes in the model's own type")
     return engine
 
 

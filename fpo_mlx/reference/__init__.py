@@ -63,6 +63,8 @@ def open_backend(
             f"--backend {name}: the package {name} is not installed here. Install it with "
             f"`pip install '{extra}'`, or use --backend {other}."
         )
+    if name == "mlx" and device is not None:
+        raise ConfigError(f"--device {device} is for --backend torch, and this is mlx.")
     if name == "mlx":
         from fpo_mlx.reference.mlx_backend import MlxBackend
 

@@ -103,8 +103,8 @@ def facts(name: str) -> Rule | None:
     text = name.replace("--", "/")
     best = None
     for release in releases():
-        in_repo = release.repo in text
-        if not in_repo and release.release not in text:
+        in_repo = _has(text, release.repo)
+        if not in_repo and not _has(text, release.release):
             continue
         for rule in release.rules:
             ends = (rule.path,) if in_repo else (rule.path, rule.sae_id)
@@ -112,6 +112,11 @@ def facts(name: str) -> Rule | None:
             if hit and (best is None or _rank(rule) < _rank(best)):
                 best = rule
     return best
+
+
+def _has(text: str, name: str) -> bool:
+    """Whether a path has this name, and not only one that begins or ends with it."""
+    return re.search(rf"(?:^|/){re.escape(name)}(?=$|[/|@])", text) is not None
 
 
 def _rank(rule: Rule) -> int:
