@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 mx = pytest.importorskip("mlx.core")
 
+from fpo_mlx import locks  # noqa: E402
 from fpo_mlx.cli import main  # noqa: E402
 from fpo_mlx.errors import FpoError  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
@@ -171,6 +172,139 @@ def test_a_store_is_written_once_and_refused_for_another_site(llama, corpus, tmp
     assert "site" in other.output
 
 
+def stopped_after(updates: int, *words):
+    """Run and stop, as Ctrl-C does."""
+    with pytest.MonkeyPatch.context() as patch:
+        asked = iter(range(1, 1000))
+        patch.setattr(
+            "fpo_mlx.cli.sae_train.on_signal",
+            lambda: lambda: 143 if next(asked) >= updates else None,
+        )
+        done = run(*words)
+    assert done.exit_code == 143, done.output
+
+
+def test_chunks_smaller_than_a_batch_end_no_run(llama, corpus, tmp_path):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--memory-gb", 1.9e-5)
+    straight = run(*words, "--output", tmp_path / "straight")
+    assert straight.exit_code == 0, straight.output
+    last = (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["step"] == 40
+    stopped_after(31, *words, "--output", tmp_path / "cut")
+    done = run(*words, "--output", tmp_path / "cut", "--resume")
+    assert done.exit_code == 0, done.output
+    made = [(tmp_path / name / finish.WEIGHTS).read_bytes() for name in ("straight", "cut")]
+    assert made[0] == made[1]
+
+
+def test_a_bound_below_one_batch_is_one_plain_message(llama, corpus, tmp_path):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--memory-gb", 5e-6)
+    done = run(*words, "--output", tmp_path / "o")
+    assert done.exit_code == 1, done.output
+    assert "--memory-gb has room for 39 activations" in done.output
+    assert "batch of 64" in done.output
+
+
+def test_a_store_of_another_split_is_refused(llama, corpus, tmp_path):
+    """Both splits hold out documents behind those that the norm limit is measured on."""
+    words = ("--model", llama, "--data", corpus, *QUICK, "--store", tmp_path / "acts")
+    words = (*words, "--seed", 2)
+    held = [
+        texts.split_held_out(items_of(corpus, load_tokenizer(llama)), share, 2, 10**9)[1]
+        for share in (0.005, 0.02)
+    ]
+    assert len(held[0]) < len(held[1])
+    first = run(*words, "--held-out", 0.005, "--output", tmp_path / "a")
+    assert first.exit_code == 0, first.output
+    about = json.loads((tmp_path / "acts" / "store.json").read_text())
+    other = run(*words, "--held-out", 0.02, "--output", tmp_path / "b")
+    assert other.exit_code == 2, other.output
+    assert "training_documents" in other.output
+    assert "norm_limit" not in other.output  # the split alone
+    assert "--held-out" in other.output
+    assert not (tmp_path / "b" / "cfg.json").exists()
+    del about["training_documents"]
+    (tmp_path / "acts" / "store.json").write_text(json.dumps(about))
+    old = run(*words, "--held-out", 0.005, "--output", tmp_path / "c")
+    assert old.exit_code == 2, old.output
+    assert "written again" in old.output
+
+
+def items_of(corpus, tokenizer):
+    return texts.read_documents(str(corpus), tokenizer, max_length=1024).items
+
+
+@pytest.mark.parametrize("stored_first", [True, False])
+def test_a_store_is_not_put_under_a_run_half_way(llama, corpus, tmp_path, stored_first):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--output", tmp_path / "o")
+    store = ("--store", tmp_path / "acts")
+    first, then = (store, ()) if stored_first else ((), store)
+    stopped_after(5, *words, *first)
+    refused = run(*words, *then, "--resume")
+    assert refused.exit_code == 2, refused.output
+    assert "--store" in refused.output
+    assert "chunks" in refused.output
+    assert (tmp_path / "acts").exists() == stored_first  # nothing was written in vain
+    done = run(*words, *first, "--resume")
+    assert done.exit_code == 0, done.output
+
+
+def test_a_store_may_have_moved_when_a_run_goes_on(llama, corpus, tmp_path):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--output", tmp_path / "o")
+    stopped_after(5, *words, "--store", tmp_path / "acts")
+    (tmp_path / "acts").rename(tmp_path / "elsewhere")
+    done = run(*words, "--store", tmp_path / "elsewhere", "--resume")
+    assert done.exit_code == 0, done.output
+
+
+def test_a_resumed_run_says_that_a_new_budget_has_no_effect(llama, corpus, tmp_path):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--output", tmp_path / "o")
+    stopped_after(5, *words)
+    done = run(*words, "--resume", "--passes", 1)
+    assert done.exit_code == 0, done.output
+    assert "keeps its 40 updates: --passes has no effect on --resume" in done.output
+    again = run(*words, "--resume")
+    assert "no effect" not in again.output
+
+
+def test_a_run_clears_what_a_killed_one_left(llama, corpus, tmp_path):
+    out, acts = tmp_path / "o", tmp_path / "acts"
+    out.mkdir()
+    acts.mkdir()
+    dead = [out / f".tmp-1-{name}" for name in ("checkpoint.safetensors", "run.json")]
+    dead += [acts / f".tmp-1-{name}" for name in ("rows.npy", "store.json")]
+    for path in (*dead, out / ".tmp-1-mine.txt"):
+        path.write_text("half")
+    for folder in (out / ".tmp-1-.export", out / ".export"):  # .export: killed while moving it
+        folder.mkdir()
+        (folder / "README.md").write_text("half")
+        dead.append(folder)
+    words = ("--model", llama, "--data", corpus, *QUICK, "--output", out, "--store", acts)
+    with locks.held(out / "writer.lock", out):
+        assert "being written" in run(*words).output
+    assert all(path.exists() for path in dead)
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    assert not [path for path in dead if path.exists()]
+    assert (out / ".tmp-1-mine.txt").exists()
+    assert {p.name for p in acts.iterdir()} == {"rows.npy", "store.json"}
+
+
+def test_too_few_held_out_positions_cost_the_figures_and_not_the_sae(llama, tmp_path):
+    path = tmp_path / "letters.jsonl"
+    path.write_text("".join(json.dumps({"text": chr(97 + i % 26)}) + "\n" for i in range(60)))
+    out = tmp_path / "o"
+    done = run("--model", llama, "--data", path, "--output", out, "--held-out", 1e-3,
+               "--training-tokens", 64, "--batch-size", 16, "--width", 64, "--k", 6,
+               "--json", tmp_path / "figures.json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert done.output.index("--held-out") < done.output.index("updates of 16 tokens")
+    assert load_sae(out).n_features == 64
+    assert "fvu" not in json.loads((tmp_path / "figures.json").read_text())
+    assert "held-out rows" not in (out / "README.md").read_text()
+    assert "no two differ" in done.output
+
+
 def documents_of(tmp_path, tokenizer, rows, **options):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -227,6 +361,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path, tokenizer):
         (["--site", "nowhere"], 2, "resid_post"),
         (["--minutes", "1", "--training-tokens", "5"], 2, "exclude each other"),
         (["--held-out", "1"], 2, "--held-out"),
+        (["--seed", "-1"], 2, "--seed -1: wanted 0 or more"),
         (["--width", "60", "--matryoshka"], 2, "8 divides"),
         (["--batch-size", "8", "--micro-batch-size", "9"], 2, "larger than --batch-size"),
         (["--batch-size", "100000"], 1, "fewer than one batch"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -13,13 +15,14 @@ from hypothesis import strategies as st
 
 mx = pytest.importorskip("mlx.core")
 
+from fpo_mlx import locks  # noqa: E402
 from fpo_mlx.core import dictionary  # noqa: E402
 from fpo_mlx.core.dictionary import Rule  # noqa: E402
 from fpo_mlx.errors import ConfigError, Diverged, FpoError, Interrupted, ModelError  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
 from fpo_mlx.sae import load_sae  # noqa: E402
 from fpo_mlx.sae.encode import decode, encode  # noqa: E402
-from fpo_mlx.saetrain import finish, rows, state, trainer  # noqa: E402
+from fpo_mlx.saetrain import activations, finish, rows, state, trainer  # noqa: E402
 from fpo_mlx.saetrain.rows import Position  # noqa: E402
 from fpo_mlx.saetrain.texts import Document  # noqa: E402
 from fpo_mlx.saetrain.trainer import Plan  # noqa: E402
@@ -248,6 +251,123 @@ def test_a_batch_is_a_function_of_its_position():
 def test_too_few_activations_for_a_batch_are_refused():
     with pytest.raises(FpoError, match="fewer than one batch of 64"):
         next(rows.batches(rows.from_array(np.zeros((63, 4))), 64, 0, Position()))
+
+
+def test_a_chunk_smaller_than_a_batch_is_passed_over():
+    sizes = (100, 20, 130)
+    source = rows.Source(lambda number: np.full((sizes[number % 3], 1), number), 3)
+    stream = rows.batches(source, 64, 0, Position())
+    seen = [next(stream) for _ in range(9)]
+    assert [int(batch[0, 0]) for batch, _ in seen] == [0, 2, 2, 3, 5, 5, 6, 8, 8]
+    for (_, at), (wanted, behind) in zip(seen, seen[1:], strict=False):
+        again, position = next(rows.batches(source, 64, 0, at))
+        assert position == behind
+        np.testing.assert_array_equal(again, wanted)
+
+
+def test_chunks_that_are_all_smaller_than_a_batch_are_refused():
+    asked = []
+    source = rows.Source(lambda number: asked.append(number) or np.zeros((63 - number % 2, 1)), 2)
+    with pytest.raises(FpoError, match="fewer than one batch of 64"):
+        next(rows.batches(source, 64, 0, Position()))
+    assert len(asked) <= 6
+
+
+def test_a_bound_below_one_batch_is_refused_before_anything_is_computed():
+    with pytest.raises(FpoError, match="--memory-gb has room for 20 .* batch of 64"):
+        rows.from_documents(documents(*[11] * 30), pytest.fail, rows=20, seed=0, least=64)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(2, 30), min_size=8, max_size=30), st.integers(58, 90))
+def test_every_chunk_has_a_batch_and_the_bound_is_kept(lengths, bound):
+    def rows_of(part):
+        return np.zeros((sum(int(item.keep.sum()) for item in part), 1))
+
+    source = rows.from_documents(documents(*lengths), rows_of, rows=bound, seed=3, least=30)
+    if source.chunks > 1:
+        assert all(30 <= len(source.chunk(number)) <= bound for number in range(9))
+
+
+class FakeTap:
+    """Stands in for a tap: what the backbone appends to `seen` is what it recorded."""
+
+    @contextmanager
+    def recording(self):
+        self.seen = []
+        yield self.seen
+
+
+def fake_reader(width: int, limit: float = float("inf")) -> activations.Reader:
+    """A model whose activation of a token is the token, `width` times."""
+    tap = FakeTap()
+
+    def backbone(tokens):
+        wide = tokens[..., None].astype(mx.float32)
+        tap.seen.append(mx.broadcast_to(wide, (*tokens.shape, width)))
+
+    return activations.Reader(backbone, tap, Site(0), 1e-6, 1.0, limit)  # type: ignore[arg-type]
+
+
+def test_activations_stay_near_their_bound_of_memory():
+    width, bound = 256, 16_384
+    reader = fake_reader(width, limit=16 * 290.0)  # norms are 16 times the token
+    items = documents(*range(101, 301), *range(101, 301))
+    source = rows.from_documents(items, reader.rows, rows=bound, seed=0, least=512)
+    assert source.chunks > 3
+    stream = rows.batches(source, 512, 0, Position())
+    next(stream)
+    tracemalloc.start()
+    at = Position()
+    while at.chunk < source.chunks + 2:
+        batch, at = next(stream)
+        assert batch.max() <= 290
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    row = 4 * width
+    assert peak <= 1.5 * bound * row + 3 * activations.BATCH_TOKENS * row
+
+
+def test_rows_are_in_the_documents_order_and_within_the_limit():
+    items = documents(9, 4, 30, 4, 7)
+    found = fake_reader(3).rows(items)
+    assert found.dtype == np.float32
+    wanted = np.repeat([9, 4, 30, 4, 7], [8, 3, 29, 3, 6])
+    np.testing.assert_array_equal(found, np.repeat(wanted[:, None], 3, axis=1))
+    few = fake_reader(3, limit=9 * 3**0.5 + 0.01).rows(items)
+    np.testing.assert_array_equal(few, found[wanted <= 9])
+
+
+def test_activations_that_are_not_finite_are_refused():
+    reader = fake_reader(3)
+    tap = reader.tap
+    broken = replace(reader, backbone=lambda t: tap.seen.append(mx.full((*t.shape, 3), mx.inf)))
+    with pytest.raises(ModelError, match="not finite"):
+        broken.rows(documents(5, 6))
+
+
+def test_rows_that_do_not_vary_have_no_figures():
+    run, rule = start(small(), factors(300)[1]), small()
+    data = factors(301)[1]
+    sae = finish.finished(run, rule, data, site=Site(0), model_name="m")
+    for held in (data[:0], data[:1], np.repeat(data[:1], 5, axis=0)):
+        assert finish.measure(sae, held) is None
+    found = finish.measure(sae, data[:2])
+    assert found is not None
+    assert found.rows == 2
+
+
+def test_a_new_writer_of_a_store_clears_what_a_killed_one_left(tmp_path):
+    for name in (".tmp-1-rows.npy", ".tmp-1-store.json", ".tmp-1-mine.txt"):
+        (tmp_path / name).write_text("half")
+    with (
+        locks.held(tmp_path / rows.STORE_LOCK, tmp_path),
+        pytest.raises(FpoError, match="being written"),
+    ):
+        rows.write_store(tmp_path, iter([np.zeros((2, 3))]), {})
+    assert len(list(tmp_path.glob(".tmp-*"))) == 3
+    rows.write_store(tmp_path, iter([np.zeros((2, 3))]), {})
+    assert {p.name for p in tmp_path.iterdir()} == {"rows.npy", "store.json", ".tmp-1-mine.txt"}
 
 
 def test_a_store_gives_back_its_rows_and_what_they_are_of(tmp_path):

@@ -32,6 +32,7 @@ HELD_OUT_MOST = 65_536
 MOST_POSITIONS = 20_000_000  # that are tokenized where the budget is a time
 LOSS_DOCUMENTS, LOSS_TOKENS = 16, 256  # held out, that the loss with the SAE spliced in is taken on
 WARM_STEPS = 3  # of a throw-away copy, to measure speed
+TRAINING_DOCUMENTS = "training_documents"  # in what a store says of itself: their fingerprint
 
 
 @dataclass(frozen=True)
@@ -77,26 +78,15 @@ def sae_train(
 
     arm: called when training begins; gives what is asked whether to stop.
     """
-    from fpo_mlx.saetrain import finish, state, trainer
+    from fpo_mlx.saetrain import finish, trainer
 
     folder = Path(config.output)
     _check(config)
     setup = _open(config, say)
-    source, stored = _source(setup, say)
     folder.mkdir(parents=True, exist_ok=True)
-    with locks.held(folder / "writer.lock", folder):
-        run = _record(setup)
-        if config.resume:
-            before = state.check_resumable(folder, run, settings.FREE)
-            plan, current = trainer.Plan(**before["plan"]), state.load(folder)
-            plan = replace(plan, save_every=config.save_every, report_every=config.steps_per_report)
-            state.rewind_log(folder, current)
-            say(f"resumed after step {current.step} of {plan.steps}")
-        else:
-            current = _fresh(setup, source)
-            plan = _plan(setup, source, current, stored, say)
-            finish.clear(folder)
-            _write_run(folder, run, plan)
+    with locks.held(folder / finish.LOCK, folder):
+        finish.sweep(folder)
+        source, current, plan = (_resumed if config.resume else _begun)(setup, folder, say)
         rule = _rule(setup)
         say(
             f"{config.architecture} of {setup.sizes.width} features, k {setup.sizes.k}, on the "
@@ -105,6 +95,53 @@ def sae_train(
         for each in trainer.train(source, current, rule, plan, folder, arm()):
             report(each)
         return _finish(setup, source, current, plan, upload_repo, say)
+
+
+def _begun(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, Plan]:
+    """A new run in `folder`; an older one is removed once this one is known to be possible."""
+    from fpo_mlx.saetrain import finish
+
+    source, stored = _source(setup, say)
+    current = _fresh(setup, source)
+    plan = _plan(setup, source, current, stored, say)
+    finish.clear(folder)
+    _write_run(folder, _record(setup), plan)
+    return source, current, plan
+
+
+def _resumed(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, Plan]:
+    """The run in `folder`, from its checkpoint. Raises ConfigError where this would be another."""
+    from fpo_mlx.saetrain import state, trainer
+
+    config = setup.config
+    before = state.check_resumable(folder, _record(setup), settings.FREE)
+    old = before["settings"]
+    _check_chunks(folder, old.get("store"), config.store)
+    source, _ = _source(setup, say)
+    plan, current = trainer.Plan(**before["plan"]), state.load(folder)
+    plan = replace(plan, save_every=config.save_every, report_every=config.steps_per_report)
+    state.rewind_log(folder, current)
+    say(f"resumed after step {current.step} of {plan.steps}")
+    changed = [f"--{n}" for n in ("minutes", "passes") if getattr(config, n) != old.get(n)]
+    if changed:
+        verb = "has" if len(changed) == 1 else "have"
+        say(
+            f"the run keeps its {plan.steps} updates: {' and '.join(changed)} {verb} no effect on "
+            "--resume"
+        )
+    return source, current, plan
+
+
+def _check_chunks(folder: Path, before: str | None, now: str | None) -> None:
+    """A place is counted in chunks, and a store is one: it can move, but not come or go."""
+    if bool(before) == bool(now):
+        return
+    was = f"with --store {before}" if before else "without --store"
+    again = f"Give --store {before} again" if before else "Leave --store out"
+    raise ConfigError(
+        f"--resume: the run in {folder} was started {was}, and its place in the activations is "
+        f"counted in chunks, which --store changes. {again}, or start anew in another --output."
+    )
 
 
 def _check(config: SaeTrainConfig) -> None:
@@ -156,6 +193,7 @@ def _open(config: SaeTrainConfig, say: Say) -> Setup:
         f"{documents.kind}: {len(train)} documents to train on, {len(held_out)} held out; left "
         f"out are first positions and norms above {limit:.4g} ({OUTLIER:.0f} medians)"
     )
+    _warn_of_few(config, held_out, say)
     return Setup(
         config,
         Path(config.model).name,
@@ -174,17 +212,32 @@ def _open(config: SaeTrainConfig, say: Say) -> Setup:
     )
 
 
+def _warn_of_few(config: SaeTrainConfig, held_out: list[texts.Document], say: Say) -> None:
+    """Before the training, not after it: what is held out gives no figures."""
+    positions = sum(int(document.keep.sum()) for document in held_out)
+    if config.held_out and positions < 2:
+        say(
+            f"held-out positions: {positions}, too few to judge the SAE on; its card will have no "
+            "figures. More text or a larger --held-out gives some."
+        )
+
+
 def _source(setup: Setup, say: Say) -> tuple[rows.Source, bool]:
     """(activations, whether they are all there already)."""
     config = setup.config
     if config.store:
-        about = {**setup.fingerprints, "site": str(setup.site)}
+        about = {
+            **setup.fingerprints,
+            "site": str(setup.site),
+            TRAINING_DOCUMENTS: texts.fingerprint(setup.train),
+        }
         array = _stored(setup, Path(config.store), about, say)
         return rows.from_array(array), True
     most = int(config.memory_gb * 1e9 / (4 * setup.hidden))
     source = rows.from_documents(
-        setup.train, setup.reader.rows, rows=max(most, 1), seed=config.seed
-    )
+        setup.train, setup.reader.rows, rows=max(most, 1), seed=config.seed,
+        least=config.batch_size,
+    )  # fmt: skip
     if source.chunks > 1:
         say(
             f"the activations of one pass take more than --memory-gb {config.memory_gb:g}: they "
@@ -197,10 +250,17 @@ def _stored(setup: Setup, folder: Path, about: dict[str, str], say: Say) -> Any:
     """Activations in `folder`, written there first if it has none."""
     if (folder / rows.STORE_ABOUT).exists():
         array, found = rows.read_store(folder)
+        if TRAINING_DOCUMENTS not in found:
+            raise ConfigError(
+                f"--store {folder}: an older version wrote it, without saying which documents it "
+                "is of; some could be held out now. Remove it, and it is written again; or name "
+                "another folder."
+            )
         if wrong := [name for name, value in about.items() if found.get(name) != value]:
             raise ConfigError(
                 f"--store {folder}: holds activations of another run ({', '.join(wrong)} differ). "
-                "Name another folder, or remove it."
+                "It fits one model, site, --data and split (--seed, --held-out). Use those of that "
+                "run, name another folder, or remove it."
             )
         return array
     say(f"writing the activations of {setup.positions} positions to {folder}")
@@ -236,6 +296,7 @@ def _fresh(setup: Setup, source: rows.Source) -> State:
     first = source.chunk(0)
     order = np.random.default_rng([setup.config.seed, 5]).permutation(len(first))
     sample = np.array(first[np.sort(order[:START_ROWS])])
+    del first  # a chunk of its own size, which the fitting below need not hold
     return state.fresh(sample, _rule(setup), seed=setup.config.seed, centre=setup.config.centre)
 
 
@@ -308,15 +369,19 @@ def _write_run(folder: Path, run: dict[str, Any], plan: Plan) -> None:
 def _finish(
     setup: Setup, source: rows.Source, current: State, plan: Plan, repo: str | None, say: Say
 ) -> SaeTrained:
+    import numpy as np
+
     from fpo_mlx.saetrain import finish
 
     config, folder = setup.config, Path(setup.config.output)
-    sample = source.chunk(0)[:START_ROWS]
+    sample = np.array(source.chunk(0)[:START_ROWS])  # a view would keep the whole chunk
     sae = finish.finished(
         current, _rule(setup), sample, site=setup.site, model_name=setup.model_name
     )
     held = setup.reader.rows(setup.held_out) if setup.held_out else None
     figures = None if held is None else finish.measure(sae, held)
+    if held is not None and figures is None:
+        say(f"no figures: of {len(held)} held-out rows (--held-out) no two differ")
     loss = _loss(setup, sae)
     tokens = plan.steps * plan.batch
     facts = {

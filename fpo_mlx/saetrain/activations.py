@@ -35,28 +35,48 @@ class Reader:
     def rows(self, documents: Sequence[Document]) -> np.ndarray:
         """Activations of all kept positions, in the documents' order: float32 [R, D].
 
-        The same documents give the same bits. Raises ModelError for values that are not finite.
+        The same documents give the same bits. In memory are these rows and one batch. Raises
+        ModelError for values that are not finite.
         """
-        found: list[np.ndarray] = [np.empty(0)] * len(documents)
+        counts = [int(document.keep.sum()) for document in documents]
+        ends = np.cumsum(counts)
+        rows = np.empty((0, 0), dtype=np.float32)
         for batch in batches([len(document.tokens) for document in documents]):
-            with self.tap.recording() as seen:
-                self.backbone(pad([documents[i].tokens for i in batch]))
-            hidden = finish(seen[-1].astype(mx.float32), self.site, self.eps, self.residual)
-            values = np.array(hidden)  # [B, L, D]; what follows the site was never computed
+            values = self._hidden([documents[i].tokens for i in batch])
+            if not rows.shape[1]:  # the width is known from the first batch on
+                rows = np.empty((sum(counts), values.shape[2]), dtype=np.float32)
             for row, i in zip(values, batch, strict=True):
-                found[i] = row[: len(documents[i].tokens)][documents[i].keep]
-            mx.clear_cache()
-        rows = np.concatenate(found)
-        if not np.isfinite(rows).all():
-            raise ModelError(
-                f"the {self.site} has values that are not finite; convert the model to bfloat16 "
-                "or float32 (float16 overflows), or choose another --layer."
-            )
-        return rows if self.limit == float("inf") else rows[norms(rows) <= self.limit]
+                kept = row[: len(documents[i].tokens)][documents[i].keep]
+                if not np.isfinite(kept).all():
+                    raise ModelError(
+                        f"the {self.site} has values that are not finite; convert the model to "
+                        "bfloat16 or float32 (float16 overflows), or choose another --layer."
+                    )
+                rows[ends[i] - counts[i] : ends[i]] = kept
+        return rows if self.limit == float("inf") else within(rows, self.limit)
+
+    def _hidden(self, sequences: list[np.ndarray]) -> np.ndarray:
+        """The site's values [B, L, D] float32; what follows the site is never computed."""
+        with self.tap.recording() as seen:
+            self.backbone(pad(sequences))
+        values = np.array(finish(seen[-1].astype(mx.float32), self.site, self.eps, self.residual))
+        mx.clear_cache()
+        return values
 
 
 def norms(rows: np.ndarray) -> np.ndarray:
     return np.sqrt(np.einsum("nd,nd->n", rows, rows))
+
+
+def within(rows: np.ndarray, limit: float) -> np.ndarray:
+    """The rows [R, D] whose norm is at most `limit`, moved to the front of `rows`: a view."""
+    end = 0
+    for at in range(0, len(rows), BATCH_TOKENS):
+        block = rows[at : at + BATCH_TOKENS]
+        good = block[norms(block) <= limit]
+        rows[end : end + len(good)] = good
+        end += len(good)
+    return rows[:end]
 
 
 def batches(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> list[list[int]]:

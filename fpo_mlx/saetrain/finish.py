@@ -23,6 +23,8 @@ from fpo_mlx.saetrain.state import State
 
 CHUNK = 1024
 CONFIG, WEIGHTS, CARD = "cfg.json", "sae_weights.safetensors", "README.md"
+EXPORT = ".export"  # where the SAE is put together
+LOCK = "writer.lock"  # held while a run writes
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,14 @@ def batch_threshold(run: State, rule: Rule, sample: np.ndarray) -> float:
     return max(sum(bounds) / len(sample), 0.0)
 
 
-def measure(sae: SaeWeights, rows: np.ndarray) -> Figures:
-    """FVU, L0 and dead share of a finished SAE on raw rows [n, D]; float64 sums."""
+def measure(sae: SaeWeights, rows: np.ndarray) -> Figures | None:
+    """FVU, L0 and dead share of a finished SAE on raw rows [n, D]; float64 sums.
+
+    None where there is no variance to explain: fewer than two rows, or all of them alike.
+    """
+    variance = _variance(rows)
+    if variance == 0:
+        return None
     assert sae.w_dec is not None
     assert sae.b_dec is not None
     used = np.zeros(sae.n_features, dtype=bool)
@@ -101,11 +109,17 @@ def measure(sae: SaeWeights, rows: np.ndarray) -> Figures:
         error += float(np.square(x - recon, dtype=np.float64).sum())
         active += float(live.sum())
         used |= live.any(axis=0)
+    return Figures(len(rows), error / variance, active / len(rows), float(1 - used.mean()))
+
+
+def _variance(rows: np.ndarray) -> float:
+    """Squared distance of rows [n, D] from their mean, summed; 0 without rows."""
+    if not len(rows):
+        return 0.0
     mean = rows.mean(axis=0, dtype=np.float64)
-    variance = sum(
+    return sum(
         float(np.square(rows[at : at + CHUNK] - mean).sum()) for at in range(0, len(rows), CHUNK)
     )
-    return Figures(len(rows), error / variance, active / len(rows), float(1 - used.mean()))
 
 
 def write(folder: Path, sae: SaeWeights, card: str) -> None:
@@ -113,13 +127,20 @@ def write(folder: Path, sae: SaeWeights, card: str) -> None:
 
     Where cfg.json is, the SAE is whole.
     """
-    made = folder / "export"
+    made = folder / EXPORT
     write_saelens(sae, made)
     files.write_text(made / CARD, card)
     for name in (WEIGHTS, CARD, CONFIG):
         os.replace(made / name, folder / name)
     shutil.rmtree(made, ignore_errors=True)
     files.sync_folder(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run left half written. Hold the folder's lock."""
+    for name in (CONFIG, WEIGHTS, CARD, EXPORT, state.RUN, state.STATE):
+        files.sweep(folder, name)
+    shutil.rmtree(folder / EXPORT, ignore_errors=True)
 
 
 def clear(folder: Path) -> None:

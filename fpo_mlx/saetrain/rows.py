@@ -3,7 +3,8 @@
 Documents are cut into chunks whose activations fit the bound. A chunk is computed, its rows are
 shuffled, and all of them are used before the next one. Where everything fits there is one chunk:
 it is computed once and shuffled anew for every pass. A batch is a function of (seed, chunk, row),
-so a resumed run needs no stored buffer: it computes its chunk again.
+so a resumed run needs no stored buffer: it computes its chunk again. A chunk that is smaller than
+a batch (the last of a pass can be) is left out; other passes have its rows in other chunks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fpo_mlx import files
+from fpo_mlx import files, locks
 from fpo_mlx.errors import FpoError
 from fpo_mlx.saetrain.texts import Document
 
@@ -46,7 +47,10 @@ def plan_chunks(counts: Sequence[int], rows: int, order: Sequence[int]) -> list[
 
 @dataclass(frozen=True)
 class Source:
-    """Chunk number, counted over all passes -> rows [R, D]. `chunks` make the first pass."""
+    """Chunk number, counted over all passes -> rows [R, D]. `chunks` make the first pass.
+
+    The caller lets go of a chunk before it asks for the next: memory is meant for one.
+    """
 
     chunk: Callable[[int], np.ndarray]
     chunks: int
@@ -58,8 +62,13 @@ def from_documents(
     *,
     rows: int,
     seed: int,
+    least: int = 1,
 ) -> Source:
-    """Activations computed as they are needed, at most `rows` of them in memory."""
+    """Activations computed as they are needed, at most `rows` of them in memory.
+
+    least: rows of a batch; a chunk with fewer positions is left out of its pass. Raises FpoError
+    when a pass has several chunks and none with so many.
+    """
     counts = [int(document.keep.sum()) for document in documents]
     single = sum(counts) <= rows
     kept: dict[str, np.ndarray] = {}
@@ -77,7 +86,14 @@ def from_documents(
         return Source(everything, 1)
 
     def plan(turn: int) -> list[list[int]]:
-        return plan_chunks(counts, rows, order(turn))
+        chunks = plan_chunks(counts, rows, order(turn))
+        return [part for part in chunks if sum(counts[i] for i in part) >= least]
+
+    if not plan(0):
+        raise FpoError(
+            f"--memory-gb has room for {rows} activations at once, and no whole documents within "
+            f"it make one batch of {least}. Give more --memory-gb, or a smaller --batch-size."
+        )
 
     def chunk(number: int) -> np.ndarray:
         turn = 0
@@ -98,12 +114,13 @@ def batches(
 ) -> Iterator[tuple[np.ndarray, Position]]:
     """(rows [batch, D] float32, the position behind them), endless. The rest of a chunk is left.
 
-    Raises FpoError when a chunk is smaller than a batch.
+    So is a chunk smaller than a batch. Raises FpoError when three passes have no other.
     """
-    number, row = start.chunk, start.row
+    number, row, short = start.chunk, start.row, 0
     while True:
         rows = source.chunk(number)
-        if len(rows) < batch:
+        short = short + 1 if len(rows) < batch else 0
+        if short >= 3 * source.chunks:  # good ones can be nearly two passes apart
             raise FpoError(
                 f"{len(rows)} activations are fewer than one batch of {batch}. Give more text, "
                 "more --memory-gb, or a smaller --batch-size."
@@ -113,17 +130,31 @@ def batches(
             picked = rows[np.sort(order[row : row + batch])]
             row += batch
             yield np.ascontiguousarray(picked, dtype=np.float32), Position(number, row)
+        del rows  # before the next chunk is made: two would be twice the bound
         number, row = number + 1, 0
 
 
 STORE_ROWS, STORE_ABOUT = "rows.npy", "store.json"
+STORE_LOCK = "store.lock"  # held while a store is written
 
 
 def write_store(folder: Path, parts: Iterator[np.ndarray], about: dict) -> int:
     """Append parts [r, D] to folder/rows.npy, float32; whole or not at all. Returns the rows.
 
-    about: what the activations are of; `read_store` gives it back.
+    about: what the activations are of; `read_store` gives it back. What a killed writer left is
+    cleared. Raises FpoError when another process writes this store, or there is nothing to write.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locks.held(folder / STORE_LOCK, folder):
+        for name in (STORE_ROWS, STORE_ABOUT):
+            files.sweep(folder, name)
+        total, width = _write_rows(folder, parts)
+        files.write_json(folder / STORE_ABOUT, about | {"rows": total, "width": width})
+    return total
+
+
+def _write_rows(folder: Path, parts: Iterator[np.ndarray]) -> tuple[int, int]:
+    """(rows, width) of the file that was written."""
     total, width = 0, None
     with files.atomic_path(folder / STORE_ROWS) as temporary, open(temporary, "wb") as stream:
         for part in parts:
@@ -136,8 +167,7 @@ def write_store(folder: Path, parts: Iterator[np.ndarray], about: dict) -> int:
             raise FpoError(f"{folder}: no activations to store.")
         stream.seek(0)
         stream.write(_header(total, width))
-    files.write_json(folder / STORE_ABOUT, about | {"rows": total, "width": width})
-    return total
+    return total, width
 
 
 def _header(rows: int, width: int) -> bytes:

@@ -64,6 +64,8 @@ class SaeTrainConfig:
         ]
         if not 0 <= self.held_out < 1:
             faults.append(f"--held-out {self.held_out}: wanted a share from 0 to below 1.")
+        if self.seed < 0:
+            faults.append(f"--seed {self.seed}: wanted 0 or more.")
         if self.minutes is not None and self.training_tokens is not None:
             faults.append("--minutes and --training-tokens exclude each other; give one.")
         if self.max_seq_length == 1:
@@ -72,7 +74,7 @@ class SaeTrainConfig:
             raise ConfigError("\n".join(faults))
 
 
-# what may differ between the two halves of a resumed run
+# what may differ between the two halves of a resumed run; a store may have moved, not come or gone
 FREE = {
     "output", "resume", "minutes", "passes", "store",
     "save_every", "steps_per_report", "trust_remote_code",

@@ -46,12 +46,16 @@ class Documents:
         return int(sum(item.keep.sum() for item in self.items))
 
     def fingerprint(self) -> str:
-        """sha256 over tokens and masks."""
-        digest = hashlib.sha256()
-        for item in self.items:
-            digest.update(np.int64(len(item.tokens)).tobytes())
-            digest.update(item.tokens.astype("<i4").tobytes() + np.packbits(item.keep).tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.items)
+
+
+def fingerprint(items: Iterable[Document]) -> str:
+    """sha256 over tokens and masks, in order."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(np.int64(len(item.tokens)).tobytes())
+        digest.update(item.tokens.astype("<i4").tobytes() + np.packbits(item.keep).tobytes())
+    return digest.hexdigest()
 
 
 def read_documents(
