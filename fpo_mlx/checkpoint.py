@@ -90,14 +90,19 @@ class AdapterFolder:
         model: nn.Module,
         optimizer: Optimizer,
         reference: Mapping[str, mx.array],
+        good: Mapping[str, mx.array],
         progress: Progress,
     ) -> None:
-        """Everything that the next update depends on, in one file."""
+        """Everything that the next update depends on, in one file.
+
+        good: the adapters that a run falls back on when its next update diverges.
+        """
         if not self.writes:
             return
         arrays = {f"adapter.{k}": v for k, v in adapters.parameters(model)}
         arrays |= {f"optimizer.{k}": v for k, v in arrays_of(optimizer.state)}
         arrays |= {f"reference.{k}": v for k, v in reference.items()}
+        arrays |= {f"good.{k}": v for k, v in good.items()}
         arrays["random"] = cast("list[mx.array]", mx.random.state)[0]
         metadata = {"progress": json.dumps(asdict(progress))}
         path = self.path / STATE
@@ -106,8 +111,8 @@ class AdapterFolder:
 
     def load_state(
         self, model: nn.Module, optimizer: Optimizer, path: Path | None = None
-    ) -> tuple[Progress, dict[str, mx.array]]:
-        """Put a saved state back. Returns: progress and the reference's adapter weights.
+    ) -> tuple[Progress, dict[str, mx.array], dict[str, mx.array]]:
+        """Put a saved state back. Returns: progress, the reference's adapters and the good ones.
 
         path: where the state lies, if not in this folder.
         Raises: ModelError when the file is damaged or belongs to another adapter.
@@ -132,7 +137,7 @@ class AdapterFolder:
         adapters.update(model, saved)
         optimizer.state = tree_unflatten(list(part("optimizer").items()))
         randomness.go_to((high << 32) | low)
-        return progress, part("reference")
+        return progress, part("reference"), part("good")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -194,7 +199,7 @@ FREE = {
     "grad_checkpoint", "steps_per_report", "steps_per_eval", "val_batches", "save_every",
     "max_margin", "max_logp_drop", "max_feature_distance", "early_stopping", "on_divergence",
     "max_skipped_updates", "max_start_gap", "peer_timeout", "dtype", "valid_split", "test_split",
-    "trust_remote_code", "tokens_per_batch",
+    "trust_remote_code", "tokens_per_batch", "check_sae", "allow_pickle",
     "feature_weights",  # the file's name; what it says is a fingerprint
 }  # fmt: skip
 

@@ -151,7 +151,7 @@ class TrainConfig:
     seed: int = _opt(0, "seed of adapters, dropout and data order")
     steps_per_report: int = _opt(10, "iterations between reports")
     steps_per_eval: int = _opt(200, "iterations between validations")
-    val_batches: int = _opt(25, "batches of a validation, -1 for all")
+    val_batches: int = _opt(25, "batches of a validation, -1 for all, 0 for no validation")
     save_every: int = _opt(100, "iterations between numbered checkpoints")
     resume: bool = _opt(False, "continue the run in --adapter-path exactly where it stopped")
     report_to: str | None = _opt(None, "wandb, tensorboard, or both with a comma")
@@ -187,8 +187,18 @@ class TrainConfig:
         _finite(self, "learning_rate", "epochs")
         if self.iters is not None and self.epochs is not None:
             raise ConfigError("--iters and --epochs exclude each other; give one.")
-        if (self.iters is not None and self.iters < 1) or (self.epochs or 1) <= 0:
+        if (self.iters is not None and self.iters < 1) or (
+            self.epochs is not None and self.epochs <= 0
+        ):
             raise ConfigError("--iters and --epochs: wanted more than 0.")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed}: wanted 0 or more.")
+        if self.val_batches < -1:
+            raise ConfigError(f"--val-batches {self.val_batches}: wanted 0 or more, or -1 for all.")
+        if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
+            raise ConfigError(
+                f"--max-grad-norm {self.max_grad_norm}: wanted more than 0, or 0 for no clipping."
+            )
         if (self.epochs or 0) > 1e6:
             raise ConfigError(f"--epochs {self.epochs}: wanted a million at most.")
         unknown = set(self.lora_parameters) - {"rank", "scale", "dropout", "keys"}
@@ -198,6 +208,7 @@ class TrainConfig:
                 f"lora_parameters: unknown {', '.join(sorted(unknown))}; "
                 f"wanted rank, scale, dropout, keys.{hint}"
             )
+        _check_lora(self.lora)
 
     def iterations(self, n_pairs: int) -> int:
         """Number of iterations for a training set of n_pairs."""
@@ -353,6 +364,27 @@ def _closest(unknown: list[str]) -> str:
 
     near = difflib.get_close_matches(unknown[0], options(), n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def _check_lora(lora: Mapping[str, Any]) -> None:
+    """Raises: ConfigError for values that lora_parameters cannot have, all at once."""
+    rank, scale, dropout, keys = (lora[name] for name in ("rank", "scale", "dropout", "keys"))
+    faults = []
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        faults.append(f"rank {rank!r}, wanted a whole number above 0")
+    if not _is_number(scale):
+        faults.append(f"scale {scale!r}, wanted a number")
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        faults.append(f"dropout {dropout!r}, wanted 0 or more and less than 1")
+    texts = isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys)
+    if keys is not None and not texts:
+        faults.append(f"keys {keys!r}, wanted a list of names such as self_attn.q_proj")
+    if faults:
+        raise ConfigError(f"lora_parameters: {'; '.join(faults)}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _finite(config: Any, *names: str) -> None:

@@ -89,15 +89,26 @@ def fuse(
 
 
 def fuse_layers(model: nn.Module, *, dequantize: bool = False) -> int:
-    """Replace every adapted layer by one of base + adapter; how many there were."""
+    """Replace every adapted layer by one of base + adapter, of its types; how many there were."""
     fused = [
-        (name, module.fuse(dequantize=dequantize))
+        (name, _typed_as(module, module.fuse(dequantize=dequantize)))
         for name, module in model.named_modules()
         if "lora_a" in module
     ]
     if fused:
         model.update_modules(tree_unflatten(fused))
     return len(fused)
+
+
+def _typed_as(adapted: nn.Module, fused: nn.Module) -> nn.Module:
+    """The fused layer in its base's float type: DoRA's magnitudes are float32, and so its sum."""
+    base: nn.Module = adapted["linear"] if "linear" in adapted else adapted["embedding"]
+    types = {
+        v.dtype for _, v in arrays_of(base.parameters()) if mx.issubdtype(v.dtype, mx.floating)
+    }
+    if len(types) == 1:  # mxfp4 has none: its scales are integers
+        cast_floats(fused, types.pop())
+    return fused
 
 
 def _export_gguf(folder: Path, model: nn.Module, config: dict[str, Any], path: Path) -> None:

@@ -14,31 +14,40 @@ from fpo_mlx.config import TrainConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.model.trees import arrays_of
 
+KINDS = {
+    "adam": optim.Adam, "adamw": optim.AdamW, "muon": optim.Muon,
+    "sgd": optim.SGD, "adafactor": optim.Adafactor,
+}  # fmt: skip
+SCHEDULE = ("name", "arguments", "warmup", "warmup_init")
+
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
     """mlx.optimizers by name; the schedule is mlx-lm's block and counts updates.
 
     Raises: ConfigError for arguments that the optimizer or schedule does not take.
     """
-    from mlx_lm.tuner.utils import build_schedule
-
-    kinds = {
-        "adam": optim.Adam, "adamw": optim.AdamW, "muon": optim.Muon,
-        "sgd": optim.SGD, "adafactor": optim.Adafactor,
-    }  # fmt: skip
-    rate = config.learning_rate
     try:
-        if config.lr_schedule:
-            rate = build_schedule(config.lr_schedule)
-        arguments = dict(config.optimizer_config.get(config.optimizer, {}))
-        if config.optimizer == "adafactor":  # its own default would ignore the learning rate
-            arguments.setdefault("relative_step", False)
-        return kinds[config.optimizer](learning_rate=rate, **arguments)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        for name, known in ((config.lr_schedule or {}, SCHEDULE), (config.optimizer_config, KINDS)):
+            if unknown := set(name) - set(known):
+                raise KeyError(f"unknown {', '.join(sorted(map(str, unknown)))}")
+        trial, some = _make(config), {"some": mx.zeros((2, 2))}
+        mx.eval(trial.apply_gradients(some, some))  # what only an update would find
+        return _make(config)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ConfigError(
             f"lr_schedule / optimizer_config: {error}. Wanted lr_schedule: {{name: cosine_decay, "
             "arguments: [1e-5, 1000], warmup: 0}, optimizer_config: {adamw: {weight_decay: 0.1}}."
         ) from error
+
+
+def _make(config: TrainConfig) -> optim.Optimizer:
+    from mlx_lm.tuner.utils import build_schedule
+
+    rate = build_schedule(config.lr_schedule) if config.lr_schedule else config.learning_rate
+    arguments = dict(config.optimizer_config.get(config.optimizer, {}))
+    if config.optimizer == "adafactor":  # its own default would ignore the learning rate
+        arguments.setdefault("relative_step", False)
+    return KINDS[config.optimizer](learning_rate=rate, **arguments)
 
 
 def gradient_norm(gradient: Any) -> mx.array:

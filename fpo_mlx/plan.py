@@ -333,7 +333,12 @@ def changes(case: Case) -> list[tuple[str, Case]]:
     if not case.setup.grad_checkpoint:
         case = replace(case, setup=replace(case.setup, grad_checkpoint=True))
         ways.append(("--grad-checkpoint (slower, the same result)", case))
-    ways += [(f"and {n} adapted blocks (--num-layers {n})", fewer(case, n)) for n in (8, 4, 2)]
+    now_adapted = setup.last_adapted - setup.first_adapted + 1
+    ways += [
+        (f"and {n} adapted blocks (--num-layers {n})", fewer(case, n))
+        for n in (8, 4, 2)
+        if n < now_adapted
+    ]
     ways += [
         (f"and --max-seq-length {n} (cuts what is longer)", case.cut(n))
         for n in (2048, 1024, 512, 256)

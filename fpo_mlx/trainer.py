@@ -72,11 +72,10 @@ class Trainer:
         """Go back to the state in the folder."""
         with self.ranks.file_of_first(self.folder.path / STATE) as path:
             loaded = self.folder.load_state(self.model, self.optimizer, path)
-        self.progress, self._reference = loaded
+        self.progress, self._reference, self._good = loaded
         self.scorer.freeze_reference(self._reference)
         self.folder.rewind_log(self.progress)
         self._window = Window.of(self.progress.window)
-        self._good = dict(adapters.parameters(self.model))
 
     def start_gaps(self, pairs: int = 16) -> tuple[float, float]:
         """`guard.gaps` of the first pairs, before any update."""
@@ -316,7 +315,9 @@ class Trainer:
     def _save(self, *, numbered: bool) -> None:
         self.progress.window = self._window.saved()
         self.folder.save_adapters(self.model, self.progress.iteration if numbered else None)
-        self.folder.save_state(self.model, self.optimizer, self._reference, self.progress)
+        self.folder.save_state(
+            self.model, self.optimizer, self._reference, self._good, self.progress
+        )
 
     def _log(self, kind: str, report: StepReport | ValidReport | SkippedReport) -> None:
         self.folder.log({"kind": kind, **asdict(report)}, self.progress)

@@ -385,6 +385,55 @@ def test_a_home_folder_in_yaml_is_expanded(place, tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists()
 
 
+@pytest.mark.parametrize("inside", ["a", "a/best"])
+def test_a_run_does_not_write_over_the_adapter_that_it_starts_from(place, tmp_path, inside):
+    assert train(place, tmp_path / "a").exit_code == 0
+    before = (tmp_path / inside / "adapters.safetensors").read_bytes()
+    done = train(place, tmp_path / "a", "--init-adapter", tmp_path / inside)
+    refused(done, 2, "--init-adapter", "lies in --adapter-path", "would replace it")
+    assert (tmp_path / inside / "adapters.safetensors").read_bytes() == before
+
+
+def test_no_validation_is_done_where_none_is_wanted(place, tmp_path):
+    assert train(place, tmp_path / "a", "--val-batches", 0).exit_code == 0
+    assert '"valid"' not in (tmp_path / "a" / "metrics.jsonl").read_text()
+    assert not (tmp_path / "a" / "best").exists()
+
+
+def test_a_start_from_adapters_above_the_sae_is_said(place, tmp_path):
+    """As mlx_lm.lora makes them: on the last blocks."""
+    made = train(place, tmp_path / "sft", "--objective", "dpo", sae=None)
+    assert made.exit_code == 0, made.stderr
+    done = train(place, tmp_path / "a", "--init-adapter", tmp_path / "sft")
+    assert done.exit_code == 0, done.stderr
+    assert f"{tmp_path / 'sft'} adapts blocks up to 3, above the SAE's" in done.stderr
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_measured_memory(place, tmp_path):
+    assert train(place, tmp_path / "a").exit_code == 0
+    before = json.loads((tmp_path / "a" / "run.json").read_text())["memory"]
+    assert train(place, tmp_path / "a", "--resume").exit_code == 0
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["memory"] == before
+
+
+def test_fuse_takes_its_adapter_from_yaml_and_always_writes_its_json(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("mine", 1), ("adapters", 2)):
+        assert train(place, name, "--seed", seed, "--learning-rate", 1e-3).exit_code == 0
+    (tmp_path / "c.yaml").write_text(f"adapter_path: mine\nmodel: {place / 'model'}\n")
+    done = run("fuse", "-c", "c.yaml", "--save-path", "one", "--json", "one.json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads((tmp_path / "one.json").read_text())["path"] == "one"
+    flags = ["--model", place / "model", "--adapter-path"]
+    for to, adapter in (("two", "mine"), ("three", "adapters")):
+        assert run("fuse", *flags, adapter, "--save-path", to).exit_code == 0
+    one, two, three = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three")
+    )
+    assert one == two != three
+    refused(run("fuse", *flags, "mine", "--gguf-path", "x.gguf"), 2, "--export-gguf")
+
+
 def test_cache_commands_show_verify_merge_and_export(place, tmp_path):
     ref = place / "ref"
     shown = run("cache", "info", ref, "--json", tmp_path / "info.json")

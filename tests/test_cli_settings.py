@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from fpo_mlx import pipeline, trackers
 from fpo_mlx.cli import main
 from fpo_mlx.config import PRESETS, SECTIONS, YAML_ONLY, RunConfig, load_config, options
+from fpo_mlx.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent.parent / "fpo_mlx"
 HINTS = {name: h for section in SECTIONS for name, h in typing.get_type_hints(section).items()}
@@ -108,6 +109,48 @@ def test_a_bad_yaml_file_is_a_usage_error_that_names_it(tmp_path, text, part):
     assert done.exit_code == 2
     assert str(path) in done.stderr
     assert part in done.stderr
+
+
+BAD_SETTINGS = {
+    "max_grad_norm: -1": "--max-grad-norm -1",  # it would train backwards
+    "epochs: 0": "--epochs: wanted more than 0",
+    "seed: -1": "--seed -1: wanted 0 or more",
+    "val_batches: -2": "--val-batches -2",
+    "lora_parameters: {rank: x}": "rank 'x'",
+    "lora_parameters: {rank: 8.9}": "rank 8.9",
+    "lora_parameters: {rank: null, scale: a}": "rank None.*scale 'a'",
+    "lora_parameters: {dropout: 1}": "dropout 1",
+    "lora_parameters: {keys: self_attn.q_proj}": "keys 'self_attn.q_proj', wanted a list",
+    "lora_parameters: {keys: 5}": "keys 5",
+}
+
+
+@pytest.mark.parametrize("text", BAD_SETTINGS)
+def test_a_setting_out_of_range_is_refused_by_name(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text + "\n")
+    with pytest.raises(ConfigError, match=BAD_SETTINGS[text]):
+        load_config({}, tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optimizer_config: {weight_decay: 1}",
+        "optimizer_config: {adam: {betas: [0.9]}}",
+        "optimizer: sgd\noptimizer_config: {sgd: {nesterov: true}}",
+        "lr_schedule: {name: cosine_decay, arguments: [1e-5, 10], warmpu: 3}",
+        "lr_schedule: {name: cosine_decay, arguments: [1e-5, 10], warmup: -5}",
+        "lr_schedule: {name: linear_schedule, arguments: [0.0, 1e-5, 0]}",
+    ],
+)
+def test_what_no_optimizer_can_be_made_of_is_refused_before_anything_long(tmp_path, text):
+    """Not even the model is looked at."""
+    (tmp_path / "c.yaml").write_text(text + "\n")
+    words = ["train", "-c", tmp_path / "c.yaml", "--model", tmp_path, "--data", tmp_path]
+    done = CliRunner().invoke(main, [*map(str, words), "--objective", "dpo"])
+    assert done.exit_code == 2, done.output
+    assert "lr_schedule / optimizer_config" in done.stderr
+    assert "Traceback" not in done.output
 
 
 @pytest.mark.parametrize("path", list(leaves()), ids=lambda path: " ".join(path) or "main")

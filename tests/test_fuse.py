@@ -17,6 +17,8 @@ from test_adapters import quantised  # noqa: E402
 
 from fpo_mlx.errors import ConfigError, ModelError  # noqa: E402
 from fpo_mlx.fuse import fuse  # noqa: E402
+from fpo_mlx.model import adapters  # noqa: E402
+from fpo_mlx.model.load import read_model  # noqa: E402
 
 TOKENS = [5, 17, 250, 3, 99, 42]
 PAIRS = random_pairs(SIZES[:4])
@@ -84,6 +86,32 @@ def test_a_quantised_model_stays_as_it_was_quantised(made, tmp_path, bits, kind)
     error = np.abs(logits_of(model, TOKENS) - want).max()
     # seen: 0.051 at 8 bits; the rounding hardly depends on how large the adapter is
     assert error < (0.08 if bits == 8 else 4) * max(np.abs(want - base).max(), 1)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("base", ["llama", "4 bits"])
+def test_a_fused_layer_keeps_its_bases_float_type(made, tmp_path, base, kind):
+    """DoRA's magnitudes are float32, and mlx-lm's fuse would leave their type behind."""
+    folder, adapter = made[base, kind]
+    model, config = utils.load_model(folder)
+    model.set_dtype(mx.bfloat16)
+    utils.save(tmp_path / "half", str(folder), model, utils.load_tokenizer(folder), config)
+    fuse(str(tmp_path / "half"), adapter, tmp_path / "fused")
+    weights = mx.load(str(tmp_path / "fused/model.safetensors"))
+    assert {v.dtype for v in weights.values()} <= {mx.bfloat16, mx.uint32}
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_dora_on_layers_whose_bits_mlx_lm_cannot_read_is_refused(made, tmp_path, bits):
+    folder = quantised(made["llama", "lora"][0], tmp_path / "odd", bits)
+    paths = ("model.layers.1.mlp.up_proj",)
+    with pytest.raises(ConfigError, match=f"up_proj has {bits} bits"):
+        adapters.attach(
+            read_model(str(folder)).model, adapters.AdapterSpec("dora", 4, 2, 1.0, 0.0, paths)
+        )
+    adapters.attach(
+        read_model(str(folder)).model, adapters.AdapterSpec("lora", 4, 2, 1.0, 0.0, paths)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -185,6 +185,28 @@ def test_a_resumed_run_remembers_what_it_left_out(llama, tmp_path):
         list(again.run())
 
 
+def test_a_resumed_run_that_diverges_at_once_leaves_what_an_unbroken_one_leaves(llama, tmp_path):
+    """The adapters from before the last update, which the guard had let pass."""
+    settings = {"iters": 9, "learning_rate": 1e-2}
+    straight = open_trainer(llama, tmp_path / "a", PAIRS, **settings)
+    poison(straight, {4})
+    with pytest.raises(Diverged, match="iteration 4"):
+        list(straight.run())
+    asked = iter(range(1, 1000))
+    first = open_trainer(
+        llama, tmp_path / "b", PAIRS, stop=lambda: 130 if next(asked) >= 3 else None, **settings
+    )
+    with pytest.raises(Interrupted):
+        list(first.run())
+    again = open_trainer(llama, tmp_path / "b", PAIRS, start=False, **settings)
+    again.resume()
+    poison(again, {1})
+    with pytest.raises(Diverged, match="iteration 4"):
+        list(again.run())
+    left = [(tmp_path / name / "adapters.safetensors").read_bytes() for name in "ab"]
+    assert left[0] == left[1]
+
+
 def test_d_past_the_users_bound_stops_the_run(llama, tmp_path):
     trainer = open_trainer(
         llama, tmp_path, PAIRS, iters=60, learning_rate=3e-2, max_feature_distance=1e-6,

@@ -21,6 +21,7 @@ from fpo_mlx.cli.options import (
 )
 from fpo_mlx.cli.show import Bar, listing, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
+from fpo_mlx.errors import ConfigError
 
 SHOWN = (  # rows of the table of several models; --json and --csv have every metric
     "rewards/accuracies", "policy_accuracy", "rewards/margins", "logps_per_token/chosen_change",
@@ -97,7 +98,7 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
 
 @click.command()
 @settings("model", "trust_remote_code")
-@click.option("--adapter-path", default="adapters", show_default=True, help="Adapter folder.")
+@click.option("--adapter-path", help="Adapter folder.  [default: adapters]")
 @click.option(
     "--save-path", type=PATH, default="fused_model", show_default=True, help="Folder to write."
 )
@@ -106,9 +107,7 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Dtype of float weights."
 )
 @click.option("--export-gguf", is_flag=True, help="Write a GGUF as well (llama, mistral, mixtral).")
-@click.option(
-    "--gguf-path", default="ggml-model-f16.gguf", show_default=True, help="Name of the GGUF file."
-)
+@click.option("--gguf-path", help="Name of the GGUF file.  [default: ggml-model-f16.gguf]")
 @click.option("--upload-repo", help="Hub repository to upload the fused model to.")
 @click.option("--verify", metavar="DATA", help="Compare margin and accuracy before and after.")
 @json_option
@@ -124,17 +123,25 @@ def fuse(
     """
     from fpo_mlx import pipeline
 
+    if gguf_path and not export_gguf:
+        raise ConfigError(f"--gguf-path {gguf_path}: nothing is exported without --export-gguf.")
+    config = gather(values)
     result = pipeline.fuse(
-        gather(values), adapter_path=adapter_path, save_path=save_path, dequantize=dequantize,
-        dtype=dtype, gguf_path=gguf_path if export_gguf else None, upload_repo=upload_repo,
-        verify=verify, say=say,
+        config, adapter_path=adapter_path or config.train.adapter_path, save_path=save_path,
+        dequantize=dequantize, dtype=dtype,
+        gguf_path=(gguf_path or "ggml-model-f16.gguf") if export_gguf else None,
+        upload_repo=upload_repo, verify=verify, say=say,
     )  # fmt: skip
+    report = result.report
+    written: dict[str, Any] = {"path": str(report.path), "fused_layers": report.fused_layers}
+    written["quantized"] = report.quantized
     if result.before and result.after:
         for name, before in result.before.items():
             click.echo(f"{name:<36} {before:.5f} -> {result.after[name]:.5f}")
-        write_json(json_path, {"before": result.before, "after": result.after})
-    kind = "quantised" if result.report.quantized else "float"
-    click.echo(f"{result.report.fused_layers} layers fused, {kind}, in {result.report.path}")
+        written |= {"before": result.before, "after": result.after}
+    write_json(json_path, written)
+    kind = "quantised" if report.quantized else "float"
+    click.echo(f"{report.fused_layers} layers fused, {kind}, in {report.path}")
 
 
 @click.command()

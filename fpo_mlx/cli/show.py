@@ -69,7 +69,7 @@ class Progress:
         self._total = total
 
     def say(self, text: str) -> None:
-        if self._bar is None:
+        if self._bar is None or not is_first():
             say(text)
         else:
             self._bar.write(text, file=sys.stderr)

@@ -95,6 +95,8 @@ def attach(model: nn.Module, spec: AdapterSpec) -> None:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     config = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout}
+    if spec.fine_tune_type == "dora":
+        _refuse_odd_bits(model, spec.keys)
     try:
         linear_to_lora_layers(
             model,
@@ -107,6 +109,18 @@ def attach(model: nn.Module, spec: AdapterSpec) -> None:
     for _, module in model.named_modules():
         if type(module) is LoRALinear and not spec.dropout:
             swap_call(module, partial(_lora, module))
+
+
+def _refuse_odd_bits(model: nn.Module, keys: Iterable[str]) -> None:
+    """mlx-lm's DoRA takes a packed layer's width from 32 // bits: wrong for 3, 5 and 6."""
+    wanted = set(keys)
+    for name, module in model.named_modules():
+        bits = getattr(module, "bits", None)
+        if name in wanted and bits and 32 % bits:
+            raise ConfigError(
+                f"--fine-tune-type dora: {name} has {bits} bits, and mlx-lm's DoRA reads layers of "
+                "2, 4 or 8 bits only. Use --fine-tune-type lora, or a model of 4 or 8 bits."
+            )
 
 
 def _lora(layer: Any, original: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Job, Say
+from fpo_mlx.records import Site
 
 if TYPE_CHECKING:
     from fpo_mlx.scoring import Scorer
@@ -27,6 +29,8 @@ def open_policy(job: Job, *, say: Say) -> tuple[Scorer, dict[str, Any]]:
     mx.random.seed(t.seed)
     if job.feature_weights and not o.pooled:
         say(f"warning: --feature-weights does nothing with --constraint {o.constraint}")
+    if o.gamma and o.margin == "reference":
+        say(f"warning: --gamma {o.gamma} does nothing: it is of --margin constant")
     saes = job.saes if o.pooled else ()
     sites = [sae.site for sae in saes if sae.site is not None]
     spec = attach_adapters(job, loaded.model, say)
@@ -58,6 +62,12 @@ def attach_adapters(job: Job, model: Any, say: Say) -> Any:
     if init:
         spec = adapters.load(model, Path(init))
         say(f"starting from {init}; its rank, scale and layers are kept")
+        highest = max(adapters.block_of(model)[key] for key in spec.keys)
+        if sites and highest > max(_deepest(sites)):
+            say(
+                f"warning: {init} adapts blocks up to {highest}, above the SAE's; adapters there "
+                "can change the output where the constraint does not look"
+            )
     else:
         spec = _new_adapters(job, model, say)
         adapters.attach(model, spec)
@@ -70,6 +80,11 @@ def attach_adapters(job: Job, model: Any, say: Say) -> Any:
     return spec
 
 
+def _deepest(sites: Sequence[Site]) -> list[int]:
+    """For each site the last block that it sees anything of."""
+    return [site.layer - (site.kind == "resid_pre") for site in sites]
+
+
 def _new_adapters(job: Job, model: Any, say: Say) -> Any:
     """Fresh adapters; where an SAE is given none above its block.
 
@@ -79,7 +94,7 @@ def _new_adapters(job: Job, model: Any, say: Say) -> Any:
 
     t, last = job.config.train, len(model.layers) - 1
     sites = [sae.site for sae in job.saes if sae.site is not None]
-    deepest = max((s.layer - (s.kind == "resid_pre") for s in sites), default=last)
+    deepest = max(_deepest(sites), default=last)
     if t.adapt_above_sae and deepest < last:
         say(
             f"warning: blocks {deepest + 1} to {last} lie above the SAE; adapters there can change "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpo_mlx import __version__, data
 from fpo_mlx.cache import ReferenceCache
-from fpo_mlx.config import RunConfig
+from fpo_mlx.config import RunConfig, TrainConfig
 from fpo_mlx.errors import CacheMismatch, ConfigError
 from fpo_mlx.featurefiles import weights_fingerprint
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
@@ -38,23 +38,27 @@ def train(
     proper begins; gives what the trainer asks whether to stop.
     """
     from fpo_mlx.checkpoint import AdapterFolder, check_resumable
+    from fpo_mlx.optimizer import make_optimizer
     from fpo_mlx.parallel import open_ranks
     from fpo_mlx.reports import ScoredPairs
     from fpo_mlx.trainer import Trainer
 
     t = config.train
+    check_places(t)
+    make_optimizer(t)  # refuses what it cannot be made of before the long part
     ranks = open_ranks(pairs=t.batch_size * t.grad_accumulation_steps, patience=t.peer_timeout)
     job = open_job(config, adapter=t.init_adapter, say=say)
     pairs = read_pairs(job, "train", say)
     run = run_record(job, data.data_fingerprint(pairs))
     if t.resume and ranks.first:
         check_resumable(Path(t.adapter_path), run)
-    valid = read_pairs(job, "valid", say) if has_split(job, "valid") else []
+    wanted = t.val_batches and has_split(job, "valid")
+    valid = read_pairs(job, "valid", say) if wanted else []
     if t.early_stopping and not valid:
         raise ConfigError(
             f"--early-stopping {t.early_stopping}: found no validation pairs in "
-            f"{config.data.data}. Add a valid.jsonl (or --valid-split of a hub data set), or drop "
-            "the setting."
+            f"{config.data.data}, or --val-batches is 0. Add a valid.jsonl (or --valid-split of a "
+            "hub data set), or drop the setting."
         )
     predicted = predicted_peak(job, pairs)  # refuses adapters out of reach before the reference
     say(f"predicted peak memory of training: {predicted / 1e9:.2f} GB")
@@ -75,9 +79,23 @@ def train(
             say(f"resumed after iteration {trainer.progress.iteration}")
         else:
             out.start(run)
+        begun = trainer.progress.iteration
         yield from trainer.run()
-        if ranks.first:
+        if ranks.first and trainer.progress.iteration > begun:
             _compare_peaks(out, predicted, say)
+
+
+def check_places(t: TrainConfig) -> None:
+    """Raises: ConfigError where the run would write over the adapter that it starts from."""
+    if not t.init_adapter:
+        return
+    start, own = Path(t.init_adapter).resolve(), Path(t.adapter_path).resolve()
+    if own in (start, *start.parents):
+        raise ConfigError(
+            f"--init-adapter {t.init_adapter} lies in --adapter-path {t.adapter_path}, and this "
+            "run would replace it: the reference would be gone, and --resume with it. Give "
+            "another --adapter-path."
+        )
 
 
 def _compare_peaks(out: AdapterFolder, predicted: float, say: Say) -> None:
