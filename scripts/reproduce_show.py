@@ -89,10 +89,17 @@ def markdown(facts: Mapping[str, Any], records: Records, left: Sequence[str]) ->
         shown = names(records, *groups)
         if not shown:
             continue
-        shown += ["fpo"] if groups == ("ablation",) and values(records, "fpo", "n") else []
-        lines += [f"## {title}", "", *table(records, shown), ""]
+        of = ablated(records) if groups == ("ablation",) else records
+        shown += ["fpo"] if of is not records and values(of, "fpo", "n") else []
+        lines += [f"## {title}", "", *table(of, shown), ""]
     lines += ["## Reading", "", *(f"- {said}" for said in reading(records)), ""]
     return "\n".join(lines)
+
+
+def ablated(records: Records) -> Records:
+    """The ablations, and FPO itself on their seeds alone: other seeds are no fair comparison."""
+    seeds = {r["seed"] for r in records if r["group"] == "ablation"}
+    return [r for r in records if r["group"] == "ablation" or r["seed"] in seeds]
 
 
 def table(records: Records, shown: Sequence[str]) -> list[str]:
@@ -171,7 +178,7 @@ def cost_claim(records: Records) -> str:
 
 def stop_gradient_claim(records: Records) -> str:
     with_, without = (
-        mean(records, n, "rewards/accuracies") for n in ("fpo", "fpo no stop-gradient")
+        mean(ablated(records), n, "rewards/accuracies") for n in ("fpo", "fpo no stop-gradient")
     )
     if with_ is None or without is None:
         return ""
@@ -235,15 +242,17 @@ def alpha(axes: Any, records: Records) -> None:
     """What holding tighter costs; alpha 0 is FPO without its constraint."""
     at = {"fpo no constraint": 0.0, "fpo": 0.5}
     at |= {n: float(n.split()[-1]) for n in names(records, "ablation") if n.startswith("fpo alpha")}
-    order = sorted((a, n) for n, a in at.items())
+    order, of = sorted((a, n) for n, a in at.items()), ablated(records)
     for panel, (title, key) in zip(
         axes,
         (("accuracy", "rewards/accuracies"), ("D, rejected", "features/rejected"),
          ("KL margin, nats", "kl/margin")),
         strict=True,
     ):  # fmt: skip
-        known = [(a, v) for a, n in order if (v := mean(records, n, key)) is not None]
+        known = [(a, v) for a, n in order if (v := mean(of, n, key)) is not None]
         panel.plot([a for a, _ in known], [v for _, v in known], "o-", color=COLOURS[0])
+        if key != "rewards/accuracies":  # without the constraint it is another order
+            panel.set_yscale("symlog", linthresh=0.1)
         panel.set_xlabel("alpha")
         panel.set_title(title, fontsize=10)
 

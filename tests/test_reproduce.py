@@ -221,6 +221,17 @@ def test_the_table_gives_one_seed_its_interval_and_the_base_no_rewards():
     assert base.startswith("| base | 1 | – |")
 
 
+def test_an_ablation_stands_beside_fpo_of_its_own_seeds():
+    """The ablation has seed 0 only, on which FPO itself did worse than on the others."""
+    records = [a_record("fpo", a, 1.0, 1.0, seed=i) for i, a in enumerate((0.6, 0.9, 0.9))]
+    records.append(a_record("fpo no stop-gradient", 0.7, 1.0, 1.0) | {"group": "ablation"})
+    page = reproduce_show.markdown({}, records, [])
+    methods, ablations = page.split("## Ablations")
+    assert "| fpo | 3 | 0.8 " in methods
+    assert "| fpo | 1 | 0.6 " in ablations
+    assert "does not cost accuracy: does not hold. With 0.600, without 0.700." in page
+
+
 def test_the_list_runs_nothing(tmp_path):
     words = ["--smoke", "--list", "--work", str(tmp_path), "--only", "fpo", "--only", "base"]
     done = subprocess.run(
