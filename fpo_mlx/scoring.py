@@ -120,12 +120,11 @@ class Scorer:
             logps = self._logps(rows, layout, grad=grad)
         distances, penalties, held = None, None, None
         if self.encoders:
-            distances, named, scales = self._distances(rows, layout, refs, logps, grad)
+            distances, scaled, named = self._distances(rows, layout, refs, logps, grad)
             if self.objective.pooled:
-                raw = self.objective.feature_scale == "raw"
-                penalties = _by_side(distances if raw else distances / scales)
+                penalties = _by_side(scaled)
                 if any(self.feature_weights):
-                    held = _by_side(named if raw else named / scales)[0]
+                    held = _by_side(named)[0]
         if self.objective.constraint == "kl" and kl is not None:
             penalties = _by_side(kl)
         ref_logps = [[side.logps for side in ref] for ref in refs]  # [B, 2]
@@ -163,21 +162,29 @@ class Scorer:
     def _distances(
         self, rows: Rows, layout: Layout, refs: Sequence[PairScore], logps: mx.array, grad: bool
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """D, the named features' part of it, and D's scale; each [2B], means over the SAEs."""
-        results = []
+        """D, D as --feature-scale has it, and the named features' part of that.
+
+        Each [2B], means over the SAEs; each SAE's D is scaled by its own activations.
+        """
+        results, raw = [], self.objective.feature_scale == "raw"
         for i, (encoder, tapped) in enumerate(zip(self.encoders, rows.tapped, strict=True)):
             n = encoder.n_features
             dense = [side.features[i].to_dense(n) for ref in refs for side in ref]
             pinned = self._pinned[i] if i < len(self._pinned) else None
             ref = mx.array(np.stack(dense))
             pooled, gates = F.pool(encoder, tapped, layout.means(), after=[logps])  # [2B, F]
-            results.append(
-                self._distance(encoder, tapped, layout, pooled, gates, ref, pinned, grad)
+            distance, named = self._distance(
+                encoder, tapped, layout, pooled, gates, ref, pinned, grad
             )
-        distances, named, scales = (
+            over = 1.0
+            if not raw:
+                k = self.objective.top_k
+                over = F.reference_scale(ref, k, magnitude=encoder.signed)
+            results.append((distance, distance / over, named / over))
+        distances, scaled, of_named = (
             mx.stack(list(column)).mean(axis=0) for column in zip(*results, strict=True)
         )
-        return distances, named, scales
+        return distances, scaled, of_named
 
     def _distance(
         self,
@@ -189,8 +196,8 @@ class Scorer:
         ref: mx.array,
         pinned: tuple[mx.array, mx.array] | None,
         grad: bool,
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """One SAE's D, the named features' part of it, and D's scale, each [2B].
+    ) -> tuple[mx.array, mx.array]:
+        """One SAE's D, and the named features' part of it, each [2B].
 
         pooled, ref: [2B, F]. Gradient where the objective lets it through.
         """
@@ -202,14 +209,13 @@ class Scorer:
             moving = range(0 if every else 1, len(layout.lengths), 1 if every else 2)
             policy = _with_gradient(encoder, tapped, layout, policy, gates, indices, moving)
         there = mx.take_along_axis(ref, indices, axis=-1)
-        scale = F.reference_scale(ref, k, magnitude=signed)
         if pinned is None:
             distances = F.distance(policy, there, weights, k)
-            return distances, mx.zeros_like(distances), scale
+            return distances, mx.zeros_like(distances)
         of_named = F.distance(policy, there, weights * named, k)
         rest = F.distance(policy, there, weights * (1 - named), k)
         chosen = mx.arange(len(layout.lengths)) % 2 == 0  # there they pull through `held` alone
-        return rest + mx.where(chosen, mx.stop_gradient(of_named), of_named), of_named, scale
+        return rest + mx.where(chosen, mx.stop_gradient(of_named), of_named), of_named
 
 
 def _selection(

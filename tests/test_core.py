@@ -284,6 +284,7 @@ def test_distance_and_scale_by_hand():
     )
     assert got.item() == 4.5
     assert features.reference_scale(mx.array([[3.0, 4.0, 1.0]]), 2).tolist() == [12.5]
+    assert features.reference_scale(mx.zeros((1, 3)), 2).tolist() == [1.0]  # silent: no scale
 
 
 # Objectives ---------------------------------------------------------------------------------------

@@ -90,6 +90,25 @@ def test_losses_and_every_gradient_equal_the_oracle(folders, family, preset, cha
     assert max(np.abs(g).max() for g in grads.values()) > 1e-5
 
 
+@pytest.mark.parametrize("scale", ["raw", "reference"])
+def test_two_saes_of_different_scale_count_as_the_oracle_says(folders, scale):
+    """Scaled, each D is over its own SAE's scale before the mean is taken."""
+    small, large = random_sae("topk", 32, Site(1)), random_sae("relu", 32, Site(2), seed=4)
+    large = dataclasses.replace(large, act_scale=np.full(large.n_features, 30.0, np.float32))
+    objective = Objective(top_k=K, feature_scale=scale)
+    pairs = random_pairs([(9, 5, 8), (4, 7, 3)])
+    scorer, values = scorer_with_lora(folders["llama"], objective, [small, large])
+    (_, u, *_), _, grads = losses_and_grads(scorer, values, pairs)
+    model = oracle.load_oracle(folders["llama"])
+    lora = oracle.attach_lora(model, values, scale=2.0)
+    setup = oracle.Setup(k=K, feature_scale=scale)
+    want, want_grads = oracle.loss_and_grads(model, lora, pairs, setup, taps=[small, large])
+    np.testing.assert_allclose(u, [row["u"] for row in want], rtol=1e-4, atol=1e-5)
+    for name, got in grads.items():
+        size = np.abs(want_grads[name]).max()
+        np.testing.assert_allclose(got, want_grads[name], rtol=1e-3, atol=1e-3 * size, err_msg=name)
+
+
 def test_oracle_rows_sanity_different_lora_gives_different_losses(folders):
     """Guards the comparison itself: were the LoRA values not in force, u would be 0."""
     scorer, values = scorer_with_lora(

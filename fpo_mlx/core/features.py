@@ -284,7 +284,9 @@ def distance(policy: mx.array, ref: mx.array, weights: mx.array, k: int) -> mx.a
 def reference_scale(ref: mx.array, k: int, *, magnitude: bool = False) -> mx.array:
     """Mean square of the reference's own top-k, (1/k) sum c_i^2. ref: [S, F] -> [S].
 
-    Dividing D by it makes alpha mean the same for every SAE and every block.
+    Dividing D by it makes alpha mean the same for every SAE and every block. Where the reference is
+    silent there is no scale: it is 1.
     """
     top = mx.take_along_axis(ref, top_indices(ref, k, magnitude=magnitude), axis=-1)
-    return mx.maximum((top * top).sum(axis=-1) / k, 1e-12)
+    scale = (top * top).sum(axis=-1) / k
+    return mx.where(scale > 0, scale, 1.0)
