@@ -157,11 +157,13 @@ def test_damaged_files_are_told_and_the_rest_is_shown(tmp_path):
     run = a_run(tmp_path / "run", evaluate={"summary": SUMMARY})
     (run / "evaluate.json").write_text('{"summary": {')
     (run / "run.json").write_text("[1]")
+    (run / "deep.json").write_text("[" * 10_000)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "iter')
     runs = read_runs([run])
     assert len(runs[0].train) == 3
     assert "evaluate.json cannot be read" in said(runs)
+    assert "deep.json cannot be read: nested too deeply" in said(runs)
     assert "metrics.jsonl:4" in said(runs)
     assert "fpo-mlx evaluate" in render(runs)
 

@@ -16,6 +16,7 @@ from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.plan import predicted_peak
 from fpo_mlx.pipeline.policy import open_policy
 from fpo_mlx.pipeline.store import OnFill, reference_of, scores
+from fpo_mlx.records import TokenPair
 
 if TYPE_CHECKING:
     from fpo_mlx.checkpoint import AdapterFolder
@@ -52,14 +53,7 @@ def train(
     run = run_record(job, data.data_fingerprint(pairs))
     if t.resume and ranks.first:
         check_resumable(Path(t.adapter_path), run)
-    wanted = t.val_batches and has_split(job, "valid")
-    valid = read_pairs(job, "valid", say) if wanted else []
-    if t.early_stopping and not valid:
-        raise ConfigError(
-            f"--early-stopping {t.early_stopping}: found no validation pairs in "
-            f"{config.data.data}, or --val-batches is 0. Add a valid.jsonl (or --valid-split of a "
-            "hub data set), or drop the setting."
-        )
+    valid = _validation_pairs(job, say)
     predicted = predicted_peak(job, pairs)  # refuses adapters out of reach before the reference
     say(f"predicted peak memory of training: {predicted / 1e9:.2f} GB")
     agree = _agreement(ranks)
@@ -83,6 +77,20 @@ def train(
         yield from trainer.run()
         if ranks.first and trainer.progress.iteration > begun:
             _compare_peaks(out, predicted, say)
+
+
+def _validation_pairs(job: Job, say: Say) -> list[TokenPair]:
+    """None where there are none, or none are wanted. Raises: ConfigError where that cannot be."""
+    t, source = job.config.train, job.config.data.data
+    if t.val_batches and has_split(job, "valid"):
+        return read_pairs(job, "valid", say)
+    if t.early_stopping:
+        raise ConfigError(
+            f"--early-stopping {t.early_stopping}: found no validation pairs in {source}, or "
+            "--val-batches is 0. Add a valid.jsonl (or --valid-split of a hub data set), or drop "
+            "the setting."
+        )
+    return []
 
 
 def check_places(t: TrainConfig) -> None:

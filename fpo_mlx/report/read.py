@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx import files
 from fpo_mlx.errors import FpoError
 
 OWN = ("run.json", "adapter_config.json")
@@ -162,7 +162,7 @@ def read_run(path: Path, name: str) -> Run:
 
 def _read(path: Path, faults: list[str]) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return files.parse_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         faults.append(f"{path} cannot be read: {error}")
         return None
@@ -184,7 +184,7 @@ def _lines(path: Path, faults: list[str]) -> list[Mapping[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = files.parse_json(line)
         except ValueError as error:
             faults.append(f"{path}:{number} is no JSON and was left out: {error}")
             continue
