@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from fpo_mlx import files
 from fpo_mlx.config import PRESETS, SECTIONS, YAML_ONLY, RunConfig, Sampling, load_config
+from fpo_mlx.data.feature_files import csv_text
 from fpo_mlx.errors import FpoError
-from fpo_mlx.featurefiles import csv_text
+from fpo_mlx.storage import files
 
 PATH = click.Path(path_type=Path)
 NEVER_ITS_DEFAULT = (None, (), "", dataclasses.MISSING)  # these say nothing in a help text
