@@ -27,6 +27,7 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 
+from fpo_mlx.config import named
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.model.trees import arrays_of, read_arrays
@@ -193,17 +194,6 @@ class AdapterFolder:
             os.truncate(path, min(progress.metrics_bytes, path.stat().st_size))
 
 
-# settings that may differ between the two halves of a resumed run
-FREE = {
-    "resume", "iters", "epochs", "report_to", "project_name", "reference", "adapter_path",
-    "grad_checkpoint", "steps_per_report", "steps_per_eval", "val_batches", "save_every",
-    "max_margin", "max_logp_drop", "max_feature_distance", "early_stopping", "on_divergence",
-    "max_skipped_updates", "max_start_gap", "peer_timeout", "dtype", "valid_split", "test_split",
-    "trust_remote_code", "tokens_per_batch", "check_sae", "allow_pickle",
-    "feature_weights",  # the file's name; what it says is a fingerprint
-}  # fmt: skip
-
-
 def check_resumable(folder: Path, run: Mapping[str, Any]) -> None:
     """Raises ConfigError naming the settings that would change the trajectory."""
     path = folder / "run.json"
@@ -218,11 +208,12 @@ def check_resumable(folder: Path, run: Mapping[str, Any]) -> None:
             raise TypeError("settings or fingerprints are no objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error!r}). Start anew without --resume.") from error
+    may_change = named("may_change")
     faults = [
         f"  {section}.{name}: was {old!r}, now {now!r}"
         for section in ("settings", "fingerprints")
         for name in sorted(set(before[section]) | set(run[section]))
-        if name not in FREE
+        if name not in may_change
         and (old := before[section].get(name)) != (now := _plain(run[section].get(name)))
     ]
     if faults:

@@ -16,9 +16,10 @@ from click.testing import CliRunner
 
 from fpo_mlx import pipeline
 from fpo_mlx.cli import main, trackers
-from fpo_mlx.config import PRESETS, SECTIONS, YAML_ONLY, RunConfig, load_config, options
+from fpo_mlx.config import PRESETS, SECTIONS, RunConfig, load_config, named, options
 from fpo_mlx.errors import ConfigError
 
+YAML_ONLY = named("yaml_only")
 PACKAGE = Path(__file__).resolve().parents[2] / "fpo_mlx"
 HINTS = {name: h for section in SECTIONS for name, h in typing.get_type_hints(section).items()}
 
