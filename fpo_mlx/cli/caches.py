@@ -9,9 +9,11 @@ import click
 from fpo_mlx.cli.options import (
     PATH,
     backend_option,
+    claims,
     device_option,
     gather,
     json_option,
+    overwrite_option,
     preset_option,
     settings,
     write_json,
@@ -33,6 +35,8 @@ def cache() -> None:
 @cache.command()
 @click.argument("folder", type=PATH)
 @json_option
+@overwrite_option
+@claims(json_path="--json")
 def info(folder, json_path) -> None:
     """Say what a cache was made of and what it holds.
 
@@ -62,6 +66,8 @@ def info(folder, json_path) -> None:
     help="Largest relative difference that is no error.",
 )  # fmt: skip
 @json_option
+@overwrite_option
+@claims(json_path="--json")
 def verify(folder, adapter, backend, device, sample, tolerance, json_path, **values) -> None:
     """Score a random sample anew on this machine and say how far the cache is from it.
 
@@ -83,6 +89,8 @@ def verify(folder, adapter, backend, device, sample, tolerance, json_path, **val
 @click.argument("parts", nargs=-1, required=True, type=PATH)
 @click.option("--output", type=PATH, required=True, help="Cache folder to write to or extend.")
 @json_option
+@overwrite_option
+@claims(json_path="--json")
 def merge(parts, output, json_path) -> None:
     """Join the parts that several processes or machines made with one setting.
 
@@ -100,6 +108,8 @@ def merge(parts, output, json_path) -> None:
 @cache.command()
 @click.argument("folder", type=PATH)
 @click.option("--output", type=PATH, required=True, help="JSON Lines file to write.")
+@overwrite_option
+@claims(output="--output")
 def export(folder, output) -> None:
     """Write the rows as JSON Lines.
 
@@ -120,6 +130,8 @@ root_option = click.option(
 @cache.command("list")
 @root_option
 @json_option
+@overwrite_option
+@claims(json_path="--json")
 def list_(folder, json_path) -> None:
     """List the reference caches with size, age and what they belong to, the oldest first.
 

@@ -13,8 +13,10 @@ import click
 
 from fpo_mlx.cli.options import (
     PATH,
+    claims,
     gather,
     gather_sampling,
+    overwrite_option,
     sampling_options,
     settings,
     write_json,
@@ -45,6 +47,8 @@ NARROWEST = 28  # columns that are narrower than this stand below each other
 )  # fmt: skip
 @sampling_options
 @click.option("--output", type=PATH, help="Write the answers here: .json or .md.")
+@overwrite_option
+@claims(output="--output")
 def compare(adapter_path, prompts, prompts_file, split, count, output, **values) -> None:
     """Answer the same prompts with the base and with adapters, side by side, with the same noise.
 

@@ -7,9 +7,11 @@ import click
 from fpo_mlx.cli.options import (
     PATH,
     backend_option,
+    claims,
     device_option,
     gather,
     json_option,
+    overwrite_option,
     preset_option,
     settings,
     write_json,
@@ -23,7 +25,9 @@ from fpo_mlx.errors import DataError
 @settings(DataConfig, "model", "trust_remote_code")
 @click.option("--fix", type=PATH, metavar="OUT", help="Folder to write the good rows to.")
 @json_option
-def check(fix, json_path, **values) -> None:
+@overwrite_option
+@claims(json_path="--json")
+def check(fix, json_path, overwrite, **values) -> None:
     """Look for everything in the data that would waste or spoil a run.
 
     Exit code 3 when there are rows that cannot be used. Without --model the chat template and
@@ -37,7 +41,7 @@ def check(fix, json_path, **values) -> None:
 
     config = gather(values)
     unit = "tokens" if config.reference.model else "letters"
-    report = pipeline.check(config, fix=fix, say=say)
+    report = pipeline.check(config, fix=fix, overwrite=overwrite, say=say)
     write_json(json_path, report.as_dict())
     table(
         [

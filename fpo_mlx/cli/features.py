@@ -11,9 +11,11 @@ import click
 
 from fpo_mlx.cli.options import (
     PATH,
+    claims,
     csv_option,
     gather,
     json_option,
+    overwrite_option,
     preset_option,
     settings,
     write_csv,
@@ -54,9 +56,10 @@ examples_option = click.option(
 @labels_option
 @json_option
 @csv_option
-@click.pass_context
+@overwrite_option
+@claims(json_path="--json", csv_path="--csv")
 def features(
-    ctx, adapter_path, split, limit, top, sort, examples, labels, json_path, csv_path, **values
+    adapter_path, split, limit, top, sort, examples, labels, json_path, csv_path, **values
 ) -> None:
     """Say which SAE features an adapter moved, by how much, and where they fire.
 
@@ -64,7 +67,7 @@ def features(
     Example:
       fpo-mlx features --model M --sae S --data pairs/ --adapter-path adapters --json moved.json
     """
-    if ctx.invoked_subcommand is not None:
+    if click.get_current_context().invoked_subcommand is not None:
         return
     from fpo_mlx import pipeline
 
@@ -112,6 +115,8 @@ def features(
 @examples_option
 @labels_option
 @json_option
+@overwrite_option
+@claims(output="--output", json_path="--json")
 def find(
     positive, negative, limit, top, held_out, weight, output, examples, labels, json_path, **values
 ) -> None:

@@ -7,13 +7,21 @@ from pathlib import Path
 
 import click
 
-from fpo_mlx.cli.options import PATH, json_option, write_json
+from fpo_mlx.cli.options import (
+    PATH,
+    claims,
+    json_option,
+    overwrite_option,
+    write_json,
+)
 from fpo_mlx.cli.show import Progress, listing, table
 
 
 @click.command()
 @click.option("--hub/--no-hub", default=True, help="Try whether the model hub answers.")
 @json_option
+@overwrite_option
+@claims(json_path="--json")
 def doctor(hub, json_path) -> None:
     """Say what this machine is, and what will stand in the way.
 
@@ -35,7 +43,8 @@ def doctor(hub, json_path) -> None:
 @click.option(
     "--output", type=PATH, default="fpo-demo", show_default=True, help="Folder to work in."
 )
-def demo(output: Path) -> None:
+@overwrite_option
+def demo(output: Path, overwrite: bool) -> None:
     """The whole path on a small real model: precompute, train, evaluate, fuse, answer.
 
     \b
@@ -46,7 +55,7 @@ def demo(output: Path) -> None:
 
     show = Progress()
     try:
-        report = run.run(workdir=output, say=show.say, show=show)
+        report = run.run(workdir=output, overwrite=overwrite, say=show.say, show=show)
     finally:
         show.close()
     for sample in report.samples:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +12,10 @@ from typing import Any
 
 import click
 
-from fpo_mlx.config import PRESETS, SECTIONS, RunConfig, Sampling, load_config, named
+from fpo_mlx.config import PRESETS, SECTIONS, RunConfig, Sampling, load_config, named, read_yaml
 from fpo_mlx.data.feature_files import csv_text
 from fpo_mlx.errors import FpoError
-from fpo_mlx.storage import files
+from fpo_mlx.storage import files, outputs
 
 PATH = click.Path(path_type=Path)
 NEVER_ITS_DEFAULT = (None, (), "", dataclasses.MISSING)  # these say nothing in a help text
@@ -26,6 +28,9 @@ preset_option = click.option(
 )
 json_option = click.option("--json", "json_path", type=PATH, help="Write the result here.")
 csv_option = click.option("--csv", "csv_path", type=PATH, help="Write the result here as CSV.")
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace what an earlier command wrote there."
+)
 backend_option = click.option(
     "--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True,
     help="What runs the reference model.",
@@ -102,6 +107,45 @@ def gather(values: dict[str, Any]) -> RunConfig:
     known = {f.name for section in SECTIONS for f in dataclasses.fields(section)} | {"objective"}
     flags = {k: v for k, v in values.items() if k in known and v not in (None, ())}
     return load_config(flags, path)
+
+
+def claims(**flags: str) -> Callable:
+    """The files that a command's options name (parameter=flag) are claimed before it runs.
+
+    Stands next to the function. The command needs an --overwrite, which the function gets if it
+    asks for it.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        asks = "overwrite" in inspect.signature(command).parameters
+
+        @functools.wraps(command)
+        def claimed(*args: Any, overwrite: bool | None, **values: Any) -> Any:
+            places = {flag: values[name] for name, flag in flags.items()}
+            outputs.claim_files(places, inputs=_read_by(flags), overwrite=bool(overwrite))
+            if asks:
+                values["overwrite"] = overwrite
+            return command(*args, **values)
+
+        return claimed
+
+    return decorate
+
+
+def _read_by(written: Mapping[str, str]) -> list[str | Path]:
+    """Whatever the options of the running command, and its YAML file, name on this disk."""
+    context = click.get_current_context()
+    found: list[str | Path] = []
+    for name, value in context.params.items():
+        if name not in written:
+            found += [v for v in _each(value) if isinstance(v, str | Path)]
+    if path := context.params.get("config"):
+        found += [v for value in read_yaml(path).values() for v in _each(value) if type(v) is str]
+    return found
+
+
+def _each(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, tuple | list) else (value,)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fpo_mlx.cli.options import gather, json_option, preset_option, settings, write_json
+from fpo_mlx.cli.options import (
+    claims,
+    gather,
+    json_option,
+    preset_option,
+    settings,
+    write_json,
+)
 from fpo_mlx.cli.show import say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig, TrainConfig
 
@@ -21,6 +28,7 @@ GB = 1e9
 @preset_option
 @click.option("--memory-gb", type=float, help="Memory to fit into.  [default: this machine's]")
 @json_option
+@claims(json_path="--json")
 def plan(memory_gb, json_path, **values) -> None:
     """Say beforehand whether precompute and train will fit into memory, and how long they take.
 

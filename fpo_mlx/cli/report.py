@@ -6,7 +6,11 @@ from pathlib import Path
 
 import click
 
-from fpo_mlx.cli.options import PATH
+from fpo_mlx.cli.options import (
+    PATH,
+    claims,
+    overwrite_option,
+)
 
 
 @click.command()
@@ -18,6 +22,8 @@ from fpo_mlx.cli.options import PATH
     "--results", type=PATH, multiple=True,
     help="JSON of evaluate, features or compare that lies elsewhere or is of several adapters.",
 )  # fmt: skip
+@overwrite_option
+@claims(output="--output")
 def report(runs: tuple[Path, ...], output: Path, results: tuple[Path, ...]) -> None:
     """Show runs as one offline HTML page: curves, figures, settings, warnings, answers.
 

@@ -9,10 +9,12 @@ import click
 
 from fpo_mlx.cli.options import (
     PATH,
+    claims,
     csv_option,
     gather,
     gather_sampling,
     json_option,
+    overwrite_option,
     preset_option,
     sampling_options,
     settings,
@@ -55,6 +57,8 @@ SHOWN = (  # rows of the table of several models; --json and --csv have every me
 @sampling_options
 @json_option
 @csv_option
+@overwrite_option
+@claims(json_path="--json", csv_path="--csv")
 def evaluate(adapter_path, split, kl, samples, json_path, csv_path, **values) -> None:
     """Judge adapters on held-out pairs: accuracy, margins, drift of features and text, diversity.
 
@@ -111,9 +115,11 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
 @click.option("--upload-repo", help="Hub repository to upload the fused model to.")
 @click.option("--verify", metavar="DATA", help="Compare margin and accuracy before and after.")
 @json_option
+@overwrite_option
+@claims(json_path="--json")
 def fuse(
     adapter_path, save_path, dequantize, dtype, export_gguf, gguf_path, upload_repo, verify,
-    json_path, **values,
+    json_path, overwrite, **values,
 ) -> None:  # fmt: skip
     """Fuse adapters into the model: a folder for mlx_lm.generate and LM Studio.
 
@@ -130,7 +136,7 @@ def fuse(
         config, adapter_path=adapter_path or config.train.adapter_path, save_path=save_path,
         dequantize=dequantize, dtype=dtype,
         gguf_path=(gguf_path or "ggml-model-f16.gguf") if export_gguf else None,
-        upload_repo=upload_repo, verify=verify, say=say,
+        upload_repo=upload_repo, verify=verify, overwrite=overwrite, say=say,
     )  # fmt: skip
     report = result.report
     written: dict[str, Any] = {"path": str(report.path), "fused_layers": report.fused_layers}
@@ -156,6 +162,7 @@ def fuse(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Dtype of float weights."
 )
 @click.option("--trust-remote-code", is_flag=True, help="Let the model run its own Python code.")
+@overwrite_option
 def convert(mlx_path, **values) -> None:
     """Turn a hub model into a (quantised) MLX folder, with mlx_lm.convert.
 

@@ -6,7 +6,12 @@ import dataclasses
 
 import click
 
-from fpo_mlx.cli.options import json_option, section_options, write_json
+from fpo_mlx.cli.options import (
+    claims,
+    json_option,
+    section_options,
+    write_json,
+)
 from fpo_mlx.cli.show import listing, say
 from fpo_mlx.cli.train import on_signal
 from fpo_mlx.saetrain.settings import SaeTrainConfig, load_settings
@@ -16,7 +21,8 @@ from fpo_mlx.saetrain.settings import SaeTrainConfig, load_settings
 @section_options(SaeTrainConfig)
 @click.option("--upload-repo", help="Hub repository to upload the SAE and its card to.")
 @json_option
-def train_sae(config, upload_repo, json_path, **values) -> None:
+@claims(json_path="--json")
+def train_sae(config, upload_repo, json_path, overwrite, **values) -> None:
     """Train an SAE on a model's own activations, for a model that has none.
 
     \b
@@ -26,7 +32,8 @@ def train_sae(config, upload_repo, json_path, **values) -> None:
     """
     from fpo_mlx import pipeline
 
-    chosen = load_settings({k: v for k, v in values.items() if v is not None}, config)
+    given = {**values, "overwrite": overwrite}
+    chosen = load_settings({k: v for k, v in given.items() if v is not None}, config)
     done = pipeline.sae_train(
         chosen, upload_repo=upload_repo, say=say, report=_training_line, arm=on_signal
     )

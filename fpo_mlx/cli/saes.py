@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import click
 
-from fpo_mlx.cli.options import PATH, READING, gather, json_option, settings, write_json
+from fpo_mlx.cli.options import (
+    PATH,
+    READING,
+    claims,
+    gather,
+    json_option,
+    overwrite_option,
+    settings,
+    write_json,
+)
 from fpo_mlx.cli.show import Steps, listing, say, table
 from fpo_mlx.config import DataConfig
 
@@ -22,6 +31,8 @@ def sae() -> None:
 @sae.command("list")
 @click.option("--model", help="Only those for this model, its base or its chat sibling.")
 @json_option
+@overwrite_option
+@claims(json_path="--json")
 def list_(model, json_path) -> None:
     """List the public SAEs that are known by name.
 
@@ -44,6 +55,8 @@ def list_(model, json_path) -> None:
 @click.argument("spec")
 @settings("model", "layer", "site", *READING)
 @json_option
+@overwrite_option
+@claims(json_path="--json")
 def info(spec, json_path, **values) -> None:
     """Say what an SAE is: family, activation, width, site, fingerprint; and whether it fits.
 
@@ -66,7 +79,8 @@ def info(spec, json_path, **values) -> None:
     show_default=True, help="Of the stored weights; SAELens reads all but int8.",
 )  # fmt: skip
 @settings("layer", "site", *READING)
-def convert(spec, output, dtype, **values) -> None:
+@overwrite_option
+def convert(spec, output, dtype, overwrite, **values) -> None:
     """Write an SAE in SAELens' layout.
 
     \b
@@ -76,7 +90,9 @@ def convert(spec, output, dtype, **values) -> None:
     """
     from fpo_mlx import pipeline
 
-    done = pipeline.sae_convert(spec, gather(values), output=output, dtype=dtype, say=say)
+    done = pipeline.sae_convert(
+        spec, gather(values), output=output, dtype=dtype, overwrite=overwrite, say=say
+    )
     click.echo(f"{done.architecture}, {done.dtype}, {done.size / 1e6:.1f} MB in {done.folder}")
 
 
@@ -84,6 +100,8 @@ def convert(spec, output, dtype, **values) -> None:
 @settings("sae", *READING)
 @click.option("--input", type=PATH, required=True, help=".npy of vectors, [N, D].")
 @click.option("--output", type=PATH, required=True, help=".npy of activations to write, [N, F].")
+@overwrite_option
+@claims(output="--output")
 def encode(input, output, **values) -> None:
     """Feature activations of given vectors, without a model.
 
@@ -109,6 +127,8 @@ def encode(input, output, **values) -> None:
     help="What stands for nothing where loss recovered is measured.",
 )  # fmt: skip
 @json_option
+@overwrite_option
+@claims(json_path="--json")
 def evaluate(adapter_path, sequences, ablation, json_path, **values) -> None:
     """How well an SAE reads a model: L0, unexplained variance, dead features, loss recovered.
 

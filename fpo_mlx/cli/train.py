@@ -28,8 +28,11 @@ def train(**values) -> None:
     """
     from fpo_mlx import pipeline
     from fpo_mlx.cli import trackers
+    from fpo_mlx.pipeline.train import claim_place
 
     config = gather(values)
+    if is_first():
+        claim_place(config)  # before a tracker makes its folder there
     trackers_of = config.train.report_to if is_first() else None  # of several processes
     track = trackers.open_trackers(trackers_of, config.train.project_name, config)
     show = Progress()

@@ -146,6 +146,14 @@ class RunConfig:
             flat.update(dataclasses.asdict(section))
         return flat
 
+    def reads(self, *but: str) -> tuple[str, ...]:
+        """All that these settings name to be read: places on disk, hub ids, short names.
+
+        but: settings that the command at hand writes to.
+        """
+        flat, places = self.as_dict(), {"data", "model", *named("path")} - {"adapter_path", *but}
+        return (*(flat[name] for name in sorted(places) if flat[name]), *self.reference.sae)
+
 
 SECTIONS = (DataConfig, ReferenceConfig, TrainConfig, Objective)
 

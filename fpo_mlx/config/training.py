@@ -102,6 +102,9 @@ class TrainConfig:
         first=True,
         may_change=True,
     )
+    overwrite: bool = setting(
+        False, "replace an older run in --adapter-path", "saving", may_change=True
+    )
     report_to: str | None = setting(
         None, "wandb, tensorboard, or both with a comma", "saving", may_change=True
     )
@@ -165,6 +168,8 @@ class TrainConfig:
             self.epochs is not None and self.epochs <= 0
         ):
             raise ConfigError("--iters and --epochs: wanted more than 0.")
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other; give one.")
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed}: wanted 0 or more.")
         if self.val_batches < -1:

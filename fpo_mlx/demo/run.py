@@ -18,7 +18,7 @@ from fpo_mlx import pipeline
 from fpo_mlx.config import load_config
 from fpo_mlx.demo import smollm2
 from fpo_mlx.errors import FpoError
-from fpo_mlx.storage import files
+from fpo_mlx.storage import files, outputs
 
 HERE = Path(__file__).parent
 DATA, SAE = HERE / "data", HERE / "sae"
@@ -33,6 +33,7 @@ SETTINGS = {
     "val_batches": 1,
     "save_every": 10_000,
 }
+MADE = outputs.Made("an older demo", r"(data|reference|adapters|fused)/", mark="data/")
 QUESTIONS = ("Why do cats purr?", "What is photosynthesis?")
 ANSWER_TOKENS = 120
 
@@ -63,11 +64,14 @@ def run(
     say: Callable[[str], None],
     show: Callable[[Any], None] = lambda _: None,
     train_pairs: int = TRAIN_PAIRS,
+    overwrite: bool = False,
 ) -> DemoReport:
     """Fetch, precompute, train, evaluate, fuse, and answer two questions before and after.
 
-    Raises: FpoError when a part cannot be had or the first loss is not ln 2.
+    Raises: ConfigError for a folder with other things in it, or an older demo without `overwrite`;
+    FpoError when a part cannot be had or the first loss is not ln 2.
     """
+    outputs.claim_folder(workdir, "--output", MADE, overwrite=overwrite)
     clock = _Clock(say)
     with clock("model"):
         folders = smollm2.fetch(say=say)
@@ -77,6 +81,7 @@ def run(
         SETTINGS
         | {"model": str(model), "sae": (str(SAE),), "data": str(data)}
         | {"adapter_path": str(adapters), "reference": str(workdir / "reference")}
+        | {"overwrite": overwrite}
     )
     with clock("precompute"):
         pipeline.precompute(config, output=workdir / "reference", say=say)
@@ -92,7 +97,7 @@ def run(
     with clock("fuse"):
         pipeline.fuse(
             config, adapter_path=str(adapters), save_path=fused, dequantize=False, dtype=None,
-            gguf_path=None, upload_repo=None, verify=None, say=say,
+            gguf_path=None, upload_repo=None, verify=None, overwrite=overwrite, say=say,
         )  # fmt: skip
     with clock("answers"):
         answers = [answer(folder, QUESTIONS) for folder in (model, fused)]

@@ -53,7 +53,6 @@ def fuse(
     """
     from mlx_lm import utils
 
-    _check_place(save_path)
     loaded = read_model(model, trust_remote_code=trust_remote_code)
     base, config, path = loaded.model, loaded.config, loaded.path
     if gguf_path and config["model_type"] not in GGUF_TYPES:
@@ -116,12 +115,3 @@ def _export_gguf(folder: Path, model: nn.Module, config: dict[str, Any], path: P
 
     with redirect_stdout(sys.stderr):  # it prints
         convert_to_gguf(folder, dict(arrays_of(model.parameters())), config, str(path))
-
-
-def _check_place(path: Path) -> None:
-    """A folder that is replaced must be a model's: nobody loses other files to a wrong name."""
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
-        raise ConfigError(
-            f"--save-path {path}: it holds files and is no model folder, and fusing would replace "
-            "it. Name a new folder, or an older fused one."
-        )

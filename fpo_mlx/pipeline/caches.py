@@ -16,6 +16,7 @@ from fpo_mlx.pipeline.store import as_kept, open_engine
 from fpo_mlx.records import PairScore, ResponseScore, SparseFeatures, TokenPair
 from fpo_mlx.reference import weights
 from fpo_mlx.storage import paths
+from fpo_mlx.storage.outputs import refuse_inputs
 
 
 def cache_info(folder: Path) -> dict[str, Any]:
@@ -80,6 +81,7 @@ def cache_merge(parts: Sequence[Path], output: Path) -> MergeReport:
     """Join parts of one precompute setting. Raises ConfigError when there is nothing to join."""
     if not parts:
         raise ConfigError("cache merge: name the folders to merge.")
+    refuse_inputs(output, "--output", parts)
     return cache.merge(parts, output)
 
 

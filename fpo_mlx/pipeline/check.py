@@ -9,27 +9,30 @@ from fpo_mlx import data
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, open_tokenizer
+from fpo_mlx.storage import outputs
 from fpo_mlx.storage.hub import resolve_model
+
+CLEAN = outputs.Made("a set of checked rows", r"(train|valid|test)\.jsonl")
 
 
 def check(
     config: RunConfig,
     *,
     fix: Path | None,
+    overwrite: bool = False,
     say: Say,
     progress: Callable[[int], None] | None = None,
 ) -> data.CheckReport:
     """Check every row of every split; `fix` names a folder for the rows that are good.
 
     Without a model the checks of the template and of lengths in tokens are left out.
-    Raises: ConfigError without data, or when `fix` is the data's own folder.
+    Raises: ConfigError without data, or when `fix` would lose something (`storage.outputs`).
     """
     d, ref = config.data, config.reference
     if not d.data:
         raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
-    source = Path(d.data).expanduser()
-    if fix is not None and fix.resolve() in (source.resolve(), source.resolve().parent):
-        raise ConfigError(f"--fix {fix}: this is where the data lies. Name another folder.")
+    if fix is not None:
+        outputs.claim_folder(fix, "--fix", CLEAN, inputs=config.reads(), overwrite=overwrite)
     tokenizer = None
     if ref.model:
         tokenizer = open_tokenizer(config, resolve_model(ref.model))

@@ -6,8 +6,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-from fpo_mlx.errors import FpoError, ModelError
-from fpo_mlx.storage import files
+from fpo_mlx.errors import ModelError
+from fpo_mlx.storage import files, outputs
 from fpo_mlx.storage.hub import resolve_model
 
 
@@ -20,16 +20,19 @@ def convert(
     q_group_size: int | None,
     dtype: str | None,
     trust_remote_code: bool,
+    overwrite: bool = False,
 ) -> Path:
     """Hand over to mlx_lm.convert; the folder appears when it is whole.
 
-    Raises: FpoError when mlx_path exists, ModelError when mlx-lm cannot convert the model.
+    Raises: ConfigError when mlx_path would lose something (`storage.outputs`), ModelError when
+    mlx-lm cannot convert the model.
     """
     from mlx_lm.convert import convert as mlx_convert
 
-    if mlx_path.exists():
-        raise FpoError(f"{mlx_path} exists. Wanted a --mlx-path that does not, to write to.")
     source = resolve_model(hf_path)
+    outputs.claim_folder(
+        mlx_path, "--mlx-path", outputs.MODEL, inputs=[source], overwrite=overwrite
+    )
     with files.atomic_folder(mlx_path) as folder:
         folder.rmdir()  # mlx-lm makes it itself, and refuses one that is there
         try:

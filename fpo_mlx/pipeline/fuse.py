@@ -12,6 +12,8 @@ from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.store import default_cache, fill_cache, scores
+from fpo_mlx.storage.hub import resolve_model
+from fpo_mlx.storage.outputs import MODEL, claim_folder
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ def fuse(
     gguf_path: str | None,
     upload_repo: str | None,
     verify: str | None,
+    overwrite: bool = False,
     say: Say,
 ) -> FuseResult:
     """Fuse adapters into a model folder; `verify` names data to compare before and after on."""
@@ -38,6 +41,8 @@ def fuse(
 
     if not config.reference.model:
         raise ConfigError("--model is missing. Wanted the model that the adapter was trained on.")
+    read = [*config.reads(), resolve_model(config.reference.model), adapter_path, verify]
+    claim_folder(save_path, "--save-path", MODEL, inputs=read, overwrite=overwrite)
     report = fusing.fuse(
         config.reference.model,
         Path(adapter_path),

@@ -9,6 +9,7 @@ from fpo_mlx import cache
 from fpo_mlx.config import RunConfig
 from fpo_mlx.pipeline.job import Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.store import OnFill, check_keep, default_cache, fill_cache
+from fpo_mlx.storage.outputs import refuse_inputs
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def precompute(
     if keep_features is not None:
         check_keep(keep_features, config.objective.top_k, f"--keep-features {keep_features}")
     adapter = adapter or config.train.init_adapter
+    if output is not None:  # a cache of ours grows; one among other files is refused on opening
+        refuse_inputs(output, "--output", [*config.reads("reference"), adapter])
     job = open_job(config, adapter=adapter, say=say)
     job = replace(job, identity=replace(job.identity, pooled_keep=keep_features))
     names = ("train", "valid", "test") if split == "all" else (split,)

@@ -17,7 +17,7 @@ from fpo_mlx.records import SITE_KINDS, Passage, SaeWeights, Site
 from fpo_mlx.reference import weights
 from fpo_mlx.saetrain import rows, settings, texts
 from fpo_mlx.saetrain.settings import SaeTrainConfig
-from fpo_mlx.storage import locks
+from fpo_mlx.storage import locks, outputs
 from fpo_mlx.storage.hub import read_config, resolve_model
 
 if TYPE_CHECKING:
@@ -33,6 +33,14 @@ HELD_OUT_MOST = 65_536
 MOST_POSITIONS = 20_000_000  # that are tokenized where the budget is a time
 LOSS_DOCUMENTS, LOSS_TOKENS = 16, 256  # held out, that the loss with the SAE spliced in is taken on
 WARM_STEPS = 3  # of a throw-away copy, to measure speed
+RUN = outputs.Made(
+    "an SAE and its run",
+    r"cfg\.json|sae_weights\.safetensors|README\.md|run\.json|checkpoint\.safetensors|"
+    r"metrics\.jsonl|\.export/",
+    mark="run.json",
+    ways="--resume goes on with it; ",
+)
+STORE = outputs.Made("stored activations", r"rows\.npy|store\.json")
 TRAINING_DOCUMENTS = "training_documents"  # in what a store says of itself: their fingerprint
 
 
@@ -83,6 +91,7 @@ def sae_train(
 
     folder = Path(config.output)
     _check(config)
+    _claim(config)
     setup = _open(config, say)
     folder.mkdir(parents=True, exist_ok=True)
     with locks.held(folder / finish.LOCK, folder):
@@ -157,6 +166,20 @@ def _check(config: SaeTrainConfig) -> None:
         faults.append("--micro-batch-size is larger than --batch-size.")
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _claim(config: SaeTrainConfig) -> None:
+    """Raises: ConfigError where the run would write over anything but itself."""
+    inputs = (config.model, config.data, config.chat_template)
+    if config.resume:
+        outputs.refuse_inputs(Path(config.output), "--output", inputs)
+    else:
+        outputs.claim_folder(
+            Path(config.output), "--output", RUN, inputs=inputs, overwrite=config.overwrite
+        )
+    store = Path(config.store) if config.store else None
+    if store is not None and not (store / rows.STORE_ABOUT).is_file():
+        outputs.claim_folder(store, "--store", STORE, inputs=inputs, overwrite=config.overwrite)
 
 
 def _open(config: SaeTrainConfig, say: Say) -> Setup:

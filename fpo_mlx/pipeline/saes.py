@@ -17,6 +17,9 @@ from fpo_mlx.sae.convert import ConvertReport, SaeDtype, write_saelens
 from fpo_mlx.sae.encode import encode
 from fpo_mlx.storage import files
 from fpo_mlx.storage.hub import read_config, resolve_model
+from fpo_mlx.storage.outputs import Made, claim_folder
+
+SAE = Made("an SAE", r"cfg\.json|sae_weights\.safetensors", whole=True, mark="cfg.json")
 
 
 def sae_info(spec: str, config: RunConfig, say: Say) -> dict[str, Any]:
@@ -60,9 +63,16 @@ def sae_list(model: str | None) -> list[dict[str, Any]]:
 
 
 def sae_convert(
-    spec: str, config: RunConfig, *, output: Path, dtype: SaeDtype, say: Say
+    spec: str,
+    config: RunConfig,
+    *,
+    output: Path,
+    dtype: SaeDtype,
+    overwrite: bool = False,
+    say: Say,
 ) -> ConvertReport:
     """Write an SAE in SAELens' layout; --layer and --site correct what its metadata says."""
+    claim_folder(output, "--output", SAE, inputs=[spec, *config.reads()], overwrite=overwrite)
     sae, ref = read_sae(spec, config, say), config.reference
     if ref.layer is not None or ref.site is not None:
         sae = replace(sae, site=resolve_site(sae, ref.layer, ref.site))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpo_mlx import __version__, data
 from fpo_mlx.cache import ReferenceCache
-from fpo_mlx.config import RunConfig, TrainConfig
+from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import weights_fingerprint
 from fpo_mlx.errors import CacheMismatch, ConfigError
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
@@ -17,6 +17,15 @@ from fpo_mlx.pipeline.plan import predicted_peak
 from fpo_mlx.pipeline.policy import open_policy
 from fpo_mlx.pipeline.store import OnFill, reference_of, scores
 from fpo_mlx.records import TokenPair
+from fpo_mlx.storage import outputs
+
+RUN = outputs.Made(
+    "a run",
+    r".*adapters\.safetensors|adapter_config\.json|run\.json|metrics\.jsonl|"
+    r"checkpoint/|best/|tensorboard/",
+    mark="run.json",
+    ways="--resume goes on with it; ",
+)
 
 if TYPE_CHECKING:
     from fpo_mlx.train.checkpoint import AdapterFolder
@@ -45,9 +54,10 @@ def train(
     from fpo_mlx.train.trainer import Trainer
 
     t = config.train
-    check_places(t)
     make_optimizer(t)  # refuses what it cannot be made of before the long part
     ranks = open_ranks(pairs=t.batch_size * t.grad_accumulation_steps, patience=t.peer_timeout)
+    if ranks.first:
+        claim_place(config)
     job = open_job(config, adapter=t.init_adapter, say=say)
     pairs = read_pairs(job, "train", say)
     run = run_record(job, data.data_fingerprint(pairs))
@@ -93,17 +103,15 @@ def _validation_pairs(job: Job, say: Say) -> list[TokenPair]:
     return []
 
 
-def check_places(t: TrainConfig) -> None:
-    """Raises: ConfigError where the run would write over the adapter that it starts from."""
-    if not t.init_adapter:
+def claim_place(config: RunConfig) -> None:
+    """Raises: ConfigError where the run would write over anything but itself."""
+    t = config.train
+    if t.resume:
+        outputs.refuse_inputs(Path(t.adapter_path), "--adapter-path", config.reads())
         return
-    start, own = Path(t.init_adapter).resolve(), Path(t.adapter_path).resolve()
-    if own in (start, *start.parents):
-        raise ConfigError(
-            f"--init-adapter {t.init_adapter} lies in --adapter-path {t.adapter_path}, and this "
-            "run would replace it: the reference would be gone, and --resume with it. Give "
-            "another --adapter-path."
-        )
+    outputs.claim_folder(
+        Path(t.adapter_path), "--adapter-path", RUN, inputs=config.reads(), overwrite=t.overwrite
+    )
 
 
 def _compare_peaks(out: AdapterFolder, predicted: float, say: Say) -> None:

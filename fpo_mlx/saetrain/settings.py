@@ -51,6 +51,7 @@ class SaeTrainConfig:
     save_every: int = _opt(200, "updates between checkpoints")
     steps_per_report: int = _opt(20, "updates between reports")
     resume: bool = _opt(False, "continue the run in --output exactly where it stopped")
+    overwrite: bool = _opt(False, "replace an older run in --output")
     trust_remote_code: bool = _opt(False, "let the model folder run its own Python code")
 
     def __post_init__(self) -> None:
@@ -64,6 +65,8 @@ class SaeTrainConfig:
         ]
         if not 0 <= self.held_out < 1:
             faults.append(f"--held-out {self.held_out}: wanted a share from 0 to below 1.")
+        if self.resume and self.overwrite:
+            faults.append("--resume and --overwrite exclude each other; give one.")
         if self.seed < 0:
             faults.append(f"--seed {self.seed}: wanted 0 or more.")
         if self.minutes is not None and self.training_tokens is not None:
@@ -76,7 +79,7 @@ class SaeTrainConfig:
 
 # what may differ between the two halves of a resumed run; a store may have moved, not come or gone
 FREE = {
-    "output", "resume", "minutes", "passes", "store",
+    "output", "resume", "overwrite", "minutes", "passes", "store",
     "save_every", "steps_per_report", "trust_remote_code",
 }  # fmt: skip
 

@@ -1,0 +1,218 @@
+"""The one rule for what a command writes: nothing that it did not make in the same run is lost.
+
+A place is free when nothing is there, or an empty file or folder. Any other is refused with what is
+there, unless its user said --overwrite. What a command reads is never what it writes, --overwrite
+or not, under whatever spelling: links, hard links, letter case, a folder around it.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.storage.files import TEMPORARY
+
+# what the system or a killed run leaves, and nobody misses
+LEFTOVER = re.compile(
+    r"\.DS_Store|\.localized|Thumbs\.db|.*\.lock|tensorboard|" + re.escape(TEMPORARY) + r"\d+-.*"
+)
+# of a training run's folder, what a later command reads; results may stand beside it
+RUN_FILES = re.compile(
+    r".*adapters\.safetensors|adapter_model\..*|adapter_config\.json|run\.json|metrics\.jsonl"
+)
+RUN_FOLDERS = ("checkpoint", "best")
+SHOWN = 4
+
+Place = str | Path | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a command makes of a folder.
+
+    names: a pattern that all its entries match; whole: the folder is replaced as one, so that
+    entries of other names would be lost; mark: the file without which it is none; ways: what else
+    there is to do about an older one.
+    """
+
+    what: str  # "a training run"
+    names: str
+    whole: bool = False
+    mark: str | None = None
+    ways: str = ""
+
+    def foreign(self, there: Sequence[str]) -> list[str]:
+        """Those of the names in a folder that this command did not write."""
+        if self.mark is not None and self.mark not in there:
+            return list(there)
+        return [name for name in there if not re.fullmatch(self.names, name)]
+
+
+MODEL = Made(
+    "a model folder",
+    r"config\.json|generation_config\.json|.*\.safetensors(\.index\.json)?|.*\.gguf|README\.md|"
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
+    r".*\.jinja|chat_template.*|.*\.tiktoken|(modeling|configuration|tokenization)_.*\.py",
+    whole=True,
+    mark="config.json",
+)
+
+
+def claim_file(
+    place: Path, flag: str, *, inputs: Iterable[Place] = (), overwrite: bool = False
+) -> None:
+    """Raises: ConfigError where writing this file would lose something. Touches nothing.
+
+    A pipe or a device is always free. flag: the option that named it, for the message.
+    """
+    place = Path(place).expanduser()
+    refuse_inputs(place, flag, inputs)
+    if place.is_dir():
+        raise ConfigError(f"{flag} {place}: this is a folder. Wanted the name of a file.")
+    if not place.is_file() or not place.stat().st_size:
+        return
+    if not overwrite:
+        raise ConfigError(
+            f"{flag} {place}: a file of {place.stat().st_size} bytes is there already. "
+            "--overwrite replaces it; or name another place."
+        )
+    _refuse_parts(place, flag, inputs)
+
+
+def claim_files(
+    places: dict[str, Path | None], *, inputs: Iterable[Place] = (), overwrite: bool = False
+) -> None:
+    """The same for several files of one command, which may not be one and the same."""
+    inputs, given = list(inputs), [(f, Path(p)) for f, p in places.items() if p is not None]
+    for i, (flag, place) in enumerate(given):
+        claim_file(place, flag, inputs=inputs, overwrite=overwrite)
+        for other_flag, other in given[:i]:
+            if _plain(place) and (place.resolve() == other.resolve() or _same(place, other)):
+                raise ConfigError(
+                    f"{other_flag} and {flag} both name {place}. Give each a place of its own."
+                )
+
+
+def claim_folder(
+    place: Path, flag: str, made: Made, *, inputs: Iterable[Place] = (), overwrite: bool = False
+) -> None:
+    """Raises: ConfigError where writing this folder would lose something. Touches nothing."""
+    place, inputs = Path(place).expanduser(), list(inputs)
+    refuse_inputs(place, flag, inputs)
+    if place.exists() and not place.is_dir():
+        raise ConfigError(f"{flag} {place}: this is a file. Wanted the name of a folder.")
+    there = contents(place)
+    if not there:
+        return
+    foreign = made.foreign(there)
+    if foreign and made.whole:
+        raise ConfigError(
+            f"{flag} {place}: holds {_list(foreign)}, which {made.what} does not have, and the "
+            "folder would be replaced as a whole. Name a new folder."
+        )
+    if not overwrite:
+        old = f"{made.what} ({_list(there)})" if not foreign else _list(there)
+        raise ConfigError(
+            f"{flag} {place}: holds {old}. {made.ways if not foreign else ''}--overwrite replaces "
+            f"{made.what} there; or name a new folder."
+        )
+    if foreign:
+        _refuse_parts(place, flag, inputs)
+
+
+def contents(folder: Path) -> list[str]:
+    """The names in a folder, without what the system or a killed run left; [] where there is none.
+
+    A folder's name ends with a slash.
+    """
+    if not folder.is_dir():
+        return []
+    there = sorted(folder.iterdir())
+    return [p.name + "/" * _is_folder(p) for p in there if not LEFTOVER.fullmatch(p.name)]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def refuse_inputs(place: Path, flag: str, inputs: Iterable[Place]) -> None:
+    """Raises: ConfigError where the place is what is read, or a folder around it."""
+    for source in existing(inputs):
+        if not _plain(source):
+            continue
+        if _same(place, source):
+            raise ConfigError(
+                f"{flag} {place}: this is {source}, which the command reads. Name another place."
+            )
+        if place.is_dir() and any(_same(place, parent) for parent in _parents(source)):
+            raise ConfigError(
+                f"{flag} {place}: {source}, which the command reads, lies in it. "
+                "Name another place."
+            )
+
+
+def _refuse_parts(place: Path, flag: str, inputs: Iterable[Place]) -> None:
+    """The place is there and belongs to a folder that is read."""
+    for source in existing(inputs):
+        if source.is_dir() and (way := _way_into(source, place)) is not None:
+            first = way[0]
+            if (source / "adapter_config.json").is_file() and not (
+                first in RUN_FOLDERS or (len(way) == 1 and RUN_FILES.fullmatch(first))
+            ):
+                continue
+            raise ConfigError(
+                f"{flag} {place}: this is a part of {source}, which the command reads. "
+                "Name another place."
+            )
+
+
+def _way_into(folder: Path, place: Path) -> tuple[str, ...] | None:
+    """The names that lead from a folder to a place within; None where it lies elsewhere."""
+    real = place.resolve()
+    for up in _parents(real):
+        if _same(up, folder):
+            return real.parts[len(up.parts) :]
+    return None
+
+
+def existing(inputs: Iterable[Place]) -> list[Path]:
+    """Those of the names that are places on this disk; a hub id is none."""
+    found = []
+    for name in inputs:
+        try:
+            path = Path(name).expanduser() if name else None
+            if path is not None and path.exists():
+                found.append(path)
+        except (OSError, ValueError, RuntimeError):  # no name that a disk could have
+            continue
+    return found
+
+
+def _parents(path: Path) -> tuple[Path, ...]:
+    return tuple(path.resolve().parents)
+
+
+def _same(a: Path, b: Path) -> bool:
+    """One thing on disk under two names: links, hard links, other letter case."""
+    try:
+        return a.samefile(b)
+    except OSError:
+        return False
+
+
+def _plain(path: Path) -> bool:
+    """A file or folder, or nothing yet; no pipe and no device."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return True
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
