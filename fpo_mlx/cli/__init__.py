@@ -10,6 +10,7 @@ from fpo_mlx import __version__
 from fpo_mlx.cli.caches import cache
 from fpo_mlx.cli.compare import compare
 from fpo_mlx.cli.data import check, precompute
+from fpo_mlx.cli.export import export
 from fpo_mlx.cli.features import features
 from fpo_mlx.cli.machine import demo, doctor
 from fpo_mlx.cli.plan import plan
@@ -69,7 +70,7 @@ def main() -> None:
 
 for _command in (
     demo, doctor, check, convert, sae, plan, precompute, cache, train, evaluate, compare, features,
-    report, fuse,
+    report, fuse, export,
 ):  # fmt: skip
     main.add_command(_command)
 sae.add_command(train_sae)

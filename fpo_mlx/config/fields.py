@@ -24,18 +24,20 @@ def setting(
     yaml_only: bool = False,
     sae_files: bool = False,
     may_change: bool = False,
+    by_content: bool = False,
 ) -> Any:
     """A field of a settings class.
 
     first: among the dozen that `--help` shows; path: a place on disk, where YAML may write ~;
     yaml_only: too large for a flag; sae_files: says how an SAE's files are read; may_change: a
-    resumed run may have another value.
+    resumed run may have another value; by_content: it may be spelled otherwise, as a fingerprint
+    of what it names decides.
     """
     if group not in GROUPS:
         raise ValueError(f"{group!r} is no group of settings")
     metadata = {
         "help": help, "group": group, "first": first, "path": path, "yaml_only": yaml_only,
-        "sae_files": sae_files, "may_change": may_change,
+        "sae_files": sae_files, "may_change": may_change, "by_content": by_content,
     }  # fmt: skip
     if isinstance(default, (list, dict)):
         kind = type(default)

@@ -22,6 +22,7 @@ class DataConfig:
         "folder of train/valid/test.jsonl, one .jsonl file, or a hub dataset id",
         "data",
         first=True,
+        by_content=True,
     )
     max_seq_length: int = setting(2048, "longest prompt + response, in tokens", "data", first=True)
     train_split: str | None = setting(None, "split of a hub dataset to train on", "data")
@@ -36,7 +37,11 @@ class DataConfig:
     rejected_feature: str = setting("rejected", "name of the rejected column", "data")
     system_feature: str = setting("system", "name of the system column", "data")
     chat_template: str | None = setting(
-        None, "file with a chat template, in place of the model's", "data", path=True
+        None,
+        "file with a chat template, in place of the model's",
+        "data",
+        path=True,
+        by_content=True,
     )
 
     def __post_init__(self) -> None:
@@ -49,10 +54,18 @@ class ReferenceConfig:
     """The frozen side: base model, its adapter, and the SAEs that look into it."""
 
     model: str = setting(
-        "", "model folder or hub id, owner/name[@revision]", "model and SAE", first=True
+        "",
+        "model folder or hub id, owner/name[@revision]",
+        "model and SAE",
+        first=True,
+        by_content=True,
     )
     sae: tuple[str, ...] = setting(
-        (), "SAE: folder, hub id/path, or short name; repeatable", "model and SAE", first=True
+        (),
+        "SAE: folder, hub id/path, or short name; repeatable",
+        "model and SAE",
+        first=True,
+        by_content=True,
     )
     layer: int | None = setting(
         None, "block that the SAE reads (default: from the SAE's metadata)", "model and SAE"

@@ -29,6 +29,7 @@ class TrainConfig:
         "model and SAE",
         first=True,
         path=True,
+        by_content=True,
     )
     reference: str | None = setting(
         None,

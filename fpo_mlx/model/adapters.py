@@ -1,8 +1,7 @@
-"""LoRA and DoRA with mlx-lm's own layers, in mlx-lm's own files."""
+"""LoRA and DoRA with mlx-lm's own layers, in mlx-lm's own files; PEFT's are read as well."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +17,20 @@ from fpo_mlx.model.taps import swap_call
 from fpo_mlx.model.trees import arrays_of, blocks_of, read_arrays
 from fpo_mlx.records import Site
 from fpo_mlx.storage import files
+from fpo_mlx.storage.adapter_files import CONFIG as CONFIG
+from fpo_mlx.storage.adapter_files import (
+    PEFT_WEIGHTS,
+    AdapterFile,
+    in_model,
+    peft_config,
+    peft_name,
+    peft_path,
+    public_name,
+    read_adapter,
+)
+from fpo_mlx.storage.adapter_files import WEIGHTS as WEIGHTS
 
 LEAVES = ("lora_a", "lora_b", "m")
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class AdapterSpec:
                 "dropout": self.dropout,
                 "keys": list(self.keys),
             },
-            "model": model,
+            "model": public_name(model),
         }
 
 
@@ -135,38 +145,31 @@ def _lora(layer: Any, original: Callable[[mx.array], mx.array], x: mx.array) -> 
 
 
 def read_spec(folder: Path, model: nn.Module | None = None) -> AdapterSpec:
-    """The adapter_config.json of a folder, mlx-lm's own adapters included.
+    """What an adapter folder of mlx-lm (older versions included) or PEFT says of itself.
 
-    `model` resolves block-relative or absent keys to full paths (before any adapter is attached).
+    `model` resolves block-relative or absent keys, and other libraries' names, to full paths
+    (before any adapter is attached).
     Raises: ModelError when the folder is not an adapter of a kind that can be used here.
     """
-    path = folder / CONFIG
-    try:
-        config = files.parse_json(path.read_text(encoding="utf-8"))
-        lora, kind = config["lora_parameters"], config.get("fine_tune_type", "lora")
-        n, keys = int(config["num_layers"]), lora.get("keys")
-        rank, scale = int(lora["rank"]), float(lora["scale"])
-        dropout = float(lora.get("dropout", 0.0))
-        if keys is not None and not (isinstance(keys, list) and _all_texts(keys)):
-            raise TypeError(f"keys {keys!r}")
-        if rank < 1 or not 0 <= dropout < 1 or not math.isfinite(scale):
-            raise ValueError(f"rank {rank}, scale {scale}, dropout {dropout}")
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{folder}: found no {CONFIG}. Wanted an adapter folder as mlx_lm.lora or "
-            "fpo-mlx train writes it."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ModelError(f"{path}: not an adapter configuration ({error!r})") from error
-    if kind not in ("lora", "dora"):
-        raise ModelError(f"{path}: fine_tune_type {kind!r}; wanted lora or dora. Fuse it first.")
+    found = read_adapter(folder)
+    n, keys = found.num_layers or -1, found.keys
     if model is not None:
-        n, keys = _resolve_keys(model, n, keys)
-    return AdapterSpec(kind, n, rank, scale, dropout, tuple(keys or ()))
+        n, keys = _peft_keys(model, found) if found.peft else _resolve_keys(model, n, keys)
+    return AdapterSpec(found.kind, n, found.rank, found.scale, found.dropout, tuple(keys or ()))
 
 
-def _all_texts(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
+def _peft_keys(model: nn.Module, found: AdapterFile) -> tuple[int, tuple[str, ...]]:
+    """Blocks counted back from the last, and mlx-lm's names of the adapted layers."""
+    blocks = block_of(model)
+    paths = {path: in_model(path, blocks) for path in found.layers}
+    if odd := sorted(path for path, ours in paths.items() if ours is None):
+        raise ModelError(
+            f"{found.folder}: this is a PEFT adapter of layers that this model does not have "
+            f"within its blocks: {', '.join(odd[:3])} ({len(odd)} of {len(paths)}). Name the model "
+            "that it was trained on, or merge it with PEFT first."
+        )
+    keys = tuple(sorted(path for path in paths.values() if path))
+    return len(blocks_of(model)) - min(blocks[key] for key in keys), keys
 
 
 def _resolve_keys(
@@ -187,12 +190,14 @@ def load(model: nn.Module, folder: Path) -> AdapterSpec:
     """
     spec = read_spec(folder, model)
     attach(model, spec)
-    fill(model, folder / WEIGHTS)
+    fill(model, folder)
     return spec
 
 
-def fill(model: nn.Module, path: Path) -> None:
-    """Read adapter weights into layers that are attached already."""
+def fill(model: nn.Module, folder: Path) -> None:
+    """Read the weights of an adapter folder into layers that are attached already."""
+    found = read_adapter(folder)
+    path = found.weights
     if not path.is_file():
         raise ModelError(f"{path}: no such file. Wanted the weights of an adapter folder.")
     try:
@@ -200,6 +205,8 @@ def fill(model: nn.Module, path: Path) -> None:
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as safetensors: {error}") from error
     own = dict(parameters(model))
+    if found.peft:
+        weights = _from_peft(found, weights, {name.rpartition(".")[0] for name in own})
     faults = [f"{k}: not an adapter tensor of this model" for k in weights.keys() - own.keys()]
     faults += [f"{k}: missing" for k in own.keys() - weights.keys()]
     faults += [
@@ -213,6 +220,26 @@ def fill(model: nn.Module, path: Path) -> None:
     update(model, {k: v.astype(mx.float32) for k, v in weights.items()})
 
 
+def _from_peft(
+    found: AdapterFile, weights: Mapping[str, mx.array], names: Iterable[str]
+) -> dict[str, mx.array]:
+    """PEFT's tensors as mlx-lm has them: factors transposed, one rank and one scale for all.
+
+    A smaller rank is filled up with zeros; another scale goes into B. Both leave A B as it was.
+    """
+    out, names = {}, set(names)
+    for path, layer in found.layers.items():
+        ours = in_model(path, names) or path
+        tensors = {leaf: weights[name].astype(mx.float32) for leaf, name in layer.parts.items()}
+        a, b = tensors["lora_a"].T, tensors["lora_b"].T * (layer.scale / found.scale)
+        missing = found.rank - layer.rank
+        out[f"{ours}.lora_a"] = mx.pad(a, [(0, 0), (0, missing)])
+        out[f"{ours}.lora_b"] = mx.pad(b, [(0, missing), (0, 0)])
+        if "m" in tensors:
+            out[f"{ours}.m"] = tensors["m"].reshape(-1)
+    return out
+
+
 def parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
     """(path, array) of every adapter leaf, sorted by path."""
     flat = arrays_of(model.parameters())
@@ -221,6 +248,41 @@ def parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
 
 def update(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
     model.update(tree_unflatten(list(weights.items())))
+
+
+def export_peft(source: Path, target: Path, base: str) -> int:
+    """Write an adapter folder as PEFT loads it, whole or not at all; the number of layers.
+
+    base: what the configuration says of the base model. Raises: ModelError for layers that PEFT
+    has no file form for.
+    """
+    found = read_adapter(source)
+    if found.peft:
+        raise ModelError(f"{source}: this is a PEFT adapter already. Use it as it is.")
+    try:
+        weights, _ = read_arrays(found.weights)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{found.weights} cannot be read as safetensors: {error}") from error
+    paths = sorted({name.rpartition(".")[0] for name in weights})
+    theirs = {path: peft_path(path) for path in paths}
+    if odd := [p for p in paths if theirs[p] is None or weights[f"{p}.lora_a"].ndim != 2]:
+        raise ModelError(
+            f"{source}: PEFT's files have no form for an adapter of {odd[0]} ({len(odd)} of "
+            f"{len(paths)} layers). Fuse it: `fpo-mlx fuse --dequantize`."
+        )
+    tensors = {}
+    for name, array in weights.items():
+        path, _, leaf = name.rpartition(".")
+        tensors[peft_name(theirs[path] or path, leaf)] = array if leaf == "m" else array.T
+    config = peft_config(
+        kind=found.kind, rank=found.rank, scale=found.scale, dropout=found.dropout,
+        paths=[path for path in theirs.values() if path], base=base,
+    )  # fmt: skip
+    with files.atomic_folder(target) as folder:
+        whole = {name: mx.contiguous(array) for name, array in tensors.items()}
+        mx.save_safetensors(str(folder / PEFT_WEIGHTS), whole, metadata={"format": "pt"})
+        files.write_json(folder / CONFIG, config)
+    return len(paths)
 
 
 def save(path: Path, weights: Mapping[str, mx.array]) -> None:

@@ -14,6 +14,7 @@ from fpo_mlx.pipeline.convert import convert as convert
 from fpo_mlx.pipeline.evaluate import evaluate as evaluate
 from fpo_mlx.pipeline.evaluate import evaluate_all as evaluate_all
 from fpo_mlx.pipeline.evaluate import open_scorer as open_scorer
+from fpo_mlx.pipeline.export import export as export
 from fpo_mlx.pipeline.features import FeatureReport as FeatureReport
 from fpo_mlx.pipeline.features import features as features
 from fpo_mlx.pipeline.features import find_features as find_features

@@ -110,9 +110,9 @@ def open_scorer(job: Job, adapter_path: str | None, *, measure_kl: bool, say: Sa
         spec = adapters.read_spec(Path(adapter_path), loaded.model)
         adapters.attach(loaded.model, spec)
         if init := job.config.train.init_adapter:
-            adapters.fill(loaded.model, Path(init) / adapters.WEIGHTS)
+            adapters.fill(loaded.model, Path(init))
         reference = dict(adapters.parameters(loaded.model))
-        adapters.fill(loaded.model, Path(adapter_path) / adapters.WEIGHTS)
+        adapters.fill(loaded.model, Path(adapter_path))
     elif init := job.config.train.init_adapter:
         adapters.load(loaded.model, Path(init))
     loaded.model.eval()

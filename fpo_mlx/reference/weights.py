@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fpo_mlx.errors import ModelError
+from fpo_mlx.storage.adapter_files import deciding, read_adapter
 from fpo_mlx.storage.files import parse_json
 
 CHUNK = 1 << 22  # bytes read at a time
@@ -77,15 +78,18 @@ def model_fingerprint(folder: str | Path) -> str:
 
 
 def adapter_fingerprint(folder: str | Path | None) -> str:
-    """sha256 over an mlx-lm adapter's tensors, kind and scale; "none" for no adapter."""
+    """sha256 over the tensors, kind and scale of mlx-lm's or PEFT's adapter; "none" for none."""
     if folder is None:
         return "none"
     folder = Path(folder)
     config = _read_json(folder / "adapter_config.json")
+    if "peft_type" in config:
+        found = read_adapter(folder)
+        return _digest(folder, deciding(found), [found.weights])
     lora = config.get("lora_parameters") or {}
-    deciding = {"kind": config.get("fine_tune_type", "lora"), "scale": lora.get("scale")}
+    kind_and_scale = {"kind": config.get("fine_tune_type", "lora"), "scale": lora.get("scale")}
     path = folder / "adapters.safetensors"
-    return _digest(folder, deciding, [path] if path.exists() else [])
+    return _digest(folder, kind_and_scale, [path] if path.exists() else [])
 
 
 def _digest(folder: Path, deciding: dict[str, Any], files: list[Path]) -> str:

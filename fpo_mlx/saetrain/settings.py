@@ -78,8 +78,9 @@ class SaeTrainConfig:
 
 
 # what may differ between the two halves of a resumed run; a store may have moved, not come or gone
+# model, data and template are compared by fingerprint, so that a folder may move
 FREE = {
-    "output", "resume", "overwrite", "minutes", "passes", "store",
+    "model", "data", "chat_template", "output", "resume", "overwrite", "minutes", "passes", "store",
     "save_every", "steps_per_report", "trust_remote_code",
 }  # fmt: skip
 

@@ -208,20 +208,31 @@ def check_resumable(folder: Path, run: Mapping[str, Any]) -> None:
             raise TypeError("settings or fingerprints are no objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error!r}). Start anew without --resume.") from error
-    may_change = named("may_change")
+    free = {*named("may_change"), *named("by_content")}
     faults = [
         f"  {section}.{name}: was {old!r}, now {now!r}"
         for section in ("settings", "fingerprints")
         for name in sorted(set(before[section]) | set(run[section]))
-        if name not in may_change
+        if name not in free
         and (old := before[section].get(name)) != (now := _plain(run[section].get(name)))
     ]
+    faults += _other_names(before, run) if faults else []
     if faults:
         raise ConfigError(
             f"--resume: these settings would make another run of {folder}:\n"
             + "\n".join(faults)
             + "\nUse the old values, or start anew in another --adapter-path."
         )
+
+
+def _other_names(before: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
+    """Settings of another value whose content decides: they say what a fingerprint does not."""
+    old, new = before["settings"], run["settings"]
+    return [
+        f"  settings.{name}: was {old.get(name)!r}, now {now!r}"
+        for name in named("by_content")
+        if old.get(name) != (now := _plain(new.get(name)))
+    ]
 
 
 def _plain(value: Any) -> Any:

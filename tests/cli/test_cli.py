@@ -255,7 +255,7 @@ def test_check_prints_a_table_and_writes_findings_and_the_good_rows(place, tmp_p
     good = run("check", "--data", tmp_path / "clean")
     assert good.exit_code == 0
     assert "no --model" in good.stderr
-    refused(run("check", "--data", path, "--fix", tmp_path), 2, "where the data lies")
+    refused(run("check", "--data", path, "--fix", tmp_path), 2, "lies in it")
 
 
 def test_sae_commands_list_show_convert_and_encode(place, tmp_path):
@@ -270,7 +270,7 @@ def test_sae_commands_list_show_convert_and_encode(place, tmp_path):
     x = np.random.default_rng(0).normal(size=(7, tiny_models.HIDDEN)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     for name, tolerance in ((place / "sae", 1e-6), (tmp_path / "int8", 0.1)):
-        out = tmp_path / "acts.npy"
+        out = tmp_path / f"{name.name}.npy"
         result = run("sae", "encode", "--sae", name, "--input", tmp_path / "x.npy", "--output", out)
         assert result.exit_code == 0, result.stderr
         wanted = encode(random_sae(tiny_models.HIDDEN), x)
@@ -336,7 +336,7 @@ def test_a_run_does_not_write_over_the_adapter_that_it_starts_from(place, tmp_pa
     assert train(place, tmp_path / "a").exit_code == 0
     before = (tmp_path / inside / "adapters.safetensors").read_bytes()
     done = train(place, tmp_path / "a", "--init-adapter", tmp_path / inside)
-    refused(done, 2, "--init-adapter", "lies in --adapter-path", "would replace it")
+    refused(done, 2, "--adapter-path", tmp_path / inside, "which the command reads")
     assert (tmp_path / inside / "adapters.safetensors").read_bytes() == before
 
 
@@ -410,7 +410,7 @@ def test_convert_quantises_and_never_overwrites(place, tmp_path):
     assert done.stdout == f"model in {tmp_path / 'q4'}\n"
     config = json.loads((tmp_path / "q4" / "config.json").read_text())
     assert config["quantization"]["bits"] == 4
-    refused(run(*flags), 1, tmp_path / "q4", "exists")
+    refused(run(*flags), 2, tmp_path / "q4", "holds a model folder", "--overwrite")
     assert [p.name for p in tmp_path.iterdir() if p.name != "user-cache"] == ["q4"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fpo_mlx.reference.torch_backend.mlx_folder import (
     read_mlx_weights,
     stored_dtype,
 )
+from fpo_mlx.storage.adapter_files import AdapterFile, read_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # transformers' name for what mlx-lm calls otherwise
@@ -141,36 +142,48 @@ def _check_complete(folder: Path, loading: dict[str, Any]) -> None:
 
 
 def merge_adapter(model: nn.Module, folder: Path) -> int:
-    """Add an mlx-lm LoRA or DoRA adapter to the weights, in float32; the number of layers.
+    """Add an adapter of mlx-lm or PEFT to the weights, in float32; the number of layers.
 
     LoRA: W + scale (A B)^T. DoRA: each row of that divided by its norm and multiplied by m.
     Raises ModelError when a layer is absent, of another kind or of another shape.
     """
-    config = read_config(folder, "adapter_config.json")
-    kind = config.get("fine_tune_type", "lora")
-    scale = (config.get("lora_parameters") or {}).get("scale")
-    if kind not in ("lora", "dora") or scale is None:
-        raise ModelError(
-            f"{folder}: fine_tune_type {kind!r} with scale {scale}; wanted lora or dora with "
-            "lora_parameters.scale. Fuse the adapter into the model first."
-        )
+    found = read_adapter(folder)
     try:
-        tensors = load_file(folder / "adapters.safetensors")
+        tensors = load_file(found.weights)
     except Exception as error:  # safetensors has errors of its own
-        raise ModelError(f"{folder / 'adapters.safetensors'} cannot be read: {error}") from error
+        raise ModelError(f"{found.weights} cannot be read: {error}") from error
+    if found.peft:
+        tensors, scales = _from_peft(found, tensors)
+    else:
+        scales = {}
     paths = sorted({name.rpartition(".")[0] for name in tensors})
     for path in paths:
         parts = {name: tensors.get(f"{path}.{name}") for name in ("lora_a", "lora_b", "m")}
         a, b, m = parts.values()
-        if a is None or b is None or (kind == "dora") != (m is not None):
-            raise ModelError(f"{folder}: {path} lacks a part of a {kind} layer. Save it again.")
+        if a is None or b is None or (found.kind == "dora") != (m is not None):
+            raise ModelError(
+                f"{folder}: {path} lacks a part of a {found.kind} layer. Save it again."
+            )
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
             raise ModelError(
                 f"{folder}: {path} has factors of shapes {list(a.shape)} and {list(b.shape)}, not "
                 "[in, rank] and [rank, out] of one layer. Fuse the adapter first, or --backend mlx."
             )
-        _merge(folder, path, _module_at(model, path), float(scale) * (a.float() @ b.float()), m)
+        delta = scales.get(path, found.scale) * (a.float() @ b.float())
+        _merge(folder, path, _module_at(model, path), delta, m)
     return len(paths)
+
+
+def _from_peft(
+    found: AdapterFile, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """PEFT's tensors by mlx-lm's names, factors transposed; and the scale of each layer."""
+    out = {
+        f"{path}.{leaf}": tensors[name].T if leaf != "m" else tensors[name].reshape(-1)
+        for path, layer in found.layers.items()
+        for leaf, name in layer.parts.items()
+    }
+    return out, {path: layer.scale for path, layer in found.layers.items()}
 
 
 def _merge(

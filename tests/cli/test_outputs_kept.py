@@ -1,0 +1,260 @@
+"""Every command that writes, before everything that could be lost: refused, the bytes untouched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from command_line import ROWS, lines, random_sae, run, train, usual
+
+from fpo_mlx.sae.convert import write_saelens
+
+pytest.importorskip("mlx.core")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model, an SAE, pairs, a run, a cache and vectors; copied for every test."""
+    root = tmp_path_factory.mktemp("kept")
+    tiny_models.tiny_llama(root / "model", tokenizer=True)
+    write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
+    lines(root / "data/train.jsonl", *ROWS)
+    lines(root / "words.jsonl", *({"text": f"word {n}"} for n in range(4)))
+    np.save(root / "x.npy", np.zeros((2, tiny_models.HIDDEN), np.float32))
+    (root / "empty").mkdir()
+    os.environ["FPO_MLX_CACHE"] = str(root / "user-cache")
+    done = run("precompute", *usual(root), "--output", root / "ref")
+    assert done.exit_code == 0, done.stderr
+    done = train(root, root / "run", "--iters", 1, "--reference", root / "ref")
+    assert done.exit_code == 0, done.stderr
+    del os.environ["FPO_MLX_CACHE"]
+    return root
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path / "in", symlinks=True)
+    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "in"
+
+
+def _with_adapter(p):
+    return [*usual(p), "--top-k", 5, "--adapter-path", p / "run", "--split", "train"]
+
+
+def _sae_train(p):
+    return ["sae", "train", "--model", p / "model", "--data", p / "words.jsonl", "--layer", 1]
+
+
+def _find(p):
+    texts = ["--positive", p / "words.jsonl", "--negative", p / "words.jsonl"]
+    return ["features", "find", "--model", p / "model", "--sae", p / "sae", *texts]
+
+
+def _train(p):
+    return ["train", *usual(p), "--top-k", 5, "--iters", 1]
+
+
+FOLDERS = {  # command -> (its words without the place, the option of the place, what it reads)
+    "train": (_train, "--adapter-path", "model"),
+    "train from an adapter": (
+        lambda p: [*_train(p), "--init-adapter", p / "run"], "--adapter-path", "run",
+    ),
+    "fuse": (
+        lambda p: ["fuse", "--model", p / "model", "--adapter-path", p / "run"], "--save-path",
+        "model",
+    ),
+    "export": (lambda p: ["export", "--adapter-path", p / "run"], "--output", "run"),
+    "convert": (lambda p: ["convert", "--hf-path", p / "model"], "--mlx-path", "model"),
+    "sae convert": (lambda p: ["sae", "convert", p / "sae"], "--output", "sae"),
+    "sae train": (_sae_train, "--output", "model"),
+    "sae train --store": (lambda p: [*_sae_train(p), "--output", "new"], "--store", "model"),
+    "check --fix": (lambda p: ["check", "--data", p / "data"], "--fix", "data"),
+    "precompute": (lambda p: ["precompute", *usual(p)], "--output", "model"),
+    "cache merge": (lambda p: ["cache", "merge", p / "ref"], "--output", "ref"),
+    "demo": (lambda p: ["demo"], "--output", None),
+}  # fmt: skip
+FILES = {
+    "evaluate --json": (lambda p: ["evaluate", *_with_adapter(p)], "--json", "data/train.jsonl"),
+    "evaluate --csv": (lambda p: ["evaluate", *_with_adapter(p)], "--csv", "data/train.jsonl"),
+    "features --json": (lambda p: ["features", *_with_adapter(p)], "--json", "model/config.json"),
+    "features --csv": (lambda p: ["features", *_with_adapter(p)], "--csv", "model/config.json"),
+    "features find --output": (_find, "--output", "words.jsonl"),
+    "features find --json": (_find, "--json", "words.jsonl"),
+    "compare --output": (
+        lambda p: ["compare", "--model", p / "model", "--adapter-path", p / "run", "--prompt", "a"],
+        "--output", "run/run.json",
+    ),
+    "report": (lambda p: ["report", p / "run"], "--output", "run/metrics.jsonl"),
+    "plan --json": (lambda p: ["plan", *usual(p), "--top-k", 5], "--json", "sae/cfg.json"),
+    "check --json": (lambda p: ["check", "--data", p / "data"], "--json", "data/train.jsonl"),
+    "fuse --json": (
+        lambda p: ["fuse", "--model", p / "model", "--adapter-path", p / "run", "--save-path", "f"],
+        "--json", "run/adapters.safetensors",
+    ),
+    "sae train --json": (lambda p: [*_sae_train(p), "--output", "s"], "--json", "words.jsonl"),
+    "sae list": (lambda p: ["sae", "list"], "--json", None),
+    "sae info": (lambda p: ["sae", "info", p / "sae"], "--json", "sae/cfg.json"),
+    "sae encode": (
+        lambda p: ["sae", "encode", "--sae", p / "sae", "--input", p / "x.npy"], "--output",
+        "x.npy",
+    ),
+    "sae evaluate": (
+        lambda p: ["sae", "evaluate", "--model", p / "model", "--sae", p / "sae", "--data",
+                   p / "data"], "--json", "data/train.jsonl",
+    ),
+    "cache info": (lambda p: ["cache", "info", p / "ref"], "--json", "ref/manifest.json"),
+    "cache verify": (
+        lambda p: ["cache", "verify", p / "ref", *usual(p)], "--json", "ref/manifest.json",
+    ),
+    "cache merge --json": (
+        lambda p: ["cache", "merge", p / "ref", "--output", "m"], "--json", "ref/manifest.json",
+    ),
+    "cache list": (lambda p: ["cache", "list", "--folder", p], "--json", "ref/manifest.json"),
+    "cache export": (lambda p: ["cache", "export", p / "ref"], "--output", "ref/manifest.json"),
+    "doctor": (lambda p: ["doctor", "--no-hub"], "--json", None),
+}  # fmt: skip
+
+
+def state(top: Path) -> dict[str, str]:
+    """Every file below a folder with a digest of its bytes, and every link with its target."""
+    found = {}
+    for folder, folders, names in os.walk(top):
+        for name in (*folders, *names):
+            path = Path(folder, name)
+            if path.is_symlink():
+                found[str(path)] = os.readlink(path)
+            elif path.is_file():
+                found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def refused_and_untouched(words, top: Path, name: str) -> None:
+    before = state(top)
+    done = run(*words)
+    assert isinstance(done.exception, SystemExit), (name, done.exception)
+    assert done.exit_code in (1, 2), (name, done.output)
+    assert "Traceback" not in done.output
+    after = {path: digest for path, digest in state(top).items() if path in before}
+    assert after == before, name
+
+
+def notes(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("my notes")
+    return folder
+
+
+def project(folder: Path) -> Path:
+    """A folder of the user's own that happens to have the names of a model's and a run's files."""
+    for name in ("config.json", "cfg.json", "run.json", "adapter_config.json", "manifest.json"):
+        (notes(folder) if not folder.exists() else folder).joinpath(name).write_text("{}")
+    return folder
+
+
+def another_run(made: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(made / "run", folder))
+
+
+def link(place: Path, target: Path) -> Path:
+    place.symlink_to(target)
+    return place
+
+
+FOREIGN_FOLDERS = {
+    "a folder with notes": lambda p, t: notes(t / "out"),
+    "a project with a config.json": lambda p, t: project(t / "out"),
+    "another run": lambda p, t: another_run(p, t / "out"),
+    "a model": lambda p, t: shutil.copytree(p / "model", t / "out"),
+    "an SAE": lambda p, t: shutil.copytree(p / "sae", t / "out"),
+    "an adapter of mlx-lm": lambda p, t: (
+        another_run(p, t / "out"), os.remove(t / "out/run.json"), t / "out")[-1],
+    "a file": lambda p, t: lines(t / "out", {"mine": 1}),
+    "a link to a folder": lambda p, t: link(t / "out", notes(t / "real")),
+    "the folder around everything": lambda p, t: t,
+}  # fmt: skip
+OVERWRITE_TOO = ("a file", "the folder around everything")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("content", FOREIGN_FOLDERS)
+def test_a_folder_that_holds_other_things_is_not_written_to(place, tmp_path, name, content):
+    words, flag, _ = FOLDERS[name]
+    there = FOREIGN_FOLDERS[content](place, tmp_path)
+    refused_and_untouched([*words(place), flag, there], tmp_path, f"{name} on {content}")
+
+
+@pytest.mark.parametrize("name", [n for n, (_, _, reads) in FOLDERS.items() if reads])
+def test_what_a_command_reads_is_never_its_folder(place, tmp_path, name):
+    """By its own name, by others, and with --overwrite."""
+    words, flag, reads = FOLDERS[name]
+    own = place / reads
+    more = [] if name in ("precompute", "cache merge") else ["--overwrite"]
+    names = (own, link(tmp_path / "link", own), own / ".." / own.name, Path("in") / reads, place)
+    for there in names:
+        refused_and_untouched([*words(place), flag, there, *more], tmp_path, f"{name}: {there}")
+
+
+FOREIGN_FILES = {
+    "a text": lambda p, t: lines(t / "out.json", {"mine": 1}),
+    "a folder": lambda p, t: notes(t / "out.json"),
+    "a link": lambda p, t: link(t / "out.json", lines(t / "real.json", {"mine": 1})),
+    "an older result": lambda p, t: lines(t / "out.json", {"summary": {}}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", FOREIGN_FILES)
+def test_a_file_that_is_there_is_not_written_over(place, tmp_path, name, content):
+    words, flag, _ = FILES[name]
+    there = FOREIGN_FILES[content](place, tmp_path)
+    refused_and_untouched([*words(place), flag, there], tmp_path, f"{name} on {content}")
+
+
+@pytest.mark.parametrize("name", [n for n, (_, _, reads) in FILES.items() if reads])
+def test_what_a_command_reads_is_never_its_file(place, tmp_path, name):
+    """By its own name, by others, and with --overwrite."""
+    words, flag, reads = FILES[name]
+    own, ending = place / reads, ".json"
+    os.link(own, tmp_path / f"hard{ending}")
+    names = [link(tmp_path / f"link{ending}", own), tmp_path / f"hard{ending}"]
+    if name != "compare --output":
+        names.append(own)  # compare wants .json or .md
+    for there in names:
+        words_ = [*words(place), flag, there, "--overwrite"]
+        if there.name == f"hard{ending}" and own.parent != place:
+            continue  # a part of a folder that is read, under a name outside: not to be known
+        refused_and_untouched(words_, tmp_path, f"{name}: {there}")
+
+
+def test_overwrite_replaces_an_older_run_and_keeps_what_is_not_of_a_run(place, tmp_path):
+    out = another_run(place, tmp_path / "out")
+    (out / "notes.txt").write_text("mine")
+    old = (out / "adapters.safetensors").read_bytes()
+    words = [*_train(place), "--reference", place / "ref", "--seed", 3, "--adapter-path", out]
+    assert "--resume" in run(*words[:-1], place / "run").stderr
+    done = run(*words, "--overwrite")
+    assert done.exit_code == 0, done.stderr
+    assert (out / "adapters.safetensors").read_bytes() != old
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_results_in_the_folder_of_their_run_can_be_replaced(place, tmp_path):
+    words = ["report", place / "run", "--output", place / "run/report.html"]
+    pytest.importorskip("matplotlib")
+    assert run(*words).exit_code == 0
+    assert run(*words).exit_code == 2
+    assert run(*words, "--overwrite").exit_code == 0
+
+
+def test_a_result_can_go_to_a_pipe(place, tmp_path):
+    done = run("sae", "info", place / "sae", "--json", "/dev/stderr")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(Path(place / "sae/cfg.json").read_text())
