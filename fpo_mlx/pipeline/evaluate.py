@@ -100,7 +100,8 @@ def open_scorer(job: Job, adapter_path: str | None, *, measure_kl: bool, say: Sa
     from fpo_mlx.model import adapters
     from fpo_mlx.model.load import load_model
     from fpo_mlx.model.policy import Policy
-    from fpo_mlx.train.scoring import Scorer, encoder_of
+    from fpo_mlx.model.reader import encoder_of
+    from fpo_mlx.train.scoring import Scorer
 
     loaded = load_model(job.model_path, trust_remote_code=job.config.reference.trust_remote_code)
     for note in loaded.notes:

@@ -155,7 +155,7 @@ def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Sc
     from fpo_mlx.judge import feature_scan
     from fpo_mlx.model.load import load_model
     from fpo_mlx.model.policy import Policy
-    from fpo_mlx.train.scoring import encoder_of
+    from fpo_mlx.model.reader import encoder_of
 
     path = resolve_model(need_model(config))
     tokenizer = open_tokenizer(config, path)
