@@ -26,7 +26,7 @@ demo: $(PACKAGE)
 test: $(TORCH_STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: lint test
+check: lint docs test
 
 lint: $(TORCH_STAMP)  # the types of the torch backend are read from torch itself
 	$(BIN)/ruff check .
@@ -34,7 +34,7 @@ lint: $(TORCH_STAMP)  # the types of the torch backend are read from torch itsel
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(PACKAGE)  # the site, in build/site; strict: a broken link fails
-	$(BIN)/python -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 bench: $(TORCH_STAMP)
 	$(BIN)/python scripts/bench/bench.py $(BENCH_ARGS)

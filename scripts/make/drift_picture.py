@@ -54,6 +54,7 @@ def logarithmic(value: float) -> float:
 def draw(results: Mapping[str, Any]) -> str:
     """The picture as SVG."""
     rows = methods(results)
+    stopped = {cell["name"] for cell in results["cells"] if cell["status"] == "diverged"}
     bottom = TOP + ROW * len(rows)
     parts = [
         text((LEFT[0] + LEFT[1]) / 2, 24, "reward accuracy, held-out pairs", "middle", bold=True)
@@ -73,14 +74,15 @@ def draw(results: Mapping[str, Any]) -> str:
         parts += [line(at, TOP - 14, at, bottom, FAINT, 1), text(at, bottom + 16, label, "middle")]
     for i, (name, (accuracies, drifts)) in enumerate(rows.items()):
         y, colour = TOP + ROW * i + 6, OURS if name == "fpo" else PLAIN
-        parts.append(text(LEFT[0] - 14, y + 4, NAMES.get(name, name), "end", bold=name == "fpo"))
+        label = NAMES.get(name, name) + (", stopped" if name in stopped else "")
+        parts.append(text(LEFT[0] - 14, y + 4, label, "end", bold=name == "fpo"))
         for values, place, digits in ((accuracies, linear, 2), (drifts, logarithmic, None)):
             parts += dot(values, place, y, colour, digits)
     height = bottom + 30
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'font-family="Helvetica, Arial, sans-serif" font-size="13">\n'
+        f'font-family="Helvetica, Arial, sans-serif" font-size="13" stroke-linecap="round">\n'
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>\n{body}\n</svg>\n'
     )
 
@@ -94,7 +96,7 @@ def dot(
 ) -> list[str]:
     """The range over the seeds, the mean, and the mean in digits to the right of the range."""
     mean, end = statistics.fmean(values), place(max(values))
-    said = f"{mean:.{digits}f}" if digits else f"{mean:.2g}"
+    said = f"{mean:.{digits}f}" if digits else f"{float(f'{mean:.2g}'):g}"
     return [
         line(place(min(values)), y, end, y, colour, 3),
         f'<circle cx="{place(mean):.1f}" cy="{y}" r="5.5" fill="{colour}"/>',
@@ -110,8 +112,11 @@ def line(x1: float, y1: float, x2: float, y2: float, colour: str, width: int) ->
 
 
 def text(x: float, y: float, words: str, anchor: str, bold: bool = False) -> str:
-    weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}" fill="{TEXT}"{weight}>{words}</text>'
+    look = (
+        f'fill="{TEXT}" stroke="#ffffff" stroke-width="4" paint-order="stroke"'  # over grid lines
+    )
+    look += ' font-weight="bold"' if bold else ""
+    return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}" {look}>{words}</text>'
 
 
 def main() -> int:
