@@ -19,9 +19,10 @@ from fpo_mlx.data import parse_row
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+FOLDERS = sorted(path.name for path in (ROOT / "scripts").iterdir() if any(path.glob("*.py")))
 PAGES = (
     *GUIDE,
-    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").glob("*/README.md")),
+    *(f"scripts/{folder}/README.md" for folder in FOLDERS),
     "SECURITY.md",
     "CHANGELOG.md",
 )
@@ -273,11 +274,25 @@ def test_every_file_that_is_named_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_script_that_a_shell_example_runs_exists(page):
+def test_every_script_of_a_shell_example_exists_and_has_its_flags(page):
     for words in shell_lines(TEXTS[page]):
-        for word in words:
-            if word.startswith("scripts/"):
-                assert (ROOT / word).is_file(), word
+        for script in [word for word in words if word.startswith("scripts/")]:
+            source = (ROOT / script).read_text(encoding="utf-8")
+            used = [word.split("=")[0] for word in words if word.startswith("--")]
+            assert [flag for flag in used if f'"{flag}"' not in source] == [], script
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_readme_of_a_folder_of_scripts_names_each_and_only_flags_that_they_have(folder):
+    text = TEXTS[f"scripts/{folder}/README.md"]
+    sources = {
+        p.name: p.read_text(encoding="utf-8") for p in (ROOT / "scripts" / folder).glob("*.py")
+    }
+    assert {name for name in sources if f"`{name}`" not in text} == set()
+    for row in [line for line in text.splitlines() if line.startswith("| `")]:
+        source = sources[row.split("`")[1]]
+        flags = re.findall(r"--[a-z][a-z-]*", row)
+        assert [flag for flag in flags if f'"{flag}"' not in source] == [], row
 
 
 def test_the_changelog_speaks_of_this_version():
