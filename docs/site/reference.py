@@ -37,13 +37,15 @@ def one(path: tuple[str, ...], command: click.Command) -> Iterator[str]:
     usage = " ".join((context.command_path, *command.collect_usage_pieces(context)))
     yield f"```text\n{usage}\n```\n"
     yield from paragraphs(command.help or "")
-    rows = [
-        (flags(option, context), sentence(option))
-        for option in command.params
-        if isinstance(option, click.Option)
-    ]
-    if rows:
-        yield table(("option", "meaning"), rows)
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for option in command.params:
+        if isinstance(option, click.Option):
+            title = (
+                getattr(option, "panel", None) or "options"
+            )  # the help's groups, where it has them
+            groups.setdefault(title, []).append((flags(option, context), sentence(option)))
+    for title in sorted(groups, key=lambda title: GROUPS.index(title) if title in GROUPS else -1):
+        yield table((title, "meaning"), groups[title])
 
 
 def paragraphs(help: str) -> Iterator[str]:

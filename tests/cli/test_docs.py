@@ -57,6 +57,11 @@ def command_of(words: list[str]) -> click.Command:
     return command
 
 
+def path_of(words: list[str]) -> list[str]:
+    """The words that name the command: ["sae", "info"] of sae info FOLDER."""
+    return [word for i, word in enumerate(words) if tuple(words[: i + 1]) in PREFIXES]
+
+
 def flags_of(command: click.Command) -> set[str]:
     options = [p for p in command.params if isinstance(p, click.Option)]
     return {name for o in options for name in (*o.opts, *o.secondary_opts)} | {"-h", "--help"}
@@ -70,6 +75,7 @@ def shell_lines(text: str = DOCS) -> list[list[str]]:
 
 
 COMMANDS = sorted(leaves())
+PREFIXES = {path[: i + 1] for path in COMMANDS for i in range(len(path))}
 FLAGS = {flag for path in COMMANDS for flag in flags_of(command_of(list(path)))}
 
 
@@ -107,6 +113,12 @@ def test_the_help_of_every_command_has_an_example_that_parses_its_own_flags(path
 def test_the_commands_and_flags_of_the_docs_exist(words):
     used = {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)}
     assert used <= flags_of(command_of(words))
+
+
+@pytest.mark.parametrize("words", OURS, ids=" ".join)
+def test_click_takes_every_example_of_the_docs(words):
+    path = path_of(words)
+    command_of(path).make_context(" ".join(path), words[len(path) :])
 
 
 def test_the_docs_show_the_commands_of_the_whole_way():
