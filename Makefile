@@ -34,7 +34,7 @@ lint: $(TORCH_STAMP)  # the types of the torch backend are read from torch itsel
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(TORCH_STAMP)
-	$(BIN)/python scripts/bench.py $(BENCH_ARGS)
+	$(BIN)/python scripts/bench/bench.py $(BENCH_ARGS)
 
 $(PACKAGE): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'

@@ -3,9 +3,9 @@
 import hypothesis
 import pytest
 
-from fpo_mlx import blas
+from fpo_mlx import machine
 
-blas.preload()
+machine.set_up()
 # a machine that is busy with something else is no fault of the code
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")

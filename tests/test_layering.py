@@ -9,116 +9,70 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "fpo_mlx"
 MLX = {"mlx", "mlx_lm"}
-VOCABULARY = {
-    "errors",
-    "records",
-    "files",
-    "locks",
-    "paths",
-    "processes",
-}  # layer 0: import nothing above it
-RUN = {"config", "core", "model", "scoring"}  # what one step of training or scoring is made of
+VOCABULARY = {"errors", "records", "storage"}  # layer 0: import nothing above it
+RUN = {"config", "core", "machine", "model"}  # what one step of training or scoring is made of
 
 # Longest matching name wins: "reference.mlx_backend" before "reference".
 OURS = {
-    "": {"blas", "heap"},
+    "": set(),
     "errors": set(),
     "records": set(),
-    "locks": {"errors"},
-    "files": {"errors", "locks"},
-    "paths": set(),
-    "processes": {"errors"},
-    "parallel": VOCABULARY,
-    "blas": {"paths"},
-    "heap": set(),
-    "hub": VOCABULARY,
-    "featurefiles": VOCABULARY,
-    "trackers": VOCABULARY,
-    "core": {"blas"},
+    "storage": {"errors"},
+    "machine": {"errors", "storage"},
+    "core": {"machine"},
     "config": {"errors"},
-    "tokenizer": VOCABULARY,
     "data": VOCABULARY,
-    "sae": VOCABULARY | {"hub"},
+    "sae": VOCABULARY,
+    "cache": VOCABULARY | {"machine"},
+    "model": VOCABULARY | {"core", "machine"},
     "saetrain": VOCABULARY | {"core", "sae"},
-    "saetrain.activations": VOCABULARY | {"model"},
+    "saetrain.activations": VOCABULARY | {"machine", "model"},
     "saetrain.settings": VOCABULARY | {"config"},
     "saetrain.state": VOCABULARY | {"core", "model"},
-    "saetrain.texts": VOCABULARY | {"data", "tokenizer"},
-    "cache": VOCABULARY,
-    "demo": VOCABULARY | {"blas"},
-    "demo.run": VOCABULARY | {"config", "pipeline"},  # a caller of the pipeline, as the cli is
-    "model": VOCABULARY | {"blas", "core", "hub"},
-    "scoring": VOCABULARY | {"config", "core", "model"},
-    "saefit": VOCABULARY | {"core", "model", "sae"},
-    "checkpoint": VOCABULARY | {"model"},
-    "reference": VOCABULARY | {"config", "hub"},
-    "reference.mlx_backend": VOCABULARY | RUN | {"hub"},
-    "optimizer": VOCABULARY | {"config", "model"},
-    "plan": set(),
-    "guard": VOCABULARY | {"config"},
-    "reports": VOCABULARY | {"core", "scoring"},
-    "trainer": VOCABULARY
-    | RUN
-    | {"checkpoint", "data", "guard", "optimizer", "parallel", "reports"},
-    "sampling": VOCABULARY | RUN,
-    "featurereport": VOCABULARY,
-    "featurescan": VOCABULARY | RUN | {"featurereport", "reports"},
-    "evaluate": VOCABULARY | RUN | {"sampling"} | {"reports"},
-    "fuse": VOCABULARY | {"hub", "model"},
-    "doctor": VOCABULARY | {"blas", "cache"},
+    "saetrain.texts": VOCABULARY | {"data"},
+    "train": VOCABULARY | RUN | {"data"},
+    "reference": VOCABULARY | {"config", "machine"},
+    "reference.mlx_backend": VOCABULARY | RUN | {"train"},
+    "judge": VOCABULARY | RUN | {"sae", "train"},
     "report": VOCABULARY | {"config"},
+    "demo": VOCABULARY | {"machine"},
+    "demo.run": VOCABULARY | {"config", "pipeline"},  # a caller of the pipeline, as the cli is
     "pipeline": {"*"},
-    "cli": VOCABULARY
-    | {"featurefiles", "featurereport", "config", "pipeline", "saetrain", "trackers", "doctor"}
-    | {"demo"},
+    "cli": VOCABULARY | {"config", "data", "demo", "judge", "machine", "pipeline", "saetrain"},
     "__main__": {"cli"},
 }
 OTHERS = {
     "": set(),
     "errors": set(),
     "records": {"numpy"},
-    "files": set(),
-    "locks": set(),
-    "paths": set(),
-    "processes": set(),
-    "parallel": {"numpy", "mlx"},
-    "blas": set(),
-    "heap": set(),
-    "hub": {"huggingface_hub"},
-    "featurefiles": {"yaml"},
-    "trackers": {"wandb", "tensorboardX"},
+    "storage": set(),
+    "storage.hub": {"huggingface_hub"},
+    "machine": set(),
+    "machine.lanes": {"mlx"},
     "core": {"mlx"},
     "config": {"yaml"},
-    "tokenizer": {"transformers"},
     "data": {"numpy", "datasets"},
+    "data.feature_files": {"yaml"},
+    "data.tokenizer": {"transformers"},
     "sae": {"numpy", "safetensors", "huggingface_hub", "yaml"},
     "saetrain": {"numpy", "mlx", "huggingface_hub"},
     "saetrain.settings": set(),
     "saetrain.texts": {"numpy"},
     "saetrain.rows": {"numpy"},
     "cache": {"numpy", "safetensors"},
-    "demo": {"numpy", "safetensors", "mlx_lm"},
     "model": {"numpy", "huggingface_hub", "safetensors", *MLX},
-    "scoring": {"numpy", "mlx"},
-    "saefit": {"numpy", "mlx"},
-    "checkpoint": {"numpy", "mlx"},
+    "train": {"numpy", *MLX},
     "reference": {"numpy"},
     "reference.mlx_backend": {"numpy", *MLX},
     "reference.torch_backend": {"numpy", "torch", "transformers", "safetensors"},
-    "optimizer": MLX,
-    "plan": set(),
-    "guard": {"numpy"},
-    "reports": {"numpy"},
-    "trainer": {"numpy", *MLX},
-    "sampling": {"numpy", *MLX},
-    "featurereport": {"numpy"},
-    "featurescan": {"numpy", *MLX},
-    "evaluate": {"numpy", *MLX},
-    "fuse": {"numpy", *MLX},
-    "doctor": {"numpy", "mlx", "huggingface_hub"},
+    "judge": {"numpy", *MLX},
+    "judge.feature_report": {"numpy"},
     "report": {"matplotlib", "jinja2"},
+    "demo": {"numpy", "safetensors", "mlx_lm"},
     "pipeline": {"numpy", *MLX},
+    "pipeline.doctor": {"numpy", "mlx", "huggingface_hub"},
     "cli": {"click", "tqdm", "yaml"},
+    "cli.trackers": {"wandb", "tensorboardX"},
     "__main__": set(),
 }
 
@@ -183,7 +137,7 @@ def test_a_module_imports_only_what_its_layer_may(name):
         ("data.rows", "from fpo_mlx import pipeline", "fpo_mlx.pipeline"),
         ("reference.torch_backend", "import mlx.core as mx", "mlx.core"),
         ("sae.common", "from .arrays import x", "relative import .arrays"),
-        ("cli", "import fpo_mlx.trainer", "fpo_mlx.trainer"),
+        ("cli", "import fpo_mlx.train.trainer", "fpo_mlx.train.trainer"),
     ],
 )
 def test_a_forbidden_import_is_found(name, line, fault):
@@ -217,8 +171,8 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_a_circle_of_imports_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
-    inside = "def f():\n    from fpo_mlx.pipeline import job\n    from fpo_mlx import blas, errors"
-    assert ours(inside) == {"pipeline.job", "blas", "errors"}
+    inside = "def f():\n    from fpo_mlx.pipeline import job\n    from fpo_mlx import core, errors"
+    assert ours(inside) == {"pipeline.job", "errors"}
 
 
 LIGHT = [

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fpo_mlx import files, locks
 from fpo_mlx.cache.store import LOCK, MANIFEST, PARTS, read_identity, shard_paths
 from fpo_mlx.errors import FpoError
+from fpo_mlx.storage import files, locks
 
 DAY = 86400.0
 

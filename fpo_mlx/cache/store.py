@@ -8,7 +8,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fpo_mlx import files, locks
 from fpo_mlx.cache.identity import (
     FORMAT,
     VERSION,
@@ -27,6 +26,7 @@ from fpo_mlx.cache.shards import (
 )
 from fpo_mlx.errors import CacheMismatch, FpoError
 from fpo_mlx.records import ResponseScore
+from fpo_mlx.storage import files, locks
 
 MANIFEST = "manifest.json"
 LOCK = "writer.lock"

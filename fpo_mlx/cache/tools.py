@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from fpo_mlx import files
 from fpo_mlx.cache.fill import ScorePairs, rows_of
 from fpo_mlx.cache.identity import CacheIdentity, check_same, same_values
 from fpo_mlx.cache.shards import Shard, check_content
 from fpo_mlx.cache.store import ReferenceCache, open_cache, read_identity
 from fpo_mlx.errors import CacheMismatch, DataError
 from fpo_mlx.records import ResponseScore, TokenPair
+from fpo_mlx.storage import files
 
 
 @dataclass(frozen=True)

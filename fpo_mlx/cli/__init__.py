@@ -19,7 +19,8 @@ from fpo_mlx.cli.sae_train import train_sae
 from fpo_mlx.cli.saes import sae
 from fpo_mlx.cli.train import train
 from fpo_mlx.errors import FpoError, Interrupted
-from fpo_mlx.files import unwritable
+from fpo_mlx.machine import set_up as machine_set_up
+from fpo_mlx.storage.files import unwritable
 
 
 class Group(click.Group):
@@ -63,6 +64,7 @@ def main() -> None:
       fpo-mlx demo                      the whole path on a small built-in example
       fpo-mlx train --help              your own model, SAE and preference pairs
     """
+    machine_set_up()
 
 
 for _command in (

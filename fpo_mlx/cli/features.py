@@ -21,9 +21,9 @@ from fpo_mlx.cli.options import (
 )
 from fpo_mlx.cli.show import Bar, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
+from fpo_mlx.data.feature_files import write_weights
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.featurefiles import write_weights
-from fpo_mlx.featurereport import SORTS
+from fpo_mlx.judge.feature_report import SORTS
 
 labels_option = click.option(
     "--labels", type=PATH, help="What features mean: JSON, YAML or CSV, or Neuronpedia's export."

@@ -21,7 +21,7 @@ def doctor(hub, json_path) -> None:
     Example:
       fpo-mlx doctor --json machine.json
     """
-    from fpo_mlx.doctor import examine
+    from fpo_mlx.pipeline.doctor import examine
 
     findings = examine() if hub else examine(hub_seconds=0)
     write_json(json_path, [asdict(finding) for finding in findings])

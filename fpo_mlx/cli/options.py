@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from fpo_mlx import files
-from fpo_mlx.config import PRESETS, SECTIONS, YAML_ONLY, RunConfig, Sampling, load_config
+from fpo_mlx.config import PRESETS, SECTIONS, RunConfig, Sampling, load_config, named
+from fpo_mlx.data.feature_files import csv_text
 from fpo_mlx.errors import FpoError
-from fpo_mlx.featurefiles import csv_text
+from fpo_mlx.storage import files
 
 PATH = click.Path(path_type=Path)
 NEVER_ITS_DEFAULT = (None, (), "", dataclasses.MISSING)  # these say nothing in a help text
@@ -33,9 +33,7 @@ backend_option = click.option(
 device_option = click.option("--device", help="Device of the torch backend: cpu, cuda, mps.")
 
 
-READING = (  # of an SAE's files
-    "sae_format", "sae_k", "norm_scaling_factor", "llama_scope_gate", "allow_pickle",
-)  # fmt: skip
+READING = named("sae_files")  # how the files of an SAE are read
 
 
 def settings(*parts: type | str) -> Callable:
@@ -45,7 +43,7 @@ def settings(*parts: type | str) -> Callable:
         for part in parts
         for section in SECTIONS
         for field in dataclasses.fields(section)
-        if part in (section, field.name) and field.name not in YAML_ONLY
+        if part in (section, field.name) and not field.metadata["yaml_only"]
     ]
 
     def decorate(command: Callable) -> Callable:

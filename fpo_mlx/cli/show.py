@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fpo_mlx.processes import is_first
+from fpo_mlx.machine.processes import is_first
 
 
 def say(text: str) -> None:

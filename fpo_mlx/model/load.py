@@ -11,8 +11,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from fpo_mlx.errors import ModelError
-from fpo_mlx.hub import resolve_model
 from fpo_mlx.model.trees import cast_floats, float_dtype
+from fpo_mlx.storage.hub import resolve_model
 
 
 @dataclass(frozen=True)

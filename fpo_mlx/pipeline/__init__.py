@@ -32,9 +32,9 @@ from fpo_mlx.pipeline.policy import open_policy as open_policy
 from fpo_mlx.pipeline.precompute import PrecomputeResult as PrecomputeResult
 from fpo_mlx.pipeline.precompute import precompute as precompute
 from fpo_mlx.pipeline.report import report as report
+from fpo_mlx.pipeline.sae_fit import sae_evaluate as sae_evaluate
 from fpo_mlx.pipeline.sae_train import SaeTrained as SaeTrained
 from fpo_mlx.pipeline.sae_train import sae_train as sae_train
-from fpo_mlx.pipeline.saefit import sae_evaluate as sae_evaluate
 from fpo_mlx.pipeline.saes import sae_convert as sae_convert
 from fpo_mlx.pipeline.saes import sae_encode as sae_encode
 from fpo_mlx.pipeline.saes import sae_info as sae_info

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx import cache, paths
+from fpo_mlx import cache
 from fpo_mlx.cache import MergeReport, VerifyReport
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError, FpoError
@@ -15,6 +15,7 @@ from fpo_mlx.pipeline.job import Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.store import as_kept, open_engine
 from fpo_mlx.records import PairScore, ResponseScore, SparseFeatures, TokenPair
 from fpo_mlx.reference import weights
+from fpo_mlx.storage import paths
 
 
 def cache_info(folder: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from fpo_mlx import data
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.hub import resolve_model
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, open_tokenizer
+from fpo_mlx.storage.hub import resolve_model
 
 
 def check(

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from fpo_mlx import data
 from fpo_mlx.config import RunConfig, Sampling
+from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
-from fpo_mlx.hub import resolve_model
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_model, open_tokenizer
 from fpo_mlx.records import BASE, shown_name
-from fpo_mlx.tokenizer import ChatTokenizer
+from fpo_mlx.storage.hub import resolve_model
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -67,8 +67,8 @@ def compare(
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Comparison:
     """Answer prompts (given, from a file, or the first of a split) with base and adapters."""
+    from fpo_mlx.judge.sampling import sample
     from fpo_mlx.model.adapters import read_spec
-    from fpo_mlx.sampling import sample
 
     model = need_model(config)
     given = [*prompts, *(_read_prompts(prompts_file) if prompts_file else ())]

@@ -6,9 +6,9 @@ import contextlib
 import sys
 from pathlib import Path
 
-from fpo_mlx import files
 from fpo_mlx.errors import FpoError, ModelError
-from fpo_mlx.hub import resolve_model
+from fpo_mlx.storage import files
+from fpo_mlx.storage.hub import resolve_model
 
 
 def convert(

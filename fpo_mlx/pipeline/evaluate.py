@@ -11,9 +11,9 @@ from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs
 from fpo_mlx.pipeline.store import OnFill, reference_of, scores
 
 if TYPE_CHECKING:
-    from fpo_mlx.evaluate import EvalReport, EvalTable
-    from fpo_mlx.reports import ScoredPairs
-    from fpo_mlx.scoring import Scorer
+    from fpo_mlx.judge.evaluate import EvalReport, EvalTable
+    from fpo_mlx.train.metrics import ScoredPairs
+    from fpo_mlx.train.scoring import Scorer
 
 
 def evaluate(
@@ -48,9 +48,9 @@ def evaluate_all(
 
     samples: prompts of the split to answer, for entropy and distinct-n; 0 for none.
     """
-    from fpo_mlx import evaluate as evaluation
+    from fpo_mlx.judge import evaluate as evaluation
     from fpo_mlx.model.adapters import read_spec
-    from fpo_mlx.reports import ScoredPairs
+    from fpo_mlx.train.metrics import ScoredPairs
 
     for path in adapter_paths:
         read_spec(Path(path))  # before the long part
@@ -83,7 +83,7 @@ def _with_answers(
     sampling: Sampling | None,
 ) -> EvalReport:
     """Sampled answers of the model as it stands, to the first prompts of the split."""
-    from fpo_mlx.sampling import first_prompts, records, sample
+    from fpo_mlx.judge.sampling import first_prompts, records, sample
 
     if not samples:
         return report
@@ -100,7 +100,7 @@ def open_scorer(job: Job, adapter_path: str | None, *, measure_kl: bool, say: Sa
     from fpo_mlx.model import adapters
     from fpo_mlx.model.load import load_model
     from fpo_mlx.model.policy import Policy
-    from fpo_mlx.scoring import Scorer, encoder_of
+    from fpo_mlx.train.scoring import Scorer, encoder_of
 
     loaded = load_model(job.model_path, trust_remote_code=job.config.reference.trust_remote_code)
     for note in loaded.notes:

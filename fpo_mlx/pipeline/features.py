@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import RunConfig
+from fpo_mlx.data.feature_files import read_labels
+from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
-from fpo_mlx.featurefiles import read_labels
-from fpo_mlx.featurereport import Change, Found, Sort, TextActivations
-from fpo_mlx.hub import read_config, resolve_model
+from fpo_mlx.judge.feature_report import Change, Found, Sort, TextActivations
 from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import Say, need_model, open_job, open_saes, open_tokenizer, read_pairs
 from fpo_mlx.pipeline.store import OnFill, reference_of, scores
 from fpo_mlx.records import SaeWeights
-from fpo_mlx.tokenizer import ChatTokenizer
+from fpo_mlx.storage.hub import read_config, resolve_model
 
 if TYPE_CHECKING:
     from fpo_mlx.core.features import Encoder
-    from fpo_mlx.featurescan import Text
+    from fpo_mlx.judge.feature_scan import Text
     from fpo_mlx.model.policy import Policy
 
 NEURONPEDIA = "https://www.neuronpedia.org"
@@ -67,9 +67,9 @@ def features(
 
     limit: pairs to look at; examples: contexts of each feature, found in a second pass; 0 for none.
     """
-    from fpo_mlx import featurescan
+    from fpo_mlx.judge import feature_scan
     from fpo_mlx.model.adapters import read_spec
-    from fpo_mlx.reports import ScoredPairs
+    from fpo_mlx.train.metrics import ScoredPairs
 
     read_spec(Path(adapter_path))  # before the long part
     job = open_job(config, adapter=config.train.init_adapter, say=say, need_sae=True)
@@ -77,12 +77,12 @@ def features(
     pairs = read_pairs(job, split, say)[:limit]
     data = ScoredPairs(pairs, scores(reference_of(job, pairs, say, progress), pairs))
     scorer = open_scorer(job, adapter_path, measure_kl=False, say=say)
-    tallies = featurescan.tally(scorer, data, count)
+    tallies = feature_scan.tally(scorer, data, count)
     changes: list[Change] = []
     for i, (sae, one) in enumerate(zip(job.saes, tallies, strict=True)):
         found = one.changes(top, sort, sae=i)
-        shown = featurescan.contexts(
-            scorer.policy, scorer.encoders[i], i, featurescan.pair_texts(data) if examples else (),
+        shown = feature_scan.contexts(
+            scorer.policy, scorer.encoders[i], i, feature_scan.pair_texts(data) if examples else (),
             [change.feature for change in found], examples, job.tokenizer.decode,
         )  # fmt: skip
         changes += [
@@ -111,13 +111,13 @@ def find_features(
     say: Say,
 ) -> list[Found]:
     """Features of one SAE that tell two sets of texts apart under the base model."""
-    from fpo_mlx import featurereport, featurescan
+    from fpo_mlx.judge import feature_report, feature_scan
 
     known = read_labels(labels)[0] if labels else {}
     scan = _scan(config, (positive, negative), limit, say)
     with_, without = scan.seen
-    found = featurereport.find(with_, without, top, held_out=held_out)
-    shown = featurescan.contexts(
+    found = feature_report.find(with_, without, top, held_out=held_out)
+    shown = feature_scan.contexts(
         scan.policy, scan.encoder, 0, scan.texts[0] if examples else (),
         [one.feature for one in found], examples, scan.tokenizer.decode,
     )  # fmt: skip
@@ -152,10 +152,10 @@ class _Scan:
 
 
 def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Scan:
-    from fpo_mlx import featurescan
+    from fpo_mlx.judge import feature_scan
     from fpo_mlx.model.load import load_model
     from fpo_mlx.model.policy import Policy
-    from fpo_mlx.scoring import encoder_of
+    from fpo_mlx.train.scoring import encoder_of
 
     path = resolve_model(need_model(config))
     tokenizer = open_tokenizer(config, path)
@@ -164,7 +164,7 @@ def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Sc
     loaded = load_model(path, trust_remote_code=config.reference.trust_remote_code)
     policy = Policy(loaded.model, loaded.config, [sae.site] if sae.site else [])
     encoder = encoder_of(sae)
-    seen = [featurescan.read_texts(policy, encoder, 0, one) for one in texts]
+    seen = [feature_scan.read_texts(policy, encoder, 0, one) for one in texts]
     return _Scan(policy, encoder, sae, tokenizer, texts, seen)
 
 
@@ -187,7 +187,7 @@ def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Text]
     are unlike those of any other, and the last, which predicts nothing.
     Raises: DataError naming the lines that cannot be used.
     """
-    from fpo_mlx.featurescan import Text
+    from fpo_mlx.judge.feature_scan import Text
 
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")

@@ -34,7 +34,7 @@ def fuse(
     say: Say,
 ) -> FuseResult:
     """Fuse adapters into a model folder; `verify` names data to compare before and after on."""
-    from fpo_mlx import fuse as fusing
+    from fpo_mlx.model import fuse as fusing
 
     if not config.reference.model:
         raise ConfigError("--model is missing. Wanted the model that the adapter was trained on.")
@@ -62,8 +62,8 @@ def _compare_fused(
     config: RunConfig, adapter_path: str, fused: Path, verify: str, say: Say
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Accuracy and margin of base + adapter and of the fused folder, against one reference."""
-    from fpo_mlx import evaluate as evaluation
-    from fpo_mlx.reports import ScoredPairs
+    from fpo_mlx.judge import evaluate as evaluation
+    from fpo_mlx.train.metrics import ScoredPairs
 
     config = replace(
         config,

@@ -10,15 +10,15 @@ from typing import Any
 from fpo_mlx import data
 from fpo_mlx.cache import CacheIdentity
 from fpo_mlx.config import RunConfig
+from fpo_mlx.data.feature_files import Weights, read_weights
+from fpo_mlx.data.tokenizer import ChatTokenizer, load_tokenizer
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.featurefiles import Weights, read_weights
-from fpo_mlx.hub import read_config, resolve_model
 from fpo_mlx.records import SaeWeights, Site, TokenPair
 from fpo_mlx.reference import weights
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.check import check_fit, resolve_site
 from fpo_mlx.sae.resolve import resolve
-from fpo_mlx.tokenizer import ChatTokenizer, load_tokenizer
+from fpo_mlx.storage.hub import read_config, resolve_model
 
 Say = Callable[[str], None]
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fpo_mlx import plan as model_of
 from fpo_mlx.cache import CacheIdentity
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.hub import read_config, resolve_model
+from fpo_mlx.machine import memory as model_of
+from fpo_mlx.machine.memory import Case, Lengths, ModelShape, SaeShape, Setup, Term, Tiles
 from fpo_mlx.pipeline.job import Job, Say, need_model, open_saes, open_tokenizer, read_pairs
 from fpo_mlx.pipeline.policy import attach_adapters
-from fpo_mlx.plan import Case, Lengths, ModelShape, SaeShape, Setup, Term, Tiles
 from fpo_mlx.records import SaeWeights, TokenPair
+from fpo_mlx.storage.hub import read_config, resolve_model
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 
@@ -71,7 +71,7 @@ def plan(config: RunConfig, *, memory_gb: float | None = None, say: Say) -> Plan
 
     memory_gb: what may be used; default: what this machine lets MLX use.
     """
-    from fpo_mlx import doctor
+    from fpo_mlx.pipeline import doctor
 
     if memory_gb is not None and memory_gb <= 0:
         raise ConfigError(f"--memory-gb {memory_gb:g}: wanted more than 0.")

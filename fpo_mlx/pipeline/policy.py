@@ -11,7 +11,7 @@ from fpo_mlx.pipeline.job import Job, Say
 from fpo_mlx.records import Site
 
 if TYPE_CHECKING:
-    from fpo_mlx.scoring import Scorer
+    from fpo_mlx.train.scoring import Scorer
 
 
 def open_policy(job: Job, *, say: Say) -> tuple[Scorer, dict[str, Any]]:
@@ -20,7 +20,7 @@ def open_policy(job: Job, *, say: Say) -> tuple[Scorer, dict[str, Any]]:
 
     from fpo_mlx.model.load import load_model
     from fpo_mlx.model.policy import Policy
-    from fpo_mlx.scoring import Scorer, encoder_of
+    from fpo_mlx.train.scoring import Scorer, encoder_of
 
     t, o, ref = job.config.train, job.config.objective, job.config.reference
     loaded = load_model(job.model_path, trust_remote_code=ref.trust_remote_code)

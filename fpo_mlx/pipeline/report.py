@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from fpo_mlx import files
+from fpo_mlx.storage import files
 
 
 def report(runs: Sequence[Path], output: Path, results: Sequence[Path] = ()) -> Path:

@@ -9,18 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fpo_mlx import __version__, locks
+from fpo_mlx import __version__
+from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.hub import read_config, resolve_model
 from fpo_mlx.pipeline.job import Say
 from fpo_mlx.records import SITE_KINDS, Passage, SaeWeights, Site
 from fpo_mlx.reference import weights
 from fpo_mlx.saetrain import rows, settings, texts
 from fpo_mlx.saetrain.settings import SaeTrainConfig
-from fpo_mlx.tokenizer import load_tokenizer
+from fpo_mlx.storage import locks
+from fpo_mlx.storage.hub import read_config, resolve_model
 
 if TYPE_CHECKING:
-    from fpo_mlx.saefit import LossFigures
+    from fpo_mlx.judge.sae_fit import LossFigures
     from fpo_mlx.saetrain.activations import Reader
     from fpo_mlx.saetrain.finish import Figures
     from fpo_mlx.saetrain.state import State
@@ -360,8 +361,8 @@ def _record(setup: Setup) -> dict[str, Any]:
 
 
 def _write_run(folder: Path, run: dict[str, Any], plan: Plan) -> None:
-    from fpo_mlx import files
     from fpo_mlx.saetrain import state
+    from fpo_mlx.storage import files
 
     files.write_json(folder / state.RUN, run | {"plan": dataclasses.asdict(plan)})
 
@@ -404,7 +405,7 @@ def _finish(
 
 def _loss(setup: Setup, sae: SaeWeights) -> LossFigures | None:
     """With the SAE in the site's place on held-out documents; None where it cannot be had."""
-    from fpo_mlx import saefit
+    from fpo_mlx.judge import sae_fit
     from fpo_mlx.model.load import load_model
     from fpo_mlx.model.policy import Policy
 
@@ -418,4 +419,4 @@ def _loss(setup: Setup, sae: SaeWeights) -> LossFigures | None:
     config = setup.config  # read again: the reader has cut its copy behind the site
     loaded = load_model(resolve_model(config.model), trust_remote_code=config.trust_remote_code)
     policy = Policy(loaded.model, loaded.config, [setup.site], share_prompt=False)
-    return saefit.evaluate(policy, sae, passages).loss
+    return sae_fit.evaluate(policy, sae, passages).loss

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from fpo_mlx import files
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError, FpoError
-from fpo_mlx.hub import read_config, resolve_model
 from fpo_mlx.pipeline.job import Say, at_site, read_sae
 from fpo_mlx.sae import registry
 from fpo_mlx.sae.check import resolve_site
 from fpo_mlx.sae.convert import ConvertReport, SaeDtype, write_saelens
 from fpo_mlx.sae.encode import encode
+from fpo_mlx.storage import files
+from fpo_mlx.storage.hub import read_config, resolve_model
 
 
 def sae_info(spec: str, config: RunConfig, say: Say) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fpo_mlx import cache, paths
+from fpo_mlx import cache
 from fpo_mlx.cache import CacheIdentity, FillReport, ReferenceCache
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.machine.processes import find_share
 from fpo_mlx.pipeline.job import Job, Say
-from fpo_mlx.pipeline.saefit import glance
-from fpo_mlx.processes import find_share
+from fpo_mlx.pipeline.sae_fit import glance
 from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.reference import ReferenceBackend, open_backend
+from fpo_mlx.storage import paths
 
 OnFill = Callable[[FillReport], None]
 Agree = Callable[[Path, bool], bool]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from fpo_mlx import __version__, data
 from fpo_mlx.cache import ReferenceCache
 from fpo_mlx.config import RunConfig, TrainConfig
+from fpo_mlx.data.feature_files import weights_fingerprint
 from fpo_mlx.errors import CacheMismatch, ConfigError
-from fpo_mlx.featurefiles import weights_fingerprint
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.plan import predicted_peak
 from fpo_mlx.pipeline.policy import open_policy
@@ -19,10 +19,10 @@ from fpo_mlx.pipeline.store import OnFill, reference_of, scores
 from fpo_mlx.records import TokenPair
 
 if TYPE_CHECKING:
-    from fpo_mlx.checkpoint import AdapterFolder
-    from fpo_mlx.parallel import Ranks
-    from fpo_mlx.reports import Report
-    from fpo_mlx.trainer import Trainer
+    from fpo_mlx.train.checkpoint import AdapterFolder
+    from fpo_mlx.train.metrics import Report
+    from fpo_mlx.train.parallel import Ranks
+    from fpo_mlx.train.trainer import Trainer
 
 
 def train(
@@ -38,11 +38,11 @@ def train(
     begin: called with the number of iterations before the first one; arm: called when training
     proper begins; gives what the trainer asks whether to stop.
     """
-    from fpo_mlx.checkpoint import AdapterFolder, check_resumable
-    from fpo_mlx.optimizer import make_optimizer
-    from fpo_mlx.parallel import open_ranks
-    from fpo_mlx.reports import ScoredPairs
-    from fpo_mlx.trainer import Trainer
+    from fpo_mlx.train.checkpoint import AdapterFolder, check_resumable
+    from fpo_mlx.train.metrics import ScoredPairs
+    from fpo_mlx.train.optimizer import make_optimizer
+    from fpo_mlx.train.parallel import open_ranks
+    from fpo_mlx.train.trainer import Trainer
 
     t = config.train
     check_places(t)
@@ -155,7 +155,7 @@ def _compare_weights(trainer: Trainer, store: ReferenceCache, say: Say) -> None:
 
 
 def _announce(trainer: Trainer, say: Say) -> None:
-    from fpo_mlx.optimizer import trainable_count
+    from fpo_mlx.train.optimizer import trainable_count
 
     trainable, total = trainable_count(trainer.model)
     say(

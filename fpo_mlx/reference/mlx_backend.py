@@ -13,7 +13,7 @@ from fpo_mlx.model import adapters
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy
 from fpo_mlx.records import PairScore, SaeWeights, TokenPair
-from fpo_mlx.scoring import Scorer, encoder_of
+from fpo_mlx.train.scoring import Scorer, encoder_of
 
 
 class MlxBackend:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fpo_mlx.errors import ModelError
-from fpo_mlx.files import parse_json
+from fpo_mlx.storage.files import parse_json
 
 CHUNK = 1 << 22  # bytes read at a time
 # fields of config.json that no logit depends on, or that repeat another field

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx import files
 from fpo_mlx.errors import FpoError
+from fpo_mlx.storage import files
 
 OWN = ("run.json", "adapter_config.json")
 WEIGHTS = "adapters.safetensors"

@@ -16,9 +16,9 @@ from typing import IO, Any
 import numpy as np
 
 from fpo_mlx.errors import SaeError
-from fpo_mlx.files import parse_json
 from fpo_mlx.sae.tensorfile import TensorFile, widen_bfloat16
 from fpo_mlx.sae.torchfile import open_torch
+from fpo_mlx.storage.files import parse_json
 
 # numpy dtype of each safetensors dtype; BF16 is read as its 16 bits and widened below
 SAFETENSORS_DTYPES = {

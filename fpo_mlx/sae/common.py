@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from fpo_mlx.errors import SaeError
-from fpo_mlx.files import parse_json
 from fpo_mlx.records import SaeWeights
 from fpo_mlx.sae.registry import facts
 from fpo_mlx.sae.tensorfile import TensorFile
+from fpo_mlx.storage.files import parse_json
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fpo_mlx import files
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights, Site
+from fpo_mlx.storage import files
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 FORM = "6.0.0"  # of SAELens, whose form this is; without it the metadata are read as an older one's

@@ -1,6 +1,6 @@
 """The shipped table of public SAEs: where they lie, what they fit, their Neuronpedia pages.
 
-table.json is made by scripts/make_sae_table.py. A row: release, repo, family, model (hub id that it
+table.json is made by scripts/make/sae_table.py. A row: release, repo, family, model (hub id that it
 was trained on), site, layers ("0-25"), widths; `prefix`: an SAE's id with the prefix is its path;
 `rules`: [id, path, Neuronpedia id, places] with {L} and {n} for a place's block and average L0. A
 place is L, [L, n] or [L, n, input scale].

@@ -12,7 +12,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fpo_mlx import files
 from fpo_mlx.core.dictionary import Rule, pre_activations
 from fpo_mlx.core.selection import largest
 from fpo_mlx.errors import FpoError
@@ -20,6 +19,7 @@ from fpo_mlx.records import SaeWeights, Site
 from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.saetrain import state
 from fpo_mlx.saetrain.state import State
+from fpo_mlx.storage import files
 
 CHUNK = 1024
 CONFIG, WEIGHTS, CARD = "cfg.json", "sae_weights.safetensors", "README.md"

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fpo_mlx import files, locks
 from fpo_mlx.errors import FpoError
 from fpo_mlx.saetrain.texts import Document
+from fpo_mlx.storage import files, locks
 
 
 @dataclass(frozen=True)

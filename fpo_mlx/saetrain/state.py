@@ -11,12 +11,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fpo_mlx import files
 from fpo_mlx.core.dictionary import Arrays, Rule
 from fpo_mlx.core.selection import largest
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.model.trees import read_arrays
 from fpo_mlx.saetrain.rows import Position
+from fpo_mlx.storage import files
 
 STATE, RUN, METRICS = "checkpoint.safetensors", "run.json", "metrics.jsonl"
 _SECTIONS = ("params", "first", "second")

@@ -17,8 +17,8 @@ import numpy as np
 
 from fpo_mlx import data
 from fpo_mlx.data.read import RawRow
+from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import DataError, FpoError
-from fpo_mlx.tokenizer import ChatTokenizer
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 TEXT_COLUMNS = ("text", "content")

@@ -1,0 +1,23 @@
+"""Every setting, its default and its check, once.
+
+Command line beats YAML beats preset beats default. Unknown keys are errors.
+"""
+
+from fpo_mlx.config.engine import coerce, load_config, read_yaml
+from fpo_mlx.config.fields import GROUPS
+from fpo_mlx.config.objective import PRESETS, Objective
+from fpo_mlx.config.sections import (
+    SECTIONS,
+    DataConfig,
+    ReferenceConfig,
+    RunConfig,
+    Sampling,
+    named,
+    options,
+)
+from fpo_mlx.config.training import TrainConfig
+
+__all__ = [
+    "GROUPS", "PRESETS", "SECTIONS", "DataConfig", "Objective", "ReferenceConfig", "RunConfig",
+    "Sampling", "TrainConfig", "coerce", "load_config", "named", "options", "read_yaml",
+]  # fmt: skip

@@ -1,0 +1,117 @@
+"""Settings from the command line over YAML over a preset over defaults; unknown keys are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from fpo_mlx.config.objective import PRESETS
+from fpo_mlx.config.sections import SECTIONS, RunConfig, named, options
+from fpo_mlx.errors import ConfigError
+
+
+def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig:
+    """Settings from flags that were given (not None) over those of a YAML file over defaults.
+
+    Raises: ConfigError for unknown keys, wrong types and values out of range, all at once.
+    """
+    given = read_yaml(path) if path else {}
+    known = options()
+    unknown = sorted(set(given) - set(known) - {"objective"})
+    if unknown:
+        raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}.{_closest(unknown)}")
+    given |= {name: value for name, value in flags.items() if value is not None}
+    preset = given.pop("objective", "fpo")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ConfigError(f"--objective {preset}: wanted one of {', '.join(PRESETS)}.")
+    given = {**PRESETS[preset], **given}
+    faults, values = [], {}
+    for name, value in given.items():
+        try:
+            values[name] = coerce(name, value, _hints()[name])
+        except ConfigError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    for name in named("path"):  # a shell does this for flags, nobody for YAML
+        if isinstance(path := values.get(name), str):
+            values[name] = os.path.expanduser(path)
+    sections = [
+        section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
+        for section in SECTIONS
+    ]
+    return RunConfig(*sections, preset=preset)  # type: ignore[arg-type]
+
+
+def _hints() -> dict[str, Any]:
+    hints: dict[str, Any] = {}
+    for section in SECTIONS:
+        hints.update(typing.get_type_hints(section))
+    return hints
+
+
+def coerce(name: str, value: Any, hint: Any) -> Any:
+    """YAML reads 1e-5 as text and [a] as a list: bring a value to its declared type.
+
+    Raises ConfigError.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return coerce(name, value, next(a for a in arguments if a is not type(None)))
+    flag = "--" + name.replace("_", "-")
+    if origin is Literal:
+        if not isinstance(value, str) or value not in arguments:
+            raise ConfigError(f"{flag} {value}: wanted one of {', '.join(arguments)}.")
+        return value
+    if origin is tuple:
+        if isinstance(value, str):
+            return (value,)
+        if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise ConfigError(f"{flag} {value!r}: wanted a text or a list of texts.")
+    if hint is float and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isnan(number):  # infinity is a bound that is never reached
+            return number
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{flag} {value!r}: wanted {getattr(hint, '__name__', hint)}.")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The top level of a YAML file. Raises ConfigError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.2's numbers: 1e-5 is one, which PyYAML reads as text."""
+
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
+    except RecursionError:
+        raise ConfigError(f"{path}: cannot be read as YAML: nested too deeply") from None
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: found {type(value).__name__}, wanted `setting: value` lines.")
+    return {str(key): v for key, v in value.items()}
+
+
+def _closest(unknown: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(unknown[0], options(), n=1)
+    return f" Did you mean {near[0]}?" if near else ""

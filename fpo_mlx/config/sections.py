@@ -1,0 +1,160 @@
+"""Every setting of a run, its default and its check, once. YAML and the command line fill these."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fpo_mlx.config.fields import check_positive, setting
+from fpo_mlx.config.objective import Objective
+from fpo_mlx.config.training import TrainConfig
+from fpo_mlx.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pairs come from and how they become tokens."""
+
+    data: str = setting(
+        "",
+        "folder of train/valid/test.jsonl, one .jsonl file, or a hub dataset id",
+        "data",
+        first=True,
+    )
+    max_seq_length: int = setting(2048, "longest prompt + response, in tokens", "data", first=True)
+    train_split: str | None = setting(None, "split of a hub dataset to train on", "data")
+    valid_split: str | None = setting(
+        None, "split of a hub dataset to validate on", "data", may_change=True
+    )
+    test_split: str | None = setting(
+        None, "split of a hub dataset to test on", "data", may_change=True
+    )
+    prompt_feature: str = setting("prompt", "name of the prompt column", "data")
+    chosen_feature: str = setting("chosen", "name of the chosen column", "data")
+    rejected_feature: str = setting("rejected", "name of the rejected column", "data")
+    system_feature: str = setting("system", "name of the system column", "data")
+    chat_template: str | None = setting(
+        None, "file with a chat template, in place of the model's", "data", path=True
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 2:
+            raise ConfigError(f"--max-seq-length {self.max_seq_length}: wanted 2 or more.")
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The frozen side: base model, its adapter, and the SAEs that look into it."""
+
+    model: str = setting(
+        "", "model folder or hub id, owner/name[@revision]", "model and SAE", first=True
+    )
+    sae: tuple[str, ...] = setting(
+        (), "SAE: folder, hub id/path, or short name; repeatable", "model and SAE", first=True
+    )
+    layer: int | None = setting(
+        None, "block that the SAE reads (default: from the SAE's metadata)", "model and SAE"
+    )
+    site: str | None = setting(
+        None, "site within the block (default: from the SAE's metadata)", "model and SAE"
+    )
+    sae_format: str | None = setting(
+        None, "family of the SAE's files (default: recognised)", "model and SAE", sae_files=True
+    )
+    sae_k: int | None = setting(
+        None, "k of a top-k SAE whose files do not hold it", "model and SAE", sae_files=True
+    )
+    norm_scaling_factor: float | None = setting(
+        None,
+        "factor on the SAE's inputs, where it was trained with one that its files do not hold",
+        "model and SAE",
+        sae_files=True,
+    )
+    llama_scope_gate: Literal["authors", "saelens"] = setting(
+        "authors",
+        "Llama Scope's gate: with the decoder's norm, or without it as in SAELens",
+        "model and SAE",
+        sae_files=True,
+    )
+    allow_pickle: bool = setting(
+        False,
+        "read pickled SAE files through a tensors-only loader",
+        "safety",
+        sae_files=True,
+        may_change=True,
+    )
+    check_sae: bool = setting(
+        True,
+        "look at 32 answers before a reference pass; warn of a bad SAE",
+        "safety",
+        may_change=True,
+    )
+    trust_remote_code: bool = setting(
+        False, "let the model folder run its own Python code", "safety", may_change=True
+    )
+    dtype: str | None = setting(
+        None,
+        "float32, bfloat16 or float16, of the torch backend (default: by the device)",
+        "memory",
+        may_change=True,
+    )
+    tokens_per_batch: int | None = setting(
+        None,
+        "tokens in a batch of the torch backend, padding included (default: by the device)",
+        "memory",
+        may_change=True,
+    )
+    share_prompt: bool = setting(True, "run the prompt of a pair once for both responses", "memory")
+
+    def __post_init__(self) -> None:
+        asked = ("sae_k", "norm_scaling_factor", "tokens_per_batch")
+        check_positive(self, *(name for name in asked if getattr(self, name) is not None))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Answers drawn from a model; names and meanings are mlx_lm.generate's."""
+
+    max_tokens: int = setting(64, "longest answer, in tokens", "answers")
+    temp: float = setting(1.0, "temperature of the answers; 0 takes the likeliest token", "answers")
+    seed: int = setting(0, "seed of the answers, the same for every model", "answers")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_tokens")
+        if not 0 <= self.temp < math.inf:
+            raise ConfigError(f"--temp {self.temp}: wanted a finite number, 0 or more.")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed}: wanted 0 or more.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a command, by section."""
+
+    data: DataConfig
+    reference: ReferenceConfig
+    train: TrainConfig
+    objective: Objective
+    preset: str = "fpo"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, as YAML would hold it."""
+        flat: dict[str, Any] = {"objective": self.preset}
+        for section in (self.data, self.reference, self.train, self.objective):
+            flat.update(dataclasses.asdict(section))
+        return flat
+
+
+SECTIONS = (DataConfig, ReferenceConfig, TrainConfig, Objective)
+
+
+def options() -> dict[str, dataclasses.Field]:
+    """Every setting by name, over all sections."""
+    return {f.name: f for section in SECTIONS for f in dataclasses.fields(section)}
+
+
+def named(fact: str) -> tuple[str, ...]:
+    """Names of the settings of which a fact of `fields.setting` holds, such as "may_change"."""
+    return tuple(name for name, field in options().items() if field.metadata[fact])

@@ -1,0 +1,196 @@
+"""Held-out pairs under a policy: accuracy, margins, drift of the features and of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fpo_mlx.judge.sampling import Answer, distinct_n
+from fpo_mlx.records import BASE, shown_name
+from fpo_mlx.train.metrics import ScoredPairs, measure
+from fpo_mlx.train.scoring import Scorer
+
+SIDES = ("chosen", "rejected")
+RESAMPLES = 1000
+# means over pairs that get an interval, where they were measured
+WITH_INTERVAL = (
+    "rewards/accuracies", "rewards/margins", "policy_accuracy", "logps_per_token/chosen_change",
+    "features/chosen", "features/rejected", "features/margin",
+    "kl/chosen", "kl/rejected", "kl/margin",
+)  # fmt: skip
+STRATA = ("short", "middle", "long")
+BY_LENGTH = ("rewards/accuracies", "policy_accuracy", "rewards/margins")
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """summary: means over pairs, with 95 % bootstrap intervals; pairs: one record per pair."""
+
+    summary: Mapping[str, Any]
+    pairs: Sequence[Mapping[str, Any]]
+    answers: Sequence[Mapping[str, Any]] = ()  # sampled, as `sampling.records` gives them
+
+    def as_dict(self) -> dict[str, Any]:
+        out = {"summary": dict(self.summary), "pairs": list(self.pairs)}
+        return out | ({"answers": list(self.answers)} if self.answers else {})
+
+    def with_answers(
+        self, answers: Sequence[Answer], shown: Sequence[Mapping[str, Any]]
+    ) -> EvalReport:
+        """The same, with what sampled answers say of the model. shown: their records."""
+        return replace(
+            self, summary={**self.summary, **answer_summary(answers)}, answers=list(shown)
+        )
+
+
+@dataclass(frozen=True)
+class EvalTable:
+    """Adapters beside the reference, on the same pairs. base: None when it alone was judged."""
+
+    adapters: Mapping[str, EvalReport]  # by the name that the user gave
+    base: EvalReport | None = None
+
+    @property
+    def columns(self) -> dict[str, EvalReport]:
+        if self.base is None:
+            return dict(self.adapters)
+        return {BASE: self.base} | {shown_name(path): r for path, r in self.adapters.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """One adapter: its path, summary and pairs, and the base; several: a list of them."""
+        base = {BASE: self.base.as_dict()} if self.base else {}
+        if len(self.adapters) == 1:
+            ((path, report),) = self.adapters.items()
+            return {"adapter_path": path if self.base else None} | report.as_dict() | base
+        named = [{"adapter_path": name, **r.as_dict()} for name, r in self.adapters.items()]
+        return base | {"adapters": named}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row a model, intervals in two columns: for a CSV."""
+        return [{"model": name} | _flat(r.summary) for name, r in self.columns.items()]
+
+
+def evaluate(scorer: Scorer, data: ScoredPairs, size: int = 1) -> EvalReport:
+    """Score every pair without gradient. Log-probs are sums in nats, lengths in tokens."""
+    values = measure(scorer, data, size)
+    records = [_record(i, data, values) for i in range(len(data))]
+    return EvalReport(summarise(values, data), records)
+
+
+def reference_report(data: ScoredPairs, like: Mapping[str, Any]) -> EvalReport:
+    """The reference judged by its own cached scores: no forward pass.
+
+    like: the summary of an adapter; features and KL are 0 where that one has them.
+    """
+    logps = np.array([[side.logps for side in ref] for ref in data.refs]).T  # [2, B]
+    tokens = _lengths(data)
+    per_token, zeros = logps / tokens, np.zeros(len(data))
+    nothing = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    nothing += ("logps_per_token/chosen_change", "logps_per_token/rejected_change")
+    nothing += tuple(f"{n}/{s}" for n in ("features", "kl") for s in (*SIDES, "margin"))
+    values = {name: zeros for name in nothing if name in like}
+    values["policy_accuracy"] = (per_token[0] > per_token[1]).astype(np.float64)
+    for side, name in enumerate(SIDES):
+        values[f"logps/{name}"] = logps[side]
+        values[f"logps_per_token/{name}"] = per_token[side]
+    return EvalReport(summarise(values, data), [])
+
+
+def summarise(values: Mapping[str, np.ndarray], data: ScoredPairs) -> dict[str, Any]:
+    """Means over pairs, intervals, lengths, perplexity. values: per metric [B]."""
+    tokens = _lengths(data)
+    summary: dict[str, Any] = {"n": len(data)}
+    summary |= {name: float(array.mean()) for name, array in values.items()}
+    for name in WITH_INTERVAL:
+        if name in values:
+            summary[f"{name}/ci95"] = bootstrap_interval(values[name])
+    logps = -values["logps/chosen"] / tokens[0]
+    summary["perplexity/chosen"] = float(np.exp(np.average(logps, weights=tokens[0])))
+    low, high = bootstrap_interval(logps, weights=tokens[0])
+    summary["perplexity/chosen/ci95"] = (float(np.exp(low)), float(np.exp(high)))
+    return summary | _by_length(values, tokens)
+
+
+def answer_summary(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Diversity of sampled answers. Entropy: nats a token, over all tokens of all answers."""
+    lengths = np.array([len(answer.tokens) for answer in answers])
+    means = np.array([answer.entropies.mean() for answer in answers])
+    out: dict[str, Any] = {
+        "answers/n": len(answers),
+        "answers/tokens": float(lengths.mean()),
+        "answers/finished": float(np.mean([answer.finished for answer in answers])),
+        "answers/entropy": float(np.average(means, weights=lengths)),
+        "answers/entropy/ci95": bootstrap_interval(means, weights=lengths),
+    }
+    for n in (1, 2, 3):
+        out[f"answers/distinct_{n}"] = distinct_n([answer.tokens for answer in answers], n)
+    return out
+
+
+def _lengths(data: ScoredPairs) -> np.ndarray:
+    return np.array([[len(y) for y in pair.responses] for pair in data.pairs]).T  # [2, B]
+
+
+def _record(i: int, data: ScoredPairs, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    pair = data.pairs[i]
+    record: dict[str, Any] = {"index": pair.index}
+    for side, response, ref in zip(SIDES, pair.responses, data.refs[i], strict=True):
+        record[side] = {
+            "tokens": len(response),
+            "logp": float(values[f"logps/{side}"][i]),
+            "ref_logp": float(ref.logps),
+        }
+        for name, key in (("feature_mse", "features"), ("kl", "kl")):
+            if f"{key}/{side}" in values:
+                record[side][name] = float(values[f"{key}/{side}"][i])
+    return record | {"loss": float(values["loss"][i]), "u": float(values["u"][i])}
+
+
+def _by_length(values: Mapping[str, np.ndarray], tokens: np.ndarray) -> dict[str, Any]:
+    """Accuracy where the chosen response is longer, and where it is not; and by its length.
+
+    Three strata of about equal size by the chosen response's tokens; None where one is empty.
+    """
+    longer = tokens[0] > tokens[1]
+    groups = {"chosen_longer": longer, "chosen_not_longer": ~longer}
+    edges = np.quantile(tokens[0], [1 / 3, 2 / 3])
+    stratum = np.searchsorted(edges, tokens[0])  # equal lengths fall into the same one
+    groups |= {name: stratum == i for i, name in enumerate(STRATA)}
+    out: dict[str, Any] = {"share_chosen_longer": float(longer.mean())}
+    for name, group in groups.items():
+        if name in STRATA:
+            out[f"tokens/{name}"] = _range(tokens[0][group])
+            out[f"n/{name}"] = int(group.sum())
+        for metric in BY_LENGTH:
+            mean = float(values[metric][group].mean()) if group.any() else None
+            out[f"{metric}/{name}"] = mean
+    return out
+
+
+def _range(lengths: np.ndarray) -> tuple[int, int] | None:
+    return (int(lengths.min()), int(lengths.max())) if len(lengths) else None
+
+
+def bootstrap_interval(
+    values: np.ndarray, seed: int = 0, weights: np.ndarray | None = None
+) -> tuple[float, float]:
+    """95 % percentile interval of the (weighted) mean over resampled pairs. values: [B]."""
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(values), size=(RESAMPLES, len(values)))
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
+    means = (values * weights)[picks].sum(axis=1) / weights[picks].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in summary.items():
+        if isinstance(value, tuple | list):
+            flat |= {f"{name}/low": value[0], f"{name}/high": value[1]}
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,114 @@
+"""The model's side of the feature reports: activations of pairs and texts, and where they peak."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from fpo_mlx.core import features as F
+from fpo_mlx.judge.feature_report import Context, Tally, TextActivations
+from fpo_mlx.model.policy import Policy
+from fpo_mlx.train.metrics import ScoredPairs
+from fpo_mlx.train.scoring import Scorer
+
+Decode = Callable[[Sequence[int]], str]
+BEFORE, AFTER = 12, 4  # tokens of a context around the one that fires
+ROWS = 128  # encoded at once
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens of which those after `prompt` are looked at."""
+
+    prompt: np.ndarray  # int32 [P], P >= 1
+    response: np.ndarray  # int32 [n], n >= 1
+    where: str
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.prompt.tolist(), *self.response.tolist()]
+
+
+def tally(scorer: Scorer, data: ScoredPairs, report: Callable[[int], None]) -> list[Tally]:
+    """Every pair under the policy against the reference's cached features; one Tally an SAE."""
+    k, weights = scorer.objective.top_k, scorer.feature_weights
+    tallies = [
+        Tally(e.n_features, k, magnitude=e.signed, weights=weights[i] if weights else {})
+        for i, e in enumerate(scorer.encoders)
+    ]
+    for done, (pair, ref) in enumerate(zip(data.pairs, data.refs, strict=True), start=1):
+        ((chosen, rejected),) = scorer.reference([pair])  # of the model as it stands
+        for i, one in enumerate(tallies):
+            n = scorer.encoders[i].n_features
+            policy, before = (
+                np.stack([side.features[i].to_dense(n) for side in sides])
+                for sides in ((chosen, rejected), ref)
+            )
+            one.add(policy, before)
+        report(done)
+    return tallies
+
+
+def pair_texts(data: ScoredPairs) -> Iterator[Text]:
+    for pair in data.pairs:
+        for side, response in zip(("chosen", "rejected"), pair.responses, strict=True):
+            yield Text(pair.prompt, response, f"pair {pair.index}, {side}")
+
+
+def activations(policy: Policy, encoder: F.Encoder, site: int, text: Text) -> np.ndarray:
+    """Of every response position: [n, F] float32."""
+    rows = policy.answer_rows(text.prompt, text.response).tapped[site]
+    parts = [F.encode(encoder, rows[i : i + ROWS]) for i in range(0, rows.shape[0], ROWS)]
+    return np.array(mx.concatenate(parts))
+
+
+def read_texts(
+    policy: Policy, encoder: F.Encoder, site: int, texts: Sequence[Text]
+) -> TextActivations:
+    """Strongest single-token and mean activation of every feature in every text."""
+    strongest, means = [], []
+    for text in texts:
+        acts = activations(policy, encoder, site, text)
+        strongest.append(acts.max(axis=0))
+        means.append(acts.mean(axis=0))
+    return TextActivations(np.stack(strongest), np.stack(means))
+
+
+def contexts(
+    policy: Policy,
+    encoder: F.Encoder,
+    site: int,
+    texts: Iterator[Text] | Sequence[Text],
+    features: Sequence[int],
+    count: int,
+    decode: Decode,
+) -> dict[int, list[Context]]:
+    """The `count` texts in which each feature fires most, one token of each, strongest first."""
+    best: dict[int, list[tuple[float, int, int, Text]]] = {i: [] for i in features}
+    for number, text in enumerate(texts):
+        acts = activations(policy, encoder, site, text)[:, list(features)]  # [n, features]
+        size = np.abs(acts) if encoder.signed else acts
+        for column, feature in enumerate(features):
+            at = int(size[:, column].argmax())
+            if size[at, column] > 0:
+                heap = best[feature]
+                heapq.heappush(heap, (float(size[at, column]), -number, at, text))
+                if len(heap) > count:
+                    heapq.heappop(heap)
+    return {
+        feature: [_context(value, at, text, decode) for value, _, at, text in sorted(heap)[::-1]]
+        for feature, heap in best.items()
+    }
+
+
+def _context(value: float, at: int, text: Text, decode: Decode) -> Context:
+    """at: number of the response position; the token there is the one before what it predicts."""
+    tokens, place = text.tokens, len(text.prompt) - 1 + at
+    token = decode(tokens[place : place + 1])
+    before = decode(tokens[max(0, place - BEFORE) : place])
+    after = decode(tokens[place + 1 : place + 1 + AFTER])
+    return Context(value, token, f"{before}«{token}»{after}", text.where)

@@ -1,0 +1,388 @@
+"""Peak memory and time of `train` and `precompute`, predicted term by term from shapes alone.
+
+Pure arithmetic: no model is built and no weight is read. What is counted is what the code of
+`model.policy`, `core` and `trainer` keeps alive; the few constants below were fitted to measured
+peaks with `scripts/bench/plan.py`, which prints predicted and measured side by side.
+Bytes throughout; FLOPs count a multiplication and an addition as two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+FLOAT = 4  # bytes: adapters, optimizer state, log-probs and SAE arithmetic are float32
+# Fitted to measured peaks (scripts/bench/plan.py):
+# arrays of each width that a block keeps for its backward pass: hidden, query, keys, MLP
+KEPT = {"hidden": 4.8, "query": 0.4, "keys": 3.0, "inner": 4.7}
+SCORES = 1.2  # the same for attention weights, where attention has no fused kernel
+FORWARD = {"hidden": 4.0, "inner": 4.0}  # the same in work without gradient
+FORWARD_SCORES = 2.5
+AHEAD = 10  # tiles alive at once: the device allocates for operations that still wait
+TILE_ARRAYS = 2.6  # arrays of a tile's size, where there are fewer tiles than that
+FEATURE_VECTORS = 20  # of length F, for each response
+KL_TILES = 2.0  # times the tiles of logits, where the reference's are there too
+# of the heaviest block's kept arrays: temporaries of the pass in work, without and with
+# gradient checkpointing, where several blocks are made again at once
+WORK, WORK_AGAIN = 1.15, 4.0
+BASE = 2e6  # bytes: small arrays, index tables, the random state
+# Fitted to measured times: share of a large product's speed that a step reaches
+EFFICIENCY = 0.6
+
+# Adam, AdamW: two moments; Muon and plain momentum: one; Adafactor: rows and columns only
+MOMENTS = {"adam": 2.0, "adamw": 2.0, "muon": 1.0, "sgd": 1.0, "adafactor": 0.1}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What memory and time depend on."""
+
+    blocks: int
+    hidden: int  # D
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int  # width of the MLP that a token runs through
+    vocab: int  # V
+    weights: int  # bytes in memory, in the form they take here
+    block_parameters: int  # that a token is multiplied with, in one block
+    value_bytes: int  # of an activation
+    shares_prompt: bool = True
+    fused_attention: bool = False  # a kernel that never writes the scores
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Keys and values together."""
+        return 2 * self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class SaeShape:
+    features: int  # F
+    width: int  # D_in
+    per_feature: int = 2  # vectors of length F beside the encoder's matrix
+    top_k: bool = False
+
+    @property
+    def weights(self) -> int:
+        return FLOAT * self.features * (self.width + self.per_feature)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What the loss and the pooling hold at once; the constants of `core`."""
+
+    vocab_columns: int
+    vocab_rows: int
+    pool_elements: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """One pair, in tokens."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+    @property
+    def rows(self) -> int:
+        """Response positions."""
+        return self.chosen + self.rejected
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.rows
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The settings that memory and time depend on."""
+
+    first_adapted: int  # block
+    last_adapted: int
+    adapter_parameters: int
+    optimizer: str = "adam"
+    micro_batch_size: int = 1
+    batch_size: int = 4  # pairs an update
+    grad_checkpoint: bool = False
+    kl: bool = False
+    stop_gradient: bool = True
+    top_k: int = 50
+
+
+@dataclass(frozen=True)
+class Term:
+    name: str
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One call of the backbone: `n` sequences of `new` tokens that look at `seen` positions."""
+
+    n: int
+    new: int
+    seen: int
+
+    @property
+    def tokens(self) -> int:
+        return self.n * self.new
+
+
+def passes(lengths: Lengths, *, share_prompt: bool) -> list[Pass]:
+    """The calls of the backbone for one pair, as `model.policy.Policy` makes them."""
+    p, sides = lengths.prompt - 1, (lengths.chosen, lengths.rejected)
+    if not share_prompt:
+        longest = p + max(sides)
+        return [Pass(2, longest, longest)]
+    first, second = sides
+    return [Pass(1, p + first, p + first), Pass(1, second, p + second)]
+
+
+def train_terms(
+    model: ModelShape, saes: Sequence[SaeShape], setup: Setup, tiles: Tiles, lengths: Lengths
+) -> list[Term]:
+    """Peak memory of one update whose pairs have these lengths, largest first."""
+    calls = passes(lengths, share_prompt=model.shares_prompt) * setup.micro_batch_size
+    rows = lengths.rows * setup.micro_batch_size
+    state = FLOAT * setup.adapter_parameters
+    gradients = 2 if setup.batch_size > setup.micro_batch_size else 1
+    kept = sum(_kept(model, setup, call) for call in calls)
+    heaviest = max(calls, key=lambda call: _block(model, call))
+    work = (WORK_AGAIN if setup.grad_checkpoint else WORK) * _block(model, heaviest)
+    loss = _head(model, tiles, rows, grad=True, kl=setup.kl)
+    pooling = sum(_pool(sae, tiles, rows, 2 * setup.micro_batch_size) for sae in saes)
+    terms = [
+        Term("model weights", model.weights),
+        Term("SAE weights", sum(sae.weights for sae in saes)),
+        Term("adapters and optimizer", state * (2 + MOMENTS[setup.optimizer])),
+        Term("gradients", state * gradients),
+        Term("kept for the backward pass", kept),
+        Term("block in work, loss or pooling", max(work, loss, pooling)),
+        Term("other", BASE + _columns(saes, setup)),
+    ]
+    return sorted(terms, key=lambda term: -term.bytes)
+
+
+def precompute_terms(
+    model: ModelShape, saes: Sequence[SaeShape], tiles: Tiles, lengths: Lengths
+) -> list[Term]:
+    """Peak memory of scoring one pair with the reference, largest first."""
+    calls = passes(lengths, share_prompt=model.shares_prompt)
+    work = max(_forward(model, call) for call in calls)
+    loss = _head(model, tiles, lengths.rows, grad=False, kl=False)
+    pooling = sum(_pool(sae, tiles, lengths.rows, 2) for sae in saes)
+    prefix = model.keys * calls[0].tokens * model.blocks if model.shares_prompt else 0
+    terms = [
+        Term("model weights", model.weights),
+        Term("SAE weights", sum(sae.weights for sae in saes)),
+        Term("keys and values of the first response's pass", prefix * model.value_bytes),
+        Term("block in work, loss or pooling", max(work, loss, pooling)),
+        Term("other", BASE),
+    ]
+    return sorted(terms, key=lambda term: -term.bytes)
+
+
+def total(terms: Sequence[Term]) -> float:
+    return sum(term.bytes for term in terms)
+
+
+def _block(model: ModelShape, call: Pass) -> float:
+    """Bytes that one block keeps of one pass."""
+    width = (
+        KEPT["hidden"] * model.hidden
+        + KEPT["query"] * model.query
+        + KEPT["keys"] * model.keys
+        + KEPT["inner"] * model.inner
+    )
+    return model.value_bytes * width * call.tokens + SCORES * _scores(model, call)
+
+
+def _forward(model: ModelShape, call: Pass) -> float:
+    """Bytes of one block in work without gradient."""
+    width = FORWARD["hidden"] * model.hidden + FORWARD["inner"] * model.inner
+    return model.value_bytes * width * call.tokens + FORWARD_SCORES * _scores(model, call)
+
+
+def _scores(model: ModelShape, call: Pass) -> float:
+    if model.fused_attention:
+        return 0.0
+    return model.value_bytes * model.heads * call.n * call.new * call.seen
+
+
+def _kept(model: ModelShape, setup: Setup, call: Pass) -> float:
+    """Bytes of one pass that live until the backward pass: blocks from the first adapted one on."""
+    blocks = model.blocks - setup.first_adapted
+    if setup.grad_checkpoint:
+        edge = model.hidden * call.tokens + model.keys * call.tokens
+        return blocks * model.value_bytes * edge
+    return blocks * _block(model, call)
+
+
+def _head(model: ModelShape, tiles: Tiles, rows: int, *, grad: bool, kl: bool) -> float:
+    """The loss: a few tiles of logits, and the rows' gradients."""
+    slopes = rows * model.hidden * FLOAT * (3 if grad else 0)
+    tile = min(rows, tiles.vocab_rows) * tiles.vocab_columns
+    arrays = min(AHEAD, TILE_ARRAYS * model.vocab / tiles.vocab_columns)
+    sides = KL_TILES if kl else 1.0
+    return sides * (FLOAT * arrays * tile + slopes)
+
+
+def _pool(sae: SaeShape, tiles: Tiles, rows: int, responses: int) -> float:
+    """Pooling: tiles of activations, and vectors of length F a response."""
+    everything = rows * sae.features
+    tile = min(tiles.pool_elements, everything)
+    arrays = min(AHEAD, TILE_ARRAYS * everything / tile)
+    return FLOAT * (arrays * tile + FEATURE_VECTORS * responses * sae.features)
+
+
+def _columns(saes: Sequence[SaeShape], setup: Setup) -> float:
+    """The selected encoder columns, again with gradient."""
+    sides = setup.micro_batch_size * (1 if setup.stop_gradient else 2)
+    return sum(FLOAT * 2 * sides * 2 * setup.top_k * sae.width for sae in saes)
+
+
+# Time ---------------------------------------------------------------------------------------------
+
+
+def train_flops(
+    model: ModelShape, saes: Sequence[SaeShape], setup: Setup, lengths: Lengths
+) -> float:
+    """Of one pair: forward everywhere, backward from the first adapted block on."""
+    behind = (model.blocks - setup.first_adapted) / model.blocks  # share of the blocks
+    rounds = 1 + behind * (2 if setup.grad_checkpoint else 1) + setup.kl
+    body = sum(_body(model, call) for call in passes(lengths, share_prompt=model.shares_prompt))
+    head = 2.0 * lengths.rows * model.hidden * model.vocab * (4 if setup.kl else 2)
+    return body * rounds + head + sum(_encode(sae, lengths) for sae in saes)
+
+
+def precompute_flops(model: ModelShape, saes: Sequence[SaeShape], lengths: Lengths) -> float:
+    """Of one pair: one forward, the head once, the pooling."""
+    body = sum(_body(model, call) for call in passes(lengths, share_prompt=model.shares_prompt))
+    head = 2.0 * lengths.rows * model.hidden * model.vocab
+    return body + head + sum(_encode(sae, lengths) for sae in saes)
+
+
+def _body(model: ModelShape, call: Pass) -> float:
+    attention = 4.0 * model.query * call.n * call.new * call.seen
+    return model.blocks * (2.0 * model.block_parameters * call.tokens + attention)
+
+
+def _encode(sae: SaeShape, lengths: Lengths) -> float:
+    return 2.0 * lengths.rows * sae.width * sae.features
+
+
+def seconds(flops: float, gflops: float) -> float:
+    """gflops: measured speed of a large product."""
+    return flops / (gflops * 1e9 * EFFICIENCY)
+
+
+# What fits ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that a prediction of `train` needs."""
+
+    model: ModelShape
+    saes: tuple[SaeShape, ...]
+    setup: Setup
+    tiles: Tiles
+    lengths: tuple[Lengths, ...]  # of the pairs; the heaviest decides
+
+    def terms(self) -> list[Term]:
+        every = (
+            train_terms(self.model, self.saes, self.setup, self.tiles, lengths)
+            for lengths in set(self.lengths)
+        )
+        return max(every, key=total)
+
+    @property
+    def peak(self) -> float:
+        return total(self.terms())
+
+    def cut(self, longest: int) -> Case:
+        """The same with every response cut as --max-seq-length cuts it."""
+        return replace(self, lengths=tuple({_cut(pair, longest) for pair in self.lengths}))
+
+
+def _cut(pair: Lengths, longest: int) -> Lengths:
+    prompt = min(pair.prompt, longest - 1)
+    room = longest - prompt
+    return Lengths(prompt, min(pair.chosen, room), min(pair.rejected, room))
+
+
+def heaviest(lengths: Sequence[Lengths], count: int = 50) -> tuple[Lengths, ...]:
+    """The pairs that can decide the peak: those of the most tokens, and the longest prompts."""
+    ways = (lambda pair: pair.tokens, lambda pair: pair.prompt)
+    return tuple({pair for way in ways for pair in sorted(set(lengths), key=way)[-count:]})
+
+
+def changes(case: Case) -> list[tuple[str, Case]]:
+    """What could be changed to need less memory, the least painful first."""
+    setup, now = case.setup, case.peak
+    ways: list[tuple[str, Case]] = []
+    if setup.micro_batch_size > 1:
+        case = replace(case, setup=replace(setup, micro_batch_size=1))
+        ways.append(("--micro-batch-size 1 (slower, the same result)", case))
+    if not case.setup.grad_checkpoint:
+        case = replace(case, setup=replace(case.setup, grad_checkpoint=True))
+        ways.append(("--grad-checkpoint (slower, the same result)", case))
+    now_adapted = setup.last_adapted - setup.first_adapted + 1
+    ways += [
+        (f"and {n} adapted blocks (--num-layers {n})", fewer(case, n))
+        for n in (8, 4, 2)
+        if n < now_adapted
+    ]
+    ways += [
+        (f"and --max-seq-length {n} (cuts what is longer)", case.cut(n))
+        for n in (2048, 1024, 512, 256)
+        if n < max(pair.prompt + max(pair.chosen, pair.rejected) for pair in case.lengths)
+    ]
+    return [(name, way) for name, way in ways if way.peak < now]
+
+
+def fewer(case: Case, blocks: int) -> Case:
+    """The same with adapters on at most so many blocks."""
+    setup = case.setup
+    now = setup.last_adapted - setup.first_adapted + 1
+    blocks = min(blocks, now)
+    smaller = replace(
+        setup,
+        first_adapted=setup.last_adapted + 1 - blocks,
+        adapter_parameters=setup.adapter_parameters * blocks // now,
+    )
+    return replace(case, setup=smaller)
+
+
+def largest_micro_batch(case: Case, memory: float) -> int:
+    """The most pairs at once that fit, 0 where not even one does; never more than an update's."""
+
+    def fits(n: int) -> bool:
+        return replace(case, setup=replace(case.setup, micro_batch_size=n)).peak <= memory
+
+    return _largest(fits, case.setup.batch_size)
+
+
+def longest_sequence(case: Case, memory: float, most: int = 1 << 17) -> int:
+    """The longest prompt + response, half of it prompt, that fits."""
+
+    def fits(n: int) -> bool:
+        half, rest = max(1, n // 2), max(1, n - n // 2)
+        return replace(case, lengths=(Lengths(half, rest, rest),)).peak <= memory
+
+    return _largest(fits, most)
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n <= most with fits(n), for a `fits` that ends once; 0 if there is none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,223 @@
+"""What this machine is, and what will stand in the way, found by trying it."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fpo_mlx.machine import blas
+from fpo_mlx.storage.paths import cache_root
+
+Level = Literal["ok", "note", "problem"]
+GB = 1e9
+PACKAGES = ("fpo-mlx", "mlx", "mlx-lm", "numpy", "transformers", "safetensors", "datasets")
+OPTIONAL = ("torch", "matplotlib", "wandb", "tensorboardX")
+HUB = "https://huggingface.co"
+SLOW_GFLOPS = 20.0  # one core with OpenBLAS reaches 100 or more, the reference BLAS 2 to 5
+LITTLE_DISK = 5 * GB  # a 4-bit model of 7 billion parameters takes 4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report. `advice` is the next step, empty where all is well."""
+
+    topic: str
+    text: str
+    level: Level = "ok"
+    advice: str = ""
+
+
+def examine(hub_seconds: float = 3.0) -> list[Finding]:
+    """Everything there is to know, in the order of a report. Takes about a second, never raises.
+
+    hub_seconds: how long to wait for the model hub; 0 leaves the network alone.
+    """
+    findings = [*versions(), blas_library(), *device()]
+    if hub_seconds > 0:
+        findings.append(hub(hub_seconds))
+    return [*findings, compiler(), disk(), *caches(), reference_caches()]
+
+
+def versions() -> list[Finding]:
+    """Python's and the packages' versions; a missing one of ours is a problem."""
+    found = [Finding("python", f"{platform.python_version()} on {platform.platform()}")]
+    for name in PACKAGES:
+        version = _version(name)
+        if version:
+            found.append(Finding(name, version))
+        else:
+            found.append(Finding(name, "not installed", "problem", f"pip install {name}"))
+    present = [f"{name} {version}" for name in OPTIONAL if (version := _version(name))]
+    absent = [name for name in OPTIONAL if not _version(name)]
+    text = ", ".join(present) or "none"
+    if absent:
+        text += f" (not installed, only some commands use them: {', '.join(absent)})"
+    return [*found, Finding("optional", text)]
+
+
+def blas_library() -> Finding:
+    """Which BLAS MLX's CPU build uses."""
+    found = blas.status()
+    slow = found.library is None and sys.platform.startswith("linux")
+    advice = "Training on this CPU would take about 50 times longer." if slow else ""
+    return Finding("blas", found.why, "problem" if slow else "ok", advice)
+
+
+def device() -> list[Finding]:
+    """Device, memory, wired limit and measured speed; one problem if MLX cannot be imported."""
+    blas.preload()
+    try:
+        import mlx.core as mx
+    except ImportError as e:
+        wanted = "mlx" if sys.platform == "darwin" else "mlx[cpu]"
+        text = f"MLX cannot be imported: {e}"
+        return [Finding("device", text, "problem", f"pip install '{wanted}'")]
+    if not mx.metal.is_available():
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        text = f"CPU ({platform.machine()}, {cores} cores): no Metal here"
+        advice = "Right, but slow: Apple silicon is what this is made for."
+        return [Finding("device", text, "note", advice), _cpu_memory(), _cpu_speed()]
+    info = mx.device_info()
+    limit = float(info.get("max_recommended_working_set_size", 0))
+    total = float(info.get("memory_size", 0))
+    return [
+        Finding("device", f"{info.get('device_name', 'GPU')} through Metal"),
+        Finding("memory", f"{total / GB:.1f} GB unified"),
+        _wired_limit(limit, total),
+    ]
+
+
+def gflops(size: int = 1024, repeats: int = 3) -> float:
+    """Measured speed of a float32 product of two [size, size] matrices on MLX's default device."""
+    import mlx.core as mx
+
+    a = mx.random.normal((size, size))
+    mx.eval(a @ a)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def hub(seconds: float) -> Finding:
+    """Whether the model hub answers. Without it, local folders still work."""
+    host = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    if offline:
+        return Finding("hub", "HF_HUB_OFFLINE is set: only local files and the hub's cache", "note")
+    advice = "Use local folders for --model, --sae and --data, or set HF_ENDPOINT to a mirror."
+    request = urllib.request.Request(f"{host}/api/models?limit=1", method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
+            return Finding("hub", f"{host} answers ({answer.status})")
+    except urllib.error.HTTPError as e:  # it spoke, so it is there
+        level: Level = "ok" if e.code < 500 and e.code not in (403, 407) else "note"
+        return Finding("hub", f"{host} answers ({e.code})", level, "" if level == "ok" else advice)
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        reason = getattr(e, "reason", e)
+        return Finding("hub", f"{host} cannot be reached: {reason}", "note", advice)
+
+
+def compiler() -> Finding:
+    """MLX's CPU build compiles kernels at run time; Metal does not need a compiler."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    if found:
+        return Finding("compiler", found)
+    if sys.platform == "darwin":
+        return Finding("compiler", "none, and none is needed with Metal")
+    advice = "Install one (Debian, Ubuntu: apt-get install g++)."
+    return Finding("compiler", "no C++ compiler: mx.compile fails on the CPU", "problem", advice)
+
+
+def disk() -> Finding:
+    """Free space where models and caches go."""
+    folder = next(path for path in (cache_root(), *cache_root().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    text = f"{free / GB:.1f} GB free at {folder}"
+    if free < LITTLE_DISK:
+        advice = "Free some space, or set FPO_MLX_CACHE and HF_HOME to another disk."
+        return Finding("disk", text, "problem", advice)
+    return Finding("disk", text)
+
+
+def caches() -> list[Finding]:
+    """What is kept, where, and how large it is."""
+    hub_home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    hub_cache = Path(os.environ.get("HF_HUB_CACHE", hub_home / "hub")).expanduser()
+    found = []
+    for topic, folder in (("cache", cache_root()), ("hub cache", hub_cache)):
+        size = folder_size(folder)
+        text = f"{folder}: {size / GB:.2f} GB" if folder.exists() else f"{folder}: empty"
+        found.append(Finding(topic, text))
+    return found
+
+
+def reference_caches() -> Finding:
+    """How many there are, and what they take."""
+    from fpo_mlx.cache import list_caches
+
+    folder = cache_root() / "reference"
+    entries = list_caches(folder)
+    if not entries:
+        return Finding("references", f"{folder}: no reference caches")
+    size = sum(entry.bytes for entry in entries) / GB
+    oldest = f"the oldest {entries[0].days:.0f} days old (`fpo-mlx cache list`, `cache prune`)"
+    return Finding("references", f"{len(entries)} caches, {size:.2f} GB, {oldest}")
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder, links not followed; 0 if it does not exist."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(parent, name)).st_size
+            except OSError:  # removed while we look
+                continue
+    return total
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _wired_limit(limit: float, total: float) -> Finding:
+    text = f"{limit / GB:.1f} GB of {total / GB:.1f} GB may be wired for the GPU"
+    if total and limit < 0.7 * total:
+        megabytes = int(0.8 * total / 2**20)
+        advice = f"For more, until the next start: sudo sysctl iogpu.wired_limit_mb={megabytes}"
+        return Finding("wired limit", text, "note", advice)
+    return Finding("wired limit", text)
+
+
+def _cpu_memory() -> Finding:
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return Finding("memory", "unknown", "note")
+    return Finding("memory", f"{total / GB:.1f} GB, {free / GB:.1f} GB of it unused")
+
+
+def _cpu_speed() -> Finding:
+    speed = gflops()
+    text = f"{speed:.0f} GFLOP/s measured (float32, 1024 x 1024)"
+    if speed < SLOW_GFLOPS:
+        return Finding("speed", text, "problem", "See the line `blas` above.")
+    return Finding("speed", text)

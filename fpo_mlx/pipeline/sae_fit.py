@@ -1,0 +1,113 @@
+"""How well an SAE reads a model: `sae evaluate`, and the short look before the reference pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fpo_mlx import data, demo
+from fpo_mlx.config import RunConfig
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.pipeline.job import (
+    Say,
+    at_site,
+    columns,
+    hub_splits,
+    need_model,
+    open_tokenizer,
+    read_sae,
+)
+from fpo_mlx.records import Passage, SaeWeights, TokenPair
+from fpo_mlx.reference import ReferenceBackend
+from fpo_mlx.sae import fit
+from fpo_mlx.storage.hub import read_config, resolve_model
+
+if TYPE_CHECKING:
+    from fpo_mlx.judge.sae_fit import Ablation, FitReport
+
+HELD_OUT_FIRST = ("valid", "test", "train")
+GLANCE_PAIRS, GLANCE_TOKENS = 16, 64  # 32 answers, of each so many tokens at most
+
+
+def sae_evaluate(
+    config: RunConfig,
+    *,
+    adapter_path: str | None = None,
+    sequences: int = 64,
+    ablation: Ablation = "zero",
+    say: Say,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> FitReport:
+    """One SAE on base (+ adapter), on answers of --data, or of the demo's pairs without it."""
+    from fpo_mlx.judge import sae_fit
+    from fpo_mlx.model import adapters
+    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.policy import Policy
+
+    ref, notes = config.reference, []
+    model = need_model(config)
+    if len(ref.sae) != 1:
+        raise ConfigError(f"--sae: found {len(ref.sae)}, wanted exactly one.")
+    folder = resolve_model(model)
+    sae = at_site(read_sae(ref.sae[0], config, say), config, read_config(folder), notes.append)
+    for note in sae.notes:
+        say(f"{ref.sae[0]}: {note}")
+    passages = read_passages(config, folder, sequences)
+    loaded = load_model(folder, trust_remote_code=ref.trust_remote_code)
+    for note in loaded.notes:
+        say(note)
+    if adapter_path:
+        adapters.load(loaded.model, Path(adapter_path))
+        loaded.model.eval()
+    assert sae.site is not None
+    sites = (sae.site, *sae_fit.places_to_compare(loaded.model, sae.site))
+    policy = Policy(loaded.model, loaded.config, sites, share_prompt=False)
+    report = sae_fit.evaluate(policy, sae, passages, ablation=ablation, progress=progress)
+    said = (note.removeprefix("warning: ") for note in notes)
+    return replace(report, warnings=(*said, *report.warnings))
+
+
+def read_passages(config: RunConfig, model: Path, count: int) -> list[Passage]:
+    """Answers to judge on: of the split that is held out, where the data has one."""
+    d = config.data
+    source = d.data or str(Path(demo.__file__).parent / "data")
+    splits = data.find_splits(source, hub_splits(config), want="valid")
+    split = next((name for name in HELD_OUT_FIRST if name in splits), "train")
+    rows = data.read_raw(source, split, hub_splits(config))
+    tokenizer = open_tokenizer(config, model)
+    return data.read_passages(rows, tokenizer, count, d.max_seq_length, columns(config))
+
+
+def glance(
+    config: RunConfig,
+    saes: Mapping[str, SaeWeights],
+    engine: ReferenceBackend,
+    pairs: Sequence[TokenPair],
+) -> Iterator[str]:
+    """L0 and FVU of each SAE, by its name, on the beginnings of 32 answers; then its warnings.
+
+    The SAEs are read once more, with their decoders, which the reference pass does without.
+    """
+    if not saes or not pairs:
+        return
+    rows = engine.activations(beginnings(pairs))
+    for (spec, half), x in zip(saes.items(), rows, strict=True):
+        sae = replace(read_sae(spec, config, lambda _: None), site=half.site)
+        found = fit.figures(fit.measure(sae, x), fit.reconstructs(sae))
+        fvu = f"FVU {found.fvu:.3f}" if found.fvu is not None else f"no FVU: {found.why_not}"
+        yield f"{spec}: L0 {found.l0:.1f}, {fvu} ({found.tokens} tokens; --no-check-sae: no look)"
+        stated = fit.stated_l0(sae)
+        for text in fit.verdict(found, features=sae.n_features, stated_l0=stated):
+            yield f"warning: {spec}: {text}"
+
+
+def beginnings(pairs: Sequence[TokenPair]) -> list[TokenPair]:
+    """GLANCE_PAIRS pairs, evenly spread over those with the shorter prompts, answers cut short."""
+    short = sorted(pairs, key=lambda pair: len(pair.prompt))[: max(GLANCE_PAIRS, len(pairs) // 2)]
+    n = GLANCE_TOKENS
+    return [
+        replace(pair, chosen=pair.chosen[:n], rejected=pair.rejected[:n])
+        for pair in data.spread(short, GLANCE_PAIRS)
+    ]

@@ -1,0 +1,183 @@
+"""Files and folders that are either whole or not there: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fpo_mlx.errors import FpoError
+from fpo_mlx.storage import locks
+
+TEMPORARY = ".tmp-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+# what MLX and safetensors say when the system refuses to write: classes that say nothing
+_FOREIGN = ("[write] ", "[save_safetensors] Failed to open", "Error while serializing: I/O error")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it becomes `path` when the block ends without error.
+
+    Of a link it is the target that is replaced; a pipe or a device is written to as it is.
+    Raises: FpoError when the system does not let it be written; what was there is untouched.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")  # keeps the suffix
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except Exception as error:
+        _raise_plainly(path, error)
+        raise
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill; it takes the place of `path` in one step, all or nothing.
+
+    What a killed process left beside `path` is cleared. Raises: FpoError when the system does not
+    let it be written, or another process is writing it.
+    """
+    target = Path(os.path.realpath(path))  # a link's folder is replaced, not the link
+    work = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_dir():
+            raise FpoError(f"{path} is a file. Wanted the name of a folder.")
+        with locks.held(target.with_name(f".{target.name}.lock"), path):
+            sweep(target.parent, target.name)
+            try:
+                work.mkdir()
+                yield work
+                sync_tree(work)
+                put_in_place(work, target)
+                sync_folder(target.parent)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except Exception as error:
+        _raise_plainly(path, error)
+        raise
+
+
+def put_in_place(work: Path, target: Path) -> None:
+    """Give the folder `work` the name `target`; a folder of that name is then at `work`."""
+    if not target.exists() or not any(target.iterdir()):
+        os.replace(work, target)
+    elif not _exchange(work, target):  # no such call here: a moment without a folder
+        old = work.with_name(f"{work.name}.old")
+        os.replace(target, old)
+        os.replace(work, target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False where the system or the disk's format cannot."""
+    libc, swap = ctypes.CDLL(None, use_errno=True), 2  # RENAME_EXCHANGE and RENAME_SWAP are both 2
+    try:
+        if sys.platform == "darwin":
+            return libc.renamex_np(os.fsencode(a), os.fsencode(b), swap) == 0
+        at_cwd = -100
+        return libc.renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), swap) == 0
+    except AttributeError:  # an old C library
+        return False
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers of `name` (of anything) left in a folder. Hold its lock."""
+    rest = ".+" if name is None else re.escape(name) + r"(\.old)?"
+    pattern = re.compile(re.escape(TEMPORARY) + r"\d+-" + rest)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if pattern.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in this folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """The same for everything in a folder."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as handle:
+                os.fsync(handle.fileno())
+        sync_folder(Path(parent))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises: ValueError for everything that is none."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json_text(value))
+
+
+def unwritable(path: Path | str, error: BaseException) -> FpoError | None:
+    """The plain error for what kept `path` from being written; None if it is something else."""
+    if isinstance(error, OSError) and error.errno is not None:
+        code, why = error.errno, os.strerror(error.errno)
+    elif str(error).startswith(_FOREIGN):
+        code, why = 0, "the system refused to write (is the disk full, or the folder read-only?)"
+    else:
+        return None
+    if code in _FULL:
+        next_step = "Make room and run the command again."
+    elif code in _FORBIDDEN or code in _NO_PLACE:
+        next_step = "Name another place, or mend this one."
+    elif code == 0:
+        next_step = "Make room or mend its permissions, and run the command again."
+    else:
+        return None
+    return FpoError(f"{path} cannot be written: {why}. What was there is untouched. {next_step}")
+
+
+def _raise_plainly(path: Path, error: Exception) -> None:
+    plain = unwritable(path, error)
+    if plain is not None:
+        raise plain from error

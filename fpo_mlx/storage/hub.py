@@ -1,0 +1,67 @@
+"""Model folders and the hub: names to local files. Needs neither mlx nor torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fpo_mlx.errors import ModelError
+from fpo_mlx.storage import files
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.tiktoken"]
+
+# GPT-2's names of what all others call otherwise
+OLD_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+}
+NO_CODE = ["*.py", "*.pyc", "*.so", "*.sh"]  # "tokenizer*" would let tokenizer_x.py in
+
+
+def resolve_model(spec: str | Path) -> Path:
+    """A local folder as it is; else a hub id `owner/name[@revision]`, fetched without code files.
+
+    Raises: ModelError when neither can be had.
+    """
+    path = Path(spec).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.exists() or str(spec).count("/") != 1 or str(spec).startswith((".", "/", "~")):
+        raise ModelError(
+            f"{spec}: found no config.json there. Wanted the folder of an MLX or Hugging Face "
+            "model, or a hub id such as mlx-community/SmolLM2-135M-Instruct."
+        )
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = str(spec).partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                repo, revision=revision or None, allow_patterns=MODEL_FILES, ignore_patterns=NO_CODE
+            )
+        )
+    except Exception as error:  # huggingface_hub raises a dozen unrelated classes
+        why = next(iter(str(error).splitlines()), "no reason given")
+        raise ModelError(
+            f"{spec}: neither a local folder nor a model that could be downloaded "
+            f"({type(error).__name__}: {why}). Check the spelling, the network and HF_TOKEN, or "
+            "give a local folder."
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model folder, under today's names.
+
+    A multimodal one's text part is laid over the top level. Raises: ModelError.
+    """
+    try:
+        config = files.parse_json((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
+    inner = config.get("text_config") or {} if isinstance(config, dict) else None
+    if not isinstance(inner, dict):
+        raise ModelError(f"{path / 'config.json'}: wanted a JSON object, as a model folder has it.")
+    config = {**config, **inner}
+    old = {new: config[name] for new, name in OLD_NAMES.items() if name in config}
+    return {**old, **config}

@@ -1,0 +1,1 @@
+"""Training: losses of pairs, the loop, its safety, its files, several processes."""

@@ -1,0 +1,157 @@
+"""What a run reports: pairs with their scores, figures of each pair, means over a window."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fpo_mlx.core.objectives import PairLosses
+from fpo_mlx.records import PairScore, TokenPair
+from fpo_mlx.train.scoring import Measures, Scorer
+
+ROUNDING = 1e-6  # relative, of a response's log-prob; float32 sums were seen to differ by 1e-7
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Token pairs and the reference's scores of them, in the same order."""
+
+    pairs: Sequence[TokenPair]
+    refs: Sequence[PairScore]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Means over the pairs since the last report."""
+
+    iteration: int
+    loss: float
+    metrics: Mapping[str, float]  # TRL's names: rewards/…, logps/…, features/…, kl/…
+    learning_rate: float
+    grad_norm: float
+    pairs: int  # trained on so far
+    tokens_per_second: float  # distinct tokens: a prompt counts once a pair
+    pairs_per_second: float
+    peak_memory_gb: float
+    skipped: int = 0  # updates left out so far
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ValidReport:
+    iteration: int
+    loss: float
+    metrics: Mapping[str, float]
+    pairs: int
+    seconds: float
+    best: bool  # lowest loss so far
+
+
+@dataclass(frozen=True)
+class SavedReport:
+    iteration: int
+    numbered: bool
+
+
+@dataclass(frozen=True)
+class SkippedReport:
+    """An update that the guard left out; iteration: where it would have stood."""
+
+    iteration: int
+    reason: str
+    in_a_row: int
+
+
+@dataclass(frozen=True)
+class StoppedReport:
+    """The run ended before its last iteration, because validation found nothing better."""
+
+    iteration: int
+    validations: int  # in a row without a better loss
+    best_iteration: int
+    best_loss: float
+
+
+Report = StepReport | ValidReport | SavedReport | SkippedReport | StoppedReport
+
+
+@np.errstate(invalid="ignore", over="ignore")  # the guard speaks of what is not finite
+def pair_metrics(losses: PairLosses, measures: Measures, beta: float) -> dict[str, np.ndarray]:
+    """Per-pair values [B] under TRL's metric names; logps and kl are per response, in nats."""
+    chosen, rejected = np.array(losses.chosen_rewards), np.array(losses.rejected_rewards)
+    logps, lengths = np.array(measures.logps), np.array(measures.lengths)
+    per_token = logps / lengths
+    ref_per_token = np.array(measures.ref_logps) / lengths
+    # a policy that is its reference has margins of rounding's size; those win no pair
+    moved = (np.abs(per_token - ref_per_token) > ROUNDING * np.abs(ref_per_token)).any(axis=0)
+    out = {
+        "loss": np.array(losses.losses),
+        "u": np.array(losses.u),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": ((chosen > rejected) & moved).astype(np.float64),
+        "policy_accuracy": (per_token[0] > per_token[1]).astype(np.float64),
+        "logps/chosen": logps[0],
+        "logps/rejected": logps[1],
+        "logps_per_token/chosen": per_token[0],
+        "logps_per_token/rejected": per_token[1],
+        "logps_per_token/chosen_change": per_token[0] - ref_per_token[0],
+        "logps_per_token/rejected_change": per_token[1] - ref_per_token[1],
+    }
+    for name, values in (("features", measures.distances), ("kl", measures.kl)):
+        if values is not None:
+            sides = np.array(values)
+            out |= {f"{name}/chosen": sides[0], f"{name}/rejected": sides[1]}
+            out[f"{name}/margin"] = sides[1] - sides[0]
+    return out
+
+
+def measure(scorer: Scorer, data: ScoredPairs, size: int = 1) -> dict[str, np.ndarray]:
+    """`pair_metrics` of every pair, in order, without gradient; `size` pairs at a time."""
+    parts = []
+    for i in range(0, len(data), size):
+        chunk = slice(i, i + size)
+        losses, measures = scorer.losses(data.pairs[chunk], data.refs[chunk], grad=False)
+        parts.append(pair_metrics(losses, measures, scorer.objective.beta))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@dataclass
+class Window:
+    """Sums since the last report; `saved` and `of` let it outlive an interruption."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # before `started`
+    notes: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    @staticmethod
+    def of(saved: Mapping[str, Any]) -> Window:
+        return Window(**saved)
+
+    def saved(self) -> dict[str, Any]:
+        """As JSON holds it, exactly: everything but the clock."""
+        everything = asdict(self) | {"seconds": self.elapsed()}
+        return {k: v for k, v in everything.items() if k != "started"}
+
+    def add(self, values: Mapping[str, np.ndarray], tokens: int) -> None:
+        for name, array in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(array.sum())
+        self.pairs += len(values["loss"])
+        self.tokens += tokens
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.pairs for name, total in self.sums.items()}
+
+    def elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.started

@@ -1,0 +1,195 @@
+"""Several processes train one model: each sees its own pairs of an update, all know all figures.
+
+Started by mlx.launch. What is summed is the same on every process, to the bit, so all of them
+decide alike (guard, best, stop) without asking each other.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from fpo_mlx.errors import ConfigError, FpoError
+from fpo_mlx.machine.processes import find_share
+
+PATIENCE = 600.0  # seconds
+
+
+@dataclass(frozen=True)
+class Part:
+    """Positions of one process's pairs within a list; idle: it has none, and borrows the first."""
+
+    positions: np.ndarray  # int64 [n], n >= 1
+    idle: bool = False
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run. Alone, nothing is sent and nothing is changed.
+
+    patience: seconds that a message may take. A process that is gone is noticed at once; one that
+    hangs, or whose machine lost its power, when the patience ends.
+    Every method but `part` has to be called by all processes in the same order, and raises FpoError
+    when another one is gone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    patience: float = PATIENCE
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    def part(self, count: int) -> Part:
+        """The positions of this process among `count`: every `size`-th one."""
+        positions = np.arange(self.rank, count, self.size)
+        return Part(positions) if len(positions) else Part(np.zeros(1, np.int64), idle=True)
+
+    def sum(self, tree: Any) -> Any:
+        """The sum over all processes of a tree of arrays of one dtype, the same tree on each."""
+        if self.size == 1:
+            return tree
+        flat = cast("list[tuple[str, mx.array]]", tree_flatten(tree))
+        total = self._sum(mx.concatenate([array.reshape(-1) for _, array in flat]))
+        ends = np.cumsum([array.size for _, array in flat])[:-1].tolist()
+        parts = mx.split(total, ends)
+        named = zip(flat, parts, strict=True)
+        return tree_unflatten([(name, part.reshape(old.shape)) for (name, old), part in named])
+
+    def gather(
+        self, values: Mapping[str, np.ndarray], part: Part, count: int
+    ) -> dict[str, np.ndarray]:
+        """The values of all `count` pairs, in order. values: [n] each, of this process's part."""
+        if self.size == 1:
+            return dict(values)
+        table = np.zeros((len(values), count), np.float32)
+        if not part.idle:
+            table[:, part.positions] = np.stack(list(values.values()))
+        everywhere = np.array(self._sum(mx.array(table)))
+        return dict(zip(values, everywhere, strict=True))
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.size == 1:
+            return number
+        seen = mx.distributed.all_max(mx.array([number], mx.int32), group=self.group)
+        return cast(int, self._wait(seen).item())
+
+    def from_first(self, tree: Any) -> Any:
+        """The first process's tree, on each. Shapes and dtype have to be the same on all."""
+        if self.size == 1 or self.first:
+            return self.sum(tree)
+        flat = cast("list[tuple[str, mx.array]]", tree_flatten(tree))
+        return self.sum(tree_unflatten([(name, mx.zeros_like(array)) for name, array in flat]))
+
+    @contextmanager
+    def file_of_first(self, path: Path) -> Iterator[Path]:
+        """A path to the content of the first process's file: on each machine one of its own."""
+        if self.size == 1:
+            yield path
+            return
+        data = np.frombuffer(path.read_bytes() if self.first else b"", np.uint8)
+        everywhere = np.zeros(self.largest(len(data)), np.uint8)
+        everywhere[: len(data)] = data
+        got = np.array(self._sum(mx.array(everywhere)))
+        if self.first:
+            yield path
+            return
+        with tempfile.TemporaryDirectory(prefix="fpo-mlx-") as folder:
+            copy = Path(folder) / path.name
+            copy.write_bytes(got.tobytes())
+            yield copy
+
+    def share_folder(self, folder: Path) -> bool:
+        """Whether all processes see one and the same folder of this name."""
+        if self.size == 1:
+            return True
+        word = self.largest(int.from_bytes(os.urandom(3), "little") if self.first else 0)
+        probe = folder / f".probe-{word}"
+        if self.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        self.largest(0)  # it is there now
+        missing = self.largest(int(not probe.exists()))
+        if self.first:
+            probe.unlink(missing_ok=True)
+        return not missing
+
+    def _sum(self, array: mx.array) -> mx.array:
+        return self._wait(mx.distributed.all_sum(array, group=self.group))
+
+    def _wait(self, array: mx.array) -> mx.array:
+        """Evaluate what came from the others, for no longer than the patience."""
+        timer = threading.Timer(self.patience, _give_up, [self.rank, self.patience])
+        timer.daemon = True
+        timer.start()
+        try:
+            mx.eval(array)
+        except RuntimeError as error:  # the ring: a closed socket
+            raise FpoError(
+                f"Process {self.rank} of {self.size} lost another process of this run ({error}). "
+                "The last checkpoint is whole: start all of them again with --resume."
+            ) from error
+        finally:
+            timer.cancel()
+        return array
+
+
+def _give_up(rank: int, patience: float) -> None:
+    """Nothing but the end of the process gets it out of a message that never comes."""
+    text = (
+        f"fpo-mlx: process {rank} has heard nothing from the others for {patience:g} seconds "
+        "(--peer-timeout) and ends. The last checkpoint is whole: start all of them again with "
+        "--resume.\n"
+    )
+    os.write(2, text.encode())
+    os._exit(FpoError.exit_code)
+
+
+def open_ranks(
+    environment: Mapping[str, str] = os.environ, *, pairs: int = 0, patience: float = PATIENCE
+) -> Ranks:
+    """This process's place, as the launcher set it. pairs: of an update, over all processes.
+
+    Raises: ConfigError when another launcher was used, the pairs cannot be dealt out evenly, or the
+    others cannot be reached.
+    """
+    share = find_share(environment)
+    if share.world == 1:
+        return Ranks()
+    if pairs % share.world:
+        raise ConfigError(
+            f"--batch-size times --grad-accumulation-steps is {pairs}, which {share.world} "
+            f"processes cannot divide evenly. Give a multiple of {share.world}."
+        )
+    if "RANK" in environment and "MLX_RANK" not in environment:
+        raise ConfigError(
+            f"Training with {share.world} processes needs `mlx.launch -n {share.world} -- fpo-mlx "
+            "train …`; torchrun and accelerate serve `precompute` only."
+        )
+    try:
+        group = mx.distributed.init(strict=True)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"MLX cannot connect process {share.rank} of {share.world} with the others ({error}). "
+            "Check the hostfile and that its addresses and ports can be reached."
+        ) from error
+    if group.size() != share.world:
+        raise ConfigError(
+            f"The launcher speaks of {share.world} processes, MLX of {group.size()}. "
+            "Start with `mlx.launch -n N -- fpo-mlx train …`."
+        )
+    return Ranks(group.rank(), group.size(), group, patience)

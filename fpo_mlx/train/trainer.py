@@ -1,0 +1,341 @@
+"""The one training loop, for every objective. It yields what happened; the caller shows it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NoReturn, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from fpo_mlx.config import TrainConfig
+from fpo_mlx.core.objectives import PairLosses
+from fpo_mlx.data import batches, pair_lengths
+from fpo_mlx.errors import Diverged, Interrupted, ModelError
+from fpo_mlx.model import adapters, randomness
+from fpo_mlx.records import PairScore, TokenPair
+from fpo_mlx.train import guard
+from fpo_mlx.train.checkpoint import STATE, AdapterFolder, Progress
+from fpo_mlx.train.metrics import (
+    Report,
+    SavedReport,
+    ScoredPairs,
+    SkippedReport,
+    StepReport,
+    StoppedReport,
+    ValidReport,
+    Window,
+    measure,
+    pair_metrics,
+)
+from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update
+from fpo_mlx.train.parallel import Ranks
+from fpo_mlx.train.scoring import Measures, Scorer
+
+
+class Trainer:
+    """Updates the adapters of `scorer.policy.model`; everything it needs is handed to it."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        train: ScoredPairs,
+        valid: ScoredPairs | None,
+        config: TrainConfig,
+        folder: AdapterFolder,
+        stop: Callable[[], int | None] = lambda: None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """stop: asked between updates; an exit code (130, 143) saves the state and ends the run.
+
+        ranks: the processes among which the pairs of every update are dealt out; default one.
+        """
+        self.scorer, self.train, self.valid = scorer, train, valid
+        self.config, self.folder, self._stop = config, folder, stop
+        self.ranks = ranks or Ranks()
+        self.model = scorer.policy.model
+        self.total = config.iterations(len(train))
+        self.optimizer = make_optimizer(config)
+        self.optimizer.init(self.model.trainable_parameters())
+        self._update = make_update(self.optimizer, config.max_grad_norm or 0.0)
+        self.progress = Progress()
+        self._reference: dict[str, mx.array] = {}
+        self._window = Window()
+        self._good: dict[str, mx.array] = {}  # adapters that the guard let pass; {} before any
+
+    def resume(self) -> None:
+        """Go back to the state in the folder."""
+        with self.ranks.file_of_first(self.folder.path / STATE) as path:
+            loaded = self.folder.load_state(self.model, self.optimizer, path)
+        self.progress, self._reference, self._good = loaded
+        self.scorer.freeze_reference(self._reference)
+        self.folder.rewind_log(self.progress)
+        self._window = Window.of(self.progress.window)
+
+    def start_gaps(self, pairs: int = 16) -> tuple[float, float]:
+        """`guard.gaps` of the first pairs, before any update."""
+        self.model.eval()
+        some = ScoredPairs(self.train.pairs[:pairs], self.train.refs[:pairs])
+        return guard.gaps(self._measure(some), some.refs, self.scorer.objective)
+
+    def run(self) -> Iterator[Report]:
+        """Train to the last iteration, or until validation finds nothing better.
+
+        Raises: Diverged, Interrupted (after saving), ModelError when step 0 shows that policy and
+        reference are not the same model.
+        """
+        mx.reset_peak_memory()
+        if self.progress.iteration == 0:
+            adapters.update(self.model, self._of_first(dict(adapters.parameters(self.model))))
+            self._reference = dict(adapters.parameters(self.model))
+            self.scorer.freeze_reference(self._reference)
+            if self.valid:
+                yield self._validate()
+        self._window.started = time.perf_counter()
+        if guard.stale(self.progress.stale, self.config):  # a run that had ended is resumed
+            yield self._stopped()
+            return
+        for iteration, grad_norm, skipped in self._updates():
+            last = iteration >= self.total
+            if skipped is not None:
+                yield skipped
+            report = last or _crossed(iteration, self.config.steps_per_report, self._step)
+            if report and self._window.pairs:  # else all of them were left out
+                yield self._report(iteration, grad_norm)
+            if self.valid and (last or _crossed(iteration, self.config.steps_per_eval, self._step)):
+                yield self._validate()
+            early = not last and guard.stale(self.progress.stale, self.config)
+            last = last or early
+            code = self.ranks.largest(self._stop() or 0)
+            due = _crossed(iteration, self.config.save_every, self._step)
+            if code or last or due:
+                self._save(numbered=last or due)
+                yield SavedReport(iteration, numbered=last or due)
+            if early:
+                yield self._stopped()
+                return
+            if code and not last:
+                raise Interrupted(
+                    f"stopped after iteration {iteration}; everything is in {self.folder.path}. "
+                    "Go on with the same command and --resume.",
+                    exit_code=code,
+                )
+
+    @property
+    def _step(self) -> int:
+        return self.config.grad_accumulation_steps
+
+    def _updates(self) -> Iterator[tuple[int, float, SkippedReport | None]]:
+        """One optimizer update each: (iterations done, gradient norm, whether it was left out)."""
+        progress, size = self.progress, self.config.batch_size
+        update_pairs = size * self._step  # so accumulation changes nothing else
+        done = progress.iteration // self._step
+        order = batches(pair_lengths(self.train.pairs), update_pairs, self.config.seed, done)
+        while progress.iteration < self.total:
+            count = min(self._step, self.total - progress.iteration)
+            indices = next(order)[2][: count * size]
+            self._seed_dropout()
+            self.model.train()
+            values, gradient = self._gradient(indices)
+            self.model.eval()
+            norm = gradient_norm(gradient)
+            grad_norm = cast(float, norm.item())
+            if progress.iteration == 0:
+                self._window.notes += self._check_first(indices, grad_norm)
+            reason = guard.divergence(values, grad_norm, self.config, self.scorer.objective)
+            reason = reason or self._apply(gradient, norm)
+            skipped = self._skip(progress.iteration + count, reason) if reason else None
+            progress.iteration += count
+            if skipped is None:
+                tokens = sum(self.train.pairs[i].tokens for i in indices)
+                self._window.add(values, tokens)
+                progress.skipped_in_a_row = 0
+                progress.pairs += len(indices)
+                progress.tokens += tokens
+            yield progress.iteration, grad_norm, skipped
+
+    def _gradient(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
+        """Mean gradient over the pairs, a few in memory at a time, and their values in order.
+
+        Each process adds up its own part; a mean over all pairs is the sum of the parts.
+        """
+        size, total, parts = self.config.micro_batch_size, None, []
+        own = self.ranks.part(len(indices))
+        count = math.inf if own.idle else len(indices)  # a borrowed pair gives no gradient
+        value_and_grad = nn.value_and_grad(self.model, self._loss)
+        for start in range(0, len(own.positions), size):
+            chosen = indices[own.positions[start : start + size]]
+            pairs = [self.train.pairs[i] for i in chosen]
+            (_, losses, measures), gradient = value_and_grad(
+                pairs, [self.train.refs[i] for i in chosen], count
+            )
+            total = gradient if total is None else tree_map(mx.add, total, gradient)
+            mx.eval(total, losses, measures)
+            parts.append(
+                pair_metrics(PairLosses(*losses), _measures(measures), self.scorer.objective.beta)
+            )
+        values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return self.ranks.gather(values, own, len(indices)), self.ranks.sum(total)
+
+    def _measure(self, data: ScoredPairs) -> dict[str, np.ndarray]:
+        """`measure` of all pairs, each by one of the processes."""
+        own = self.ranks.part(len(data))
+        part = ScoredPairs(*([side[i] for i in own.positions] for side in (data.pairs, data.refs)))
+        values = measure(self.scorer, part, self.config.micro_batch_size)
+        return self.ranks.gather(values, own, len(data))
+
+    def _seed_dropout(self) -> None:
+        """Of several processes each drops on its own, and on again from any checkpoint."""
+        if self.ranks.size > 1:
+            place = [self.config.seed, self.progress.iteration, self.ranks.rank]
+            state = np.random.SeedSequence(place).generate_state(1, np.uint64)
+            randomness.go_to(int(state[0]))
+
+    def _of_first(self, tree: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The first process's adapters: another machine may draw other numbers."""
+        if self.ranks.size == 1:
+            return tree
+        return dict(zip(tree, self.ranks.from_first(list(tree.values())), strict=True))
+
+    def _loss(
+        self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], count: float
+    ) -> tuple[mx.array, tuple[mx.array, ...], dict[str, mx.array]]:
+        losses, measures = self.scorer.losses(pairs, refs, grad=True)
+        seen = {k: v for k, v in vars(measures).items() if v is not None}
+        return losses.losses.sum() / count, tuple(losses), seen
+
+    def _apply(self, gradient: Any, norm: mx.array) -> str | None:
+        """Update the adapters, unless that makes one of them infinite: then the reason."""
+        self._good = dict(adapters.parameters(self.model))  # the guard let them pass
+        before = self.optimizer.state
+        self.model.update(self._update(gradient, norm, self.model.trainable_parameters()))
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        if _finite(self.model):
+            return None
+        adapters.update(self.model, self._good)
+        self.optimizer.state = before
+        return "the update made the adapters infinite"
+
+    def _skip(self, iteration: int, reason: str) -> SkippedReport:
+        """Leave an update out and count it; Diverged where that is not wanted, or no way on."""
+        progress = self.progress
+        in_a_row = progress.skipped_in_a_row + 1
+        if progress.iteration == 0 or guard.too_many(in_a_row, self.config):
+            row = f" ({in_a_row} updates in a row were left out)" if in_a_row > 1 else ""
+            self._diverge(iteration, reason + row)
+        progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, in_a_row
+        report = SkippedReport(iteration, reason, in_a_row)
+        self._log("skipped", report)
+        return report
+
+    def _check_first(self, indices: np.ndarray, grad_norm: float) -> list[str]:
+        """Before the first update policy and reference are one model; see that they are.
+
+        Returns: warnings. Raises: ModelError.
+        """
+        first = ScoredPairs(
+            *([side[i] for i in indices] for side in (self.train.pairs, self.train.refs))
+        )
+        o, bound = self.scorer.objective, self.config.max_start_gap
+        verdict = guard.first_step(self._measure(first), first.refs, grad_norm, o, bound)
+        if verdict.reason is not None:
+            raise ModelError(verdict.reason)
+        return list(verdict.notes)
+
+    def _diverge(self, iteration: int, reason: str) -> NoReturn:
+        """End the run with the adapters from before the trouble; the last checkpoint stays."""
+        path, best = self.folder.path, self.folder.path / "best"
+        kept = "Nothing was trained yet, so no adapters were written"
+        if self._good and _all_finite(self._good.values()):
+            adapters.update(self.model, self._good)
+            self.folder.save_adapters(self.model)
+            kept = f"The adapters from before it are in {path}"
+        if best.is_dir():
+            kept += f", the best validated ones in {best}"
+        raise Diverged(
+            f"iteration {iteration}: {reason}. {kept}. "
+            "Lower --learning-rate, or raise --alpha or --beta."
+        )
+
+    def _report(self, iteration: int, grad_norm: float) -> StepReport:
+        window, self._window = self._window, Window()
+        seconds, means = window.elapsed(), window.means()
+        report = StepReport(
+            iteration=iteration,
+            loss=means.pop("loss"),
+            metrics={k: v for k, v in means.items() if k != "u"},
+            learning_rate=cast(float, self.optimizer.learning_rate.item()),
+            grad_norm=grad_norm,
+            pairs=self.progress.pairs,
+            tokens_per_second=window.tokens / seconds,
+            pairs_per_second=window.pairs / seconds,
+            peak_memory_gb=mx.get_peak_memory() / 1e9,
+            skipped=self.progress.skipped,
+            warnings=tuple(window.notes),
+        )
+        self._log("train", report)
+        return report
+
+    def _validate(self) -> ValidReport:
+        assert self.valid is not None
+        started, n = time.perf_counter(), len(self.valid)
+        if self.config.val_batches >= 0:
+            n = min(n, self.config.val_batches * self.config.batch_size)
+        some = ScoredPairs(self.valid.pairs[:n], self.valid.refs[:n])
+        values = self._measure(some)
+        means = {name: float(array.mean()) for name, array in values.items() if name != "u"}
+        loss, progress = means.pop("loss"), self.progress
+        if not math.isfinite(loss):
+            self._diverge(progress.iteration, "the validation loss is not finite")
+        best = progress.best_loss is None or loss < progress.best_loss
+        if best:
+            progress.best_loss, progress.best_iteration = loss, progress.iteration
+            progress.stale = 0
+            self.folder.save_best(self.model)
+        else:
+            progress.stale += 1
+        seconds = time.perf_counter() - started
+        self._window.started += seconds  # speed is that of training
+        report = ValidReport(progress.iteration, loss, means, n, seconds, best)
+        self._log("valid", report)
+        return report
+
+    def _stopped(self) -> StoppedReport:
+        progress = self.progress
+        assert progress.best_loss is not None
+        return StoppedReport(
+            progress.iteration, progress.stale, progress.best_iteration, progress.best_loss
+        )
+
+    def _save(self, *, numbered: bool) -> None:
+        self.progress.window = self._window.saved()
+        self.folder.save_adapters(self.model, self.progress.iteration if numbered else None)
+        self.folder.save_state(
+            self.model, self.optimizer, self._reference, self._good, self.progress
+        )
+
+    def _log(self, kind: str, report: StepReport | ValidReport | SkippedReport) -> None:
+        self.folder.log({"kind": kind, **asdict(report)}, self.progress)
+
+
+def _measures(seen: Mapping[str, mx.array]) -> Measures:
+    return Measures(**seen)  # type: ignore[arg-type]
+
+
+def _all_finite(arrays: Iterable[mx.array]) -> bool:
+    """One evaluation for all of them: a - a is 0 but where a is infinite or no number."""
+    return sum(((a - a).sum() for a in arrays), mx.array(0.0)).item() == 0.0
+
+
+def _finite(model: nn.Module) -> bool:
+    return _all_finite(array for _, array in adapters.parameters(model))
+
+
+def _crossed(iteration: int, every: int, step: int) -> bool:
+    """Whether a multiple of `every` lies within the last `step` iterations."""
+    return iteration // every > (iteration - step) // every

@@ -1,0 +1,255 @@
+"""Every setting has one way in, and is read: flags, YAML, presets, defaults, help texts."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from fpo_mlx import pipeline
+from fpo_mlx.cli import main, trackers
+from fpo_mlx.config import PRESETS, SECTIONS, RunConfig, load_config, named, options
+from fpo_mlx.errors import ConfigError
+
+YAML_ONLY = named("yaml_only")
+PACKAGE = Path(__file__).resolve().parents[2] / "fpo_mlx"
+HINTS = {name: h for section in SECTIONS for name, h in typing.get_type_hints(section).items()}
+
+
+def leaves(group: click.Group = main, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every command and group, the main one too."""
+    yield path
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from leaves(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """`fpo-mlx train` with these words -> the RunConfig that reaches the pipeline."""
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(pipeline, "train", lambda config, **_: seen.append(config) or iter(()))
+    monkeypatch.setattr(trackers, "open_trackers", lambda *_: lambda report: None)
+
+    def run(*words: object) -> RunConfig:
+        done = CliRunner().invoke(main, ["train", *map(str, words)])
+        assert done.exit_code == 0, done.output
+        return seen[-1]
+
+    return run
+
+
+def another_value(name: str) -> tuple[list[str], object]:
+    """(words, value): a flag with a value that is not the setting's default."""
+    hint, default, flag = HINTS[name], options()[name].default, "--" + name.replace("_", "-")
+    inner = [a for a in typing.get_args(hint) if a is not type(None)]
+    if hint is bool:
+        return [f"--no-{flag[2:]}" if default else flag], not default
+    if typing.get_origin(hint) is typing.Literal:
+        value = next(a for a in inner if a != default)
+        return [flag, value], value
+    if typing.get_origin(hint) is tuple:
+        return [flag, "a", flag, "b"], ("a", "b")
+    kind = inner[0] if inner else hint
+    value = {int: 7, float: 0.125, str: "something"}[kind]
+    return [flag, str(value)], value
+
+
+@pytest.mark.parametrize("name", sorted(set(options()) - set(YAML_ONLY)))
+def test_a_flag_of_train_changes_its_own_setting_and_no_other(configured, name):
+    words, value = another_value(name)
+    before, after = configured().as_dict(), configured(*words).as_dict()
+    assert after[name] == value
+    assert before[name] != value
+    assert {k: v for k, v in after.items() if k != name} == {
+        k: v for k, v in before.items() if k != name
+    }
+
+
+@pytest.mark.parametrize("name", YAML_ONLY)
+def test_a_setting_without_a_flag_comes_from_yaml(configured, tmp_path, name):
+    value = {"rank": 4} if name == "lora_parameters" else {"name": "x"}
+    (tmp_path / "c.yaml").write_text(f"{name}: {value}\n")
+    assert configured("-c", tmp_path / "c.yaml").as_dict()[name] == value
+    flag = "--" + name.replace("_", "-")
+    assert CliRunner().invoke(main, ["train", flag, "1"]).exit_code == 2
+
+
+def test_command_line_beats_yaml_beats_preset_beats_default(configured, tmp_path):
+    (tmp_path / "c.yaml").write_text("objective: simpo\ngamma: 0.25\nseed: 3\nbatch_size: 2\n")
+    yaml, preset = ("-c", tmp_path / "c.yaml"), PRESETS["simpo"]
+    assert (preset["beta"], preset["gamma"]) == (2.0, 1.0)
+    config = configured(*yaml, "--seed", 5)
+    assert config.preset == "simpo"
+    assert (config.train.seed, config.train.batch_size) == (5, 2)  # flag, YAML
+    assert (config.objective.gamma, config.objective.beta) == (0.25, 2.0)  # YAML, preset
+    assert (config.objective.alpha, config.objective.top_k) == (0.5, 50)  # defaults
+    assert configured(*yaml, "--gamma", 0.75).objective.gamma == 0.75
+    assert configured(*yaml, "--objective", "dpo").objective.beta == load_config({}).objective.beta
+    assert configured("--objective", "simpo").objective.beta == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("learning_rat: 1\n", "learning_rate"), ("[1, 2]\n", "list"), ("a: [\n", "YAML")],
+)
+def test_a_bad_yaml_file_is_a_usage_error_that_names_it(tmp_path, text, part):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    done = CliRunner().invoke(main, ["train", "-c", str(path)])
+    assert done.exit_code == 2
+    assert str(path) in done.stderr
+    assert part in done.stderr
+
+
+BAD_SETTINGS = {
+    "max_grad_norm: -1": "--max-grad-norm -1",  # it would train backwards
+    "epochs: 0": "--epochs: wanted more than 0",
+    "seed: -1": "--seed -1: wanted 0 or more",
+    "val_batches: -2": "--val-batches -2",
+    "lora_parameters: {rank: x}": "rank 'x'",
+    "lora_parameters: {rank: 8.9}": "rank 8.9",
+    "lora_parameters: {rank: null, scale: a}": "rank None.*scale 'a'",
+    "lora_parameters: {dropout: 1}": "dropout 1",
+    "lora_parameters: {keys: self_attn.q_proj}": "keys 'self_attn.q_proj', wanted a list",
+    "lora_parameters: {keys: 5}": "keys 5",
+}
+
+
+@pytest.mark.parametrize("text", BAD_SETTINGS)
+def test_a_setting_out_of_range_is_refused_by_name(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text + "\n")
+    with pytest.raises(ConfigError, match=BAD_SETTINGS[text]):
+        load_config({}, tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optimizer_config: {weight_decay: 1}",
+        "optimizer_config: {adam: {betas: [0.9]}}",
+        "optimizer: sgd\noptimizer_config: {sgd: {nesterov: true}}",
+        "lr_schedule: {name: cosine_decay, arguments: [1e-5, 10], warmpu: 3}",
+        "lr_schedule: {name: cosine_decay, arguments: [1e-5, 10], warmup: -5}",
+        "lr_schedule: {name: linear_schedule, arguments: [0.0, 1e-5, 0]}",
+    ],
+)
+def test_what_no_optimizer_can_be_made_of_is_refused_before_anything_long(tmp_path, text):
+    """Not even the model is looked at."""
+    (tmp_path / "c.yaml").write_text(text + "\n")
+    words = ["train", "-c", tmp_path / "c.yaml", "--model", tmp_path, "--data", tmp_path]
+    done = CliRunner().invoke(main, [*map(str, words), "--objective", "dpo"])
+    assert done.exit_code == 2, done.output
+    assert "lr_schedule / optimizer_config" in done.stderr
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("path", list(leaves()), ids=lambda path: " ".join(path) or "main")
+def test_the_help_of_every_command_shows_an_example(path):
+    done = CliRunner().invoke(main, [*path, "--help"])
+    assert done.exit_code == 0, done.output
+    assert "\n  Example:\n    fpo-mlx" in done.stdout
+    if path:
+        assert f"fpo-mlx {' '.join(path)}" in done.stdout
+
+
+@pytest.mark.parametrize("path", list(leaves()), ids=lambda path: " ".join(path) or "main")
+def test_every_option_has_a_help_text(path):
+    command: click.Command = main
+    for name in path:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help, option.name
+
+
+def test_no_help_loads_mlx_or_torch():
+    probe = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from fpo_mlx.cli import main\n"
+        f"for path in {list(leaves())!r}:\n"
+        "    assert CliRunner().invoke(main, [*path, '--help']).exit_code == 0, path\n"
+        "heavy = {'mlx', 'mlx_lm', 'torch', 'transformers', 'datasets', 'huggingface_hub'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+# Names under which the package holds a section of the settings; `t.iters`, `self.config.seed`.
+HOLDERS = {"config", "train", "t", "objective", "o", "data", "d", "reference", "ref"}
+PARTS = {"train", "objective", "data", "reference"}
+
+
+def read_from(tree: ast.AST, holders: set[str]) -> set[str]:
+    """Names of attributes that are read from something of one of these names."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            base = node.value
+            name = base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
+            section = name == "config" and node.attr in PARTS  # `config.data` is no setting yet
+            found |= {node.attr} if name in holders and not section else set()
+    return found
+
+
+def settings_read(sources: dict[str, str]) -> set[str]:
+    """Settings read outside config.py, directly or by a method of theirs that is used there."""
+    outside = set()
+    for name, source in sources.items():
+        if name != "config.py":
+            outside |= read_from(ast.parse(source), HOLDERS)
+    for section in ast.walk(ast.parse(sources["config.py"])):
+        for method in section.body if isinstance(section, ast.ClassDef) else ():
+            if isinstance(method, ast.FunctionDef) and method.name in outside:
+                outside |= read_from(method, {"self"})
+    return outside
+
+
+SOURCES = {
+    str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8")
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+READ = settings_read(SOURCES)
+
+
+@pytest.mark.parametrize("name", sorted(options()))
+def test_every_setting_is_read_outside_of_config(name):
+    assert name in READ
+
+
+def test_a_setting_that_nothing_reads_is_found():
+    config = "class C:\n    def used(self): return self.a\n    def unused(self): return self.b\n"
+    use = "def f(config, x):\n    config.used\n    x.c\n    config.train.d\n    config.e = 1\n"
+    assert settings_read({"config.py": config, "use.py": use}) == {"used", "a", "d"}
+
+
+def test_every_setting_is_in_one_section_only():
+    names = [field.name for section in SECTIONS for field in dataclasses.fields(section)]
+    assert len(names) == len(set(names))
+
+
+def test_numbers_with_an_exponent_are_numbers_in_lists_too(tmp_path):
+    """PyYAML alone reads 1e-5 as text, and a schedule would fail far from its cause."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "learning_rate: 1e-5\nlr_schedule: {name: cosine_decay, arguments: [2e-5, 1E3]}"
+    )
+    train = load_config({}, path).train
+    assert train.learning_rate == 1e-5
+    assert train.lr_schedule == {"name": "cosine_decay", "arguments": [2e-5, 1000.0]}

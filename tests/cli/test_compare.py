@@ -1,0 +1,152 @@
+"""`fpo-mlx compare`: the same prompts, the same noise, side by side."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from command_line import ROWS, lines, refused, run  # noqa: E402
+from evaluated import adapter  # noqa: E402
+from tiny_models import tiny_llama  # noqa: E402
+
+from fpo_mlx.cli.compare import shown  # noqa: E402
+from fpo_mlx.config import Sampling  # noqa: E402
+from fpo_mlx.pipeline import Comparison  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("compare")
+    tiny_llama(root / "model", tokenizer=True)
+    lines(root / "data" / "valid.jsonl", *ROWS, {**ROWS[0], "chosen": "Other."})
+    for i, name in enumerate(("one", "two")):
+        (root / name).mkdir()
+        adapter(root / name, root / "model", i)
+    return root
+
+
+def compare(place, *words, code=0):
+    flags = ["--model", place / "model", "--adapter-path", place / "one", "--max-tokens", 6]
+    done = run("compare", *flags, *words)
+    assert done.exit_code == code, done.stderr
+    return done
+
+
+def test_prompts_of_a_split_are_answered_once_each_by_every_model(place, tmp_path):
+    words = ["--data", place / "data", "--count", 9, "--adapter-path", place / "two"]
+    compare(place, *words, "--output", tmp_path / "c.json")
+    got = json.loads((tmp_path / "c.json").read_text())
+    assert got["sampling"] == {"max_tokens": 6, "temp": 1.0, "seed": 0}
+    assert [row["prompt"] for row in got["prompts"]] == [row["prompt"] for row in ROWS]
+    names = ["base", str(place / "one"), str(place / "two")]
+    assert all(list(row["answers"]) == names for row in got["prompts"])
+    assert len({tuple(row["answers"].values()) for row in got["prompts"]}) > 1
+    assert any(len(set(row["answers"].values())) == 3 for row in got["prompts"])
+
+
+def test_given_prompts_and_those_of_a_file_are_asked_in_order(place, tmp_path):
+    (tmp_path / "p.txt").write_text("Third?\n\nFourth?\n")
+    lines(tmp_path / "p.jsonl", {"prompt": "Third?"}, {"prompt": "Fourth?", "chosen": "x"})
+    results = []
+    for name in ("p.txt", "p.jsonl"):
+        words = ["--prompt", "First?", "--prompt", "Second?", "--prompts", tmp_path / name]
+        done = compare(place, *words, "--output", tmp_path / "c.json")
+        results.append(json.loads((tmp_path / "c.json").read_text())["prompts"])
+        for text in ("First?", "Second?", "Third?", "Fourth?"):
+            assert text in done.stdout
+    assert results[0] == results[1]
+    assert [r["prompt"] for r in results[0]] == ["First?", "Second?", "Third?", "Fourth?"]
+
+
+def test_equal_seeds_give_equal_answers(place, tmp_path):
+    got = []
+    for i, seed in enumerate((3, 3, 4)):
+        out = tmp_path / f"{i}.json"
+        compare(place, "--prompt", "A?", "--seed", seed, "--output", out)
+        got.append(json.loads(out.read_text())["prompts"])
+    assert got[0] == got[1] != got[2]
+
+
+def test_an_adapter_that_changes_nothing_answers_as_the_base(place, tmp_path):
+    """The same noise for both: a difference is the adapter's."""
+    (tmp_path / "zero").mkdir()
+    adapter(tmp_path / "zero", place / "model", 0, size=0.0)
+    words = ["--adapter-path", tmp_path / "zero", "--prompt", "A?", "--prompt", "B?"]
+    compare(place, *words, "--output", tmp_path / "c.json")
+    for row in json.loads((tmp_path / "c.json").read_text())["prompts"]:
+        answers = row["answers"]
+        assert answers["base"] == answers[str(tmp_path / "zero")] != answers[str(place / "one")]
+
+
+def test_adapters_in_a_folder_called_base_are_not_taken_for_the_base(place, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "one", "base")
+    words = ["--model", place / "model", "--max-tokens", 6, "--prompt", "A?", "--output", "c.json"]
+    done = run("compare", *words, "--adapter-path", "base")
+    assert done.exit_code == 0, done.stderr
+    compare(place, "--prompt", "A?", "--output", tmp_path / "d.json")
+    own, usual = (json.loads((tmp_path / f"{n}.json").read_text())["prompts"] for n in "cd")
+    assert list(own[0]["answers"]) == ["base", "./base"]
+    assert list(own[0]["answers"].values()) == list(usual[0]["answers"].values())
+
+
+def test_a_prompt_may_hold_any_of_unicodes_line_ends(place, tmp_path):
+    prompt = "One\u2028two\u0085three\x0cfour?"
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\r\n")
+    compare(place, "--prompts", tmp_path / "p.jsonl", "--output", tmp_path / "c.json")
+    assert [r["prompt"] for r in json.loads((tmp_path / "c.json").read_text())["prompts"]] == [
+        prompt
+    ]
+
+
+BAD_ANSWER = "a | b\n<script>x</script> `code`"
+RESULT = Comparison(("Q | <b>?",), {"base": (BAD_ANSWER,), "a|b": ("",)}, Sampling())
+
+
+def test_what_a_model_wrote_cannot_break_the_markdown_table():
+    lines_ = RESULT.markdown().splitlines()
+    assert lines_[0] == "## Q &#124; &lt;b>?"
+    row = lines_[-1]
+    assert row.startswith("| a &#124; b<br>&lt;script>x&lt;/script> &#96;code&#96; | (nothing) |")
+    assert "<script" not in RESULT.markdown()
+
+
+def test_wide_terminals_get_columns_and_narrow_ones_get_rows():
+    answers = {"base": "one two three", "a": "\x1b[2Jfour\nfive"}
+    wide = list(shown("Q?", answers, 80))
+    assert any("one two three" in line and "four" in line for line in wide)
+    narrow = list(shown("Q?", answers, 30))
+    assert narrow.index("one two three") < narrow.index("[a]")
+    assert all(len(line) <= 80 for line in wide)
+    assert not any("\x1b" in line for line in wide + narrow)
+
+
+BAD = {
+    "no prompts": ([], 2, ("no prompts", "--prompt")),
+    "no adapter": (["--prompt", "A?"], 2, ("--adapter-path is missing",)),
+    "no such file": (["--prompts", "none.txt"], 3, ("none.txt", "cannot be read")),
+    "suffix": (["--prompt", "A?", "--output", "x.txt"], 2, ("x.txt", ".json or .md")),
+    "too long": (["--prompt", "A? " * 50, "--max-seq-length", "9"], 3, ("--max-seq-length 9",)),
+    "no data": (["--data", "nowhere.jsonl"], 1, ("nowhere.jsonl", "no such file")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_plain_message(place, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    words, code, parts = BAD[case]
+    given = [] if case == "no adapter" else ["--adapter-path", place / "one"]
+    refused(run("compare", "--model", place / "model", *given, *words), code, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_lines_of_a_prompts_file_are_named(place, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n{"prompt": 3}\nno\n')
+    words = ["--adapter-path", place / "one", "--prompts", tmp_path / "p.jsonl"]
+    result = run("compare", "--model", place / "model", *words)
+    refused(result, 3, "p.jsonl:2", "p.jsonl:3", "p.jsonl:4")

@@ -1,0 +1,458 @@
+"""`fpo-mlx sae train`, start to finish on a tiny model: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny_models
+from click.testing import CliRunner
+
+mx = pytest.importorskip("mlx.core")
+
+from fpo_mlx.cli import main  # noqa: E402
+from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
+from fpo_mlx.errors import FpoError  # noqa: E402
+from fpo_mlx.judge.sae_fit import LossFigures  # noqa: E402
+from fpo_mlx.model.load import load_model  # noqa: E402
+from fpo_mlx.model.policy import Policy  # noqa: E402
+from fpo_mlx.records import Site, TokenPair  # noqa: E402
+from fpo_mlx.sae import load_sae  # noqa: E402
+from fpo_mlx.saetrain import activations, finish, texts  # noqa: E402
+from fpo_mlx.saetrain.settings import (  # noqa: E402
+    SaeTrainConfig,
+    learning_rate,
+    load_settings,
+    sizes,
+    steps_in_time,
+)
+from fpo_mlx.storage import locks  # noqa: E402
+
+TEXTS = [
+    f"{'abcdefghijklmnopqrstuvwxyz'[i % 26]} poem {i * i} of the sea, the rain and star {i % 7}."
+    for i in range(120)
+]
+CHATS = [
+    {"messages": [{"role": "user", "content": f"{t}?"}, {"role": "assistant", "content": t}]}
+    for t in TEXTS[:20]
+]
+PAIRS = [{"prompt": f"{t}?", "chosen": f"Yes, {t}", "rejected": "No."} for t in TEXTS[:20]]
+QUICK = ("--training-tokens", 2560, "--batch-size", 64, "--width", 64, "--k", 6)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_models.tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama):
+    return load_tokenizer(llama)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def run(*words):
+    return CliRunner().invoke(main, ["sae", "train", *map(str, words)])
+
+
+def test_one_command_makes_an_sae_that_reads_its_model(llama, corpus, tmp_path):
+    out = tmp_path / "my-sae"
+    done = run("--model", llama, "--data", corpus, "--output", out, *QUICK,
+               "--json", tmp_path / "figures.json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    sae, figures = load_sae(out), json.loads((tmp_path / "figures.json").read_text())
+    assert (sae.activation, sae.k, sae.n_features, sae.d_in) == ("topk", 6, 64, 32)
+    assert sae.site == Site(2)  # block 2 of 4
+    assert figures["l0"] == 6
+    assert 0 < figures["fvu"] < 0.8
+    card = (out / "README.md").read_text()
+    assert f"| fraction of variance unexplained | {figures['fvu']:.4f} |" in card
+    assert figures["loss_recovered"] is None  # zeros do a random model no harm
+    assert "loss recovered" not in card
+    assert "| tokens trained on | 2560 |" in card
+    assert card.startswith("---\nlibrary_name: saelens\n")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 40]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    info = CliRunner().invoke(main, ["sae", "info", str(out), "--model", str(llama)])
+    assert info.exit_code == 0, info.output
+    assert not list(out.glob("export*"))
+
+
+def test_the_card_says_what_of_the_loss_is_recovered(llama, corpus, tmp_path, monkeypatch):
+    seen = {}
+
+    def evaluate(policy, sae, passages):
+        seen.update(site=policy.sites, passages=passages)
+        return SimpleNamespace(loss=LossFigures(2.0, 2.5, 7.0, "zero"))
+
+    monkeypatch.setattr("fpo_mlx.sae_fit.evaluate", evaluate)
+    out = tmp_path / "my-sae"
+    done = run("--model", llama, "--data", corpus, "--output", out, *QUICK, "--json",
+               tmp_path / "figures.json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert (
+        "| loss recovered, against zeros at the site | 0.9000 |" in (out / "README.md").read_text()
+    )
+    assert json.loads((tmp_path / "figures.json").read_text())["loss_recovered"] == 0.9
+    assert list(seen["site"]) == [Site(2)]
+    assert all(len(one.prompt) == 1 and len(one.response) > 1 for one in seen["passages"])
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
+def test_a_resumed_command_ends_with_the_same_bytes(llama, corpus, tmp_path, architecture):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--architecture", architecture,
+             "--matryoshka", "--memory-gb", 1e-4, "--save-every", 10)  # fmt: skip
+    outs = [tmp_path / name for name in ("straight", "cut")]
+    assert run(*words, "--output", outs[0]).exit_code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        asked = iter(range(1, 1000))
+        patch.setattr(
+            "fpo_mlx.cli.sae_train.on_signal", lambda: lambda: 143 if next(asked) > 16 else None
+        )
+        stopped = run(*words, "--output", outs[1])
+    assert stopped.exit_code == 143
+    assert "go on with --resume" in stopped.output
+    assert not (outs[1] / "cfg.json").exists()
+    done = run(*words, "--output", outs[1], "--resume")
+    assert done.exit_code == 0, done.output
+    assert "resumed after step 17" in done.output
+    for name in (finish.WEIGHTS, finish.CONFIG):
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
+    other = run(*words, "--output", outs[1], "--resume", "--seed", 1)
+    assert other.exit_code == 2
+    assert "seed: was 0, now 1" in other.output
+
+
+def test_activations_are_those_of_the_whole_model(llama, tokenizer, corpus):
+    whole = load_model(llama)
+    site = Site(2)
+    documents = texts.read_documents(str(corpus), tokenizer, max_length=64).items[:7]
+    policy = Policy(whole.model, whole.config, [site], share_prompt=False)
+    wanted = []
+    for document in documents:
+        pair = TokenPair(document.tokens[:1], document.tokens[1:], document.tokens[1:], 0)
+        tapped = np.array(policy.rows([pair]).tapped[0])[: len(document.tokens) - 1]
+        wanted.append(tapped[document.keep[:-1]])  # the policy has no row for the last token
+    cut = load_model(llama)
+    reader = activations.open_reader(cut.model, cut.config, site)
+    assert len(reader.backbone.layers) == 3
+    found = reader.rows(documents)
+    assert len(found) == sum(d.keep.sum() for d in documents)
+    ends = np.cumsum([d.keep.sum() for d in documents])
+    for want, end, document in zip(wanted, ends, documents, strict=True):
+        rows = found[end - document.keep.sum() : end - 1]
+        np.testing.assert_allclose(rows, want, atol=2e-5)
+    limit = float(np.median(activations.norms(found)))
+    few = activations.Reader(*(*vars(reader).values(),)[:-1], limit=limit).rows(documents)
+    assert (activations.norms(few) <= limit).all()
+    assert len(few) == pytest.approx(len(found) / 2, abs=1)
+
+
+def test_a_store_is_written_once_and_refused_for_another_site(llama, corpus, tmp_path):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--store", tmp_path / "acts")
+    assert run(*words, "--output", tmp_path / "a").exit_code == 0
+    before = (tmp_path / "acts" / "rows.npy").stat().st_mtime_ns
+    again = run(*words, "--output", tmp_path / "b")
+    assert again.exit_code == 0
+    assert (tmp_path / "acts" / "rows.npy").stat().st_mtime_ns == before
+    assert (tmp_path / "a" / finish.WEIGHTS).read_bytes() == (
+        tmp_path / "b" / finish.WEIGHTS
+    ).read_bytes()
+    other = run(*words, "--output", tmp_path / "c", "--layer", 1)
+    assert other.exit_code == 2
+    assert "site" in other.output
+
+
+def stopped_after(updates: int, *words):
+    """Run and stop, as Ctrl-C does."""
+    with pytest.MonkeyPatch.context() as patch:
+        asked = iter(range(1, 1000))
+        patch.setattr(
+            "fpo_mlx.cli.sae_train.on_signal",
+            lambda: lambda: 143 if next(asked) >= updates else None,
+        )
+        done = run(*words)
+    assert done.exit_code == 143, done.output
+
+
+def test_chunks_smaller_than_a_batch_end_no_run(llama, corpus, tmp_path):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--memory-gb", 1.9e-5)
+    straight = run(*words, "--output", tmp_path / "straight")
+    assert straight.exit_code == 0, straight.output
+    last = (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["step"] == 40
+    stopped_after(31, *words, "--output", tmp_path / "cut")
+    done = run(*words, "--output", tmp_path / "cut", "--resume")
+    assert done.exit_code == 0, done.output
+    made = [(tmp_path / name / finish.WEIGHTS).read_bytes() for name in ("straight", "cut")]
+    assert made[0] == made[1]
+
+
+def test_a_bound_below_one_batch_is_one_plain_message(llama, corpus, tmp_path):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--memory-gb", 5e-6)
+    done = run(*words, "--output", tmp_path / "o")
+    assert done.exit_code == 1, done.output
+    assert "--memory-gb has room for 39 activations" in done.output
+    assert "batch of 64" in done.output
+
+
+def test_a_store_of_another_split_is_refused(llama, corpus, tmp_path):
+    """Both splits hold out documents behind those that the norm limit is measured on."""
+    words = ("--model", llama, "--data", corpus, *QUICK, "--store", tmp_path / "acts")
+    words = (*words, "--seed", 2)
+    held = [
+        texts.split_held_out(items_of(corpus, load_tokenizer(llama)), share, 2, 10**9)[1]
+        for share in (0.005, 0.02)
+    ]
+    assert len(held[0]) < len(held[1])
+    first = run(*words, "--held-out", 0.005, "--output", tmp_path / "a")
+    assert first.exit_code == 0, first.output
+    about = json.loads((tmp_path / "acts" / "store.json").read_text())
+    other = run(*words, "--held-out", 0.02, "--output", tmp_path / "b")
+    assert other.exit_code == 2, other.output
+    assert "training_documents" in other.output
+    assert "norm_limit" not in other.output  # the split alone
+    assert "--held-out" in other.output
+    assert not (tmp_path / "b" / "cfg.json").exists()
+    del about["training_documents"]
+    (tmp_path / "acts" / "store.json").write_text(json.dumps(about))
+    old = run(*words, "--held-out", 0.005, "--output", tmp_path / "c")
+    assert old.exit_code == 2, old.output
+    assert "written again" in old.output
+
+
+def items_of(corpus, tokenizer):
+    return texts.read_documents(str(corpus), tokenizer, max_length=1024).items
+
+
+@pytest.mark.parametrize("stored_first", [True, False])
+def test_a_store_is_not_put_under_a_run_half_way(llama, corpus, tmp_path, stored_first):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--output", tmp_path / "o")
+    store = ("--store", tmp_path / "acts")
+    first, then = (store, ()) if stored_first else ((), store)
+    stopped_after(5, *words, *first)
+    refused = run(*words, *then, "--resume")
+    assert refused.exit_code == 2, refused.output
+    assert "--store" in refused.output
+    assert "chunks" in refused.output
+    assert (tmp_path / "acts").exists() == stored_first  # nothing was written in vain
+    done = run(*words, *first, "--resume")
+    assert done.exit_code == 0, done.output
+
+
+def test_a_store_may_have_moved_when_a_run_goes_on(llama, corpus, tmp_path):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--output", tmp_path / "o")
+    stopped_after(5, *words, "--store", tmp_path / "acts")
+    (tmp_path / "acts").rename(tmp_path / "elsewhere")
+    done = run(*words, "--store", tmp_path / "elsewhere", "--resume")
+    assert done.exit_code == 0, done.output
+
+
+def test_a_resumed_run_says_that_a_new_budget_has_no_effect(llama, corpus, tmp_path):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--output", tmp_path / "o")
+    stopped_after(5, *words)
+    done = run(*words, "--resume", "--passes", 1)
+    assert done.exit_code == 0, done.output
+    assert "keeps its 40 updates: --passes has no effect on --resume" in done.output
+    again = run(*words, "--resume")
+    assert "no effect" not in again.output
+
+
+def test_a_run_clears_what_a_killed_one_left(llama, corpus, tmp_path):
+    out, acts = tmp_path / "o", tmp_path / "acts"
+    out.mkdir()
+    acts.mkdir()
+    dead = [out / f".tmp-1-{name}" for name in ("checkpoint.safetensors", "run.json")]
+    dead += [acts / f".tmp-1-{name}" for name in ("rows.npy", "store.json")]
+    for path in (*dead, out / ".tmp-1-mine.txt"):
+        path.write_text("half")
+    for folder in (out / ".tmp-1-.export", out / ".export"):  # .export: killed while moving it
+        folder.mkdir()
+        (folder / "README.md").write_text("half")
+        dead.append(folder)
+    words = ("--model", llama, "--data", corpus, *QUICK, "--output", out, "--store", acts)
+    with locks.held(out / "writer.lock", out):
+        assert "being written" in run(*words).output
+    assert all(path.exists() for path in dead)
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    assert not [path for path in dead if path.exists()]
+    assert (out / ".tmp-1-mine.txt").exists()
+    assert {p.name for p in acts.iterdir()} == {"rows.npy", "store.json"}
+
+
+def test_too_few_held_out_positions_cost_the_figures_and_not_the_sae(llama, tmp_path):
+    path = tmp_path / "letters.jsonl"
+    path.write_text("".join(json.dumps({"text": chr(97 + i % 26)}) + "\n" for i in range(60)))
+    out = tmp_path / "o"
+    done = run("--model", llama, "--data", path, "--output", out, "--held-out", 1e-3,
+               "--training-tokens", 64, "--batch-size", 16, "--width", 64, "--k", 6,
+               "--json", tmp_path / "figures.json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert done.output.index("--held-out") < done.output.index("updates of 16 tokens")
+    assert load_sae(out).n_features == 64
+    assert "fvu" not in json.loads((tmp_path / "figures.json").read_text())
+    assert "held-out rows" not in (out / "README.md").read_text()
+    assert "no two differ" in done.output
+
+
+def documents_of(tmp_path, tokenizer, rows, **options):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return texts.read_documents(str(path), tokenizer, max_length=200, **options)
+
+
+def test_response_positions_are_those_that_predict_the_answer(tmp_path, tokenizer):
+    for kind, rows in (("chat", CHATS), ("pairs", PAIRS)):
+        found = documents_of(tmp_path, tokenizer, rows, tokens="response")
+        assert found.kind == kind
+        item = found.items[0]
+        predicted = tokenizer.decode(item.tokens[np.flatnonzero(item.keep) + 1])
+        answer = TEXTS[0] if kind == "chat" else f"Yes, {TEXTS[0]}"
+        assert predicted.startswith(answer)
+        assert not item.keep[0]
+
+
+def test_first_positions_and_repeated_beginnings_are_left_out(tmp_path, tokenizer):
+    found = documents_of(tmp_path, tokenizer, CHATS)
+    head = len(tokenizer.text_tokens("<|im_start|>user\n"))
+    assert not any(item.keep[0] for item in found.items)
+    kept = [item.keep[1:head].all() for item in found.items]
+    assert kept == [at % 10 == 0 for at in range(20)]
+    assert all(item.keep[head + 1 :].all() for item in found.items)
+    assert f"same {head} tokens" in found.notes[0]
+
+
+def test_long_texts_become_windows_behind_a_bos(tmp_path, tokenizer):
+    path = tmp_path / "book.txt"
+    path.write_text("one long line of text " * 40 + "\n\n" + "a second document")
+    found = texts.read_documents(str(path), tokenizer, max_length=50)
+    joined = [token for item in found.items for token in item.tokens[1:]]
+    assert {int(item.tokens[0]) for item in found.items} == {tokenizer.raw.bos_token_id}
+    assert max(len(item.tokens) for item in found.items) == 50
+    text = ("one long line of text " * 40).strip()
+    assert tokenizer.decode(joined) == text + "a second document"
+
+
+def test_held_out_documents_are_not_trained_on(tmp_path, tokenizer):
+    items = documents_of(tmp_path, tokenizer, CHATS).items
+    train, held = texts.split_held_out(items, 0.2, seed=0, most=10**9)
+    assert {id(item) for item in (*train, *held)} == {id(item) for item in items}
+    assert len(train) + len(held) == len(items)
+    assert 1 <= len(held) <= 6
+    assert texts.split_held_out(items, 0.0, seed=0, most=10**9)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        (["--k", "0"], 2, "--k 0"),
+        (["--k", "64", "--width", "64"], 2, "fewer than --width"),
+        (["--layer", "4"], 2, "blocks are 0 to 3"),
+        (["--site", "nowhere"], 2, "resid_post"),
+        (["--minutes", "1", "--training-tokens", "5"], 2, "exclude each other"),
+        (["--held-out", "1"], 2, "--held-out"),
+        (["--seed", "-1"], 2, "--seed -1: wanted 0 or more"),
+        (["--width", "60", "--matryoshka"], 2, "8 divides"),
+        (["--batch-size", "8", "--micro-batch-size", "9"], 2, "larger than --batch-size"),
+        (["--batch-size", "100000"], 1, "fewer than one batch"),
+        (["--tokens", "response"], 3, "--tokens all"),
+        (["--data", "absent.jsonl"], 1, "no such file"),
+        (["--model", "./absent"], 1, "config.json"),
+        (["--resume"], 2, "holds no checkpoint"),
+        (["--architecture", "gated"], 2, "gated"),
+    ],
+)  # fmt: skip
+def test_a_bad_setting_is_one_plain_message(llama, corpus, tmp_path, words, code, part):
+    out = tmp_path / "out"
+    done = run("--model", llama, "--data", corpus, "--output", out, *QUICK[2:], *words)
+    assert done.exit_code == code, done.output
+    assert part in done.output
+    assert "Traceback" not in done.output
+    assert not list(out.glob("*.json")) + list(out.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "part"),
+    [
+        ([{"a": 1}], "columns a"),
+        ([{"text": 3}], "rows.jsonl:1: the text is int"),
+        ([CHATS[0], {"messages": []}], "rows.jsonl:2"),
+        ([{"messages": [{"role": "user"}]}], "lacks a role or a text"),
+        ([PAIRS[0], {"prompt": "a", "chosen": "b", "rejected": "b"}], "rows.jsonl:2"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(llama, tmp_path, rows, part):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("--model", llama, "--data", path, "--output", tmp_path / "out", *QUICK)
+    assert done.exit_code == 3, done.output
+    assert part in done.output
+
+
+def test_yaml_fills_the_settings_and_unknown_keys_are_errors(tmp_path):
+    path = tmp_path / "sae.yaml"
+    path.write_text("learning_rate: 1e-3\nk: 12\nmatryoshka: true\n")
+    config = load_settings({"k": 16}, path)
+    assert (config.learning_rate, config.k, config.matryoshka) == (1e-3, 16, True)
+    path.write_text("widht: 3\n")
+    with pytest.raises(FpoError, match="widht"):
+        load_settings({}, path)
+
+
+def test_sizes_follow_from_the_model():
+    for blocks, hidden, wanted in ((30, 576, (27, 4096, 32)), (26, 2304, (23, 16384, 64))):
+        found = sizes(SaeTrainConfig(), {"num_hidden_layers": blocks}, hidden)
+        assert (found.layer, found.width, found.k) == wanted
+        assert found.aux_k == hidden // 2
+    assert learning_rate(SaeTrainConfig(), 1024) == 3e-3
+    assert learning_rate(SaeTrainConfig(), 16384) == 1.5e-3
+    assert learning_rate(SaeTrainConfig(learning_rate=1.0), 16384) == 1.0
+
+
+def test_minutes_become_tokens():
+    # 1 ms an activation, 3 ms a training step's token; 10 s are 2500 tokens of both
+    assert steps_in_time(10, per_row=1e-3, per_token=3e-3, available=9999, reused=True) == 2500
+    # one pass of 1000 costs 4 s, the other 6 s train 2000 more without new activations
+    assert steps_in_time(10, per_row=1e-3, per_token=3e-3, available=1000, reused=True) == 3000
+    assert steps_in_time(10, per_row=1e-3, per_token=3e-3, available=1000, reused=False) == 2500
+
+
+class Hub:
+    """Stands in for huggingface_hub's client."""
+
+    def __init__(self, calls, error=None):
+        self.calls, self.error = calls, error
+
+    def create_repo(self, repo, exist_ok):
+        self.calls.append(("create", repo, exist_ok))
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        if self.error:
+            raise self.error
+        self.calls.append(("upload", repo_id, sorted(allow_patterns)))
+
+
+def test_an_upload_carries_the_sae_and_its_card_alone(llama, corpus, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(calls))
+    words = ("--model", llama, "--data", corpus, "--output", tmp_path / "o", *QUICK)
+    done = run(*words, "--upload-repo", "me/sae")
+    assert done.exit_code == 0, done.output
+    assert calls == [
+        ("create", "me/sae", True),
+        ("upload", "me/sae", ["README.md", "cfg.json", "sae_weights.safetensors"]),
+    ]
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub([], OSError("401 no token")))
+    with pytest.raises(FpoError, match="401 no token") as refused:
+        finish.upload(tmp_path / "o", "me/sae")
+    assert "HF_TOKEN" in str(refused.value)

@@ -1,0 +1,197 @@
+"""Where files go: full disks, forbidden places, and a second process on the same folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny_models
+from click.testing import CliRunner, Result
+from command_line import ROWS, lines, random_sae
+
+from fpo_mlx.cli import main
+from fpo_mlx.errors import FpoError
+from fpo_mlx.sae.convert import write_saelens
+from fpo_mlx.storage import files, locks
+
+pytest.importorskip("mlx.core")
+
+COMMANDS = ("precompute", "train", "fuse", "convert", "sae convert")
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FPO_MLX_CACHE", str(root / "user-cache"))
+        tiny_models.tiny_llama(root / "model", tokenizer=True, num_hidden_layers=2)
+        write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
+        lines(root / "data" / "train.jsonl", *ROWS)
+        lines(root / "few" / "train.jsonl", *ROWS[:2])
+        assert run(*words_of("precompute", root, root / "ref")).exit_code == 0
+        assert run(*words_of("train", root, root / "adapters")).exit_code == 0
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
+
+
+def words_of(command: str, root: Path, out: Path, data: str = "data") -> list[object]:
+    usual = ["--model", root / "model", "--data", root / data, "--sae", root / "sae"]
+    flags = ["--top-k", 5, "--iters", 2, "--batch-size", 1, "--num-layers", 1, "--save-every", 1]
+    return {
+        "precompute": ["precompute", *usual, "--output", out],
+        "train": ["train", *usual, *flags, "--reference", root / "ref", "--adapter-path", out],
+        "fuse": ["fuse", "--model", root / "model", "--adapter-path", root / "adapters",
+                 "--save-path", out],
+        "convert": ["convert", "--hf-path", root / "model", "--mlx-path", out],
+        "sae convert": ["sae", "convert", root / "sae", "--dtype", "float16", "--output", out],
+    }[command]  # fmt: skip
+
+
+def older(command: str, root: Path, out: Path) -> None:
+    """What an earlier run of the command left at `out` (convert refuses to replace anything)."""
+    if command == "convert":
+        return
+    done = run(*words_of(command, root, out, data="few"))
+    assert done.exit_code == 0, done.stderr
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """The system refuses to write beyond this many bytes of a file, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def plain(result: Result, *parts: object) -> None:
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.count("fpo-mlx: ") == 1, result.stderr
+    for part in parts:
+        assert str(part) in result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("size", [0, 1200])
+def test_a_full_disk_is_a_plain_error_and_damages_nothing(place, tmp_path, command, size):
+    out = tmp_path / "stage" / "out"
+    older(command, place, out)
+    before = tree(tmp_path / "stage")
+    with files_end_at(size):
+        result = run(*words_of(command, place, out))
+    plain(result, "cannot be written", "What was there is untouched")
+    after = tree(tmp_path / "stage")
+    if command == "train":  # a new run has begun: the older one's log and checkpoints are gone
+        assert after.items() <= before.items() | tree(out.parent).items()
+        assert not [name for name in after if ".tmp" in name or "lock" in name]
+        assert "out/adapters.safetensors" not in after or (
+            after["out/adapters.safetensors"] == before["out/adapters.safetensors"]
+        )
+    else:
+        assert after == before
+    again = run(*words_of(command, place, out))
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_place_below_a_file_is_a_plain_error(place, tmp_path, command):
+    (tmp_path / "file").write_text("kept")
+    result = run(*words_of(command, place, tmp_path / "file" / "out"))
+    plain(result, tmp_path / "file" / "out", "cannot be written: ", "Name another place")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_read_only_place_is_a_plain_error(place, tmp_path, command, monkeypatch):
+    forbidden, mkdir = tmp_path / "ro", Path.mkdir
+
+    def refuse(self: Path, *args, **kwargs):
+        if self == forbidden or forbidden in self.parents:
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    result = run(*words_of(command, place, forbidden / "out"))
+    plain(result, "cannot be written: Read-only file system", "Name another place")
+    assert not forbidden.exists()
+
+
+LOCKS = {"precompute": "out/writer.lock", "train": "out/train.lock"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_second_process_is_refused_with_the_first_ones_name(place, tmp_path, command):
+    out = tmp_path / "stage" / "out"
+    older(command, place, out)
+    lock = tmp_path / "stage" / LOCKS.get(command, ".out.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with locks.held(lock, out):
+        before = tree(tmp_path / "stage")
+        result = run(*words_of(command, place, out))
+        assert tree(tmp_path / "stage") == before
+    plain(result, f"{out} is being written by pid ", "Wait for it to end")
+
+
+@pytest.mark.parametrize("failure", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_a_failed_write_names_the_file_and_the_way_out(tmp_path, monkeypatch, failure):
+    path = tmp_path / "a.json"
+    files.write_json(path, 1)
+
+    def refuse(_: int) -> None:
+        raise OSError(failure, "no")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    with pytest.raises(FpoError, match=r"a\.json cannot be written: .* is untouched\. \w+"):
+        files.write_json(path, 2)
+    assert json.loads(path.read_text()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_any_other_error_in_the_block_stays_what_it_is(tmp_path):
+    with pytest.raises(KeyError), files.atomic_path(tmp_path / "a"):
+        raise KeyError("mine")
+    with pytest.raises(FileNotFoundError), files.atomic_folder(tmp_path / "b") as folder:
+        (folder / "absent").read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_swapped_in_one_step_and_killed_writers_leavings_go(tmp_path):
+    (tmp_path / ".tmp-7-out").mkdir()
+    (tmp_path / ".tmp-7-out.old").mkdir()
+    (tmp_path / ".tmp-7-other-out").mkdir()
+    for text in ("one", "two"):
+        with files.atomic_folder(tmp_path / "out") as folder:
+            (folder / text).write_text(text)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["two"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-7-other-out", "out"]
+
+
+def test_without_the_swap_of_the_system_it_is_two_renames(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    for text in ("one", "two"):
+        with files.atomic_folder(tmp_path / "out") as folder:
+            (folder / text).write_text(text)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

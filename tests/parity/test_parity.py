@@ -1,0 +1,201 @@
+"""The product against the independent float64 oracle: scores, losses, gradients of every preset."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import oracle
+import pytest
+import tiny_models
+from gradients import losses_and_grads  # noqa: E402, F401
+
+from fpo_mlx.config import PRESETS, Objective
+from fpo_mlx.records import Site
+
+mx = pytest.importorskip("mlx.core")
+nn = pytest.importorskip("mlx.nn")
+
+from helpers import K, random_pairs, random_sae, scorer_with_lora  # noqa: E402
+
+from fpo_mlx.model import adapters  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    makers = {"llama": tiny_models.tiny_llama, "gemma2": tiny_models.tiny_gemma2}
+    return {name: make(root / name) for name, make in makers.items()}
+
+
+CASES = [(name, {}, "topk") for name in PRESETS]
+CASES += [("fpo", {}, kind) for kind in ("relu", "jumprelu", "gated", "abstopk", "groupmax")]
+CASES += [
+    ("fpo", {"stop_gradient": False}, "jumprelu"),
+    ("fpo", {"feature_scale": "reference"}, "topk"),
+    ("fpo", {"constraint": "activations"}, "identity"),
+    ("fpo", {"length_normalize": False}, "relu"),
+    ("fpo", {"margin": "constant", "gamma": 0.3}, "relu"),
+    ("dpo", {"constraint": "kl", "alpha": 0.7}, "relu"),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(("preset", "changes", "activation"), CASES)
+def test_losses_and_every_gradient_equal_the_oracle(folders, family, preset, changes, activation):
+    objective = Objective(**{**PRESETS[preset], "top_k": K, **changes})
+    sae = random_sae(activation, 32, Site(1))
+    saes = [sae] if objective.pooled else []
+    pairs = random_pairs([(9, 5, 8), (4, 7, 3), (1, 4, 4)])
+    scorer, values = scorer_with_lora(folders[family], objective, saes)
+    (losses, u, chosen, rejected), measures, grads = losses_and_grads(scorer, values, pairs)
+
+    setup = oracle.Setup(
+        normalize=objective.length_normalize, margin=objective.margin, k=K,
+        constraint=objective.constraint, stop_gradient=objective.stop_gradient,
+        beta=objective.beta, alpha=objective.alpha, gamma=objective.gamma,
+        feature_scale=objective.feature_scale,
+    )  # fmt: skip
+    model = oracle.load_oracle(folders[family])
+    lora = oracle.attach_lora(model, values, scale=2.0)
+    want, want_grads = oracle.loss_and_grads(model, lora, pairs, setup, taps=saes)
+
+    def column(name):
+        return np.array([row[name] for row in want])
+
+    np.testing.assert_allclose(u, column("u"), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(losses, column("loss"), rtol=1e-4)
+    np.testing.assert_allclose(chosen, column("rewards/chosen"), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rejected, column("rewards/rejected"), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.array(measures.logps)[0], column("logps/chosen"), rtol=1e-4)
+    if objective.constraint == "kl":
+        np.testing.assert_allclose(np.array(measures.kl)[1], column("kl/rejected"), rtol=1e-3)
+    assert set(grads) == set(want_grads)
+    for name, got in grads.items():
+        size = np.abs(want_grads[name]).max()
+        np.testing.assert_allclose(got, want_grads[name], rtol=1e-3, atol=1e-3 * size, err_msg=name)
+    assert max(np.abs(g).max() for g in grads.values()) > 1e-5
+
+
+@pytest.mark.parametrize("scale", ["raw", "reference"])
+def test_two_saes_of_different_scale_count_as_the_oracle_says(folders, scale):
+    """Scaled, each D is over its own SAE's scale before the mean is taken."""
+    small, large = random_sae("topk", 32, Site(1)), random_sae("relu", 32, Site(2), seed=4)
+    large = dataclasses.replace(large, act_scale=np.full(large.n_features, 30.0, np.float32))
+    objective = Objective(top_k=K, feature_scale=scale)
+    pairs = random_pairs([(9, 5, 8), (4, 7, 3)])
+    scorer, values = scorer_with_lora(folders["llama"], objective, [small, large])
+    (_, u, *_), _, grads = losses_and_grads(scorer, values, pairs)
+    model = oracle.load_oracle(folders["llama"])
+    lora = oracle.attach_lora(model, values, scale=2.0)
+    setup = oracle.Setup(k=K, feature_scale=scale)
+    want, want_grads = oracle.loss_and_grads(model, lora, pairs, setup, taps=[small, large])
+    np.testing.assert_allclose(u, [row["u"] for row in want], rtol=1e-4, atol=1e-5)
+    for name, got in grads.items():
+        size = np.abs(want_grads[name]).max()
+        np.testing.assert_allclose(got, want_grads[name], rtol=1e-3, atol=1e-3 * size, err_msg=name)
+
+
+def test_oracle_rows_sanity_different_lora_gives_different_losses(folders):
+    """Guards the comparison itself: were the LoRA values not in force, u would be 0."""
+    scorer, values = scorer_with_lora(
+        folders["llama"], Objective(top_k=K), [random_sae("topk", 32, Site(1))]
+    )
+    pairs = random_pairs([(5, 6, 4)])
+    (_, u, *_), _, _ = losses_and_grads(scorer, values, pairs)
+    assert abs(float(u[0])) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_step_zero_is_the_closed_form_and_has_a_gradient(folders, family, preset):
+    """policy = reference: u = 0 (or -gamma with the constant margin) and D = 0."""
+    objective = Objective(**{**PRESETS[preset], "top_k": K})
+    saes = [random_sae("topk", 32, Site(1))] if objective.pooled else []
+    pairs = random_pairs([(9, 5, 8), (4, 7, 3)])
+    scorer, _ = scorer_with_lora(folders[family], objective, saes)
+    fresh = {k: np.array(v) for k, v in adapters.parameters(scorer.policy.model)}
+    (losses, u, *_), measures, grads = losses_and_grads(scorer, fresh, pairs)
+    if objective.margin == "reference":
+        np.testing.assert_allclose(losses, np.log(2), atol=1e-6)
+        np.testing.assert_allclose(u, 0, atol=1e-5)
+    else:
+        logps, lengths = np.array(measures.logps), np.array(measures.lengths)
+        gap = (logps / lengths)[0] - (logps / lengths)[1]
+        np.testing.assert_allclose(u, objective.beta * gap - objective.gamma, rtol=1e-5)
+    if measures.distances is not None:
+        np.testing.assert_allclose(np.array(measures.distances), 0, atol=1e-10)
+    assert max(np.abs(g).max() for k, g in grads.items() if k.endswith("lora_b")) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("preset", ["fpo", "tdpo2"])
+def test_prompt_once_equals_whole_sequences(folders, family, grad_checkpoint, preset):
+    """Loss and all gradients, to float32 rounding; gradient checkpointing changes nothing."""
+    objective = Objective(**{**PRESETS[preset], "top_k": K})
+    saes = [random_sae("jumprelu", 32, Site(1))] if objective.pooled else []
+    pairs = random_pairs([(12, 5, 8), (3, 7, 7), (1, 4, 2)])
+    results = []
+    for share in (True, False):
+        scorer, values = scorer_with_lora(
+            folders[family], objective, saes, share_prompt=share,
+            grad_checkpoint=grad_checkpoint and share,
+        )  # fmt: skip
+        assert scorer.policy.shares_prompt is share
+        results.append(losses_and_grads(scorer, values, pairs))
+    (once, _, grads), (plain, _, plain_grads) = results
+    np.testing.assert_allclose(once[0], plain[0], rtol=1e-5)
+    for name, got in grads.items():
+        size = np.abs(plain_grads[name]).max()
+        np.testing.assert_allclose(got, plain_grads[name], atol=1e-5 * size, err_msg=name)
+
+
+def test_objective_fields_are_all_compared_here():
+    """A new field of Objective must be added to the comparison above.
+
+    feature_weights has its own, in test_feature_weights.py.
+    """
+    names = {f.name for f in dataclasses.fields(Objective)}
+    assert names == {
+        "beta", "alpha", "gamma", "length_normalize", "margin", "constraint", "stop_gradient",
+        "top_k", "feature_scale", "feature_weights",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_eight_pairs_agree_with_the_oracle_in_every_number(folders, family):
+    """Log-probs, pooled features, D, u and loss, to 1e-4 relative."""
+    sizes = [
+        (9, 5, 8),
+        (4, 7, 3),
+        (1, 4, 4),
+        (12, 2, 9),
+        (3, 3, 1),
+        (6, 11, 5),
+        (2, 8, 8),
+        (7, 1, 6),
+    ]
+    pairs, sae = random_pairs(sizes, seed=5), random_sae("jumprelu", 32, Site(1))
+    scorer, values = scorer_with_lora(folders[family], Objective(top_k=K), [sae])
+    refs = scorer.reference(pairs)
+    (losses, u, _, _), measures, _ = losses_and_grads(scorer, values, pairs)
+    model = oracle.load_oracle(folders[family])
+    lora = oracle.attach_lora(model, values, scale=2.0)
+    want, _ = oracle.loss_and_grads(model, lora, pairs, oracle.Setup(k=K), taps=[sae])
+    for i, side in enumerate(("chosen", "rejected")):
+        for name, got in (("logps", measures.logps), ("features", measures.distances)):
+            np.testing.assert_allclose(
+                np.array(got)[i], [row[f"{name}/{side}"] for row in want], rtol=1e-4, atol=1e-7
+            )
+    np.testing.assert_allclose(u, [row["u"] for row in want], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(losses, [row["loss"] for row in want], rtol=1e-4)
+    with oracle.adapters_off(model):
+        for pair, ref in zip(pairs, refs, strict=True):
+            for response, score in zip(pair.responses, ref, strict=True):
+                truth = oracle.score_response(model, pair.prompt, response, [sae])
+                pooled = truth.pooled[0].detach().numpy()
+                np.testing.assert_allclose(score.logps, float(truth.logps), rtol=1e-4)
+                np.testing.assert_allclose(
+                    score.features[0].to_dense(sae.n_features), pooled, atol=1e-4 * pooled.max()
+                )

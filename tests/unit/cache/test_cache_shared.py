@@ -1,0 +1,187 @@
+"""Several processes fill one cache: the same bytes as one, whoever dies when."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import threading
+from pathlib import Path
+
+import pytest
+from cached import IDENTITY, Scorer, filled, folder_bytes, make_pairs, shared_rows
+
+from fpo_mlx import cache as rc
+from fpo_mlx.errors import ConfigError, FpoError
+from fpo_mlx.machine.processes import Share, find_share, is_first
+
+
+class Dead(Exception):
+    """Raised in the place of waiting: the others will never come."""
+
+
+def no_wait(_: float) -> None:
+    raise Dead
+
+
+def run(folder: Path, pairs, rank: int, world: int, scorer=None, pause=no_wait):
+    return rc.fill_shared(
+        folder,
+        IDENTITY,
+        pairs,
+        scorer or Scorer(),
+        rank=rank,
+        world=world,
+        shard_pairs=2,
+        pause=pause,
+    )
+
+
+def run_all(folder: Path, pairs, world: int) -> list[Scorer]:
+    """Ranks one after the other, rank 0 last: it finds all parts done."""
+    scorers = [Scorer() for _ in range(world)]
+    for rank in reversed(range(1, world)):
+        with pytest.raises(Dead):  # waits for rank 0 to join the parts
+            run(folder, pairs, rank, world, scorers[rank])
+    run(folder, pairs, 0, world, scorers[0])
+    return scorers
+
+
+@pytest.mark.parametrize("world", [2, 3, 9])
+@pytest.mark.parametrize("pairs", [make_pairs(11), shared_rows()], ids=["plain", "shared rows"])
+def test_many_processes_write_the_bytes_of_one(tmp_path, pairs, world):
+    filled(tmp_path / "one", pairs, shard_pairs=2)
+    scorers = run_all(tmp_path / "many", pairs, world)
+    assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
+    groups = [len(scorer.groups) for scorer in scorers]
+    assert sum(groups) == len(list((tmp_path / "one").glob("rows-*")))
+    assert max(groups) - min(groups) <= 1
+
+
+def test_threads_that_run_at_once_and_wait_for_each_other(tmp_path):
+    pairs = make_pairs(13)
+    filled(tmp_path / "one", pairs, shard_pairs=2)
+    gate = threading.Event()
+
+    def work(rank):
+        run(tmp_path / "many", pairs, rank, 3, pause=lambda _: gate.wait(0.01))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
+
+
+def in_process(folder: Path, rank: int) -> None:
+    rc.fill_shared(folder, IDENTITY, make_pairs(9), Scorer(), rank=rank, world=2, shard_pairs=2)
+
+
+def test_two_real_processes(tmp_path):
+    filled(tmp_path / "one", make_pairs(9), shard_pairs=2)
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=in_process, args=(tmp_path / "two", rank)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(timeout=60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "one")
+
+
+@pytest.mark.parametrize("kill", [0, 1, 2])
+@pytest.mark.parametrize("world_after", [1, 2, 3])
+def test_a_killed_run_goes_on_with_any_number_of_processes(tmp_path, kill, world_after):
+    pairs = make_pairs(12)
+    filled(tmp_path / "one", pairs, shard_pairs=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "many", pairs, 1, 2, Scorer(kill))
+    scorers = run_all(tmp_path / "many", pairs, world_after)
+    assert sum(len(scorer.groups) for scorer in scorers) == 6 - kill  # nothing is scored twice
+    assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
+
+
+@pytest.mark.parametrize("adopted", [0, 1, 3])
+def test_a_kill_while_the_parts_are_joined_loses_nothing(tmp_path, monkeypatch, adopted):
+    pairs = make_pairs(12)
+    filled(tmp_path / "one", pairs, shard_pairs=2)
+    with pytest.raises(Dead):
+        run(tmp_path / "many", pairs, 1, 2)
+    real, left = rc.ReferenceCache.adopt, [adopted]
+
+    def dying(self, shard, identity):
+        if self.folder == tmp_path / "many":
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        return real(self, shard, identity)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rc.ReferenceCache, "adopt", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "many", pairs, 0, 2)
+    assert len(rc.open_cache(tmp_path / "many", IDENTITY)) == 4 * adopted
+    scorers = run_all(tmp_path / "many", pairs, 2)
+    assert all(not scorer.groups for scorer in scorers)
+    assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
+
+
+def test_nothing_is_joined_before_all_parts_are_whole(tmp_path):
+    """Else a process that begins late would find another plan, and deal the groups otherwise."""
+    pairs = make_pairs(12)
+    filled(tmp_path / "one", pairs, shard_pairs=2)
+    for rank in (0, 1):
+        with pytest.raises(Dead):
+            run(tmp_path / "many", pairs, rank, 2)
+        assert len(rc.open_cache(tmp_path / "many", IDENTITY)) == 0
+    run(tmp_path / "many", pairs, 0, 2)
+    assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
+
+
+def test_a_whole_cache_is_left_as_it_is(tmp_path):
+    pairs = make_pairs(6)
+    filled(tmp_path, pairs, shard_pairs=2)
+    before = folder_bytes(tmp_path)
+    for rank in (0, 1):
+        assert run(tmp_path, pairs, rank, 2).rows == 0
+    assert folder_bytes(tmp_path) == before
+
+
+def test_a_rank_that_cannot_be_is_refused(tmp_path):
+    with pytest.raises(FpoError, match="rank 2 of 2"):
+        run(tmp_path, [], 2, 2)
+
+
+def test_the_share_is_what_the_launcher_says(tmp_path):
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([["127.0.0.1:1"], ["127.0.0.1:2"], ["127.0.0.1:3"]]))
+    assert find_share({}) == Share(0, 1)
+    assert find_share({"RANK": "3", "WORLD_SIZE": "4"}) == Share(3, 4)
+    assert find_share({"MLX_RANK": "2", "MLX_HOSTFILE": str(hosts)}) == Share(2, 3)
+    assert find_share({"MLX_RANK": "1", "MLX_WORLD_SIZE": "2"}) == Share(1, 2)
+    mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "8"}
+    assert find_share(mpi) == Share(1, 8)
+    assert find_share({"RANK": "5"}) == Share(0, 1)  # of something else
+    hosts.write_text("\n")  # what mlx.launch -n 1 writes
+    assert find_share({"MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)}) == Share(0, 1)
+
+
+def test_only_the_first_process_speaks():
+    assert [is_first({"RANK": str(rank), "WORLD_SIZE": "3"}) for rank in range(3)] == [1, 0, 0]
+    assert is_first({})
+    assert is_first({"MLX_RANK": "x"})  # the error is said where the share is needed
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"MLX_RANK": "1"},
+        {"MLX_RANK": "0", "MLX_HOSTFILE": "/nowhere/hosts.json"},
+    ],
+)
+def test_a_launcher_that_makes_no_sense_is_refused(environment):
+    with pytest.raises(ConfigError, match="Start with torchrun or mlx.launch"):
+        find_share(environment)

@@ -1,0 +1,302 @@
+"""Evaluation as a user gets it: against the oracle, tables of several adapters, sampled answers."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+
+mx = pytest.importorskip("mlx.core")
+torch = pytest.importorskip("torch")
+
+import oracle  # noqa: E402
+from command_line import ROWS, random_sae, refused, run, usual  # noqa: E402
+from evaluated import K, adapter, own_cache, place  # noqa: E402, F401
+
+from fpo_mlx.config import Sampling  # noqa: E402
+from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
+from fpo_mlx.judge import sampling  # noqa: E402
+from fpo_mlx.judge.evaluate import EvalReport, EvalTable, bootstrap_interval  # noqa: E402
+from fpo_mlx.judge.sampling import distinct_n, entropy, sample  # noqa: E402
+from fpo_mlx.model import adapters  # noqa: E402
+from fpo_mlx.model.load import load_model  # noqa: E402
+from fpo_mlx.records import TokenPair  # noqa: E402
+
+
+def judge(place, *words, out):
+    flags = ["--split", "valid", "--top-k", K, "--max-tokens", 7, "--samples", 3, "--json", out]
+    done = run("evaluate", *usual(place), *flags, *words)
+    assert done.exit_code == 0, done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_kl_entropy_and_d_of_the_json_equal_the_oracle(place, tmp_path, temperature):
+    """Issue 7, must show 1: 1e-3 relative, from the command line on."""
+    words = ["--adapter-path", place / "one", "--temp", temperature]
+    got, _ = judge(place, *words, out=tmp_path / "e.json")
+    sae, tokenizer = random_sae(tiny_models.HIDDEN), load_tokenizer(place / "model")
+    model = oracle.load_oracle(place / "model")
+    values = {k: np.array(v) for k, v in mx.load(str(place / "one" / adapters.WEIGHTS)).items()}
+    lora = oracle.attach_lora(model, values, scale=2.0)
+    pairs = []
+    for i, row in enumerate(ROWS):
+        begin = [{"role": "user", "content": row["prompt"]}]
+        prompt = tokenizer.prompt_tokens(begin)
+        whole = [
+            tokenizer.conversation_tokens([*begin, {"role": "assistant", "content": row[side]}])
+            for side in ("chosen", "rejected")
+        ]
+        responses = [np.array(tokens[len(prompt) :]) for tokens in whole]
+        pairs.append(TokenPair(np.array(prompt), *responses, i))
+    want, _ = oracle.loss_and_grads(model, lora, pairs, oracle.Setup(k=K), taps=[sae])
+    for side in ("chosen", "rejected"):
+        for theirs, ours in (("kl", "kl"), ("features", "feature_mse")):
+            wanted = np.array([row[f"{theirs}/{side}"] for row in want])
+            found = np.array([pair[side][ours] for pair in got["pairs"]])
+            assert wanted.min() > 1e-4
+            np.testing.assert_allclose(found, wanted, rtol=1e-3)
+            name = f"{theirs}/{side}"
+            assert got["summary"][name] == pytest.approx(wanted.mean(), rel=1e-3)
+    total = tokens = 0.0
+    assert len(got["answers"]) == 3
+    for answer in got["answers"]:
+        ids = answer["prompt_ids"] + answer["ids"]
+        with torch.no_grad():
+            _, logits = oracle.hidden_and_logits(model, ids[:-1])
+        logps = torch.log_softmax(logits[len(answer["prompt_ids"]) - 1 :] / temperature, dim=-1)
+        wanted = -(logps.exp() * logps).sum(-1).numpy()
+        np.testing.assert_allclose(answer["entropies"], wanted, rtol=1e-3)
+        total, tokens = total + wanted.sum(), tokens + len(wanted)
+    assert got["summary"]["answers/entropy"] == pytest.approx(total / tokens, rel=1e-3)
+
+
+def test_the_perplexity_is_of_the_mean_over_tokens(place, tmp_path):
+    got, _ = judge(place, "--adapter-path", place / "one", out=tmp_path / "e.json")
+    sides = [pair["chosen"] for pair in got["pairs"]]
+    mean = sum(side["logp"] for side in sides) / sum(side["tokens"] for side in sides)
+    assert got["summary"]["perplexity/chosen"] == pytest.approx(np.exp(-mean))
+    ref = sum(side["ref_logp"] for side in sides) / sum(side["tokens"] for side in sides)
+    assert got["base"]["summary"]["perplexity/chosen"] == pytest.approx(np.exp(-ref))
+
+
+def test_the_base_of_the_table_is_the_base_judged_alone(place, tmp_path):
+    alone, text = judge(place, out=tmp_path / "a.json")
+    assert "rewards/accuracies" in text
+    table, _ = judge(place, "--adapter-path", place / "one", out=tmp_path / "b.json")
+    for name, value in table["base"]["summary"].items():
+        wanted = alone["summary"][name]
+        assert value == (wanted and pytest.approx(wanted, rel=1e-4, abs=1e-5)), name
+    assert alone["summary"]["rewards/accuracies"] == 0  # margins of rounding's size win no pair
+    assert alone["answers"] == table["base"]["answers"]  # the adapter is taken out, then put back
+    assert table["answers"] != table["base"]["answers"]
+    assert "base" not in alone
+
+
+def test_several_adapters_make_one_table_and_each_is_what_it_is_alone(place, tmp_path):
+    paths = ["--adapter-path", place / "one", "--adapter-path", place / "two"]
+    got, text = judge(place, *paths, "--csv", tmp_path / "t.csv", out=tmp_path / "a.json")
+    first = text.splitlines()[0].split()
+    assert first == ["base", str(place / "one"), str(place / "two")]
+    assert "[" in next(line for line in text.splitlines() if line.startswith("kl/margin"))
+    assert [a["adapter_path"] for a in got["adapters"]] == first[1:]
+    alone, _ = judge(place, "--adapter-path", place / "two", out=tmp_path / "b.json")
+    assert got["adapters"][1]["summary"] == alone["summary"]
+    assert got["adapters"][1]["answers"] == alone["answers"]
+    with open(tmp_path / "t.csv") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [row["model"] for row in rows] == first
+    kl = alone["summary"]["kl/margin/ci95"]
+    assert [float(rows[2][f"kl/margin/ci95/{end}"]) for end in ("low", "high")] == kl
+
+
+def test_a_result_names_its_adapter_and_one_called_base_does_not_hide_the_base(place, tmp_path):
+    one, _ = judge(place, "--adapter-path", place / "one", out=tmp_path / "a.json")
+    assert one["adapter_path"] == str(place / "one")
+    assert judge(place, out=tmp_path / "b.json")[0]["adapter_path"] is None
+    table = EvalTable({"base": EvalReport({"n": 1}, [])}, EvalReport({"n": 2}, []))
+    assert [(r["model"], r["n"]) for r in table.rows()] == [("base", 2), ("./base", 1)]
+
+
+def test_strata_by_length_cover_every_pair_once(place, tmp_path):
+    got, _ = judge(place, "--adapter-path", place / "one", out=tmp_path / "e.json")
+    summary, names = got["summary"], ("short", "middle", "long")
+    assert sum(summary[f"n/{name}"] for name in names) == len(ROWS)
+    parts = [summary[f"policy_accuracy/{n}"] for n in names if summary[f"n/{n}"]]
+    sizes = [summary[f"n/{n}"] for n in names if summary[f"n/{n}"]]
+    assert np.average(parts, weights=sizes) == pytest.approx(summary["policy_accuracy"])
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(300):
+        low, high = bootstrap_interval(rng.normal(size=60))
+        hits += low <= 0 <= high
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_a_weighted_interval_is_of_the_weighted_mean():
+    values, weights = np.array([1.0, 5.0]), np.array([3.0, 1.0])
+    low, high = bootstrap_interval(values, weights=weights)
+    assert (low, high) == (1.0, 5.0)  # all draws of one of them
+    low, high = bootstrap_interval(np.repeat(values, 500), weights=np.repeat(weights, 500))
+    assert low < 2.0 < high
+    assert high - low < 0.3
+
+
+# Sampled answers ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(place):
+    return load_model(place / "model").model
+
+
+PROMPTS = [np.array([5, 9, 11], np.int32), np.array([7, 30], np.int32)]
+
+
+def ids(model, settings, prompts=PROMPTS, end=()):
+    return [answer.tokens.tolist() for answer in sample(model, prompts, settings, end)]
+
+
+def test_equal_seeds_give_equal_answers_and_others_do_not(model):
+    once = ids(model, Sampling(12))
+    assert once == ids(model, Sampling(12))
+    assert once != ids(model, Sampling(12, seed=1))
+    assert [a[:5] for a in once] == ids(model, Sampling(5))  # no shorter because more was asked
+    assert ids(model, Sampling(12), PROMPTS[:1]) == once[:1]
+
+
+@pytest.mark.parametrize("temp", [0.0, 1.0])
+def test_prompts_sampled_together_give_the_answers_of_each_alone(model, monkeypatch, temp):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(5, 60, size=n).astype(np.int32) for n in (3, 9, 1, 17, 4)]
+    settings = Sampling(12, temp=temp)
+    end = {ids(model, settings, prompts)[1][6]}  # one ends early, and leaves the batch
+    monkeypatch.setattr(sampling, "BATCH", 3)  # a whole group and the rest
+    together = list(sampling.sample(model, prompts, settings, end))
+    monkeypatch.setattr(sampling, "_batches", lambda model: False)
+    alone = list(sampling.sample(model, prompts, settings, end))
+    assert len({len(answer.tokens) for answer in alone}) > 1
+    for a, b in zip(together, alone, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert a.finished == b.finished
+        np.testing.assert_allclose(a.entropies, b.entropies, atol=1e-4)
+        np.testing.assert_array_equal(a.prompt, b.prompt)
+
+
+def test_sampling_leaves_the_random_state_alone(model):
+    mx.random.seed(4)
+    want = mx.random.uniform(shape=(3,)).tolist()
+    mx.random.seed(4)
+    ids(model, Sampling(4))
+    assert mx.random.uniform(shape=(3,)).tolist() == want
+
+
+def test_temperature_zero_takes_the_likeliest_token(model):
+    (tokens,) = ids(model, Sampling(4, temp=0), PROMPTS[:1])
+    context = PROMPTS[0].tolist()
+    for token in tokens:
+        assert token == int(mx.argmax(model(mx.array([context]))[0, -1]))
+        context.append(token)
+
+
+def test_answers_end_at_an_end_of_turn(model):
+    whole = ids(model, Sampling(12))[0]
+    end = whole[4]
+    (answer,) = sample(model, PROMPTS[:1], Sampling(12), {end})
+    assert answer.tokens.tolist() == whole[: whole.index(end) + 1]
+    assert answer.finished
+    assert len(answer.entropies) == len(answer.tokens)
+
+
+def test_tokens_are_drawn_from_the_models_distribution(model):
+    """One position, many prompts' noise: frequencies of the likeliest tokens within 5 sigma."""
+    n = 200
+    first = [a[0] for a in ids(model, Sampling(1, temp=0.8), [PROMPTS[0]] * n)]
+    p = np.array(mx.softmax(model(mx.array(PROMPTS[0][None]))[0, -1] / 0.8))
+    for token in np.argsort(-p)[:5]:
+        sigma = (p[token] * (1 - p[token]) / n) ** 0.5
+        assert abs(first.count(int(token)) / n - p[token]) < 5 * sigma + 1e-9
+
+
+def test_the_entropy_by_hand():
+    got = entropy(mx.array([[0.0, 0.0, 0.0, 0.0], [0.0, -np.inf, 0.0, -np.inf], [9e4, 0, 0, 0]]))
+    np.testing.assert_allclose(np.array(got), [np.log(4), np.log(2), 0], atol=1e-6)
+
+
+def test_distinct_n_by_hand():
+    answers = [[1, 2, 1, 2], [2, 1]]
+    assert distinct_n(answers, 1) == 2 / 6
+    assert distinct_n(answers, 2) == 2 / 4  # (1, 2) twice, (2, 1) twice
+    assert distinct_n(answers, 3) == 1.0
+    assert distinct_n(answers, 5) is None
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--temp", "-1"], ("--temp -1",)),
+        (["--temp", "nan"], ("--temp nan",)),
+        (["--max-tokens", "0"], ("--max-tokens 0",)),
+        (["--seed", "-3"], ("--seed -3",)),
+        (["--samples", "-1"], ("--samples",)),
+    ],
+)
+def test_a_sampling_setting_out_of_range_is_a_usage_error(place, words, parts):
+    refused(run("evaluate", *usual(place), "--split", "valid", *words), 2, *parts)
+
+
+def test_an_adapter_that_is_none_is_refused_before_the_long_part(place, tmp_path):
+    words = ["--adapter-path", place / "one", "--adapter-path", place / "data"]
+    out = ["--json", tmp_path / "e.json"]
+    result = run("evaluate", *usual(place), "--split", "valid", *words, *out)
+    refused(result, 1, place / "data", "adapter_config.json")
+    assert "judging" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_out_of_range_are_refused_by_every_command_that_takes_them(place, tmp_path):
+    (tmp_path / "w.json").write_text('{"48": 1}')
+    weights = ["--feature-weights", tmp_path / "w.json"]
+    data = usual(place, data=place / "data" / "valid.jsonl")
+    for words in (["train", *data, "--adapter-path", tmp_path / "out"], ["evaluate", *data]):
+        refused(run(*words, *weights), 2, "feature 48", "0 to 47")
+    without = usual(place, sae=None, data=place / "data" / "valid.jsonl")
+    refused(run("evaluate", *without, *weights), 2, "no SAE features")
+    assert [p.name for p in tmp_path.iterdir()] == ["w.json"]
+
+
+def test_weights_change_the_d_that_is_reported(place, tmp_path):
+    (tmp_path / "w.json").write_text(json.dumps(dict.fromkeys(map(str, range(48)), 0)))
+    words = ["--adapter-path", place / "one", "--samples", 0]
+    plain, _ = judge(place, *words, out=tmp_path / "a.json")
+    words += ["--feature-weights", tmp_path / "w.json"]
+    zero, _ = judge(place, *words, out=tmp_path / "b.json")
+    assert plain["summary"]["features/chosen"] > 0
+    assert zero["summary"]["features/chosen"] == 0
+    assert "answers" not in plain
+
+
+def test_a_run_keeps_its_weights_and_resumes_with_the_same_only(place, tmp_path):
+    (tmp_path / "w.json").write_text('{"7": 2.0}')
+    (tmp_path / "other.csv").write_text("feature,weight\n7,3\n")
+    (tmp_path / "same.csv").write_text("feature,weight\n7,2\n")
+    flags = ["--top-k", K, "--batch-size", 1, "--num-layers", 1, "--adapter-path", tmp_path / "o"]
+    words = ["train", *usual(place, data=place / "data" / "valid.jsonl"), *flags]
+    first = run(*words, "--iters", 1, "--feature-weights", tmp_path / "w.json")
+    assert first.exit_code == 0, first.stderr
+    record = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert record["settings"]["feature_weights"] == str(tmp_path / "w.json")
+    assert len(record["fingerprints"]["named_features"]) == 64
+    again = [*words, "--iters", 2, "--resume", "--feature-weights"]
+    refused(run(*again, tmp_path / "other.csv"), 2, "fingerprints.named_features")
+    refused(run(*words, "--iters", 2, "--resume"), 2, "fingerprints.named_features")
+    done = run(*again, tmp_path / "same.csv")
+    assert done.exit_code == 0, done.stderr

@@ -1,0 +1,231 @@
+"""Predictions: counted by hand on one small shape, and what must hold for every shape."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny_models
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fpo_mlx.machine import memory
+from fpo_mlx.machine.memory import Case, Lengths, ModelShape, Pass, SaeShape, Setup, Tiles
+
+MODEL = ModelShape(
+    blocks=30, hidden=576, heads=9, kv_heads=3, head_dim=64, inner=1536, vocab=49152,
+    weights=538_060_032, block_parameters=3_538_944, value_bytes=4,
+)  # fmt: skip
+SETUP = Setup(14, 29, 1_302_528, micro_batch_size=1, batch_size=1)
+TILES = Tiles(2048, 1024, 1 << 21)
+SAE = SaeShape(4096, 576)
+PAIR = Lengths(256, 90, 70)
+CASE = Case(MODEL, (SAE,), SETUP, TILES, (PAIR,))
+
+
+def test_the_backbone_is_called_as_the_policy_calls_it():
+    """The prompt goes with the chosen response; the rejected one sees it and itself."""
+    assert memory.passes(PAIR, share_prompt=True) == [Pass(1, 345, 345), Pass(1, 70, 325)]
+    apart = memory.passes(Lengths(76, 154, 77), share_prompt=True)
+    assert apart == [Pass(1, 229, 229), Pass(1, 77, 152)]
+    assert memory.passes(PAIR, share_prompt=False) == [Pass(2, 345, 345)]
+    assert memory.passes(Lengths(1, 4, 4), share_prompt=True) == [Pass(1, 4, 4)] * 2
+
+
+@pytest.mark.parametrize(
+    ("pair", "again", "micro", "measured"),
+    [
+        (Lengths(256, 90, 70), False, 1, 975.4e6),
+        (Lengths(76, 154, 77), False, 1, 840.7e6),
+        (Lengths(512, 256, 256), False, 1, 1753.4e6),
+        (Lengths(256, 90, 70), True, 1, 650.7e6),
+        (Lengths(76, 154, 77), True, 1, 621.3e6),
+        (Lengths(512, 256, 256), True, 1, 780.9e6),
+        (Lengths(76, 154, 77), True, 2, 656.3e6),
+    ],
+)
+def test_peaks_that_were_measured_are_predicted_within_15_percent(pair, again, micro, measured):
+    """SmolLM2-135M in float32, LoRA rank 8 on 16 blocks: scripts/bench/plan.py measured these."""
+    setup = replace(SETUP, grad_checkpoint=again, micro_batch_size=micro, batch_size=micro)
+    terms = memory.train_terms(MODEL, (SAE,), setup, TILES, pair)
+    assert memory.total(terms) == pytest.approx(measured, rel=0.15)
+
+
+def test_measured_peaks_of_tdpo2_a_wide_sae_and_precompute_are_predicted_too():
+    pair = Lengths(76, 154, 77)
+    kl = memory.train_terms(MODEL, (), replace(SETUP, kl=True), TILES, pair)
+    assert memory.total(kl) == pytest.approx(856.0e6, rel=0.15)
+    wide = memory.train_terms(MODEL, (SaeShape(65536, 576),), SETUP, TILES, PAIR)
+    assert memory.total(wide) == pytest.approx(1203.2e6, rel=0.15)
+    first = memory.precompute_terms(MODEL, (SaeShape(16384, 576),), TILES, Lengths(512, 256, 256))
+    assert memory.total(first) == pytest.approx(659.5e6, rel=0.15)
+
+
+def test_the_terms_that_need_no_constant_are_counted_by_hand():
+    terms = {term.name: term.bytes for term in CASE.terms()}
+    assert terms["model weights"] == 538_060_032
+    assert terms["SAE weights"] == 4 * 4096 * (576 + 2)
+    assert terms["adapters and optimizer"] == 4 * 1_302_528 * 4  # now, before, two moments
+    assert terms["gradients"] == 4 * 1_302_528
+    assert list(terms.values()) == sorted(terms.values(), reverse=True)
+
+
+LENGTHS = st.builds(
+    Lengths, st.integers(1, 3000), st.integers(1, 1000), st.integers(1, 1000)
+)  # fmt: skip
+
+
+@settings(max_examples=100)
+@given(LENGTHS, st.integers(1, 8), st.sampled_from(["adam", "sgd"]))
+def test_what_saves_memory_is_predicted_to_save_it(pair, micro, optimizer):
+    setup = replace(SETUP, micro_batch_size=micro, batch_size=8, optimizer=optimizer)
+    case = replace(CASE, setup=setup, lengths=(pair,))
+    more = replace(case, setup=replace(setup, micro_batch_size=micro + 1))
+    assert memory.total(case.terms()) <= more.peak
+    assert memory.fewer(case, 4).peak < case.peak
+    assert case.cut(64).peak <= case.peak
+    assert memory.total(memory.precompute_terms(MODEL, (SAE,), TILES, pair)) < case.peak
+
+
+def test_the_largest_settings_that_fit_do_fit_and_the_next_do_not():
+    case = replace(CASE, setup=replace(SETUP, batch_size=16))
+    most = memory.largest_micro_batch(case, 2e9)
+    peak = [
+        replace(case, setup=replace(case.setup, micro_batch_size=n)).peak for n in (most, most + 1)
+    ]
+    assert peak[0] <= 2e9 < peak[1]
+    assert memory.largest_micro_batch(case, 100e9) == 16  # no more than an update has
+    longest = memory.longest_sequence(CASE, 2e9)
+    peak = [
+        replace(CASE, lengths=(Lengths(n // 2, n - n // 2, n - n // 2),)).peak
+        for n in (longest, longest + 2)
+    ]
+    assert peak[0] <= 2e9 < peak[1]
+    assert memory.longest_sequence(CASE, 0.5e9) == 0  # not even the weights
+
+
+def test_advice_begins_with_what_changes_no_result():
+    case = replace(CASE, setup=replace(SETUP, micro_batch_size=4, batch_size=4))
+    names = [name for name, _ in memory.changes(case)]
+    assert names[0].startswith("--micro-batch-size 1")
+    assert names[1].startswith("--grad-checkpoint")
+    peaks = [way.peak for _, way in memory.changes(case)]
+    assert all(peak < case.peak for peak in peaks)
+
+
+def test_flops_are_two_a_weight_and_token_and_the_backward_as_many_from_the_adapters_on():
+    """One block, no attention to speak of: 100 weights, 3 tokens, 2 response rows."""
+    small = ModelShape(1, 2, 0, 0, 0, 4, 10, 0, 100, 4)
+    pair = Lengths(1, 1, 1)  # one token, twice
+    forward = memory.precompute_flops(small, (), pair)
+    assert forward == 2 * 100 * 2 + 2 * 2 * 2 * 10
+    setup = replace(SETUP, first_adapted=0, last_adapted=0)
+    assert memory.train_flops(small, (), setup, pair) == 2 * (2 * 100 * 2) + 2 * (2 * 2 * 2 * 10)
+    assert memory.seconds(memory.EFFICIENCY * 3e9, 1.5) == pytest.approx(2.0)
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    pytest.importorskip("mlx.core")
+    root = tmp_path_factory.mktemp("plan")
+    tiny_models.tiny_llama(root / "model", tokenizer=True)
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "Well, so it is."}
+    (root / "train.jsonl").write_text(json.dumps(row) + "\n")
+    return root
+
+
+def run(place, *words):
+    from fpo_mlx.cli import main
+
+    fixed = ["plan", "--model", place / "model", "--objective", "dpo", "--num-layers", "2"]
+    return CliRunner().invoke(main, [str(word) for word in (*fixed, *words)])
+
+
+def test_a_plan_says_what_fits_and_writes_it_down(place, tmp_path):
+    result = run(
+        place, "--data", place / "train.jsonl", "--memory-gb", 1, "--json", tmp_path / "p.json"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "train: peak" in result.stdout
+    assert "fits into 1.00 GB" in result.stdout
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert found["pairs"] == 1
+    assert found["train"]["fits"] is found["precompute"]["fits"] is True
+    assert sum(found["train"]["terms"].values()) == pytest.approx(
+        found["train"]["peak_bytes"], abs=9
+    )
+    weights = sum(f.stat().st_size for f in (place / "model").glob("*.safetensors"))
+    assert found["train"]["terms"]["model weights"] == pytest.approx(weights, rel=0.05)
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change(place):
+    result = run(place, "--memory-gb", 0.003, "--max-seq-length", 4096)
+    assert result.exit_code == 0, result.stderr
+    assert "DOES NOT FIT into 0.00 GB" in result.stdout
+    assert "and --max-seq-length 1024 (cuts what is longer)" in result.stdout
+    assert "nothing of this fits" in result.stdout
+    assert "a pair of 4096 tokens is assumed" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (("--memory-gb", "0"), 2, "--memory-gb 0: wanted more than 0"),
+        (("--objective", "fpo"), 2, "--sae is missing"),
+        (("--model", "/nowhere"), 1, "found no config.json"),
+    ],
+)
+def test_bad_inputs_of_plan_are_one_plain_message(place, words, code, text):
+    result = run(place, *words)
+    assert result.exit_code == code
+    assert text in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """Whose config.json has other names than everyone's."""
+    from command_line import ROWS, lines, random_sae
+
+    from fpo_mlx.sae.convert import write_saelens
+
+    root = tmp_path_factory.mktemp("gpt2")
+    tiny_models.tiny_gpt2(root / "model", tokenizer=True)
+    write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
+    lines(root / "data" / "train.jsonl", *ROWS)
+    return root
+
+
+@pytest.mark.parametrize("command", ["sae info", "plan", "precompute", "train"])
+def test_gpt2_goes_through_every_command(gpt2, tmp_path, monkeypatch, command):
+    from command_line import run, usual
+
+    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
+    words = {
+        "sae info": [gpt2 / "sae", "--model", gpt2 / "model"],
+        "plan": [*usual(gpt2), "--top-k", 5],
+        "precompute": [*usual(gpt2), "--output", tmp_path / "ref"],
+        "train": [*usual(gpt2), "--top-k", 5, "--iters", 1, "--adapter-path", tmp_path / "a"],
+    }[command]
+    done = run(*command.split(), *words)
+    assert done.exit_code == 0, done.stderr
+    assert done.exception is None
+
+
+def test_what_a_published_config_leaves_out_is_the_models_own_default(tmp_path):
+    """Gemma 3's has neither the vocabulary nor the heads, on either level."""
+    from fpo_mlx.model.load import load_model
+    from fpo_mlx.pipeline.plan import shape_of
+    from fpo_mlx.storage.hub import read_config
+
+    folder = tiny_models.tiny_gemma3(tmp_path / "model")
+    model, whole = load_model(folder).model, read_config(folder)
+    wanted = shape_of(model, whole, share_prompt=True)
+    left_out = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    config = {k: v for k, v in whole.items() if k not in left_out}
+    assert shape_of(model, config, share_prompt=True) == wanted

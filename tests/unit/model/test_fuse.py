@@ -1,0 +1,181 @@
+"""Fusing: the same model in one folder, or no folder at all."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+
+mx = pytest.importorskip("mlx.core")
+
+import mlx.nn as nn  # noqa: E402
+from helpers import SIZES, logits_of, open_trainer, random_pairs  # noqa: E402
+from mlx_lm import utils  # noqa: E402
+from quantised import quantised  # noqa: E402
+
+from fpo_mlx.errors import ConfigError, ModelError  # noqa: E402
+from fpo_mlx.model import adapters  # noqa: E402
+from fpo_mlx.model.fuse import fuse  # noqa: E402
+from fpo_mlx.model.load import read_model  # noqa: E402
+
+TOKENS = [5, 17, 250, 3, 99, 42]
+PAIRS = random_pairs(SIZES[:4])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(model folder, adapter folder) for every base and kind of adapter."""
+    root = tmp_path_factory.mktemp("fuse")
+    bases = {}
+    for name in ("llama", "gemma2"):
+        maker = tiny_models.MAKERS[name]
+        bases[name] = maker(root / name, tokenizer=True, intermediate_size=64)
+    for bits in (4, 8):
+        bases[f"{bits} bits"] = quantised(bases["llama"], root / str(bits), bits)
+    out = {}
+    for base, folder in bases.items():
+        for kind in ("lora", "dora"):
+            path = root / f"{base}-{kind}"
+            list(open_trainer(folder, path, PAIRS, fine_tune_type=kind, iters=3).run())
+            out[base, kind] = folder, path
+    return out
+
+
+def adapted_logits(folder, adapter) -> np.ndarray:
+    return logits_of(utils.load(str(folder), adapter_path=str(adapter))[0], TOKENS)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("base", ["llama", "gemma2"])
+def test_a_fused_float_model_is_the_adapted_one(made, tmp_path, base, kind):
+    folder, adapter = made[base, kind]
+    report = fuse(str(folder), adapter, tmp_path / "fused")
+    assert (report.fused_layers, report.quantized) == (6, False)
+    model, _ = utils.load(str(tmp_path / "fused"))
+    want = adapted_logits(folder, adapter)
+    np.testing.assert_allclose(logits_of(model, TOKENS), want, atol=1e-4)
+    assert np.abs(logits_of(utils.load_model(folder)[0], TOKENS) - want).max() > 0.02
+    assert not [n for n, _ in nn.utils.tree_flatten(model.parameters()) if "lora" in n]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantising_loses_nothing_of_the_adapted_model(made, tmp_path, bits, kind):
+    folder, adapter = made[f"{bits} bits", kind]
+    report = fuse(str(folder), adapter, tmp_path / "fused", dequantize=True)
+    assert not report.quantized
+    assert "quantization" not in json.loads((tmp_path / "fused/config.json").read_text())
+    got = logits_of(utils.load(str(tmp_path / "fused"))[0], TOKENS)
+    np.testing.assert_allclose(got, adapted_logits(folder, adapter), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_model_stays_as_it_was_quantised(made, tmp_path, bits, kind):
+    folder, adapter = made[f"{bits} bits", kind]
+    assert fuse(str(folder), adapter, tmp_path / "fused").quantized
+    config = json.loads((tmp_path / "fused/config.json").read_text())
+    assert config["quantization"]["bits"] == bits
+    model, _ = utils.load(str(tmp_path / "fused"))
+    layers = [m for _, m in model.named_modules() if isinstance(m, nn.QuantizedLinear)]
+    assert {(m.bits, m.group_size) for m in layers} == {(bits, 32)}
+    want = adapted_logits(folder, adapter)
+    base = logits_of(utils.load_model(folder)[0], TOKENS)
+    error = np.abs(logits_of(model, TOKENS) - want).max()
+    # seen: 0.051 at 8 bits; the rounding hardly depends on how large the adapter is
+    assert error < (0.08 if bits == 8 else 4) * max(np.abs(want - base).max(), 1)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("base", ["llama", "4 bits"])
+def test_a_fused_layer_keeps_its_bases_float_type(made, tmp_path, base, kind):
+    """DoRA's magnitudes are float32, and mlx-lm's fuse would leave their type behind."""
+    folder, adapter = made[base, kind]
+    model, config = utils.load_model(folder)
+    model.set_dtype(mx.bfloat16)
+    utils.save(tmp_path / "half", str(folder), model, utils.load_tokenizer(folder), config)
+    fuse(str(tmp_path / "half"), adapter, tmp_path / "fused")
+    weights = mx.load(str(tmp_path / "fused/model.safetensors"))
+    assert {v.dtype for v in weights.values()} <= {mx.bfloat16, mx.uint32}
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_dora_on_layers_whose_bits_mlx_lm_cannot_read_is_refused(made, tmp_path, bits):
+    folder = quantised(made["llama", "lora"][0], tmp_path / "odd", bits)
+    paths = ("model.layers.1.mlp.up_proj",)
+    with pytest.raises(ConfigError, match=f"up_proj has {bits} bits"):
+        adapters.attach(
+            read_model(str(folder)).model, adapters.AdapterSpec("dora", 4, 2, 1.0, 0.0, paths)
+        )
+    adapters.attach(
+        read_model(str(folder)).model, adapters.AdapterSpec("lora", 4, 2, 1.0, 0.0, paths)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_stored_dtype_can_be_chosen(made, tmp_path, dtype):
+    folder, adapter = made["llama", "lora"]
+    fuse(str(folder), adapter, tmp_path / "fused", dtype=dtype)
+    weights = mx.load(str(tmp_path / "fused/model.safetensors"))
+    assert {str(v.dtype) for v in weights.values()} == {f"mlx.core.{dtype}"}
+
+
+def test_a_failure_while_saving_leaves_the_old_folder_and_nothing_else(made, tmp_path, monkeypatch):
+    folder, adapter = made["llama", "lora"]
+    (tmp_path / "fused").mkdir()
+    (tmp_path / "fused/config.json").write_text("kept")
+
+    def save(target, *args, **kwargs):
+        (target / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        fuse(str(folder), adapter, tmp_path / "fused")
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == [
+        "fused", "fused/config.json",
+    ]  # fmt: skip
+
+
+def test_a_fused_folder_takes_the_place_of_the_old_one(made, tmp_path):
+    folder, adapter = made["llama", "lora"]
+    (tmp_path / "fused").mkdir()
+    (tmp_path / "fused/old").write_text("gone")
+    with pytest.raises(ConfigError, match="is no model folder"):
+        fuse(str(folder), adapter, tmp_path / "fused")
+    assert (tmp_path / "fused/old").read_text() == "gone"
+    (tmp_path / "fused/config.json").write_text("{}")
+    fuse(str(folder), adapter, tmp_path / "fused")
+    assert not (tmp_path / "fused/old").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["fused"]
+
+
+@pytest.mark.parametrize(
+    ("base", "message"), [("gemma2", "and this is a gemma2"), ("4 bits", "add --dequantize")]
+)
+def test_an_impossible_gguf_is_refused_before_anything_is_written(
+    made, tmp_path, monkeypatch, base, message
+):
+    folder, adapter = made[base, "lora"]
+    monkeypatch.setattr(utils, "save", lambda *a, **k: pytest.fail("something was written"))
+    with pytest.raises(ConfigError, match=message):
+        fuse(str(folder), adapter, tmp_path / "fused", gguf_path="model.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_model_or_no_adapter_is_a_plain_error(made, tmp_path):
+    folder, adapter = made["llama", "lora"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError):
+        fuse(str(tmp_path / "empty"), adapter, tmp_path / "fused")
+    with pytest.raises(ModelError, match="found no adapter_config.json"):
+        fuse(str(folder), tmp_path / "empty", tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+
+
+def test_fusing_prints_nothing(made, tmp_path, capsys):
+    folder, adapter = made["llama", "lora"]
+    fuse(str(folder), adapter, tmp_path / "fused")
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,200 @@
+"""Loading, backbone and head, and the taps, on every architecture that the fixtures know."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny_models
+
+mx = pytest.importorskip("mlx.core")
+
+import mlx.nn as nn  # noqa: E402
+from helpers import logits_of, random_pairs  # noqa: E402
+from mlx_lm import utils  # noqa: E402
+from mlx_lm.models import gemma3n  # noqa: E402
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
+from quantised import quantised  # noqa: E402
+
+from fpo_mlx.core.vocabulary import LinearHead  # noqa: E402
+from fpo_mlx.errors import ModelError, SaeError  # noqa: E402
+from fpo_mlx.model.heads import ReplayedHead, find_backbone, find_head, split  # noqa: E402
+from fpo_mlx.model.load import load_model  # noqa: E402
+from fpo_mlx.model.policy import Policy, plain_caches  # noqa: E402
+from fpo_mlx.records import Site  # noqa: E402
+
+FAMILIES = list(tiny_models.MAKERS)
+PAIRS = random_pairs([(12, 5, 8), (3, 7, 7), (1, 4, 2)])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root, cache = tmp_path_factory.mktemp("families"), {}
+
+    def of(family):
+        if family not in cache:
+            cache[family] = tiny_models.MAKERS[family](root / family)
+        return cache[family]
+
+    return of
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_model_keeps_its_numbers_on_the_cpu(folders, tmp_path, family, bits):
+    settings = {"moe_intermediate_size": 64} if family == "qwen2_moe" else {}
+    whole = tiny_models.MAKERS[family](tmp_path / "float", intermediate_size=64, **settings)
+    folder = quantised(whole, tmp_path / "quantised", bits)
+    truth, _ = utils.load_model(folder)
+    count = sum("scales" in module for _, module in truth.named_modules())
+    loaded = load_model(folder)
+    assert count > 10
+    assert loaded.notes == (f"CPU: {count} quantised layers were dequantised to float32 at load",)
+    assert not any("scales" in module for _, module in loaded.model.named_modules())
+    assert loaded.dtype == "float32"
+    tokens = list(range(5, 25))
+    np.testing.assert_allclose(
+        logits_of(loaded.model, tokens), logits_of(truth, tokens), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_a_folder_without_a_model_is_a_plain_error(tmp_path):
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_of_backbone_is_the_model(folders, family):
+    loaded = load_model(folders(family))
+    tokens = mx.array([list(range(5, 25))])
+    want = np.array(loaded.model(tokens))[0]
+    backbone = find_backbone(loaded.model)
+    hidden = backbone(tokens)[0]
+    head = ReplayedHead(loaded.model, backbone)
+    np.testing.assert_allclose(np.array(head(hidden)), want, atol=1e-5)
+    some = mx.array([17, 3, 3])
+    np.testing.assert_allclose(np.array(head(hidden[some])), want[[17, 3, 3]], atol=1e-5)
+    np.testing.assert_array_equal(np.array(loaded.model(tokens))[0], want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_head_that_is_one_matrix(folders, family):
+    """With its scale and soft-cap, found by itself; the vocabulary then goes in tiles."""
+    loaded = load_model(folders(family))
+    tokens = mx.array([list(range(5, 25))])
+    want = np.array(loaded.model(tokens))[0]
+    backbone, head = split(loaded.model, loaded.config)
+    hidden = backbone(tokens)[0]
+    assert isinstance(head, LinearHead)
+    assert hidden.shape[-1] != want.shape[-1]
+    np.testing.assert_allclose(np.array(head(hidden)), want, atol=2e-5)
+    np.testing.assert_array_equal(np.array(loaded.model(tokens))[0], want)  # the model as it was
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_head_stays_packed(folders, bits):
+    loaded = load_model(folders("llama"))
+    nn.quantize(loaded.model, 32, bits, class_predicate=lambda path, _: path == "lm_head")
+    backbone = find_backbone(loaded.model)
+    head = find_head(loaded.model, backbone, loaded.config)
+    assert isinstance(head, LinearHead)
+    assert head.packing is not None
+    tokens = mx.array([[5, 6, 7]])
+    want = np.array(loaded.model(tokens))[0]
+    np.testing.assert_allclose(np.array(head(backbone(tokens)[0])), want, atol=2e-5)
+
+
+def test_a_head_that_is_no_plain_matrix_is_replayed(folders):
+    loaded = load_model(folders("llama"))
+    own = type(loaded.model).__call__
+
+    class Odd(type(loaded.model)):
+        def __call__(self, *args, **kwargs):
+            return mx.sin(own(self, *args, **kwargs))
+
+    loaded.model.__class__ = Odd
+    head = find_head(loaded.model, find_backbone(loaded.model), loaded.config)
+    assert isinstance(head, ReplayedHead)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_once_equals_whole_sequences_on_every_family(folders, family):
+    """Windows of 6 tokens (gemma3, cohere2) are crossed within prompts and responses."""
+    rows = []
+    for share in (True, False):
+        loaded = load_model(folders(family))
+        sites = [Site(1), Site(3, "resid_pre")]
+        policy = Policy(loaded.model, loaded.config, sites, share_prompt=share)
+        assert policy.shares_prompt is (share and plain_caches(loaded.model) > 0)
+        seen = policy.rows(PAIRS)
+        rows.append([np.array(a) for a in (seen.hidden, *seen.tapped)])
+    for once, plain in zip(*rows, strict=True):
+        assert len(once) == sum(len(p.chosen) + len(p.rejected) for p in PAIRS)
+        np.testing.assert_allclose(once, plain, atol=2e-5 * max(1, np.abs(plain).max()))
+
+
+@pytest.mark.parametrize("family", ["cohere2", "gpt_neox"])
+def test_the_middle_of_a_block_without_a_middle_is_refused(folders, family):
+    loaded = load_model(folders(family))
+    with pytest.raises(ModelError, match="resid_mid of block 1 cannot be tapped"):
+        Policy(loaded.model, loaded.config, [Site(1, "resid_mid")])
+
+
+def test_a_site_that_is_not_one_vector_a_token_is_refused(folders):
+    """Gemma 3n's blocks, for one, pass several streams at once."""
+    loaded = load_model(folders("llama"))
+    block = loaded.model.layers[3]
+
+    class Streams(type(block)):
+        def __call__(self, *args, **kwargs):
+            return mx.stack([super().__call__(*args, **kwargs)] * 2)
+
+    block.__class__ = Streams
+    policy = Policy(loaded.model, loaded.config, [Site(3)])
+    with pytest.raises(ModelError, match="resid_post of block 3 .* not one vector a token"):
+        policy.rows(PAIRS[:1])
+
+
+def test_a_wrapper_whose_files_leave_the_vocabulary_out_is_read(folders):
+    """As published for Gemma 3: neither level of config.json has vocab_size."""
+    loaded = load_model(folders("gemma3"))
+    text = {k: v for k, v in loaded.config["text_config"].items() if k != "vocab_size"}
+    config = {"model_type": "gemma3", "text_config": text | {"rms_norm_eps": 1e-5}}
+    policy = Policy(loaded.model, config)
+    assert policy.vocab_size == 300
+    assert isinstance(policy.head, LinearHead)
+    assert policy.norm_eps == 1e-5
+
+
+def test_a_site_beyond_the_model_is_refused(folders):
+    loaded = load_model(folders("llama"))
+    with pytest.raises(SaeError, match="blocks are 0 to 3"):
+        Policy(loaded.model, loaded.config, [Site(4)])
+
+
+GEMMA_3N = {
+    "model_type": "gemma3n_text", "hidden_size": 32, "num_hidden_layers": 6,
+    "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8, "rms_norm_eps": 1e-6,
+    "vocab_size": 300, "num_key_value_heads": 2, "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 300, "sliding_window": 6, "max_position_embeddings": 512,
+    "rope_local_base_freq": 1e4, "rope_theta": 4e4, "final_logit_softcapping": 30.0,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "activation_sparsity_pattern": [0.0] * 6, "hidden_size_per_layer_input": 8,
+    "altup_num_inputs": 2, "altup_coef_clip": 120.0, "altup_correct_scale": True,
+    "altup_active_idx": 0, "laurel_rank": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_gemma_3n_is_scored_as_it_generates(share):
+    """Two of its blocks use the keys and values of earlier ones, which mlx-lm finds in caches."""
+    mx.random.seed(0)
+    model = gemma3n.Model(gemma3n.ModelArgs("gemma3n", GEMMA_3N))
+    policy = Policy(model, {"text_config": GEMMA_3N}, share_prompt=share)
+    assert policy.shares_prompt is share
+    pair = PAIRS[0]
+    got = np.array(policy.head(policy.rows([pair]).hidden))[: len(pair.chosen)]
+    tokens = mx.array(np.concatenate([pair.prompt, pair.chosen[:-1]]))[None]
+    want = np.array(model(tokens, cache=make_prompt_cache(model)))[0, len(pair.prompt) - 1 :]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    without = np.array(model(tokens))[0, len(pair.prompt) - 1 :]
+    assert np.abs(without - want).max() > 0.1, "then the caches would not matter"

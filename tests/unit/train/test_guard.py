@@ -1,0 +1,166 @@
+"""What ends a run: reasons by hand, from figures alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from fpo_mlx.config import Objective, TrainConfig, load_config
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.records import ResponseScore
+from fpo_mlx.train import guard
+
+CONFIG, FPO = TrainConfig(max_margin=50.0, max_logp_drop=5.0), Objective(beta=0.1)
+
+
+def values(u=(0.0, 0.0), change=(0.0, 0.0), loss=(0.6931, 0.6931)):
+    return {
+        "u": np.array(u),
+        "logps_per_token/chosen_change": np.array(change),
+        "loss": np.array(loss),
+    }
+
+
+def test_a_quiet_update_is_let_through():
+    assert guard.divergence(values(), 1.0, CONFIG, FPO) is None
+
+
+@pytest.mark.parametrize(
+    ("seen", "grad_norm", "reason"),
+    [
+        (values(loss=(0.5, np.nan)), 1.0, "not finite"),
+        (values(), np.inf, "not finite"),
+        (values(u=(0.0, -10.2)), 1.0, "margin is 51 nats a token, over --max-margin 50"),
+        (values(change=(1.0, -11.2)), 1.0, "fell 5.1 nats a token"),
+    ],
+)
+def test_each_kind_of_divergence_has_its_reason(seen, grad_norm, reason):
+    """|u| / beta is a mean over pairs: 10.2 / 0.1 / 2 = 51; the drop is (11.2 - 1) / 2 = 5.1."""
+    found = guard.divergence(seen, grad_norm, CONFIG, FPO)
+    assert found is not None
+    assert reason in found
+
+
+def test_a_margin_of_sums_is_not_bounded_a_token():
+    sums = Objective(beta=0.1, length_normalize=False)
+    assert guard.divergence(values(u=(100.0, 100.0)), 1.0, CONFIG, sums) is None
+
+
+def test_d_past_its_bound_is_a_reason_only_where_one_is_set():
+    far = {
+        **values(),
+        "features/chosen": np.array([1.0, 2.0]),
+        "features/rejected": np.array([9.0]),
+    }
+    assert guard.divergence(far, 1.0, CONFIG, FPO) is None
+    bound = TrainConfig(max_feature_distance=8.0)
+    found = guard.divergence(far, 1.0, bound, FPO)
+    assert found == (
+        "the feature distance D of the rejected responses is 9, over --max-feature-distance 8"
+    )
+    assert guard.divergence(values(), 1.0, bound, FPO) is None  # dpo measures no D
+
+
+# Step 0 -------------------------------------------------------------------------------------------
+
+
+def refs(*sides):
+    """One pair per (log-prob, tokens) of chosen and rejected."""
+    return [(ResponseScore(*chosen), ResponseScore(*rejected)) for chosen, rejected in sides]
+
+
+REFS = refs(((-6.0, 3), (-20.0, 4)))
+SIMPO = Objective(beta=2.0, gamma=1.0, margin="constant", constraint="none")
+
+
+def first(u=0.0, chosen=0.0, rejected=0.0, loss=None):
+    return {
+        "u": np.array([u]),
+        "loss": np.array([math.log1p(math.exp(-u)) if loss is None else loss]),
+        "logps_per_token/chosen_change": np.array([chosen]),
+        "logps_per_token/rejected_change": np.array([rejected]),
+    }
+
+
+def test_a_reference_margin_starts_at_ln_2():
+    assert first()["loss"][0] == pytest.approx(math.log(2))
+    assert guard.first_step(first(), REFS, 1.0, FPO) == guard.Verdict()
+
+
+def test_a_larger_gap_passes_where_the_user_allows_it():
+    apart = first(u=-0.02, rejected=0.3)
+    assert guard.gaps(apart, REFS, FPO) == pytest.approx((0.2, 0.3))
+    assert "log-probs differ by up to 0.3" in (
+        guard.first_step(apart, REFS, 1.0, FPO, bound=0.25).reason or ""
+    )
+    allowed = guard.first_step(apart, REFS, 1.0, FPO, bound=0.31)
+    assert allowed.reason is None
+    assert "off by 0.2" in allowed.notes[0]
+
+
+def test_a_constant_margin_starts_at_its_closed_form():
+    """2 (-6/3 - -20/4) - 1 = 5 normalised; 2 (-6 - -20) - 1 = 27 in sums."""
+    np.testing.assert_allclose(guard.closed_form(REFS, SIMPO), [5.0])
+    sums = dataclasses.replace(SIMPO, length_normalize=False)
+    np.testing.assert_allclose(guard.closed_form(REFS, sums), [27.0])
+    assert guard.first_step(first(u=5.0), REFS, 1.0, SIMPO) == guard.Verdict()
+    found = guard.first_step(first(u=0.0), REFS, 1.0, SIMPO).reason
+    assert found is not None
+    assert "differ by up to 2.5 nats" in found  # |0 - 5| / beta
+    assert "start at 0.6931, not at 0.0067" in found
+
+
+@pytest.mark.parametrize(
+    ("seen", "grad_norm", "text"),
+    [
+        (first(), 0.0, "gradient is zero"),
+        (first(u=-0.02), 1.0, "up to 0.2 nats, wanted less than 0.05"),
+        (first(chosen=0.3, rejected=0.3), 1.0, "log-probs differ by up to 0.3 nats a token"),
+        (first(loss=0.7), 1.0, "not -log sigmoid"),
+    ],
+)
+def test_step_zero_says_what_is_wrong_and_what_to_do(seen, grad_norm, text):
+    found = guard.first_step(seen, REFS, grad_norm, FPO).reason
+    assert found is not None
+    assert text in found
+    assert "`fpo-mlx" in found or "Check" in found
+
+
+def test_a_small_difference_is_a_note():
+    (note,) = guard.first_step(first(u=2e-4), REFS, 1.0, FPO).notes
+    assert "0.002" in note
+    assert guard.first_step(first(u=0.9e-4), REFS, 1.0, FPO).notes == ()
+
+
+def test_what_is_not_finite_is_left_to_the_divergence_guard():
+    assert guard.first_step(first(), REFS, math.nan, FPO).reason is None
+    assert guard.divergence(values(), math.nan, CONFIG, FPO) is not None
+
+
+# Ends ---------------------------------------------------------------------------------------------
+
+
+def test_skipping_ends_after_so_many_in_a_row_and_stopping_at_once():
+    assert guard.too_many(1, TrainConfig())
+    skip = TrainConfig(on_divergence="skip", max_skipped_updates=3)
+    assert [guard.too_many(n, skip) for n in (1, 2, 3)] == [False, False, True]
+
+
+def test_patience_counts_validations_without_a_better_loss():
+    assert not guard.stale(99, TrainConfig())
+    assert [guard.stale(n, TrainConfig(early_stopping=2)) for n in (0, 1, 2)] == [
+        False, False, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "setting", ["early_stopping", "max_skipped_updates", "max_feature_distance"]
+)
+def test_a_bound_of_zero_is_refused(setting):
+    with pytest.raises(
+        ConfigError, match=f"--{setting.replace('_', '-')} 0(.0)?: wanted more than 0"
+    ):
+        load_config({setting: 0})
