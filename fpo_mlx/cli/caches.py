@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import click
 
+from fpo_mlx.cli.help import Group
 from fpo_mlx.cli.options import (
     PATH,
     backend_option,
@@ -22,9 +23,9 @@ from fpo_mlx.cli.show import listing, say, table
 from fpo_mlx.config import DataConfig, ReferenceConfig
 
 
-@click.group()
+@click.group(cls=Group)
 def cache() -> None:
-    """Reference caches: list them, look at one, verify, merge, export, prune.
+    """Reference caches: list, info, verify, merge, export, prune.
 
     \b
     Example:
@@ -53,8 +54,8 @@ def info(folder, json_path) -> None:
 
 @cache.command()
 @click.argument("folder", type=PATH)
-@settings(DataConfig, ReferenceConfig)
 @preset_option
+@settings(DataConfig, ReferenceConfig)
 @click.option("--adapter-path", "adapter", help="SFT adapter that belongs to the reference.")
 @backend_option
 @device_option
@@ -69,7 +70,7 @@ def info(folder, json_path) -> None:
 @overwrite_option
 @claims(json_path="--json")
 def verify(folder, adapter, backend, device, sample, tolerance, json_path, **values) -> None:
-    """Score a random sample anew on this machine and say how far the cache is from it.
+    """Score a sample anew and say how far the cache is from it.
 
     \b
     Example:
@@ -92,7 +93,7 @@ def verify(folder, adapter, backend, device, sample, tolerance, json_path, **val
 @overwrite_option
 @claims(json_path="--json")
 def merge(parts, output, json_path) -> None:
-    """Join the parts that several processes or machines made with one setting.
+    """Join the parts that several processes or machines made.
 
     \b
     Example:
@@ -133,7 +134,7 @@ root_option = click.option(
 @overwrite_option
 @claims(json_path="--json")
 def list_(folder, json_path) -> None:
-    """List the reference caches with size, age and what they belong to, the oldest first.
+    """List the caches with size, age and owner, the oldest first.
 
     \b
     Example:
@@ -158,7 +159,9 @@ def list_(folder, json_path) -> None:
 @click.option("--dry-run", is_flag=True, help="Say what would go, remove nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def prune(folder, older_than, larger_than, model, dry_run, yes) -> None:
-    """Remove the caches that meet every condition given. Those being written are left alone.
+    """Remove the caches that meet every condition given.
+
+    Those being written are left alone.
 
     \b
     Example:

@@ -27,7 +27,6 @@ class TrainConfig:
         None,
         "adapter that is the reference and the policy's start",
         "model and SAE",
-        first=True,
         path=True,
         by_content=True,
     )
@@ -35,7 +34,6 @@ class TrainConfig:
         None,
         "reference cache (default: one under the user cache)",
         "model and SAE",
-        first=True,
         path=True,
         may_change=True,
     )
@@ -72,7 +70,6 @@ class TrainConfig:
         None,
         "blocks to adapt, counted back from the SAE's (default 16, or all; -1 for all)",
         "adapters",
-        first=True,
     )
     adapt_above_sae: bool = setting(
         False, "count --num-layers back from the last block instead", "adapters"
