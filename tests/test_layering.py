@@ -61,6 +61,8 @@ OTHERS = {
     "saetrain.rows": {"numpy"},
     "cache": {"numpy", "safetensors"},
     "model": {"numpy", "huggingface_hub", "safetensors", *MLX},
+    "model.gguf_file": {"numpy", "mlx", "gguf"},
+    "model.gguf_vocab": set(),
     "train": {"numpy", *MLX},
     "reference": {"numpy"},
     "reference.mlx_backend": {"numpy", *MLX},

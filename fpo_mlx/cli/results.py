@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -26,6 +27,7 @@ from fpo_mlx.cli.show import Bar, listing, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
 from fpo_mlx.errors import ConfigError
 
+GGUF_NAMES = {None: "f16", "float16": "f16", "float32": "f32", "bfloat16": "bf16"}
 SHOWN = (  # rows of the table of several models; --json and --csv have every metric
     "rewards/accuracies", "policy_accuracy", "rewards/margins", "logps_per_token/chosen_change",
     "perplexity/chosen", "features/chosen", "features/rejected", "features/margin",
@@ -104,25 +106,34 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
 
 
 @click.command(cls=Command)
-@settings("model", "trust_remote_code")
+@settings("model", "trust_remote_code", "chat_template")
 @click.option("--adapter-path", help="Adapter folder. [default: adapters]")
 @click.option(
     "--save-path", type=PATH, default="fused_model", show_default=True, help="Folder to write."
 )
 @click.option("--dequantize", is_flag=True, help="Write float weights.")
 @click.option(
+    "--keep-bits", type=click.Choice(["5", "6", "8"]),
+    help="Bits of the layers with adapters, of a quantised model.",
+)  # fmt: skip
+@click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Dtype of float weights."
 )
-@click.option("--export-gguf", is_flag=True, help="Write a GGUF as well (llama, mistral, mixtral).")
-@click.option("--gguf-path", help="Name of the GGUF file. [default: ggml-model-f16.gguf]")
+@click.option(
+    "--export-gguf", is_flag=True, help="Write a GGUF as well: llama, mistral, qwen2, qwen3, gemma."
+)
+@click.option(
+    "--gguf-path",
+    help="Name of the GGUF file. [default: ggml-model-f16.gguf; --dtype sets the type]",
+)
 @click.option("--upload-repo", help="Hub repository to upload the fused model to.")
 @click.option("--verify", metavar="DATA", help="Compare margin and accuracy before and after.")
 @json_option
 @overwrite_option
 @claims(json_path="--json")
 def fuse(
-    adapter_path, save_path, dequantize, dtype, export_gguf, gguf_path, upload_repo, verify,
-    json_path, overwrite, **values,
+    adapter_path, save_path, dequantize, keep_bits, dtype, export_gguf, gguf_path, upload_repo,
+    verify, json_path, overwrite, **values,
 ) -> None:  # fmt: skip
     """Fuse adapters into the model, for mlx_lm.generate and LM Studio.
 
@@ -137,13 +148,16 @@ def fuse(
     config = gather(values)
     result = pipeline.fuse(
         config, adapter_path=adapter_path or config.train.adapter_path, save_path=save_path,
-        dequantize=dequantize, dtype=dtype,
-        gguf_path=(gguf_path or "ggml-model-f16.gguf") if export_gguf else None,
+        dequantize=dequantize, keep_bits=int(keep_bits) if keep_bits else None,
+        dtype=dtype,
+        gguf_path=(gguf_path or f"ggml-model-{GGUF_NAMES[dtype]}.gguf") if export_gguf else None,
         upload_repo=upload_repo, verify=verify, overwrite=overwrite, say=say,
     )  # fmt: skip
     report = result.report
     written: dict[str, Any] = {"path": str(report.path), "fused_layers": report.fused_layers}
     written["quantized"] = report.quantized
+    if report.kept is not None:
+        written["rounding"] = asdict(report.kept)
     if result.before and result.after:
         for name, before in result.before.items():
             click.echo(f"{name:<36} {before:.5f} -> {result.after[name]:.5f}")

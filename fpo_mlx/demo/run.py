@@ -33,7 +33,9 @@ SETTINGS = {
     "val_batches": 1,
     "save_every": 10_000,
 }
-MADE = outputs.Made("an older demo", r"(data|reference|adapters|fused)/", mark="data/")
+MADE = outputs.Made(
+    "an older demo", r"(data|reference|adapters|fused)/|[\w.-]+\.(json|html)", mark="data/"
+)
 QUESTIONS = ("Why do cats purr?", "What is photosynthesis?")
 ANSWER_TOKENS = 120
 

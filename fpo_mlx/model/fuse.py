@@ -1,9 +1,9 @@
-"""Adapters into weights: a folder that mlx_lm.load, mlx_lm.generate and LM Studio read."""
+"""Adapters into weights: a folder that mlx_lm.load, transformers, LM Studio and llama.cpp read."""
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,34 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.model import adapters
+from fpo_mlx.model import adapters, gguf_file
 from fpo_mlx.model.load import dequantize as dequantize_layers
 from fpo_mlx.model.load import read_model
+from fpo_mlx.model.rounding import Kept, change_of, kept_of, rounded_to
 from fpo_mlx.model.trees import arrays_of, cast_floats, float_dtype
 from fpo_mlx.storage import files
 
-GGUF_TYPES = ("llama", "mistral", "mixtral")  # all that mlx-lm exports
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+TEMPLATE = "chat_template.jinja"
+# of a base's folder: what belongs to the tokenizer and to the use of the model, not its weights
+BESIDE = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.jinja", "chat_template.json", "*.model", "*.tiktoken", "generation_config.json", "*.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FuseReport:
+    """kept: of the adapters' change after rounding, where layers are quantised; template: which
+    chat template the folder has ("" for the base's)."""
+
     path: Path
     fused_layers: int
     quantized: bool
     gguf: Path | None = None
     uploaded: str | None = None
+    kept: Kept | None = None
+    template: str = ""
 
 
 def fuse(
@@ -38,8 +49,10 @@ def fuse(
     save_path: Path,
     *,
     dequantize: bool = False,
+    keep_bits: int | None = None,
     dtype: str | None = None,
     gguf_path: str | None = None,
+    chat_template: Path | None = None,
     upload_repo: str | None = None,
     trust_remote_code: bool = False,
 ) -> FuseReport:
@@ -47,21 +60,20 @@ def fuse(
 
     A quantised base stays quantised, layer by layer as it was, unless `dequantize`; that adds the
     adapters to weights widened to float32 and stores `dtype` (default: the base's own).
+    keep_bits: bits of the layers that have adapters, in place of the base's. chat_template: takes
+    the place of the base's; default: the one beside the adapters, where training had another.
 
     Raises: ModelError for a model or adapter that cannot be read, ConfigError for an export that
-    mlx-lm does not offer; nothing is written then.
+    cannot be made; nothing is written then.
     """
-    from mlx_lm import utils
-
     loaded = read_model(model, trust_remote_code=trust_remote_code)
     base, config, path = loaded.model, loaded.config, loaded.path
-    if gguf_path and config["model_type"] not in GGUF_TYPES:
-        raise ConfigError(
-            f"--export-gguf: mlx-lm exports {', '.join(GGUF_TYPES)} only, and this is a "
-            f"{config['model_type']}. Convert the fused folder with llama.cpp's converter."
-        )
-    if gguf_path and "quantization" in config and not dequantize:
-        raise ConfigError("--export-gguf: mlx-lm exports float weights only; add --dequantize.")
+    stays = "quantization" in config and not dequantize
+    _check_bits(config, keep_bits, dequantize)
+    export = None
+    if gguf_path:
+        _check_gguf(gguf_path, stays)
+        export = gguf_file.prepare(path, config, gguf_file.file_type(dtype))
     own = float_dtype(base)
     if dequantize:
         dequantize_layers(base)
@@ -69,39 +81,104 @@ def fuse(
         config.pop("quantization_config", None)
         cast_floats(base, mx.float32)
     adapters.load(base, adapter_path)
-    count = fuse_layers(base, dequantize=dequantize)
+    count, kept = fuse_layers(base, config, dequantize=dequantize, keep_bits=keep_bits)
     if dequantize or dtype:
         cast_floats(base, DTYPES[dtype] if dtype else own)
-    tokenizer = utils.load_tokenizer(
-        path,
-        {"trust_remote_code": trust_remote_code},  # without it transformers would ask
-        eos_token_ids=config.get("eos_token_id"),
-    )
+    template = _template(chat_template, adapter_path)
     with files.atomic_folder(save_path) as folder:
-        utils.save(folder, str(path), base, tokenizer, config, donate_model=False)
-        if gguf_path:
-            _export_gguf(folder, base, config, folder / gguf_path)
+        _save(folder, path, base, config)
+        said = _put_template(folder, *template) if template else ""
+        if gguf_path and export:
+            gguf_file.write(folder / gguf_path, export, dict(arrays_of(base.parameters())), folder)
     if upload_repo:
-        utils.upload_to_hub(str(save_path), upload_repo)
+        upload(save_path, upload_repo)
     gguf = save_path / gguf_path if gguf_path else None
-    return FuseReport(save_path, count, "quantization" in config, gguf, upload_repo)
+    return FuseReport(save_path, count, stays, gguf, upload_repo, kept, said)
 
 
-def fuse_layers(model: nn.Module, *, dequantize: bool = False) -> int:
-    """Replace every adapted layer by one of base + adapter, of its types; how many there were."""
-    fused = [
-        (name, _typed_as(module, module.fuse(dequantize=dequantize)))
-        for name, module in model.named_modules()
-        if "lora_a" in module
-    ]
+def upload(folder: Path, repo: str) -> None:
+    from mlx_lm import utils
+
+    utils.upload_to_hub(str(folder), repo)
+
+
+def _save(folder: Path, base: Path, model: nn.Module, config: dict[str, Any]) -> None:
+    """Weights and configuration as mlx-lm writes them, everything else as the base has it."""
+    from mlx_lm import utils
+
+    utils.save_model(folder, model)
+    towers = "vision_tower" in getattr(model, "model", {})
+    utils.save_config(config, folder / "config.json", keep_vision_config=towers)
+    for pattern in BESIDE:
+        for file in base.glob(pattern):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+    utils.create_model_card(folder, None)
+
+
+def _template(given: Path | None, adapter_path: Path) -> tuple[str, str] | None:
+    """(text, where it is from) of the chat template that training had; None for the base's own."""
+    run = adapter_path.parent if adapter_path.name == "best" else adapter_path
+    place = given or run / TEMPLATE
+    if given is None and not place.is_file():
+        return None
+    try:
+        text = place.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{place}: the chat template cannot be read: {error}.") from error
+    return text, "--chat-template" if given else "training"
+
+
+def _put_template(folder: Path, text: str, source: str) -> str:
+    """Give the folder this template, in each place that a reader looks at; what to say of it."""
+    place, config = folder / TEMPLATE, folder / "tokenizer_config.json"
+    settings = files.parse_json(config.read_bytes()) if config.is_file() else {}
+    inner = settings.get("chat_template")
+    if (place.read_text(encoding="utf-8") if place.is_file() else inner) == text:
+        return ""
+    place.write_text(text, encoding="utf-8")
+    if inner is not None:  # some readers look there first
+        settings["chat_template"] = text
+        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    return f"the chat template of {source}"
+
+
+def fuse_layers(
+    model: nn.Module,
+    config: dict[str, Any],
+    *,
+    dequantize: bool = False,
+    keep_bits: int | None = None,
+) -> tuple[int, Kept | None]:
+    """Replace every adapted layer by one of base + adapter, of its types.
+
+    Returns: how many there were, and what rounding left of their change (None without rounding).
+    keep_bits is written into `config` for the layers concerned.
+    """
+    fused, sums = [], []
+    for name, module in model.named_modules():
+        if "lora_a" not in module:
+            continue
+        base: nn.Module = module["linear"] if "linear" in module else module["embedding"]
+        change = change_of(module)
+        if change is None:  # an embedding or a block of experts: mlx-lm's own way
+            new: nn.Module = module.fuse(dequantize=dequantize)
+        else:
+            new = rounded_to(base, change, keep_bits)
+            if isinstance(new, nn.QuantizedLinear):
+                sums.append(kept_of(base, change, new))
+                if keep_bits:
+                    own = {"group_size": new.group_size, "bits": new.bits}
+                    config["quantization"][name] = own
+        fused.append((name, _typed_as(base, new)))
     if fused:
         model.update_modules(tree_unflatten(fused))
-    return len(fused)
+    return len(fused), Kept.of(sums)
 
 
-def _typed_as(adapted: nn.Module, fused: nn.Module) -> nn.Module:
+def _typed_as(base: nn.Module, fused: nn.Module) -> nn.Module:
     """The fused layer in its base's float type: DoRA's magnitudes are float32, and so its sum."""
-    base: nn.Module = adapted["linear"] if "linear" in adapted else adapted["embedding"]
     types = {
         v.dtype for _, v in arrays_of(base.parameters()) if mx.issubdtype(v.dtype, mx.floating)
     }
@@ -110,8 +187,23 @@ def _typed_as(adapted: nn.Module, fused: nn.Module) -> nn.Module:
     return fused
 
 
-def _export_gguf(folder: Path, model: nn.Module, config: dict[str, Any], path: Path) -> None:
-    from mlx_lm.gguf import convert_to_gguf
+def _check_bits(config: dict[str, Any], keep_bits: int | None, dequantize: bool) -> None:
+    if keep_bits is None:
+        return
+    if dequantize:
+        raise ConfigError("--keep-bits and --dequantize exclude each other; give one.")
+    bits = (config.get("quantization") or {}).get("bits")
+    if bits is None:
+        raise ConfigError(f"--keep-bits {keep_bits}: this model is not quantised. Leave it out.")
+    if keep_bits <= bits:
+        raise ConfigError(f"--keep-bits {keep_bits}: the model has {bits} bits. Wanted more.")
 
-    with redirect_stdout(sys.stderr):  # it prints
-        convert_to_gguf(folder, dict(arrays_of(model.parameters())), config, str(path))
+
+def _check_gguf(name: str, quantized: bool) -> None:
+    if Path(name).name != name or not name.endswith(".gguf"):
+        raise ConfigError(
+            f"--gguf-path {name}: wanted a bare name that ends in .gguf; the file is written into "
+            "--save-path."
+        )
+    if quantized:
+        raise ConfigError("--export-gguf: a GGUF is written of float weights; add --dequantize.")

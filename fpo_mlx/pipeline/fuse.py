@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
@@ -14,6 +14,11 @@ from fpo_mlx.pipeline.job import Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
 from fpo_mlx.storage.hub import resolve_model
 from fpo_mlx.storage.outputs import MODEL, claim_folder
+
+if TYPE_CHECKING:
+    from fpo_mlx.model.fuse import FuseReport
+
+TOLERABLE = 0.2  # error of the rounding over the size of the change
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ def fuse(
     adapter_path: str,
     save_path: Path,
     dequantize: bool,
+    keep_bits: int | None = None,
     dtype: str | None,
     gguf_path: str | None,
     upload_repo: str | None,
@@ -48,19 +54,39 @@ def fuse(
         Path(adapter_path),
         save_path,
         dequantize=dequantize,
+        keep_bits=keep_bits,
         dtype=dtype,
         gguf_path=gguf_path,
+        chat_template=Path(template) if (template := config.data.chat_template) else None,
         upload_repo=None if verify else upload_repo,
         trust_remote_code=config.reference.trust_remote_code,
     )
+    for line in said_of(report):
+        say(line)
     if not verify:
         return FuseResult(report)
     before, after = _compare_fused(config, adapter_path, save_path, verify, say)
     if upload_repo:
-        from mlx_lm.utils import upload_to_hub
-
-        upload_to_hub(str(save_path), upload_repo)
+        fusing.upload(save_path, upload_repo)
     return FuseResult(replace(report, uploaded=upload_repo), before, after)
+
+
+def said_of(report: FuseReport) -> list[str]:
+    """What a user should know of a fused folder: its template, and what rounding took."""
+    lines = []
+    if report.template:
+        lines.append(f"the folder has {report.template}, not the base's")
+    if (kept := report.kept) is not None:
+        bits = " and ".join(map(str, kept.bits))
+        way = (
+            "" if kept.error < TOLERABLE
+            else "; --keep-bits 8 keeps the adapted layers at 8 bits, --dequantize keeps all of it"
+        )  # fmt: skip
+        lines.append(
+            f"rounding to {bits} bits left {kept.share:.0%} of the adapters' change, with an error "
+            f"{kept.error:.2f} times its size{way}"
+        )
+    return lines
 
 
 def _compare_fused(

@@ -22,6 +22,7 @@ from fpo_mlx.storage import outputs
 RUN = outputs.Made(
     "a run",
     r".*adapters\.safetensors|adapter_config\.json|run\.json|metrics\.jsonl|"
+    r"chat_template\.jinja|"
     r"checkpoint/|best/|tensorboard/",
     mark="run.json",
     ways="--resume goes on with it; ",
@@ -73,6 +74,7 @@ def train(
     scored, held_out = (ScoredPairs(part, CachedScores(store, part)) for part in (pairs, valid))
     trainer = Trainer(scorer, scored, held_out if valid else None, t, out, arm(), ranks)
     begin(trainer.total)
+    template = job.tokenizer.templates["default"] if config.data.chat_template else None
     del job  # and with it the SAEs' numpy arrays: the encoders on the device are the only copy
     _announce(trainer, say)
     if "model" in store.differences:
@@ -82,7 +84,7 @@ def train(
             trainer.resume()
             say(f"resumed after iteration {trainer.progress.iteration}")
         else:
-            out.start(run)
+            out.start(run, template)
         begun = trainer.progress.iteration
         yield from trainer.run()
         if ranks.first and trainer.progress.iteration > begun:

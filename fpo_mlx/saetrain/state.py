@@ -159,7 +159,7 @@ def check_resumable(folder: Path, run: dict[str, Any], free: set[str]) -> dict[s
             f"  {name}: was {before[part].get(name)!r}, now {value!r}"
             for part in ("settings", "fingerprints")
             for name, value in now[part].items()
-            if name not in free and before[part].get(name) != value
+            if (part == "fingerprints" or name not in free) and before[part].get(name) != value
         ]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error!r}). Start anew without --resume.") from error

@@ -5,6 +5,7 @@ adapters.safetensors, adapter_config.json   as mlx_lm.load(adapter_path=...) tak
 best/                                       the adapter with the lowest validation loss
 run.json                                    all settings, versions, fingerprints
 metrics.jsonl                               one line per report or validation
+chat_template.jinja                         that of --chat-template, for whoever uses the adapters
 train.lock                                  held while a run writes
 checkpoint/state.safetensors                adapters, optimizer, reference adapter, random state
                                             (with position and best-so-far in its metadata, so
@@ -34,6 +35,7 @@ from fpo_mlx.model.trees import arrays_of, read_arrays
 from fpo_mlx.storage import files, locks
 
 STATE = Path("checkpoint") / "state.safetensors"
+TEMPLATE = "chat_template.jinja"
 LOCK = "train.lock"  # held while a run writes
 
 
@@ -155,8 +157,11 @@ class AdapterFolder:
         except OSError as error:
             raise files.unwritable(self.path, error) or error from error
 
-    def start(self, run: Mapping[str, Any]) -> None:
-        """Begin a new run here; an older run's metrics and checkpoints do not survive it."""
+    def start(self, run: Mapping[str, Any], template: str | None = None) -> None:
+        """Begin a new run here; an older run's metrics and checkpoints do not survive it.
+
+        template: the chat template of training, where it is not the model's own; `fuse` takes it.
+        """
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -165,6 +170,9 @@ class AdapterFolder:
             old.unlink(missing_ok=True)
         for folder in ("checkpoint", "best"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
+        (self.path / TEMPLATE).unlink(missing_ok=True)
+        if template is not None:
+            files.write_text(self.path / TEMPLATE, template)
         files.write_json(self.path / "run.json", dict(run))
 
     def note(self, parts: Mapping[str, Any]) -> None:
@@ -213,10 +221,11 @@ def check_resumable(folder: Path, run: Mapping[str, Any]) -> None:
         f"  {section}.{name}: was {old!r}, now {now!r}"
         for section in ("settings", "fingerprints")
         for name in sorted(set(before[section]) | set(run[section]))
-        if name not in free
+        if (section == "fingerprints" or name not in free)
         and (old := before[section].get(name)) != (now := _plain(run[section].get(name)))
     ]
-    faults += _other_names(before, run) if faults else []
+    if any(fault.startswith("  fingerprints") for fault in faults):
+        faults += _other_names(before, run)
     if faults:
         raise ConfigError(
             f"--resume: these settings would make another run of {folder}:\n"

@@ -1,0 +1,252 @@
+"""A fused model as one GGUF file that llama.cpp loads: metadata, vocabulary, float tensors.
+
+For the architectures below, in the form that llama.cpp's own converter gives them; what differs
+from Hugging Face's weights is said where it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.model.gguf_vocab import Vocabulary, read_vocabulary
+from fpo_mlx.storage import files
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+}
+FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # llama.cpp's numbers
+_LARGEST = 65504.0  # of float16
+_ROPE_PARTS = ("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor")
+
+
+@dataclass(frozen=True)
+class Export:
+    """All but the tensors. heads: (query, key/value)."""
+
+    architecture: str
+    kind: str  # dtype of the matrices
+    config: Mapping[str, Any]
+    vocabulary: Vocabulary
+    heads: tuple[int, int]
+    head_dim: int
+    rope: Mapping[str, Any]
+
+
+def file_type(dtype: str | None) -> str:
+    """What the matrices are stored as: --dtype, else float16."""
+    return dtype or "float16"
+
+
+def prepare(folder: Path, config: Mapping[str, Any], kind: str) -> Export:
+    """Check that this model can be written, before anything is. folder: the base model's.
+
+    Raises: ConfigError naming what GGUF or llama.cpp has no form for.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            '--export-gguf needs the package gguf: run `pip install "fpo-mlx[gguf]"`.'
+        ) from error
+    model_type = config["model_type"]
+    if model_type not in ARCHITECTURES:
+        raise _no(f"a {model_type}", f"wanted one of {', '.join(ARCHITECTURES)}")
+    config = {**_hub_config(folder), **config}
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    rope = _rope(config)
+    _check(config, head_dim, rope)
+    vocabulary = read_vocabulary(folder, int(config["vocab_size"]))
+    groups = int(config.get("num_key_value_heads") or heads)
+    return Export(
+        ARCHITECTURES[model_type], kind, config, vocabulary, (heads, groups), head_dim, rope
+    )
+
+
+def _no(found: str, wanted: str) -> ConfigError:
+    return ConfigError(
+        f"--export-gguf: found {found}; {wanted}. Fuse without it, and convert the folder with "
+        "llama.cpp's convert_hf_to_gguf.py."
+    )
+
+
+def _hub_config(folder: Path) -> dict[str, Any]:
+    return files.parse_json((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """theta, type and factors, from transformers 4's or 5's way to write them."""
+    new = config.get("rope_parameters") or {}
+    if "full_attention" in new:  # one block for each kind of attention
+        new = new["full_attention"]
+    old = config.get("rope_scaling") or {}
+    given = {**new, **old}
+    theta = config.get("rope_theta") or new.get("rope_theta") or 10000.0
+    kind = given.get("rope_type") or given.get("type") or "default"
+    return {**given, "theta": float(theta), "kind": kind}
+
+
+def _check(config: Mapping[str, Any], head_dim: int, rope: Mapping[str, Any]) -> None:
+    """Raises: ConfigError for what llama.cpp would compute otherwise."""
+    model_type = config["model_type"]
+    if rope["kind"] not in ("default", "linear", "llama3"):
+        raise _no(f"rope scaling {rope['kind']}", "wanted none, linear or llama3's")
+    if config.get("use_sliding_window"):
+        raise _no("a sliding window in use", f"wanted a {model_type} without one")
+    scalar = config.get("query_pre_attn_scalar")
+    if model_type.startswith("gemma") and scalar not in (None, head_dim):
+        raise _no(f"query_pre_attn_scalar {scalar}", f"llama.cpp takes the head's {head_dim}")
+    if model_type == "gemma3_text":
+        local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+        base = config.get("rope_local_base_freq") or local.get("rope_theta") or 10000.0
+        kinds = config.get("layer_types") or ()
+        period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        odd = [
+            i for i, kind in enumerate(kinds) if (kind == "full_attention") != ((i + 1) % 6 == 0)
+        ]
+        if base != 10000.0 or period != 6 or odd:
+            raise _no("another pattern of windows than Gemma 3's", "every sixth block sees all")
+
+
+def write(path: Path, export: Export, weights: Mapping[str, mx.array], folder: Path) -> None:
+    """Write the file. weights: mlx-lm's names. folder: the fused one, whose template it gets.
+
+    Raises: ConfigError for a value that float16 cannot hold.
+    """
+    import gguf
+
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        text = template.read_text(encoding="utf-8")
+        export = replace(export, vocabulary=replace(export.vocabulary, template=text))
+    writer = gguf.GGUFWriter(path, export.architecture)
+    _metadata(writer, export)
+    _put_vocabulary(writer, export.vocabulary)
+    blocks = int(export.config["num_hidden_layers"])
+    architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == export.architecture)
+    names = gguf.get_tensor_name_map(architecture, blocks)
+    if (factors := rope_factors(export.rope, export.head_dim)) is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
+    for name, array in weights.items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if theirs is None:
+            raise _no(f"the tensor {name}", f"llama.cpp's {export.architecture} has none such")
+        values = _as_theirs(name, np.array(array.astype(mx.float32)), export)
+        _add(writer, theirs, values, export.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _as_theirs(name: str, values: np.ndarray, export: Export) -> np.ndarray:
+    """Llama's rotary halves are interleaved, Gemma's gains have their 1 added."""
+    if export.architecture == "llama":
+        for part, heads in zip(("q_proj.", "k_proj."), export.heads, strict=True):
+            if part in name:
+                return interleave(values, heads)
+    if export.architecture.startswith("gemma") and name.endswith("norm.weight"):
+        return values + 1
+    return values
+
+
+def interleave(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [heads, 2, half] -> [heads, half, 2]: pairs of one rotation beside each other."""
+    return (
+        values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(values.shape)
+    )
+
+
+def rope_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray | None:
+    """What each rotary frequency is divided by under Llama 3's scaling, [head_dim / 2].
+
+    Wavelengths below original / high_freq_factor are left, those above original / low_freq_factor
+    divided by `factor`, between them the two are mixed (transformers' rope type llama3).
+    """
+    if rope["kind"] != "llama3":
+        return None
+    original = float(rope["original_max_position_embeddings"])
+    factor, low, high = (float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    frequency = rope["theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    wavelength = 2 * np.pi / frequency
+    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def _add(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
+    import gguf
+
+    if values.ndim == 1 or kind == "float32":
+        writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float32))
+    elif kind == "float16":
+        if np.abs(values).max(initial=0) > _LARGEST:
+            raise ConfigError(
+                f"--export-gguf: {name} has values that float16 cannot hold. Use --dtype bfloat16."
+            )
+        writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float16))
+    else:
+        bf16 = gguf.GGMLQuantizationType.BF16
+        writer.add_tensor(name, gguf.quants.quantize(values, bf16), raw_dtype=bf16)
+
+
+def _metadata(writer: Any, export: Export) -> None:
+    config, rope = export.config, export.rope
+    writer.add_file_type(FILE_TYPES[export.kind])
+    writer.add_vocab_size(len(export.vocabulary.tokens))
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(int(config["hidden_size"]))
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(export.heads[0])
+    writer.add_head_count_kv(export.heads[1])
+    writer.add_key_length(export.head_dim)
+    writer.add_value_length(export.head_dim)
+    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
+    writer.add_rope_freq_base(rope["theta"])
+    writer.add_rope_dimension_count(export.head_dim)
+    if rope["kind"] == "linear":
+        writer.add_rope_scaling_type(_linear())
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    if export.architecture == "gemma2":
+        writer.add_attn_logit_softcapping(float(config["attn_logit_softcapping"]))
+        writer.add_final_logit_softcapping(float(config["final_logit_softcapping"]))
+    if export.architecture in ("gemma2", "gemma3") and config.get("sliding_window"):
+        writer.add_sliding_window(int(config["sliding_window"]))
+
+
+def _linear() -> Any:
+    import gguf
+
+    return gguf.RopeScalingType.LINEAR
+
+
+def _put_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    if vocabulary.scores is not None:
+        writer.add_token_scores(list(vocabulary.scores))
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    writer.add_token_types(list(vocabulary.types))
+    if vocabulary.merges:
+        writer.add_token_merges(list(vocabulary.merges))
+    for name, i in vocabulary.ids.items():
+        getattr(writer, f"add_{name}_token_id")(i)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    if vocabulary.template:
+        writer.add_chat_template(vocabulary.template)

@@ -1,0 +1,82 @@
+"""What rounding to few bits leaves of an adapter's change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Over all fused layers that are quantised. change: D = fused - base weights before rounding.
+
+    share: <E, D> / <D, D> of the change E after rounding; error: |E - D| / |D|.
+    """
+
+    share: float
+    error: float
+    bits: tuple[int, ...]
+
+    @staticmethod
+    def of(sums: Sequence[tuple[float, float, float, int]]) -> Kept | None:
+        """sums: (<E, D>, |E - D|^2, |D|^2, bits) of each layer. None without a change."""
+        along, off, size = (sum(part[i] for part in sums) for i in range(3))
+        if not size:
+            return None
+        return Kept(along / size, (off / size) ** 0.5, tuple(sorted({part[3] for part in sums})))
+
+
+def plain_weight(layer: Any) -> mx.array:
+    """[out, in] in float32, whatever the layer stores; scales are widened before they multiply."""
+    if not isinstance(layer, nn.QuantizedLinear):
+        return layer.weight.astype(mx.float32)
+    biases = layer.biases if "biases" in layer else None
+    affine = biases is not None
+    return mx.dequantize(
+        layer.weight,
+        layer.scales.astype(mx.float32) if affine else layer.scales,
+        biases.astype(mx.float32) if affine else None,
+        layer.group_size, layer.bits, layer.mode,
+    ).astype(mx.float32)  # fmt: skip
+
+
+def change_of(adapted: Any) -> mx.array | None:
+    """What a LoRA or DoRA layer adds to its weight, [out, in] in float32; None for other kinds."""
+    if "linear" not in adapted or adapted.lora_a.ndim != 2:
+        return None
+    delta = (adapted.scale * adapted.lora_b.T.astype(mx.float32)) @ adapted.lora_a.T.astype(
+        mx.float32
+    )
+    if "m" not in adapted:
+        return delta
+    base = plain_weight(adapted.linear)
+    whole = base + delta
+    return (adapted.m / mx.linalg.norm(whole, axis=1))[:, None] * whole - base
+
+
+def rounded_to(base: Any, change: mx.array, bits: int | None) -> Any:
+    """A layer of base + change, quantised as the base is, or to so many bits."""
+    weight = plain_weight(base) + change
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight = weight
+    if "bias" in base:
+        layer.bias = base.bias
+    if not isinstance(base, nn.QuantizedLinear):
+        return layer
+    if bits is not None:
+        return nn.QuantizedLinear.from_linear(layer, base.group_size, bits, mode="affine")
+    return nn.QuantizedLinear.from_linear(layer, base.group_size, base.bits, mode=base.mode)
+
+
+def kept_of(base: Any, change: mx.array, fused: Any) -> tuple[float, float, float, int]:
+    """(<E, D>, |E - D|^2, |D|^2, bits) of one layer."""
+    after = plain_weight(fused) - plain_weight(base)
+    off = after - change
+    sums = [(after * change).sum(), (off * off).sum(), (change * change).sum()]
+    mx.eval(sums)
+    along, error, size = (float(value) for value in sums)
+    return along, error, size, fused.bits
