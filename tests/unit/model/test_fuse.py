@@ -131,7 +131,7 @@ def test_a_failure_while_saving_leaves_the_old_folder_and_nothing_else(made, tmp
         (target / "half").write_text("x")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils, "save", save)
+    monkeypatch.setattr(utils, "save_model", save)
     with pytest.raises(KeyboardInterrupt):
         fuse(str(folder), adapter, tmp_path / "fused")
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == [
@@ -149,16 +149,92 @@ def test_a_fused_folder_takes_the_place_of_the_old_one(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("base", "message"), [("gemma2", "and this is a gemma2"), ("4 bits", "add --dequantize")]
+    ("base", "message"),
+    [("phi3", "found a phi3"), ("4 bits", "add --dequantize")],
 )
 def test_an_impossible_gguf_is_refused_before_anything_is_written(
     made, tmp_path, monkeypatch, base, message
 ):
-    folder, adapter = made[base, "lora"]
-    monkeypatch.setattr(utils, "save", lambda *a, **k: pytest.fail("something was written"))
+    folder, adapter = made["llama" if base == "phi3" else base, "lora"]
+    if base == "phi3":
+        folder = tiny_models.MAKERS[base](tmp_path / "base", tokenizer=True)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(utils, "save_model", lambda *a, **k: pytest.fail("something was written"))
     with pytest.raises(ConfigError, match=message):
         fuse(str(folder), adapter, tmp_path / "fused", gguf_path="model.gguf")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["../out.gguf", "/tmp/out.gguf", "config.json"])
+def test_a_gguf_is_written_into_the_fused_folder_under_a_name_of_its_own(made, tmp_path, name):
+    folder, adapter = made["llama", "lora"]
+    with pytest.raises(ConfigError, match="--gguf-path .* bare name"):
+        fuse(str(folder), adapter, tmp_path / "fused", gguf_path=name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tokenizers_files_are_the_bases_byte_for_byte(made, tmp_path):
+    folder, adapter = made["llama", "lora"]
+    (tmp_path / "base").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "base" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "base/special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["a"]}
+    (tmp_path / "base/tokenizer_config.json").write_text(json.dumps(config))
+    fuse(str(tmp_path / "base"), adapter, tmp_path / "fused")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                 "chat_template.jinja"):  # fmt: skip
+        made_of, got = (tmp_path / where / name for where in ("base", "fused"))
+        assert got.read_bytes() == made_of.read_bytes(), name
+    for path in (tmp_path / "fused").glob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
+
+
+def test_the_template_of_training_is_the_fused_folders(made, tmp_path):
+    folder, _ = made["llama", "lora"]
+    list(open_trainer(folder, tmp_path / "a", PAIRS, iters=1).run())
+    (tmp_path / "a/chat_template.jinja").write_text("mine {{ messages }}")
+    report = fuse(str(folder), tmp_path / "a", tmp_path / "fused")
+    assert report.template == "the chat template of training"
+    assert (tmp_path / "fused/chat_template.jinja").read_text() == "mine {{ messages }}"
+    (tmp_path / "other.jinja").write_text("other")
+    given = tmp_path / "other.jinja"
+    fuse(str(folder), tmp_path / "a", tmp_path / "second", chat_template=given)
+    assert (tmp_path / "second/chat_template.jinja").read_text() == "other"
+
+
+def test_more_bits_keep_more_of_the_change(made, tmp_path):
+    """The two figures by their definition, in numpy, from the folders' own weights."""
+    folder, adapter = made["4 bits", "lora"]
+    tensors = mx.load(str(adapter / "adapters.safetensors"))
+    scale = json.loads((adapter / "adapter_config.json").read_text())["lora_parameters"]["scale"]
+    kept = {}
+    for bits in (None, 8):
+        report = fuse(str(folder), adapter, tmp_path / str(bits), keep_bits=bits)
+        along = off = size = 0.0
+        plain = [mx.load(str(f / "model.safetensors")) for f in (folder, tmp_path / str(bits))]
+        for name in [n[:-7] for n in tensors if n.endswith("lora_a")]:
+            change = scale * np.array(tensors[f"{name}.lora_a"] @ tensors[f"{name}.lora_b"]).T
+            old, new = (
+                np.array(mx.dequantize(
+                    w[f"{name}.weight"], w[f"{name}.scales"].astype(mx.float32),
+                    w[f"{name}.biases"].astype(mx.float32), 32, b))
+                for w, b in zip(plain, (4, bits or 4), strict=True)
+            )  # fmt: skip
+            along += float(((new - old) * change).sum())
+            off += float(((new - old - change) ** 2).sum())
+            size += float((change**2).sum())
+        assert report.kept is not None
+        np.testing.assert_allclose(report.kept.share, along / size, rtol=1e-4)
+        np.testing.assert_allclose(report.kept.error, (off / size) ** 0.5, rtol=1e-4)
+        kept[bits] = report.kept
+    assert kept[8].error < kept[None].error / 8
+    model, _ = utils.load(str(tmp_path / "8"))  # mlx-lm reads the mixture
+    assert {m.bits for _, m in model.named_modules() if isinstance(m, nn.QuantizedLinear)} == {4, 8}
+    for wrong, base in ((4, "4 bits"), (8, "llama")):
+        with pytest.raises(ConfigError, match="--keep-bits"):
+            fuse(str(made[base, "lora"][0]), adapter, tmp_path / "no", keep_bits=wrong)
 
 
 def test_a_folder_that_is_no_model_or_no_adapter_is_a_plain_error(made, tmp_path):
