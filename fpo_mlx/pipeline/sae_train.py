@@ -161,7 +161,7 @@ def _check(config: SaeTrainConfig) -> None:
 
 def _open(config: SaeTrainConfig, say: Say) -> Setup:
     """Tokens first: a fault in the data should not wait for the model."""
-    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.open import open_model
     from fpo_mlx.saetrain.activations import OUTLIER, norm_limit, open_reader
 
     path = resolve_model(config.model)
@@ -181,9 +181,7 @@ def _open(config: SaeTrainConfig, say: Say) -> Setup:
     train, held_out = texts.split_held_out(
         documents.items, config.held_out, config.seed, HELD_OUT_MOST
     )
-    loaded = load_model(path, trust_remote_code=config.trust_remote_code)
-    for note in loaded.notes:
-        say(note)
+    loaded = open_model(path, trust_remote_code=config.trust_remote_code, say=say)
     reader = open_reader(loaded.model, loaded.config, site)
     reader.rows(train[:1])  # the first call is slower than the others
     started = time.perf_counter()
@@ -406,7 +404,7 @@ def _finish(
 def _loss(setup: Setup, sae: SaeWeights) -> LossFigures | None:
     """With the SAE in the site's place on held-out documents; None where it cannot be had."""
     from fpo_mlx.judge import sae_fit
-    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.open import open_model
     from fpo_mlx.model.policy import Policy
 
     passages = [
@@ -417,6 +415,6 @@ def _loss(setup: Setup, sae: SaeWeights) -> LossFigures | None:
     if not passages:
         return None
     config = setup.config  # read again: the reader has cut its copy behind the site
-    loaded = load_model(resolve_model(config.model), trust_remote_code=config.trust_remote_code)
+    loaded = open_model(config.model, trust_remote_code=config.trust_remote_code)
     policy = Policy(loaded.model, loaded.config, [setup.site], share_prompt=False)
     return sae_fit.evaluate(policy, sae, passages).loss

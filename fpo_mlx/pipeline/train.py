@@ -14,7 +14,7 @@ from fpo_mlx.data.feature_files import weights_fingerprint
 from fpo_mlx.errors import CacheMismatch, ConfigError
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.plan import predicted_peak
-from fpo_mlx.pipeline.policy import open_policy
+from fpo_mlx.pipeline.policy import open_policy, outline_of
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import TokenPair
 
@@ -48,17 +48,18 @@ def train(
     check_places(t)
     make_optimizer(t)  # refuses what it cannot be made of before the long part
     ranks = open_ranks(pairs=t.batch_size * t.grad_accumulation_steps, patience=t.peer_timeout)
-    job = open_job(config, adapter=t.init_adapter, say=say)
+    job = open_job(config, say=say)
     pairs = read_pairs(job, "train", say)
     run = run_record(job, data.data_fingerprint(pairs))
     if t.resume and ranks.first:
         check_resumable(Path(t.adapter_path), run)
     valid = _validation_pairs(job, say)
-    predicted = predicted_peak(job, pairs)  # refuses adapters out of reach before the reference
+    outline = outline_of(job, say)  # refuses adapters out of reach before the reference runs
+    predicted = predicted_peak(job, pairs, outline)
     say(f"predicted peak memory of training: {predicted / 1e9:.2f} GB")
     agree = _agreement(ranks)
     store = reference_of(job, [*pairs, *valid], say, progress, other_weights=True, agree=agree)
-    scorer, adapter_config = open_policy(job, say=say)
+    scorer, adapter_config = open_policy(job, outline.spec, say=say)
     out = AdapterFolder(Path(t.adapter_path), adapter_config, writes=ranks.first)
     scored, held_out = (ScoredPairs(part, CachedScores(store, part)) for part in (pairs, valid))
     trainer = Trainer(scorer, scored, held_out if valid else None, t, out, arm(), ranks)

@@ -152,7 +152,7 @@ def run(options: argparse.Namespace, *, techniques: bool) -> list[float]:
         **({"iters": options.iters} if options.iters else {"epochs": 1.0}),
     }
     config = load_config(settings)
-    job = pipeline.open_job(config, adapter=None, say=say)
+    job = pipeline.open_job(config, say=say)
     pairs = pipeline.read_pairs(job, "train", say)
     refs = pipeline.CachedScores(pipeline.reference_of(job, pairs, say), pairs)
     scorer, adapter_config = pipeline.open_policy(job, say=say)
