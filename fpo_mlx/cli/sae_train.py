@@ -28,7 +28,7 @@ def train_sae(config, upload_repo, json_path, **values) -> None:
 
     chosen = load_settings({k: v for k, v in values.items() if v is not None}, config)
     done = pipeline.sae_train(
-        chosen, upload_repo=upload_repo, say=say, report=_training_line, arm=on_signal
+        chosen, upload_repo=upload_repo, say=say, report=_training_line, install_stop=on_signal
     )
     figures = {} if done.figures is None else dataclasses.asdict(done.figures)
     if done.loss is not None:

@@ -13,6 +13,7 @@ from fpo_mlx import __version__
 from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Say
+from fpo_mlx.pipeline.train import InstallStop
 from fpo_mlx.records import SITE_KINDS, Passage, SaeWeights, Site
 from fpo_mlx.reference import weights
 from fpo_mlx.saetrain import rows, settings, texts
@@ -73,11 +74,11 @@ def sae_train(
     upload_repo: str | None = None,
     say: Say,
     report: Callable[[Report], None] = lambda _: None,
-    arm: Callable[[], Callable[[], int | None]] = lambda: lambda: None,
+    install_stop: InstallStop = lambda: lambda: None,
 ) -> SaeTrained:
     """The whole way: text to activations to a SAELens folder.
 
-    arm: called when training begins; gives what is asked whether to stop.
+    install_stop: called when training begins.
     """
     from fpo_mlx.saetrain import finish, trainer
 
@@ -93,7 +94,7 @@ def sae_train(
             f"{config.architecture} of {setup.sizes.width} features, k {setup.sizes.k}, on the "
             f"{setup.site}: {plan.steps} updates of {plan.batch} tokens"
         )
-        for each in trainer.train(source, current, rule, plan, folder, arm()):
+        for each in trainer.train(source, current, rule, plan, folder, install_stop()):
             report(each)
         return _finish(setup, source, current, plan, upload_repo, say)
 

@@ -20,9 +20,13 @@ from fpo_mlx.records import TokenPair
 
 if TYPE_CHECKING:
     from fpo_mlx.train.checkpoint import AdapterFolder
-    from fpo_mlx.train.metrics import Report
+    from fpo_mlx.train.events import Report
     from fpo_mlx.train.parallel import Ranks
     from fpo_mlx.train.trainer import Trainer
+
+
+Stop = Callable[[], int | None]  # asked between updates: None, or the exit code to stop with
+InstallStop = Callable[[], Stop]  # called when updates begin: signals end a run from then on
 
 
 def train(
@@ -30,13 +34,13 @@ def train(
     *,
     say: Say,
     progress: OnFill = lambda _: None,
-    arm: Callable[[], Callable[[], int | None]] = lambda: lambda: None,
+    install_stop: InstallStop = lambda: lambda: None,
     begin: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Report]:
     """Train adapters; yields the trainer's reports.
 
-    begin: called with the number of iterations before the first one; arm: called when training
-    proper begins; gives what the trainer asks whether to stop.
+    begin: called with the number of iterations before the first one; install_stop: called when
+    training proper begins.
     """
     from fpo_mlx.train.checkpoint import AdapterFolder, check_resumable
     from fpo_mlx.train.metrics import ScoredPairs
@@ -62,7 +66,7 @@ def train(
     scorer, adapter_config = open_policy(job, outline.spec, say=say)
     out = AdapterFolder(Path(t.adapter_path), adapter_config, writes=ranks.first)
     scored, held_out = (ScoredPairs(part, CachedScores(store, part)) for part in (pairs, valid))
-    trainer = Trainer(scorer, scored, held_out if valid else None, t, out, arm(), ranks)
+    trainer = Trainer(scorer, scored, held_out if valid else None, t, out, install_stop(), ranks)
     begin(trainer.total)
     del job  # and with it the SAEs' numpy arrays: the encoders on the device are the only copy
     _announce(trainer, say)
@@ -81,7 +85,7 @@ def train(
 
 
 def _validation_pairs(job: Job, say: Say) -> list[TokenPair]:
-    """None where there are none, or none are wanted. Raises: ConfigError where that cannot be."""
+    """[] where there are none, or none are wanted. Raises: ConfigError where that cannot be."""
     t, source = job.config.train, job.config.data.data
     if t.val_batches and has_split(job, "valid"):
         return read_pairs(job, "valid", say)

@@ -21,18 +21,15 @@ from fpo_mlx.model import adapters, randomness
 from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.train import guard
 from fpo_mlx.train.checkpoint import STATE, AdapterFolder, Progress
-from fpo_mlx.train.metrics import (
+from fpo_mlx.train.events import (
     Report,
     SavedReport,
-    ScoredPairs,
     SkippedReport,
     StepReport,
     StoppedReport,
     ValidReport,
-    Window,
-    measure,
-    pair_metrics,
 )
+from fpo_mlx.train.metrics import ScoredPairs, Window, measure, pair_metrics
 from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update
 from fpo_mlx.train.parallel import Ranks
 from fpo_mlx.train.scoring import Measures, Scorer

@@ -41,7 +41,8 @@ from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.train.checkpoint import AdapterFolder
-from fpo_mlx.train.metrics import ScoredPairs, StepReport
+from fpo_mlx.train.events import StepReport
+from fpo_mlx.train.metrics import ScoredPairs
 from fpo_mlx.train.scoring import Measures, Scorer
 from fpo_mlx.train.trainer import Trainer
 

@@ -13,7 +13,9 @@ from helpers import SIZES, log_of, open_trainer, random_pairs  # noqa: E402
 
 from fpo_mlx.errors import ConfigError, Interrupted, ModelError  # noqa: E402
 from fpo_mlx.train.checkpoint import STATE, check_resumable  # noqa: E402
-from fpo_mlx.train.metrics import SavedReport  # noqa: E402
+from fpo_mlx.train.events import (  # noqa: E402
+    SavedReport,
+)
 
 PAIRS = random_pairs(SIZES)
 SETTINGS = {
