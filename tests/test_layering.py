@@ -75,7 +75,7 @@ OTHERS = {
     "demo": {"numpy", "safetensors", "mlx_lm"},
     "pipeline": {"numpy", *MLX},
     "pipeline.doctor": {"numpy", "mlx", "huggingface_hub"},
-    "cli": {"click", "tqdm", "yaml"},
+    "cli": {"click", "rich_click", "tqdm", "yaml"},
     "cli.trackers": {"wandb", "tensorboardX"},
     "__main__": set(),
 }
