@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx import __version__
+from fpo_mlx.config import SaeTrainConfig, named
 from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Say
 from fpo_mlx.pipeline.train import InstallStop
 from fpo_mlx.records import SITE_KINDS, Passage, SaeWeights, Site
 from fpo_mlx.reference import weights
-from fpo_mlx.saetrain import rows, settings, texts
-from fpo_mlx.saetrain.settings import SaeTrainConfig
+from fpo_mlx.saetrain import rows, texts
+from fpo_mlx.saetrain import sizes as sizing
 from fpo_mlx.storage import locks
 from fpo_mlx.storage.hub import read_config, resolve_model
 
@@ -45,7 +46,7 @@ class Setup:
     model_name: str
     site: Site
     hidden: int
-    sizes: settings.Sizes
+    sizes: sizing.Sizes
     train: tuple[texts.Document, ...]
     held_out: tuple[texts.Document, ...]
     reader: Reader
@@ -116,7 +117,7 @@ def _resumed(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, 
     from fpo_mlx.saetrain import state, trainer
 
     config = setup.config
-    before = state.check_resumable(folder, _record(setup), settings.FREE)
+    before = state.check_resumable(folder, _record(setup), named("may_change", (SaeTrainConfig,)))
     old = before["settings"]
     _check_chunks(folder, old.get("store"), config.store)
     source, _ = _source(setup, say)
@@ -167,7 +168,7 @@ def _open(config: SaeTrainConfig, say: Say) -> Setup:
 
     path = resolve_model(config.model)
     model_config = read_config(path)
-    layer = settings.sizes(config, model_config, int(model_config["hidden_size"])).layer
+    layer = sizing.sizes(config, model_config, int(model_config["hidden_size"])).layer
     site = Site(layer, config.site)  # type: ignore[arg-type]
     template = Path(config.chat_template) if config.chat_template else None
     tokenizer = load_tokenizer(
@@ -199,7 +200,7 @@ def _open(config: SaeTrainConfig, say: Say) -> Setup:
         Path(config.model).name,
         site,
         sample.shape[1],
-        settings.sizes(config, model_config, sample.shape[1]),
+        sizing.sizes(config, model_config, sample.shape[1]),
         tuple(train),
         tuple(held_out),
         replace(reader, limit=limit),
@@ -281,7 +282,7 @@ def _rule(setup: Setup) -> Any:
     return Rule(
         config.architecture,
         sizes.k,
-        settings.prefixes(config, sizes.width),
+        sizing.prefixes(config, sizes.width),
         bandwidth=config.bandwidth,
         aux_k=sizes.aux_k,
         sparse=mx.default_device() == mx.cpu,
@@ -309,7 +310,7 @@ def _plan(setup: Setup, source: rows.Source, fresh: State, stored: bool, say: Sa
     if tokens is None:
         minutes = 30.0 if config.minutes is None else config.minutes
         speed = _seconds_a_token(setup, source, fresh)
-        tokens = settings.steps_in_time(
+        tokens = sizing.steps_in_time(
             minutes * 60,
             per_row=0.0 if stored else setup.seconds_a_row,
             per_token=speed,
@@ -325,7 +326,7 @@ def _plan(setup: Setup, source: rows.Source, fresh: State, stored: bool, say: Sa
         steps=steps,
         batch=config.batch_size,
         micro=config.micro_batch_size or config.batch_size,
-        learning_rate=settings.learning_rate(config, setup.sizes.width),
+        learning_rate=sizing.learning_rate(config, setup.sizes.width),
         seed=config.seed,
         dead_after=config.dead_after or max(steps // 60, 4) * config.batch_size,
         report_every=config.steps_per_report,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def rewind_log(folder: Path, state: State) -> None:
         os.truncate(path, min(state.metrics_bytes, path.stat().st_size))
 
 
-def check_resumable(folder: Path, run: dict[str, Any], free: set[str]) -> dict[str, Any]:
+def check_resumable(folder: Path, run: dict[str, Any], free: Collection[str]) -> dict[str, Any]:
     """The record of the run in `folder`. Raises ConfigError naming what differs from `run`."""
     path = folder / RUN
     if not (folder / STATE).is_file() or not path.is_file():
