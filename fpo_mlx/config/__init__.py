@@ -13,6 +13,7 @@ from fpo_mlx.config.sections import (
     ReferenceConfig,
     RunConfig,
     Sampling,
+    default_of,
     named,
     options,
 )
@@ -20,6 +21,6 @@ from fpo_mlx.config.training import TrainConfig
 
 __all__ = [
     "GROUPS", "PRESETS", "SECTIONS", "DataConfig", "Objective", "ReferenceConfig", "RunConfig",
-    "SaeTrainConfig", "Sampling", "TrainConfig", "coerce", "load_config", "load_section", "named",
-    "options", "read_yaml",
+    "SaeTrainConfig", "Sampling", "TrainConfig", "coerce", "default_of", "load_config",
+    "load_section", "named", "options", "read_yaml",
 ]  # fmt: skip

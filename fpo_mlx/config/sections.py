@@ -156,6 +156,12 @@ def options(sections: Sequence[type] = SECTIONS) -> dict[str, dataclasses.Field]
     return {f.name: f for section in sections for f in dataclasses.fields(section)}
 
 
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of one of `options`."""
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
+
+
 def named(fact: str, sections: Sequence[type] = SECTIONS) -> tuple[str, ...]:
     """Names of the settings of which a fact of `fields.setting` holds, such as "may_change"."""
     return tuple(name for name, field in options(sections).items() if field.metadata[fact])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx import __version__
-from fpo_mlx.config import SaeTrainConfig, named
+from fpo_mlx.config import SaeTrainConfig, default_of, named, options
 from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Say
@@ -117,13 +117,18 @@ def _resumed(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, 
     from fpo_mlx.saetrain import state, trainer
 
     config = setup.config
-    before = state.check_resumable(folder, _record(setup), named("may_change", (SaeTrainConfig,)))
+    own = options((SaeTrainConfig,))
+    before = state.run_folder(folder).check_resumable(
+        _record(setup),
+        named("may_change", (SaeTrainConfig,)),
+        {name: default_of(field) for name, field in own.items()},
+    )
     old = before["settings"]
     _check_chunks(folder, old.get("store"), config.store)
     source, _ = _source(setup, say)
     plan, current = trainer.Plan(**before["plan"]), state.load(folder)
     plan = replace(plan, save_every=config.save_every, report_every=config.steps_per_report)
-    state.rewind_log(folder, current)
+    state.run_folder(folder).rewind_log(current.metrics_bytes)
     say(f"resumed after step {current.step} of {plan.steps}")
     changed = [f"--{n}" for n in ("minutes", "passes") if getattr(config, n) != old.get(n)]
     if changed:
@@ -362,9 +367,8 @@ def _record(setup: Setup) -> dict[str, Any]:
 
 def _write_run(folder: Path, run: dict[str, Any], plan: Plan) -> None:
     from fpo_mlx.saetrain import state
-    from fpo_mlx.storage import files
 
-    files.write_json(folder / state.RUN, run | {"plan": dataclasses.asdict(plan)})
+    state.run_folder(folder).write_record(run | {"plan": dataclasses.asdict(plan)})
 
 
 def _finish(

@@ -19,7 +19,7 @@ from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import TokenPair
 
 if TYPE_CHECKING:
-    from fpo_mlx.train.checkpoint import AdapterFolder
+    from fpo_mlx.train.checkpoint import Folder
     from fpo_mlx.train.events import Report
     from fpo_mlx.train.parallel import Ranks
     from fpo_mlx.train.trainer import Trainer
@@ -42,7 +42,7 @@ def train(
     begin: called with the number of iterations before the first one; install_stop: called when
     training proper begins.
     """
-    from fpo_mlx.train.checkpoint import AdapterFolder, check_resumable
+    from fpo_mlx.train.checkpoint import AdapterFolder, NoFolder, check_resumable
     from fpo_mlx.train.metrics import ScoredPairs
     from fpo_mlx.train.optimizer import make_optimizer
     from fpo_mlx.train.parallel import open_ranks
@@ -64,7 +64,8 @@ def train(
     agree = _agreement(ranks)
     store = reference_of(job, [*pairs, *valid], say, progress, other_weights=True, agree=agree)
     scorer, adapter_config = open_policy(job, outline.spec, say=say)
-    out = AdapterFolder(Path(t.adapter_path), adapter_config, writes=ranks.first)
+    place = Path(t.adapter_path)
+    out = AdapterFolder(place, adapter_config) if ranks.first else NoFolder(place)
     scored, held_out = (ScoredPairs(part, CachedScores(store, part)) for part in (pairs, valid))
     trainer = Trainer(scorer, scored, held_out if valid else None, t, out, install_stop(), ranks)
     begin(trainer.total)
@@ -111,7 +112,7 @@ def check_places(t: TrainConfig) -> None:
         )
 
 
-def _compare_peaks(out: AdapterFolder, predicted: float, say: Say) -> None:
+def _compare_peaks(out: Folder, predicted: float, say: Say) -> None:
     """Say what `plan` predicted and what MLX measured, and keep both in run.json."""
     import mlx.core as mx
 

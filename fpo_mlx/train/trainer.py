@@ -20,7 +20,7 @@ from fpo_mlx.errors import Diverged, Interrupted, ModelError
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.train import guard
-from fpo_mlx.train.checkpoint import STATE, AdapterFolder, Progress
+from fpo_mlx.train.checkpoint import STATE, Folder, Progress, load_state
 from fpo_mlx.train.events import (
     Report,
     SavedReport,
@@ -44,7 +44,7 @@ class Trainer:
         train: ScoredPairs,
         valid: ScoredPairs | None,
         config: TrainConfig,
-        folder: AdapterFolder,
+        folder: Folder,
         stop: Callable[[], int | None] = lambda: None,
         ranks: Ranks | None = None,
     ) -> None:
@@ -68,7 +68,7 @@ class Trainer:
     def resume(self) -> None:
         """Go back to the state in the folder."""
         with self.ranks.file_of_first(self.folder.path / STATE) as path:
-            loaded = self.folder.load_state(self.model, self.optimizer, path)
+            loaded = load_state(path, self.model, self.optimizer)
         self.progress, self._reference, self._good = loaded
         self.scorer.freeze_reference(self._reference)
         self.folder.rewind_log(self.progress)
