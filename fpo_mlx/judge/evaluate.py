@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx.judge.sampling import Answer, distinct_n
-from fpo_mlx.records import BASE, shown_name
+from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.train.metrics import ScoredPairs, measure
 from fpo_mlx.train.scoring import Scorer
 
@@ -65,9 +65,10 @@ class EvalTable:
         base = {BASE: self.base.as_dict()} if self.base else {}
         if len(self.adapters) == 1:
             ((path, report),) = self.adapters.items()
-            return {"adapter_path": path if self.base else None} | report.as_dict() | base
+            own = {"adapter_path": path if self.base else None} | report.as_dict() | base
+            return result_file("evaluate", own)
         named = [{"adapter_path": name, **r.as_dict()} for name, r in self.adapters.items()]
-        return base | {"adapters": named}
+        return result_file("evaluate", base | {"adapters": named})
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row a model, intervals in two columns: for a CSV."""

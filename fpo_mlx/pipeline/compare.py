@@ -13,7 +13,7 @@ from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_model, open_tokenizer
-from fpo_mlx.records import BASE, shown_name
+from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.storage.hub import resolve_model
 
 Turns = Sequence[dict[str, Any]]
@@ -32,7 +32,7 @@ class Comparison:
             {"prompt": prompt, "answers": {name: texts[i] for name, texts in self.answers.items()}}
             for i, prompt in enumerate(self.prompts)
         ]
-        return {"sampling": vars(self.sampling), "prompts": rows}
+        return result_file("compare", {"sampling": vars(self.sampling), "prompts": rows})
 
     def markdown(self) -> str:
         """One table a prompt, models side by side; what the model wrote cannot break it."""

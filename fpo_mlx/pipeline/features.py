@@ -16,7 +16,7 @@ from fpo_mlx.judge.feature_report import Change, Found, Sort, TextActivations
 from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import Say, need_model, open_job, open_saes, open_tokenizer, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
-from fpo_mlx.records import SaeWeights
+from fpo_mlx.records import SaeWeights, result_file
 from fpo_mlx.storage.hub import read_config, resolve_model
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class FeatureReport:
 
     def as_dict(self) -> dict[str, Any]:
         about = {"adapter_path": self.adapter_path, "pairs": self.pairs, "distance": self.distance}
-        return about | {"features": [change.as_dict() for change in self.changes]}
+        moved = {"features": [change.as_dict() for change in self.changes]}
+        return result_file("features", about | moved)
 
     def rows(self) -> list[dict[str, Any]]:
         """Flat, for a CSV: the contexts as their tokens."""
