@@ -23,10 +23,10 @@ def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig
     Raises: ConfigError for unknown keys, wrong types and values out of range, all at once.
     """
     given = read_yaml(path) if path else {}
-    known = options()
-    unknown = sorted(set(given) - set(known) - {"objective"})
+    unknown = sorted({*given, *flags} - {*options(), "objective"})
     if unknown:
-        raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}.{_closest(unknown)}")
+        where = f"{path}: " if set(unknown) & set(given) else ""
+        raise ConfigError(f"{where}unknown settings {', '.join(unknown)}.{_closest(unknown)}")
     given |= {name: value for name, value in flags.items() if value is not None}
     preset = given.pop("objective", "fpo")
     if not isinstance(preset, str) or preset not in PRESETS:
