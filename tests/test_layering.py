@@ -33,7 +33,7 @@ OURS = {
     "saetrain.texts": VOCABULARY | {"data"},
     "train": VOCABULARY | RUN | {"data"},
     "reference": VOCABULARY | {"config", "machine"},
-    "reference.mlx_backend": VOCABULARY | RUN | {"train"},
+    "reference.mlx_backend": VOCABULARY | {"core", "machine", "model"},
     "judge": VOCABULARY | RUN | {"sae", "train"},
     "report": VOCABULARY | {"config"},
     "demo": VOCABULARY | {"machine"},
