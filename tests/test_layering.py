@@ -15,7 +15,8 @@ RUN = {"config", "core", "machine", "model"}  # what one step of training or sco
 # Longest matching name wins: "reference.mlx_backend" before "reference". A line allows whole
 # rooms, or one module of a room by its dotted name.
 OURS = {
-    "": set(),
+    "": {"api", "machine"},  # what it gives away is loaded when asked for
+    "api": VOCABULARY | {"cache", "config", "judge", "pipeline", "sae", "train"},
     "errors": set(),
     "records": set(),
     "storage": {"errors"},
@@ -46,6 +47,7 @@ OURS = {
 }
 OTHERS = {
     "": set(),
+    "api": set(),
     "errors": set(),
     "records": {"numpy"},
     "storage": set(),
