@@ -26,7 +26,7 @@ TOOLS := .venv-tools/bin
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint bench clean lock test-newest test-lowest
+.PHONY: demo test check lint docs bench clean lock test-newest test-lowest
 
 demo: $(PACKAGE)
 	$(BIN)/fpo-mlx demo $(DEMO_ARGS)
@@ -34,12 +34,15 @@ demo: $(PACKAGE)
 test: $(TORCH_STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: lint test
+check: lint docs test
 
 lint: $(TORCH_STAMP)  # the types of the torch backend are read from torch itself
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(PACKAGE)  # the site, in build/site; strict: a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 bench: $(TORCH_STAMP)
 	$(BIN)/python scripts/bench/bench.py $(BENCH_ARGS)
