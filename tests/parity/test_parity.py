@@ -160,6 +160,7 @@ def test_objective_fields_are_all_compared_here():
     assert names == {
         "beta", "alpha", "gamma", "length_normalize", "margin", "constraint", "stop_gradient",
         "top_k", "feature_scale", "feature_weights",
+        "target_drift", "target_kl",  # they set alpha and feature_scale: test_drift.py
     }  # fmt: skip
 
 
@@ -178,7 +179,7 @@ def test_eight_pairs_agree_with_the_oracle_in_every_number(folders, family):
     ]
     pairs, sae = random_pairs(sizes, seed=5), random_sae("jumprelu", 32, Site(1))
     scorer, values = scorer_with_lora(folders[family], Objective(top_k=K), [sae])
-    refs = scorer.reference(pairs)
+    refs = scorer.reader.scores(pairs)
     (losses, u, _, _), measures, _ = losses_and_grads(scorer, values, pairs)
     model = oracle.load_oracle(folders[family])
     lora = oracle.attach_lora(model, values, scale=2.0)

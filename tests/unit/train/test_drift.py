@@ -43,7 +43,7 @@ def test_the_level_does_not_wind_down_while_the_drift_still_grows():
     for n in range(1, 40):
         drift = drift.after((0.002 * n) ** 2)
     assert drift.fast.value < 0.3**2
-    assert drift.level == pytest.approx(FIRST["drift"], rel=0.12)  # the first updates only
+    assert drift.level > 0.35 * FIRST["drift"]  # winding down all the way would leave 0.065
     stuck = drift
     for _ in range(60):
         stuck = stuck.after(drift.fast.value)
