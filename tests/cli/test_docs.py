@@ -217,6 +217,12 @@ def test_the_cache_format_is_quoted_from_the_package():
     assert f"format version {VERSION}" in page
 
 
+def test_the_page_on_architecture_names_every_room_of_the_package_in_its_table_of_layers():
+    table = TEXTS["docs/architecture.md"].split("| layer |")[1].split("\n\n")[0]
+    rooms = {path.stem for path in (ROOT / "fpo_mlx").iterdir() if path.name[0] not in "_."}
+    assert {room for room in rooms - {"py"} if f"`{room}`" not in table} == set()
+
+
 # Links --------------------------------------------------------------------------------------------
 
 
