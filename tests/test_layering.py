@@ -15,7 +15,8 @@ RUN = {"config", "core", "machine", "model"}  # what one step of training or sco
 # Longest matching name wins: "reference.mlx_backend" before "reference". A line allows whole
 # rooms, or one module of a room by its dotted name.
 OURS = {
-    "": set(),
+    "": {"api", "machine"},  # what it gives away is loaded when asked for
+    "api": VOCABULARY | {"cache", "config", "judge", "pipeline", "sae", "train"},
     "errors": set(),
     "records": set(),
     "storage": {"errors"},
@@ -23,6 +24,7 @@ OURS = {
     "core": {"machine"},
     "config": {"errors"},
     "data": VOCABULARY,
+    "data.tokenizer": VOCABULARY | {"machine"},
     "sae": VOCABULARY,
     "cache": VOCABULARY | {"machine"},
     "model": VOCABULARY | {"core", "machine"},
@@ -46,12 +48,14 @@ OURS = {
 }
 OTHERS = {
     "": set(),
+    "api": set(),
     "errors": set(),
     "records": {"numpy"},
     "storage": set(),
     "storage.hub": {"huggingface_hub"},
     "machine": set(),
     "machine.lanes": {"mlx"},
+    "machine.upstream": {"packaging"},
     "core": {"mlx"},
     "config": {"yaml"},
     "data": {"numpy", "datasets"},

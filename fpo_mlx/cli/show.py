@@ -89,6 +89,7 @@ class Progress:
                 self.say(f"warning: {warning}")
             self.say(
                 f"{report.iteration:>6}  loss {report.loss:.4f}  {describe(report.metrics)}  "
+                f"{'' if report.alpha is None else f'alpha {report.alpha:.3g}  '}"
                 f"lr {report.learning_rate:.1e}  {report.tokens_per_second:.0f} tok/s  "
                 f"peak {report.peak_memory_gb:.2f} GB"
             )
@@ -135,6 +136,8 @@ def describe(metrics: Mapping[str, float]) -> str:
     )
     if "features/chosen" in metrics:
         text += f"  D {metrics['features/chosen']:.3g} / {metrics['features/rejected']:.3g}"
+    if "drift/rejected" in metrics:
+        text += f"  drift {metrics['drift/rejected'] ** 0.5:.3f}"
     if "kl/chosen" in metrics:
         text += f"  KL {metrics['kl/chosen']:.3g} / {metrics['kl/rejected']:.3g}"
     return text

@@ -46,9 +46,10 @@ def load_section(
 def _given(flags: Mapping[str, Any], path: Path | None, known: Collection[str]) -> dict[str, Any]:
     """Flags that were given over the settings of a YAML file. Raises: ConfigError."""
     given = read_yaml(path) if path else {}
-    if unknown := sorted(set(given) - set(known)):
+    if unknown := sorted({*given, *flags} - set(known)):
+        where = f"{path}: " if set(unknown) & set(given) else ""
         near = _closest(unknown[0], known)
-        raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}.{near}")
+        raise ConfigError(f"{where}unknown settings {', '.join(unknown)}.{near}")
     return given | {name: value for name, value in flags.items() if value is not None}
 
 

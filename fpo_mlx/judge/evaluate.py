@@ -20,6 +20,7 @@ DRAWN = 1_000_000  # numbers of pairs in memory at once, however many pairs ther
 WITH_INTERVAL = (
     "rewards/accuracies", "rewards/margins", "policy_accuracy", "logps_per_token/chosen_change",
     "features/chosen", "features/rejected", "features/margin",
+    "drift/chosen", "drift/rejected",
     "kl/chosen", "kl/rejected", "kl/margin",
 )  # fmt: skip
 STRATA = ("short", "middle", "long")
@@ -92,7 +93,7 @@ def reference_report(data: ScoredPairs, like: Mapping[str, Any]) -> EvalReport:
     per_token, zeros = logps / tokens, np.zeros(len(data))
     nothing = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     nothing += ("logps_per_token/chosen_change", "logps_per_token/rejected_change")
-    nothing += tuple(f"{n}/{s}" for n in ("features", "kl") for s in (*SIDES, "margin"))
+    nothing += tuple(f"{n}/{s}" for n in ("features", "drift", "kl") for s in (*SIDES, "margin"))
     values = {name: zeros for name in nothing if name in like}
     values["policy_accuracy"] = (per_token[0] > per_token[1]).astype(np.float64)
     for side, name in enumerate(SIDES):

@@ -50,6 +50,7 @@ class Progress:
     skipped: int = 0  # updates left out
     skipped_in_a_row: int = 0
     metrics_bytes: int = 0  # length of metrics.jsonl
+    drift: dict[str, float] = field(default_factory=dict)  # the controller's state
     window: dict[str, Any] = field(default_factory=dict)  # sums since the last report
 
 

@@ -20,6 +20,7 @@ class StepReport:
     pairs_per_second: float
     peak_memory_gb: float
     skipped: int = 0  # updates left out so far
+    alpha: float | None = None  # of the next update, where a controller finds it
     warnings: tuple[str, ...] = ()
 
 

@@ -56,7 +56,8 @@ def pair_metrics(losses: PairLosses, measures: Measures, beta: float) -> dict[st
         "logps_per_token/chosen_change": per_token[0] - ref_per_token[0],
         "logps_per_token/rejected_change": per_token[1] - ref_per_token[1],
     }
-    for name, values in (("features", measures.distances), ("kl", measures.kl)):
+    sides_of = {"features": measures.distances, "drift": measures.relative, "kl": measures.kl}
+    for name, values in sides_of.items():
         if values is not None:
             sides = np.array(values)
             out |= {f"{name}/chosen": sides[0], f"{name}/rejected": sides[1]}
