@@ -86,7 +86,7 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class Passage:
-    """One answer behind its prompt, as token ids: what an SAE is judged on."""
+    """Tokens of which those behind the prompt are looked at: an answer, or the rest of a text."""
 
     prompt: np.ndarray  # int32 [P], P >= 1
     response: np.ndarray  # int32 [|y|] >= 1
