@@ -217,6 +217,12 @@ def test_the_cache_format_is_quoted_from_the_package():
     assert f"format version {VERSION}" in page
 
 
+def test_the_page_on_architecture_names_every_room_of_the_package_in_its_table_of_layers():
+    table = TEXTS["docs/architecture.md"].split("| layer |")[1].split("\n\n")[0]
+    rooms = {path.stem for path in (ROOT / "fpo_mlx").iterdir() if path.name[0] not in "_."}
+    assert {room for room in rooms - {"py"} if f"`{room}`" not in table} == set()
+
+
 # Links --------------------------------------------------------------------------------------------
 
 
@@ -306,7 +312,7 @@ def test_the_readme_of_a_folder_of_scripts_names_each_and_only_flags_that_they_h
     for row in [line for line in text.splitlines() if line.startswith("| `")]:
         source = sources[row.split("`")[1]]
         flags = re.findall(r"--[a-z][a-z-]*", row)
-        assert [flag for flag in flags if f'"{flag}"' not in source] == [], row
+        assert [f for f in flags if f'"{f}"' not in source and f not in FLAGS] == [], row
 
 
 def test_the_changelog_speaks_of_this_version():
