@@ -8,6 +8,7 @@ import subprocess
 import sys
 import typing
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -39,7 +40,7 @@ def configured(monkeypatch):
     """`fpo-mlx train` with these words -> the RunConfig that reaches the pipeline."""
     seen: list[RunConfig] = []
     monkeypatch.setattr(pipeline, "train", lambda config, **_: seen.append(config) or iter(()))
-    monkeypatch.setattr(trackers, "open_trackers", lambda *_: lambda report: None)
+    monkeypatch.setattr(trackers, "tracking", lambda *_: nullcontext(lambda report: None))
 
     def run(*words: object) -> RunConfig:
         done = CliRunner().invoke(main, ["train", *map(str, words)])
