@@ -147,3 +147,30 @@ def test_an_error_is_one_plain_line_also_on_a_terminal():
     assert code == 2
     assert re.search(r"^Error: No such option '--learning-rat'.*'--learning-rate'\?", text, re.M)
     assert "─" not in text
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_commands_flags_and_choices_as_the_docs_say(shell):
+    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    assert f"_FPO_MLX_COMPLETE={shell}_source fpo-mlx" in page
+
+    def told(mode: str, words: str = "", word: int = 0) -> str:
+        asked = {"_FPO_MLX_COMPLETE": f"{shell}_{mode}", "COMP_WORDS": words}
+        asked["COMP_CWORD"] = words.split()[-1] if shell == "fish" and words else str(word)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in asked.items():
+                patch.setenv(name, value)
+            return run_as_program()
+
+    assert "COMP_WORDS" in told("source")
+    assert "train" in told("complete", "fpo-mlx tra", 1)
+    assert "--learning-rate" in told("complete", "fpo-mlx train --learn", 2), "hidden in --help"
+
+
+def run_as_program() -> str:
+    """Completion is asked for by an environment variable that has the program's name."""
+    from click.testing import CliRunner
+
+    result = CliRunner().invoke(main, [], prog_name="fpo-mlx")
+    assert result.exit_code == 0, result.output
+    return result.stdout
