@@ -20,7 +20,7 @@ from fpo_mlx.sae.encode import encode as encode
 
 if TYPE_CHECKING:
     from fpo_mlx.judge.evaluate import EvalReport
-    from fpo_mlx.train.metrics import Report
+    from fpo_mlx.train.events import Report
 
 Say = Callable[[str], None]
 

@@ -18,7 +18,7 @@ from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
 from fpo_mlx.storage.hub import read_config, resolve_model
 
 if TYPE_CHECKING:
-    from fpo_mlx.train.scoring import Scorer
+    from fpo_mlx.model.reader import Reader
 
 Row = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ class TappedModel:
     folder: Path
     tokenizer: ChatTokenizer
     sites: tuple[Site, ...]
-    scorer: Scorer
+    reader: Reader
 
     def pair_of(self, row: Row) -> TokenPair:
         """A row, in any form that `--data` takes, as tokens; its `keys` name it in a cache.
@@ -53,7 +53,7 @@ class TappedModel:
         )
         start = np.array(self.tokenizer.prompt_tokens(turns), dtype=np.int32)
         answer = np.array(whole[len(start) :], dtype=np.int32)
-        tapped = self.scorer.policy.answer_rows(start, answer).tapped
+        tapped = self.reader.policy.answer_rows(start, answer).tapped
         return tuple(np.array(site.astype(mx.float32)) for site in tapped)
 
     def score(self, rows: Sequence[Row]) -> list[PairScore]:
@@ -67,7 +67,7 @@ class TappedModel:
                 pairs.append(self.pair_of(row))
             except DataError as error:
                 raise DataError(f"row {number}: {error}") from error
-        return [score for pair in pairs for score in self.scorer.reference([pair])]
+        return [score for pair in pairs for score in self.reader.scores([pair])]
 
 
 def open_tapped(
@@ -82,11 +82,9 @@ def open_tapped(
     taps: places, or SAEs, which are tapped where they read.
     Raises: ModelError, SaeError for what does not fit; ConfigError for places and SAEs mixed.
     """
-    from fpo_mlx.config import Objective
-    from fpo_mlx.model import adapters
-    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.open import open_model
     from fpo_mlx.model.policy import Policy
-    from fpo_mlx.train.scoring import Scorer, encoder_of
+    from fpo_mlx.model.reader import Reader, encoder_of
 
     settings = load_config({"model": str(model), "trust_remote_code": trust_remote_code})
     folder = resolve_model(model)
@@ -99,10 +97,7 @@ def open_tapped(
         )
     placed = [at_site(sae, settings, about, lambda _: None) for sae in saes]
     sites = [sae.site for sae in placed if sae.site] or [t for t in taps if isinstance(t, Site)]
-    loaded = load_model(folder, trust_remote_code=trust_remote_code)
-    if adapter_path is not None:
-        adapters.load(loaded.model, Path(adapter_path))
-        loaded.model.eval()
+    loaded = open_model(folder, adapter=adapter_path, trust_remote_code=trust_remote_code)
     policy = Policy(loaded.model, loaded.config, sites)
-    scorer = Scorer(policy, [encoder_of(sae) for sae in placed], Objective())
-    return TappedModel(folder, open_tokenizer(settings, folder), tuple(sites), scorer)
+    reader = Reader(policy, [encoder_of(sae) for sae in placed])
+    return TappedModel(folder, open_tokenizer(settings, folder), tuple(sites), reader)

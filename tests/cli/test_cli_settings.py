@@ -159,7 +159,7 @@ def test_what_no_optimizer_can_be_made_of_is_refused_before_anything_long(tmp_pa
 def test_the_help_of_every_command_shows_an_example(path):
     done = CliRunner().invoke(main, [*path, "--help"])
     assert done.exit_code == 0, done.output
-    assert "\n  Example:\n    fpo-mlx" in done.stdout
+    assert "\nExample:\n  fpo-mlx" in done.stdout
     if path:
         assert f"fpo-mlx {' '.join(path)}" in done.stdout
 
