@@ -21,7 +21,7 @@ from fpo_mlx.cli.options import (
     write_json,
     write_text,
 )
-from fpo_mlx.cli.show import say
+from fpo_mlx.cli.show import printable, say
 from fpo_mlx.config import DataConfig
 from fpo_mlx.errors import ConfigError
 
@@ -103,7 +103,5 @@ def shown(prompt: str, answers: Mapping[str, str], width: int) -> Iterator[str]:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """What a model wrote, without control characters that would move the terminal's cursor."""
-    clean = "".join(char if char.isprintable() or char == "\n" else " " for char in text)
-    lines = clean.strip().splitlines() or ["(nothing)"]
+    lines = printable(text).strip().splitlines() or ["(nothing)"]
     return [part for line in lines for part in (textwrap.wrap(line, width) or [""])]
