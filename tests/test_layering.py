@@ -34,11 +34,14 @@ OURS = {
     "reference": VOCABULARY | {"config", "machine"},
     "reference.mlx_backend": VOCABULARY | RUN | {"train"},
     "judge": VOCABULARY | RUN | {"sae", "train"},
+    "pairs": VOCABULARY | {"data"},
+    "pairs.settings": VOCABULARY | {"config"},
     "report": VOCABULARY | {"config"},
     "demo": VOCABULARY | {"machine"},
     "demo.run": VOCABULARY | {"config", "pipeline"},  # a caller of the pipeline, as the cli is
     "pipeline": {"*"},
-    "cli": VOCABULARY | {"config", "data", "demo", "judge", "machine", "pipeline", "saetrain"},
+    "cli": VOCABULARY
+    | {"config", "data", "demo", "judge", "machine", "pairs", "pipeline", "saetrain"},
     "__main__": {"cli"},
 }
 OTHERS = {
@@ -67,6 +70,7 @@ OTHERS = {
     "reference.torch_backend": {"numpy", "torch", "transformers", "safetensors"},
     "judge": {"numpy", *MLX},
     "judge.feature_report": {"numpy"},
+    "pairs": {"numpy"},
     "report": {"matplotlib", "jinja2"},
     "demo": {"numpy", "safetensors", "mlx_lm"},
     "pipeline": {"numpy", *MLX},

@@ -12,6 +12,7 @@ from fpo_mlx.cli.compare import compare
 from fpo_mlx.cli.data import check, precompute
 from fpo_mlx.cli.features import features
 from fpo_mlx.cli.machine import demo, doctor
+from fpo_mlx.cli.pairs import pairs
 from fpo_mlx.cli.plan import plan
 from fpo_mlx.cli.report import report
 from fpo_mlx.cli.results import convert, evaluate, fuse
@@ -68,8 +69,8 @@ def main() -> None:
 
 
 for _command in (
-    demo, doctor, check, convert, sae, plan, precompute, cache, train, evaluate, compare, features,
-    report, fuse,
+    demo, doctor, check, convert, sae, pairs, plan, precompute, cache, train, evaluate, compare,
+    features, report, fuse,
 ):  # fmt: skip
     main.add_command(_command)
 sae.add_command(train_sae)

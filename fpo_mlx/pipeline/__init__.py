@@ -26,6 +26,7 @@ from fpo_mlx.pipeline.job import has_split as has_split
 from fpo_mlx.pipeline.job import open_job as open_job
 from fpo_mlx.pipeline.job import open_saes as open_saes
 from fpo_mlx.pipeline.job import read_pairs as read_pairs
+from fpo_mlx.pipeline.pairs_generate import pairs_generate as pairs_generate
 from fpo_mlx.pipeline.plan import PlanReport as PlanReport
 from fpo_mlx.pipeline.plan import plan as plan
 from fpo_mlx.pipeline.policy import open_policy as open_policy
