@@ -71,6 +71,7 @@ OTHERS = {
     "judge": {"numpy", *MLX},
     "judge.feature_report": {"numpy"},
     "pairs": {"numpy"},
+    "pairs.doubles": {"datasketch"},
     "report": {"matplotlib", "jinja2"},
     "demo": {"numpy", "safetensors", "mlx_lm"},
     "pipeline": {"numpy", *MLX},

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Candidates:
         return {"id": self.id, **self.prompt.fields, "candidates": answers}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What one judge said of two answers. p: that a is the better one, where the judge gives it."""
 
@@ -98,7 +98,7 @@ class Verdict:
         return self.id, self.a, self.b, self.order, self.judge
 
     def as_dict(self) -> dict[str, Any]:
-        record = vars(self).copy()
+        record = {one.name: getattr(self, one.name) for one in fields(self)}
         if self.edited is None:
             del record["edited"]
         return record
@@ -194,7 +194,7 @@ def read_verdicts(path: Path) -> dict[tuple[str, int, int, str, str], Verdict]:
     for number, _, line in lines.read_lines(path):
         where = f"{path.name}:{number}"
         verdict = parse_verdict(lines.decode(line, where), where)
-        found[verdict.key] = verdict
+        found[verdict.key] = replace(verdict, raw="")  # what is not needed stays on disk
     return found
 
 
