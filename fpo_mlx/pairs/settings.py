@@ -6,18 +6,19 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fpo_mlx import config
+from fpo_mlx.config.fields import setting
 from fpo_mlx.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def _opt(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _opt(default: Any, help: str, group: str = "answers", first: bool = True) -> Any:
+    return setting(default, help, group, first=first)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class GenerateConfig:
     max_seq_length: int = _opt(2048, "longest prompt + answer, in tokens")
     score_in_prompt: float | None = _opt(None, "score to ask for, after --reward-augmented pairs")
     chat_template: str | None = _opt(None, "file with a chat template, in place of the model's")
-    trust_remote_code: bool = _opt(False, "let the model folder run its own Python code")
+    trust_remote_code: bool = _opt(False, "let the model folder run its own Python code", "safety")
 
     def __post_init__(self) -> None:
         faults = _not_positive(self, "n", "max_tokens", "rows", "max_seq_length")
@@ -65,7 +66,9 @@ class JudgeConfig:
     timeout: float = _opt(60.0, "seconds until a request or a call of the reward is given up")
     retries: int = _opt(6, "times that a request is tried again")
     memory_gb: float = _opt(4.0, "memory that the reward function may use")
-    trust_remote_code: bool = _opt(False, "let the judge's folder run its own Python code")
+    trust_remote_code: bool = _opt(
+        False, "let the judge's folder run its own Python code", "safety"
+    )
 
     def __post_init__(self) -> None:
         faults = _not_positive(self, "timeout", "memory_gb")
