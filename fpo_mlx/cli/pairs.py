@@ -18,7 +18,7 @@ def pairs() -> None:
 
     \b
     Example:
-      fpo-mlx pairs generate --model M --prompts prompts.txt --output candidates.jsonl
+      fpo-mlx pairs generate --model M --prompts p.txt --output candidates.jsonl
     """
 
 
@@ -33,7 +33,7 @@ def generate(config, output, json_path, **values) -> None:
 
     \b
     Example:
-      fpo-mlx pairs generate --model M --prompts prompts.txt --n 4 --output candidates.jsonl
+      fpo-mlx pairs generate --model M --prompts p.txt --output candidates.jsonl
     """
     from fpo_mlx import pipeline
 
@@ -67,8 +67,7 @@ def judge(candidates, config, output, against, json_path, **values) -> None:
 
     \b
     Example:
-      fpo-mlx pairs judge candidates.jsonl --judge mlx-community/Qwen3-8B-4bit \\
-        --output verdicts.jsonl
+      fpo-mlx pairs judge candidates.jsonl --judge mlx-community/Qwen3-8B-4bit
     """
     from fpo_mlx import pipeline
 
@@ -96,7 +95,7 @@ def build(candidates, verdicts, reward, config, output, json_path, **values) -> 
 
     \b
     Example:
-      fpo-mlx pairs build candidates.jsonl --verdicts verdicts.jsonl --output pairs/
+      fpo-mlx pairs build candidates.jsonl --verdicts verdicts.jsonl
     """
     from fpo_mlx import pipeline
 
