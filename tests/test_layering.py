@@ -72,6 +72,7 @@ OTHERS = {
     "judge.feature_report": {"numpy"},
     "pairs": {"numpy"},
     "pairs.doubles": {"datasketch"},
+    "pairs.web": {"starlette", "uvicorn", "jinja2"},
     "report": {"matplotlib", "jinja2"},
     "demo": {"numpy", "safetensors", "mlx_lm"},
     "pipeline": {"numpy", *MLX},

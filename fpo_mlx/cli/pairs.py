@@ -119,6 +119,44 @@ def build(candidates, verdicts, reward, config, output, json_path, **values) -> 
     click.echo(f"{done.pairs} pairs ({rows} rows); the longer answer wins {share}; in {output}")
 
 
+@pairs.command()
+@click.argument("candidates", type=PATH)
+@click.option(
+    "--output", type=PATH, default="votes.jsonl", show_default=True, help="File to write to."
+)
+@click.option(
+    "--per-prompt", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Comparisons per prompt.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sides and repeats.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=0, help="Port of the page.  [default: any]"
+)
+@click.option("--browser/--no-browser", default=True, help="Open the page.  [default: on]")
+def rate(candidates, output, per_prompt, seed, port, browser) -> None:
+    """Choose the better answers yourself, on a page in your browser.
+
+    The page is on this machine only. Every vote is on disk before the next comparison shows, so
+    stop whenever you like and start the same command to go on.
+
+    \b
+    Example:
+      fpo-mlx pairs rate candidates.jsonl --output votes.jsonl
+    """
+    from fpo_mlx import pipeline
+
+    def opened(address: str) -> None:
+        say(f"rate at {address} (Ctrl-C ends)")
+        if browser:
+            click.launch(address)
+
+    done = pipeline.pairs_rate(
+        candidates, output, per_prompt=per_prompt, seed=seed, port=port, opened=opened
+    )
+    again = f"; twice the same {done['same']} of {done['twice']} times" if done["twice"] else ""
+    click.echo(f"{done['votes']} votes in {output}{again}")
+
+
 def _show_judges(judges) -> None:
     """Their figures, and what to think of them."""
     for name, summary in judges.items():

@@ -29,6 +29,7 @@ from fpo_mlx.pipeline.job import read_pairs as read_pairs
 from fpo_mlx.pipeline.pairs_build import pairs_build as pairs_build
 from fpo_mlx.pipeline.pairs_generate import pairs_generate as pairs_generate
 from fpo_mlx.pipeline.pairs_judge import pairs_judge as pairs_judge
+from fpo_mlx.pipeline.pairs_rate import pairs_rate as pairs_rate
 from fpo_mlx.pipeline.plan import PlanReport as PlanReport
 from fpo_mlx.pipeline.plan import plan as plan
 from fpo_mlx.pipeline.policy import open_policy as open_policy

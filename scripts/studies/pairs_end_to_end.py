@@ -30,8 +30,9 @@ THINGS = (
     "a village fair", "learning to swim", "a slow computer", "the last bus", "a job interview",
     "growing tomatoes", "a power cut", "the mountains", "a noisy street", "a birthday party",
     "an exam", "the supermarket", "a thunderstorm", "the museum", "a flat tyre", "camping",
-    "a goodbye at the station", "washing the dishes", "a hospital visit", "autumn", "a parking fine",
-    "the opera", "a cat in the garden", "taxes", "a walk at night", "an unread book", "jogging",
+    "a goodbye at the station", "washing the dishes", "a hospital visit", "autumn",
+    "a parking fine", "the opera", "a cat in the garden", "taxes", "a walk at night",
+    "an unread book", "jogging",
     "a football match", "a letter from the bank", "snow", "a small kitchen", "cleaning windows",
     "a wedding", "the dark", "a ferry", "a chess game", "a bad dream", "painting a wall", "bees",
 )  # fmt: skip
