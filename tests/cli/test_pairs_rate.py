@@ -323,7 +323,7 @@ def test_it_fits_a_phone_and_the_dark_and_every_control_has_a_name(tmp_path, wid
         tree = page.send("Accessibility.getFullAXTree")["nodes"]
         if place := os.environ.get("FPO_MLX_SCREENSHOTS"):
             page.screenshot(Path(place) / f"rate-{width}-{'dark' if dark else 'light'}.png")
-    roles = ("button", "region", "progressbar", "textbox")
+    roles = ("button", "group", "progressbar", "textbox")
     named = [
         (node["role"]["value"], node.get("name", {}).get("value"))
         for node in tree
