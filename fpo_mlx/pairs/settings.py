@@ -116,6 +116,55 @@ class BuildConfig:
         _refuse(faults)
 
 
+@dataclass(frozen=True)
+class RoundsConfig:
+    """Rounds of answer, judge, build, train. The four sections are the settings of each command."""
+
+    model: str = _opt("", "model folder or hub id that is tuned", "model and SAE")
+    prompts: str = _opt("", "file of prompts to learn from", "data")
+    held_out: str = _opt("", "file of prompts that each round is measured on", "data")
+    output: str = _opt("rounds", "folder to write, one folder a round in it", "saving")
+    rounds: int = _opt(3, "most rounds", "schedule")
+    keep_old: int = _opt(0, "pairs of earlier rounds that are mixed in", "data")
+    start: Literal["first", "previous"] = _opt(
+        "previous", "model that a round starts from and is held to", "model and SAE"
+    )
+    max_drift: float | None = _opt(
+        None, "change of the chosen log-prob, in nats per token, that ends the rounds", "safety"
+    )
+    generate: dict = _opt({}, "settings of `pairs generate`", "answers")
+    judge: dict = _opt({}, "settings of `pairs judge`", "answers")
+    build: dict = _opt({}, "settings of `pairs build`", "data")
+    train: dict = _opt({}, "settings of `train`", "schedule")
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} is missing in the file of rounds."
+            for name in ("model", "prompts", "held_out")
+            if not getattr(self, name)
+        ]
+        faults += _not_positive(self, "rounds")
+        if self.keep_old < 0:
+            faults.append(f"keep_old {self.keep_old}: wanted 0 or more.")
+        if self.max_drift is not None and not self.max_drift > 0:
+            faults.append(f"max_drift {self.max_drift}: wanted more than 0.")
+        owned = {
+            "generate": {"model", "adapter_path", "prompts"}, "judge": set(), "build": {"seed"},
+            "train": {"model", "data", "adapter_path", "init_adapter", "reference", "resume"},
+        }  # fmt: skip
+        for section, names in owned.items():
+            if both := sorted(names & set(getattr(self, section))):
+                faults.append(f"{section}: {', '.join(both)} is settled by the rounds themselves.")
+        known = {
+            "generate": _names(GenerateConfig), "judge": _names(JudgeConfig),
+            "build": _names(BuildConfig), "train": {*config.options(), "objective"},
+        }  # fmt: skip
+        for section, names in known.items():
+            if unknown := sorted(set(map(str, getattr(self, section))) - names):
+                faults.append(f"{section}: unknown settings {', '.join(unknown)}.")
+        _refuse(faults)
+
+
 def load(cls: type[T], flags: Mapping[str, Any], path: Path | None = None) -> T:
     """Flags over a YAML file over defaults. Raises ConfigError for unknown keys and bad values."""
     given = config.read_yaml(path) if path else {}
@@ -132,6 +181,10 @@ def _not_positive(settings: Any, *names: str) -> list[str]:
         for name in names
         if not getattr(settings, name) > 0
     ]
+
+
+def _names(cls: type) -> set[str]:
+    return {one.name for one in dataclasses.fields(cls)}
 
 
 def _refuse(faults: list[str]) -> None:
