@@ -14,6 +14,7 @@ from fpo_mlx.config import Sampling
 from fpo_mlx.core.logprobs import log_softmax, pick
 from fpo_mlx.judge import slots
 from fpo_mlx.judge.slots import Answer, Asked, entropy
+from fpo_mlx.machine.upstream import leaning_on
 
 WINDOW = 64  # prompts whose answers are kept until they can be given in order
 
@@ -65,7 +66,8 @@ def _alone(
     end: Collection[int],
 ) -> Answer:
     """By mlx-lm's plain loop, for caches of any kind."""
-    from mlx_lm.generate import generate_step
+    with leaning_on("mlx-lm", "`generate_step`, which answers one prompt"):
+        from mlx_lm.generate import generate_step
 
     key, positions = slots.noise_key(noise)[None], itertools.count()
 

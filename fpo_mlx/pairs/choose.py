@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fpo_mlx.data.rows import Turns
@@ -140,15 +140,14 @@ def _edited(found: Candidates, label: Label, scores: dict[int, float]) -> Iterat
 
 def augmented(pair: Pair) -> Iterator[Pair]:
     """Both rows of a scored pair (arXiv 2410.08067, eq. 6): the wanted score decides who wins."""
-    for wanted, chosen in ((pair.score_chosen, True), (pair.score_rejected, False)):
-        texts = (pair.chosen, pair.rejected) if chosen else (pair.rejected, pair.chosen)
-        scores = (pair.score_chosen, pair.score_rejected)
-        tokens = pair.tokens if chosen else pair.tokens[::-1]
+    other = replace(
+        pair, chosen=pair.rejected, rejected=pair.chosen, tokens=pair.tokens[::-1],
+        score_chosen=pair.score_rejected, score_rejected=pair.score_chosen,
+    )  # fmt: skip
+    for one in (pair, other):
+        wanted = one.score_chosen
         source = pair.source | {"wanted": wanted}
-        yield Pair(
-            pair.id, score_turns(pair.prompt, wanted), pair.tools, *texts,
-            *(scores if chosen else scores[::-1]), pair.agreement, tokens, source,
-        )  # fmt: skip
+        yield replace(one, prompt=score_turns(pair.prompt, wanted), source=source)
 
 
 def balanced(pairs: Sequence[Pair], seed: int, left: Left) -> list[Pair]:
