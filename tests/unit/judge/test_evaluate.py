@@ -20,7 +20,7 @@ from evaluated import K, adapter, own_cache, place  # noqa: E402, F401
 from fpo_mlx.config import Sampling  # noqa: E402
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
 from fpo_mlx.judge import evaluate as evaluation  # noqa: E402
-from fpo_mlx.judge import sampling  # noqa: E402
+from fpo_mlx.judge import sampling, slots  # noqa: E402
 from fpo_mlx.judge.evaluate import EvalReport, EvalTable, bootstrap_interval  # noqa: E402
 from fpo_mlx.judge.sampling import distinct_n, entropy, sample  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
@@ -218,9 +218,9 @@ def test_prompts_sampled_together_give_the_answers_of_each_alone(model, monkeypa
     prompts = [rng.integers(5, 60, size=n).astype(np.int32) for n in (3, 9, 1, 17, 4)]
     settings = Sampling(12, temp=temp)
     end = {ids(model, settings, prompts)[1][6]}  # one ends early, and leaves the batch
-    monkeypatch.setattr(sampling, "BATCH", 3)  # a whole group and the rest
+    monkeypatch.setattr(sampling, "WINDOW", 3)  # a whole group and the rest
     together = list(sampling.sample(model, prompts, settings, end))
-    monkeypatch.setattr(sampling, "_batches", lambda model: False)
+    monkeypatch.setattr(slots, "mask_axes", lambda model: 0)
     alone = list(sampling.sample(model, prompts, settings, end))
     assert len({len(answer.tokens) for answer in alone}) > 1
     for a, b in zip(together, alone, strict=True):
