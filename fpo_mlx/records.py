@@ -8,8 +8,9 @@ k top-k, R rows (response positions of several responses, one after the other, n
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,12 +29,19 @@ SiteKind = Literal[
 SITE_KINDS: tuple[str, ...] = SiteKind.__args__  # type: ignore[attr-defined]
 Activation = Literal["relu", "jumprelu", "gated", "topk", "abstopk", "groupmax", "identity"]
 Normalization = Literal["none", "layer_norm", "constant_norm"]
+RESULT_VERSION = 1
+HASHED_ROWS = 256  # of an array, at once
 BASE = "base"  # what results call the model without adapters
 
 
 def shown_name(adapter_path: str) -> str:
     """What results call an adapter: its path as given, but never as the base is called."""
     return f"./{adapter_path}" if adapter_path == BASE else adapter_path
+
+
+def result_file(kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command writes with --json: `kind` is the command, `version` that of its form."""
+    return {"kind": kind, "version": RESULT_VERSION, **value}
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class Passage:
-    """One answer behind its prompt, as token ids: what an SAE is judged on."""
+    """Tokens of which those behind the prompt are looked at: an answer, or the rest of a text."""
 
     prompt: np.ndarray  # int32 [P], P >= 1
     response: np.ndarray  # int32 [|y|] >= 1
@@ -182,5 +190,7 @@ class SaeWeights:
             array = getattr(self, name)
             if array is not None:
                 digest.update(name.encode())
-                digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
+                for at in range(0, len(array), HASHED_ROWS):  # a view is not copied as a whole
+                    rows = array[at : at + HASHED_ROWS]
+                    digest.update(np.ascontiguousarray(rows, dtype="<f4").data)
         return digest.hexdigest()

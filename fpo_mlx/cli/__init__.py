@@ -14,9 +14,11 @@ from fpo_mlx.cli.export import export
 from fpo_mlx.cli.features import features
 from fpo_mlx.cli.help import CONTEXT, Group
 from fpo_mlx.cli.machine import demo, doctor
+from fpo_mlx.cli.pairs import pairs
 from fpo_mlx.cli.plan import plan
 from fpo_mlx.cli.report import report
 from fpo_mlx.cli.results import convert, evaluate, fuse
+from fpo_mlx.cli.rounds import rounds
 from fpo_mlx.cli.sae_train import train_sae
 from fpo_mlx.cli.saes import sae
 from fpo_mlx.cli.train import train
@@ -40,8 +42,14 @@ class Main(Group):
                 raise
             click.echo(f"fpo-mlx: {plain}", err=True)
             ctx.exit(plain.exit_code)
-        except ModuleNotFoundError as error:
-            name = (error.name or "").split(".")[0]
+        except ImportError as error:
+            from fpo_mlx.machine import upstream
+
+            plain = upstream.plain(error)
+            if plain is not None:
+                click.echo(f"fpo-mlx: {plain}", err=True)
+                ctx.exit(plain.exit_code)
+            name = error.name
             if name not in ("mlx", "mlx_lm"):
                 raise
             click.echo(
@@ -54,6 +62,20 @@ class Main(Group):
         except KeyboardInterrupt:
             click.echo("fpo-mlx: interrupted", err=True)
             ctx.exit(Interrupted("").exit_code)
+        except (AttributeError, TypeError):  # a defect, which keeps its traceback: perhaps not ours
+            _tell_versions()
+            raise
+
+
+def _tell_versions() -> None:
+    from fpo_mlx.machine import upstream
+
+    for one in upstream.outside():
+        click.echo(
+            f"fpo-mlx: {one.package} {one.installed} is outside the versions that were tried "
+            f"({one.range}), and may be the cause of what follows",
+            err=True,
+        )
 
 
 @click.group(cls=Main, context_settings=CONTEXT, invoke_without_command=True, no_args_is_help=False)
@@ -78,8 +100,8 @@ def main(ctx: click.Context) -> None:
 
 THE_WAY = {
     "Begin": (demo, doctor),
-    "Prepare": (convert, check, sae, plan, precompute),
-    "Train": (train,),
+    "Prepare": (convert, pairs, check, sae, plan, precompute),
+    "Train": (train, rounds),
     "Judge": (evaluate, compare, features, report),
     "Ship": (fuse, export),
     "Look after": (cache,),

@@ -13,7 +13,16 @@ from typing import Any
 import click
 
 from fpo_mlx.cli.help import GENERAL, Grouped
-from fpo_mlx.config import PRESETS, SECTIONS, RunConfig, Sampling, load_config, named, read_yaml
+from fpo_mlx.config import (
+    PRESETS,
+    SECTIONS,
+    RunConfig,
+    Sampling,
+    load_config,
+    load_section,
+    named,
+    read_yaml,
+)
 from fpo_mlx.errors import FpoError
 from fpo_mlx.storage import files, outputs
 
@@ -29,6 +38,10 @@ preset_option = click.option(
     help="Preset of the objective. [default: fpo]",
 )  # fmt: skip
 json_option = click.option("--json", "json_path", type=PATH, help="Write the result here.")
+adapter_scale_option = click.option(
+    "--adapter-scale", type=float, default=1.0, show_default=True,
+    help="Part of the adapter's change that is taken: 0 is the base, 1 the adapter.",
+)  # fmt: skip
 csv_option = click.option("--csv", "csv_path", type=PATH, help="Write the result here as CSV.")
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace what an earlier command wrote there."
@@ -102,7 +115,7 @@ def sampling_options(command: Callable) -> Callable:
 def gather_sampling(values: dict[str, Any]) -> Sampling:
     """Takes the sampling options out of the values; what was not given is the default."""
     given = {field.name: values.pop(field.name, None) for field in dataclasses.fields(Sampling)}
-    return Sampling(**{name: value for name, value in given.items() if value is not None})
+    return load_section(Sampling, given)
 
 
 def gather(values: dict[str, Any]) -> RunConfig:

@@ -9,6 +9,14 @@ from typing import Any
 import click
 
 from fpo_mlx.machine.processes import is_first
+from fpo_mlx.train.events import (
+    Report,
+    SavedReport,
+    SkippedReport,
+    StepReport,
+    StoppedReport,
+    ValidReport,
+)
 
 
 def say(text: str) -> None:
@@ -74,32 +82,32 @@ class Progress:
         else:
             self._bar.write(text, file=sys.stderr)
 
-    def __call__(self, report: Any) -> None:
-        kind = type(report).__name__
-        if kind == "StepReport":
+    def __call__(self, report: Report) -> None:
+        if isinstance(report, StepReport):
             self._advance(report.iteration)
             for warning in report.warnings:
                 self.say(f"warning: {warning}")
             self.say(
                 f"{report.iteration:>6}  loss {report.loss:.4f}  {describe(report.metrics)}  "
+                f"{'' if report.alpha is None else f'alpha {report.alpha:.3g}  '}"
                 f"lr {report.learning_rate:.1e}  {report.tokens_per_second:.0f} tok/s  "
                 f"peak {report.peak_memory_gb:.2f} GB"
             )
-        elif kind == "ValidReport":
+        elif isinstance(report, ValidReport):
             best = "  best so far" if report.best else ""
             self.say(
                 f"{report.iteration:>6}  valid {report.loss:.4f}  {describe(report.metrics)}  "
                 f"{report.pairs} pairs in {report.seconds:.0f} s{best}"
             )
-        elif kind == "SkippedReport":
+        elif isinstance(report, SkippedReport):
             self.say(f"{report.iteration:>6}  update left out: {report.reason}")
-        elif kind == "StoppedReport":
+        elif isinstance(report, StoppedReport):
             self.say(
                 f"{report.iteration:>6}  stopped early: no better validation loss in "
                 f"{report.validations} validations; the best, {report.best_loss:.4f} at iteration "
                 f"{report.best_iteration}, is in best/"
             )
-        elif kind == "SavedReport" and report.numbered:
+        elif isinstance(report, SavedReport) and report.numbered:
             self.say(f"{report.iteration:>6}  saved")
 
     def _advance(self, iteration: int) -> None:
@@ -120,6 +128,27 @@ class Progress:
             self._bar.close()
 
 
+class Whole(Progress):
+    """One bar for several parts, with the time that is left; on a terminal only."""
+
+    def so_far(self, share: float) -> None:
+        """How much of the whole is done, 0 to 1."""
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(
+                total=1.0,
+                bar_format="{percentage:3.0f}% |{bar:30}| {elapsed}, about {remaining} left",
+                smoothing=0,  # the mean since the start: parts differ
+                disable=None,
+                leave=False,
+            )
+        self._bar.update(share - self._bar.n)
+
+    def _advance(self, iteration: int) -> None:
+        """Training is a part of the whole: its iterations move no bar of their own."""
+
+
 def describe(metrics: Mapping[str, float]) -> str:
     """The few figures that belong on a line: accuracy never stands alone."""
     text = (
@@ -128,9 +157,16 @@ def describe(metrics: Mapping[str, float]) -> str:
     )
     if "features/chosen" in metrics:
         text += f"  D {metrics['features/chosen']:.3g} / {metrics['features/rejected']:.3g}"
+    if "drift/rejected" in metrics:
+        text += f"  drift {metrics['drift/rejected'] ** 0.5:.3f}"
     if "kl/chosen" in metrics:
         text += f"  KL {metrics['kl/chosen']:.3g} / {metrics['kl/rejected']:.3g}"
     return text
+
+
+def printable(text: str) -> str:
+    """What a model wrote, without control characters that would move the terminal's cursor."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
 
 
 def number(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx.judge.sampling import Answer, distinct_n
-from fpo_mlx.records import BASE, shown_name
+from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.train.metrics import ScoredPairs, measure
 from fpo_mlx.train.scoring import Scorer
 
@@ -20,6 +20,7 @@ DRAWN = 1_000_000  # numbers of pairs in memory at once, however many pairs ther
 WITH_INTERVAL = (
     "rewards/accuracies", "rewards/margins", "policy_accuracy", "logps_per_token/chosen_change",
     "features/chosen", "features/rejected", "features/margin",
+    "drift/chosen", "drift/rejected",
     "kl/chosen", "kl/rejected", "kl/margin",
 )  # fmt: skip
 STRATA = ("short", "middle", "long")
@@ -33,9 +34,12 @@ class EvalReport:
     summary: Mapping[str, Any]
     pairs: Sequence[Mapping[str, Any]]
     answers: Sequence[Mapping[str, Any]] = ()  # sampled, as `sampling.records` gives them
+    adapter_scale: float = 1.0  # part of the adapter's change that was taken
 
     def as_dict(self) -> dict[str, Any]:
-        out = {"summary": dict(self.summary), "pairs": list(self.pairs)}
+        out: dict[str, Any] = {"summary": dict(self.summary), "pairs": list(self.pairs)}
+        if self.adapter_scale != 1.0:
+            out["adapter_scale"] = self.adapter_scale
         return out | ({"answers": list(self.answers)} if self.answers else {})
 
     def with_answers(
@@ -51,7 +55,7 @@ class EvalReport:
 class EvalTable:
     """Adapters beside the reference, on the same pairs. base: None when it alone was judged."""
 
-    adapters: Mapping[str, EvalReport]  # by the name that the user gave
+    adapters: Mapping[str, EvalReport]  # by the name that the user gave; path*0.25 for a part
     base: EvalReport | None = None
 
     @property
@@ -65,13 +69,24 @@ class EvalTable:
         base = {BASE: self.base.as_dict()} if self.base else {}
         if len(self.adapters) == 1:
             ((path, report),) = self.adapters.items()
-            return {"adapter_path": path if self.base else None} | report.as_dict() | base
-        named = [{"adapter_path": name, **r.as_dict()} for name, r in self.adapters.items()]
-        return base | {"adapters": named}
+            adapter = _path(path, report) if self.base else None
+            own = {"adapter_path": adapter} | report.as_dict() | base
+            return result_file("evaluate", own)
+        named = [{"adapter_path": _path(n, r), **r.as_dict()} for n, r in self.adapters.items()]
+        return result_file("evaluate", base | {"adapters": named})
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row a model, intervals in two columns: for a CSV."""
         return [{"model": name} | _flat(r.summary) for name, r in self.columns.items()]
+
+
+def name_of(path: str, scale: float) -> str:
+    """How an adapter is called of which a part is taken: adapters*0.25."""
+    return path if scale == 1.0 else f"{path}*{scale:g}"
+
+
+def _path(name: str, report: EvalReport) -> str:
+    return name.removesuffix(name_of("", report.adapter_scale))
 
 
 def evaluate(scorer: Scorer, data: ScoredPairs, size: int = 1) -> EvalReport:
@@ -91,7 +106,7 @@ def reference_report(data: ScoredPairs, like: Mapping[str, Any]) -> EvalReport:
     per_token, zeros = logps / tokens, np.zeros(len(data))
     nothing = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     nothing += ("logps_per_token/chosen_change", "logps_per_token/rejected_change")
-    nothing += tuple(f"{n}/{s}" for n in ("features", "kl") for s in (*SIDES, "margin"))
+    nothing += tuple(f"{n}/{s}" for n in ("features", "drift", "kl") for s in (*SIDES, "margin"))
     values = {name: zeros for name in nothing if name in like}
     values["policy_accuracy"] = (per_token[0] > per_token[1]).astype(np.float64)
     for side, name in enumerate(SIDES):

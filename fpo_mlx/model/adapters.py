@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.machine.upstream import leaning_on
 from fpo_mlx.model.taps import swap_call
 from fpo_mlx.model.trees import arrays_of, blocks_of, read_arrays
 from fpo_mlx.records import Site
@@ -101,19 +102,20 @@ def _adaptable(module: nn.Module) -> bool:
 
 def attach(model: nn.Module, spec: AdapterSpec) -> None:
     """Put fresh adapters (lora_b = 0, so nothing changes yet) on the layers of `spec`."""
-    from mlx_lm.tuner.lora import LoRALinear
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
     config = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout}
     if spec.fine_tune_type == "dora":
         _refuse_odd_bits(model, spec.keys)
     try:
-        linear_to_lora_layers(
-            model,
-            spec.num_layers,
-            {**config, "keys": set(spec.keys)},
-            use_dora=spec.fine_tune_type == "dora",
-        )
+        with leaning_on("mlx-lm", "`linear_to_lora_layers`, which puts adapters on a model"):
+            from mlx_lm.tuner.lora import LoRALinear
+            from mlx_lm.tuner.utils import linear_to_lora_layers
+
+            linear_to_lora_layers(
+                model,
+                spec.num_layers,
+                {**config, "keys": set(spec.keys)},
+                use_dora=spec.fine_tune_type == "dora",
+            )
     except ValueError as error:
         raise ConfigError(f"--fine-tune-type {spec.fine_tune_type}: {error}") from error
     for _, module in model.named_modules():
@@ -183,19 +185,24 @@ def _resolve_keys(
     return adapted_paths(model, n, last, keys)
 
 
-def load(model: nn.Module, folder: Path) -> AdapterSpec:
-    """Attach and fill the adapters of a folder.
+def load(model: nn.Module, folder: Path, *, scale: float = 1.0) -> AdapterSpec:
+    """Attach and fill the adapters of a folder, times `scale`.
 
     Raises: ModelError naming every tensor that does not fit.
     """
     spec = read_spec(folder, model)
     attach(model, spec)
-    fill(model, folder)
+    fill(model, folder, scale=scale)
     return spec
 
 
-def fill(model: nn.Module, folder: Path) -> None:
-    """Read the weights of an adapter folder into layers that are attached already."""
+def fill(model: nn.Module, folder: Path, *, scale: float = 1.0) -> None:
+    """Read the weights of an adapter folder into layers that are attached already.
+
+    scale: how much of the adapter's change is taken. LoRA: W + scale (change), exactly. DoRA: its
+    direction and its magnitudes go by that part from the layer's own to the adapter's, so 0 is the
+    base and 1 the adapter, but the weights between do not lie on a line.
+    """
     found = read_adapter(folder)
     path = found.weights
     if not path.is_file():
@@ -217,7 +224,18 @@ def fill(model: nn.Module, folder: Path) -> None:
     if faults:
         shown = "\n  ".join(sorted(faults)[:10])
         raise ModelError(f"{path} does not fit the model ({len(faults)} faults):\n  {shown}")
-    update(model, {k: v.astype(mx.float32) for k, v in weights.items()})
+    taken = {k: v.astype(mx.float32) for k, v in weights.items()}
+    if scale != 1.0:
+        taken = {k: _part(k, own[k], v, scale) for k, v in taken.items()}
+    update(model, taken)
+
+
+def _part(path: str, own: mx.array, whole: mx.array, scale: float) -> mx.array:
+    """The leaf of an adapter whose change is `scale` of that of `whole`; own: before any change."""
+    leaf = path.rsplit(".", 1)[-1]
+    if leaf == "m":
+        return own + scale * (whole - own)
+    return whole * scale if leaf == "lora_b" else whole
 
 
 def _from_peft(

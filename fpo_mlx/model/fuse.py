@@ -55,6 +55,7 @@ def fuse(
     chat_template: Path | None = None,
     upload_repo: str | None = None,
     trust_remote_code: bool = False,
+    scale: float = 1.0,
 ) -> FuseReport:
     """Fuse, and write a model folder whole or not at all.
 
@@ -62,6 +63,7 @@ def fuse(
     adapters to weights widened to float32 and stores `dtype` (default: the base's own).
     keep_bits: bits of the layers that have adapters, in place of the base's. chat_template: takes
     the place of the base's; default: the one beside the adapters, where training had another.
+    scale: part of the adapter's change that is taken (`adapters.fill`).
 
     Raises: ModelError for a model or adapter that cannot be read, ConfigError for an export that
     cannot be made; nothing is written then.
@@ -80,7 +82,7 @@ def fuse(
         config.pop("quantization", None)
         config.pop("quantization_config", None)
         cast_floats(base, mx.float32)
-    adapters.load(base, adapter_path)
+    adapters.load(base, adapter_path, scale=scale)
     count, kept = fuse_layers(base, config, dequantize=dequantize, keep_bits=keep_bits)
     if dequantize or dtype:
         cast_floats(base, DTYPES[dtype] if dtype else own)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import RunConfig, Sampling
+from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 
@@ -37,6 +40,7 @@ def evaluate_all(
     config: RunConfig,
     *,
     adapter_paths: Sequence[str],
+    scales: Sequence[float] = (1.0,),
     split: str = "test",
     measure_kl: bool = True,
     samples: int = 0,
@@ -46,32 +50,49 @@ def evaluate_all(
 ) -> EvalTable:
     """Score a split under each adapter, beside the reference; without adapters the base alone.
 
+    scales: parts of each adapter's change to judge (`adapters.fill`), a column each.
     samples: prompts of the split to answer, for entropy and distinct-n; 0 for none.
     """
     from fpo_mlx.judge import evaluate as evaluation
     from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.train.metrics import ScoredPairs
 
+    if scales != (1.0,):
+        check_scales(config, adapter_paths, scales)
     for path in adapter_paths:
         read_spec(Path(path))  # before the long part
-    job = open_job(config, adapter=config.train.init_adapter, say=say, need_sae=False)
+    job = open_job(config, say=say, need_sae=False)
     pairs = read_pairs(job, split, say)
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     reports: dict[str, EvalReport] = {}
     base: EvalReport | None = None
-    for path in dict.fromkeys(adapter_paths) or {"base": None}:
+    for path, scale in [(p, s) for p in dict.fromkeys(adapter_paths) or ["base"] for s in scales]:
         adapter = path if adapter_paths else None
-        if len(adapter_paths) > 1:
-            say(f"judging {path}")
-        scorer = open_scorer(job, adapter, measure_kl=measure_kl, say=say)
-        report = evaluation.evaluate(scorer, data)
+        if len(adapter_paths) * len(scales) > 1:
+            say(f"judging {evaluation.name_of(path, scale)}")
+        scorer = open_scorer(job, adapter, scale=scale, measure_kl=measure_kl, say=say)
+        report = replace(evaluation.evaluate(scorer, data), adapter_scale=scale)
         if base is None and adapter_paths:
             base = evaluation.reference_report(data, report.summary)
             with scorer.as_reference():
                 base = _with_answers(job, scorer, base, data, samples, sampling)
-        reports[path] = _with_answers(job, scorer, report, data, samples, sampling)
+        name = evaluation.name_of(path, scale)
+        reports[name] = _with_answers(job, scorer, report, data, samples, sampling)
         del scorer  # one model in memory at a time
     return evaluation.EvalTable(reports, base)
+
+
+def check_scales(config: RunConfig, adapter_paths: Sequence[str], scales: Sequence[float]) -> None:
+    """Raises: ConfigError where no part of an adapter can be taken."""
+    if not adapter_paths:
+        raise ConfigError("--adapter-scale: there is no adapter to scale. Add --adapter-path.")
+    if not all(math.isfinite(scale) and scale >= 0 for scale in scales):
+        raise ConfigError(f"--adapter-scale {scales}: wanted finite numbers, 0 or more.")
+    if config.train.init_adapter:
+        raise ConfigError(
+            "--adapter-scale with --init-adapter: the change from another adapter is no multiple "
+            "of this one. Fuse the first adapter, and give the fused model as --model."
+        )
 
 
 def _with_answers(
@@ -95,32 +116,43 @@ def _with_answers(
     )
 
 
-def open_scorer(job: Job, adapter_path: str | None, *, measure_kl: bool, say: Say) -> Scorer:
-    """Base + adapter, looking at every SAE that was given whatever the objective needs."""
+def open_scorer(
+    job: Job,
+    adapter_path: str | None,
+    *,
+    measure_kl: bool,
+    say: Say,
+    scale: float = 1.0,
+    model: Path | None = None,
+) -> Scorer:
+    """Base + adapter, looking at every SAE that was given whatever the objective needs.
+
+    scale: part of the adapter's change that is taken (`adapters.fill`).
+    model: judged in the place of the job's own, against the job's reference.
+    """
     from fpo_mlx.model import adapters
-    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.open import open_model
     from fpo_mlx.model.policy import Policy
     from fpo_mlx.model.reader import encoder_of
     from fpo_mlx.train.scoring import Scorer
 
-    loaded = load_model(job.model_path, trust_remote_code=job.config.reference.trust_remote_code)
-    for note in loaded.notes:
-        say(note)
+    ref = job.config.reference
+    loaded = open_model(
+        model or job.model_path,
+        adapter=None if adapter_path else job.adapter,
+        trust_remote_code=ref.trust_remote_code,
+        say=say,
+    )
     reference: dict[str, Any] = {}
     if adapter_path:
-        spec = adapters.read_spec(Path(adapter_path), loaded.model)
-        adapters.attach(loaded.model, spec)
-        if init := job.config.train.init_adapter:
-            adapters.fill(loaded.model, Path(init))
+        adapters.attach(loaded.model, adapters.read_spec(Path(adapter_path), loaded.model))
+        if job.adapter:
+            adapters.fill(loaded.model, job.adapter)
         reference = dict(adapters.parameters(loaded.model))
-        adapters.fill(loaded.model, Path(adapter_path))
-    elif init := job.config.train.init_adapter:
-        adapters.load(loaded.model, Path(init))
-    loaded.model.eval()
+        adapters.fill(loaded.model, Path(adapter_path), scale=scale)
+        loaded.model.eval()
     sites = [sae.site for sae in job.saes if sae.site is not None]
-    policy = Policy(
-        loaded.model, loaded.config, sites, share_prompt=job.config.reference.share_prompt
-    )
+    policy = Policy(loaded.model, loaded.config, sites, share_prompt=ref.share_prompt)
     encoders = [encoder_of(sae) for sae in job.saes]
     scorer = Scorer(
         policy, encoders, job.config.objective,

@@ -16,12 +16,11 @@ from fpo_mlx.judge.feature_report import Change, Found, Sort, TextActivations
 from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import Say, need_model, open_job, open_saes, open_tokenizer, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
-from fpo_mlx.records import SaeWeights
+from fpo_mlx.records import Passage, SaeWeights, result_file
 from fpo_mlx.storage.hub import read_config, resolve_model
 
 if TYPE_CHECKING:
     from fpo_mlx.core.features import Encoder
-    from fpo_mlx.judge.feature_scan import Text
     from fpo_mlx.model.policy import Policy
 
 NEURONPEDIA = "https://www.neuronpedia.org"
@@ -38,7 +37,8 @@ class FeatureReport:
 
     def as_dict(self) -> dict[str, Any]:
         about = {"adapter_path": self.adapter_path, "pairs": self.pairs, "distance": self.distance}
-        return about | {"features": [change.as_dict() for change in self.changes]}
+        moved = {"features": [change.as_dict() for change in self.changes]}
+        return result_file("features", about | moved)
 
     def rows(self) -> list[dict[str, Any]]:
         """Flat, for a CSV: the contexts as their tokens."""
@@ -72,7 +72,7 @@ def features(
     from fpo_mlx.train.metrics import ScoredPairs
 
     read_spec(Path(adapter_path))  # before the long part
-    job = open_job(config, adapter=config.train.init_adapter, say=say, need_sae=True)
+    job = open_job(config, say=say, need_sae=True)
     known = read_labels(labels, len(job.saes)) if labels else ({},) * len(job.saes)
     pairs = read_pairs(job, split, say)[:limit]
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
@@ -147,13 +147,13 @@ class _Scan:
     encoder: Encoder
     sae: SaeWeights
     tokenizer: ChatTokenizer
-    texts: list[list[Text]]
+    texts: list[list[Passage]]
     seen: list[TextActivations]
 
 
 def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Scan:
     from fpo_mlx.judge import feature_scan
-    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.open import open_model
     from fpo_mlx.model.policy import Policy
     from fpo_mlx.model.reader import encoder_of
 
@@ -161,7 +161,7 @@ def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Sc
     tokenizer = open_tokenizer(config, path)
     texts = [read_texts(file, tokenizer, config.data.max_seq_length)[:limit] for file in files]
     (sae,) = _one_sae(open_saes(config, read_config(path), need=True, say=say))
-    loaded = load_model(path, trust_remote_code=config.reference.trust_remote_code)
+    loaded = open_model(path, trust_remote_code=config.reference.trust_remote_code, say=say)
     policy = Policy(loaded.model, loaded.config, [sae.site] if sae.site else [])
     encoder = encoder_of(sae)
     seen = [feature_scan.read_texts(policy, encoder, 0, one) for one in texts]
@@ -179,7 +179,7 @@ def _one_sae(saes: Sequence[SaeWeights]) -> Sequence[SaeWeights]:
     return saes
 
 
-def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Text]:
+def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Passage]:
     """Texts of a .jsonl file, cut to `longest` tokens.
 
     A line is {"text": …}, or an answer with its prompt: {"prompt": …, "response": …}. Of an answer
@@ -187,8 +187,6 @@ def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Text]
     are unlike those of any other, and the last, which predicts nothing.
     Raises: DataError naming the lines that cannot be used.
     """
-    from fpo_mlx.judge.feature_scan import Text
-
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -205,7 +203,7 @@ def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Text]
             continue
         room = max(0, longest - len(prompt))
         if len(response) and room:
-            texts.append(Text(prompt, response[:room], where))
+            texts.append(Passage(prompt, response[:room], where))
         else:
             faults.append(
                 f"{where}: nothing to look at: {len(prompt)} tokens before the first position, "
