@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs
+from fpo_mlx.pipeline.prepared import check_room
 from fpo_mlx.pipeline.store import OnFill, reference_of, scores
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def _with_answers(
         return report
     prompts = first_prompts([pair.prompt for pair in data.pairs], samples)
     end = job.tokenizer.eos_token_ids
+    check_room(prompts, (sampling or Sampling()).max_tokens, job.tokenizer)
     answers = list(sample(scorer.policy.model, prompts, sampling or Sampling(), end))
     return report.with_answers(
         answers, records(answers, lambda ids: job.tokenizer.decode(ids.tolist(), skip_special=True))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fpo_mlx import data
 from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.data.tokenizer import ChatTokenizer
@@ -15,6 +15,7 @@ from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge.feature_report import Change, Found, Sort, TextActivations
 from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import Say, need_model, open_job, open_saes, open_tokenizer, read_pairs
+from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.pipeline.store import OnFill, reference_of, scores
 from fpo_mlx.records import SaeWeights
 from fpo_mlx.storage.hub import read_config, resolve_model
@@ -158,8 +159,9 @@ def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Sc
     from fpo_mlx.train.scoring import encoder_of
 
     path = resolve_model(need_model(config))
-    tokenizer = open_tokenizer(config, path)
-    texts = [read_texts(file, tokenizer, config.data.max_seq_length)[:limit] for file in files]
+    tokenizer = open_tokenizer(config, path, say)
+    most = longest(config.data.max_seq_length, tokenizer, say)
+    texts = [read_texts(file, tokenizer, most)[:limit] for file in files]
     (sae,) = _one_sae(open_saes(config, read_config(path), need=True, say=say))
     loaded = load_model(path, trust_remote_code=config.reference.trust_remote_code)
     policy = Policy(loaded.model, loaded.config, [sae.site] if sae.site else [])
@@ -180,7 +182,7 @@ def _one_sae(saes: Sequence[SaeWeights]) -> Sequence[SaeWeights]:
 
 
 def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Text]:
-    """Texts of a .jsonl file, cut to `longest` tokens.
+    """Texts of a data file, cut to `longest` tokens.
 
     A line is {"text": …}, or an answer with its prompt: {"prompt": …, "response": …}. Of an answer
     the response positions are looked at; of a plain text all but the first, on which activations
@@ -189,17 +191,13 @@ def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Text]
     """
     from fpo_mlx.judge.feature_scan import Text
 
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}.") from error
     texts, faults = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name}:{number}"
+    for row in data.file_rows(path):
+        where = row.where
         try:
-            prompt, response = _tokens(json.loads(line), tokenizer)
+            if row.fault:
+                raise ValueError(row.fault)
+            prompt, response = _tokens(row.record, tokenizer)
         except (ValueError, TypeError, KeyError) as error:
             faults.append(f"{where}: {error}")
             continue
@@ -233,10 +231,12 @@ def _tokens(row: Any, tokenizer: ChatTokenizer) -> tuple[Any, Any]:
         return tokens[:2], tokens[2:]
     begin = [{"role": "user", "content": row["prompt"]}]
     prompt = tokenizer.prompt_tokens(begin)
-    whole = tokenizer.conversation_tokens(
-        [*begin, {"role": "assistant", "content": row["response"]}]
-    )
+    turn = {"role": "assistant", "content": row["response"]}
+    whole = tokenizer.conversation_tokens([*begin, turn])
     if whole[: len(prompt)] != prompt:
         raise ValueError("the prompt's tokens change when the answer follows")
+    lost = data.lost_of_answer(turn, tokenizer.render([*begin, turn]))
+    if lost is not None:
+        raise ValueError(f"the chat template leaves out {lost}")
     both = np.array(whole, dtype=np.int32)
     return both[: len(prompt)], both[len(prompt) :]

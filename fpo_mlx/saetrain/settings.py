@@ -22,7 +22,7 @@ class SaeTrainConfig:
     """None means: chosen from the model, the data and the budget."""
 
     model: str = _opt("", "model folder or hub id")
-    data: str = _opt("", ".jsonl, .txt, folder or hub id: texts, chats or preference pairs")
+    data: str = _opt("", "whatever train takes, or .txt: texts, chats or preference pairs")
     output: str = _opt("sae", "folder to write")
     layer: int | None = _opt(None, "block to read, from 0 (default: at nine tenths of the depth)")
     site: str = _opt("resid_post", "site within the block")
@@ -30,6 +30,16 @@ class SaeTrainConfig:
     tokens: Literal["all", "response"] = _opt("all", "positions to train on")
     max_seq_length: int = _opt(1024, "longest document, in tokens")
     chat_template: str | None = _opt(None, "file with a chat template, in place of the model's")
+    chat_template_args: dict = field(
+        default_factory=dict,
+        metadata={"help": 'variables of the chat template, as JSON: {"enable_thinking": false}'},
+    )
+    prompt_feature: str = _opt("prompt", "name of the prompt column")
+    chosen_feature: str = _opt("chosen", "name of the chosen column")
+    rejected_feature: str = _opt("rejected", "name of the rejected column")
+    system_feature: str = _opt("system", "name of the system column")
+    train_split: str | None = _opt(None, "split of a hub dataset to train on")
+    subset: str | None = _opt(None, "configuration of a hub dataset that has several")
     architecture: Literal["topk", "batchtopk", "jumprelu"] = _opt("topk", "kind of SAE")
     matryoshka: bool = _opt(False, "nested prefixes of features, each to reconstruct alone")
     width: int | None = _opt(None, "features (default: about 8 times the hidden size)")
