@@ -13,6 +13,7 @@ from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_model, open_tokenizer
+from fpo_mlx.pipeline.origins import warn_of_other_model
 from fpo_mlx.pipeline.prepared import check_room, longest
 from fpo_mlx.records import BASE, shown_name
 from fpo_mlx.storage.hub import resolve_model
@@ -82,6 +83,7 @@ def compare(
     check_room(tokens, sampling.max_tokens, tokenizer)
     for adapter in adapter_paths:
         read_spec(Path(adapter))  # before the long part
+    warn_of_other_model([config.train.init_adapter, *adapter_paths], model, path, say)
     answers: dict[str, tuple[str, ...]] = {}
     asked_of = {shown_name(path): path for path in adapter_paths}
     for name, adapter in {BASE: config.train.init_adapter, **asked_of}.items():

@@ -13,6 +13,7 @@ from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import Weights, read_weights
 from fpo_mlx.data.tokenizer import ChatTokenizer, load_tokenizer
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.pipeline.origins import warn_of_other_model
 from fpo_mlx.pipeline.prepared import Say as Say
 from fpo_mlx.pipeline.prepared import columns as columns
 from fpo_mlx.pipeline.prepared import hub_splits as hub_splits
@@ -46,6 +47,7 @@ def open_job(
         raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
     path = resolve_model(model)
     tokenizer = open_tokenizer(config, path, say)
+    warn_of_other_model([adapter], model, path, say)
     need = config.objective.needs_sae if need_sae is None else need_sae
     opened = open_saes(config, read_config(path), need=need, say=say)
     identity = CacheIdentity(

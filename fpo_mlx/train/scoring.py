@@ -1,7 +1,7 @@
 """Where the model, the SAEs and the objective meet: pairs in, one loss per pair out.
 
-The trainer differentiates `losses`, evaluation calls it without gradient, and the MLX reference
-backend calls `reference`; all three see the same rows.
+The trainer differentiates `losses`, evaluation calls it without gradient; the rows are those of
+`model.reader`, by which the reference was scored.
 """
 
 from __future__ import annotations
@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from fpo_mlx.config import Objective
 from fpo_mlx.core import features as F
-from fpo_mlx.core.logprobs import token_logps, token_logps_and_kl
+from fpo_mlx.core.logprobs import token_logps_and_kl
 from fpo_mlx.core.objectives import PairLosses, preference_losses
 from fpo_mlx.model import adapters
 from fpo_mlx.model.policy import Layout, Policy, Rows
-from fpo_mlx.records import PairScore, ResponseScore, SaeWeights, SparseFeatures, TokenPair
-
-ENCODER_ARRAYS = ("b_enc", "b_in", "threshold", "gate_scale", "gate_bias", "act_scale")
+from fpo_mlx.model.reader import Reader
+from fpo_mlx.records import PairScore, TokenPair
 
 
 @dataclass(frozen=True)
@@ -34,21 +32,6 @@ class Measures:
     lengths: mx.array
     distances: mx.array | None = None  # D of Eq. 10, raw, mean over SAEs
     kl: mx.array | None = None  # sequential KL(reference || policy)
-
-
-def encoder_of(sae: SaeWeights) -> F.Encoder:
-    """Arrays of the SAE's encoder on the default device, float32."""
-    given = {name: getattr(sae, name) for name in ENCODER_ARRAYS}
-    arrays: dict[str, Any] = {k: None if a is None else mx.array(a) for k, a in given.items()}
-    if arrays["threshold"] is not None:  # below 0 it would be the ReLU's: the same function
-        arrays["threshold"] = mx.maximum(arrays["threshold"], 0.0)
-    return F.Encoder(
-        activation=sae.activation,
-        w_enc=mx.array(np.ascontiguousarray(sae.w_enc.T)),
-        k=sae.k or 0,
-        normalize=sae.normalize,
-        **arrays,
-    )
 
 
 class Scorer:
@@ -63,9 +46,8 @@ class Scorer:
         feature_weights: Sequence[Mapping[int, float]] = (),
         measure_kl: bool = False,
     ) -> None:
-        if encoders and len(encoders) != len(policy.sites):
-            raise ValueError(f"{len(encoders)} encoders for {len(policy.sites)} sites")
-        self.policy, self.encoders, self.objective = policy, tuple(encoders), objective
+        self.reader, self.objective = Reader(policy, encoders), objective
+        self.policy, self.encoders = policy, self.reader.encoders
         self.measure_kl = measure_kl or objective.constraint == "kl"
         self.feature_weights = tuple(feature_weights)
         self._pinned = [_pinned(weights) for weights in feature_weights]
@@ -88,26 +70,6 @@ class Scorer:
             adapters.update(model, current)
             model.train(training)
 
-    def reference(self, pairs: Sequence[TokenPair]) -> list[PairScore]:
-        """Summed log-probs and pooled features under the model as it stands, without gradient."""
-        layout, rows = Layout.of(pairs), self.policy.rows(pairs)
-        logps = self._logps(rows, layout, grad=False)
-        pooled = [
-            F.pool(encoder, tapped, layout.means(), after=[logps])[0]
-            for encoder, tapped in zip(self.encoders, rows.tapped, strict=False)
-        ]
-        mx.eval(logps, pooled)
-        sums, dense = np.array(logps, dtype=np.float64), [np.array(p) for p in pooled]
-        scores = [
-            ResponseScore(
-                float(sums[i]),
-                int(layout.lengths[i]),
-                tuple(SparseFeatures.from_dense(d[i]) for d in dense),
-            )
-            for i in range(len(sums))
-        ]
-        return list(zip(scores[0::2], scores[1::2], strict=True))
-
     def losses(
         self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], *, grad: bool
     ) -> tuple[PairLosses, Measures]:
@@ -117,7 +79,7 @@ class Scorer:
         if self.measure_kl:
             logps, kl = self._logps_and_kl(pairs, rows, layout, grad)
         else:
-            logps = self._logps(rows, layout, grad=grad)
+            logps = self.reader.logps(rows, layout, grad=grad)
         distances, penalties, held = None, None, None
         if self.encoders:
             distances, scaled, named = self._distances(rows, layout, refs, logps, grad)
@@ -142,11 +104,6 @@ class Scorer:
             length_normalize=o.length_normalize, stop_gradient=o.stop_gradient, held=held,
         )  # fmt: skip
         return pair_losses, measures
-
-    def _logps(self, rows: Rows, layout: Layout, *, grad: bool) -> mx.array:
-        policy = self.policy
-        tokens = token_logps(rows.hidden, layout.targets, policy.head, policy.vocab_size, grad=grad)
-        return layout.sums() @ tokens  # [2B]
 
     def _logps_and_kl(
         self, pairs: Sequence[TokenPair], rows: Rows, layout: Layout, grad: bool

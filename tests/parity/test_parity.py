@@ -178,7 +178,7 @@ def test_eight_pairs_agree_with_the_oracle_in_every_number(folders, family):
     ]
     pairs, sae = random_pairs(sizes, seed=5), random_sae("jumprelu", 32, Site(1))
     scorer, values = scorer_with_lora(folders[family], Objective(top_k=K), [sae])
-    refs = scorer.reference(pairs)
+    refs = scorer.reader.scores(pairs)
     (losses, u, _, _), measures, _ = losses_and_grads(scorer, values, pairs)
     model = oracle.load_oracle(folders[family])
     lora = oracle.attach_lora(model, values, scale=2.0)

@@ -15,9 +15,9 @@ from fpo_mlx.config import PRESETS, Objective  # noqa: E402
 from fpo_mlx.core import features, logprobs, vocabulary  # noqa: E402
 from fpo_mlx.core.objectives import preference_losses  # noqa: E402
 from fpo_mlx.core.vocabulary import LinearHead  # noqa: E402
+from fpo_mlx.model.reader import encoder_of  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
 from fpo_mlx.sae.encode import encode, normalized  # noqa: E402
-from fpo_mlx.train.scoring import encoder_of  # noqa: E402
 
 ACTIVATIONS = ["relu", "jumprelu", "gated", "topk", "abstopk", "groupmax", "identity"]
 RNG = np.random.default_rng(0)
