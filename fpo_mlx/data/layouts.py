@@ -68,6 +68,10 @@ def as_pair(record: Mapping, columns: Any) -> Mapping:
         if {first, second, verdict} <= set(record):
             winner = meaning(record[verdict])
             return _decided(record, columns, (record[first], record[second]), winner, verdict)
+    if isinstance(record.get("completions"), list) and filled(record.get("context")):
+        return _ranked(record, columns)
+    if isinstance(record.get("output"), list) and "instruction" in record:
+        return _better_first(record, columns)
     if isinstance(record.get("responses"), list) and isinstance(record.get("scores"), list):
         return _scored(record, columns)
     _refuse_single(record)
@@ -100,6 +104,26 @@ def _decided(
         raise RowFault("no preference", f"{verdict} prefers neither answer")
     chosen, rejected = answers if winner < 0 else (answers[1], answers[0])
     return {**record, columns.chosen: chosen, columns.rejected: rejected}
+
+
+def _ranked(record: Mapping, columns: Any) -> Mapping:
+    """NeMo RL's {"context": […], "completions": [{"rank": 0, "completion": […]}, …]}."""
+    ranked = [one for one in record["completions"] if isinstance(one, Mapping)]
+    ranks = [_number(one.get("rank")) for one in ranked]
+    if len(ranks) != 2 or len(record["completions"]) != 2 or None in ranks:
+        raise RowFault("wrong type", "completions: wanted two objects of rank and completion")
+    left, right = (rank or 0.0 for rank in ranks)
+    answers = [one.get("completion") for one in ranked]
+    return _decided(record, columns, answers, (left > right) - (left < right), "rank")
+
+
+def _better_first(record: Mapping, columns: Any) -> Mapping:
+    """LLaMA-Factory's older {"instruction": …, "output": [better, worse]}."""
+    if len(record["output"]) != 2:
+        found = len(record["output"])
+        raise RowFault("wrong type", f"output has {found} answers, wanted the better and the worse")
+    better, worse = record["output"]
+    return {**record, columns.chosen: better, columns.rejected: worse}
 
 
 def _scored(record: Mapping, columns: Any) -> Mapping:

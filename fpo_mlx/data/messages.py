@@ -78,6 +78,12 @@ def conversation_in(text: str, name: str) -> list[Any] | None:
             value = read(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
+        if isinstance(value, Mapping) and _is_conversation(value.get("messages")):
+            raise RowFault(
+                "wrong type",
+                f"{name} is the text of an object around `messages`; write the list of messages "
+                "itself, and the tools into a column of their own",
+            )
         items = [value] if isinstance(value, Mapping) else value
         return list(items) if _is_conversation(items) else None
     if _BEGINS.match(text):

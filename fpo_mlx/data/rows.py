@@ -252,6 +252,9 @@ def system_of(record: Mapping, columns: Columns) -> str | None:
     system = record.get(columns.system)
     if not layouts.filled(system):
         return None
+    match system:
+        case [{"role": "system", "content": str(text)}]:
+            system = text
     if not isinstance(system, str):
         raise RowFault("wrong type", f"{columns.system} is {_kind(system)}, wanted a text")
     check_encodable(system, columns.system)

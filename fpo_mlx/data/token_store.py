@@ -46,7 +46,7 @@ def load(folder: Path) -> Stored | None:
         tokens = mapped(folder / TOKENS)
         if zlib.crc32(tokens) != about["crc"]:  # type: ignore[arg-type]
             return None
-        with np.load(folder / ROWS, allow_pickle=False) as rows:
+        with (folder / ROWS).open("rb") as file, np.load(file, allow_pickle=False) as rows:
             sizes, topics = rows["sizes"], rows["topics"]
             names = rows["where"].tobytes().decode("utf-8", "surrogateescape").split("\0")
         if not len(sizes) == len(topics) == len(names) == about["pairs"]:

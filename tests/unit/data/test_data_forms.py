@@ -46,6 +46,9 @@ SAME = {
                  "better_response_id": 1},
     "Arena": {"conversation_a": WHOLE["rejected"], "conversation_b": WHOLE["chosen"],
               "winner": "model_b"},
+    "NeMo RL": {"context": [user("Say yes.")], "completions": [
+        {"rank": 1, "completion": [bot("No.")]}, {"rank": 0, "completion": [bot("Yes.")]}]},
+    "LLaMA-Factory, older": {"instruction": "Say yes.", "input": "", "output": ["Yes.", "No."]},
     "two scores": {"prompt": "Say yes.", "responses": ["No.", "Yes."], "scores": [1, 4.5]},
     "JSON text": {side: json.dumps(turns) for side, turns in WHOLE.items()},
     "Python text": {side: str(turns) for side, turns in WHOLE.items()},
@@ -73,6 +76,13 @@ def test_one_pair_in_every_form_is_one_pair(name):
     assert bool(row.as_text) == ("text" in name)
 
 
+def test_a_system_column_may_hold_one_system_message():
+    row = parse_row({**PAIR, "system": [{"role": "system", "content": "Be brief."}]})
+    assert row.prompt[0] == {"role": "system", "content": "Be brief."}
+    with pytest.raises(RowFault, match="system is a list"):
+        parse_row({**PAIR, "system": [user("Be brief.")]})
+
+
 def test_alpacas_input_and_history_are_part_of_the_prompt():
     row = parse_row({"instruction": "Translate.", "input": "Ja", "chosen": "Yes", "rejected": "No",
                      "history": [["Hi", "Hello."]]})  # fmt: skip
@@ -90,6 +100,17 @@ REFUSED = {
     "images": ({**PAIR, "images": ["a.png"]}, "wrong type", "the row has images"),
     "a broken list": ({**PAIR, "prompt": "[{'role': 'user', 'content': 'a"}, "wrong type",
                       "neither JSON nor Python"),
+    "a text around messages": (
+        {side: json.dumps({"messages": turns, "tools": []}) for side, turns in WHOLE.items()},
+        "wrong type", "the text of an object around `messages`",
+    ),
+    "three answers in a list": ({"instruction": "Q", "output": ["a", "b", "c"]}, "wrong type",
+                                "output has 3 answers"),
+    "a rejected answer of the user": ({"prompt": [user("Q")], "chosen": [bot("A")],
+                                       "rejected": [user("B")]}, "no shared prompt", "differ"),
+    "answers in objects": ({"prompt": "Q", "chosen": {"answer": "A", "score": 1},
+                            "rejected": {"answer": "B", "score": 0}}, "missing field", "no role"),
+    "tools as an object": ({**PAIR, "tools": {"name": "f"}}, "wrong type", "tools is an object"),
     "one side as text": ({**PAIR, "chosen": json.dumps(WHOLE["chosen"])}, "wrong type",
                          "chosen is a list but rejected is a text"),
 }  # fmt: skip
