@@ -41,7 +41,7 @@ def answer_tokens(
             continue
         if spans is None:
             spans = _by_marks(turns, answers, text, tokenizer, tools)
-        own |= _covered(spans[number], ids, places, tokenizer)
+        own |= _covered(spans[number], text, places, tokenizer)
     return ids, own
 
 
@@ -98,13 +98,13 @@ def _found(words: str, text: str, at: int) -> Iterator[str]:
 
 
 def _covered(
-    span: tuple[int, int], ids: list[int], places: list[tuple[int, int]], tokenizer: ChatTokens
+    span: tuple[int, int], text: str, places: list[tuple[int, int]], tokenizer: ChatTokens
 ) -> np.ndarray:
-    """bool [L]: tokens of the span, and the one that ends its turn directly behind it."""
+    """bool [L]: tokens of the span, and the control token that ends its turn right behind it."""
     begin, end = span
     starts, ends = (np.array(side) for side in zip(*places, strict=True))
     own = (ends > begin) & (starts < end)
     last = int(np.flatnonzero(own)[-1]) if own.any() else -1
-    if 0 <= last < len(ids) - 1 and ids[last + 1] in tokenizer.eos_token_ids:
+    if 0 <= last < len(places) - 1 and text[slice(*places[last + 1])] in tokenizer.control_tokens:
         own[last + 1] = True
     return own

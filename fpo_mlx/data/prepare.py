@@ -8,19 +8,19 @@ time: whoever needs the room may delete it.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import IO, Protocol
 
 import numpy as np
 
 from fpo_mlx import __version__
 from fpo_mlx.data import token_store
-from fpo_mlx.data.findings import Finding, Kind, by_kind, length_bias, repeats, seen
+from fpo_mlx.data.findings import Finding, Kind, Seen, by_kind, length_bias, repeats, seen
 from fpo_mlx.data.inspect import inspect
 from fpo_mlx.data.messages import RowFault
 from fpo_mlx.data.read import AUTO_SPLITS, HubSplits, content_key, iterate_raw
@@ -32,6 +32,8 @@ from fpo_mlx.records import TokenPair
 from fpo_mlx.storage import files
 
 Progress = Callable[[int], None]
+KEPT_FROM = 500  # rows: fewer are tokenized in a moment
+IN_MEMORY = 16_000_000  # bytes of tokens, before they go to a temporary file
 
 
 class KeyedTokenizer(Tokenizer, Protocol):
@@ -48,6 +50,15 @@ class Prepared:
     pairs: list[TokenPair]  # of full length, in the order of the rows
     topics: list[bytes]  # of each prompt; equal in two splits: leakage
     kinds: tuple[Kind, ...]  # what `check` finds in this split, but for what --max-seq-length costs
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What `Prepared` holds, while the tokens are still in a file of their own."""
+
+    places: list[token_store.Place]
+    topics: list[bytes]
+    kinds: tuple[Kind, ...]
 
 
 def prepare(
@@ -67,39 +78,37 @@ def prepare(
     Raises DataError (no rows, or rows that cannot be used: all of them are named) and FpoError
     (no such source or split).
     """
-    if store is None:
-        return _made(source, split, tokenizer, columns, hub, io.BytesIO(), progress)
-    parts = [token_store.FORMAT, __version__, content_key(source, split, hub), split]
-    parts += [tokenizer.encoding_key(), vars(columns)]
-    folder = store / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    kept = token_store.load(folder)
-    if kept is None:
-        try:
-            return _kept(source, split, tokenizer, columns, hub, folder, progress)
-        except DataError:
-            raise
-        except FpoError:  # no room, no rights, another process at it: go on without
-            return _made(source, split, tokenizer, columns, hub, io.BytesIO(), progress)
-    return _prepared(split, kept)
+    folder = None
+    if store is not None:
+        parts = [token_store.FORMAT, __version__, content_key(source, split, hub), split]
+        parts += [tokenizer.encoding_key(), vars(columns)]
+        folder = store / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        kept = token_store.load(folder)
+        if kept is not None:
+            return _prepared(split, kept)
+    with SpooledTemporaryFile(max_size=IN_MEMORY) as sink:
+        made = _made(source, split, tokenizer, columns, hub, sink, progress)
+        if folder is not None and len(made.places) >= KEPT_FROM:
+            kept = _kept(folder, sink, made)
+            if kept is not None:
+                return _prepared(split, kept)
+        sink.seek(0)
+        tokens = np.frombuffer(sink.read(), dtype="<i4")
+    return Prepared(split, token_store.pairs_of(tokens, made.places), made.topics, made.kinds)
 
 
-def _kept(
-    source: str | Path,
-    split: str,
-    tokenizer: KeyedTokenizer,
-    columns: Columns,
-    hub: HubSplits,
-    folder: Path,
-    progress: Progress | None,
-) -> Prepared:
-    with files.atomic_folder(folder) as work:
-        with (work / token_store.TOKENS).open("wb") as sink:
-            made = _made(source, split, tokenizer, columns, hub, sink, progress)
-        token_store.describe(work, made.pairs, made.topics, made.kinds)
-    with suppress(OSError):
+def _kept(folder: Path, sink: IO[bytes], made: _Made) -> Stored | None:
+    """What was made, read back from `folder`; None where it cannot be kept there."""
+    try:
+        with files.atomic_folder(folder) as work:
+            sink.seek(0)
+            with (work / token_store.TOKENS).open("wb") as out:
+                shutil.copyfileobj(sink, out, 1 << 22)
+            token_store.describe(work, made.places, made.topics, made.kinds)
         token_store.prune(folder.parent, keep=folder)
-    kept = token_store.load(folder)
-    return made if kept is None else _prepared(split, kept)
+    except (FpoError, OSError):  # no room, no rights, another process at it: go on without
+        return None
+    return token_store.load(folder)
 
 
 def _prepared(split: str, kept: Stored) -> Prepared:
@@ -117,10 +126,13 @@ def _made(
     hub: HubSplits,
     sink: IO[bytes],
     progress: Progress | None,
-) -> Prepared:
+) -> _Made:
     """From the rows. The tokens go to `sink`, so that the pairs need not hold them twice."""
     rows = iterate_raw(source, split, hub)
-    places, known, findings, faults = [], [], [], []
+    places: list[token_store.Place] = []
+    known: list[Seen] = []
+    findings: list[Finding] = []
+    faults: list[tuple[str, RowFault]] = []
     done = at = 0
     for item in inspect(rows, split, tokenizer, columns):
         done += 1
@@ -137,21 +149,14 @@ def _made(
         parts = (item.pair.prompt, item.pair.chosen, item.pair.rejected)
         for part in parts:
             sink.write(part.astype("<i4").tobytes())
-        places.append((at, *map(len, parts), item.raw.where))
+        sizes = len(parts[0]), len(parts[1]), len(parts[2])
+        places.append((at, *sizes, item.raw.where))
         at += sum(map(len, parts))
     if faults:
         raise _refusal(faults, done, f"{source} ({split})")
     findings += repeats(split, known)
     findings += length_bias(split, [row.lengths for row in known])
-    pairs = token_store.pairs_of(_tokens(sink), places)
-    return Prepared(split, pairs, [row.topic for row in known], tuple(by_kind(findings)))
-
-
-def _tokens(sink: IO[bytes]) -> np.ndarray:
-    sink.flush()
-    if isinstance(sink, io.BytesIO):
-        return np.frombuffer(sink.getbuffer(), dtype="<i4")
-    return token_store.mapped(Path(sink.name))
+    return _Made(places, [row.topic for row in known], tuple(by_kind(findings)))
 
 
 def _refusal(faults: list[tuple[str, RowFault]], rows: int, source: str) -> DataError:

@@ -65,11 +65,11 @@ def load(folder: Path) -> Stored | None:
 
 
 def describe(
-    folder: Path, pairs: Sequence[TokenPair], topics: Sequence[bytes], kinds: Iterable[Kind]
+    folder: Path, places: Sequence[Place], topics: Sequence[bytes], kinds: Iterable[Kind]
 ) -> None:
     """Write all but the tokens, which lie there already."""
-    sizes = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
-    where = "\0".join(pair.where for pair in pairs).encode("utf-8", "surrogateescape")
+    sizes = [place[1:4] for place in places]
+    where = "\0".join(place[4] for place in places).encode("utf-8", "surrogateescape")
     np.savez(
         folder / ROWS,
         sizes=np.array(sizes, dtype=np.int32).reshape(-1, 3),
@@ -78,7 +78,7 @@ def describe(
     )
     about = {
         "format": FORMAT,
-        "pairs": len(pairs),
+        "pairs": len(places),
         "crc": zlib.crc32(mapped(folder / TOKENS)),  # type: ignore[arg-type]
         "kinds": [[k.first.kind, k.first.where, k.first.what, k.count] for k in kinds],
     }

@@ -10,7 +10,7 @@ from tiny_tokenizer import CHATML, build_tiny_tokenizer
 
 import fpo_mlx.data.prepare as prepare_module
 from fpo_mlx.data import Columns, token_store
-from fpo_mlx.data.prepare import prepare
+from fpo_mlx.data.prepare import KEPT_FROM, prepare
 from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import DataError
 
@@ -107,6 +107,13 @@ def test_a_store_that_cannot_be_written_stops_nothing(tmp_path, data, tokenizer)
     assert len(found.pairs) == 701
 
 
+def test_a_small_split_leaves_nothing_behind(tmp_path, tokenizer):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[: KEPT_FROM - 1]))
+    assert len(prepare(path, "train", tokenizer, store=tmp_path / "store").pairs) == KEPT_FROM - 1
+    assert not (tmp_path / "store").exists()
+
+
 def test_rows_that_cannot_be_used_are_all_named_and_nothing_is_kept(tmp_path, tokenizer):
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n{}\n" + json.dumps({**ROWS[1], "chosen": "B"}) + "\n")
@@ -115,7 +122,7 @@ def test_rows_that_cannot_be_used_are_all_named_and_nothing_is_kept(tmp_path, to
     assert [fault.split(": ")[0] for fault in caught.value.faults] == [
         "train.jsonl:2", "train.jsonl:3",
     ]  # fmt: skip
-    assert not [path for path in (tmp_path / "store").iterdir() if path.is_dir()]
+    assert not (tmp_path / "store").exists()
 
 
 def test_the_longest_unused_go_first_and_the_newest_stays(tmp_path):
