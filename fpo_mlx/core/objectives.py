@@ -36,7 +36,7 @@ def preference_losses(
     penalties: mx.array | None,
     *,
     beta: float,
-    alpha: float,
+    alpha: float | mx.array,
     gamma: float,
     length_normalize: bool,
     margin: str,
@@ -46,8 +46,8 @@ def preference_losses(
     """The loss of each pair; the caller takes the mean.
 
     policy_logps, ref_logps: [2, B] nats summed per response (0 chosen, 1 rejected);
-    lengths: [2, B] tokens; penalties: [2, B], C of each response, or None; held: [B], P of the
-    chosen responses, or None. Returns: four [B].
+    lengths: [2, B] tokens; penalties: [2, B], C of each response, or None; alpha: one number or
+    [B]; held: [B], P of the chosen responses, or None. Returns: four [B].
     """
     scale = 1.0 / lengths if length_normalize else mx.ones_like(policy_logps)
     policy, ratio = policy_logps * scale, (policy_logps - ref_logps) * scale  # [2, B]

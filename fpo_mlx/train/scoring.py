@@ -31,6 +31,7 @@ class Measures:
     ref_logps: mx.array
     lengths: mx.array
     distances: mx.array | None = None  # D of Eq. 10, raw, mean over SAEs
+    relative: mx.array | None = None  # D over the mean square of the reference's top-k
     kl: mx.array | None = None  # sequential KL(reference || policy)
 
 
@@ -48,6 +49,8 @@ class Scorer:
     ) -> None:
         self.reader, self.objective = Reader(policy, encoders), objective
         self.policy, self.encoders = policy, self.reader.encoders
+        self.alpha: float = objective.alpha  # of the next update; a controller moves it
+        self.largest_pull: float | None = None  # bound of alpha (D_rejected - D_chosen), per pair
         self.measure_kl = measure_kl or objective.constraint == "kl"
         self.feature_weights = tuple(feature_weights)
         self._pinned = [_pinned(weights) for weights in feature_weights]
@@ -80,11 +83,11 @@ class Scorer:
             logps, kl = self._logps_and_kl(pairs, rows, layout, grad)
         else:
             logps = self.reader.logps(rows, layout, grad=grad)
-        distances, penalties, held = None, None, None
+        distances, relative, penalties, held = None, None, None, None
         if self.encoders:
-            distances, scaled, named = self._distances(rows, layout, refs, logps, grad)
+            distances, relative, named = self._distances(rows, layout, refs, logps, grad)
             if self.objective.pooled:
-                penalties = _by_side(scaled)
+                penalties = _by_side(relative if self.objective.relative else distances)
                 if any(self.feature_weights):
                     held = _by_side(named)[0]
         if self.objective.constraint == "kl" and kl is not None:
@@ -95,15 +98,23 @@ class Scorer:
             mx.array(np.array(ref_logps, dtype=np.float32).T),
             mx.array(layout.lengths.reshape(-1, 2).T.astype(np.float32)),
             None if distances is None else _by_side(distances),
+            None if relative is None else _by_side(relative),
             None if kl is None else _by_side(kl),
         )
         o = self.objective
         pair_losses = preference_losses(
             measures.logps, measures.ref_logps, measures.lengths, penalties,
-            beta=o.beta, alpha=o.alpha, gamma=o.gamma, margin=o.margin,
+            beta=o.beta, alpha=self._alpha(penalties), gamma=o.gamma, margin=o.margin,
             length_normalize=o.length_normalize, stop_gradient=o.stop_gradient, held=held,
         )  # fmt: skip
         return pair_losses, measures
+
+    def _alpha(self, penalties: mx.array | None) -> float | mx.array:
+        """alpha of each pair: less where its pull alone would look like a margin that exploded."""
+        if penalties is None or self.largest_pull is None:
+            return self.alpha
+        gap = mx.abs(mx.stop_gradient(penalties[1] - penalties[0]))  # [B]
+        return mx.minimum(self.alpha, self.largest_pull / mx.maximum(gap, 1e-20))
 
     def _logps_and_kl(
         self, pairs: Sequence[TokenPair], rows: Rows, layout: Layout, grad: bool
@@ -119,11 +130,11 @@ class Scorer:
     def _distances(
         self, rows: Rows, layout: Layout, refs: Sequence[PairScore], logps: mx.array, grad: bool
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """D, D as --feature-scale has it, and the named features' part of that.
+        """D, relative D, and the named features' part of the one that the loss takes.
 
         Each [2B], means over the SAEs; each SAE's D is scaled by its own activations.
         """
-        results, raw = [], self.objective.feature_scale == "raw"
+        results, k = [], self.objective.top_k
         for i, (encoder, tapped) in enumerate(zip(self.encoders, rows.tapped, strict=True)):
             n = encoder.n_features
             dense = [side.features[i].to_dense(n) for ref in refs for side in ref]
@@ -133,15 +144,13 @@ class Scorer:
             distance, named = self._distance(
                 encoder, tapped, layout, pooled, gates, ref, pinned, grad
             )
-            over = 1.0
-            if not raw:
-                k = self.objective.top_k
-                over = F.reference_scale(ref, k, magnitude=encoder.signed)
-            results.append((distance, distance / over, named / over))
-        distances, scaled, of_named = (
+            over = F.reference_scale(ref, k, magnitude=encoder.signed)
+            own = named / over if self.objective.relative else named
+            results.append((distance, distance / over, own))
+        distances, relative, of_named = (
             mx.stack(list(column)).mean(axis=0) for column in zip(*results, strict=True)
         )
-        return distances, scaled, of_named
+        return distances, relative, of_named
 
     def _distance(
         self,

@@ -160,6 +160,7 @@ def test_objective_fields_are_all_compared_here():
     assert names == {
         "beta", "alpha", "gamma", "length_normalize", "margin", "constraint", "stop_gradient",
         "top_k", "feature_scale", "feature_weights",
+        "target_drift", "target_kl",  # they set alpha and feature_scale: test_drift.py
     }  # fmt: skip
 
 
