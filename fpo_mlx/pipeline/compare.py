@@ -13,6 +13,8 @@ from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_model, open_tokenizer
+from fpo_mlx.pipeline.origins import warn_of_other_model
+from fpo_mlx.pipeline.prepared import check_room, longest
 from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.storage.hub import resolve_model
 
@@ -78,10 +80,12 @@ def compare(
         config, split, count
     )
     path = resolve_model(model)
-    tokenizer = open_tokenizer(config, path)
-    tokens = _tokens(asked, tokenizer, config.data.max_seq_length)
+    tokenizer = open_tokenizer(config, path, say)
+    tokens = _tokens(asked, tokenizer, longest(config.data.max_seq_length, tokenizer, say))
+    check_room(tokens, sampling.max_tokens, tokenizer)
     for adapter in adapter_paths:
         read_spec(Path(adapter))  # before the long part
+    warn_of_other_model([config.train.init_adapter, *adapter_paths], model, path, say)
     answers: dict[str, tuple[str, ...]] = {}
     asked_of = {shown_name(path): path for path in adapter_paths}
     for name, adapter in {BASE: config.train.init_adapter, **asked_of}.items():
