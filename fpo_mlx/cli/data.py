@@ -67,6 +67,7 @@ def _gravity(entry: tuple[tuple[str, str], list]) -> int:
 
 
 @click.command(cls=Command)
+@preset_option
 @settings(DataConfig, ReferenceConfig)
 @click.option("--output", type=PATH, help="Cache folder (default: one under the user cache).")
 @click.option("--adapter-path", "adapter", help="SFT adapter that belongs to the reference.")
