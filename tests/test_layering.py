@@ -38,12 +38,15 @@ OURS = {
     "reference": VOCABULARY | {"config", "machine"},
     "reference.mlx_backend": VOCABULARY | {"core", "machine", "model"},
     "judge": VOCABULARY | RUN | {"sae", "train"},
+    "pairs": VOCABULARY | {"data"},
+    "pairs.settings": VOCABULARY | {"config"},
     "report": VOCABULARY | {"config"},
     "demo": VOCABULARY | {"machine"},
     "demo.run": VOCABULARY | {"config", "pipeline"},  # a caller of the pipeline, as the cli is
     "pipeline": {"*"},
     "cli": VOCABULARY
-    | {"config", "data", "demo", "judge", "machine", "pipeline", "saetrain", "train.events"},
+    | {"config", "data", "demo", "judge", "machine", "pairs", "pipeline", "saetrain"}
+    | {"train.events"},
     "__main__": {"cli"},
 }
 OTHERS = {
@@ -76,6 +79,9 @@ OTHERS = {
     "reference.torch_backend": {"numpy", "torch", "transformers", "safetensors"},
     "judge": {"numpy", *MLX},
     "judge.feature_report": {"numpy"},
+    "pairs": {"numpy"},
+    "pairs.doubles": {"datasketch"},
+    "pairs.web": {"starlette", "uvicorn", "jinja2"},
     "report": {"matplotlib", "jinja2"},
     "demo": {"numpy", "safetensors", "mlx_lm"},
     "pipeline": {"numpy", *MLX},

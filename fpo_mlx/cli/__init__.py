@@ -13,9 +13,11 @@ from fpo_mlx.cli.data import check, precompute
 from fpo_mlx.cli.features import features
 from fpo_mlx.cli.help import CONTEXT, Group
 from fpo_mlx.cli.machine import demo, doctor
+from fpo_mlx.cli.pairs import pairs
 from fpo_mlx.cli.plan import plan
 from fpo_mlx.cli.report import report
 from fpo_mlx.cli.results import convert, evaluate, fuse
+from fpo_mlx.cli.rounds import rounds
 from fpo_mlx.cli.sae_train import train_sae
 from fpo_mlx.cli.saes import sae
 from fpo_mlx.cli.train import train
@@ -97,8 +99,8 @@ def main(ctx: click.Context) -> None:
 
 THE_WAY = {
     "Begin": (demo, doctor),
-    "Prepare": (convert, check, sae, plan, precompute),
-    "Train": (train,),
+    "Prepare": (convert, pairs, check, sae, plan, precompute),
+    "Train": (train, rounds),
     "Judge": (evaluate, compare, features, report),
     "Ship": (fuse,),
     "Look after": (cache,),

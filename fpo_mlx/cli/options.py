@@ -27,6 +27,10 @@ preset_option = click.option(
     help="Preset of the objective. [default: fpo]",
 )  # fmt: skip
 json_option = click.option("--json", "json_path", type=PATH, help="Write the result here.")
+adapter_scale_option = click.option(
+    "--adapter-scale", type=float, default=1.0, show_default=True,
+    help="Part of the adapter's change that is taken: 0 is the base, 1 the adapter.",
+)  # fmt: skip
 csv_option = click.option("--csv", "csv_path", type=PATH, help="Write the result here as CSV.")
 backend_option = click.option(
     "--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True,

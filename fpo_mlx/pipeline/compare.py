@@ -57,6 +57,7 @@ def compare(
     config: RunConfig,
     *,
     adapter_paths: Sequence[str],
+    scale: float = 1.0,
     prompts: Sequence[str] = (),
     prompts_file: Path | None = None,
     split: str = "valid",
@@ -65,7 +66,10 @@ def compare(
     say: Say,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Comparison:
-    """Answer prompts (given, from a file, or the first of a split) with base and adapters."""
+    """Answer prompts (given, from a file, or the first of a split) with base and adapters.
+
+    scale: part of each adapter's change that is taken (`adapters.fill`).
+    """
     from fpo_mlx.judge.sampling import sample
     from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.model.open import open_model
@@ -86,7 +90,10 @@ def compare(
     asked_of = {shown_name(path): path for path in adapter_paths}
     for name, adapter in {BASE: config.train.init_adapter, **asked_of}.items():
         trust = config.reference.trust_remote_code
-        model = open_model(path, adapter=adapter, trust_remote_code=trust, say=say).model
+        part = 1.0 if name == BASE else scale
+        model = open_model(
+            path, adapter=adapter, scale=part, trust_remote_code=trust, say=say
+        ).model
         texts = []
         for answer in sample(model, tokens, sampling, tokenizer.eos_token_ids):
             texts.append(tokenizer.decode(answer.tokens.tolist(), skip_special=True))

@@ -18,12 +18,11 @@ from fpo_mlx.pipeline.job import Say, need_model, open_job, open_saes, open_toke
 from fpo_mlx.pipeline.origins import warn_of_other_model
 from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
-from fpo_mlx.records import SaeWeights, result_file
+from fpo_mlx.records import Passage, SaeWeights, result_file
 from fpo_mlx.storage.hub import read_config, resolve_model
 
 if TYPE_CHECKING:
     from fpo_mlx.core.features import Encoder
-    from fpo_mlx.judge.feature_scan import Text
     from fpo_mlx.model.policy import Policy
 
 NEURONPEDIA = "https://www.neuronpedia.org"
@@ -151,7 +150,7 @@ class _Scan:
     encoder: Encoder
     sae: SaeWeights
     tokenizer: ChatTokenizer
-    texts: list[list[Text]]
+    texts: list[list[Passage]]
     seen: list[TextActivations]
 
 
@@ -184,7 +183,7 @@ def _one_sae(saes: Sequence[SaeWeights]) -> Sequence[SaeWeights]:
     return saes
 
 
-def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Text]:
+def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Passage]:
     """Texts of a data file, cut to `longest` tokens.
 
     A line is {"text": …}, or an answer with its prompt: {"prompt": …, "response": …}. Of an answer
@@ -192,8 +191,6 @@ def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Text]
     are unlike those of any other, and the last, which predicts nothing.
     Raises: DataError naming the lines that cannot be used.
     """
-    from fpo_mlx.judge.feature_scan import Text
-
     texts, faults = [], []
     for row in data.file_rows(path):
         where = row.where
@@ -206,7 +203,7 @@ def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Text]
             continue
         room = max(0, longest - len(prompt))
         if len(response) and room:
-            texts.append(Text(prompt, response[:room], where))
+            texts.append(Passage(prompt, response[:room], where))
         else:
             faults.append(
                 f"{where}: nothing to look at: {len(prompt)} tokens before the first position, "

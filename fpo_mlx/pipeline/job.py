@@ -69,7 +69,6 @@ def open_job(
         tokenizer=tokenizer.fingerprint(),
         adapter=weights.adapter_fingerprint(own),
         saes=tuple((sae.fingerprint(), str(sae.site)) for sae in opened),
-        backend=backend,
     )
     named = open_weights(config, opened)
     return Job(config, path, tokenizer, opened, identity, named, own, backend, device)

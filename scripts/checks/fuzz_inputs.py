@@ -135,6 +135,22 @@ ROWS: tuple[Any, ...] = (
      "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "4"}]}],
      "rejected": [ERR]},
 )  # fmt: skip
+ANSWER = {"text": "Yes.", "tokens": 2, "finish": "stop", "logp": -1.5, "seed": 0, "temp": 1.0,
+          "model": "m"}  # fmt: skip
+CANDIDATES: tuple[Any, ...] = (
+    {"id": "00ff", "prompt": "Q?", "candidates": [ANSWER, ANSWER | {"text": "No."}]},
+    {"id": "1", "prompt": [ASK, TELL, ASK], "tools": [{"type": "function"}],
+     "candidates": [ANSWER, ANSWER | {"text": "b", "finish": "length", "model": "human"}]},
+)  # fmt: skip
+VERDICTS: tuple[Any, ...] = (
+    {"id": "1", "a": 0, "b": 1, "order": "ab", "verdict": "a", "p": 0.9, "score_a": None,
+     "score_b": None, "judge": "j", "raw": "A", "time": 1.0},
+    {"id": "1", "a": 1, "b": 0, "order": "ba", "verdict": "b", "p": 0.2, "judge": "j"},
+    {"id": "1", "a": 0, "b": 1, "order": "ab", "verdict": "both_bad", "judge": "person",
+     "edited": "Perhaps.", "time": 2.0},
+    {"id": "1", "a": 0, "b": 1, "order": "none", "verdict": "tie", "judge": "reward:r", "p": None,
+     "score_a": 1.0, "score_b": 1.0},
+)  # fmt: skip
 SETTINGS = {
     "model": "m", "sae": ["a", "b"], "layer": 3, "data": "d", "objective": "fpo", "alpha": 0.5,
     "beta": 0.1, "top_k": 50, "lora_parameters": {"rank": 8, "scale": 20.0, "keys": ["q"]},
@@ -160,6 +176,8 @@ class Target:
 def targets(root: Path) -> Iterator[Target]:
     """Every reader of foreign files; `root` is an empty folder to work in."""
     yield Target("rows", 40, rows(root))
+    yield Target("candidate lines", 10, candidate_lines(root))
+    yield Target("verdict lines", 10, verdict_lines(root))
     yield Target("YAML settings", 10, yaml_settings(root))
     yield from cache_readers(root / "cache")
     yield from sae_readers(root / "sae")
@@ -178,6 +196,51 @@ def rows(root: Path) -> Callable[[random.Random], Call]:
         if chance.random() < 0.2:
             return lambda: json.dumps(check_data({"train": raw}).as_dict())
         return lambda: parse_rows(raw, "train.jsonl")
+
+    return make
+
+
+def candidate_lines(root: Path) -> Callable[[random.Random], Call]:
+    """A file of one spoiled line of candidates, read and asked for what `rate` and `build` ask."""
+    from fpo_mlx.pairs.choose import Left, pairs_of
+    from fpo_mlx.pairs.labels import Label, comparisons
+    from fpo_mlx.pairs.records import open_candidates
+    from fpo_mlx.pairs.settings import BuildConfig
+
+    path = root / "candidates.jsonl"
+
+    def read() -> None:
+        for one in open_candidates(path):
+            pairs = comparisons(one, neighbours=False, human=None, against_reference=False)
+            labels = [Label(a, b, "a") for a, b in pairs]
+            for pair in pairs_of(one, labels, BuildConfig(), Left()):
+                json.dumps(pair.row())
+
+    def make(chance: random.Random) -> Call:
+        path.write_bytes(json_bytes(chance.choice(CANDIDATES), chance) + b"\n")
+        return read
+
+    return make
+
+
+def verdict_lines(root: Path) -> Callable[[random.Random], Call]:
+    from fpo_mlx.pairs.labels import by_prompt, labels_of
+    from fpo_mlx.pairs.records import read_verdicts
+    from fpo_mlx.pairs.summary import self_agreement, summarise
+
+    path = root / "verdicts.jsonl"
+
+    def read() -> None:
+        found = list(read_verdicts(path).values())
+        for group in by_prompt(found).values():
+            labels_of(group)
+        self_agreement(found)
+        json.dumps([s.as_dict() for s in summarise(found, lambda _: [1] * 64, found).values()])
+
+    def make(chance: random.Random) -> Call:
+        lines = [json_bytes(chance.choice(VERDICTS), chance) for _ in range(chance.choice((1, 2)))]
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        return read
 
     return make
 

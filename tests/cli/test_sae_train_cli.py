@@ -89,7 +89,7 @@ def test_the_card_says_what_of_the_loss_is_recovered(llama, corpus, tmp_path, mo
         seen.update(site=policy.sites, passages=passages)
         return SimpleNamespace(loss=LossFigures(2.0, 2.5, 7.0, "zero"))
 
-    monkeypatch.setattr("fpo_mlx.sae_fit.evaluate", evaluate)
+    monkeypatch.setattr("fpo_mlx.judge.sae_fit.evaluate", evaluate)
     out = tmp_path / "my-sae"
     done = run("--model", llama, "--data", corpus, "--output", out, *QUICK, "--json",
                tmp_path / "figures.json")  # fmt: skip

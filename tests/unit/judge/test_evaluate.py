@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from evaluated import K, adapter, own_cache, place  # noqa: E402, F401
 from fpo_mlx.config import Sampling  # noqa: E402
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
 from fpo_mlx.judge import evaluate as evaluation  # noqa: E402
-from fpo_mlx.judge import sampling  # noqa: E402
+from fpo_mlx.judge import sampling, slots  # noqa: E402
 from fpo_mlx.judge.evaluate import EvalReport, EvalTable, bootstrap_interval  # noqa: E402
 from fpo_mlx.judge.sampling import distinct_n, entropy, sample  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
@@ -114,6 +115,37 @@ def test_several_adapters_make_one_table_and_each_is_what_it_is_alone(place, tmp
     assert [float(rows[2][f"kl/margin/ci95/{end}"]) for end in ("low", "high")] == kl
 
 
+def test_scales_of_an_adapter_stand_side_by_side_and_grow_from_the_base(place, tmp_path):
+    words = ["--adapter-path", place / "one", "--adapter-scales", "0,0.5,1", "--at-kl"]
+    whole, _ = judge(place, "--adapter-path", place / "one", out=tmp_path / "one.json")
+    middle = 0.75 * whole["summary"]["kl/rejected"]
+    got, text = judge(place, *words, middle, out=tmp_path / "all.json")
+    parts = got["adapters"]
+    assert [part.get("adapter_scale", 1.0) for part in parts] == [0.0, 0.5, 1.0]
+    assert {part["adapter_path"] for part in parts} == {str(place / "one")}
+    assert parts[2]["summary"] == whole["summary"]
+    kls = [part["summary"]["kl/rejected"] for part in parts]
+    assert kls[0] == pytest.approx(0.0, abs=1e-5)
+    assert kls[0] < kls[1] < kls[2]
+    said = re.search(r"--adapter-scale ([\d.]+) has a KL of", text)
+    assert said is not None
+    assert kls[1] < middle
+    assert 0.5 < float(said[1]) < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--adapter-scale", "0.5"], ["--adapter-path"]),
+        (["--adapter-path", "x", "--adapter-scales", "a,b"], ["--adapter-scales a,b"]),
+        (["--adapter-path", "x", "--adapter-scale", "-1"], ["0 or more"]),
+        (["--adapter-path", "x", "--adapter-scale", "2", "--init-adapter", "y"], ["no multiple"]),
+    ],
+)
+def test_a_part_that_cannot_be_taken_is_a_usage_error(place, words, parts):
+    refused(run("evaluate", *usual(place), "--split", "valid", *words), 2, *parts)
+
+
 def test_a_result_names_its_adapter_and_one_called_base_does_not_hide_the_base(place, tmp_path):
     one, _ = judge(place, "--adapter-path", place / "one", out=tmp_path / "a.json")
     assert one["adapter_path"] == str(place / "one")
@@ -186,9 +218,9 @@ def test_prompts_sampled_together_give_the_answers_of_each_alone(model, monkeypa
     prompts = [rng.integers(5, 60, size=n).astype(np.int32) for n in (3, 9, 1, 17, 4)]
     settings = Sampling(12, temp=temp)
     end = {ids(model, settings, prompts)[1][6]}  # one ends early, and leaves the batch
-    monkeypatch.setattr(sampling, "BATCH", 3)  # a whole group and the rest
+    monkeypatch.setattr(sampling, "WINDOW", 3)  # a whole group and the rest
     together = list(sampling.sample(model, prompts, settings, end))
-    monkeypatch.setattr(sampling, "_batches", lambda model: False)
+    monkeypatch.setattr(slots, "mask_axes", lambda model: 0)
     alone = list(sampling.sample(model, prompts, settings, end))
     assert len({len(answer.tokens) for answer in alone}) > 1
     for a, b in zip(together, alone, strict=True):

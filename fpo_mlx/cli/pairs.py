@@ -1,0 +1,183 @@
+"""`fpo-mlx pairs generate | judge | rate | build`: from prompts to preference pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from fpo_mlx.cli.options import PATH, json_option, section_options, write_json
+from fpo_mlx.cli.show import Steps, listing, say
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, load
+
+
+@click.group()
+def pairs() -> None:
+    """Make preference pairs from prompts: answer, judge or rate, build.
+
+    \b
+    Example:
+      fpo-mlx pairs generate --model M --prompts p.txt --output candidates.jsonl
+    """
+
+
+@pairs.command()
+@section_options(GenerateConfig)
+@click.option(
+    "--output", type=PATH, default="candidates.jsonl", show_default=True, help="File to write to."
+)
+@json_option
+def generate(config, output, json_path, **values) -> None:
+    """Answer every prompt several times. A run that was stopped goes on where it was.
+
+    \b
+    Example:
+      fpo-mlx pairs generate --model M --prompts p.txt --output candidates.jsonl
+    """
+    from fpo_mlx import pipeline
+
+    settings = load(GenerateConfig, values, config)
+    done = pipeline.pairs_generate(settings, output=output, say=say, progress=_Answers())
+    write_json(json_path, dataclasses.asdict(done))
+    if done.cut:
+        say(
+            f"{done.cut} of {done.answers} answers were cut at --max-tokens {settings.max_tokens}; "
+            "`pairs build` leaves them out"
+        )
+    click.echo(
+        f"{done.answers} answers to {done.prompts} prompts in {done.seconds:.0f} s, "
+        f"{done.before} prompts were there already; in {output}"
+    )
+
+
+@pairs.command()
+@click.argument("candidates", type=PATH)
+@section_options(JudgeConfig)
+@click.option(
+    "--output", type=PATH, default="verdicts.jsonl", show_default=True, help="File to write to."
+)
+@click.option("--against", type=PATH, help="A person's votes to compare the judge with.")
+@json_option
+def judge(candidates, config, output, against, json_path, **values) -> None:
+    """Let a model, an endpoint or a reward function say which answers are better.
+
+    A model sees each two answers in both orders; where its verdicts differ it is a tie. A run that
+    was stopped goes on where it was. Of an endpoint, prompts and answers leave this machine.
+
+    \b
+    Example:
+      fpo-mlx pairs judge candidates.jsonl --judge mlx-community/Qwen3-8B-4bit
+    """
+    from fpo_mlx import pipeline
+
+    settings = load(JudgeConfig, values, config)
+    done = pipeline.pairs_judge(
+        settings, candidates=candidates, output=output, against=against, say=say,
+        progress=Steps("prompts"),
+    )  # fmt: skip
+    write_json(json_path, done.as_dict())
+    _show_judges(done.judges)
+    click.echo(f"{done.written} verdicts, {done.before} were there already; in {output}")
+
+
+@pairs.command()
+@click.argument("candidates", type=PATH)
+@click.option("--verdicts", type=PATH, multiple=True, help="File of verdicts; repeatable.")
+@click.option("--reward", help="Judge by this reward first: FILE.py:FUNCTION or an example's name.")
+@section_options(BuildConfig)
+@click.option(
+    "--output", type=PATH, default="pairs", show_default=True, help="Folder to write the pairs to."
+)
+@json_option
+def build(candidates, verdicts, reward, config, output, json_path, **values) -> None:
+    """Choose pairs from judged answers and write them as `train` takes them.
+
+    \b
+    Example:
+      fpo-mlx pairs build candidates.jsonl --verdicts verdicts.jsonl
+    """
+    from fpo_mlx import pipeline
+
+    settings = load(BuildConfig, values, config)
+    if not verdicts and not reward:
+        raise ConfigError("--verdicts is missing: give a file of verdicts, or --reward.")
+    if reward:
+        own = candidates.with_name(f"{candidates.stem}-rewards.jsonl")
+        asked = JudgeConfig(reward=reward, against_reference=settings.against_reference)
+        judged = pipeline.pairs_judge(asked, candidates=candidates, output=own, say=say)
+        say(f"{judged.written} verdicts of {reward} in {own}")
+        verdicts = (*verdicts, own)
+    done = pipeline.pairs_build(
+        settings, candidates=candidates, verdicts=verdicts, output=output, say=say
+    )
+    write_json(json_path, done.as_dict())
+    for reason, count in done.left.items():
+        say(f"left out: {count} × {reason}")
+    rows = ", ".join(f"{count} {name}" for name, count in done.splits.items() if count)
+    share = "-" if done.longer_share is None else f"{done.longer_share:.0%}"
+    click.echo(f"{done.pairs} pairs ({rows} rows); the longer answer wins {share}; in {output}")
+
+
+@pairs.command()
+@click.argument("candidates", type=PATH)
+@click.option(
+    "--output", type=PATH, default="votes.jsonl", show_default=True, help="File to write to."
+)
+@click.option(
+    "--per-prompt", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Comparisons per prompt.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sides and repeats.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=0, help="Port of the page.  [default: any]"
+)
+@click.option("--browser/--no-browser", default=True, help="Open the page.  [default: on]")
+def rate(candidates, output, per_prompt, seed, port, browser) -> None:
+    """Choose the better answers yourself, on a page in your browser.
+
+    The page is on this machine only. Every vote is on disk before the next comparison shows, so
+    stop whenever you like and start the same command to go on.
+
+    \b
+    Example:
+      fpo-mlx pairs rate candidates.jsonl --output votes.jsonl
+    """
+    from fpo_mlx import pipeline
+
+    def opened(address: str) -> None:
+        say(f"rate at {address} (Ctrl-C ends)")
+        if browser:
+            click.launch(address)
+
+    done = pipeline.pairs_rate(
+        candidates, output, per_prompt=per_prompt, seed=seed, port=port, opened=opened
+    )
+    again = f"; twice the same {done['same']} of {done['twice']} times" if done["twice"] else ""
+    click.echo(f"{done['votes']} votes in {output}{again}")
+
+
+def _show_judges(judges) -> None:
+    """Their figures, and what to think of them."""
+    for name, summary in judges.items():
+        click.echo(name)
+        figures = {k: v for k, v in summary.as_dict().items() if v is not None}
+        listing({f"  {key.replace('_', ' ')}": value for key, value in figures.items()})
+        if (summary.first_share or 0.5) > 0.6 or (summary.first_share or 0.5) < 0.4:
+            say(f"warning: {name} leans to one position ({summary.first_share:.0%} for the first)")
+        if summary.verdicts and summary.unreadable > summary.verdicts / 10:
+            say(f"warning: {summary.unreadable} of {name}'s verdicts cannot be read")
+
+
+class _Answers:
+    """A bar on a terminal: answers so far and their rate."""
+
+    def __init__(self) -> None:
+        self._bar = None
+
+    def __call__(self, done: int, rate: float) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(desc="answers", unit="answer", disable=None, leave=False)
+        self._bar.update(done - self._bar.n)

@@ -1,0 +1,47 @@
+"""`fpo-mlx rounds`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from fpo_mlx.cli.options import PATH, json_option, write_json
+from fpo_mlx.cli.show import say, table
+from fpo_mlx.pairs.settings import RoundsConfig, load
+
+
+@click.command()
+@click.option("-c", "--config", type=PATH, required=True, help="YAML file of the rounds.")
+@json_option
+def rounds(config, json_path) -> None:
+    """Answer, judge, build and train, round after round, until no round gets better.
+
+    Each round answers with the adapter of the round before. Held-out prompts are answered in every
+    round and judged against the round before.
+
+    \b
+    Example:
+      fpo-mlx rounds -c rounds.yaml
+    """
+    from fpo_mlx import pipeline
+
+    found = pipeline.rounds(config, say=say)
+    root = Path(load(RoundsConfig, {}, config).output)
+    write_json(json_path, [asdict(one) for one in found])
+    table(
+        [
+            ("round", "pairs", "chosen", "rejected", "longer", "tokens", "drift", "wins", "95 %"),
+            *(
+                (one.number, one.pairs, one.score_chosen, one.score_rejected,
+                 "-" if one.longer_share is None else one.longer_share, one.tokens,
+                 "-" if one.drift is None else one.drift, one.win_rate, list(one.interval))
+                for one in found
+            ),
+        ]
+    )  # fmt: skip
+    page = pipeline.rounds_report(root, found, say)
+    click.echo(f"the last adapters in {root}/round-{found[-1].number}/adapters")
+    if page:
+        click.echo(f"all rounds on one page in {page}")

@@ -1,0 +1,27 @@
+"""The wanted score in the system text. Source: Reward-Augmented Data, arXiv 2410.08067, section 3.
+
+A scored pair becomes two: asked for the chosen's score the chosen answer is the better one, asked
+for the rejected's score the rejected one is. At inference the highest score is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fpo_mlx.data.rows import Turns
+from fpo_mlx.pairs.records import Prompt
+
+SENTENCE = "Write an answer whose score is {score}."
+
+
+def with_score(prompt: Prompt, score: float) -> Prompt:
+    """The prompt with the wanted score at the end of its system text."""
+    return replace(prompt, turns=score_turns(prompt.turns, score))
+
+
+def score_turns(turns: Turns, score: float) -> Turns:
+    sentence = SENTENCE.format(score=f"{score:.3g}")
+    if turns[0]["role"] in ("system", "developer"):
+        first = dict(turns[0]) | {"content": f"{turns[0]['content']}\n\n{sentence}"}
+        return (first, *turns[1:])
+    return ({"role": "system", "content": sentence}, *turns)

@@ -1,0 +1,136 @@
+"""What all verdicts together say of two answers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from fpo_mlx.pairs.records import PERSON, Candidates, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """Of candidates a < b. verdict: "a", "b", "tie" or "both_bad".
+
+    agreement: 0.5 to 1, how sure the judges are of it together; scores where judges gave them.
+    """
+
+    a: int
+    b: int
+    verdict: str
+    agreement: float = 1.0
+    score_a: float | None = None
+    score_b: float | None = None
+    edited: str | None = None  # a person's text that beats both
+
+
+def comparisons(
+    found: Candidates, *, neighbours: bool, human: int | None, against_reference: bool
+) -> list[tuple[int, int]]:
+    """Pairs a < b of a prompt's answers to judge; equal texts and empty ones are none.
+
+    human: the number of the person's answer, which is compared only `against_reference`.
+    """
+    said = [
+        n for n, one in enumerate(found.candidates)
+        if one.text.strip() and n != human
+    ]  # fmt: skip
+    if against_reference:
+        wanted = [] if human is None else [(n, human) for n in said]
+    elif neighbours:
+        wanted = list(zip(said, said[1:], strict=False))
+        wanted += [(said[0], said[-1])] if len(said) > 2 else []
+    else:
+        wanted = [(a, b) for i, a in enumerate(said) for b in said[i + 1 :]]
+    texts = [one.text.strip() for one in found.candidates]
+    return [(min(a, b), max(a, b)) for a, b in wanted if texts[a] != texts[b]]
+
+
+def by_prompt(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
+    groups: dict[str, list[Verdict]] = defaultdict(list)
+    for verdict in verdicts:
+        groups[verdict.id].append(_ascending(verdict))
+    return groups
+
+
+def labels_of(verdicts: Sequence[Verdict]) -> list[Label]:
+    """One label for each two answers of one prompt that was decided. A person's word is the last.
+
+    Several judges: the side that more than half of them choose, else a tie.
+    """
+    groups: dict[tuple[int, int], dict[str, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
+    for verdict in verdicts:
+        groups[verdict.a, verdict.b][verdict.judge].append(verdict)
+    found = []
+    for judges in groups.values():
+        of_each = {name: label for name, v in judges.items() if (label := resolve(v))}
+        label = of_each.get(PERSON) or _together(list(of_each.values()))
+        if label:
+            found.append(label)
+    return found
+
+
+def resolve(verdicts: Sequence[Verdict]) -> Label | None:
+    """What one judge says of a and b; None where it has not decided.
+
+    A judge that is shown two answers is asked in both orders, and where they differ it is a tie:
+    position bias grows as answers come closer (arXiv 2406.07791). A person is asked once.
+    """
+    last = max(verdicts, key=lambda v: v.time or 0.0)
+    a, b = last.a, last.b
+    if last.judge == PERSON:
+        if last.edited is not None:
+            return Label(a, b, "both_bad", edited=last.edited)
+        said = {v.verdict for v in verdicts} - {"skip", "unreadable"}
+        if not said:
+            return None
+        return Label(a, b, said.pop() if len(said) == 1 else "tie")
+    if last.order == "none":
+        if last.verdict in ("skip", "unreadable"):
+            return None
+        return Label(a, b, last.verdict, 1.0, last.score_a, last.score_b)
+    orders = {v.order: v for v in verdicts if v.order != "none"}
+    if len(orders) < 2 or any(v.verdict in ("skip", "unreadable") for v in orders.values()):
+        return None
+    first, second = orders["ab"], orders["ba"]
+    if first.verdict != second.verdict:
+        return Label(a, b, "tie", 0.5)
+    if first.p is None or second.p is None or first.verdict not in ("a", "b"):
+        return Label(a, b, first.verdict)
+    p = (first.p + second.p) / 2
+    return Label(a, b, first.verdict, max(0.5, p if first.verdict == "a" else 1 - p))
+
+
+def _together(labels: Sequence[Label]) -> Label | None:
+    if len(labels) < 2:
+        return labels[0] if labels else None
+    for side in ("a", "b", "both_bad"):
+        agree = [label for label in labels if label.verdict == side]
+        if 2 * len(agree) > len(labels):
+            share = sum(label.agreement for label in agree)
+            share += sum(1 - label.agreement for label in labels if label.verdict in _other(side))
+            share += 0.5 * sum(label.verdict == "tie" for label in labels)
+            scored = next((one for one in labels if one.score_a is not None), labels[0])
+            return Label(
+                labels[0].a, labels[0].b, side, max(0.5, share / len(labels)),
+                scored.score_a, scored.score_b,
+            )  # fmt: skip
+    return replace(labels[0], verdict="tie", agreement=0.5)
+
+
+def _other(side: str) -> tuple[str, ...]:
+    return {"a": ("b",), "b": ("a",)}.get(side, ())
+
+
+def _ascending(verdict: Verdict) -> Verdict:
+    """The same with a < b."""
+    if verdict.a < verdict.b:
+        return verdict
+    swap = {"a": "b", "b": "a"}
+    return replace(
+        verdict, a=verdict.b, b=verdict.a, verdict=swap.get(verdict.verdict, verdict.verdict),
+        order={"ab": "ba", "ba": "ab"}.get(verdict.order, verdict.order),
+        p=None if verdict.p is None else 1 - verdict.p,
+        score_a=verdict.score_b, score_b=verdict.score_a,
+    )  # fmt: skip

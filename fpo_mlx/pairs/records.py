@@ -1,0 +1,250 @@
+"""Candidates and verdicts: one line of JSON each, what must hold of it, and how it is read.
+
+candidates  {"id", "prompt": text or messages, "tools"?, "candidates": [{"text", "tokens",
+            "finish": "stop" | "length", "logp", "seed", "temp", "model"}]}
+verdicts    {"id", "a", "b", "order", "verdict", "p", "score_a", "score_b", "judge", "raw", "time"}
+            a and b are numbers of candidates; order says which was shown first ("ab", "ba"), or
+            "none" where a judge sees one answer at a time. Key: id, a, b, order, judge; the last
+            line of a key counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fpo_mlx.data.rows import Message, RowFault, Turns, parse_row
+from fpo_mlx.errors import DataError
+from fpo_mlx.storage import lines
+
+HUMAN = "human"  # the model of a candidate that came with the prompts
+PERSON = "person"  # the judge of votes from the page
+VERDICTS = ("a", "b", "tie", "both_bad", "skip", "unreadable")
+ORDERS = ("ab", "ba", "none")
+LABELS = ("a", "b", "tie", "both_bad")  # those that say something
+MOST = 64  # candidates of one prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is answered. id: of the rendered text, so the same prompt has the same everywhere."""
+
+    turns: Turns
+    tools: tuple[dict[str, Any], ...] | None = None
+    answer: str | None = None  # a person's, where the row brought one
+
+    @property
+    def text(self) -> str:
+        """The last turn's."""
+        return str(self.turns[-1]["content"])
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As a row of data has them."""
+        plain = len(self.turns) == 1 and set(self.turns[0]) == {"role", "content"}
+        prompt = self.turns[0]["content"] if plain else [dict(turn) for turn in self.turns]
+        return {"prompt": prompt} | ({"tools": list(self.tools)} if self.tools else {})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One answer. logp: nats at temperature 1, None where no model said it."""
+
+    text: str
+    tokens: int
+    finish: str
+    logp: float | None = None
+    seed: int | None = None
+    temp: float | None = None
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A prompt and its answers."""
+
+    id: str
+    prompt: Prompt
+    candidates: tuple[Candidate, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        answers = [vars(candidate) for candidate in self.candidates]
+        return {"id": self.id, **self.prompt.fields, "candidates": answers}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one judge said of two answers. p: that a is the better one, where the judge gives it."""
+
+    id: str
+    a: int
+    b: int
+    order: str
+    verdict: str
+    judge: str
+    p: float | None = None
+    score_a: float | None = None
+    score_b: float | None = None
+    raw: str = ""
+    time: float | None = None
+    edited: str | None = None  # a person's own text, which beats both
+
+    @property
+    def key(self) -> tuple[str, int, int, str, str]:
+        return self.id, self.a, self.b, self.order, self.judge
+
+    def as_dict(self) -> dict[str, Any]:
+        record = {one.name: getattr(self, one.name) for one in fields(self)}
+        if self.edited is None:
+            del record["edited"]
+        return record
+
+
+@dataclass
+class CandidateFile:
+    """Where each prompt's line lies; texts stay on disk until they are asked for."""
+
+    path: Path
+    offsets: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def get(self, id: str) -> Candidates:
+        record = lines.read_record(self.path, self.offsets[id])
+        return parse_candidates(record, f"{self.path.name}, id {id}")
+
+    def __iter__(self) -> Iterator[Candidates]:
+        return (self.get(id) for id in self.offsets)
+
+
+def prompt_id(rendered: str) -> str:
+    return hashlib.sha256(rendered.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def parse_prompt(record: Mapping[str, Any], where: str) -> Prompt:
+    """A prompt as rows of data write it: text, messages or a transcript, with system and tools.
+
+    A text `answer`, or the `chosen` text of a finished pair, is a person's answer.
+    Raises: DataError.
+    """
+    known = {name: record[name] for name in ("prompt", "system", "tools") if name in record}
+    if known.get("prompt") is None:
+        raise DataError(f"{where}: no 'prompt' (the row has: {', '.join(map(str, record))[:80]}).")
+    try:
+        row = parse_row(known | {"chosen": "a", "rejected": "b"}, where=where)
+    except RowFault as fault:
+        raise DataError(f"{where}: {fault}.") from fault
+    answer = record.get("answer", record.get("chosen"))
+    return Prompt(row.prompt, row.tools, answer if _says_something(answer) else None)
+
+
+def parse_candidates(record: Any, where: str) -> Candidates:
+    """Raises: DataError naming the place, what was found and what was wanted."""
+    record = _object(record, where)
+    id = _text(record, "id", where)
+    if not id or len(id) > 200:
+        raise DataError(f"{where}: id of {len(id)} characters, wanted 1 to 200.")
+    found = record.get("candidates")
+    if not isinstance(found, list) or not 1 <= len(found) <= MOST:
+        raise DataError(f"{where}: candidates is no list of 1 to {MOST} answers.")
+    answers = tuple(_candidate(one, f"{where}, candidate {n}") for n, one in enumerate(found))
+    return Candidates(id, parse_prompt(record, where), answers)
+
+
+def parse_verdict(record: Any, where: str) -> Verdict:
+    """Raises: DataError naming the place, what was found and what was wanted."""
+    record = _object(record, where)
+    a, b = (_whole(record, name, where) for name in ("a", "b"))
+    if a == b or not (0 <= a < MOST and 0 <= b < MOST):
+        raise DataError(f"{where}: a {a} and b {b}, wanted two different candidates.")
+    order, verdict = (_text(record, name, where) for name in ("order", "verdict"))
+    for name, value, allowed in (("order", order, ORDERS), ("verdict", verdict, VERDICTS)):
+        if value not in allowed:
+            raise DataError(f"{where}: {name} {value[:40]!r}, wanted one of {', '.join(allowed)}.")
+    p = _number(record, "p", where)
+    if p is not None and not 0 <= p <= 1:
+        raise DataError(f"{where}: p {p}, wanted 0 to 1.")
+    edited = record.get("edited")
+    if edited is not None and not _says_something(edited):
+        raise DataError(f"{where}: edited is no text.")
+    return Verdict(
+        _text(record, "id", where), a, b, order, verdict, _text(record, "judge", where), p,
+        _number(record, "score_a", where), _number(record, "score_b", where),
+        str(record.get("raw") or "")[:10_000], _number(record, "time", where), edited,
+    )  # fmt: skip
+
+
+def open_candidates(path: Path) -> CandidateFile:
+    """Every line checked, offsets kept; the last line of an id counts. Raises: DataError."""
+    found = CandidateFile(path)
+    for number, offset, line in lines.read_lines(path):
+        where = f"{path.name}:{number}"
+        found.offsets[parse_candidates(lines.decode(line, where), where).id] = offset
+    return found
+
+
+def read_verdicts(path: Path) -> dict[tuple[str, int, int, str, str], Verdict]:
+    """The verdicts that count, by their keys. Raises: DataError."""
+    found: dict[tuple[str, int, int, str, str], Verdict] = {}
+    for number, _, line in lines.read_lines(path):
+        where = f"{path.name}:{number}"
+        verdict = parse_verdict(lines.decode(line, where), where)
+        found[verdict.key] = replace(verdict, raw="")  # what is not needed stays on disk
+    return found
+
+
+def _object(record: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: wanted an object, found {type(record).__name__}.")
+    return record
+
+
+def _candidate(record: Any, where: str) -> Candidate:
+    record = _object(record, where)
+    finish = _text(record, "finish", where)
+    if finish not in ("stop", "length"):
+        raise DataError(f"{where}: finish {finish[:40]!r}, wanted stop or length.")
+    seed = record.get("seed")
+    if seed is not None:
+        _whole(record, "seed", where)
+    return Candidate(
+        _text(record, "text", where), _whole(record, "tokens", where), finish,
+        _number(record, "logp", where), seed, _number(record, "temp", where),
+        str(record.get("model") or "")[:400],
+    )  # fmt: skip
+
+
+def _says_something(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _text(record: Mapping[str, Any], name: str, where: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name} is {type(value).__name__}, wanted a text.")
+    return value
+
+
+def _whole(record: Mapping[str, Any], name: str, where: str) -> int:
+    value = record.get(name)
+    if type(value) is not int or value < 0:
+        raise DataError(f"{where}: {name} {str(value)[:40]}, wanted a whole number, 0 or more.")
+    return value
+
+
+def _number(record: Mapping[str, Any], name: str, where: str) -> float | None:
+    value = record.get(name)
+    if value is None:
+        return None
+    if type(value) not in (int, float) or abs(value) > 1e300 or not math.isfinite(value):
+        raise DataError(f"{where}: {name} {str(value)[:40]}, wanted a finite number.")
+    return float(value)
+
+
+def as_messages(turns: Turns) -> list[Message]:
+    return [dict(turn) for turn in turns]

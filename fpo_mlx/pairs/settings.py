@@ -1,0 +1,196 @@
+"""The settings of `fpo-mlx pairs` and `fpo-mlx rounds`: every default and check, once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from fpo_mlx import config
+from fpo_mlx.config.fields import setting
+from fpo_mlx.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _opt(default: Any, help: str, group: str = "answers", first: bool = True) -> Any:
+    return setting(default, help, group, first=first)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What is answered, by whom and how."""
+
+    model: str = _opt("", "model folder or hub id that answers")
+    adapter_path: str | None = _opt(None, "adapter to answer with (default: the base alone)")
+    prompts: str = _opt("", "file of prompts: one a line, or .jsonl objects with a `prompt`")
+    n: int = _opt(4, "answers per prompt")
+    max_tokens: int = _opt(256, "longest answer, in tokens")
+    temp: float = _opt(1.0, "temperature of the answers")
+    seed: int = _opt(0, "seed of the answers")
+    rows: int = _opt(32, "answers in work at once")
+    max_seq_length: int = _opt(2048, "longest prompt + answer, in tokens")
+    score_in_prompt: float | None = _opt(None, "score to ask for, after --reward-augmented pairs")
+    chat_template: str | None = _opt(None, "file with a chat template, in place of the model's")
+    trust_remote_code: bool = _opt(False, "let the model folder run its own Python code", "safety")
+
+    def __post_init__(self) -> None:
+        faults = _not_positive(self, "n", "max_tokens", "rows", "max_seq_length")
+        if self.n > 64:
+            faults.append(f"--n {self.n}: wanted 64 or less.")
+        if not 0 <= self.temp < math.inf:
+            faults.append(f"--temp {self.temp}: wanted a finite number, 0 or more.")
+        if self.temp == 0 and self.n > 1:
+            faults.append(f"--temp 0: all {self.n} answers would be the same; wanted more than 0.")
+        if self.seed < 0:
+            faults.append(f"--seed {self.seed}: wanted 0 or more.")
+        _refuse(faults)
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Who judges, and what is compared."""
+
+    judge: str | None = _opt(None, "model folder or hub id that judges")
+    judge_url: str | None = _opt(None, "endpoint that speaks OpenAI's chat API, up to /v1")
+    judge_model: str | None = _opt(None, "name of the endpoint's model")
+    reward: str | None = _opt(None, "FILE.py:FUNCTION(prompt, answer), or an example's name")
+    criteria: str | None = _opt(None, "text file that says what a better answer is")
+    compare: Literal["all", "neighbours"] = _opt("all", "pairs of a prompt's answers to compare")
+    against_reference: bool = _opt(False, "compare each answer with the person's of its row")
+    key_variable: str = _opt("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
+    timeout: float = _opt(60.0, "seconds until a request or a call of the reward is given up")
+    retries: int = _opt(6, "times that a request is tried again")
+    memory_gb: float = _opt(4.0, "memory that the reward function may use")
+    trust_remote_code: bool = _opt(
+        False, "let the judge's folder run its own Python code", "safety"
+    )
+
+    def __post_init__(self) -> None:
+        faults = _not_positive(self, "timeout", "memory_gb")
+        if self.retries < 0:
+            faults.append(f"--retries {self.retries}: wanted 0 or more.")
+        given = [name for name in ("judge", "judge_url", "reward") if getattr(self, name)]
+        if len(given) != 1:
+            found = ", ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
+            faults.append(f"wanted one of --judge, --judge-url and --reward, found {found}.")
+        if self.judge_url and not self.judge_url.startswith(("http://", "https://")):
+            faults.append(f"--judge-url {self.judge_url}: wanted http://… or https://….")
+        if self.judge_url and not self.judge_model:
+            faults.append("--judge-model is missing: the endpoint has to be told which model.")
+        _refuse(faults)
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Which candidates become pairs."""
+
+    margin: float | None = _opt(None, "least difference of score (default: any)")
+    per_prompt: int | None = _opt(None, "pairs per prompt (default: 1; with --margin all)")
+    keep_cut: bool = _opt(False, "keep answers that ended by length")
+    near_duplicates: float = _opt(0.9, "similarity from which pairs count as the same; 1 for equal")
+    valid_share: float = _opt(0.1, "share of the prompts for validation")
+    test_share: float = _opt(0.0, "share of the prompts for the test")
+    balance_length: bool = _opt(False, "leave out pairs until the longer answer wins half")
+    reward_augmented: bool = _opt(False, "two rows per pair, the wanted score in the system text")
+    against_reference: bool = _opt(False, "pairs of a person's answer and the model's")
+    judge_name: str | None = _opt(None, "use the verdicts of this judge alone")
+    seed: int = _opt(0, "seed of the split and of what is left out")
+    force: bool = _opt(False, "write fewer than 30 pairs")
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.margin is not None and not 0 <= self.margin < math.inf:
+            faults.append(f"--margin {self.margin}: wanted a finite number, 0 or more.")
+        if self.per_prompt is not None and self.per_prompt < 1:
+            faults.append(f"--per-prompt {self.per_prompt}: wanted 1 or more.")
+        if not 0 < self.near_duplicates <= 1:
+            faults.append(f"--near-duplicates {self.near_duplicates}: wanted above 0, up to 1.")
+        shares = (self.valid_share, self.test_share)
+        if min(shares) < 0 or sum(shares) >= 1:
+            faults.append("--valid-share and --test-share: wanted 0 or more, together below 1.")
+        _refuse(faults)
+
+
+@dataclass(frozen=True)
+class RoundsConfig:
+    """Rounds of answer, judge, build, train. The four sections are the settings of each command."""
+
+    model: str = _opt("", "model folder or hub id that is tuned", "model and SAE")
+    prompts: str = _opt("", "file of prompts to learn from", "data")
+    held_out: str = _opt("", "file of prompts that each round is measured on", "data")
+    output: str = _opt("rounds", "folder to write, one folder a round in it", "saving")
+    rounds: int = _opt(3, "most rounds", "schedule")
+    keep_old: int = _opt(0, "pairs of earlier rounds that are mixed in", "data")
+    start: Literal["first", "previous"] = _opt(
+        "previous", "model that a round starts from and is held to", "model and SAE"
+    )
+    max_drift: float | None = _opt(
+        None, "change of the chosen log-prob, in nats per token, that ends the rounds", "safety"
+    )
+    generate: dict = _opt({}, "settings of `pairs generate`", "answers")
+    judge: dict = _opt({}, "settings of `pairs judge`", "answers")
+    build: dict = _opt({}, "settings of `pairs build`", "data")
+    train: dict = _opt({}, "settings of `train`", "schedule")
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} is missing in the file of rounds."
+            for name in ("model", "prompts", "held_out")
+            if not getattr(self, name)
+        ]
+        faults += _not_positive(self, "rounds")
+        if self.keep_old < 0:
+            faults.append(f"keep_old {self.keep_old}: wanted 0 or more.")
+        if self.max_drift is not None and not self.max_drift > 0:
+            faults.append(f"max_drift {self.max_drift}: wanted more than 0.")
+        owned = {
+            "generate": {"model", "adapter_path", "prompts"}, "judge": set(), "build": {"seed"},
+            "train": {"model", "data", "adapter_path", "init_adapter", "reference", "resume"},
+        }  # fmt: skip
+        for section, names in owned.items():
+            if both := sorted(names & set(getattr(self, section))):
+                faults.append(f"{section}: {', '.join(both)} is settled by the rounds themselves.")
+        known = {
+            "generate": _names(GenerateConfig), "judge": _names(JudgeConfig),
+            "build": _names(BuildConfig), "train": {*config.options(), "objective"},
+        }  # fmt: skip
+        for section, names in known.items():
+            if unknown := sorted(set(map(str, getattr(self, section))) - names):
+                faults.append(f"{section}: unknown settings {', '.join(unknown)}.")
+        _refuse(faults)
+
+
+def load(cls: type[T], flags: Mapping[str, Any], path: Path | None = None) -> T:
+    """Flags over a YAML file over defaults. Raises ConfigError for unknown keys and bad values."""
+    given = config.read_yaml(path) if path else {}
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(given) - set(hints)):
+        raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}.")
+    given |= {name: value for name, value in flags.items() if value is not None}
+    return cls(**{n: config.coerce(n, v, hints[n]) for n, v in given.items()})
+
+
+def _not_positive(settings: Any, *names: str) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')} {getattr(settings, name)}: wanted more than 0."
+        for name in names
+        if not getattr(settings, name) > 0
+    ]
+
+
+def _names(cls: type) -> set[str]:
+    return {one.name for one in dataclasses.fields(cls)}
+
+
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def as_dict(settings: Any) -> dict[str, Any]:
+    return dataclasses.asdict(settings)

@@ -1,0 +1,1 @@
+"""The page on which a person rates: a small server on this machine alone."""

@@ -1,0 +1,102 @@
+"use strict";
+// Shows what the server says is next and sends what was clicked; it decides nothing itself.
+const token = document.body.dataset.token;
+const byId = (id) => document.getElementById(id);
+const keys = { 1: "first", ArrowLeft: "first", 2: "second", ArrowRight: "second", t: "tie",
+  b: "both_bad", " ": "skip" };
+let current = null;
+let busy = false;
+let side = 0;
+
+async function ask(path, body) {
+  if (busy) return;
+  busy = true;
+  try {
+    const reply = await fetch(path, { method: "POST", body: JSON.stringify(body || {}),
+      headers: { "Content-Type": "application/json", "X-Token": token } });
+    show(await reply.json());
+  } catch {
+    byId("message").textContent =
+      "The server does not answer. Your votes are saved. Start `fpo-mlx pairs rate` again.";
+  } finally {
+    busy = false;
+  }
+}
+
+function show(state) {
+  byId("message").textContent = state.message || "";
+  if (state.total === undefined) return;
+  let line = `${state.voted} of ${state.total}`;
+  if (state.seconds_each !== null) {
+    line += `, ${state.seconds_each.toFixed(0)} s each, ${minutes(state.seconds_left)} left`;
+  }
+  if (state.twice) line += `; agreed with yourself ${state.same} of ${state.twice} times`;
+  byId("progress").textContent = line;
+  byId("bar").max = state.total;
+  byId("bar").value = state.voted;
+  byId("undo").disabled = byId("undo-last").disabled = !state.can_undo;
+  byId("main").hidden = state.done;
+  byId("done").hidden = !state.done;
+  if (state.done) {
+    current = null;
+    byId("summary").textContent = line + ". You can close this page and stop the server.";
+    return;
+  }
+  current = state.name;
+  byId("prompt").textContent = state.prompt.map((turn) =>
+    state.prompt.length > 1 ? `[${turn.role}]\n${turn.text}` : turn.text).join("\n\n");
+  state.answers.forEach((text, at) => {
+    byId(`answer-${at}`).textContent = text;
+    byId(`answer-${at}`).scrollTop = 0;
+  });
+}
+
+function minutes(seconds) {
+  return seconds < 90 ? `${seconds.toFixed(0)} s` : `${(seconds / 60).toFixed(0)} min`;
+}
+
+function vote(choice, edited) {
+  if (current !== null) ask("/vote", { name: current, choice, edited });
+}
+
+function edit(at) {
+  if (current === null) return;
+  side = at;
+  byId("editor-title").textContent = `Edit answer ${at + 1}`;
+  byId("edited").value = byId(`answer-${at}`).textContent;
+  byId("editor").showModal();
+  byId("edited").focus();
+}
+
+function save() {
+  byId("editor").close();
+  vote("both_bad", { side, text: byId("edited").value });
+}
+
+document.addEventListener("keydown", (event) => {
+  if (byId("editor").open) {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save();
+    return;
+  }
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || byId("help").open) return;
+  if (event.key === " " && event.target.tagName === "BUTTON") return;
+  if (event.key in keys) vote(keys[event.key]);
+  else if (event.key === "Backspace") ask("/undo");
+  else if (event.key === "e") edit(0);
+  else if (event.key === "E") edit(1);
+  else if (event.key === "?") byId("help").showModal();
+  else return;
+  event.preventDefault();
+});
+
+document.querySelectorAll("[data-choice]").forEach((button) =>
+  button.addEventListener("click", () => vote(button.dataset.choice)));
+document.querySelectorAll("[data-edit]").forEach((button) =>
+  button.addEventListener("click", () => edit(Number(button.dataset.edit))));
+byId("undo").addEventListener("click", () => ask("/undo"));
+byId("undo-last").addEventListener("click", () => ask("/undo"));
+byId("help-button").addEventListener("click", () => byId("help").showModal());
+byId("close-help").addEventListener("click", () => byId("help").close());
+byId("save").addEventListener("click", save);
+byId("cancel").addEventListener("click", () => byId("editor").close());
+ask("/next");

@@ -1,0 +1,144 @@
+"""Preference pairs from candidates and verdicts, in the files that `train` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fpo_mlx.config import load_config
+from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.pairs import choose
+from fpo_mlx.pairs.choose import Left, Pair
+from fpo_mlx.pairs.doubles import finder
+from fpo_mlx.pairs.labels import by_prompt, labels_of
+from fpo_mlx.pairs.records import CandidateFile, Verdict, open_candidates, read_verdicts
+from fpo_mlx.pairs.settings import BuildConfig
+from fpo_mlx.pipeline.check import check
+from fpo_mlx.pipeline.job import Say
+from fpo_mlx.storage import files
+from fpo_mlx.storage.lines import json_line
+
+FEWEST = 30
+ABOUT = "pairs.json"  # beside the rows: settings and figures
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """left: what makes no pair, by reason; longer_share: of pairs, the longer answer chosen."""
+
+    pairs: int
+    splits: dict[str, int]
+    prompts: int
+    left: dict[str, int]
+    longer_share: float | None
+    mean_score_chosen: float
+    mean_score_rejected: float
+    mean_agreement: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def pairs_build(
+    settings: BuildConfig, *, candidates: Path, verdicts: Sequence[Path], output: Path, say: Say
+) -> BuildReport:
+    """Choose pairs, split them by prompt, write them, and check them.
+
+    Raises: ConfigError, DataError (fewer than 30 pairs among it); FpoError.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output {output} is there and not empty. Name another folder.")
+    found, left = open_candidates(candidates), Left()
+    pairs = _choose(found, _read(verdicts, settings), settings, left, say)
+    if settings.balance_length:
+        pairs = choose.balanced(pairs, settings.seed, left)
+    report = _report(pairs, found, left, settings)
+    if len(pairs) < FEWEST and not settings.force:
+        why = ", ".join(f"{n} × {reason}" for reason, n in left.counts.items()) or "no verdicts"
+        raise DataError(
+            f"{len(pairs)} pairs from {len(found)} prompts are too few to learn from ({why}). "
+            f"Wanted {FEWEST}: answer more prompts, judge more of them, or write them with --force."
+        )
+    _write(pairs, settings, report, output)
+    _check(output, say)
+    return report
+
+
+def _read(paths: Sequence[Path], settings: BuildConfig) -> dict[str, list[Verdict]]:
+    known: dict[Any, Verdict] = {}
+    for path in paths:
+        known |= read_verdicts(path)
+    if settings.judge_name:
+        judges = sorted({v.judge for v in known.values()})
+        known = {key: v for key, v in known.items() if v.judge == settings.judge_name}
+        if not known:
+            raise ConfigError(
+                f"--judge-name {settings.judge_name}: no verdict of that name; found "
+                f"{', '.join(judges) or 'none'}."
+            )
+    return by_prompt(known.values())
+
+
+def _choose(
+    found: CandidateFile, verdicts: dict[str, list[Verdict]], settings: BuildConfig, left: Left,
+    say: Say,
+) -> list[Pair]:  # fmt: skip
+    is_new = finder(settings.near_duplicates, say)
+    pairs = []
+    for one in found:
+        if one.id not in verdicts:
+            left.out("a prompt without verdicts")
+            continue
+        count = len(one.candidates)
+        of_it = [v for v in verdicts.pop(one.id) if v.a < count and v.b < count]
+        for pair in choose.pairs_of(one, labels_of(of_it), settings, left):
+            if not is_new((one.prompt.text, pair.chosen, pair.rejected)):
+                left.out("a double")
+            else:
+                pairs.append(pair)
+    left.out("verdicts on prompts that are not among the candidates", len(verdicts))
+    return pairs
+
+
+def _report(
+    pairs: Sequence[Pair], found: CandidateFile, left: Left, settings: BuildConfig
+) -> BuildReport:
+    def mean(name: str) -> float:
+        return sum(getattr(pair, name) for pair in pairs) / max(1, len(pairs))
+
+    splits = choose.split_of(
+        (pair.id for pair in pairs), settings.valid_share, settings.test_share, settings.seed
+    )
+    counts = {name: 0 for name in ("train", "valid", "test")}
+    for pair in pairs:
+        counts[splits[pair.id]] += 1 + settings.reward_augmented
+    return BuildReport(
+        len(pairs), counts, len(found), dict(left.counts), choose.longer_share(pairs),
+        mean("score_chosen"), mean("score_rejected"), mean("agreement"),
+    )  # fmt: skip
+
+
+def _write(pairs: Sequence[Pair], settings: BuildConfig, report: BuildReport, output: Path) -> None:
+    splits = choose.split_of(
+        (pair.id for pair in pairs), settings.valid_share, settings.test_share, settings.seed
+    )
+    with files.atomic_folder(output) as folder:
+        for name, count in report.splits.items():
+            if not count:
+                continue
+            with open(folder / f"{name}.jsonl", "wb") as out:
+                for pair in pairs:
+                    if splits[pair.id] == name:
+                        rows = choose.augmented(pair) if settings.reward_augmented else (pair,)
+                        out.writelines(json_line(row.row()) for row in rows)
+        about = {"settings": dataclasses.asdict(settings), **report.as_dict()}
+        files.write_json(folder / ABOUT, about)
+
+
+def _check(folder: Path, say: Say) -> None:
+    found = check(load_config({"data": str(folder)}), fix=None, say=say)
+    for finding in found.findings[:10]:
+        say(f"check: {finding}")

@@ -1,0 +1,183 @@
+"""Answers to prompts, several to each, as candidates for pairs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fpo_mlx.config import Sampling
+from fpo_mlx.data.tokenizer import ChatTokenizer, load_tokenizer
+from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.pairs import prompts as asking
+from fpo_mlx.pairs.augment import with_score
+from fpo_mlx.pairs.records import HUMAN, Candidate, Candidates, Prompt, open_candidates, prompt_id
+from fpo_mlx.pairs.settings import GenerateConfig
+from fpo_mlx.pipeline.job import Say
+from fpo_mlx.storage.hub import resolve_model
+from fpo_mlx.storage.lines import LineWriter
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from fpo_mlx.judge.slots import Answer
+
+WINDOW = 512  # prompts that are sorted by length and answered together
+
+
+@dataclass(frozen=True)
+class GenerateReport:
+    """prompts: written now; before: found in the file; cut: answers that ended by length."""
+
+    prompts: int
+    before: int
+    answers: int
+    cut: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A prompt that has no candidates yet."""
+
+    id: str
+    prompt: Prompt
+    tokens: Any  # int32 [P]
+
+
+def pairs_generate(
+    settings: GenerateConfig,
+    *,
+    output: Path,
+    say: Say,
+    progress: Callable[[int, float], None] = lambda *_: None,
+) -> GenerateReport:
+    """Answer every prompt n times; what `output` already holds is not made again.
+
+    The answers depend on the seed, the prompt and the answer's number alone, so a run that was
+    killed and goes on writes the same file. progress: answers so far, answers per second.
+
+    Raises: ConfigError, DataError, ModelError; FpoError when the file cannot be written.
+    """
+    if not settings.model or not settings.prompts:
+        missing = "--model" if not settings.model else "--prompts"
+        raise ConfigError(f"{missing} is missing: wanted a model and a file of prompts.")
+    source, path = Path(settings.prompts), resolve_model(settings.model)
+    for _ in asking.read_prompts(source):
+        pass  # every line is looked at before the model is loaded
+    done = set(open_candidates(output).offsets) if output.exists() else set()
+    tokenizer = load_tokenizer(
+        path, trust_remote_code=settings.trust_remote_code,
+        chat_template=Path(settings.chat_template) if settings.chat_template else None,
+    )  # fmt: skip
+    with LineWriter(output) as writer:
+        model = _open(path, settings, say)
+        counts, begun = {"prompts": 0, "answers": 0, "cut": 0, "tokens": 0}, time.monotonic()
+        for found in _all(model, tokenizer, settings, done, say):
+            writer.append(found.as_dict())
+            made = [c for c in found.candidates if c.model != HUMAN]
+            counts["prompts"] += 1
+            counts["answers"] += len(made)
+            counts["cut"] += sum(c.finish == "length" for c in made)
+            counts["tokens"] += sum(c.tokens for c in made)
+            progress(counts["answers"], counts["answers"] / (time.monotonic() - begun))
+    return GenerateReport(before=len(done), seconds=time.monotonic() - begun, **counts)
+
+
+def _all(
+    model: nn.Module, tokenizer: ChatTokenizer, settings: GenerateConfig, done: set[str], say: Say
+) -> Iterator[Candidates]:
+    seen = set(done)
+    for window in asking.windows(asking.read_prompts(Path(settings.prompts)), WINDOW):
+        waiting = []
+        for prompt in window:
+            if settings.score_in_prompt is not None:
+                prompt = with_score(prompt, settings.score_in_prompt)
+            one = _waiting(prompt, tokenizer, settings)
+            if one.id not in seen:
+                seen.add(one.id)
+                waiting.append(one)
+        yield from answer_window(model, tokenizer, settings, waiting)
+    if seen == done:
+        say("every prompt has its candidates already")
+
+
+def _waiting(prompt: Prompt, tokenizer: ChatTokenizer, settings: GenerateConfig) -> _Waiting:
+    import numpy as np
+
+    tokens = np.array(tokenizer.prompt_tokens(prompt.turns, prompt.tools), dtype=np.int32)
+    room = settings.max_seq_length - settings.max_tokens
+    if not 1 <= len(tokens) <= room:
+        raise DataError(
+            f"a prompt has {len(tokens)} tokens, and --max-seq-length {settings.max_seq_length} "
+            f"with --max-tokens {settings.max_tokens} leaves room for {room}: "
+            f"{prompt.text[:80]!r}. Shorten it, or change these settings."
+        )
+    return _Waiting(
+        prompt_id(tokenizer.render(prompt.turns, prompt.tools, prompt=True)), prompt, tokens
+    )
+
+
+def answer_window(
+    model: nn.Module, tokenizer: ChatTokenizer, settings: GenerateConfig,
+    waiting: Sequence[_Waiting],
+) -> Iterator[Candidates]:  # fmt: skip
+    """Candidates in the order of work, whatever the order in which answers end."""
+    from fpo_mlx.judge import sampling, slots
+
+    asked = [
+        slots.Asked(one.tokens, [(settings.seed, int(one.id, 16), j) for j in range(settings.n)])
+        for one in waiting
+    ]
+    order = slots.work_order(asked, settings.max_tokens)
+    found: dict[int, dict[int, Answer]] = {i: {} for i in order}
+    next_up = 0
+    answers = sampling.sample_all(
+        model, asked, Sampling(settings.max_tokens, settings.temp, settings.seed),
+        tokenizer.eos_token_ids, rows=settings.rows,
+    )  # fmt: skip
+    for i, j, answer in answers:
+        found[i][j] = answer
+        while next_up < len(order) and len(found[order[next_up]]) == settings.n:
+            at = order[next_up]
+            made = [answer for _, answer in sorted(found.pop(at).items())]
+            yield _candidates(waiting[at], made, tokenizer, settings)
+            next_up += 1
+
+
+def _candidates(
+    one: _Waiting, answers: Sequence[Answer], tokenizer: ChatTokenizer, settings: GenerateConfig
+) -> Candidates:
+    name = settings.model + (f" + {settings.adapter_path}" if settings.adapter_path else "")
+    made = [
+        Candidate(
+            tokenizer.decode(answer.tokens.tolist(), skip_special=True),
+            len(answer.tokens),
+            "stop" if answer.finished else "length",
+            round(answer.logp, 4),
+            settings.seed,
+            settings.temp,
+            name,
+        )  # fmt: skip
+        for answer in answers
+    ]
+    if one.prompt.answer is not None:
+        length = len(tokenizer.text_tokens(one.prompt.answer))
+        made.append(Candidate(one.prompt.answer, length, "stop", model=HUMAN))
+    return Candidates(one.id, one.prompt, tuple(made))
+
+
+def _open(path: Path, settings: GenerateConfig, say: Say) -> nn.Module:
+    from fpo_mlx.model import adapters
+    from fpo_mlx.model.load import load_model
+
+    loaded = load_model(path, trust_remote_code=settings.trust_remote_code)
+    for note in loaded.notes:
+        say(note)
+    if settings.adapter_path:
+        adapters.load(loaded.model, Path(settings.adapter_path))
+    loaded.model.eval()
+    return loaded.model

@@ -1,0 +1,218 @@
+"""Verdicts on candidates: by a local model, an endpoint, or a reward function."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fpo_mlx.errors import ConfigError, DataError, FpoError
+from fpo_mlx.pairs import question
+from fpo_mlx.pairs.endpoint import Endpoint
+from fpo_mlx.pairs.labels import comparisons
+from fpo_mlx.pairs.records import (
+    HUMAN,
+    CandidateFile,
+    Candidates,
+    Verdict,
+    open_candidates,
+    read_verdicts,
+)
+from fpo_mlx.pairs.reward import Reward
+from fpo_mlx.pairs.reward import judge_name as reward_name
+from fpo_mlx.pairs.settings import JudgeConfig
+from fpo_mlx.pairs.summary import JudgeSummary, summarise
+from fpo_mlx.pipeline.job import Say
+from fpo_mlx.storage.hub import read_config, resolve_model
+from fpo_mlx.storage.lines import LineWriter
+
+Task = tuple[int, int, str]  # a, b, order
+Judge = Callable[[Candidates, list[Task]], Iterator[Verdict]]
+
+
+@dataclass(frozen=True)
+class JudgeReport:
+    """judges: figures over all verdicts that count in the file, by judge."""
+
+    written: int
+    before: int
+    judges: dict[str, JudgeSummary]
+
+    def as_dict(self) -> dict[str, Any]:
+        judges = {name: summary.as_dict() for name, summary in self.judges.items()}
+        return {"written": self.written, "before": self.before, "judges": judges}
+
+
+def pairs_judge(
+    settings: JudgeConfig,
+    *,
+    candidates: Path,
+    output: Path,
+    against: Path | None = None,
+    say: Say,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> JudgeReport:
+    """Judge every comparison that has no verdict of this judge yet.
+
+    A model or an endpoint sees both orders; a reward function scores each answer once. against: a
+    file of a person's votes to compare with. progress: prompts done, prompts in all.
+
+    Raises: ConfigError, DataError, ModelError; FpoError when an endpoint stays silent.
+    """
+    found = open_candidates(candidates)
+    if not len(found):
+        raise DataError(f"{candidates} holds no candidates. Run `fpo-mlx pairs generate` first.")
+    done = set(read_verdicts(output)) if output.exists() else set()
+    written = 0
+    with ExitStack() as stack:
+        writer = stack.enter_context(LineWriter(output))
+        name, orders, judge = _open(settings, output, found, say, stack)
+        for number, one in enumerate(found, start=1):
+            human = _human(one)
+            pairs = comparisons(
+                one, neighbours=settings.compare == "neighbours", human=human,
+                against_reference=settings.against_reference,
+            )  # fmt: skip
+            tasks = [(a, b, order) for a, b in pairs for order in orders]
+            tasks = [task for task in tasks if (one.id, *task, name) not in done]
+            for verdict in judge(one, tasks) if tasks else ():
+                writer.append(verdict.as_dict())
+                written += 1
+            progress(number, len(found))
+    votes = read_verdicts(against).values() if against else ()
+    return JudgeReport(written, len(done), judges_of(output, found, votes))
+
+
+def judges_of(
+    verdicts: Path, found: CandidateFile, votes: Iterable[Verdict] = ()
+) -> dict[str, JudgeSummary]:
+    """Figures of every judge in a file of verdicts."""
+    known = (v for v in read_verdicts(verdicts).values() if v.id in found.offsets)
+    return summarise(known, lambda id: [c.tokens for c in found.get(id).candidates], votes)
+
+
+def _human(one: Candidates) -> int | None:
+    return next((n for n, c in enumerate(one.candidates) if c.model == HUMAN), None)
+
+
+def _open(
+    settings: JudgeConfig, output: Path, found: CandidateFile, say: Say, stack: ExitStack
+) -> tuple[str, tuple[str, ...], Judge]:
+    """The judge's name, the orders it sees, and what judges one prompt's comparisons."""
+    if settings.reward:
+        reward = Reward(settings.reward, timeout=settings.timeout, memory_gb=settings.memory_gb)
+        stack.enter_context(reward)
+        return reward_name(settings.reward), ("none",), _by_reward(reward, settings)
+    criteria = question.read_criteria(settings.criteria)
+    if settings.judge_url:
+        model = str(settings.judge_model)
+        _announce(settings, found, say)
+        endpoint = Endpoint(
+            settings.judge_url, model, output.with_name(f"{output.name}.requests"),
+            settings.key_variable, settings.timeout, settings.retries,
+        )  # fmt: skip
+        stack.callback(endpoint.close)
+        name = question.judge_name(model, criteria)
+        return name, ("ab", "ba"), _by_endpoint(endpoint, criteria, name)
+    name = question.judge_name(str(settings.judge), criteria)
+    return name, ("ab", "ba"), _by_model(settings, criteria, name, found, say)
+
+
+def _announce(settings: JudgeConfig, found: CandidateFile, say: Say) -> None:
+    """What leaves this machine, before it does."""
+    host = urlsplit(str(settings.judge_url)).hostname
+    local = host in ("localhost", "127.0.0.1", "::1")
+    say(
+        f"the prompts and answers of {found.path} go to {host}"
+        + ("" if local else ", which is not this machine")
+        + f", with the key in {settings.key_variable} if there is one; nothing else does"
+    )
+
+
+def _by_reward(reward: Reward, settings: JudgeConfig) -> Judge:
+    name = reward_name(str(settings.reward))
+
+    def judge(one: Candidates, tasks: list[Task]) -> Iterator[Verdict]:
+        numbers = sorted({n for a, b, _ in tasks for n in (a, b)})
+        texts = [one.candidates[n].text for n in numbers]
+        scores = dict(
+            zip(numbers, reward.scores(one.prompt.text, texts, f"id {one.id}"), strict=True)
+        )
+        for a, b, order in tasks:
+            x, y = scores[a], scores[b]
+            side = "tie" if x == y else "a" if x > y else "b"
+            yield Verdict(
+                one.id, a, b, order, side, name, score_a=x, score_b=y, time=time.time()
+            )  # fmt: skip
+
+    return judge
+
+
+def _by_endpoint(endpoint: Endpoint, criteria: str, name: str) -> Judge:
+    def judge(one: Candidates, tasks: list[Task]) -> Iterator[Verdict]:
+        for a, b, order in tasks:
+            asked = question.messages(one, *_shown(a, b, order), criteria)
+            first, raw = endpoint.ask(asked, question.read_reply)
+            yield question.verdict(one.id, a, b, order, name, first, raw, time.time())
+
+    return judge
+
+
+def _by_model(
+    settings: JudgeConfig, criteria: str, name: str, found: CandidateFile, say: Say
+) -> Judge:
+    import numpy as np
+
+    from fpo_mlx.data.tokenizer import load_tokenizer
+    from fpo_mlx.judge.choice import letter_masses
+    from fpo_mlx.model.load import load_model
+
+    path = resolve_model(str(settings.judge))
+    _warn_of_kin(path, found, say)
+    tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
+    letters = [_spellings(tokenizer, letter) for letter in question.LETTERS]
+    model = load_model(path, trust_remote_code=settings.trust_remote_code).model
+
+    def judge(one: Candidates, tasks: list[Task]) -> Iterator[Verdict]:
+        for a, b, order in tasks:
+            asked = question.messages(one, *_shown(a, b, order), criteria)
+            tokens = np.array(tokenizer.prompt_tokens(asked), dtype=np.int32)
+            masses = letter_masses(model, tokens, letters)
+            first = question.first_of_masses(*masses)
+            raw = " ".join(f"{mass:.4f}" for mass in masses)
+            yield question.verdict(one.id, a, b, order, name, first, raw, time.time())
+
+    return judge
+
+
+def _shown(a: int, b: int, order: str) -> tuple[int, int]:
+    return (a, b) if order == "ab" else (b, a)
+
+
+def _spellings(tokenizer: Any, letter: str) -> list[int]:
+    """Tokens that spell the letter alone, with and without a space. Raises: ConfigError."""
+    spelled = [tokenizer.text_tokens(text) for text in (letter, f" {letter}")]
+    ids = sorted({tokens[0] for tokens in spelled if len(tokens) == 1})
+    if not ids:
+        raise ConfigError(f"--judge: its tokenizer has no token for {letter!r}; use another judge.")
+    return ids
+
+
+def _warn_of_kin(path: Path, found: CandidateFile, say: Say) -> None:
+    """A judge prefers what sounds like itself."""
+    said = {c.model.split(" + ")[0] for c in next(iter(found)).candidates} - {HUMAN, ""}
+    kind = read_config(path).get("model_type")
+    for model in sorted(said):
+        try:
+            other = read_config(resolve_model(model)).get("model_type")
+        except FpoError:  # it is not here any more
+            continue
+        if kind and kind == other:
+            say(
+                f"warning: judge and {model} are of one family ({kind}); judges prefer answers "
+                "like their own. Compare with a person's votes (`pairs rate`, --against)."
+            )

@@ -1,0 +1,235 @@
+"""Rounds of answer, judge, build and train; every step's file is there once or not at all."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fpo_mlx.config import RunConfig, load_config
+from fpo_mlx.errors import ConfigError, FpoError
+from fpo_mlx.pairs.labels import by_prompt, labels_of
+from fpo_mlx.pairs.records import HUMAN, Candidates, open_candidates, read_verdicts
+from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, RoundsConfig, load
+from fpo_mlx.pipeline.job import Say
+from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
+from fpo_mlx.pipeline.pairs_generate import pairs_generate
+from fpo_mlx.pipeline.pairs_judge import pairs_judge
+from fpo_mlx.pipeline.train import train
+from fpo_mlx.storage import files, lines
+
+DONE = "round.json"
+DRIFT = "logps_per_token/chosen_change"
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Round:
+    """win_rate: held-out answers against those of the round before, a tie half; 95 % interval."""
+
+    number: int
+    pairs: int
+    longer_share: float | None
+    score_chosen: float
+    score_rejected: float
+    win_rate: float
+    interval: tuple[float, float]
+    tokens: float  # mean length of a held-out answer
+    drift: float | None  # of the chosen answers' log-prob, nats per token, at the end of training
+
+
+def rounds(path: Path, *, say: Say) -> list[Round]:
+    """Run the rounds that the YAML file describes; a stopped run goes on at the step it was in.
+
+    They end early when the held-out win rate's interval holds 50 %, or drift passes max_drift.
+    Raises: ConfigError, and whatever the steps raise.
+    """
+    settings = load(RoundsConfig, {}, path)
+    parts = _check(settings)
+    root, found = Path(settings.output), []
+    _same_settings(root, settings)
+    held_out = _answers(settings, root / "round-0", None, settings.held_out, "held-out", say)
+    adapter: Path | None = None
+    for number in range(1, settings.rounds + 1):
+        folder = root / f"round-{number}"
+        say(f"--- round {number} of {settings.rounds}, in {folder}")
+        found.append(_round(settings, parts, number, folder, adapter, held_out, say))
+        adapter, held_out = folder / "adapters", folder / "held-out.jsonl"
+        if why := _end(found[-1], settings):
+            say(f"round {number} is the last: {why}")
+            break
+    files.write_json(root / "rounds.json", [asdict(one) for one in found])
+    return found
+
+
+def _check(settings: RoundsConfig) -> tuple[JudgeConfig, BuildConfig]:
+    """Every section is looked at before the first step."""
+    _generate(settings, None, settings.prompts, 0)
+    _training(settings, Path("data"), Path("adapters"), None)
+    return load(JudgeConfig, settings.judge), load(BuildConfig, settings.build)
+
+
+def _same_settings(root: Path, settings: RoundsConfig) -> None:
+    """What was begun with other settings is not gone on with; more rounds may be asked for."""
+    now, path = {**asdict(settings), "rounds": None}, root / "settings.json"
+    if path.exists():
+        before = files.parse_json(path.read_text(encoding="utf-8"))
+        if before != json.loads(json.dumps(now)):
+            changed = [k for k in now if not isinstance(before, dict) or before.get(k) != now[k]]
+            raise ConfigError(
+                f"{root} was begun with other settings ({', '.join(changed)}). Name another "
+                "output, or give the settings it was begun with."
+            )
+    else:
+        files.write_json(path, now)
+
+
+def _round(
+    settings: RoundsConfig, parts: tuple[JudgeConfig, BuildConfig], number: int, folder: Path,
+    adapter: Path | None, before: Path, say: Say,
+) -> Round:  # fmt: skip
+    if (folder / DONE).exists():
+        record = files.parse_json((folder / DONE).read_text(encoding="utf-8"))
+        return Round(**{**record, "interval": tuple(record["interval"])})
+    judge, build = parts
+    candidates = _answers(settings, folder, adapter, settings.prompts, "candidates", say, number)
+    verdicts = folder / "verdicts.jsonl"
+    pairs_judge(judge, candidates=candidates, output=verdicts, say=say)
+    if not (folder / "pairs" / ABOUT).exists():
+        pairs_build(
+            build, candidates=candidates, verdicts=[verdicts], output=folder / "pairs", say=say
+        )
+    about = files.parse_json((folder / "pairs" / ABOUT).read_text(encoding="utf-8"))
+    data = _with_old(settings, number, folder)
+    start = adapter if settings.start == "previous" else None
+    drift = _train(_training(settings, data, folder / "adapters", start), say)
+    after = _answers(settings, folder, folder / "adapters", settings.held_out, "held-out", say)
+    win_rate, interval = _against(before, after, judge, folder, say)
+    answers = [c.tokens for one in open_candidates(after) for c in one.candidates]
+    done = Round(
+        number, about["pairs"], about["longer_share"], about["mean_score_chosen"],
+        about["mean_score_rejected"], win_rate, interval, float(np.mean(answers)), drift,
+    )  # fmt: skip
+    files.write_json(folder / DONE, asdict(done))
+    say(
+        f"round {number}: wins {win_rate:.0%} [{interval[0]:.0%}, {interval[1]:.0%}] of the "
+        "held-out comparisons with the round before"
+    )
+    return done
+
+
+def _generate(
+    settings: RoundsConfig, adapter: Path | None, prompts: str, number: int
+) -> GenerateConfig:
+    """Each round draws new answers; held-out ones (number 0) have the same noise in every round."""
+    given = {"model": settings.model, "prompts": prompts, **settings.generate}
+    given["seed"] = int(given.get("seed", 0)) + number
+    return load(GenerateConfig, given | ({"adapter_path": str(adapter)} if adapter else {}))
+
+
+def _answers(
+    settings: RoundsConfig, folder: Path, adapter: Path | None, prompts: str, name: str, say: Say,
+    number: int = 0,
+) -> Path:  # fmt: skip
+    output = folder / f"{name}.jsonl"
+    pairs_generate(_generate(settings, adapter, prompts, number), output=output, say=say)
+    return output
+
+
+def _training(settings: RoundsConfig, data: Path, adapter: Path, start: Path | None) -> RunConfig:
+    given: dict[str, Any] = {**settings.train, "model": settings.model, "data": str(data)}
+    given |= {"adapter_path": str(adapter), "resume": (adapter / "run.json").exists()}
+    given |= {"init_adapter": str(start)} if start else {}
+    return load_config(given)
+
+
+def _train(config: RunConfig, say: Say) -> float | None:
+    """Train to the end; the last drift that was reported, of this sitting or one before."""
+    for report in train(config, say=say):
+        iteration, loss = getattr(report, "iteration", None), getattr(report, "loss", None)
+        if loss is not None:
+            say(f"{iteration:>6}  loss {loss:.4f}")
+    log = Path(config.train.adapter_path) / "metrics.jsonl"
+    drift = None
+    for number, _, line in lines.read_lines(log) if log.exists() else ():
+        record = lines.decode(line, f"{log}:{number}")
+        metrics = record.get("metrics", record)
+        if isinstance(metrics, Mapping) and DRIFT in metrics:
+            drift = float(metrics[DRIFT])
+    return drift
+
+
+def _with_old(settings: RoundsConfig, number: int, folder: Path) -> Path:
+    """The round's pairs, with some of earlier rounds where they are asked for."""
+    if not settings.keep_old or number == 1:
+        return folder / "pairs"
+    data = folder / "data"
+    if not (data / "train.jsonl").exists():
+        old: list[bytes] = []
+        for earlier in range(1, number):
+            path = folder.parent / f"round-{earlier}" / "pairs" / "train.jsonl"
+            old += [line for _, _, line in lines.read_lines(path)]
+        kept = random.Random(number).sample(old, min(settings.keep_old, len(old)))
+        with files.atomic_folder(data) as work:
+            for part in (folder / "pairs").glob("*.jsonl"):
+                (work / part.name).write_bytes(part.read_bytes())
+            with open(work / "train.jsonl", "ab") as out:
+                out.writelines(kept)
+    return data
+
+
+def _against(
+    before: Path, after: Path, judge: JudgeConfig, folder: Path, say: Say
+) -> tuple[float, tuple[float, float]]:
+    """Win rate of `after` over `before`, answers with the same noise; its interval by prompt."""
+    one, two = open_candidates(before), open_candidates(after)
+    versus, shares = folder / "versus.jsonl", {}
+    with lines.LineWriter(versus) as writer:
+        there = set(open_candidates(versus).offsets)
+        for id in one.offsets:
+            sides = [[c for c in f.get(id).candidates if c.model != HUMAN] for f in (one, two)]
+            for n, answers in enumerate(zip(*sides, strict=True)):
+                name = f"{id}-{n}"
+                shares[name] = 0.5  # equal texts are never compared
+                if name not in there:
+                    writer.append(Candidates(name, one.get(id).prompt, answers).as_dict())
+    verdicts = folder / "versus-verdicts.jsonl"
+    pairs_judge(judge, candidates=versus, output=verdicts, say=say)
+    for name, group in by_prompt(read_verdicts(verdicts).values()).items():
+        for label in labels_of(group):
+            shares[name] = {"a": 0.0, "b": 1.0}.get(label.verdict, 0.5)
+    prompts: dict[str, list[float]] = {}
+    for name, share in shares.items():
+        prompts.setdefault(name.rsplit("-", 1)[0], []).append(share)
+    means = np.array([np.mean(found) for found in prompts.values()])
+    picks = np.random.default_rng(0).integers(0, len(means), size=(RESAMPLES, len(means)))
+    low, high = np.percentile(means[picks].mean(axis=1), [2.5, 97.5])
+    return float(means.mean()), (float(low), float(high))
+
+
+def _end(one: Round, settings: RoundsConfig) -> str:
+    """Why no round comes after this one; nothing if one may."""
+    bound, drift = settings.max_drift, one.drift
+    if bound is not None and drift is not None and abs(drift) > bound:
+        return f"drift {drift:+.3g} nats per token is over max_drift {bound:g}"
+    if one.interval[0] <= 0.5 <= one.interval[1]:
+        return "its answers are not told from those of the round before (50 % is in the interval)"
+    return ""
+
+
+def rounds_report(root: Path, found: list[Round], say: Say) -> Path | None:
+    """One page over the adapters of all rounds; None where the `report` extra is not installed."""
+    from fpo_mlx.pipeline.report import report
+
+    try:
+        return report(
+            [root / f"round-{one.number}" / "adapters" for one in found], root / "report.html"
+        )
+    except FpoError as error:
+        say(f"no page of the rounds: {error}")
+        return None

@@ -1,0 +1,136 @@
+"""Files of JSON lines that only grow: each line is whole or not there, one writer at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fpo_mlx.errors import DataError, FpoError
+from fpo_mlx.storage import locks
+from fpo_mlx.storage.files import parse_json, unwritable
+
+
+class LineWriter:
+    """Appends records; what a killed writer left of a last line is cut off first.
+
+    Raises: FpoError when the file cannot be written, or another process is writing it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock_path = path.with_name(f".{path.name}.lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = locks.acquire(self._lock_path, path)
+            try:
+                self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                os.lseek(self._file, _mend(self._file), os.SEEK_SET)
+            except BaseException:
+                locks.release(self._lock_path, self._lock)
+                raise
+        except OSError as error:
+            raise unwritable(path, error) or error from error
+
+    def append(self, record: Any) -> None:
+        """One record, on disk when this returns. Raises: FpoError; then the line is not there."""
+        data = json_line(record)
+        begin = os.lseek(self._file, 0, os.SEEK_CUR)
+        try:
+            done = 0
+            while done < len(data):
+                done += os.write(self._file, data[done:])
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, begin)
+            os.lseek(self._file, begin, os.SEEK_SET)
+            raise unwritable(self.path, error) or error from error
+
+    def close(self) -> None:
+        os.close(self._file)
+        locks.release(self._lock_path, self._lock)
+
+    def __enter__(self) -> LineWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.close()
+
+
+def json_line(record: Any) -> bytes:
+    """One line; half surrogate pairs, which UTF-8 cannot hold, are written as escapes."""
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode("utf-8") + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(line number from 1, offset, line) of every line that is not blank, one in memory at a time.
+
+    A last line without its end was cut by a kill and is not given. Raises: FpoError.
+    """
+    try:
+        with open(path, "rb") as file:
+            offset = 0
+            for number, line in enumerate(file, start=1):
+                # a file of the user's own may end without a newline
+                if line.strip() and (line.endswith(b"\n") or _is_json(line)):
+                    yield number, offset, line
+                offset += len(line)
+    except OSError as error:
+        raise FpoError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def read_record(path: Path, offset: int) -> Any:
+    """The record of the line that begins at `offset`."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return parse_json(file.readline())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: changed while it was read: {error}.") from error
+
+
+def decode(line: bytes, where: str) -> dict[str, Any]:
+    """The object of one line. Raises: DataError naming the place."""
+    try:
+        value = parse_json(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are of its kind
+        raise DataError(f"{where}: not JSON in UTF-8: {error}.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: wanted an object, found {type(value).__name__}.")
+    return value
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        parse_json(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _mend(file: int) -> int:
+    """Cut the part of a line at the end, or end it where it is whole; where to write next."""
+    size = os.fstat(file).st_size
+    start, tail = size, b""
+    while start > 0 and b"\n" not in tail:
+        step = min(1 << 16, start)
+        start -= step
+        tail = os.pread(file, step, start) + tail
+    rest = tail.rsplit(b"\n", 1)[-1]
+    if not rest:
+        return size
+    if _is_json(rest):
+        os.pwrite(file, b"\n", size)
+        return size + 1
+    os.ftruncate(file, size - len(rest))
+    return size - len(rest)

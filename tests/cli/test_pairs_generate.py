@@ -1,0 +1,130 @@
+"""`fpo-mlx pairs generate` as a user gives it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+
+mx = pytest.importorskip("mlx.core")
+
+from command_line import lines, refused, run  # noqa: E402
+from evaluated import own_cache, place  # noqa: E402, F401
+
+PROMPTS = ["Why?", "Who are you, and where do you come from?", "Name it."] + [
+    f"Question {n}, of which there are some?" for n in range(6)
+]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+def generate(place, prompts, out, *words):
+    flags = ["--model", place / "model", "--prompts", prompts, "--output", out]
+    return run("pairs", "generate", *flags, "--n", 3, "--max-tokens", 6, *words)
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_prompt_gets_n_answers_with_what_made_them(place, prompts, tmp_path):
+    done = generate(place, prompts, tmp_path / "c.jsonl", "--json", tmp_path / "r.json")
+    assert done.exit_code == 0, done.stderr
+    found = records(tmp_path / "c.jsonl")
+    assert sorted(row["prompt"] for row in found) == sorted(PROMPTS)
+    for row in found:
+        assert len(row["candidates"]) == 3
+        for answer in row["candidates"]:
+            assert set(answer) == {"text", "tokens", "finish", "logp", "seed", "temp", "model"}
+            assert answer["logp"] < 0
+            assert (answer["finish"] == "length") == (answer["tokens"] == 6)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["answers"] == 27
+    assert "27 answers to 9 prompts" in done.stdout
+
+
+def test_a_run_cut_at_any_place_goes_on_to_the_same_file(place, prompts, tmp_path):
+    out = tmp_path / "c.jsonl"
+    assert generate(place, prompts, out).exit_code == 0
+    want = out.read_bytes()
+    for cut in (0, 7, len(want) // 3, len(want) // 2, len(want) - 1):
+        out.write_bytes(want[:cut])
+        done = generate(place, prompts, out)
+        assert done.exit_code == 0, done.stderr
+        assert out.read_bytes() == want
+    again = generate(place, prompts, out)
+    assert "0 answers to 0 prompts" in again.stdout
+    assert "every prompt has its candidates already" in again.stderr
+
+
+def test_answers_do_not_depend_on_how_many_are_in_work(place, prompts, tmp_path):
+    for rows in (1, 5, 32):
+        done = generate(place, prompts, tmp_path / f"{rows}.jsonl", "--rows", rows)
+        assert done.exit_code == 0, done.stderr
+    for row in zip(*(records(tmp_path / f"{rows}.jsonl") for rows in (1, 5, 32)), strict=True):
+        texts = [[c["text"] for c in one["candidates"]] for one in row]
+        assert texts[0] == texts[1] == texts[2]
+        logps = [[c["logp"] for c in one["candidates"]] for one in row]
+        assert logps[0] == pytest.approx(logps[1], abs=1e-3)
+
+
+def test_other_prompts_beside_it_change_no_answer(place, prompts, tmp_path):
+    assert generate(place, prompts, tmp_path / "all.jsonl").exit_code == 0
+    (tmp_path / "one.txt").write_text(PROMPTS[4] + "\n")
+    assert generate(place, tmp_path / "one.txt", tmp_path / "one.jsonl").exit_code == 0
+    everywhere = {row["id"]: row for row in records(tmp_path / "all.jsonl")}
+    (alone,) = records(tmp_path / "one.jsonl")
+    assert alone == everywhere[alone["id"]]
+
+
+def test_an_adapter_changes_answers_and_a_persons_answer_comes_along(place, tmp_path):
+    rows = lines(tmp_path / "p.jsonl", {"prompt": "Why?", "system": "Be kind.", "answer": "So."})
+    for name, words in (("base", ()), ("one", ("--adapter-path", place / "one"))):
+        done = generate(place, rows, tmp_path / f"{name}.jsonl", *words)
+        assert done.exit_code == 0, done.stderr
+    base, tuned = (records(tmp_path / f"{name}.jsonl")[0] for name in ("base", "one"))
+    assert base["id"] == tuned["id"]
+    assert base["prompt"][0] == {"role": "system", "content": "Be kind."}
+    texts = [[c["text"] for c in row["candidates"]] for row in (base, tuned)]
+    assert texts[0][:3] != texts[1][:3]
+    assert base["candidates"][3]["model"] == "human"
+    assert texts[0][3] == "So."
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "parts"),
+    [
+        (("--n", 0), 2, ("--n 0",)),
+        (("--temp", 0), 2, ("--temp 0", "the same")),
+        (("--temp", "nan"), 2, ("--temp",)),
+        (("--max-tokens", 3000), 3, ("tokens", "--max-seq-length")),
+    ],
+)
+def test_what_cannot_be_asked_for_is_said_before_a_file_is_made(
+    place, prompts, tmp_path, words, code, parts
+):
+    refused(generate(place, prompts, tmp_path / "c.jsonl", *words), code, *parts)
+
+
+@pytest.mark.parametrize("row", [{"chosen": "x"}, {"prompt": 3}, {"prompt": []}, {"prompt": " "}])
+def test_a_row_without_a_prompt_is_named(place, tmp_path, row):
+    rows = lines(tmp_path / "p.jsonl", {"prompt": "Why?"}, row)
+    refused(generate(place, rows, tmp_path / "c.jsonl"), 3, "p.jsonl:2")
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_a_model_of_other_caches_answers_one_after_the_other(tmp_path, prompts, monkeypatch):
+    from fpo_mlx.judge import slots
+
+    tiny_models.tiny_llama(tmp_path / "model", tokenizer=True)
+    assert generate(tmp_path, prompts, tmp_path / "a.jsonl").exit_code == 0
+    monkeypatch.setattr(slots, "mask_axes", lambda model: 0)
+    assert generate(tmp_path, prompts, tmp_path / "b.jsonl").exit_code == 0
+    for one, two in zip(*(records(tmp_path / f"{n}.jsonl") for n in "ab"), strict=True):
+        assert [c["text"] for c in one["candidates"]] == [c["text"] for c in two["candidates"]]

@@ -1,0 +1,110 @@
+"""`fpo-mlx rounds` on a tiny model: two rounds, stopped and gone on with."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+
+import pytest
+import yaml
+
+pytest.importorskip("mlx.core")
+
+from command_line import refused, run  # noqa: E402
+from evaluated import own_cache, place  # noqa: E402, F401
+
+
+def write(place, root, **changes):
+    for name, count in (("prompts", 12), ("held-out", 6)):
+        (root / f"{name}.txt").write_text(
+            "".join(f"Question {n} of the {name}?\n" for n in range(count))
+        )
+    reward = root / "grade.py"
+    reward.write_text(
+        "def grade(prompt, answer):\n    return answer.count('e') - len(answer) / 9\n"
+    )
+    settings = {
+        "model": str(place / "model"), "prompts": str(root / "prompts.txt"),
+        "held_out": str(root / "held-out.txt"), "output": str(root / "rounds"), "rounds": 2,
+        "generate": {"n": 3, "max_tokens": 6}, "judge": {"reward": f"{reward}:grade"},
+        "build": {"force": True, "keep_cut": True, "near_duplicates": 1.0},
+        "train": {"objective": "dpo", "iters": 2, "batch_size": 1, "learning_rate": 1e-3,
+                  "steps_per_report": 1, "val_batches": 0},
+    } | changes  # fmt: skip
+    path = root / "rounds.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def always(monkeypatch):
+    """No early end: a tiny model gets no better."""
+    module = importlib.import_module("fpo_mlx.pipeline.rounds")
+    monkeypatch.setattr(module, "_end", lambda one, settings: "")
+
+
+def test_two_rounds_and_their_files(place, tmp_path, monkeypatch):
+    always(monkeypatch)
+    done = run("rounds", "-c", write(place, tmp_path, keep_old=4), "--json", tmp_path / "r.json")
+    assert done.exit_code == 0, done.stderr + str(done.exception)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [one["number"] for one in found] == [1, 2]
+    for one in found:
+        assert one["interval"][0] <= one["win_rate"] <= one["interval"][1]
+    root = tmp_path / "rounds"
+    made = [json.loads(x) for x in (root / "round-2/candidates.jsonl").read_text().splitlines()]
+    assert "round-1/adapters" in made[0]["candidates"][0]["model"]
+    new, both = (
+        (root / "round-2" / name / "train.jsonl").read_text().splitlines()
+        for name in ("pairs", "data")
+    )
+    assert len(both) == len(new) + 4
+    settings = json.loads((root / "round-2/adapters/run.json").read_text())["settings"]
+    assert settings["init_adapter"].endswith("round-1/adapters")
+    assert "round-2/adapters" in done.stdout
+
+
+def test_a_run_that_lost_its_later_steps_makes_them_again_alike(place, tmp_path, monkeypatch):
+    always(monkeypatch)
+    path = write(place, tmp_path)
+    assert run("rounds", "-c", path).exit_code == 0
+    root = tmp_path / "rounds"
+    want = json.loads((root / "rounds.json").read_text())
+    held_out = (root / "round-2/held-out.jsonl").read_bytes()
+    for gone in ("held-out.jsonl", "round.json", "versus.jsonl", "versus-verdicts.jsonl"):
+        (root / "round-2" / gone).unlink()
+    assert run("rounds", "-c", path).exit_code == 0
+    assert json.loads((root / "rounds.json").read_text()) == want
+    assert (root / "round-2/held-out.jsonl").read_bytes() == held_out
+    shutil.rmtree(root / "round-2")
+    assert run("rounds", "-c", path).exit_code == 0
+    assert json.loads((root / "rounds.json").read_text()) == want
+
+
+def test_rounds_end_where_nothing_is_won(place, tmp_path):
+    train = {"objective": "dpo", "iters": 1, "batch_size": 1, "learning_rate": 1e-9,
+             "val_batches": 0}  # fmt: skip
+    done = run("rounds", "-c", write(place, tmp_path, rounds=3, train=train))
+    assert done.exit_code == 0, done.stderr
+    assert "round 1 is the last: its answers are not told from" in done.stderr
+    (one,) = json.loads((tmp_path / "rounds/rounds.json").read_text())
+    assert one["win_rate"] == 0.5  # the same noise, the same answers
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [({"held_out": ""}, "held_out is missing"), ({"rounds": 0}, "--rounds 0"),
+     ({"train": {"adapter_path": "x"}}, "settled by the rounds"), ({"odd": 1}, "odd"),
+     ({"judge": {}}, "--judge"), ({"train": {"lerning_rate": 1}}, "lerning_rate"),
+     ({"generate": {"m": 1}}, "m")],
+)  # fmt: skip
+def test_what_cannot_be_is_said_before_the_first_step(place, tmp_path, changes, part):
+    refused(run("rounds", "-c", write(place, tmp_path, **changes)), 2, part)
+    assert not (tmp_path / "rounds").exists()
+
+
+def test_other_settings_are_not_mixed_into_a_run(place, tmp_path, monkeypatch):
+    always(monkeypatch)
+    assert run("rounds", "-c", write(place, tmp_path, rounds=1)).exit_code == 0
+    changed = write(place, tmp_path, rounds=1, generate={"n": 2, "max_tokens": 6})
+    refused(run("rounds", "-c", changed), 2, "begun with other settings (generate)")

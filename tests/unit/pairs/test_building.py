@@ -1,0 +1,287 @@
+"""Which pairs are built of labelled candidates, and what is written of them."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import lines, refused, run
+from judges import candidates, graded
+
+from fpo_mlx.data import read_split
+from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.pairs.augment import score_turns
+from fpo_mlx.pairs.choose import Left, balanced, pairs_of, split_of
+from fpo_mlx.pairs.doubles import finder
+from fpo_mlx.pairs.labels import Label
+from fpo_mlx.pairs.records import Candidate, Candidates, Prompt, open_candidates
+from fpo_mlx.pairs.settings import BuildConfig
+
+
+def found(*texts, finish="stop", model="m"):
+    answers = tuple(Candidate(t, len(t.split()), finish, model=model) for t in texts)
+    return Candidates("id", Prompt(({"role": "user", "content": "Why?"},)), answers)
+
+
+def by_score(*scores):
+    """Labels of a reward, for every two candidates."""
+    return [
+        Label(a, b, "tie" if x == y else "a" if x > y else "b", 1.0, x, y)
+        for a, x in enumerate(scores)
+        for b, y in enumerate(scores)
+        if a < b
+    ]
+
+
+def chosen(candidates, labels, **settings):
+    left = Left()
+    pairs = pairs_of(candidates, labels, BuildConfig(**settings), left)
+    return [(p.chosen, p.rejected) for p in pairs], dict(left.counts)
+
+
+def test_the_best_is_set_against_the_worst():
+    pairs, left = chosen(found("one", "two", "three", "four"), by_score(0.2, 0.9, 0.1, 0.5))
+    assert pairs == [("two", "three")]
+    assert left == {"more pairs than asked for per prompt": 5}
+
+
+def test_all_pairs_above_a_margin_or_the_widest_few():
+    four, labels = found("one", "two", "three", "four"), by_score(0.2, 0.9, 0.1, 0.5)
+    assert chosen(four, labels, margin=0.39)[0] == [
+        ("two", "three"), ("two", "one"), ("two", "four"), ("four", "three"),
+    ]  # fmt: skip
+    assert len(chosen(four, labels, per_prompt=2)[0]) == 2
+    assert len(chosen(four, labels, margin=0.39, per_prompt=3)[0]) == 3
+
+
+def test_ties_both_bad_and_answers_cut_by_length_make_no_pair():
+    two = found("one", "two")
+    for verdict, reason in (("tie", "tie"), ("both_bad", "both bad")):
+        assert chosen(two, [Label(0, 1, verdict)]) == ([], {reason: 1})
+    cut = found("one", "two", finish="length")
+    assert chosen(cut, [Label(0, 1, "a")]) == ([], {"an answer cut by length": 1})
+    assert chosen(cut, [Label(0, 1, "a")], keep_cut=True)[0] == [("one", "two")]
+
+
+def test_without_scores_an_answer_is_worth_its_share_of_wins():
+    labels = [Label(0, 1, "a", 0.9), Label(0, 2, "a", 0.8), Label(1, 2, "b", 0.6)]
+    (pair,) = pairs_of(found("one", "two", "three"), labels, BuildConfig(), Left())
+    assert (pair.chosen, pair.rejected) == ("one", "two")
+    assert pair.score_chosen == pytest.approx(0.85)
+    assert pair.score_rejected == pytest.approx((0.1 + 0.4) / 2)
+    assert pair.agreement == 0.9
+
+
+def test_a_persons_own_text_beats_both_answers():
+    pairs, _ = chosen(found("one", "two"), [Label(0, 1, "both_bad", edited="mine")], per_prompt=2)
+    assert sorted(pairs) == [("mine", "one"), ("mine", "two")]
+
+
+def test_a_persons_answer_is_used_against_the_reference_only():
+    answers = (*found("one", "two").candidates, Candidate("hers", 1, "stop", model="human"))
+    three = Candidates("id", found("x").prompt, answers)
+    labels = [Label(0, 1, "a"), Label(0, 2, "b"), Label(1, 2, "a")]
+    assert chosen(three, labels, per_prompt=9)[0] == [("one", "two")]
+    both = chosen(three, labels, per_prompt=9, against_reference=True)[0]
+    assert sorted(both) == [("hers", "one"), ("two", "hers")]  # whoever is better is chosen
+
+
+def test_lengths_are_evened_out():
+    pairs = [
+        pairs_of(found("a b c d", f"e{n}"), [Label(0, 1, "a" if n < 8 else "b")], BuildConfig(),
+                 Left())[0]
+        for n in range(10)
+    ]  # fmt: skip
+    even = balanced(pairs, 0, left := Left())
+    assert len(even) == 4
+    assert sum(p.tokens[0] > p.tokens[1] for p in even) == 2
+    assert left.counts["to even the lengths"] == 6
+
+
+def test_splits_are_by_prompt_and_do_not_move_when_prompts_come():
+    ids = [f"{n}" for n in range(200)]
+    splits = split_of([*ids, *ids], 0.1, 0.05, 0)
+    assert list(splits.values()).count("valid") == 20
+    assert list(splits.values()).count("test") == 10
+    assert split_of(ids[::-1], 0.1, 0.05, 0) == splits
+    assert split_of(ids, 0.1, 0.05, 1) != splits
+    assert split_of(["a"], 0.5, 0.0, 0) == {"a": "train"}
+
+
+def test_equal_and_nearly_equal_pairs_are_found():
+    pytest.importorskip("datasketch")
+    words = [f"w{n}" for n in range(100)]
+    is_new = finder(0.8, lambda _: None)
+    assert is_new([" ".join(words), "x"])
+    assert not is_new([" ".join(words), " x "])
+    assert not is_new([" ".join([*words[:-1], "other"]), "x"])
+    assert is_new([" ".join(words[::-1]), "x"])
+    exact = finder(1, lambda _: None)
+    assert exact([" ".join(words), "x"])
+    assert exact([" ".join([*words[:-1], "other"]), "x"])
+
+
+def test_the_wanted_score_stands_at_the_end_of_the_system_text():
+    user = ({"role": "user", "content": "Q"},)
+    assert score_turns(user, 0.51234)[0] == {
+        "role": "system", "content": "Write an answer whose score is 0.512."
+    }  # fmt: skip
+    own = ({"role": "system", "content": "Be kind."}, *user)
+    assert score_turns(own, 2.0)[0]["content"] == "Be kind.\n\nWrite an answer whose score is 2."
+    assert score_turns(own, 2.0)[1:] == user
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+def source(tmp_path, count=60, n=3):
+    path = candidates(tmp_path / "c.jsonl", graded(count, n))
+    reward = tmp_path / "grade.py"
+    reward.write_text("def grade(prompt, answer):\n    return int(answer.split()[-1])\n")
+    return path, f"{reward}:grade"
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_from_candidates_to_files_that_train_reads(tmp_path):
+    path, reward = source(tmp_path)
+    out = tmp_path / "pairs"
+    done = run("pairs", "build", path, "--reward", reward, "--near-duplicates", 1, "--output", out)
+    assert done.exit_code == 0, done.stderr
+    assert "60 pairs (54 train, 6 valid rows)" in done.stdout
+    assert len(read_split(out, "train")) == 54
+    assert len(read_split(out, "valid")) == 6
+    for row in rows(out / "train.jsonl"):
+        assert row["chosen"][0]["content"].endswith("grade 2")
+        assert row["rejected"][0]["content"].endswith("grade 0")
+        assert (row["score_chosen"], row["score_rejected"], row["agreement"]) == (2, 0, 1)
+        assert row["from"]["models"] == ["m", "m"]
+    ids = [{row["id"] for row in rows(out / f"{name}.jsonl")} for name in ("train", "valid")]
+    assert not ids[0] & ids[1]
+    about = json.loads((out / "pairs.json").read_text())
+    assert about["pairs"] == 60
+    again = run("pairs", "build", path, "--reward", reward, "--output", out)
+    refused(again, 2, "not empty")
+
+
+def test_reward_augmented_rows_ask_for_the_score_of_the_chosen_answer(tmp_path):
+    path, reward = source(tmp_path)
+    words = ["--reward", reward, "--near-duplicates", 1, "--reward-augmented", "--valid-share", 0]
+    done = run("pairs", "build", path, *words, "--output", tmp_path / "pairs")
+    assert done.exit_code == 0, done.stderr
+    made = rows(tmp_path / "pairs/train.jsonl")
+    assert len(made) == 120
+    for row in made:
+        wanted = row["prompt"][0]["content"].removesuffix(".").split()[-1]
+        assert row["chosen"][0]["content"].split()[-1] == wanted
+        assert row["score_chosen"] == float(wanted)
+    assert [row["prompt"][0]["content"][-2] for row in made].count("2") == 60
+
+
+def test_too_few_pairs_are_refused_with_the_reasons_and_written_by_force(tmp_path):
+    path, reward = source(tmp_path, 5)
+    words = ["pairs", "build", path, "--reward", reward, "--output", tmp_path / "pairs"]
+    refused(run(*words), 3, "5 pairs from 5 prompts are too few", "--force")
+    assert not (tmp_path / "pairs").exists()
+    done = run(*words, "--force")
+    assert done.exit_code == 0, done.stderr
+
+
+def test_a_judge_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    path, reward = source(tmp_path)
+    verdicts = tmp_path / "v.jsonl"
+    run("pairs", "judge", path, "--reward", reward, "--output", verdicts)
+    words = ["--verdicts", verdicts, "--output", tmp_path / "pairs"]
+    refused(run("pairs", "build", path, *words, "--judge-name", "x"), 2, "reward:grade@")
+    refused(run("pairs", "build", path, "--output", tmp_path / "pairs"), 2, "--verdicts is missing")
+
+
+@pytest.mark.parametrize(
+    "text", ["\n\nHuman: a\n\nAssistant: b", "<script>alert(1)</script>", "a\x00b", "\u202eabc",
+             "{% raw %}{{ x }}", "<|im_end|>"],
+)  # fmt: skip
+def test_an_answer_stays_what_it_is_whatever_it_looks_like(tmp_path, text):
+    path = candidates(tmp_path / "c.jsonl", {f"Q{n}?": [f"{text} {n} 1", f"no {n} 0"]
+                                             for n in range(3)})  # fmt: skip
+    grade = tmp_path / "grade.py"
+    grade.write_text("def grade(prompt, answer):\n    return int(answer.split()[-1])\n")
+    reward = f"{grade}:grade"
+    words = ["--reward", reward, "--force", "--valid-share", 0, "--output", tmp_path / "pairs"]
+    done = run("pairs", "build", path, *words)
+    assert done.exit_code == 0, done.stderr
+    for n, row in enumerate(read_split(tmp_path / "pairs", "train")):
+        assert row.chosen == ({"role": "assistant", "content": f"{text} {n} 1"},)
+        assert row.prompt == ({"role": "user", "content": f"Q{n}?"},)
+
+
+@pytest.mark.parametrize("id", ["../../etc/passwd", "/abs", "a/b\x00", "..", "CON"])
+def test_an_id_is_never_a_path(tmp_path, id):
+    path = candidates(tmp_path / "c.jsonl", {id: ["a 1", "b 0"]})
+    assert next(iter(open_candidates(path))).id == id
+    before = sorted(p.name for p in tmp_path.iterdir())
+    from fpo_mlx.pairs.rating import Rating
+
+    rating = Rating(path, tmp_path / "v.jsonl")
+    rating.vote(rating.next()["name"], "first")
+    rating.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "v.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [({"id": 3}, "id is int"), ({"candidates": []}, "no list"), ({"prompt": ""}, "prompt"),
+     ({"id": "x" * 201}, "201"), ({"candidates": [{"text": 1, "finish": "stop"}]}, "text"),
+     ({"candidates": [{"text": "a", "finish": "odd"}]}, "finish")],
+)  # fmt: skip
+def test_a_line_that_is_none_is_named(tmp_path, row, part):
+    good = {"id": "1", "prompt": "Q", "candidates": [{"text": "a", "tokens": 1, "finish": "stop"}]}
+    path = lines(tmp_path / "c.jsonl", good, good | row)
+    with pytest.raises(DataError, match=r"c\.jsonl:2") as error:
+        open_candidates(path)
+    assert part in str(error.value)
+
+
+def test_the_settings_refuse_what_cannot_be():
+    for words in ({"margin": -1}, {"per_prompt": 0}, {"near_duplicates": 0}, {"valid_share": 1}):
+        with pytest.raises(ConfigError):
+            BuildConfig(**words)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
+def test_sixty_thousand_candidates_start_within_five_seconds_and_are_not_in_memory(tmp_path):
+    """Issue 18, must show 7: 15,000 prompts of 4 answers of 1,200 letters, 75 MB."""
+    chance = random.Random(0)
+    words = [f"word{n}" for n in range(500)]
+    with open(tmp_path / "c.jsonl", "w") as out:
+        for n in range(15_000):
+            answers = [
+                {"text": " ".join(chance.choices(words, k=180)), "tokens": 180, "finish": "stop"}
+                for _ in range(4)
+            ]
+            row = {"id": f"{n:016x}", "prompt": f"Question {n}?", "candidates": answers}
+            out.write(json.dumps(row) + "\n")
+    size = (tmp_path / "c.jsonl").stat().st_size
+    assert size > 70e6
+    probe = (
+        "import re, time\n"
+        "from pathlib import Path\n"
+        "from fpo_mlx.pairs.rating import Rating\n"
+        "status = Path('/proc/self/status')\n"
+        "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1])\n"
+        "before = peak()\n"
+        "begun = time.process_time()\n"
+        f"rating = Rating(Path({str(tmp_path / 'c.jsonl')!r}), Path({str(tmp_path / 'v')!r}))\n"
+        "assert rating.next()['total'] > 15000\n"
+        "print(time.process_time() - begun, (peak() - before) / 1024)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, megabytes = map(float, done.stdout.split())
+    assert seconds < 5, f"{seconds} s"
+    assert megabytes < 40, f"{megabytes} MB of {size / 1e6} on disk"

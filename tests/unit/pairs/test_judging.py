@@ -1,0 +1,317 @@
+"""Judges with known faults: what they say, what is made of it, and what is printed of them."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+
+import pytest
+from judges import candidates, endpoint, graded, grades, says
+
+from fpo_mlx.errors import ConfigError, DataError, FpoError
+from fpo_mlx.pairs.labels import labels_of, resolve
+from fpo_mlx.pairs.records import PERSON, Verdict, read_verdicts
+from fpo_mlx.pairs.settings import BuildConfig, JudgeConfig
+from fpo_mlx.pairs.summary import cohen_kappa
+from fpo_mlx.pipeline import pairs_build, pairs_judge
+
+
+def judge(url, source, out, **words):
+    said = []
+    settings = JudgeConfig(judge_url=url, judge_model="stub", **words)
+    report = pairs_judge(settings, candidates=source, output=out, say=said.append)
+    return report, said
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def test_a_judge_that_leans_to_the_first_labels_nothing_wrong_and_its_lean_is_shown(tmp_path):
+    """Issue 18, must show 2: in 70 % of its verdicts it names the first whatever is there."""
+    chance = random.Random(1)
+    truth = Counter()
+
+    def biased(body):
+        if chance.random() < 0.7:
+            letter = "A"
+        else:
+            first, second = grades(body)
+            letter = "A" if first > second else "B"
+        truth[letter] += 1
+        return says(letter)
+
+    source = candidates(tmp_path / "c.jsonl", graded(400))
+    with endpoint(biased) as (url, seen):
+        report, _ = judge(url, source, tmp_path / "v.jsonl")
+    (summary,) = report.judges.values()
+    assert len(seen) == 800
+    verdicts = list(read_verdicts(tmp_path / "v.jsonl").values())
+    both = Counter()
+    for v in verdicts:
+        both[v.id, v.verdict] += 1
+    flips = sum(count == 1 for count in both.values()) / 2 / 400
+    assert summary.first_share == pytest.approx(truth["A"] / 800, abs=1e-9)
+    assert summary.first_share == pytest.approx(0.85, abs=0.03)  # 0.7 + half of 0.3
+    assert summary.flip_rate == pytest.approx(flips, abs=1e-9)
+    # right in both orders: the worse one first must be seen through, 30 % of the time
+    assert summary.flip_rate == pytest.approx(0.70, abs=0.03 + 2 * (0.21 / 400) ** 0.5)
+    built = pairs_build(
+        BuildConfig(valid_share=0.0, near_duplicates=1.0), candidates=source,
+        verdicts=[tmp_path / "v.jsonl"], output=tmp_path / "pairs", say=lambda _: None,
+    )  # fmt: skip
+    text = (tmp_path / "pairs/train.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert len(rows) == built.pairs > 80
+    wrong = [r for r in rows if r["chosen"][0]["content"].endswith("0")]
+    assert wrong == []  # it never names the worse one in both orders
+
+
+def test_a_judge_that_talks_nonsense_labels_nothing(tmp_path):
+    source = candidates(tmp_path / "c.jsonl", graded(40))
+    replies = iter(["Both", "A and B", "", "a", "C", "Answer A is better", "0", "AB"] * 20)
+    with endpoint(lambda body: says(next(replies))) as (url, _):
+        report, _ = judge(url, source, tmp_path / "v.jsonl")
+    (summary,) = report.judges.values()
+    assert (summary.unreadable, summary.compared) == (80, 0)
+    with pytest.raises(DataError, match="0 pairs"):
+        pairs_build(
+            BuildConfig(), candidates=source, verdicts=[tmp_path / "v.jsonl"],
+            output=tmp_path / "pairs", say=lambda _: None,
+        )  # fmt: skip
+
+
+FAULTS = {
+    "429": 429, "500": 500, "503": 503, "broken JSON": b'{"choices": [', "no choices": b"{}",
+    "a list": b"[]", "closed": None, "not UTF-8": b"\xff\xfe", "empty": b"",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_every_second_reply_a_fault_loses_and_doubles_no_verdict(tmp_path, fault):
+    calls = []
+
+    def shaky(body):
+        calls.append(1)
+        return fault if len(calls) % 2 else says("A" if grades(body)[0] else "B")
+
+    source = candidates(tmp_path / "c.jsonl", graded(6))
+    with endpoint(shaky) as (url, _):
+        report, _ = judge(url, source, tmp_path / "v.jsonl")
+    lines = (tmp_path / "v.jsonl").read_text().splitlines()
+    assert (
+        len(lines) == len({tuple(json.loads(x)[k] for k in ("id", "order")) for x in lines}) == 12
+    )
+    assert report.written == 12
+    assert next(iter(report.judges.values())).flip_rate == 0
+
+
+def test_a_silent_endpoint_ends_the_run_and_the_next_goes_on(tmp_path):
+    alive, calls = [False], []
+
+    def reply(body):
+        calls.append(body)
+        if not alive[0] and len(calls) > 5:
+            return 500
+        return says("A" if grades(body)[0] else "B")
+
+    source = candidates(tmp_path / "c.jsonl", graded(6))
+    with endpoint(reply) as (url, _):
+        with pytest.raises(FpoError, match="no answer after 3 tries, the last: HTTP 500"):
+            judge(url, source, tmp_path / "v.jsonl", retries=2)
+        kept = (tmp_path / "v.jsonl").read_bytes()
+        assert len(kept.splitlines()) == 5
+        alive[0] = True
+        report, _ = judge(url, source, tmp_path / "v.jsonl", retries=2)
+        after = (tmp_path / "v.jsonl").read_bytes()
+        assert after.startswith(kept)
+        assert len(after.splitlines()) == 12
+        assert (report.written, report.before) == (7, 5)
+        (tmp_path / "v.jsonl").unlink()  # requests are kept by their content
+        asked = len(calls)
+        judge(url, source, tmp_path / "v.jsonl")
+        assert len(calls) == asked
+
+
+def test_a_reply_that_takes_too_long_is_given_up(tmp_path):
+    import threading
+
+    stop = threading.Event()
+    source = candidates(tmp_path / "c.jsonl", graded(1))
+    with endpoint(lambda body: stop.wait(5) and None) as (url, _):
+        with pytest.raises(FpoError, match="timed out"):
+            judge(url, source, tmp_path / "v.jsonl", retries=1, timeout=0.2)
+        stop.set()
+
+
+def test_the_key_comes_from_the_environment_and_is_written_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-very-secret")
+    source = candidates(tmp_path / "c.jsonl", graded(2))
+    with endpoint(lambda body: says("A")) as (url, seen):
+        _, said = judge(url, source, tmp_path / "v.jsonl", key_variable="MY_KEY")
+    assert {s["headers"]["Authorization"] for s in seen} == {"Bearer sk-very-secret"}
+    assert "127.0.0.1" in said[0]
+    assert "MY_KEY" in said[0]
+    for path in tmp_path.iterdir():
+        assert b"secret" not in path.read_bytes()
+    assert not any("secret" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("code", "part"), [(401, "environment variable"), (404, "address"), (302, "302")]
+)
+def test_a_refusal_or_a_redirect_is_said_at_once(tmp_path, code, part):
+    source = candidates(tmp_path / "c.jsonl", graded(2))
+    with endpoint(lambda body: code) as (url, seen), pytest.raises(ConfigError, match=part):
+        judge(url, source, tmp_path / "v.jsonl")
+    assert len(seen) == 1
+
+
+def test_log_probs_are_read_where_offered_and_done_without_where_refused(tmp_path):
+    top = [{"token": " A", "logprob": -0.2231435513}, {"token": "B", "logprob": -1.6094379124}]
+    with_p = says("B") | {}
+    with_p["choices"][0]["logprobs"] = {"content": [{"top_logprobs": top}]}
+    source = candidates(tmp_path / "c.jsonl", graded(1))
+    with endpoint(lambda body: with_p) as (url, _):
+        judge(url, source, tmp_path / "v.jsonl")
+    found = {v.order: v for v in read_verdicts(tmp_path / "v.jsonl").values()}
+    assert found["ab"].p == pytest.approx(0.8)  # 0.8 against 0.2
+    assert found["ba"].p == pytest.approx(0.2)
+    with endpoint(lambda body: 400 if "logprobs" in body else says("A")) as (url, seen):
+        judge(url, source, tmp_path / "w.jsonl")
+    assert ["logprobs" in body for body in seen] == [True, False, False]
+
+
+# Labels -------------------------------------------------------------------------------------------
+
+
+def said(a, b, order, verdict, judge="j", **more):
+    return Verdict("id", a, b, order, verdict, judge, **more)
+
+
+@pytest.mark.parametrize(
+    ("ab", "ba", "want"),
+    [("a", "a", "a"), ("b", "b", "b"), ("a", "b", "tie"), ("tie", "tie", "tie"),
+     ("a", "tie", "tie"), ("a", "unreadable", None), ("unreadable", "unreadable", None),
+     ("a", None, None)],
+)  # fmt: skip
+def test_both_orders_must_name_the_same_answer(ab, ba, want):
+    verdicts = [said(0, 1, o, v) for o, v in (("ab", ab), ("ba", ba)) if v]
+    label = resolve(verdicts)
+    assert (label.verdict if label else None) == want
+
+
+def test_the_label_is_the_same_whichever_way_round_the_line_is_written():
+    one = labels_of([said(0, 1, "ab", "a", p=0.9), said(0, 1, "ba", "a", p=0.7)])
+    from fpo_mlx.pairs.labels import by_prompt
+
+    turned = by_prompt([said(1, 0, "ba", "b", p=0.1), said(1, 0, "ab", "b", p=0.3)])["id"]
+    (left,), (right,) = one, labels_of(turned)
+    assert left.verdict == right.verdict == "a"
+    assert left.agreement == pytest.approx(0.8)
+    assert right.agreement == pytest.approx(0.8)
+
+
+def test_a_person_has_the_last_word_and_the_majority_of_judges_before():
+    three = [said(0, 1, "none", v, judge=f"r{n}") for n, v in enumerate(("a", "a", "b"))]
+    (label,) = labels_of(three)
+    assert label.verdict == "a"
+    assert label.agreement == pytest.approx(2 / 3)
+    (label,) = labels_of([*three, said(0, 1, "ba", "b", judge=PERSON)])
+    assert label.verdict == "b"
+    (label,) = labels_of(three[1:])
+    assert label.verdict == "tie"
+
+
+def test_cohens_kappa_by_hand():
+    table = [("a", "a")] * 20 + [("a", "b")] * 5 + [("b", "a")] * 10 + [("b", "b")] * 15
+    assert cohen_kappa(table) == pytest.approx((0.7 - 0.5) / 0.5)
+    assert cohen_kappa([]) is None
+    assert cohen_kappa([("a", "a")]) is None
+
+
+# Rewards ------------------------------------------------------------------------------------------
+
+
+def reward(tmp_path, body, name="score"):
+    path = tmp_path / "mine.py"
+    path.write_text(body)
+    return f"{path}:{name}"
+
+
+def by_reward(tmp_path, spec, count=2, **words):
+    source = candidates(tmp_path / "c.jsonl", graded(count, 3))
+    return pairs_judge(
+        JudgeConfig(reward=spec, **words), candidates=source, output=tmp_path / "v.jsonl",
+        say=lambda _: None,
+    )  # fmt: skip
+
+
+def test_a_reward_decides_every_comparison_and_its_prints_do_no_harm(tmp_path):
+    spec = reward(
+        tmp_path, "def score(prompt, answer):\n    print('hi')\n    return int(answer[-1])\n"
+    )
+    by_reward(tmp_path, spec, 5)
+    for v in read_verdicts(tmp_path / "v.jsonl").values():
+        assert v.verdict == ("a" if v.score_a > v.score_b else "b")
+        assert v.order == "none"
+
+
+def test_a_reward_over_lists_is_called_once_a_prompt(tmp_path):
+    spec = reward(tmp_path, "def score(prompts, answers):\n    return [len(a) for a in answers]\n")
+    assert by_reward(tmp_path, spec).written == 6
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [("return float('nan')", "nan"), ("return None", "TypeError"),
+     ("raise ValueError('odd')", "odd"), ("return [1, 2]", "TypeError"),
+     ("import os; os._exit(3)", "exit code 3"),
+     ("while True: pass", "--timeout"), ("x = bytearray(3 * 10**9); return 1", "MemoryError"),
+     ("import sys; sys.exit()", "SystemExit"), ("return float('inf')", "inf")],
+)  # fmt: skip
+def test_a_reward_that_fails_is_a_plain_error_with_its_row(tmp_path, body, part):
+    spec = reward(tmp_path, f"def score(prompt, answer):\n    {body}\n")
+    with pytest.raises(DataError, match="id Question number 0") as error:
+        by_reward(tmp_path, spec, timeout=2.0, memory_gb=1.0)
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "body", ["import nothing_of_the_kind", "def (", "raise SystemExit", "x = 1"]
+)
+def test_a_file_that_cannot_be_used_is_said_before_the_first_row(tmp_path, body):
+    with pytest.raises(ConfigError, match="--reward"):
+        by_reward(tmp_path, reward(tmp_path, body))
+
+
+@pytest.mark.parametrize("spec", ["nothing.py:f", "no-colon", "x.py:not a name", ":f"])
+def test_a_reward_that_is_not_there_is_refused(tmp_path, spec):
+    with pytest.raises(ConfigError, match="--reward"):
+        by_reward(tmp_path, spec)
+
+
+def test_the_examples_prefer_what_they_say():
+    from fpo_mlx.pairs.example_rewards import brevity, plainness
+
+    assert brevity("", "Yes.") > brevity("", "Yes, and " * 30) > brevity("", "")
+    heavy = "Extraordinary circumstances, notwithstanding, led to delays."
+    assert plainness("", "It is so. We saw it.") > plainness("", heavy)
+    assert plainness("", "") == -20.0
+
+
+def test_no_verdict_is_asked_for_twice(tmp_path):
+    spec = reward(tmp_path, "def score(prompt, answer):\n    return int(answer[-1])\n")
+    assert by_reward(tmp_path, spec, 4).written == 12
+    whole = (tmp_path / "v.jsonl").read_bytes()
+    for cut in (0, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "v.jsonl").write_bytes(whole[:cut])
+        by_reward(tmp_path, spec, 4)
+        again = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+        want = [json.loads(line) for line in whole.splitlines()]
+        for one in (*again, *want):
+            one.pop("time", None)
+        assert again == want

@@ -1,0 +1,60 @@
+"""Files of lines that only grow, whatever killed their writer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fpo_mlx.errors import DataError, FpoError
+from fpo_mlx.storage.lines import LineWriter, decode, json_line, read_lines
+
+ROWS = [{"n": n, "text": "ä" * n} for n in range(5)]
+
+
+def written(path, rows):
+    with LineWriter(path) as writer:
+        for row in rows:
+            writer.append(row)
+    return path.read_bytes()
+
+
+def test_a_file_cut_at_any_byte_goes_on_to_the_same_file(tmp_path):
+    want = written(tmp_path / "whole.jsonl", ROWS)
+    for cut in range(len(want)):
+        path = tmp_path / "cut.jsonl"
+        path.write_bytes(want[:cut])
+        with LineWriter(path) as writer:
+            there = len(list(read_lines(path)))
+            for row in ROWS[there:]:
+                writer.append(row)
+        assert path.read_bytes() == want
+
+
+def test_lines_are_read_with_their_places_and_a_cut_one_is_not(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a":1}\n\n{"b":2}\n{"c"')
+    assert list(read_lines(path)) == [(1, 0, b'{"a":1}\n'), (3, 9, b'{"b":2}\n')]
+
+
+def test_a_users_last_line_without_an_end_is_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a":1}')
+    assert len(list(read_lines(path))) == 1
+    assert written(path, [{"b": 2}]) == b'{"a":1}\n{"b": 2}\n'
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    with LineWriter(tmp_path / "a.jsonl"), pytest.raises(FpoError, match="being written by"):
+        LineWriter(tmp_path / "a.jsonl")
+
+
+def test_half_a_surrogate_pair_is_written_and_comes_back():
+    line = json_line({"a": "x\ud800"})
+    assert json.loads(line) == {"a": "x\ud800"}
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"{", b"\xff", b"[" * 100_000, b"1" * 5000])
+def test_what_is_no_object_is_named_with_its_place(line):
+    with pytest.raises(DataError, match="a.jsonl:3"):
+        decode(line, "a.jsonl:3")
