@@ -20,8 +20,8 @@ from fpo_mlx.pairs.settings import RoundsConfig, load
 def rounds(config, json_path) -> None:
     """Answer, judge, build and train, round after round.
 
-    They end when a round is no better than the one before it. Each round answers with the adapter of the round before. Held-out prompts are answered in every
-    round and judged against the round before.
+    Each round answers with the adapter of the round before. Held-out prompts are answered in every
+    round and judged against the round before; the rounds end where nothing is won any more.
 
     \b
     Example:

@@ -80,7 +80,7 @@ def _alone(
     for token, logprobs in steps:
         tokens.append(int(token))
         entropies.append(entropy(logprobs[None] / (settings.temp or 1.0)).item())
-        logp += pick(log_softmax(logprobs[None]), mx.array([tokens[-1]])).item()
+        logp += float(pick(log_softmax(logprobs[None]), mx.array([tokens[-1]]))[0])
         if tokens[-1] in end:
             break
     return Answer(
