@@ -30,6 +30,7 @@ SITE_KINDS: tuple[str, ...] = SiteKind.__args__  # type: ignore[attr-defined]
 Activation = Literal["relu", "jumprelu", "gated", "topk", "abstopk", "groupmax", "identity"]
 Normalization = Literal["none", "layer_norm", "constant_norm"]
 RESULT_VERSION = 1
+HASHED_ROWS = 256  # of an array, at once
 BASE = "base"  # what results call the model without adapters
 
 
@@ -86,7 +87,7 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class Passage:
-    """One answer behind its prompt, as token ids: what an SAE is judged on."""
+    """Tokens of which those behind the prompt are looked at: an answer, or the rest of a text."""
 
     prompt: np.ndarray  # int32 [P], P >= 1
     response: np.ndarray  # int32 [|y|] >= 1
@@ -189,5 +190,7 @@ class SaeWeights:
             array = getattr(self, name)
             if array is not None:
                 digest.update(name.encode())
-                digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
+                for at in range(0, len(array), HASHED_ROWS):  # a view is not copied as a whole
+                    rows = array[at : at + HASHED_ROWS]
+                    digest.update(np.ascontiguousarray(rows, dtype="<f4").data)
         return digest.hexdigest()

@@ -36,7 +36,7 @@ at all (written as .tmp-*, synced, renamed). `writer.lock` is held while a proce
 
 from fpo_mlx.cache.fill import SHARD_PAIRS, FillReport, fill, plan
 from fpo_mlx.cache.housekeeping import Entry, list_caches, remove, select
-from fpo_mlx.cache.identity import CacheIdentity
+from fpo_mlx.cache.identity import CacheIdentity, Provenance
 from fpo_mlx.cache.shared import fill_shared
 from fpo_mlx.cache.store import ReferenceCache, open_cache, read_identity
 from fpo_mlx.cache.tools import (
@@ -57,6 +57,7 @@ __all__ = [
     "Entry",
     "FillReport",
     "MergeReport",
+    "Provenance",
     "ReferenceCache",
     "VerifyReport",
     "compare_scores",

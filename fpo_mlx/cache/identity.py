@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ from fpo_mlx.errors import CacheMismatch
 
 FORMAT = "fpo-mlx.reference"
 VERSION = 1
-RECORDED_ONLY = ("dtype", "backend")  # do not decide whether two values may be compared
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """By what rows were made: recorded, and of no weight when caches are compared."""
+
+    dtype: str = "float32"  # of the reference pass
+    backend: str = "mlx"
 
 
 @dataclass(frozen=True)
@@ -25,31 +32,33 @@ class CacheIdentity:
     adapter: str = "none"
     saes: tuple[tuple[str, str], ...] = ()  # (SaeWeights.fingerprint(), str(site)) of each SAE
     pooled_keep: int | None = None  # None: every non-zero is stored
-    dtype: str = "float32"  # of the reference pass; recorded
-    backend: str = "mlx"  # recorded
 
     def digest(self) -> str:
-        """sha256 over the fields that must be equal (not dtype and backend) and the version."""
-        deciding = {k: v for k, v in self.to_json().items() if k not in RECORDED_ONLY}
-        text = json.dumps([FORMAT, VERSION, deciding], sort_keys=True, separators=(",", ":"))
+        """sha256 over the fields and the version of the format."""
+        parts = [FORMAT, VERSION, self.to_json()]
+        text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return values | {"saes": [list(sae) for sae in self.saes]}
+        return vars(self) | {"saes": [list(sae) for sae in self.saes]}
 
-    @staticmethod
-    def from_json(values: dict) -> CacheIdentity:
-        """Raises KeyError, TypeError or ValueError on anything but `to_json`'s result."""
-        known: dict[str, Any] = {f.name: values[f.name] for f in fields(CacheIdentity)}
-        known["saes"] = tuple((str(sae), str(site)) for sae, site in values["saes"])
-        identity = CacheIdentity(**known)
-        for name in ("model", "tokenizer", "adapter", "dtype", "backend"):
-            if not isinstance(getattr(identity, name), str):
-                raise TypeError(f"{name} is not a string")
-        if not isinstance(identity.pooled_keep, int | None):
-            raise TypeError("pooled_keep is not a number")
-        return identity
+
+def to_manifest(identity: CacheIdentity, made: Provenance) -> dict[str, Any]:
+    """What manifest.json says; version 1 keeps both under `identity`."""
+    both = identity.to_json() | vars(made)
+    return {"format": FORMAT, "version": VERSION, "identity": both, "digest": identity.digest()}
+
+
+def from_manifest(values: dict) -> tuple[CacheIdentity, Provenance]:
+    """Raises KeyError, TypeError or ValueError on anything but `to_manifest`'s `identity`."""
+    known: dict[str, Any] = {f.name: values[f.name] for f in fields(CacheIdentity)}
+    known["saes"] = tuple((str(sae), str(site)) for sae, site in values["saes"])
+    for name in ("model", "tokenizer", "adapter", "dtype", "backend"):
+        if not isinstance(values[name], str):
+            raise TypeError(f"{name} is not a string")
+    if not isinstance(known["pooled_keep"], int | None):
+        raise TypeError("pooled_keep is not a number")
+    return CacheIdentity(**known), Provenance(values["dtype"], values["backend"])
 
 
 def differences(found: CacheIdentity, wanted: CacheIdentity) -> dict[str, tuple[str, str]]:
@@ -83,12 +92,6 @@ def check_same(
         + "\nRun `fpo-mlx precompute` into another folder, or name the cache that belongs to this "
         "model, adapter, tokenizer and SAE."
     )
-
-
-def same_values(a: CacheIdentity, b: CacheIdentity) -> bool:
-    """Whether rows of the two may stand in one cache."""
-    neutral = {"dtype": "", "backend": ""}
-    return replace(a, **neutral) == replace(b, **neutral)
 
 
 def _show_saes(identity: CacheIdentity) -> str:

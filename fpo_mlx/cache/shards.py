@@ -13,7 +13,7 @@ from typing import IO
 import numpy as np
 import safetensors.numpy
 
-from fpo_mlx.cache.identity import FORMAT, VERSION, CacheIdentity
+from fpo_mlx.cache.identity import FORMAT, VERSION, CacheIdentity, Provenance
 from fpo_mlx.errors import CacheMismatch, FpoError
 from fpo_mlx.records import ResponseScore, SparseFeatures
 from fpo_mlx.storage.tensors import Header, OpenFiles, Tensor, read_header
@@ -85,8 +85,8 @@ def keep_largest(pooled: SparseFeatures, keep: int | None) -> tuple[SparseFeatur
     return left, float(np.abs(dropped).max()), float((dropped**2).sum())
 
 
-def encode_shard(rows: Sequence[Row], identity: CacheIdentity) -> bytes:
-    """The file of these rows: equal rows under equal identities give equal bytes."""
+def encode_shard(rows: Sequence[Row], identity: CacheIdentity, made: Provenance) -> bytes:
+    """The file of these rows: equal rows of equal identity and make give equal bytes."""
     n_saes = len(identity.saes)
     for key, score in rows:
         check_score(f"row {key.hex()}", score, n_saes)
@@ -97,7 +97,7 @@ def encode_shard(rows: Sequence[Row], identity: CacheIdentity) -> bytes:
     }
     for s in range(n_saes):
         arrays |= _feature_arrays(s, [score.features[s] for _, score in rows], identity)
-    return _serialise(arrays, len(rows), identity)
+    return _serialise(arrays, len(rows), identity, made)
 
 
 def _feature_arrays(
@@ -115,15 +115,17 @@ def _feature_arrays(
     return {f"features.{number}.{name}": array for name, array in arrays.items()}
 
 
-def _serialise(arrays: dict[str, np.ndarray], rows: int, identity: CacheIdentity) -> bytes:
+def _serialise(
+    arrays: dict[str, np.ndarray], rows: int, identity: CacheIdentity, made: Provenance
+) -> bytes:
     # the library orders metadata by a random hash, so one JSON text under one key keeps the bytes
     def pack(sha256: str) -> bytes:
         about = {
             "format": FORMAT,
             "version": VERSION,
             "identity": identity.digest(),
-            "backend": identity.backend,
-            "dtype": identity.dtype,
+            "backend": made.backend,
+            "dtype": made.dtype,
             "rows": rows,
             "sha256": sha256,
         }

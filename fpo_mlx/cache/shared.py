@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fpo_mlx.cache.fill import SHARD_PAIRS, FillReport, ScorePairs, fill, plan, rows_of
-from fpo_mlx.cache.identity import CacheIdentity, same_values
+from fpo_mlx.cache.identity import CacheIdentity, Provenance
 from fpo_mlx.cache.shards import Row, Shard
 from fpo_mlx.cache.store import LOCK, MANIFEST, PARTS, ReferenceCache, open_cache, shard_paths
 from fpo_mlx.errors import FpoError
@@ -32,6 +32,7 @@ def fill_shared(
     *,
     rank: int,
     world: int,
+    made: Provenance | None = None,
     shard_pairs: int = SHARD_PAIRS,
     report: Callable[[FillReport], None] = lambda _: None,
     pause: Callable[[float], None] = time.sleep,
@@ -48,13 +49,13 @@ def fill_shared(
     if not 0 <= rank < world:
         raise FpoError(f"rank {rank} of {world} processes: wanted a rank from 0 to {world - 1}.")
     folder = Path(folder)
-    cache = open_cache(folder, identity, create=True)
+    cache = open_cache(folder, identity, create=True, made=made)
     cache.check_extendable()
     if world == 1 and not (folder / PARTS).exists():
         return fill(cache, pairs, score, shard_pairs=shard_pairs, report=report)
     groups = _groups(cache, pairs, shard_pairs)
     part = folder / PARTS / f"{rank:03d}-of-{world:03d}"
-    state = _fill_part(part, identity, groups[rank::world], score, report)
+    state = _fill_part(part, cache, groups[rank::world], score, report)
     if rank == 0:
         _collect(cache, groups, pause)
     while open_cache(folder, identity, create=True).missing(k for p in pairs for k in p.keys):
@@ -75,7 +76,7 @@ def _groups(cache: ReferenceCache, pairs: Sequence[TokenPair], shard_pairs: int)
 
 def _fill_part(
     part: Path,
-    identity: CacheIdentity,
+    whole: ReferenceCache,
     groups: Sequence[_Group],
     score: ScorePairs,
     report: Callable[[FillReport], None],
@@ -83,14 +84,14 @@ def _fill_part(
     """Write each group as one shard of the part; a killed run's shard of that group is taken."""
     total = sum(len(group.pairs) for group in groups)
     state = FillReport(pairs=0, total_pairs=total, rows=0, shards=0, tokens=0)
-    cache = open_cache(part, identity, create=True)
+    cache = open_cache(part, whole.wanted, create=True, made=whole.made)
     donors = [other for other in _parts(part.parents[1], cache) if other.folder != part]
     with cache.writing():
         for group in groups:
             rows = 0
             if cache.missing(group.keys):
                 rows = _take(cache, donors, group)
-                rows = rows or cache.append(_score(group, score, len(identity.saes)))
+                rows = rows or cache.append(_score(group, score, len(whole.wanted.saes)))
             state = FillReport(
                 pairs=state.pairs + len(group.pairs),
                 total_pairs=total,
@@ -148,7 +149,7 @@ def _parts(folder: Path, like: ReferenceCache) -> list[ReferenceCache]:
             part = open_cache(path, like.wanted)
         except FpoError:  # not begun yet, of another run, or just being removed
             continue
-        if same_values(part.identity, like.identity):
+        if part.identity == like.identity:
             found.append(part)
     return found
 

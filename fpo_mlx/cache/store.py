@@ -12,9 +12,11 @@ from fpo_mlx.cache.identity import (
     FORMAT,
     VERSION,
     CacheIdentity,
+    Provenance,
     check_same,
     differences,
-    same_values,
+    from_manifest,
+    to_manifest,
 )
 from fpo_mlx.cache.shards import (
     Row,
@@ -37,12 +39,17 @@ SHARD_NAME = re.compile(r"rows-(\d{5,})\.safetensors")
 
 def read_identity(folder: str | Path) -> CacheIdentity:
     """What the cache in this folder was made of. Raises CacheMismatch when there is none."""
+    return read_manifest(folder)[0]
+
+
+def read_manifest(folder: str | Path) -> tuple[CacheIdentity, Provenance]:
+    """What the cache was made of, and by what first. Raises CacheMismatch when there is none."""
     path = Path(folder) / MANIFEST
     try:
         manifest = files.parse_json(path.read_text(encoding="utf-8"))
         kind = (manifest["format"], manifest["version"])
         if kind == (FORMAT, VERSION):
-            return CacheIdentity.from_json(manifest["identity"])
+            return from_manifest(manifest["identity"])
     except FileNotFoundError:
         raise CacheMismatch(
             f"{folder} is no reference cache: it has no {MANIFEST}. "
@@ -65,25 +72,27 @@ def open_cache(
     *,
     create: bool = False,
     allow: Collection[str] = (),
+    made: Provenance | None = None,
 ) -> ReferenceCache:
     """Open the cache for a run of this identity; nothing is written before the first append.
 
     identity.saes may be fewer than the cache's: `get` then returns the features of those, in their
     order. allow: names of identity fields that may differ ("model"); such a cache is read-only.
+    made: by what the rows that are appended were made.
     Raises CacheMismatch when it was made for something else, FpoError when a shard is damaged.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists() or not create:
-        found = read_identity(folder)
+        found, first = read_manifest(folder)
         check_same(folder, found, identity, allow)
-        return ReferenceCache(folder, found, identity)
+        return ReferenceCache(folder, found, identity, made or first)
     others = [] if not folder.exists() else [p.name for p in folder.iterdir() if _foreign(p.name)]
     if others:
         raise CacheMismatch(
             f"{folder} holds other files ({', '.join(sorted(others)[:3])}) and no {MANIFEST}. "
             "Name an empty or a new folder for the reference cache."
         )
-    return ReferenceCache(folder, identity, identity)
+    return ReferenceCache(folder, identity, identity, made or Provenance())
 
 
 def _foreign(name: str) -> bool:
@@ -94,11 +103,14 @@ def _foreign(name: str) -> bool:
 class ReferenceCache:
     """Rows by key. Made by `open_cache`; format in the package's docstring.
 
-    identity: what is on disk. wanted: what the run asked for (a subset of its SAEs).
+    identity: what is on disk. wanted: what the run asked for (a subset of its SAEs). made: by what
+    its rows are made, if it appends any.
     """
 
-    def __init__(self, folder: Path, identity: CacheIdentity, wanted: CacheIdentity) -> None:
-        self.folder, self.identity, self.wanted = folder, identity, wanted
+    def __init__(
+        self, folder: Path, identity: CacheIdentity, wanted: CacheIdentity, made: Provenance
+    ) -> None:
+        self.folder, self.identity, self.wanted, self.made = folder, identity, wanted, made
         self.differences = differences(identity, wanted)
         self.shards: list[Shard] = []
         self._rows: dict[bytes, tuple[Shard, int]] = {}
@@ -149,7 +161,7 @@ class ReferenceCache:
         with self.writing():
             new = {key: score for key, score in rows if key not in self._rows}
             if new:
-                self._write(encode_shard(list(new.items()), self.wanted))
+                self._write(encode_shard(list(new.items()), self.wanted, self.made))
         return len(new)
 
     def adopt(self, shard: Shard, identity: CacheIdentity) -> int:
@@ -174,7 +186,7 @@ class ReferenceCache:
         self._refuse_unless_same(self.wanted)
 
     def _refuse_unless_same(self, identity: CacheIdentity) -> None:
-        if not same_values(self.identity, identity):
+        if self.identity != identity:
             raise CacheMismatch(
                 f"{self.folder} holds rows of another model, adapter, tokenizer, feature limit or "
                 "list of SAEs than these, so it can be read here and not extended. Run `fpo-mlx "
@@ -218,8 +230,7 @@ class ReferenceCache:
         if path.exists():
             check_same(self.folder, read_identity(self.folder), self.identity)
         else:
-            about = {"format": FORMAT, "version": VERSION, "identity": self.identity.to_json()}
-            about["digest"] = self.identity.digest()
+            about = to_manifest(self.identity, self.made)
             text = json.dumps(about, indent=2, sort_keys=True) + "\n"
             files.write_bytes(path, text.encode())
         self._discover()

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 
 from fpo_mlx.cache.fill import ScorePairs, rows_of
-from fpo_mlx.cache.identity import CacheIdentity, check_same, same_values
+from fpo_mlx.cache.identity import CacheIdentity, Provenance, check_same
 from fpo_mlx.cache.shards import Shard, check_content
 from fpo_mlx.cache.store import ReferenceCache, open_cache, read_identity
 from fpo_mlx.errors import CacheMismatch, DataError
@@ -26,6 +26,7 @@ class CacheInfo:
 
     folder: Path
     identity: CacheIdentity
+    made: Provenance  # what its first rows were made by
     rows: int
     shards: int
     bytes: int
@@ -75,6 +76,7 @@ def info(folder: str | Path) -> CacheInfo:
     return CacheInfo(
         folder=Path(folder),
         identity=cache.identity,
+        made=cache.made,
         rows=len(cache),
         shards=len(cache.shards),
         bytes=sum(shard.path.stat().st_size for shard in cache.shards),
@@ -157,13 +159,13 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> MergeReport:
     first = caches[0].identity
     for cache in caches[1:]:
         check_same(cache.folder, cache.identity, first)
-        if not same_values(cache.identity, first):
+        if cache.identity != first:
             raise CacheMismatch(
                 f"{cache.folder} and {caches[0].folder} do not hold the same SAEs in the same "
                 "order with the same feature limit, so their rows cannot stand in one cache. "
                 "Merge parts of one `fpo-mlx precompute` setting."
             )
-    target = open_cache(out, first, create=True)
+    target = open_cache(out, first, create=True, made=caches[0].made)
     report = MergeReport(0, 0, 0.0)
     with target.writing():
         for turn in zip_longest(*([(c, s) for s in c.shards] for c in caches)):

@@ -14,6 +14,7 @@ import click
 from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
     PATH,
+    adapter_scale_option,
     gather,
     gather_sampling,
     sampling_options,
@@ -21,7 +22,7 @@ from fpo_mlx.cli.options import (
     write_json,
     write_text,
 )
-from fpo_mlx.cli.show import say
+from fpo_mlx.cli.show import printable, say
 from fpo_mlx.config import DataConfig
 from fpo_mlx.errors import ConfigError
 
@@ -44,9 +45,12 @@ NARROWEST = 28  # columns that are narrower than this stand below each other
     "--count", type=click.IntRange(min=1), default=5, show_default=True,
     help="Prompts to take from --data.",
 )  # fmt: skip
+@adapter_scale_option
 @sampling_options
 @click.option("--output", type=PATH, help="Write the answers here: .json or .md.")
-def compare(adapter_path, prompts, prompts_file, split, count, output, **values) -> None:
+def compare(
+    adapter_path, adapter_scale, prompts, prompts_file, split, count, output, **values
+) -> None:
     """Answer prompts with the base and with adapters, side by side.
 
     All of them draw with the same noise.
@@ -64,8 +68,8 @@ def compare(adapter_path, prompts, prompts_file, split, count, output, **values)
         raise ConfigError("--adapter-path is missing: there is nothing to compare the base with.")
     sampling = gather_sampling(values)
     result = pipeline.compare(
-        gather(values), adapter_paths=adapter_path, prompts=prompts, prompts_file=prompts_file,
-        split=split, count=count, sampling=sampling, say=say,
+        gather(values), adapter_paths=adapter_path, scale=adapter_scale, prompts=prompts,
+        prompts_file=prompts_file, split=split, count=count, sampling=sampling, say=say,
     )  # fmt: skip
     _write(output, result)
     width = shutil.get_terminal_size((100, 24)).columns
@@ -103,7 +107,5 @@ def shown(prompt: str, answers: Mapping[str, str], width: int) -> Iterator[str]:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """What a model wrote, without control characters that would move the terminal's cursor."""
-    clean = "".join(char if char.isprintable() or char == "\n" else " " for char in text)
-    lines = clean.strip().splitlines() or ["(nothing)"]
+    lines = printable(text).strip().splitlines() or ["(nothing)"]
     return [part for line in lines for part in (textwrap.wrap(line, width) or [""])]

@@ -21,7 +21,6 @@ from fpo_mlx.errors import DataError
 
 
 @click.command(cls=Command)
-@preset_option
 @settings(DataConfig, "model", "trust_remote_code")
 @click.option("--fix", type=PATH, metavar="OUT", help="Folder to write the good rows to.")
 @json_option
@@ -67,6 +66,7 @@ def _gravity(entry: tuple[tuple[str, str], list]) -> int:
 
 
 @click.command(cls=Command)
+@preset_option
 @settings(DataConfig, ReferenceConfig)
 @click.option("--output", type=PATH, help="Cache folder (default: one under the user cache).")
 @click.option("--adapter-path", "adapter", help="SFT adapter that belongs to the reference.")

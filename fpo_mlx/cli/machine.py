@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fpo_mlx.cli.help import Command
-from fpo_mlx.cli.options import PATH, json_option, write_json
-from fpo_mlx.cli.show import Progress, listing, table
+from fpo_mlx.cli.options import PATH, json_option, write_json, write_text
+from fpo_mlx.cli.show import Whole, number, printable, table
+
+if TYPE_CHECKING:
+    from fpo_mlx.demo.run import DemoReport
 
 
 @click.command(cls=Command)
@@ -36,10 +43,11 @@ def doctor(hub, json_path) -> None:
 @click.option(
     "--output", type=PATH, default="fpo-demo", show_default=True, help="Folder to work in."
 )
-def demo(output: Path) -> None:
+@click.option("--wheel", type=PATH, help="The model's wheel, where no package index is near.")
+def demo(output: Path, wheel: Path | None) -> None:
     """Go the whole way once, on a small real model.
 
-    It scores, trains, judges, fuses, answers two questions, and writes a report.
+    It scores, trains, judges, fuses, answers a question before and after, and writes a report.
 
     \b
     Example:
@@ -47,14 +55,46 @@ def demo(output: Path) -> None:
     """
     from fpo_mlx.demo import run
 
-    show = Progress()
+    show = Whole()
     try:
-        report = run.run(workdir=output, say=show.say, show=show)
+        report = run.run(workdir=output, say=show.say, show=show, progress=show.so_far, wheel=wheel)
     finally:
         show.close()
-    for sample in report.samples:
-        click.echo(f"\n{sample.question}\n\nbefore: {sample.base}\n\nafter:  {sample.tuned}")
-    click.echo()
-    listing({"first loss": report.first_loss, **report.summary})
-    listing({f"seconds for {name}": seconds for name, seconds in report.seconds.items()})
-    click.echo(f"adapters in {report.adapters}, fused model in {report.fused}")
+    write_text(report.table, "\n".join(everything(report)) + "\n")
+    width = min(shutil.get_terminal_size((80, 24)).columns, 100)
+    for line in last_lines(report, width):
+        click.echo(line)
+
+
+def last_lines(report: DemoReport, width: int) -> Iterator[str]:
+    """What a newcomer should leave with, in at most 15 lines."""
+    from fpo_mlx.demo.run import QUESTION
+
+    yield QUESTION
+    for name, text in (("before", report.before), ("after", report.after)):
+        words = " ".join(printable(text).split())
+        room = 2 * (width - 10) - 8  # two lines, broken between words
+        short = textwrap.shorten(words, room, placeholder=" …")
+        first, *rest = textwrap.wrap(short, width - 10)[:2] or ["(nothing)"]
+        yield f"  {name:<6}  {first}"
+        yield from (f"{'':10}{line}" for line in rest)
+    for figure in report.figures():
+        yield f"  {figure.value:<12} {figure.meaning}"
+    yield f"Report: {report.page}  All figures, answers in full: {report.table}"
+    yield "Next, with your own pairs and model (`fpo-mlx sae list --model M` names SAEs):"
+    yield "  fpo-mlx check --model M --data pairs/"
+    yield "  fpo-mlx train --model M --data pairs/ --sae S --adapter-path my-adapters"
+    yield "  fpo-mlx report my-adapters"
+
+
+def everything(report: DemoReport) -> Iterator[str]:
+    """The long table: answers in full, every figure that was measured, where everything lies."""
+    from fpo_mlx.demo.run import QUESTION
+
+    yield from (QUESTION, "", f"before: {report.before}", "", f"after: {report.after}", "")
+    yield f"{'first loss':<40} {report.first_loss:.6f}"
+    for name, value in report.summary.items():
+        yield f"{name:<40} {'not measured' if value is None else number(value)}"
+    for name, seconds in report.seconds.items():
+        yield f"{f'seconds: {name}':<40} {seconds:.1f}"
+    yield f"\nmodel {report.model}, adapters {report.adapters}, fused model {report.fused}"

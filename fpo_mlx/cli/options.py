@@ -27,12 +27,33 @@ preset_option = click.option(
     help="Preset of the objective. [default: fpo]",
 )  # fmt: skip
 json_option = click.option("--json", "json_path", type=PATH, help="Write the result here.")
+adapter_scale_option = click.option(
+    "--adapter-scale", type=float, default=1.0, show_default=True,
+    help="Part of the adapter's change that is taken: 0 is the base, 1 the adapter.",
+)  # fmt: skip
 csv_option = click.option("--csv", "csv_path", type=PATH, help="Write the result here as CSV.")
 backend_option = click.option(
     "--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True,
     help="What runs the reference model.",
 )  # fmt: skip
 device_option = click.option("--device", help="Device of the torch backend: cpu, cuda, mps.")
+
+
+class JsonObject(click.ParamType):
+    """A JSON object on the command line."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        try:
+            found = files.parse_json(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f'{value!r}: wanted {{"enable_thinking": false}} or the like', param, ctx)
+        return found
 
 
 READING = named("sae_files")  # how the files of an SAE are read
@@ -82,6 +103,8 @@ def _option(field: dataclasses.Field, hint: Any) -> Callable:
         return click.option(name, field.name, type=click.Choice(arguments), help=help, **place)
     if typing.get_origin(hint) is tuple:
         return click.option(name, field.name, multiple=True, help=help, **place)
+    if hint is dict:
+        return click.option(name, field.name, type=JsonObject(), help=help, **place)
     kind = next((a for a in arguments if a is not type(None)), hint)
     return click.option(name, field.name, type=kind, help=help, **place)
 

@@ -10,6 +10,7 @@ import click
 from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
     PATH,
+    adapter_scale_option,
     csv_option,
     gather,
     gather_sampling,
@@ -46,6 +47,10 @@ SHOWN = (  # rows of the table of several models; --json and --csv have every me
     help="Part of the data to judge on.",
 )
 @click.option("--kl/--no-kl", default=True, help="Measure the sequential KL (a second pass).")
+@adapter_scale_option
+@click.option("--adapter-scales", metavar="LIST", help="Several, such as 0.1,0.25,0.5,1.")
+@click.option("--at-kl", type=float, help="Say which scale has this KL of rejected answers, nats.")
+@click.option("--at-drift", type=float, help="Say which scale has this drift of the features.")
 @click.option(
     "--samples",
     type=click.IntRange(min=0),
@@ -56,7 +61,10 @@ SHOWN = (  # rows of the table of several models; --json and --csv have every me
 @sampling_options
 @json_option
 @csv_option
-def evaluate(adapter_path, split, kl, samples, json_path, csv_path, **values) -> None:
+def evaluate(
+    adapter_path, split, kl, adapter_scale, adapter_scales, at_kl, at_drift, samples, json_path,
+    csv_path, **values,
+) -> None:  # fmt: skip
     """Judge adapters on held-out pairs.
 
     Accuracy, margins, drift of features and of text, diversity; each with its interval.
@@ -69,9 +77,10 @@ def evaluate(adapter_path, split, kl, samples, json_path, csv_path, **values) ->
     from fpo_mlx import pipeline
 
     sampling = gather_sampling(values)
+    scales = parse_scales(adapter_scales) if adapter_scales else (adapter_scale,)
     judged = pipeline.evaluate_all(
-        gather(values), adapter_paths=adapter_path, split=split, measure_kl=kl, samples=samples,
-        sampling=sampling, say=say, progress=Bar("reference"),
+        gather(values), adapter_paths=adapter_path, scales=scales, split=split, measure_kl=kl,
+        samples=samples, sampling=sampling, say=say, progress=Bar("reference"),
     )  # fmt: skip
     write_json(json_path, judged.as_dict())
     write_csv(csv_path, judged.rows())
@@ -79,6 +88,31 @@ def evaluate(adapter_path, split, kl, samples, json_path, csv_path, **values) ->
         listing(next(iter(judged.adapters.values())).summary)
     else:
         table(side_by_side({name: report.summary for name, report in judged.columns.items()}))
+    for figure, target in (("kl/rejected", at_kl), ("drift/rejected", at_drift)):
+        if target is not None:
+            click.echo(meeting(judged.adapters, figure, target))
+
+
+def parse_scales(text: str) -> tuple[float, ...]:
+    """Raises: ConfigError for what is no list of numbers."""
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError as error:
+        raise ConfigError(
+            f"--adapter-scales {text}: wanted numbers and commas, as 0.1,0.5,1."
+        ) from error
+
+
+def meeting(adapters: Mapping[str, Any], figure: str, target: float) -> str:
+    """Which adapter scale meets a KL or a drift r (the root of relative D), in a sentence."""
+    from fpo_mlx.judge.frontier import scale_at
+
+    seen = [(r.adapter_scale, r.summary[figure]) for r in adapters.values() if figure in r.summary]
+    name, wanted = ("KL", target) if figure == "kl/rejected" else ("drift", target**2)
+    scale = scale_at([s for s, _ in seen], [value for _, value in seen], wanted)
+    if scale is None:
+        return f"no scale between those judged has a {name} of {target:g}; add --adapter-scales."
+    return f"--adapter-scale {scale:.3g} has a {name} of {target:g}, between those judged."
 
 
 def side_by_side(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -105,6 +139,7 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
 @click.option(
     "--save-path", type=PATH, default="fused_model", show_default=True, help="Folder to write."
 )
+@adapter_scale_option
 @click.option("--dequantize", is_flag=True, help="Write float weights.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Dtype of float weights."
@@ -113,10 +148,15 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
 @click.option("--gguf-path", help="Name of the GGUF file. [default: ggml-model-f16.gguf]")
 @click.option("--upload-repo", help="Hub repository to upload the fused model to.")
 @click.option("--verify", metavar="DATA", help="Compare margin and accuracy before and after.")
+@click.option(
+    "--target-kl", type=float,
+    help="Take the largest part of the adapter whose KL on the pairs of --verify, nats per "
+    "rejected answer, is within this.",
+)  # fmt: skip
 @json_option
 def fuse(
-    adapter_path, save_path, dequantize, dtype, export_gguf, gguf_path, upload_repo, verify,
-    json_path, **values,
+    adapter_path, save_path, adapter_scale, dequantize, dtype, export_gguf, gguf_path,
+    upload_repo, verify, target_kl, json_path, **values,
 ) -> None:  # fmt: skip
     """Fuse adapters into the model, for mlx_lm.generate and LM Studio.
 
@@ -131,6 +171,7 @@ def fuse(
     config = gather(values)
     result = pipeline.fuse(
         config, adapter_path=adapter_path or config.train.adapter_path, save_path=save_path,
+        scale=adapter_scale, target_kl=target_kl,
         dequantize=dequantize, dtype=dtype,
         gguf_path=(gguf_path or "ggml-model-f16.gguf") if export_gguf else None,
         upload_repo=upload_repo, verify=verify, say=say,

@@ -128,6 +128,27 @@ class Progress:
             self._bar.close()
 
 
+class Whole(Progress):
+    """One bar for several parts, with the time that is left; on a terminal only."""
+
+    def so_far(self, share: float) -> None:
+        """How much of the whole is done, 0 to 1."""
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(
+                total=1.0,
+                bar_format="{percentage:3.0f}% |{bar:30}| {elapsed}, about {remaining} left",
+                smoothing=0,  # the mean since the start: parts differ
+                disable=None,
+                leave=False,
+            )
+        self._bar.update(share - self._bar.n)
+
+    def _advance(self, iteration: int) -> None:
+        """Training is a part of the whole: its iterations move no bar of their own."""
+
+
 def describe(metrics: Mapping[str, float]) -> str:
     """The few figures that belong on a line: accuracy never stands alone."""
     text = (
@@ -141,6 +162,11 @@ def describe(metrics: Mapping[str, float]) -> str:
     if "kl/chosen" in metrics:
         text += f"  KL {metrics['kl/chosen']:.3g} / {metrics['kl/rejected']:.3g}"
     return text
+
+
+def printable(text: str) -> str:
+    """What a model wrote, without control characters that would move the terminal's cursor."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
 
 
 def number(value: Any) -> str:

@@ -13,7 +13,7 @@ from fpo_mlx.errors import ConfigError
 class Objective:
     """One point of the family of `core.objectives`; table of presets: docs/objective.md."""
 
-    beta: float = setting(0.1, "strength of the preference term", "objective", first=True)
+    beta: float = setting(0.1, "strength of the preference term", "objective")
     alpha: float = setting(
         0.5, "strength of the constraint, relative to beta", "objective", first=True
     )

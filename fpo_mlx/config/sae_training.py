@@ -16,7 +16,10 @@ class SaeTrainConfig:
 
     model: str = setting("", "model folder or hub id", "model and SAE", first=True)
     data: str = setting(
-        "", ".jsonl, .txt, folder or hub id: texts, chats or preference pairs", "data", first=True
+        "",
+        "whatever train takes, or .txt: texts, chats or preference pairs",
+        "data",
+        first=True,
     )
     output: str = setting("sae", "folder to write", "saving", first=True, may_change=True)
     layer: int | None = setting(
@@ -34,6 +37,15 @@ class SaeTrainConfig:
     chat_template: str | None = setting(
         None, "file with a chat template, in place of the model's", "data"
     )
+    chat_template_args: dict = setting(
+        {}, 'variables of the chat template, as JSON: {"enable_thinking": false}', "data"
+    )
+    prompt_feature: str = setting("prompt", "name of the prompt column", "data")
+    chosen_feature: str = setting("chosen", "name of the chosen column", "data")
+    rejected_feature: str = setting("rejected", "name of the rejected column", "data")
+    system_feature: str = setting("system", "name of the system column", "data")
+    train_split: str | None = setting(None, "split of a hub dataset to train on", "data")
+    subset: str | None = setting(None, "configuration of a hub dataset that has several", "data")
     architecture: Literal["topk", "batchtopk", "jumprelu"] = setting(
         "topk", "kind of SAE", "model and SAE", first=True
     )

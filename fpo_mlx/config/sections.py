@@ -20,7 +20,8 @@ class DataConfig:
 
     data: str = setting(
         "",
-        "folder of train/valid/test.jsonl, one .jsonl file, or a hub dataset id",
+        "folder of train/valid/test files, one data file (.jsonl, .json, .csv, .parquet), or a "
+        "hub dataset id",
         "data",
         first=True,
     )
@@ -39,6 +40,10 @@ class DataConfig:
     chat_template: str | None = setting(
         None, "file with a chat template, in place of the model's", "data", path=True
     )
+    chat_template_args: dict = setting(
+        {}, 'variables of the chat template, as JSON: {"enable_thinking": false}', "data"
+    )
+    subset: str | None = setting(None, "configuration of a hub dataset that has several", "data")
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 2:

@@ -19,27 +19,34 @@ ROWS = 1024  # at once
 ENCODE_ELEMENTS = 1 << 18
 TOP_ELEMENTS = 1 << 20  # where each tile's own top k is looked for: fewer, larger tiles
 LEAST_TILE = 1024  # features at once, below which a product with the encoder is slow
-PER_FEATURE = ("w_enc", "b_enc", "threshold", "gate_scale", "gate_bias", "act_scale")
+PER_FEATURE = (
+    "w_enc", "b_enc", "threshold", "gate_scale", "gate_bias", "act_scale", "inputs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """`records.SaeWeights` as arrays of a device; w_enc is transposed so that columns are rows."""
+    """`records.SaeWeights` as arrays of a device; w_enc is transposed so that columns are rows.
+
+    Without an SAE a feature is one of the site's own values: there is no matrix then, only the
+    numbers of the inputs that are features.
+    """
 
     activation: str
-    w_enc: mx.array  # [F, D_in]
+    w_enc: mx.array | None  # [F, D_in]; None: of the kind "identity"
     b_enc: mx.array  # [F]
     b_in: mx.array | None = None  # [D_in]
     threshold: mx.array | None = None  # [F], 0 or more
     gate_scale: mx.array | None = None  # [F]
     gate_bias: mx.array | None = None  # [F]
     act_scale: mx.array | None = None  # [F]
+    inputs: mx.array | None = None  # int32 [F], where w_enc is None
     k: int = 0
     normalize: str = "none"
 
     @property
     def n_features(self) -> int:
-        return self.w_enc.shape[0]
+        return self.b_enc.shape[0]
 
     @property
     def signed(self) -> bool:
@@ -83,6 +90,10 @@ def encoder_inputs(encoder: Encoder, rows: mx.array) -> mx.array:
 
 def products(encoder: Encoder, inputs: mx.array) -> tuple[mx.array, mx.array]:
     """inputs: [R, D_in] -> (raw, pre), each [R, F]; they are one but for gated SAEs."""
+    if encoder.w_enc is None:
+        assert encoder.inputs is not None
+        pre = mx.take(inputs, encoder.inputs, axis=-1) + encoder.b_enc
+        return pre, pre
     if encoder.activation != "gated":
         pre = mx.addmm(encoder.b_enc, inputs, encoder.w_enc.T)
         return pre, pre

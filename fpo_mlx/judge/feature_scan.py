@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -12,25 +11,13 @@ import numpy as np
 from fpo_mlx.core import features as F
 from fpo_mlx.judge.feature_report import Context, Tally, TextActivations
 from fpo_mlx.model.policy import Policy
+from fpo_mlx.records import Passage
 from fpo_mlx.train.metrics import ScoredPairs
 from fpo_mlx.train.scoring import Scorer
 
 Decode = Callable[[Sequence[int]], str]
 BEFORE, AFTER = 12, 4  # tokens of a context around the one that fires
 ROWS = 128  # encoded at once
-
-
-@dataclass(frozen=True)
-class Text:
-    """Tokens of which those after `prompt` are looked at."""
-
-    prompt: np.ndarray  # int32 [P], P >= 1
-    response: np.ndarray  # int32 [n], n >= 1
-    where: str
-
-    @property
-    def tokens(self) -> list[int]:
-        return [*self.prompt.tolist(), *self.response.tolist()]
 
 
 def tally(scorer: Scorer, data: ScoredPairs, report: Callable[[int], None]) -> list[Tally]:
@@ -53,13 +40,13 @@ def tally(scorer: Scorer, data: ScoredPairs, report: Callable[[int], None]) -> l
     return tallies
 
 
-def pair_texts(data: ScoredPairs) -> Iterator[Text]:
+def pair_texts(data: ScoredPairs) -> Iterator[Passage]:
     for pair in data.pairs:
         for side, response in zip(("chosen", "rejected"), pair.responses, strict=True):
-            yield Text(pair.prompt, response, f"pair {pair.index}, {side}")
+            yield Passage(pair.prompt, response, f"pair {pair.index}, {side}")
 
 
-def activations(policy: Policy, encoder: F.Encoder, site: int, text: Text) -> np.ndarray:
+def activations(policy: Policy, encoder: F.Encoder, site: int, text: Passage) -> np.ndarray:
     """Of every response position: [n, F] float32."""
     rows = policy.answer_rows(text.prompt, text.response).tapped[site]
     parts = [F.encode(encoder, rows[i : i + ROWS]) for i in range(0, rows.shape[0], ROWS)]
@@ -67,7 +54,7 @@ def activations(policy: Policy, encoder: F.Encoder, site: int, text: Text) -> np
 
 
 def read_texts(
-    policy: Policy, encoder: F.Encoder, site: int, texts: Sequence[Text]
+    policy: Policy, encoder: F.Encoder, site: int, texts: Sequence[Passage]
 ) -> TextActivations:
     """Strongest single-token and mean activation of every feature in every text."""
     strongest, means = [], []
@@ -82,13 +69,13 @@ def contexts(
     policy: Policy,
     encoder: F.Encoder,
     site: int,
-    texts: Iterator[Text] | Sequence[Text],
+    texts: Iterator[Passage] | Sequence[Passage],
     features: Sequence[int],
     count: int,
     decode: Decode,
 ) -> dict[int, list[Context]]:
     """The `count` texts in which each feature fires most, one token of each, strongest first."""
-    best: dict[int, list[tuple[float, int, int, Text]]] = {i: [] for i in features}
+    best: dict[int, list[tuple[float, int, int, Passage]]] = {i: [] for i in features}
     for number, text in enumerate(texts):
         acts = activations(policy, encoder, site, text)[:, list(features)]  # [n, features]
         size = np.abs(acts) if encoder.signed else acts
@@ -105,9 +92,10 @@ def contexts(
     }
 
 
-def _context(value: float, at: int, text: Text, decode: Decode) -> Context:
+def _context(value: float, at: int, text: Passage, decode: Decode) -> Context:
     """at: number of the response position; the token there is the one before what it predicts."""
-    tokens, place = text.tokens, len(text.prompt) - 1 + at
+    tokens = [*text.prompt.tolist(), *text.response.tolist()]
+    place = len(text.prompt) - 1 + at
     token = decode(tokens[place : place + 1])
     before = decode(tokens[max(0, place - BEFORE) : place])
     after = decode(tokens[place + 1 : place + 1 + AFTER])

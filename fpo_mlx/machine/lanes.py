@@ -23,7 +23,7 @@ def _streams(count: int) -> list[mx.Stream]:
 
 
 def count() -> int:
-    """Lanes there are: at most one a core, fewer where the user limits the BLAS' threads."""
+    """Number of CPU streams to use: one per core, fewer where the BLAS has fewer threads."""
     if mx.default_device() != mx.cpu:
         return 1
     limits = [os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")]

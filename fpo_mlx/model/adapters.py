@@ -182,19 +182,24 @@ def _resolve_keys(
     return adapted_paths(model, n, last, keys)
 
 
-def load(model: nn.Module, folder: Path) -> AdapterSpec:
-    """Attach and fill the adapters of a folder.
+def load(model: nn.Module, folder: Path, *, scale: float = 1.0) -> AdapterSpec:
+    """Attach and fill the adapters of a folder, times `scale`.
 
     Raises: ModelError naming every tensor that does not fit.
     """
     spec = read_spec(folder, model)
     attach(model, spec)
-    fill(model, folder / WEIGHTS)
+    fill(model, folder / WEIGHTS, scale=scale)
     return spec
 
 
-def fill(model: nn.Module, path: Path) -> None:
-    """Read adapter weights into layers that are attached already."""
+def fill(model: nn.Module, path: Path, *, scale: float = 1.0) -> None:
+    """Read adapter weights into layers that are attached already.
+
+    scale: how much of the adapter's change is taken. LoRA: W + scale (change), exactly. DoRA: its
+    direction and its magnitudes go by that part from the layer's own to the adapter's, so 0 is the
+    base and 1 the adapter, but the weights between do not lie on a line.
+    """
     if not path.is_file():
         raise ModelError(f"{path}: no such file. Wanted the weights of an adapter folder.")
     try:
@@ -212,7 +217,18 @@ def fill(model: nn.Module, path: Path) -> None:
     if faults:
         shown = "\n  ".join(sorted(faults)[:10])
         raise ModelError(f"{path} does not fit the model ({len(faults)} faults):\n  {shown}")
-    update(model, {k: v.astype(mx.float32) for k, v in weights.items()})
+    taken = {k: v.astype(mx.float32) for k, v in weights.items()}
+    if scale != 1.0:
+        taken = {k: _part(k, own[k], v, scale) for k, v in taken.items()}
+    update(model, taken)
+
+
+def _part(path: str, own: mx.array, whole: mx.array, scale: float) -> mx.array:
+    """The leaf of an adapter whose change is `scale` of that of `whole`; own: before any change."""
+    leaf = path.rsplit(".", 1)[-1]
+    if leaf == "m":
+        return own + scale * (whole - own)
+    return whole * scale if leaf == "lora_b" else whole
 
 
 def parameters(model: nn.Module) -> list[tuple[str, mx.array]]:

@@ -42,11 +42,13 @@ def fuse(
     gguf_path: str | None = None,
     upload_repo: str | None = None,
     trust_remote_code: bool = False,
+    scale: float = 1.0,
 ) -> FuseReport:
     """Fuse, and write a model folder whole or not at all.
 
     A quantised base stays quantised, layer by layer as it was, unless `dequantize`; that adds the
     adapters to weights widened to float32 and stores `dtype` (default: the base's own).
+    scale: part of the adapter's change that is taken (`adapters.fill`).
 
     Raises: ModelError for a model or adapter that cannot be read, ConfigError for an export that
     mlx-lm does not offer; nothing is written then.
@@ -69,7 +71,7 @@ def fuse(
         config.pop("quantization", None)
         config.pop("quantization_config", None)
         cast_floats(base, mx.float32)
-    adapters.load(base, adapter_path)
+    adapters.load(base, adapter_path, scale=scale)
     count = fuse_layers(base, dequantize=dequantize)
     if dequantize or dtype:
         cast_floats(base, DTYPES[dtype] if dtype else own)

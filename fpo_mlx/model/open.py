@@ -13,10 +13,12 @@ def open_model(
     spec: str | Path,
     *,
     adapter: str | Path | None = None,
+    scale: float = 1.0,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> LoadedModel:
-    """A frozen model as it answers. spec: folder or hub id; adapter: folder of an adapter.
+    """A frozen model as it answers. spec: folder or hub id; adapter: folder of an adapter;
+    scale: part of its change that is taken (`adapters.fill`).
 
     Raises: ModelError for a model or an adapter that cannot be read, or do not fit together.
     """
@@ -24,6 +26,6 @@ def open_model(
     for note in loaded.notes:
         say(note)
     if adapter is not None:
-        adapters.load(loaded.model, Path(adapter))
+        adapters.load(loaded.model, Path(adapter), scale=scale)
     loaded.model.eval()
     return loaded

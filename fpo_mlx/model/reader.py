@@ -26,9 +26,11 @@ def encoder_of(sae: SaeWeights) -> F.Encoder:
     arrays: dict[str, Any] = {k: None if a is None else mx.array(a) for k, a in given.items()}
     if arrays["threshold"] is not None:  # below 0 it would be the ReLU's: the same function
         arrays["threshold"] = mx.maximum(arrays["threshold"], 0.0)
+    plain = sae.activation == "identity"  # its matrix changes nothing
     return F.Encoder(
         activation=sae.activation,
-        w_enc=mx.array(np.ascontiguousarray(sae.w_enc.T)),
+        w_enc=None if plain else mx.array(np.ascontiguousarray(sae.w_enc.T)),
+        inputs=mx.arange(sae.n_features) if plain else None,
         k=sae.k or 0,
         normalize=sae.normalize,
         **arrays,

@@ -25,7 +25,8 @@ def cache_info(folder: Path) -> dict[str, Any]:
         "folder": str(about.folder),
         "digest": about.identity.digest(),
         **about.identity.to_json(),
-        **{k: v for k, v in asdict(about).items() if k not in ("folder", "identity")},
+        **vars(about.made),
+        **{k: v for k, v in asdict(about).items() if k not in ("folder", "identity", "made")},
     }
 
 

@@ -13,6 +13,8 @@ from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_model, open_tokenizer
+from fpo_mlx.pipeline.origins import warn_of_other_model
+from fpo_mlx.pipeline.prepared import check_room, longest
 from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.storage.hub import resolve_model
 
@@ -55,6 +57,7 @@ def compare(
     config: RunConfig,
     *,
     adapter_paths: Sequence[str],
+    scale: float = 1.0,
     prompts: Sequence[str] = (),
     prompts_file: Path | None = None,
     split: str = "valid",
@@ -63,7 +66,10 @@ def compare(
     say: Say,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Comparison:
-    """Answer prompts (given, from a file, or the first of a split) with base and adapters."""
+    """Answer prompts (given, from a file, or the first of a split) with base and adapters.
+
+    scale: part of each adapter's change that is taken (`adapters.fill`).
+    """
     from fpo_mlx.judge.sampling import sample
     from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.model.open import open_model
@@ -74,15 +80,20 @@ def compare(
         config, split, count
     )
     path = resolve_model(model)
-    tokenizer = open_tokenizer(config, path)
-    tokens = _tokens(asked, tokenizer, config.data.max_seq_length)
+    tokenizer = open_tokenizer(config, path, say)
+    tokens = _tokens(asked, tokenizer, longest(config.data.max_seq_length, tokenizer, say))
+    check_room(tokens, sampling.max_tokens, tokenizer)
     for adapter in adapter_paths:
         read_spec(Path(adapter))  # before the long part
+    warn_of_other_model([config.train.init_adapter, *adapter_paths], model, path, say)
     answers: dict[str, tuple[str, ...]] = {}
     asked_of = {shown_name(path): path for path in adapter_paths}
     for name, adapter in {BASE: config.train.init_adapter, **asked_of}.items():
         trust = config.reference.trust_remote_code
-        model = open_model(path, adapter=adapter, trust_remote_code=trust, say=say).model
+        part = 1.0 if name == BASE else scale
+        model = open_model(
+            path, adapter=adapter, scale=part, trust_remote_code=trust, say=say
+        ).model
         texts = []
         for answer in sample(model, tokens, sampling, tokenizer.eos_token_ids):
             texts.append(tokenizer.decode(answer.tokens.tolist(), skip_special=True))

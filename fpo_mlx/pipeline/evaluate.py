@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import RunConfig, Sampling
+from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs
+from fpo_mlx.pipeline.origins import warn_of_other_model
+from fpo_mlx.pipeline.prepared import check_room
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 
 if TYPE_CHECKING:
@@ -37,6 +42,7 @@ def evaluate_all(
     config: RunConfig,
     *,
     adapter_paths: Sequence[str],
+    scales: Sequence[float] = (1.0,),
     split: str = "test",
     measure_kl: bool = True,
     samples: int = 0,
@@ -46,32 +52,50 @@ def evaluate_all(
 ) -> EvalTable:
     """Score a split under each adapter, beside the reference; without adapters the base alone.
 
+    scales: parts of each adapter's change to judge (`adapters.fill`), a column each.
     samples: prompts of the split to answer, for entropy and distinct-n; 0 for none.
     """
     from fpo_mlx.judge import evaluate as evaluation
     from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.train.metrics import ScoredPairs
 
+    if scales != (1.0,):
+        check_scales(config, adapter_paths, scales)
     for path in adapter_paths:
         read_spec(Path(path))  # before the long part
     job = open_job(config, say=say, need_sae=False)
+    warn_of_other_model(adapter_paths, config.reference.model, job.model_path, say)
     pairs = read_pairs(job, split, say)
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     reports: dict[str, EvalReport] = {}
     base: EvalReport | None = None
-    for path in dict.fromkeys(adapter_paths) or {"base": None}:
+    for path, scale in [(p, s) for p in dict.fromkeys(adapter_paths) or ["base"] for s in scales]:
         adapter = path if adapter_paths else None
-        if len(adapter_paths) > 1:
-            say(f"judging {path}")
-        scorer = open_scorer(job, adapter, measure_kl=measure_kl, say=say)
-        report = evaluation.evaluate(scorer, data)
+        if len(adapter_paths) * len(scales) > 1:
+            say(f"judging {evaluation.name_of(path, scale)}")
+        scorer = open_scorer(job, adapter, scale=scale, measure_kl=measure_kl, say=say)
+        report = replace(evaluation.evaluate(scorer, data), adapter_scale=scale)
         if base is None and adapter_paths:
             base = evaluation.reference_report(data, report.summary)
             with scorer.as_reference():
                 base = _with_answers(job, scorer, base, data, samples, sampling)
-        reports[path] = _with_answers(job, scorer, report, data, samples, sampling)
+        name = evaluation.name_of(path, scale)
+        reports[name] = _with_answers(job, scorer, report, data, samples, sampling)
         del scorer  # one model in memory at a time
     return evaluation.EvalTable(reports, base)
+
+
+def check_scales(config: RunConfig, adapter_paths: Sequence[str], scales: Sequence[float]) -> None:
+    """Raises: ConfigError where no part of an adapter can be taken."""
+    if not adapter_paths:
+        raise ConfigError("--adapter-scale: there is no adapter to scale. Add --adapter-path.")
+    if not all(math.isfinite(scale) and scale >= 0 for scale in scales):
+        raise ConfigError(f"--adapter-scale {scales}: wanted finite numbers, 0 or more.")
+    if config.train.init_adapter:
+        raise ConfigError(
+            "--adapter-scale with --init-adapter: the change from another adapter is no multiple "
+            "of this one. Fuse the first adapter, and give the fused model as --model."
+        )
 
 
 def _with_answers(
@@ -89,6 +113,7 @@ def _with_answers(
         return report
     prompts = first_prompts([pair.prompt for pair in data.pairs], samples)
     end = job.tokenizer.eos_token_ids
+    check_room(prompts, (sampling or Sampling()).max_tokens, job.tokenizer)
     answers = list(sample(scorer.policy.model, prompts, sampling or Sampling(), end))
     return report.with_answers(
         answers, records(answers, lambda ids: job.tokenizer.decode(ids.tolist(), skip_special=True))
@@ -101,10 +126,12 @@ def open_scorer(
     *,
     measure_kl: bool,
     say: Say,
+    scale: float = 1.0,
     model: Path | None = None,
 ) -> Scorer:
     """Base + adapter, looking at every SAE that was given whatever the objective needs.
 
+    scale: part of the adapter's change that is taken (`adapters.fill`).
     model: judged in the place of the job's own, against the job's reference.
     """
     from fpo_mlx.model import adapters
@@ -126,7 +153,7 @@ def open_scorer(
         if job.adapter:
             adapters.fill(loaded.model, job.adapter / adapters.WEIGHTS)
         reference = dict(adapters.parameters(loaded.model))
-        adapters.fill(loaded.model, Path(adapter_path) / adapters.WEIGHTS)
+        adapters.fill(loaded.model, Path(adapter_path) / adapters.WEIGHTS, scale=scale)
         loaded.model.eval()
     sites = [sae.site for sae in job.saes if sae.site is not None]
     policy = Policy(loaded.model, loaded.config, sites, share_prompt=ref.share_prompt)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.evaluate import open_scorer
-from fpo_mlx.pipeline.job import Say, has_split, open_job, read_pairs
+from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
+
+if TYPE_CHECKING:
+    from fpo_mlx.train.metrics import ScoredPairs
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ def fuse(
     *,
     adapter_path: str,
     save_path: Path,
+    scale: float = 1.0,
+    target_kl: float | None = None,
     dequantize: bool,
     dtype: str | None,
     gguf_path: str | None,
@@ -33,11 +38,17 @@ def fuse(
     verify: str | None,
     say: Say,
 ) -> FuseResult:
-    """Fuse adapters into a model folder; `verify` names data to compare before and after on."""
+    """Fuse adapters into a model folder; `verify` names data to compare before and after on.
+
+    scale: part of the adapter's change that is taken; target_kl: in its place, the largest part
+    whose KL on those pairs is within so many nats per rejected answer.
+    """
     from fpo_mlx.model import fuse as fusing
 
     if not config.reference.model:
         raise ConfigError("--model is missing. Wanted the model that the adapter was trained on.")
+    if target_kl is not None:
+        scale = _scale_within(config, adapter_path, verify, target_kl, scale, say)
     report = fusing.fuse(
         config.reference.model,
         Path(adapter_path),
@@ -47,10 +58,11 @@ def fuse(
         gguf_path=gguf_path,
         upload_repo=None if verify else upload_repo,
         trust_remote_code=config.reference.trust_remote_code,
+        scale=scale,
     )
     if not verify:
         return FuseResult(report)
-    before, after = _compare_fused(config, adapter_path, save_path, verify, say)
+    before, after = _compare_fused(config, adapter_path, scale, save_path, verify, say)
     if upload_repo:
         from mlx_lm.utils import upload_to_hub
 
@@ -58,11 +70,36 @@ def fuse(
     return FuseResult(replace(report, uploaded=upload_repo), before, after)
 
 
-def _compare_fused(
-    config: RunConfig, adapter_path: str, fused: Path, verify: str, say: Say
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Accuracy and margin of base + adapter and of the fused folder, against one reference."""
+def _scale_within(
+    config: RunConfig, adapter_path: str, verify: str | None, nats: float, scale: float, say: Say
+) -> float:
+    """Bisection over the parts of an adapter, each judged on the held-out pairs of `verify`."""
     from fpo_mlx.judge import evaluate as evaluation
+    from fpo_mlx.judge.frontier import largest_scale
+    from fpo_mlx.model import adapters
+
+    if verify is None:
+        raise ConfigError("--target-kl: found no pairs to measure on. Add --verify DATA.")
+    if scale != 1.0 or not nats > 0:
+        raise ConfigError(
+            f"--target-kl {nats:g}: wanted a KL above 0, and no --adapter-scale beside it."
+        )
+    job, scored = _held_out(config, verify, say)
+    scorer = open_scorer(job, adapter_path, measure_kl=True, say=say)
+    whole, fresh = Path(adapter_path) / adapters.WEIGHTS, scorer.reference_weights()
+
+    def kl(part: float) -> float:
+        adapters.update(scorer.policy.model, fresh)
+        adapters.fill(scorer.policy.model, whole, scale=part)
+        return float(evaluation.evaluate(scorer, scored).summary["kl/rejected"])
+
+    part, found = largest_scale(kl, nats)
+    say(f"--adapter-scale {part:.4g}: KL {found:.3g} nats per rejected answer, within {nats:g}")
+    return part
+
+
+def _held_out(config: RunConfig, verify: str, say: Say) -> tuple[Job, ScoredPairs]:
+    """The pairs of `verify` with the scores of the base; no SAE is needed for them."""
     from fpo_mlx.train.metrics import ScoredPairs
 
     config = replace(
@@ -74,10 +111,19 @@ def _compare_fused(
     split = next((s for s in ("test", "valid", "train") if has_split(job, s)), "test")
     pairs = read_pairs(job, split, say)
     store = fill_cache(job, pairs, folder=default_cache(job.identity), say=say)
-    scored = ScoredPairs(pairs, CachedScores(store, pairs))
+    return job, ScoredPairs(pairs, CachedScores(store, pairs))
+
+
+def _compare_fused(
+    config: RunConfig, adapter_path: str, scale: float, fused: Path, verify: str, say: Say
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Accuracy and margin of base + adapter and of the fused folder, against one reference."""
+    from fpo_mlx.judge import evaluate as evaluation
+
+    job, scored = _held_out(config, verify, say)
     results = []
     for path, adapter in ((job.model_path, adapter_path), (fused, None)):
-        scorer = open_scorer(job, adapter, model=path, measure_kl=False, say=say)
+        scorer = open_scorer(job, adapter, scale=scale, model=path, measure_kl=False, say=say)
         summary = evaluation.evaluate(scorer, scored).summary
         names = ("rewards/accuracies", "rewards/margins", "logps_per_token/chosen_change")
         results.append({name: float(summary[name]) for name in names})

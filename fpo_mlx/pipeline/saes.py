@@ -84,6 +84,8 @@ def sae_encode(config: RunConfig, *, input: Path, output: Path, say: Say) -> tup
         raise FpoError(
             f"{input} cannot be read as an array: {error}. Wanted a .npy file of [N, D] floats."
         ) from error
+    if not isinstance(vectors, np.ndarray):
+        vectors.close()
     if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiu":
         found = getattr(vectors, "dtype", "an archive of several arrays")
         raise FpoError(f"{input}: found {found}, wanted a .npy file of [N, D] floats.")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import overload
 
 from fpo_mlx import cache
-from fpo_mlx.cache import CacheIdentity, FillReport, ReferenceCache
+from fpo_mlx.cache import CacheIdentity, FillReport, Provenance, ReferenceCache
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.machine.processes import find_share
 from fpo_mlx.pipeline.job import Job, Say
@@ -136,12 +136,11 @@ def score_into(
     engine = open_engine(job, say=say)
     if share.rank == 0:
         check_saes(job, engine, pairs, say)
-    identity = replace(job.identity, dtype=engine.dtype)
     cache.fill_shared(
-        folder, identity, pairs, engine.score, rank=share.rank, world=share.world,
-        report=progress, pause=_patience(folder, say),
+        folder, job.identity, pairs, engine.score, rank=share.rank, world=share.world,
+        made=Provenance(engine.dtype, job.backend), report=progress, pause=_patience(folder, say),
     )  # fmt: skip
-    return cache.open_cache(folder, identity)
+    return cache.open_cache(folder, job.identity)
 
 
 def check_saes(job: Job, engine: ReferenceBackend, pairs: Sequence[TokenPair], say: Say) -> None:

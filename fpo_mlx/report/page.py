@@ -25,8 +25,8 @@ def render(runs: Sequence[Run], made: str = "") -> str:
         plots = draw_all(runs)
     except ImportError as error:
         raise ConfigError(
-            f"a report needs {error.name}, which is not installed: run "
-            '`pip install "fpo-mlx[report]"`.'
+            f"a report needs {error.name}, which is not installed here: run "
+            f"`pip install {error.name}`."
         ) from error
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

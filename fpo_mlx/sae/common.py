@@ -117,8 +117,8 @@ def count(value: Any, name: str, where: Path) -> int:
 
 
 def transposed(array: np.ndarray) -> np.ndarray:
-    """[F, D] -> [D, F], contiguous."""
-    return np.ascontiguousarray(array.T)
+    """[F, D] -> [D, F], a view: what goes to a device is turned back, and nothing is copied."""
+    return array.T
 
 
 def matrix(source: Source, *names: str) -> np.ndarray:

@@ -21,6 +21,7 @@ from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights
 from fpo_mlx.sae.encode import decode, encode
 
+ALIKE = 1e-12  # of sum |x|^2: below it the variance is what rounding leaves of equal vectors
 _ELEMENTS = 1 << 24  # activations alive at once: 64 MiB in float32
 
 
@@ -114,7 +115,7 @@ def figures(sums: FitSums, why_not: str = "") -> FitFigures:
     n = max(sums.tokens, 1)
     l0, dead = float(sums.active.sum()) / n, float((sums.active == 0).mean())
     variance = sums.xx - _dot(sums.x, sums.x) / n
-    if sums.r is None or variance <= 0:
+    if sums.r is None or variance <= ALIKE * sums.xx:
         return FitFigures(sums.tokens, l0, dead, why_not=why_not or "x does not vary")
     spread = sums.rr - _dot(sums.r, sums.r) / n
     shared = sums.xr - _dot(sums.x, sums.r) / n

@@ -16,6 +16,7 @@ from fpo_mlx.core.dictionary import Rule, pre_activations
 from fpo_mlx.core.selection import largest
 from fpo_mlx.errors import FpoError
 from fpo_mlx.records import SaeWeights, Site
+from fpo_mlx.sae import fit
 from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.saetrain import state
 from fpo_mlx.saetrain.state import State
@@ -82,45 +83,14 @@ def batch_threshold(run: State, rule: Rule, sample: np.ndarray) -> float:
 
 
 def measure(sae: SaeWeights, rows: np.ndarray) -> Figures | None:
-    """FVU, L0 and dead share of a finished SAE on raw rows [n, D]; float64 sums.
+    """FVU, L0 and dead share of a finished SAE on raw rows [n, D], as `sae.fit` defines them.
 
     None where there is no variance to explain: fewer than two rows, or all of them alike.
     """
-    variance = _variance(rows)
-    if variance == 0:
+    if len(rows) < 2:
         return None
-    assert sae.w_dec is not None
-    assert sae.b_dec is not None
-    used = np.zeros(sae.n_features, dtype=bool)
-    w_enc, w_dec = mx.array(sae.w_enc), mx.array(sae.w_dec)
-    error = active = 0.0
-    for at in range(0, len(rows), CHUNK):
-        x = np.ascontiguousarray(rows[at : at + CHUNK], dtype=np.float32)
-        inputs = x if sae.b_in is None else x - sae.b_in
-        pre = mx.array(inputs) @ w_enc + mx.array(sae.b_enc)
-        if sae.activation == "topk":
-            index = largest(pre, sae.k or 1)
-            values = mx.maximum(mx.take_along_axis(pre, index, axis=-1), 0.0)
-            acts = mx.put_along_axis(mx.zeros_like(pre), index, values, axis=-1)
-        else:
-            assert sae.threshold is not None
-            acts = mx.where(pre > mx.array(sae.threshold), pre, 0.0)
-        recon = np.array(acts @ w_dec) + sae.b_dec
-        live = np.array(acts > 0)
-        error += float(np.square(x - recon, dtype=np.float64).sum())
-        active += float(live.sum())
-        used |= live.any(axis=0)
-    return Figures(len(rows), error / variance, active / len(rows), float(1 - used.mean()))
-
-
-def _variance(rows: np.ndarray) -> float:
-    """Squared distance of rows [n, D] from their mean, summed; 0 without rows."""
-    if not len(rows):
-        return 0.0
-    mean = rows.mean(axis=0, dtype=np.float64)
-    return sum(
-        float(np.square(rows[at : at + CHUNK] - mean).sum()) for at in range(0, len(rows), CHUNK)
-    )
+    found = fit.figures(fit.measure(sae, rows))
+    return None if found.fvu is None else Figures(found.tokens, found.fvu, found.l0, found.dead)
 
 
 def write(folder: Path, sae: SaeWeights, card: str) -> None:

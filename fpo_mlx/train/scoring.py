@@ -60,6 +60,10 @@ class Scorer:
         """Take these adapter weights (default: the present ones) as the reference's, for the KL."""
         self._reference = dict(weights or adapters.parameters(self.policy.model))
 
+    def reference_weights(self) -> Mapping[str, mx.array]:
+        """The adapter weights under which the model is the reference."""
+        return self._reference
+
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """The model with the reference's adapter weights in it, dropping nothing."""

@@ -176,7 +176,8 @@ class Trainer:
         """
         size, total, parts = self.config.micro_batch_size, None, []
         own = self.ranks.part(len(indices))
-        count = math.inf if own.idle else len(indices)  # a borrowed pair gives no gradient
+        # an idle process runs one pair so that the processes' sums match; its weight is 0
+        count = math.inf if own.idle else len(indices)
         value_and_grad = nn.value_and_grad(self.model, self._loss)
         for start in range(0, len(own.positions), size):
             some = self.train.take(indices[own.positions[start : start + size]])

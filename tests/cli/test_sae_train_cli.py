@@ -89,7 +89,7 @@ def test_the_card_says_what_of_the_loss_is_recovered(llama, corpus, tmp_path, mo
         seen.update(site=policy.sites, passages=passages)
         return SimpleNamespace(loss=LossFigures(2.0, 2.5, 7.0, "zero"))
 
-    monkeypatch.setattr("fpo_mlx.sae_fit.evaluate", evaluate)
+    monkeypatch.setattr("fpo_mlx.judge.sae_fit.evaluate", evaluate)
     out = tmp_path / "my-sae"
     done = run("--model", llama, "--data", corpus, "--output", out, *QUICK, "--json",
                tmp_path / "figures.json")  # fmt: skip
@@ -382,7 +382,7 @@ def test_a_bad_setting_is_one_plain_message(llama, corpus, tmp_path, words, code
         ([{"a": 1}], "columns a"),
         ([{"text": 3}], "rows.jsonl:1: the text is int"),
         ([CHATS[0], {"messages": []}], "rows.jsonl:2"),
-        ([{"messages": [{"role": "user"}]}], "lacks a role or a text"),
+        ([{"messages": [{"role": "user"}]}], "messages[0] has no content"),
         ([PAIRS[0], {"prompt": "a", "chosen": "b", "rejected": "b"}], "rows.jsonl:2"),
     ],
 )

@@ -13,7 +13,6 @@ IDENTITY = rc.CacheIdentity(
     model="m" * 64,
     tokenizer="t" * 64,
     saes=(("s" * 64, "resid_post of block 1"),),
-    backend="mlx",
 )
 
 
@@ -55,8 +54,8 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def filled(folder: Path, pairs, identity=IDENTITY, **options) -> rc.ReferenceCache:
-    cache = rc.open_cache(folder, identity, create=True)
+def filled(folder: Path, pairs, identity=IDENTITY, made=None, **options) -> rc.ReferenceCache:
+    cache = rc.open_cache(folder, identity, create=True, made=made)
     rc.fill(cache, pairs, Scorer(), **options)
     return cache
 

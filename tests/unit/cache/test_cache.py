@@ -255,10 +255,9 @@ def test_a_foreign_cache_is_refused_with_both_fingerprints(tmp_path, change, old
 def test_another_backend_or_dtype_may_read_and_add_and_is_recorded(tmp_path):
     pairs = make_pairs(4)
     filled(tmp_path, pairs[:1])
-    cuda = replace(IDENTITY, backend="torch", dtype="bfloat16")
-    filled(tmp_path, pairs, identity=cuda)
+    filled(tmp_path, pairs, made=rc.Provenance("bfloat16", "torch"))
     assert rc.info(tmp_path).backends == (("mlx", "float32", 2), ("torch", "bfloat16", 6))
-    assert rc.read_identity(tmp_path).backend == "mlx"
+    assert rc.info(tmp_path).made == rc.Provenance("float32", "mlx")  # the first rows'
 
 
 def test_a_difference_that_is_allowed_makes_the_cache_read_only(tmp_path):

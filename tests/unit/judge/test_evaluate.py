@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -112,6 +113,37 @@ def test_several_adapters_make_one_table_and_each_is_what_it_is_alone(place, tmp
     assert [row["model"] for row in rows] == first
     kl = alone["summary"]["kl/margin/ci95"]
     assert [float(rows[2][f"kl/margin/ci95/{end}"]) for end in ("low", "high")] == kl
+
+
+def test_scales_of_an_adapter_stand_side_by_side_and_grow_from_the_base(place, tmp_path):
+    words = ["--adapter-path", place / "one", "--adapter-scales", "0,0.5,1", "--at-kl"]
+    whole, _ = judge(place, "--adapter-path", place / "one", out=tmp_path / "one.json")
+    middle = 0.75 * whole["summary"]["kl/rejected"]
+    got, text = judge(place, *words, middle, out=tmp_path / "all.json")
+    parts = got["adapters"]
+    assert [part.get("adapter_scale", 1.0) for part in parts] == [0.0, 0.5, 1.0]
+    assert {part["adapter_path"] for part in parts} == {str(place / "one")}
+    assert parts[2]["summary"] == whole["summary"]
+    kls = [part["summary"]["kl/rejected"] for part in parts]
+    assert kls[0] == pytest.approx(0.0, abs=1e-5)
+    assert kls[0] < kls[1] < kls[2]
+    said = re.search(r"--adapter-scale ([\d.]+) has a KL of", text)
+    assert said is not None
+    assert kls[1] < middle
+    assert 0.5 < float(said[1]) < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--adapter-scale", "0.5"], ["--adapter-path"]),
+        (["--adapter-path", "x", "--adapter-scales", "a,b"], ["--adapter-scales a,b"]),
+        (["--adapter-path", "x", "--adapter-scale", "-1"], ["0 or more"]),
+        (["--adapter-path", "x", "--adapter-scale", "2", "--init-adapter", "y"], ["no multiple"]),
+    ],
+)
+def test_a_part_that_cannot_be_taken_is_a_usage_error(place, words, parts):
+    refused(run("evaluate", *usual(place), "--split", "valid", *words), 2, *parts)
 
 
 def test_a_result_names_its_adapter_and_one_called_base_does_not_hide_the_base(place, tmp_path):

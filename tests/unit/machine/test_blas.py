@@ -10,7 +10,7 @@ import pytest
 from fpo_mlx.machine import blas
 
 PROBE = """
-import json, time
+import json
 from fpo_mlx.machine import blas
 found = blas.preload()
 import mlx.core as mx, numpy as np
@@ -19,13 +19,9 @@ a, b = (rng.standard_normal((96, 64)).astype(np.float32) for _ in range(2))
 error = float(np.abs(np.array(mx.array(a) @ mx.array(b).T) - a @ b.T).max())
 values = np.array(mx.linalg.svd(mx.array(a), stream=mx.cpu)[1])
 svd = float(np.abs(values - np.linalg.svd(a, compute_uv=False)).max())
-big = mx.array(rng.standard_normal((768, 768)).astype(np.float32))
-def timed():
-    start = time.perf_counter()
-    mx.eval(big @ big)
-    return time.perf_counter() - start
-seconds = min(timed() for _ in range(4))
-print(json.dumps({"library": found.library, "error": error, "svd": svd, "seconds": seconds}))
+big = rng.standard_normal((768, 768)).astype(np.float32)
+same = bool(np.array_equal(np.array(mx.array(big) @ mx.array(big)), big @ big))
+print(json.dumps({"library": found.library, "error": error, "svd": svd, "same": same}))
 """
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
@@ -40,16 +36,17 @@ def probe(tmp_path, **environment):
 
 
 @linux
-def test_the_bridge_to_numpys_openblas_multiplies_right_and_faster(tmp_path):
+def test_the_bridge_makes_mlx_multiply_with_numpys_own_openblas(tmp_path):
+    """To the bit what numpy gives; MLX's own kernel, 30 times slower, rounds otherwise."""
     if blas._numpy_library() is None:
         pytest.skip("this numpy carries no OpenBLAS of its own")
-    slow = probe(tmp_path, FPO_MLX_BLAS="none")
-    fast = probe(tmp_path, FPO_MLX_BLAS="numpy", OPENBLAS_NUM_THREADS="1")
-    assert slow["library"] is None
-    assert fast["library"].startswith(str(tmp_path))
-    assert fast["error"] < 1e-4
-    assert fast["svd"] < 1e-3
-    assert fast["seconds"] < slow["seconds"] / 3  # measured: 1/30
+    plain = probe(tmp_path, FPO_MLX_BLAS="none", OPENBLAS_NUM_THREADS="1")
+    bridged = probe(tmp_path, FPO_MLX_BLAS="numpy", OPENBLAS_NUM_THREADS="1")
+    assert plain["library"] is None
+    assert bridged["library"].startswith(str(tmp_path))
+    assert bridged["error"] < 1e-4
+    assert bridged["svd"] < 1e-3
+    assert (plain["same"], bridged["same"]) == (False, True)
 
 
 @linux

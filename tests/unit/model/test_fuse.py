@@ -60,6 +60,40 @@ def test_a_fused_float_model_is_the_adapted_one(made, tmp_path, base, kind):
     assert not [n for n, _ in nn.utils.tree_flatten(model.parameters()) if "lora" in n]
 
 
+def weights_of(folder) -> dict[str, np.ndarray]:
+    return {k: np.array(v) for k, v in mx.load(str(folder / "model.safetensors")).items()}
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 1.7])
+def test_a_part_of_an_adapter_is_that_part_of_its_change(made, tmp_path, part):
+    folder, adapter = made["llama", "lora"]
+    fuse(str(folder), adapter, tmp_path / "whole")
+    fuse(str(folder), adapter, tmp_path / "part", scale=part)
+    base, whole, some = (weights_of(p) for p in (folder, tmp_path / "whole", tmp_path / "part"))
+    assert max(np.abs(whole[name] - base[name]).max() for name in base) > 1e-2
+    for name, array in some.items():
+        want = base[name] + part * (whole[name] - base[name])
+        np.testing.assert_allclose(array, want, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_of_a_dora_nothing_is_the_base_and_one_the_adapter_and_the_magnitudes_go_by_the_part(
+    made,
+):
+    folder, adapter = made["llama", "dora"]
+    found = {}
+    for part in (0.0, 0.4, 1.0):
+        model = read_model(str(folder)).model
+        adapters.load(model, adapter, scale=part)
+        found[part] = dict(adapters.parameters(model)), logits_of(model, TOKENS)
+    base = logits_of(utils.load_model(folder)[0], TOKENS)
+    np.testing.assert_allclose(found[0.0][1], base, atol=1e-5)
+    np.testing.assert_allclose(found[1.0][1], adapted_logits(folder, adapter), atol=1e-5)
+    for name, m in found[0.4][0].items():
+        if name.endswith(".m"):
+            start, end = found[0.0][0][name], found[1.0][0][name]
+            np.testing.assert_allclose(m, start + 0.4 * (end - start), rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_dequantising_loses_nothing_of_the_adapted_model(made, tmp_path, bits, kind):

@@ -1,0 +1,38 @@
+"""Scales between measured ones, and the largest that keeps a bound."""
+
+from __future__ import annotations
+
+import pytest
+
+from fpo_mlx.judge.frontier import STEPS, largest_scale, scale_at
+
+
+def test_a_power_of_the_scale_is_met_exactly_between_its_points():
+    scales = [1.0, 0.25, 0.5]
+    assert scale_at(scales, [8 * s**2 for s in scales], 0.98) == pytest.approx(0.35)
+
+
+@pytest.mark.parametrize("target", [0.1, 9.0])
+def test_a_target_outside_of_what_was_measured_has_no_scale(target):
+    assert scale_at([0.25, 1.0], [0.5, 8.0], target) is None
+
+
+def test_the_largest_scale_within_a_bound_is_found_by_bisection():
+    asked: list[float] = []
+
+    def kl(scale: float) -> float:
+        asked.append(scale)
+        return 40 * scale**2
+
+    scale, value = largest_scale(kl, 10.0)
+    assert scale == pytest.approx(0.5, abs=0.5**STEPS)
+    assert value <= 10.0
+    assert len(asked) == 1 + STEPS
+
+
+def test_an_adapter_within_the_bound_is_taken_whole():
+    assert largest_scale(lambda s: 3 * s, 5.0) == (1.0, 3.0)
+
+
+def test_a_bound_that_nothing_keeps_takes_nothing():
+    assert largest_scale(lambda s: 7.0, 5.0) == (0.0, 0.0)
