@@ -24,6 +24,7 @@ LEVELS: dict[str, str] = {
     "missing field": "refused",
     "empty field": "refused",
     "wrong type": "refused",
+    "out of range": "refused",
     "role order": "refused",
     "no shared prompt": "refused",
     "same response": "refused",

@@ -11,12 +11,14 @@ Forms (p, c, r = the prompt, chosen and rejected columns):
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fpo_mlx.errors import DataError
+from fpo_mlx.records import NO_FACTS, PairFacts
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _KEPT_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
@@ -36,6 +38,9 @@ class Columns:
     rejected: str = "rejected"
     system: str = "system"
     tools: str = "tools"
+    agreement: str = "agreement"
+    weight: str = "weight"
+    scores: tuple[str, str] | None = None  # of chosen and rejected; None: they are not asked for
 
 
 DEFAULT_COLUMNS = Columns()
@@ -51,6 +56,7 @@ class PreferenceRow:
     where: str  # "train.jsonl:12"
     index: int  # row number within its split, from 0
     tools: tuple[dict[str, Any], ...] | None = None
+    facts: PairFacts = NO_FACTS
 
 
 class RowFault(DataError):
@@ -88,7 +94,8 @@ def parse_row(
             f"{columns.chosen} is {_kind(chosen)}, wanted a text or a list of messages",
         )
     system, tools = _system(record, columns), _tools(record, columns)
-    row = PreferenceRow(_with_system(turns[0], system), turns[1], turns[2], where, index, tools)
+    prompt, facts = _with_system(turns[0], system), _facts(record, columns)
+    row = PreferenceRow(prompt, turns[1], turns[2], where, index, tools, facts)
     _check_roles(row)
     if row.chosen == row.rejected:
         raise RowFault("same response", "chosen and rejected are the same")
@@ -296,6 +303,39 @@ def _tools(record: Mapping, columns: Columns) -> tuple[dict[str, Any], ...] | No
         raise RowFault("wrong type", f"{columns.tools} is {_kind(tools)}, wanted a list of objects")
     _check_encodable(tools, columns.tools)
     return tuple(dict(tool) for tool in tools)
+
+
+def _facts(record: Mapping, columns: Columns) -> PairFacts:
+    """What the row says of its pair; where it says nothing, what changes nothing."""
+    agreement = _number(record, columns.agreement, 0.0, 1.0)
+    weight = _number(record, columns.weight, 0.0)
+    gap = 0.0
+    if columns.scores is not None:
+        scores = [_number(record, name) for name in columns.scores]
+        if None in scores:
+            name = columns.scores[scores.index(None)]
+            raise RowFault("missing field", f"no {name!r}, which --score-margin needs")
+        gap = scores[0] - scores[1]  # type: ignore[operator]
+    return PairFacts(
+        NO_FACTS.agreement if agreement is None else agreement,
+        NO_FACTS.weight if weight is None else weight,
+        gap,
+    )
+
+
+def _number(
+    record: Mapping, name: str, low: float = -math.inf, high: float = math.inf
+) -> float | None:
+    """A finite number from low to high, or None where the row has none."""
+    value = record.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowFault("wrong type", f"{name} is {_short(value)}, wanted a finite number")
+    if not low <= value <= high:
+        bounds = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+        raise RowFault("out of range", f"{name} is {value:g}, wanted {bounds}")
+    return float(value)
 
 
 def _check_roles(row: PreferenceRow) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from fpo_mlx.data.rows import PreferenceRow, RowFault
 from fpo_mlx.errors import ConfigError, DataError
-from fpo_mlx.records import TokenPair
+from fpo_mlx.records import NO_FACTS, TokenPair
 
 
 class Tokenizer(Protocol):
@@ -67,10 +67,16 @@ class TokenizeReport:
     cut: tuple[Cut, ...] = ()
     dropped: tuple[Drop, ...] = ()
     same_after_cut: tuple[str, ...] = ()  # where both responses are cut to the same tokens
+    weighed: int = 0  # pairs whose row says more of them than their texts
 
     def lines(self) -> list[str]:
-        """Nothing if nothing was lost; otherwise one line for each kind of loss."""
+        """Nothing for plain pairs of which nothing was lost; otherwise one line for each kind."""
         lines = []
+        if self.weighed:
+            lines.append(
+                f"{self.weighed} of {self.pairs} pairs bring an agreement, a weight or scores that "
+                "their loss heeds"
+            )
         if self.cut:
             pairs = len({cut.where for cut in self.cut})
             lines.append(
@@ -166,7 +172,7 @@ def tokenize_row(row: PreferenceRow, tokenizer: Tokenizer) -> TokenPair:
     if chosen == rejected:
         raise RowFault("same response", "chosen and rejected are the same tokens")
     arrays = (np.array(tokens, dtype=np.int32) for tokens in (prompt, chosen, rejected))
-    return TokenPair(*arrays, index=row.index, where=row.where)
+    return TokenPair(*arrays, index=row.index, where=row.where, facts=row.facts)
 
 
 def truncate_pairs(pairs: Iterable[TokenPair], max_seq_length: int) -> TokenizedPairs:
@@ -189,19 +195,22 @@ def truncate_pairs(pairs: Iterable[TokenPair], max_seq_length: int) -> Tokenized
         chosen, rejected = (response[:room] for response in pair.responses)
         if np.array_equal(chosen, rejected):
             same.append(pair.where)
-        kept.append(TokenPair(pair.prompt, chosen, rejected, pair.index, pair.where))
+        kept.append(replace(pair, chosen=chosen, rejected=rejected))
+    weighed = sum(pair.facts != NO_FACTS for pair in kept)
     report = TokenizeReport(
-        rows, len(kept), max_seq_length, longest, tuple(cut), tuple(dropped), tuple(same)
+        rows, len(kept), max_seq_length, longest, tuple(cut), tuple(dropped), tuple(same), weighed
     )
     return TokenizedPairs(kept, report)
 
 
 def data_fingerprint(pairs: Iterable[TokenPair]) -> str:
-    """sha256 over the tokens of all pairs, in their order."""
+    """sha256 over the tokens of all pairs and what their rows say of them, in their order."""
     digest = hashlib.sha256()
     for pair in pairs:
         for key in pair.keys:
             digest.update(key)
+        if pair.facts != NO_FACTS:
+            digest.update(np.array(list(vars(pair.facts).values()), "<f8").tobytes())
     return digest.hexdigest()
 
 

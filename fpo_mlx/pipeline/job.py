@@ -177,7 +177,12 @@ def has_split(job: Job, split: str) -> bool:
 
 def columns(config: RunConfig) -> data.Columns:
     d = config.data
-    return data.Columns(d.prompt_feature, d.chosen_feature, d.rejected_feature, d.system_feature)
+    scores = (d.score_chosen_feature, d.score_rejected_feature)
+    return data.Columns(
+        d.prompt_feature, d.chosen_feature, d.rejected_feature, d.system_feature,
+        agreement=d.agreement_feature, weight=d.weight_feature,
+        scores=scores if config.objective.score_margin else None,
+    )  # fmt: skip
 
 
 def hub_splits(config: RunConfig) -> data.HubSplits:

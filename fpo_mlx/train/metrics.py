@@ -111,6 +111,12 @@ def pair_metrics(losses: PairLosses, measures: Measures, beta: float) -> dict[st
             sides = np.array(values)
             out |= {f"{name}/chosen": sides[0], f"{name}/rejected": sides[1]}
             out[f"{name}/margin"] = sides[1] - sides[0]
+    if measures.log_collisions is not None:
+        sides = np.array(measures.log_collisions)
+        out |= {"log_collisions/chosen": sides[0], "log_collisions/rejected": sides[1]}
+    for name in ("agreement", "weights", "score_gaps"):
+        if (values := getattr(measures, name)) is not None:
+            out[name] = np.array(values)
     return out
 
 

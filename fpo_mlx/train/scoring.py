@@ -16,11 +16,18 @@ import numpy as np
 
 from fpo_mlx.config import Objective
 from fpo_mlx.core import features as F
-from fpo_mlx.core.logprobs import token_logps, token_logps_and_kl
-from fpo_mlx.core.objectives import PairLosses, preference_losses
+from fpo_mlx.core.logprobs import TokenValues, token_logps, token_values
+from fpo_mlx.core.objectives import PairLosses, Seen, preference_losses
 from fpo_mlx.model import adapters
 from fpo_mlx.model.policy import Layout, Policy, Rows
-from fpo_mlx.records import PairScore, ResponseScore, SaeWeights, SparseFeatures, TokenPair
+from fpo_mlx.records import (
+    NO_FACTS,
+    PairScore,
+    ResponseScore,
+    SaeWeights,
+    SparseFeatures,
+    TokenPair,
+)
 
 ENCODER_ARRAYS = ("b_enc", "b_in", "threshold", "gate_scale", "gate_bias", "act_scale")
 
@@ -34,6 +41,10 @@ class Measures:
     lengths: mx.array
     distances: mx.array | None = None  # D of Eq. 10, raw, mean over SAEs
     kl: mx.array | None = None  # sequential KL(reference || policy)
+    log_collisions: mx.array | None = None  # sum over tokens of log sum_v pi(v)^2
+    agreement: mx.array | None = None  # [B] each, as the rows say; None where none does
+    weights: mx.array | None = None
+    score_gaps: mx.array | None = None
 
 
 def encoder_of(sae: SaeWeights) -> F.Encoder:
@@ -113,11 +124,7 @@ class Scorer:
     ) -> tuple[PairLosses, Measures]:
         """The loss of each pair, differentiable in the adapters when `grad`."""
         layout, rows = Layout.of(pairs), self.policy.rows(pairs)
-        kl = None
-        if self.measure_kl:
-            logps, kl = self._logps_and_kl(pairs, rows, layout, grad)
-        else:
-            logps = self._logps(rows, layout, grad=grad)
+        logps, kl, log_collisions = self._token_sums(pairs, rows, layout, grad)
         distances, penalties, held = None, None, None
         if self.encoders:
             distances, scaled, named = self._distances(rows, layout, refs, logps, grad)
@@ -134,30 +141,34 @@ class Scorer:
             mx.array(layout.lengths.reshape(-1, 2).T.astype(np.float32)),
             None if distances is None else _by_side(distances),
             None if kl is None else _by_side(kl),
+            None if log_collisions is None else _by_side(log_collisions),
+            *facts_of(pairs),
         )
-        o = self.objective
-        pair_losses = preference_losses(
-            measures.logps, measures.ref_logps, measures.lengths, penalties,
-            beta=o.beta, alpha=o.alpha, gamma=o.gamma, margin=o.margin,
-            length_normalize=o.length_normalize, stop_gradient=o.stop_gradient, held=held,
+        seen = Seen(
+            measures.logps, measures.ref_logps, measures.lengths, penalties, held,
+            measures.agreement, measures.weights, measures.score_gaps, measures.log_collisions,
         )  # fmt: skip
-        return pair_losses, measures
+        return preference_losses(seen, self.objective), measures
 
     def _logps(self, rows: Rows, layout: Layout, *, grad: bool) -> mx.array:
         policy = self.policy
         tokens = token_logps(rows.hidden, layout.targets, policy.head, policy.vocab_size, grad=grad)
         return layout.sums() @ tokens  # [2B]
 
-    def _logps_and_kl(
+    def _token_sums(
         self, pairs: Sequence[TokenPair], rows: Rows, layout: Layout, grad: bool
-    ) -> tuple[mx.array, mx.array]:
-        policy = self.policy
-        with self.as_reference():
-            ref_rows = policy.rows(pairs)
-        tokens, kl = token_logps_and_kl(
-            rows.hidden, ref_rows.hidden, layout.targets, policy.head, policy.vocab_size, grad=grad
-        )
-        return layout.sums() @ tokens, layout.sums() @ kl
+    ) -> TokenValues:
+        """Log-probs, KL and log collisions summed over each response: [2B], in nats."""
+        policy, ref_hidden = self.policy, None
+        if self.measure_kl:
+            with self.as_reference():
+                ref_hidden = policy.rows(pairs).hidden
+        found = token_values(
+            rows.hidden, layout.targets, policy.head, policy.vocab_size,
+            ref_hidden=ref_hidden, collisions=self.objective.wpo, grad=grad,
+        )  # fmt: skip
+        sums = (None if values is None else layout.sums() @ values for values in found)
+        return TokenValues(*sums)  # type: ignore[arg-type]
 
     def _distances(
         self, rows: Rows, layout: Layout, refs: Sequence[PairScore], logps: mx.array, grad: bool
@@ -216,6 +227,16 @@ class Scorer:
         rest = F.distance(policy, there, weights * (1 - named), k)
         chosen = mx.arange(len(layout.lengths)) % 2 == 0  # there they pull through `held` alone
         return rest + mx.where(chosen, mx.stop_gradient(of_named), of_named), of_named
+
+
+def facts_of(pairs: Sequence[TokenPair]) -> tuple[mx.array | None, ...]:
+    """agreement, weight and score gap of the pairs, each [B], or None where no row says any."""
+    found = []
+    for name in ("agreement", "weight", "score_gap"):
+        values = [getattr(pair.facts, name) for pair in pairs]
+        usual = getattr(NO_FACTS, name)
+        found.append(None if all(v == usual for v in values) else mx.array(values))
+    return tuple(found)
 
 
 def _selection(

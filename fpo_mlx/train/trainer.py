@@ -147,9 +147,9 @@ class Trainer:
             grad_norm = cast(float, norm.item())
             if progress.iteration == 0:
                 self._window.notes += self._check_first(indices, grad_norm)
-            reason = guard.divergence(values, grad_norm, self.config, self.scorer.objective)
-            reason = reason or self._apply(gradient, norm)
-            skipped = self._skip(progress.iteration + count, reason) if reason else None
+            trouble = guard.divergence(values, grad_norm, self.config, self.scorer.objective)
+            trouble = trouble or self._apply(gradient, norm)
+            skipped = self._skip(progress.iteration + count, trouble) if trouble else None
             progress.iteration += count
             if skipped is None:
                 tokens = sum(self.train.pairs[i].tokens for i in indices)
@@ -209,8 +209,8 @@ class Trainer:
         seen = {k: v for k, v in vars(measures).items() if v is not None}
         return losses.losses.sum() / count, tuple(losses), seen
 
-    def _apply(self, gradient: Any, norm: mx.array) -> str | None:
-        """Update the adapters, unless that makes one of them infinite: then the reason."""
+    def _apply(self, gradient: Any, norm: mx.array) -> guard.Trouble | None:
+        """Update the adapters, unless that makes one of them infinite: then the trouble."""
         self._good = dict(adapters.parameters(self.model))  # the guard let them pass
         before = self.optimizer.state
         self.model.update(self._update(gradient, norm, self.model.trainable_parameters()))
@@ -219,17 +219,17 @@ class Trainer:
             return None
         adapters.update(self.model, self._good)
         self.optimizer.state = before
-        return "the update made the adapters infinite"
+        return guard.Trouble("the update made the adapters infinite", guard.NOT_FINITE)
 
-    def _skip(self, iteration: int, reason: str) -> SkippedReport:
+    def _skip(self, iteration: int, trouble: guard.Trouble) -> SkippedReport:
         """Leave an update out and count it; Diverged where that is not wanted, or no way on."""
         progress = self.progress
         in_a_row = progress.skipped_in_a_row + 1
         if progress.iteration == 0 or guard.too_many(in_a_row, self.config):
             row = f" ({in_a_row} updates in a row were left out)" if in_a_row > 1 else ""
-            self._diverge(iteration, reason + row)
+            self._diverge(iteration, guard.Trouble(trouble.what + row, trouble.remedy))
         progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, in_a_row
-        report = SkippedReport(iteration, reason, in_a_row)
+        report = SkippedReport(iteration, trouble.what, in_a_row)
         self._log("skipped", report)
         return report
 
@@ -247,7 +247,7 @@ class Trainer:
             raise ModelError(verdict.reason)
         return list(verdict.notes)
 
-    def _diverge(self, iteration: int, reason: str) -> NoReturn:
+    def _diverge(self, iteration: int, trouble: guard.Trouble) -> NoReturn:
         """End the run with the adapters from before the trouble; the last checkpoint stays."""
         path, best = self.folder.path, self.folder.path / "best"
         kept = "Nothing was trained yet, so no adapters were written"
@@ -257,10 +257,7 @@ class Trainer:
             kept = f"The adapters from before it are in {path}"
         if best.is_dir():
             kept += f", the best validated ones in {best}"
-        raise Diverged(
-            f"iteration {iteration}: {reason}. {kept}. "
-            "Lower --learning-rate, or raise --alpha or --beta."
-        )
+        raise Diverged(f"iteration {iteration}: {trouble.what}. {kept}. {trouble.remedy}.")
 
     def _report(self, iteration: int, grad_norm: float) -> StepReport:
         window, self._window = self._window, Window()
@@ -291,7 +288,8 @@ class Trainer:
         means = {name: float(array.mean()) for name, array in values.items() if name != "u"}
         loss, progress = means.pop("loss"), self.progress
         if not math.isfinite(loss):
-            self._diverge(progress.iteration, "the validation loss is not finite")
+            trouble = guard.Trouble("the validation loss is not finite", guard.NOT_FINITE)
+            self._diverge(progress.iteration, trouble)
         best = progress.best_loss is None or loss < progress.best_loss
         if best:
             progress.best_loss, progress.best_iteration = loss, progress.iteration
