@@ -1,24 +1,32 @@
-# Everything runs in .venv, which is made once from pyproject.toml.
+# Everything runs in .venv, which is made once, of the versions in scripts/make/requirements.lock.
 #   make demo   the whole way on a small model, from preference pairs to a fused model
 #   make check  what CI runs: lint, format, types, tests        make test   the tests alone
+#   make lock   the newest versions that pyproject.toml allows into the lock; says what changed
+#   make test-newest, make test-lowest   the tests with the newest of everything that the index
+#               serves, upper bounds ignored, and with the lowest that pyproject.toml allows
 
 PYTHON ?= python3
 # The tests' oracle. On Linux without a GPU the CPU build is a tenth of the download:
 #   make test PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
+TORCH_newest ?= torch
+TORCH_lowest ?= torch==$(shell sed -n 's/^torch = \["torch>=\(.*\)"\]$$/\1/p' pyproject.toml)
 PIP_TORCH ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+UV ?= uv>=0.9
 
 BIN := .venv/bin
+LOCK := scripts/make/requirements.lock
 PACKAGE := $(BIN)/.package-installed
 TORCH_STAMP := $(BIN)/.torch-installed
+TOOLS := .venv-tools/bin
 # Small matrices: a second thread costs more than it gives.
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint bench clean
+.PHONY: demo test check lint docs bench clean lock test-newest test-lowest
 
 demo: $(PACKAGE)
 	$(BIN)/fpo-mlx demo $(DEMO_ARGS)
@@ -26,26 +34,46 @@ demo: $(PACKAGE)
 test: $(TORCH_STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: lint test
+check: lint docs test
 
 lint: $(TORCH_STAMP)  # the types of the torch backend are read from torch itself
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(PACKAGE)  # the site, in build/site; strict: a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
+
 bench: $(TORCH_STAMP)
 	$(BIN)/python scripts/bench/bench.py $(BENCH_ARGS)
 
-$(PACKAGE): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+lock: $(TOOLS)/uv
+	$(PYTHON) scripts/make/lock.py --uv $<
+
+# An environment of its own each time: what was left in it from last week would hide a fault.
+test-newest test-lowest: test-%: $(TOOLS)/uv
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python scripts/make/lock.py $* --uv $< --output .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install -r .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --no-build-isolation --no-deps -e .
+	.venv-$*/bin/python -m pip install $(PIP_TORCH) '$(TORCH_$*)'
+	$(ONE_THREAD) .venv-$*/bin/python -m pytest $(PYTEST_ARGS)
+
+$(PACKAGE): pyproject.toml $(LOCK)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
 	touch $@
 
 $(TORCH_STAMP): $(PACKAGE)
-	$(BIN)/python -m pip install --quiet $(PIP_TORCH) '$(TORCH)'
+	$(BIN)/python -m pip install $(PIP_TORCH) '$(TORCH)'
 	touch $@
 
+$(TOOLS)/uv:
+	$(PYTHON) -m venv .venv-tools
+	$(TOOLS)/python -m pip install '$(UV)'
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .bench
+	rm -rf .venv .venv-newest .venv-lowest .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .bench
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

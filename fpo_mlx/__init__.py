@@ -1,3 +1,3 @@
 """FPO for Apple silicon: preference tuning held in place by sparse-autoencoder features."""
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"

@@ -47,7 +47,7 @@ class Site:
         return f"{self.kind} of block {self.layer}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PairFacts:
     """What a row says of its pair beside the texts."""
 
@@ -59,7 +59,7 @@ class PairFacts:
 NO_FACTS = PairFacts()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenPair:
     """One preference pair as token ids. A response is scored on all of its tokens."""
 
@@ -69,6 +69,7 @@ class TokenPair:
     index: int  # row number within its split, from 0
     where: str = ""  # "train.jsonl:12"
     facts: PairFacts = NO_FACTS
+    _keys: tuple[bytes, bytes] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def responses(self) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +82,12 @@ class TokenPair:
 
     @property
     def keys(self) -> tuple[bytes, bytes]:
-        return row_key(self.prompt, self.chosen), row_key(self.prompt, self.rejected)
+        """The names of both rows in a reference cache; hashed once."""
+        if self._keys is None:
+            both = row_key(self.prompt, self.chosen), row_key(self.prompt, self.rejected)
+            object.__setattr__(self, "_keys", both)
+            return both
+        return self._keys
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ OURS = {
     "saetrain.texts": VOCABULARY | {"data"},
     "train": VOCABULARY | RUN | {"data"},
     "reference": VOCABULARY | {"config", "machine"},
-    "reference.mlx_backend": VOCABULARY | RUN | {"train"},
+    "reference.mlx_backend": VOCABULARY | {"core", "machine", "model"},
     "judge": VOCABULARY | RUN | {"sae", "train"},
     "report": VOCABULARY | {"config"},
     "demo": VOCABULARY | {"machine"},
@@ -71,7 +71,7 @@ OTHERS = {
     "demo": {"numpy", "safetensors", "mlx_lm"},
     "pipeline": {"numpy", *MLX},
     "pipeline.doctor": {"numpy", "mlx", "huggingface_hub"},
-    "cli": {"click", "tqdm", "yaml"},
+    "cli": {"click", "rich_click", "tqdm", "yaml"},
     "cli.trackers": {"wandb", "tensorboardX"},
     "__main__": set(),
 }

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from fpo_mlx.cache.identity import FORMAT, VERSION, CacheIdentity
 from fpo_mlx.errors import CacheMismatch, FpoError
 from fpo_mlx.records import ResponseScore, SparseFeatures
+from fpo_mlx.storage.tensors import Header, OpenFiles, Tensor, read_header
 
 KEY_BYTES = 16
+CHUNK = 1 << 20  # bytes read at a time
+DTYPES = {
+    name: np.dtype(code)
+    for name, code in {"U8": "|u1", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}.items()
+}
+SMALL = {"keys": "U8", "logps": "F64", "tokens": "I32", "offsets": "I64"}
 Row = tuple[bytes, ResponseScore]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """An opened shard: what stays in memory of it (36 bytes a row; features stay on disk)."""
+    """An opened shard: what stays in memory, some 100 bytes per row; features stay on disk."""
 
     path: Path
     keys: tuple[bytes, ...]
     logps: np.ndarray  # float64 [n]
     tokens: np.ndarray  # int32 [n]
     offsets: tuple[np.ndarray, ...]  # int64 [n + 1] of each SAE
+    places: tuple[tuple[int, int], ...]  # where indices and values of each SAE begin, bytes
+    data_start: int  # bytes
     backend: str
     dtype: str
     sha256: str  # of everything behind the header
@@ -126,7 +135,7 @@ def _serialise(arrays: dict[str, np.ndarray], rows: int, identity: CacheIdentity
 
 
 def _data_start(head: bytes) -> int:
-    return 8 + struct.unpack("<Q", head[:8])[0]
+    return 8 + int.from_bytes(head[:8], "little")
 
 
 def open_shard(path: Path, identity: CacheIdentity) -> Shard:
@@ -135,71 +144,105 @@ def open_shard(path: Path, identity: CacheIdentity) -> Shard:
     Raises CacheMismatch when the shard is of another identity, FpoError when it is damaged.
     """
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            about = json.loads((file.metadata() or {})["fpo_mlx"])
-            found = {"format": about["format"], "version": about["version"]}
-            if found != {"format": FORMAT, "version": VERSION}:
-                raise CacheMismatch(
-                    f"{path} is {found['format']} version {found['version']}; this program reads "
-                    f"{FORMAT} version {VERSION}. Run `fpo-mlx precompute` into a new folder."
-                )
-            if about["identity"] != identity.digest():
-                raise CacheMismatch(
-                    f"{path} belongs to another cache: its identity is {about['identity']}, the "
-                    f"manifest's is {identity.digest()}. Move it out of this folder."
-                )
-            shard = _read_small(path, file, about, len(identity.saes))
+        header = read_header(path)
+        about = json.loads(header.metadata["fpo_mlx"])
+        found = {"format": about["format"], "version": about["version"]}
+        if found != {"format": FORMAT, "version": VERSION}:
+            raise CacheMismatch(
+                f"{path} is {found['format']} version {found['version']}; this program reads "
+                f"{FORMAT} version {VERSION}. Run `fpo-mlx precompute` into a new folder."
+            )
+        if about["identity"] != identity.digest():
+            raise CacheMismatch(
+                f"{path} belongs to another cache: its identity is {about['identity']}, the "
+                f"manifest's is {identity.digest()}. Move it out of this folder."
+            )
+        return _read_small(path, header, about, len(identity.saes))
     except FpoError:
         raise
-    except Exception as error:  # whatever safetensors, json and numpy find wrong in broken bytes
+    except Exception as error:  # whatever json and numpy find wrong in broken bytes
         raise damaged(path, str(error)) from error
-    return shard
 
 
-def _read_small(path: Path, file, about: dict, n_saes: int) -> Shard:
-    rows = int(about["rows"])
-    keys = file.get_tensor("keys")
-    logps, tokens = file.get_tensor("logps"), file.get_tensor("tokens")
-    offsets = tuple(file.get_tensor(f"features.{s}.offsets") for s in range(n_saes))
-    shapes = [keys.shape, logps.shape, tokens.shape, *(o.shape for o in offsets)]
-    if shapes != [(rows, KEY_BYTES), (rows,), (rows,)] + [(rows + 1,)] * n_saes:
-        raise ValueError(f"its arrays have shapes {shapes}, not those of {rows} rows")
+def _read_small(path: Path, header: Header, about: dict, n_saes: int) -> Shard:
+    rows, tensors = int(about["rows"]), header.tensors
+    _check_extents(path, tensors)
+    with path.open("rb") as file:
+        keys, logps, tokens, *offsets = (
+            _read(file, tensors[name], name, shape)
+            for name, shape in [
+                ("keys", (rows, KEY_BYTES)), ("logps", (rows,)), ("tokens", (rows,)),
+                *((f"features.{s}.offsets", (rows + 1,)) for s in range(n_saes)),
+            ]
+        )  # fmt: skip
+    places = []
     for s, o in enumerate(offsets):
-        nonzeros = file.get_slice(f"features.{s}.values").get_shape()[0]
-        if file.get_slice(f"features.{s}.indices").get_shape() != [nonzeros]:
+        values, indices = tensors[f"features.{s}.values"], tensors[f"features.{s}.indices"]
+        if (values.dtype, indices.dtype) != ("F32", "I32") or values.shape != indices.shape:
             raise ValueError(f"SAE {s} has not as many indices as values")
-        if o[0] != 0 or (np.diff(o) < 0).any() or o[-1] != nonzeros:
-            raise ValueError(f"the offsets of SAE {s} do not fit its {nonzeros} values")
+        if o[0] != 0 or (np.diff(o) < 0).any() or values.shape != (o[-1],):
+            raise ValueError(f"the offsets of SAE {s} do not fit its {values.shape} values")
+        places.append((indices.start, values.start))
     return Shard(
         path=path,
         keys=tuple(bytes(key) for key in keys),
         logps=logps,
         tokens=tokens,
-        offsets=offsets,
+        offsets=tuple(offsets),
+        places=tuple(places),
+        data_start=header.end,
         backend=str(about["backend"]),
         dtype=str(about["dtype"]),
         sha256=str(about["sha256"]),
     )
 
 
+def _check_extents(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises: ValueError when a tensor is not as long as its shape, or the file ends elsewhere."""
+    for name, tensor in tensors.items():
+        itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 0
+        if math.prod(tensor.shape) * itemsize != tensor.size:
+            raise ValueError(f"{name} of shape {tensor.shape} has {tensor.size} bytes")
+    end = max(tensor.start + tensor.size for tensor in tensors.values())
+    if path.stat().st_size != end:
+        raise ValueError(f"it has {path.stat().st_size} bytes instead of {end}")
+
+
+def _read(file: IO[bytes], tensor: Tensor, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A whole small array. Raises: ValueError when it is not of this shape and its own dtype."""
+    dtype = SMALL[name.rpartition(".")[2]]
+    if (tensor.dtype, tensor.shape) != (dtype, shape):
+        raise ValueError(f"{name} is {tensor.dtype} {tensor.shape}, not {dtype} {shape}")
+    file.seek(tensor.start)
+    return np.frombuffer(file.read(tensor.size), DTYPES[dtype]).reshape(shape)
+
+
 def check_content(shard: Shard) -> None:
     """Raises FpoError when the file's bytes are not those that were written."""
-    data = shard.path.read_bytes()
-    if hashlib.sha256(memoryview(data)[_data_start(data) :]).hexdigest() != shard.sha256:
+    digest = hashlib.sha256()
+    with shard.path.open("rb") as file:
+        file.seek(shard.data_start)
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    if digest.hexdigest() != shard.sha256:
         raise damaged(shard.path, "its content does not match its sha256")
 
 
-def read_features(shard: Shard, row: int, numbers: Sequence[int]) -> tuple[SparseFeatures, ...]:
-    """The pooled features of one row for the SAEs of these numbers."""
-    with safetensors.safe_open(shard.path, framework="np") as file:
-        found = []
+def read_features(
+    shard: Shard, row: int, numbers: Sequence[int], files: OpenFiles
+) -> tuple[SparseFeatures, ...]:
+    """The pooled features of one row for the SAEs of these numbers. Raises: FpoError."""
+    found = []
+    try:
         for s in numbers:
-            span = slice(int(shard.offsets[s][row]), int(shard.offsets[s][row + 1]))
-            if span.start == span.stop:  # safetensors refuses to slice nothing at a tensor's end
-                found.append(SparseFeatures(np.empty(0, np.int32), np.empty(0, np.float32)))
-                continue
-            indices = file.get_slice(f"features.{s}.indices")[span]
-            found.append(SparseFeatures(indices, file.get_slice(f"features.{s}.values")[span]))
+            first, end = shard.offsets[s][row : row + 2].tolist()
+            indices, values = (
+                np.frombuffer(files.read(shard.path, start + 4 * first, 4 * (end - first)), dtype)
+                for start, dtype in zip(shard.places[s], ("<i4", "<f4"), strict=True)
+            )
+            found.append(SparseFeatures(indices, values))
+    except (OSError, ValueError) as error:
+        raise damaged(shard.path, str(error)) from error
     return tuple(found)
 
 

@@ -27,6 +27,7 @@ from fpo_mlx.cache.shards import (
 from fpo_mlx.errors import CacheMismatch, FpoError
 from fpo_mlx.records import ResponseScore
 from fpo_mlx.storage import files, locks
+from fpo_mlx.storage.tensors import OpenFiles
 
 MANIFEST = "manifest.json"
 LOCK = "writer.lock"
@@ -102,6 +103,7 @@ class ReferenceCache:
         self.shards: list[Shard] = []
         self._rows: dict[bytes, tuple[Shard, int]] = {}
         self._checked: set[Path] = set()
+        self._files = OpenFiles()
         self._depth, self._lock = 0, -1
         self._selected = [identity.saes.index(sae) for sae in wanted.saes if sae in identity.saes]
         self._discover()
@@ -134,7 +136,7 @@ class ReferenceCache:
         if shard.path not in self._checked:
             check_content(shard)
             self._checked.add(shard.path)
-        features = read_features(shard, row, self._selected) if self._selected else ()
+        features = read_features(shard, row, self._selected, self._files)
         return ResponseScore(float(shard.logps[row]), int(shard.tokens[row]), features)
 
     def append(self, rows: Sequence[Row]) -> int:
@@ -210,7 +212,7 @@ class ReferenceCache:
                 files.sweep(self.folder)
 
     def _prepare(self) -> None:
-        """Under the lock: clear a killed run's leavings, see what others wrote."""
+        """With the lock held, delete stale temporary files and pick up new shards."""
         files.sweep(self.folder)
         path = self.folder / MANIFEST
         if path.exists():

@@ -11,6 +11,7 @@ from fpo_mlx.cli.caches import cache
 from fpo_mlx.cli.compare import compare
 from fpo_mlx.cli.data import check, precompute
 from fpo_mlx.cli.features import features
+from fpo_mlx.cli.help import CONTEXT, Group
 from fpo_mlx.cli.machine import demo, doctor
 from fpo_mlx.cli.plan import plan
 from fpo_mlx.cli.report import report
@@ -23,7 +24,7 @@ from fpo_mlx.machine import set_up as machine_set_up
 from fpo_mlx.storage.files import unwritable
 
 
-class Group(click.Group):
+class Main(Group):
     """Expected errors become one plain message and their own exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -54,22 +55,35 @@ class Group(click.Group):
             ctx.exit(Interrupted("").exit_code)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Main, context_settings=CONTEXT, invoke_without_command=True, no_args_is_help=False)
 @click.version_option(__version__, prog_name="fpo-mlx")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Align a language model on your own machine, held in place by SAE features (FPO).
+
+    The commands stand in the order in which you will need them. Most take --model, --data and
+    --sae; -c run.yaml takes them from a file.
 
     \b
     Example:
-      fpo-mlx demo                      the whole path on a small built-in example
-      fpo-mlx train --help              your own model, SAE and preference pairs
+      fpo-mlx demo                  the whole way on a small built-in example
+      fpo-mlx train --help          your own model, SAE and preference pairs
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), color=ctx.color)
+        return
     machine_set_up()
 
 
-for _command in (
-    demo, doctor, check, convert, sae, plan, precompute, cache, train, evaluate, compare, features,
-    report, fuse,
-):  # fmt: skip
-    main.add_command(_command)
+THE_WAY = {
+    "Begin": (demo, doctor),
+    "Prepare": (convert, check, sae, plan, precompute),
+    "Train": (train,),
+    "Judge": (evaluate, compare, features, report),
+    "Ship": (fuse,),
+    "Look after": (cache,),
+}
+for _stage, _commands in THE_WAY.items():
+    for _command in _commands:
+        main.add_command(_command, panel=_stage)
 sae.add_command(train_sae)

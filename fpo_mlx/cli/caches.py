@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import click
 
+from fpo_mlx.cli.help import Group
 from fpo_mlx.cli.options import (
     PATH,
     backend_option,
@@ -20,9 +21,9 @@ from fpo_mlx.cli.show import listing, say, table
 from fpo_mlx.config import DataConfig, ReferenceConfig
 
 
-@click.group()
+@click.group(cls=Group)
 def cache() -> None:
-    """Reference caches: list them, look at one, verify, merge, export, prune.
+    """Reference caches: list, info, verify, merge, export, prune.
 
     \b
     Example:
@@ -49,8 +50,8 @@ def info(folder, json_path) -> None:
 
 @cache.command()
 @click.argument("folder", type=PATH)
-@settings(DataConfig, ReferenceConfig)
 @preset_option
+@settings(DataConfig, ReferenceConfig)
 @click.option("--adapter-path", "adapter", help="SFT adapter that belongs to the reference.")
 @backend_option
 @device_option
@@ -63,7 +64,7 @@ def info(folder, json_path) -> None:
 )  # fmt: skip
 @json_option
 def verify(folder, adapter, backend, device, sample, tolerance, json_path, **values) -> None:
-    """Score a random sample anew on this machine and say how far the cache is from it.
+    """Score a sample anew and say how far the cache is from it.
 
     \b
     Example:
@@ -84,7 +85,7 @@ def verify(folder, adapter, backend, device, sample, tolerance, json_path, **val
 @click.option("--output", type=PATH, required=True, help="Cache folder to write to or extend.")
 @json_option
 def merge(parts, output, json_path) -> None:
-    """Join the parts that several processes or machines made with one setting.
+    """Join the parts that several processes or machines made.
 
     \b
     Example:
@@ -121,7 +122,7 @@ root_option = click.option(
 @root_option
 @json_option
 def list_(folder, json_path) -> None:
-    """List the reference caches with size, age and what they belong to, the oldest first.
+    """List the caches with size, age and owner, the oldest first.
 
     \b
     Example:
@@ -146,7 +147,9 @@ def list_(folder, json_path) -> None:
 @click.option("--dry-run", is_flag=True, help="Say what would go, remove nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def prune(folder, older_than, larger_than, model, dry_run, yes) -> None:
-    """Remove the caches that meet every condition given. Those being written are left alone.
+    """Remove the caches that meet every condition given.
+
+    Those being written are left alone.
 
     \b
     Example:

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
     PATH,
     gather,
@@ -27,7 +28,7 @@ from fpo_mlx.errors import ConfigError
 NARROWEST = 28  # columns that are narrower than this stand below each other
 
 
-@click.command()
+@click.command(cls=Command)
 @settings("model", "trust_remote_code", DataConfig, "init_adapter")
 @click.option("--adapter-path", multiple=True, help="Adapter to answer with; repeatable.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeatable.")
@@ -46,11 +47,14 @@ NARROWEST = 28  # columns that are narrower than this stand below each other
 @sampling_options
 @click.option("--output", type=PATH, help="Write the answers here: .json or .md.")
 def compare(adapter_path, prompts, prompts_file, split, count, output, **values) -> None:
-    """Answer the same prompts with the base and with adapters, side by side, with the same noise.
+    """Answer prompts with the base and with adapters, side by side.
+
+    All of them draw with the same noise.
 
     \b
     Example:
-      fpo-mlx compare --model M --adapter-path adapters --prompt "Why do cats purr?" --temp 0
+      fpo-mlx compare --model M --adapter-path adapters --temp 0 \\
+        --prompt "Why do cats purr?"
     """
     from fpo_mlx import pipeline
 

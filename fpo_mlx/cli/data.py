@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
     PATH,
     backend_option,
@@ -19,12 +20,13 @@ from fpo_mlx.config import DataConfig, ReferenceConfig
 from fpo_mlx.errors import DataError
 
 
-@click.command()
+@click.command(cls=Command)
+@preset_option
 @settings(DataConfig, "model", "trust_remote_code")
 @click.option("--fix", type=PATH, metavar="OUT", help="Folder to write the good rows to.")
 @json_option
 def check(fix, json_path, **values) -> None:
-    """Look for everything in the data that would waste or spoil a run.
+    """Look for what in the data would waste or spoil a run.
 
     Exit code 3 when there are rows that cannot be used. Without --model the chat template and
     lengths in tokens are not checked.
@@ -64,9 +66,8 @@ def _gravity(entry: tuple[tuple[str, str], list]) -> int:
     return ("refused", "spare", "warning").index(entry[0][0])
 
 
-@click.command()
+@click.command(cls=Command)
 @settings(DataConfig, ReferenceConfig)
-@preset_option
 @click.option("--output", type=PATH, help="Cache folder (default: one under the user cache).")
 @click.option("--adapter-path", "adapter", help="SFT adapter that belongs to the reference.")
 @backend_option
@@ -85,12 +86,13 @@ def _gravity(entry: tuple[tuple[str, str], list]) -> int:
     help="Store the N largest features of a response, not all: smaller, and D is not exact.",
 )
 def precompute(output, adapter, backend, device, split, keep_features, **values) -> None:
-    """Run the frozen reference once over the data and keep what training needs of it.
+    """Run the reference once and keep what training needs of it.
 
     \b
     Example:
       fpo-mlx precompute --model mlx-community/gemma-2-2b-it-4bit \\
-        --sae gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55 --data pairs/ --output ref/
+        --sae gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55 \\
+        --data pairs/ --output ref/
     """
     from fpo_mlx import pipeline
 

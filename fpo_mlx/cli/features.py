@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from fpo_mlx.cli.help import Group
 from fpo_mlx.cli.options import (
     PATH,
     csv_option,
@@ -21,9 +22,8 @@ from fpo_mlx.cli.options import (
 )
 from fpo_mlx.cli.show import Bar, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
-from fpo_mlx.data.feature_files import write_weights
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.judge.feature_report import SORTS
+from fpo_mlx.judge import SORTS
 
 labels_option = click.option(
     "--labels", type=PATH, help="What features mean: JSON, YAML or CSV, or Neuronpedia's export."
@@ -34,9 +34,9 @@ examples_option = click.option(
 )  # fmt: skip
 
 
-@click.group(invoke_without_command=True)
-@settings(DataConfig, ReferenceConfig, Objective, "init_adapter", "reference")
+@click.group(cls=Group, invoke_without_command=True)
 @preset_option
+@settings(DataConfig, ReferenceConfig, Objective, "init_adapter", "reference")
 @click.option("--adapter-path", help="Adapter whose changes are looked at.")
 @click.option(
     "--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True,
@@ -58,11 +58,11 @@ examples_option = click.option(
 def features(
     ctx, adapter_path, split, limit, top, sort, examples, labels, json_path, csv_path, **values
 ) -> None:
-    """Say which SAE features an adapter moved, by how much, and where they fire.
+    """Say which SAE features an adapter moved, and where they fire.
 
     \b
     Example:
-      fpo-mlx features --model M --sae S --data pairs/ --adapter-path adapters --json moved.json
+      fpo-mlx features --model M --sae S --data pairs/ --adapter-path adapters
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -119,8 +119,8 @@ def find(
 
     \b
     Example:
-      fpo-mlx features find --model M --sae S --positive lists.jsonl --negative prose.jsonl \\
-        --output weights.json
+      fpo-mlx features find --model M --sae S --output weights.json \\
+        --positive lists.jsonl --negative prose.jsonl
     """
     from fpo_mlx import pipeline
 
@@ -135,6 +135,8 @@ def find(
         say("no feature fires more on the positive texts")
         return
     if output is not None:
+        from fpo_mlx.data.feature_files import write_weights
+
         plain = [{k: v for k, v in row.items() if k != "contexts"} for row in rows]
         write_weights(output, plain)
     names = ("feature", "AUC", "held out", "mean", "elsewhere", "token", "elsewhere", "label")

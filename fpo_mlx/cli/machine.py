@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import PATH, json_option, write_json
 from fpo_mlx.cli.show import Progress, listing, table
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--hub/--no-hub", default=True, help="Try whether the model hub answers.")
 @json_option
 def doctor(hub, json_path) -> None:
@@ -31,12 +32,14 @@ def doctor(hub, json_path) -> None:
             click.echo(f"{finding.topic}: {finding.advice}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--output", type=PATH, default="fpo-demo", show_default=True, help="Folder to work in."
 )
 def demo(output: Path) -> None:
-    """The whole path on a small real model: precompute, train, evaluate, fuse, answer.
+    """Go the whole way once, on a small real model.
+
+    It scores, trains, judges, fuses, answers two questions, and writes a report.
 
     \b
     Example:

@@ -10,20 +10,22 @@ from typing import Any
 
 import click
 
+from fpo_mlx.cli.help import GENERAL, Grouped
 from fpo_mlx.config import PRESETS, SECTIONS, RunConfig, Sampling, load_config, named
-from fpo_mlx.data.feature_files import csv_text
 from fpo_mlx.errors import FpoError
 from fpo_mlx.storage import files
 
 PATH = click.Path(path_type=Path)
-NEVER_ITS_DEFAULT = (None, (), "", dataclasses.MISSING)  # these say nothing in a help text
+SILENT = (None, (), "", False, dataclasses.MISSING)  # defaults that say nothing in a help text
 
 config_option = click.option(
-    "-c", "--config", type=PATH, help="YAML file of settings (underscored names)."
-)
+    "-c", "--config", type=PATH, cls=Grouped, group=GENERAL,
+    help="YAML file of settings (underscored names).",
+)  # fmt: skip
 preset_option = click.option(
-    "--objective", type=click.Choice(list(PRESETS)), help="Preset of the objective.  [default: fpo]"
-)
+    "--objective", type=click.Choice(list(PRESETS)), cls=Grouped, group="objective",
+    help="Preset of the objective. [default: fpo]",
+)  # fmt: skip
 json_option = click.option("--json", "json_path", type=PATH, help="Write the result here.")
 csv_option = click.option("--csv", "csv_path", type=PATH, help="Write the result here as CSV.")
 backend_option = click.option(
@@ -69,17 +71,19 @@ def section_options(section: type) -> Callable:
 def _option(field: dataclasses.Field, hint: Any) -> Callable:
     name = "--" + field.name.replace("_", "-")
     help = field.metadata["help"] + "."
-    if field.default not in NEVER_ITS_DEFAULT:
-        help += f"  [default: {field.default}]"
+    if field.default not in SILENT:
+        help += f" [default: {'on' if hint is bool else field.default}]"
+    place = {"cls": Grouped, "group": field.metadata["group"], "first": field.metadata["first"]}
     if hint is bool:
-        return click.option(f"{name}/--no-{name[2:]}", field.name, default=None, help=help)
+        both = f"{name}/--no-{name[2:]}"
+        return click.option(both, field.name, default=None, help=help, **place)
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
-        return click.option(name, field.name, type=click.Choice(arguments), help=help)
+        return click.option(name, field.name, type=click.Choice(arguments), help=help, **place)
     if typing.get_origin(hint) is tuple:
-        return click.option(name, field.name, multiple=True, help=help)
+        return click.option(name, field.name, multiple=True, help=help, **place)
     kind = next((a for a in arguments if a is not type(None)), hint)
-    return click.option(name, field.name, type=kind, help=help)
+    return click.option(name, field.name, type=kind, help=help, **place)
 
 
 def sampling_options(command: Callable) -> Callable:
@@ -119,4 +123,6 @@ def write_json(path: Path | None, value: Any) -> None:
 
 def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
     if path is not None:
+        from fpo_mlx.data.feature_files import csv_text
+
         write_text(path, csv_text(rows))

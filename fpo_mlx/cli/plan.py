@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import gather, json_option, preset_option, settings, write_json
 from fpo_mlx.cli.show import say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig, TrainConfig
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
 GB = 1e9
 
 
-@click.command()
-@settings(DataConfig, ReferenceConfig, Objective, TrainConfig)
+@click.command(cls=Command)
 @preset_option
-@click.option("--memory-gb", type=float, help="Memory to fit into.  [default: this machine's]")
+@settings(DataConfig, ReferenceConfig, Objective, TrainConfig)
+@click.option("--memory-gb", type=float, help="Memory to fit into. [default: this machine's]")
 @json_option
 def plan(memory_gb, json_path, **values) -> None:
-    """Say beforehand whether precompute and train will fit into memory, and how long they take.
+    """Say whether a run fits into memory, and how long it takes.
 
     No weight is read. With --data the lengths are those of its training pairs; without it a pair
     as long as --max-seq-length is assumed.

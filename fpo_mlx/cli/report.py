@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import PATH
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN [RUN…]")
 @click.option(
     "-o", "--output", type=PATH, default="report.html", show_default=True, help="File to write."
@@ -19,7 +20,9 @@ from fpo_mlx.cli.options import PATH
     help="JSON of evaluate, features or compare that lies elsewhere or is of several adapters.",
 )  # fmt: skip
 def report(runs: tuple[Path, ...], output: Path, results: tuple[Path, ...]) -> None:
-    """Show runs as one offline HTML page: curves, figures, settings, warnings, answers.
+    """Show runs as one offline HTML page.
+
+    Curves, figures, settings, warnings, answers.
 
     RUN is the --adapter-path of a training run. Results of `evaluate`, `features` and `compare`
     are shown when they lie in it, or beside it as RUN.json or RUN.*.json.

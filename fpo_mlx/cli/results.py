@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
     PATH,
     csv_option,
@@ -31,9 +32,9 @@ SHOWN = (  # rows of the table of several models; --json and --csv have every me
 )  # fmt: skip
 
 
-@click.command()
-@settings(DataConfig, ReferenceConfig, Objective, "init_adapter", "reference")
+@click.command(cls=Command)
 @preset_option
+@settings(DataConfig, ReferenceConfig, Objective, "init_adapter", "reference")
 @click.option(
     "--adapter-path", multiple=True, help="Adapter to judge; repeatable (default: the base alone)."
 )
@@ -56,7 +57,9 @@ SHOWN = (  # rows of the table of several models; --json and --csv have every me
 @json_option
 @csv_option
 def evaluate(adapter_path, split, kl, samples, json_path, csv_path, **values) -> None:
-    """Judge adapters on held-out pairs: accuracy, margins, drift of features and text, diversity.
+    """Judge adapters on held-out pairs.
+
+    Accuracy, margins, drift of features and of text, diversity; each with its interval.
 
     \b
     Example:
@@ -96,9 +99,9 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
     return text if low_high is None else f"{text} [{low_high[0]:.4g}, {low_high[1]:.4g}]"
 
 
-@click.command()
+@click.command(cls=Command)
 @settings("model", "trust_remote_code")
-@click.option("--adapter-path", help="Adapter folder.  [default: adapters]")
+@click.option("--adapter-path", help="Adapter folder. [default: adapters]")
 @click.option(
     "--save-path", type=PATH, default="fused_model", show_default=True, help="Folder to write."
 )
@@ -107,7 +110,7 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Dtype of float weights."
 )
 @click.option("--export-gguf", is_flag=True, help="Write a GGUF as well (llama, mistral, mixtral).")
-@click.option("--gguf-path", help="Name of the GGUF file.  [default: ggml-model-f16.gguf]")
+@click.option("--gguf-path", help="Name of the GGUF file. [default: ggml-model-f16.gguf]")
 @click.option("--upload-repo", help="Hub repository to upload the fused model to.")
 @click.option("--verify", metavar="DATA", help="Compare margin and accuracy before and after.")
 @json_option
@@ -115,11 +118,11 @@ def fuse(
     adapter_path, save_path, dequantize, dtype, export_gguf, gguf_path, upload_repo, verify,
     json_path, **values,
 ) -> None:  # fmt: skip
-    """Fuse adapters into the model: a folder for mlx_lm.generate and LM Studio.
+    """Fuse adapters into the model, for mlx_lm.generate and LM Studio.
 
     \b
     Example:
-      fpo-mlx fuse --model M --adapter-path adapters --save-path fused --verify pairs/
+      fpo-mlx fuse --model M --adapter-path adapters --save-path fused
     """
     from fpo_mlx import pipeline
 
@@ -144,24 +147,24 @@ def fuse(
     click.echo(f"{report.fused_layers} layers fused, {kind}, in {report.path}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--hf-path", required=True, help="Hub id or folder of the model to convert.")
 @click.option(
     "--mlx-path", type=PATH, default="mlx_model", show_default=True, help="Folder to write."
 )
 @click.option("-q", "--quantize", is_flag=True, help="Quantise the weights.")
-@click.option("--q-bits", type=int, help="Bits a weight.  [default: mlx-lm's, 4]")
-@click.option("--q-group-size", type=int, help="Weights a scale.  [default: mlx-lm's, 64]")
+@click.option("--q-bits", type=int, help="Bits a weight. [default: mlx-lm's, 4]")
+@click.option("--q-group-size", type=int, help="Weights a scale. [default: mlx-lm's, 64]")
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Dtype of float weights."
 )
 @click.option("--trust-remote-code", is_flag=True, help="Let the model run its own Python code.")
 def convert(mlx_path, **values) -> None:
-    """Turn a hub model into a (quantised) MLX folder, with mlx_lm.convert.
+    """Turn a hub model into a (quantised) MLX folder, by mlx-lm.
 
     \b
     Example:
-      fpo-mlx convert --hf-path google/gemma-2-2b-it --mlx-path gemma-4bit -q --q-bits 4
+      fpo-mlx convert --hf-path google/gemma-2-2b-it --mlx-path gemma-4bit -q
     """
     from fpo_mlx import pipeline
 

@@ -6,23 +6,24 @@ import dataclasses
 
 import click
 
+from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import json_option, section_options, write_json
 from fpo_mlx.cli.show import listing, say
 from fpo_mlx.cli.train import on_signal
 from fpo_mlx.saetrain.settings import SaeTrainConfig, load_settings
 
 
-@click.command("train")
+@click.command("train", cls=Command)
 @section_options(SaeTrainConfig)
 @click.option("--upload-repo", help="Hub repository to upload the SAE and its card to.")
 @json_option
 def train_sae(config, upload_repo, json_path, **values) -> None:
-    """Train an SAE on a model's own activations, for a model that has none.
+    """Train an SAE for a model that has none, on its own activations.
 
     \b
     Example:
-      fpo-mlx sae train --model mlx-community/SmolLM2-135M-Instruct --data chats.jsonl \\
-        --minutes 30 --output my-sae
+      fpo-mlx sae train --model mlx-community/SmolLM2-135M-Instruct \\
+        --data chats.jsonl --minutes 30 --output my-sae
     """
     from fpo_mlx import pipeline
 

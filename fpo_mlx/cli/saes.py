@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import click
 
+from fpo_mlx.cli.help import Group
 from fpo_mlx.cli.options import PATH, READING, gather, json_option, settings, write_json
 from fpo_mlx.cli.show import Steps, listing, say, table
 from fpo_mlx.config import DataConfig
 
 
-@click.group()
+@click.group(cls=Group)
 def sae() -> None:
-    """Sparse autoencoders: what is public, what one is, what it says.
+    """Sparse autoencoders: list, info, evaluate, train, convert.
 
     \b
     Example:
@@ -45,7 +46,9 @@ def list_(model, json_path) -> None:
 @settings("model", "layer", "site", *READING)
 @json_option
 def info(spec, json_path, **values) -> None:
-    """Say what an SAE is: family, activation, width, site, fingerprint; and whether it fits.
+    """Say what an SAE is, and whether it fits a model.
+
+    Family, activation, width, site, fingerprint.
 
     \b
     Example:
@@ -110,14 +113,16 @@ def encode(input, output, **values) -> None:
 )  # fmt: skip
 @json_option
 def evaluate(adapter_path, sequences, ablation, json_path, **values) -> None:
-    """How well an SAE reads a model: L0, unexplained variance, dead features, loss recovered.
+    """Say how well an SAE reads a model.
+
+    L0, unexplained variance, dead features, loss recovered.
 
     Rows of --data: preference pairs, {"messages": [...]} or {"text": ...}; without --data the
     demo's pairs. Warnings say what the figures call wrong.
 
     \b
     Example:
-      fpo-mlx sae evaluate --model M --sae S --data pairs/ --sequences 64 --json fit.json
+      fpo-mlx sae evaluate --model M --sae S --data pairs/ --json fit.json
     """
     from fpo_mlx import pipeline
 

@@ -8,17 +8,20 @@ from typing import Any
 
 import click
 
+from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import gather, preset_option, settings
 from fpo_mlx.cli.show import Bar, Progress, result, say
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig, TrainConfig
 from fpo_mlx.machine.processes import is_first
 
 
-@click.command()
-@settings(DataConfig, ReferenceConfig, Objective, TrainConfig)
+@click.command(cls=Command)
 @preset_option
+@settings(DataConfig, ReferenceConfig, Objective, TrainConfig)
 def train(**values) -> None:
-    """Train LoRA adapters on preference pairs. Precomputes the reference if need be.
+    """Train LoRA adapters on preference pairs.
+
+    The reference is run first where its cache does not have all pairs.
 
     \b
     Example:

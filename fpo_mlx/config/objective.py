@@ -13,7 +13,7 @@ from fpo_mlx.errors import ConfigError
 
 @dataclass(frozen=True)
 class Objective:
-    """One point of the family of `core.objectives`; see the README's table of presets."""
+    """One point of the family of `core.objectives`; table of presets: docs/objective.md."""
 
     beta: float = setting(0.1, "strength of the preference term", "objective", first=True)
     alpha: float = setting(

@@ -27,14 +27,12 @@ class TrainConfig:
         None,
         "adapter that is the reference and the policy's start",
         "model and SAE",
-        first=True,
         path=True,
     )
     reference: str | None = setting(
         None,
         "reference cache (default: one under the user cache)",
         "model and SAE",
-        first=True,
         path=True,
         may_change=True,
     )
@@ -71,7 +69,6 @@ class TrainConfig:
         None,
         "blocks to adapt, counted back from the SAE's (default 16, or all; -1 for all)",
         "adapters",
-        first=True,
     )
     adapt_above_sae: bool = setting(
         False, "count --num-layers back from the last block instead", "adapters"

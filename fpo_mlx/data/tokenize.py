@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -210,7 +210,7 @@ def data_fingerprint(pairs: Iterable[TokenPair]) -> str:
         for key in pair.keys:
             digest.update(key)
         if pair.facts != NO_FACTS:
-            digest.update(np.array(list(vars(pair.facts).values()), "<f8").tobytes())
+            digest.update(np.array(astuple(pair.facts), "<f8").tobytes())
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from fpo_mlx.train.scoring import Scorer
 
 SIDES = ("chosen", "rejected")
 RESAMPLES = 1000
+DRAWN = 1_000_000  # numbers of pairs in memory at once, however many pairs there are
 # means over pairs that get an interval, where they were measured
 WITH_INTERVAL = (
     "rewards/accuracies", "rewards/margins", "policy_accuracy", "logps_per_token/chosen_change",
@@ -178,11 +179,13 @@ def bootstrap_interval(
     values: np.ndarray, seed: int = 0, weights: np.ndarray | None = None
 ) -> tuple[float, float]:
     """95 % percentile interval of the (weighted) mean over resampled pairs. values: [B]."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(values), size=(RESAMPLES, len(values)))
-    weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
-    means = (values * weights)[picks].sum(axis=1) / weights[picks].sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    rng, n, means = np.random.default_rng(seed), len(values), []
+    weights = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+    at_once = max(1, DRAWN // n)
+    for start in range(0, RESAMPLES, at_once):
+        picks = rng.integers(0, n, size=(min(at_once, RESAMPLES - start), n))
+        means.append((values * weights)[picks].sum(axis=1) / weights[picks].sum(axis=1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
 
 

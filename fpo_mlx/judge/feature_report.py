@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-Sort = Literal["share_of_d", "effect_size", "change"]
-SORTS: tuple[str, ...] = Sort.__args__  # type: ignore[attr-defined]
+from fpo_mlx.judge import Sort
+
 CANDIDATES = 100  # features that the first step of `find` keeps
 
 

@@ -41,7 +41,7 @@ def tally(scorer: Scorer, data: ScoredPairs, report: Callable[[int], None]) -> l
         for i, e in enumerate(scorer.encoders)
     ]
     for done, (pair, ref) in enumerate(zip(data.pairs, data.refs, strict=True), start=1):
-        ((chosen, rejected),) = scorer.reference([pair])  # of the model as it stands
+        ((chosen, rejected),) = scorer.reader.scores([pair])
         for i, one in enumerate(tallies):
             n = scorer.encoders[i].n_features
             policy, before = (

@@ -25,6 +25,9 @@ KL_TILES = 2.0  # times the tiles of logits, where the reference's are there too
 # of the heaviest block's kept arrays: temporaries of the pass in work, without and with
 # gradient checkpointing, where several blocks are made again at once
 WORK, WORK_AGAIN = 1.15, 4.0
+# of a pair and of each of its two rows in the cache's index, beside its tokens: Python's objects;
+# measured with scripts/bench/data_side.py
+PAIR_BYTES, ROW_BYTES = 800.0, 350.0
 BASE = 2e6  # bytes: small arrays, index tables, the random state
 # Fitted to measured times: share of a large product's speed that a step reaches
 EFFICIENCY = 0.6
@@ -119,6 +122,12 @@ class Setup:
 class Term:
     name: str
     bytes: float
+
+
+def data_term(lengths: Sequence[Lengths]) -> Term:
+    """What all pairs hold in the process's own memory; features of the reference stay on disk."""
+    tokens = sum(one.tokens for one in lengths)
+    return Term("pairs and cache index", 4 * tokens + len(lengths) * (PAIR_BYTES + 2 * ROW_BYTES))
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ from fpo_mlx.pipeline.saes import sae_convert as sae_convert
 from fpo_mlx.pipeline.saes import sae_encode as sae_encode
 from fpo_mlx.pipeline.saes import sae_info as sae_info
 from fpo_mlx.pipeline.saes import sae_list as sae_list
+from fpo_mlx.pipeline.store import CachedScores as CachedScores
 from fpo_mlx.pipeline.store import default_cache as default_cache
 from fpo_mlx.pipeline.store import fill_cache as fill_cache
 from fpo_mlx.pipeline.store import reference_of as reference_of
-from fpo_mlx.pipeline.store import scores as scores
 from fpo_mlx.pipeline.train import run_record as run_record
 from fpo_mlx.pipeline.train import train as train

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs
-from fpo_mlx.pipeline.store import OnFill, reference_of, scores
+from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 
 if TYPE_CHECKING:
     from fpo_mlx.judge.evaluate import EvalReport, EvalTable
@@ -56,7 +56,7 @@ def evaluate_all(
         read_spec(Path(path))  # before the long part
     job = open_job(config, adapter=config.train.init_adapter, say=say, need_sae=False)
     pairs = read_pairs(job, split, say)
-    data = ScoredPairs(pairs, scores(reference_of(job, pairs, say, progress), pairs))
+    data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     reports: dict[str, EvalReport] = {}
     base: EvalReport | None = None
     for path in dict.fromkeys(adapter_paths) or {"base": None}:
@@ -100,7 +100,8 @@ def open_scorer(job: Job, adapter_path: str | None, *, measure_kl: bool, say: Sa
     from fpo_mlx.model import adapters
     from fpo_mlx.model.load import load_model
     from fpo_mlx.model.policy import Policy
-    from fpo_mlx.train.scoring import Scorer, encoder_of
+    from fpo_mlx.model.reader import encoder_of
+    from fpo_mlx.train.scoring import Scorer
 
     loaded = load_model(job.model_path, trust_remote_code=job.config.reference.trust_remote_code)
     for note in loaded.notes:

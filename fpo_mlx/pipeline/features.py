@@ -15,7 +15,7 @@ from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge.feature_report import Change, Found, Sort, TextActivations
 from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import Say, need_model, open_job, open_saes, open_tokenizer, read_pairs
-from fpo_mlx.pipeline.store import OnFill, reference_of, scores
+from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import SaeWeights
 from fpo_mlx.storage.hub import read_config, resolve_model
 
@@ -75,7 +75,7 @@ def features(
     job = open_job(config, adapter=config.train.init_adapter, say=say, need_sae=True)
     known = read_labels(labels, len(job.saes)) if labels else ({},) * len(job.saes)
     pairs = read_pairs(job, split, say)[:limit]
-    data = ScoredPairs(pairs, scores(reference_of(job, pairs, say, progress), pairs))
+    data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     scorer = open_scorer(job, adapter_path, measure_kl=False, say=say)
     tallies = feature_scan.tally(scorer, data, count)
     changes: list[Change] = []
@@ -155,7 +155,7 @@ def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Sc
     from fpo_mlx.judge import feature_scan
     from fpo_mlx.model.load import load_model
     from fpo_mlx.model.policy import Policy
-    from fpo_mlx.train.scoring import encoder_of
+    from fpo_mlx.model.reader import encoder_of
 
     path = resolve_model(need_model(config))
     tokenizer = open_tokenizer(config, path)

@@ -11,7 +11,7 @@ from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import Say, has_split, open_job, read_pairs
-from fpo_mlx.pipeline.store import default_cache, fill_cache, scores
+from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _compare_fused(
     split = next((s for s in ("test", "valid", "train") if has_split(job, s)), "test")
     pairs = read_pairs(job, split, say)
     store = fill_cache(job, pairs, folder=default_cache(job.identity), adapter=None, say=say)
-    scored = ScoredPairs(pairs, scores(store, pairs))
+    scored = ScoredPairs(pairs, CachedScores(store, pairs))
     results = []
     for path, adapter in ((job.model_path, adapter_path), (fused, None)):
         scorer = open_scorer(replace(job, model_path=path), adapter, measure_kl=False, say=say)

@@ -234,7 +234,7 @@ def _train_plan(
     memory: float,
     speed: float,
 ) -> CommandPlan:
-    terms, t = case.terms(), config.train
+    terms, t = [*case.terms(), model_of.data_term(lengths)], config.train
     work = (model_of.train_flops(case.model, case.saes, case.setup, one) for one in lengths)
     each = model_of.seconds(sum(work) / len(lengths), speed)
     known = pairs or t.epochs is None
@@ -248,7 +248,7 @@ def _precompute_plan(
     every = (
         model_of.precompute_terms(case.model, case.saes, case.tiles, one) for one in case.lengths
     )
-    terms = max(every, key=model_of.total)
+    terms = [*max(every, key=model_of.total), model_of.data_term(lengths)]
     work = (model_of.precompute_flops(case.model, case.saes, one) for one in lengths)
     each = model_of.seconds(sum(work) / len(lengths), speed)
     return CommandPlan(

@@ -20,7 +20,8 @@ def open_policy(job: Job, *, say: Say) -> tuple[Scorer, dict[str, Any]]:
 
     from fpo_mlx.model.load import load_model
     from fpo_mlx.model.policy import Policy
-    from fpo_mlx.train.scoring import Scorer, encoder_of
+    from fpo_mlx.model.reader import encoder_of
+    from fpo_mlx.train.scoring import Scorer
 
     t, o, ref = job.config.train, job.config.objective, job.config.reference
     loaded = load_model(job.model_path, trust_remote_code=ref.trust_remote_code)

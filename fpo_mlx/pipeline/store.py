@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import overload
 
 from fpo_mlx import cache
 from fpo_mlx.cache import CacheIdentity, FillReport, ReferenceCache
@@ -179,7 +180,25 @@ def open_engine(
     return engine
 
 
-def scores(store: ReferenceCache, pairs: Sequence[TokenPair]) -> list[PairScore]:
-    return [
-        (store.get(chosen), store.get(rejected)) for chosen, rejected in (p.keys for p in pairs)
-    ]
+class CachedScores(Sequence[PairScore]):
+    """The reference's scores of pairs, read from the cache at each access: none stays in memory."""
+
+    def __init__(self, store: ReferenceCache, pairs: Sequence[TokenPair]) -> None:
+        """Raises: CacheMismatch when a row is missing."""
+        self._store, self._pairs = store, pairs
+        if missing := store.missing(key for pair in pairs for key in pair.keys):
+            store.get(missing[0])
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    @overload
+    def __getitem__(self, at: int) -> PairScore: ...
+    @overload
+    def __getitem__(self, at: slice) -> CachedScores: ...
+    def __getitem__(self, at: int | slice) -> PairScore | CachedScores:
+        """Raises: FpoError when the row's shard is damaged."""
+        if isinstance(at, slice):
+            return CachedScores(self._store, self._pairs[at])
+        chosen, rejected = self._pairs[at].keys
+        return self._store.get(chosen), self._store.get(rejected)

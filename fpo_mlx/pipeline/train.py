@@ -15,7 +15,7 @@ from fpo_mlx.errors import CacheMismatch, ConfigError
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.plan import predicted_peak
 from fpo_mlx.pipeline.policy import open_policy
-from fpo_mlx.pipeline.store import OnFill, reference_of, scores
+from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import TokenPair
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def train(
     store = reference_of(job, [*pairs, *valid], say, progress, other_weights=True, agree=agree)
     scorer, adapter_config = open_policy(job, say=say)
     out = AdapterFolder(Path(t.adapter_path), adapter_config, writes=ranks.first)
-    scored, held_out = (ScoredPairs(part, scores(store, part)) for part in (pairs, valid))
+    scored, held_out = (ScoredPairs(part, CachedScores(store, part)) for part in (pairs, valid))
     trainer = Trainer(scorer, scored, held_out if valid else None, t, out, arm(), ranks)
     begin(trainer.total)
     del job  # and with it the SAEs' numpy arrays: the encoders on the device are the only copy

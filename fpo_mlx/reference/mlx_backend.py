@@ -8,12 +8,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from fpo_mlx.config import Objective
-from fpo_mlx.model import adapters
-from fpo_mlx.model.load import load_model
+from fpo_mlx.model.open import open_model
 from fpo_mlx.model.policy import Policy
+from fpo_mlx.model.reader import Reader, encoder_of
 from fpo_mlx.records import PairScore, SaeWeights, TokenPair
-from fpo_mlx.train.scoring import Scorer, encoder_of
 
 
 class MlxBackend:
@@ -31,27 +29,21 @@ class MlxBackend:
         trust_remote_code: bool = False,
     ) -> None:
         """Raises: ModelError, SaeError for a model, adapter or site that does not fit."""
-        loaded = load_model(model_path, trust_remote_code=trust_remote_code)
-        if adapter_path is not None:
-            adapters.load(loaded.model, Path(adapter_path))
-            loaded.model.eval()
+        loaded = open_model(model_path, adapter=adapter_path, trust_remote_code=trust_remote_code)
         sites = [sae.site for sae in saes if sae.site is not None]
         policy = Policy(loaded.model, loaded.config, sites, share_prompt=share_prompt)
-        self._scorer = Scorer(policy, [encoder_of(sae) for sae in saes], Objective())
+        self._reader = Reader(policy, [encoder_of(sae) for sae in saes])
         self.notes = loaded.notes
         self.dtype = loaded.dtype
 
     def score(self, pairs: Sequence[TokenPair]) -> list[PairScore]:
         scores = []
         for pair in pairs:
-            scores += self._scorer.reference([pair])
+            scores += self._reader.scores([pair])
         mx.clear_cache()  # lengths differ from group to group: give back what is not reused
         return scores
 
     def activations(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
-        found: list[list[np.ndarray]] = []
-        for pair in pairs:
-            tapped = self._scorer.policy.rows([pair]).tapped
-            found.append([np.array(site.astype(mx.float32)) for site in tapped])
+        found = [self._reader.activations([pair]) for pair in pairs]
         mx.clear_cache()
         return [np.concatenate(site) for site in zip(*found, strict=True)]

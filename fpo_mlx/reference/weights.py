@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from fpo_mlx.errors import ModelError
 from fpo_mlx.storage.files import parse_json
+from fpo_mlx.storage.tensors import read_header
 
 CHUNK = 1 << 22  # bytes read at a time
 # fields of config.json that no logit depends on, or that repeat another field
@@ -105,31 +105,16 @@ def _digest(folder: Path, deciding: dict[str, Any], files: list[Path]) -> str:
 
 def _tensors(path: Path) -> Iterator[_Tensor]:
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = parse_json(file.read(length)) if length < 1 << 28 else {}
-        header.pop("__metadata__", None)
-        found = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
-        end = max(tensor.start + tensor.size for tensor in found)
+        found = read_header(path).tensors
+        end = max(tensor.start + tensor.size for tensor in found.values())
         if path.stat().st_size != end:
             raise ValueError(f"{path.stat().st_size} bytes instead of {end}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} is no whole safetensors file ({error}). Download or copy it again."
         ) from error
-    yield from found
-
-
-def _entry(path: Path, name: str, entry: dict[str, Any], start: int) -> _Tensor:
-    """One line of a header. Raises: KeyError, TypeError or ValueError."""
-    begin, stop = entry["data_offsets"]
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    if type(dtype) is not str or not all(type(n) is int for n in (begin, stop, *shape)):
-        raise TypeError(f"{name} is described by values of wrong types")
-    f"{name} {dtype}".encode()  # half a surrogate pair is a ValueError here, not in the hashing
-    if not 0 <= begin <= stop:
-        raise ValueError(f"{name} ends before it begins")
-    return _Tensor(name, dtype, shape, path, start + begin, stop - begin)
+    for name, one in found.items():
+        yield _Tensor(name, one.dtype, one.shape, path, one.start, one.size)
 
 
 def _content(tensor: _Tensor) -> bytes:

@@ -11,14 +11,14 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.sae.tensorfile import TensorFile, widen_bfloat16
 from fpo_mlx.sae.torchfile import open_torch
-from fpo_mlx.storage.files import parse_json
+from fpo_mlx.storage.tensors import Tensor, read_header
 
 # numpy dtype of each safetensors dtype; BF16 is read as its 16 bits and widened below
 SAFETENSORS_DTYPES = {
@@ -40,7 +40,6 @@ UNREADABLE = (
     SyntaxError, tokenize.TokenError, NotImplementedError, RuntimeError, RecursionError,
     OverflowError, MemoryError, IndexError, struct.error, AttributeError,
 )  # fmt: skip
-MAX_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
 
 
 def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
@@ -116,63 +115,44 @@ def _npz_array(path: Path, name: str) -> np.ndarray:
 
 def open_safetensors(path: Path) -> TensorFile:
     """safetensors, bfloat16 included. Every extent is checked against the file before any read."""
-    header, start = _safetensors_header(path)
-    size = path.stat().st_size - start
-    for name, entry in header.items():
-        _check_extent(path, name, entry, size)
-    shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    try:
+        header = read_header(path)
+        size = path.stat().st_size
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, "a safetensors file", error) from error
+    for name, tensor in header.tensors.items():
+        _check_extent(path, name, tensor, size - header.end, header.end)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
 
     def fetch(name: str) -> np.ndarray:
-        entry = header[name]
-        begin, _ = entry["data_offsets"]
-        dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
-        count = int(np.prod(entry["shape"], dtype=np.int64))
-        array = np.fromfile(path, dtype=dtype, count=count, offset=start + begin)
-        if entry["dtype"] == "BF16":
+        tensor = header.tensors[name]
+        dtype = np.dtype(SAFETENSORS_DTYPES[tensor.dtype])
+        count = math.prod(tensor.shape)
+        array = np.fromfile(path, dtype=dtype, count=count, offset=tensor.start)
+        if tensor.dtype == "BF16":
             array = widen_bfloat16(array)
-        return array.reshape(entry["shape"])
+        return array.reshape(tensor.shape)
 
     return TensorFile(path, shapes, fetch)
 
 
-def _safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """(entries by tensor name, offset of the data in bytes)."""
-    try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(MAX_HEADER, path.stat().st_size - 8):
-                raise ValueError(f"its header claims {length} bytes")
-            header = parse_json(stream.read(length))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, "a safetensors file", error) from error
-    if not isinstance(header, dict):
-        raise _unreadable(path, "a safetensors file", ValueError("its header is no JSON object"))
-    header.pop("__metadata__", None)
-    return header, 8 + length
-
-
-def _check_extent(path: Path, name: str, entry: Any, size: int) -> None:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = (*shape, begin, end)
-        if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-            raise ValueError(f"extents of {name!r} that cannot be")
-    except (KeyError, TypeError, ValueError) as error:
-        raise _unreadable(path, "a safetensors file", error) from error
-    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
+def _check_extent(path: Path, name: str, tensor: Tensor, size: int, first: int) -> None:
+    """size: bytes of data in the file; first: offset of the first of them."""
+    if tensor.dtype not in SAFETENSORS_DTYPES:
         raise SaeError(
-            f"{path}: tensor {name!r} is stored as {dtype}; wanted one of "
+            f"{path}: tensor {name!r} is stored as {tensor.dtype}; wanted one of "
             f"{', '.join(SAFETENSORS_DTYPES)}. Convert it with the tool that wrote it."
         )
+    end = tensor.start + tensor.size - first
     if end > size:
         raise SaeError(
             f"{path} is truncated: tensor {name!r} ends at byte {end} of the data, the file has "
             f"{size}. Download it again."
         )
-    if math.prod(shape) * np.dtype(SAFETENSORS_DTYPES[dtype]).itemsize != end - begin:
+    if math.prod(tensor.shape) * np.dtype(SAFETENSORS_DTYPES[tensor.dtype]).itemsize != tensor.size:
         raise SaeError(
-            f"{path}: tensor {name!r} of shape {shape} and {dtype} has {end - begin} bytes. "
-            "The header is damaged; download the file again."
+            f"{path}: tensor {name!r} of shape {list(tensor.shape)} and {tensor.dtype} has "
+            f"{tensor.size} bytes. The header is damaged; download the file again."
         )
 
 

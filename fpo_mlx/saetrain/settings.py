@@ -5,53 +5,94 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fpo_mlx import config
+from fpo_mlx.config.fields import setting
 from fpo_mlx.errors import ConfigError
-
-
-def _opt(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class SaeTrainConfig:
     """None means: chosen from the model, the data and the budget."""
 
-    model: str = _opt("", "model folder or hub id")
-    data: str = _opt("", ".jsonl, .txt, folder or hub id: texts, chats or preference pairs")
-    output: str = _opt("sae", "folder to write")
-    layer: int | None = _opt(None, "block to read, from 0 (default: at nine tenths of the depth)")
-    site: str = _opt("resid_post", "site within the block")
-    data_kind: Literal["auto", "text", "chat", "pairs"] = _opt("auto", "what the rows are")
-    tokens: Literal["all", "response"] = _opt("all", "positions to train on")
-    max_seq_length: int = _opt(1024, "longest document, in tokens")
-    chat_template: str | None = _opt(None, "file with a chat template, in place of the model's")
-    architecture: Literal["topk", "batchtopk", "jumprelu"] = _opt("topk", "kind of SAE")
-    matryoshka: bool = _opt(False, "nested prefixes of features, each to reconstruct alone")
-    width: int | None = _opt(None, "features (default: about 8 times the hidden size)")
-    k: int | None = _opt(None, "active features a token (default: 32, or 64 for wide models)")
-    minutes: float | None = _opt(None, "time to train for; sets the tokens (default 30)")
-    training_tokens: int | None = _opt(None, "tokens to train on, in place of --minutes")
-    passes: float = _opt(8.0, "most passes over the data")
-    batch_size: int = _opt(2048, "tokens an update")
-    micro_batch_size: int | None = _opt(None, "tokens in memory at once (default: the batch)")
-    learning_rate: float | None = _opt(None, "highest (default: 3e-3, less above 4096 features)")
-    centre: Literal["geometric_median", "mean"] = _opt("geometric_median", "start of b_dec")
-    aux_k: int | None = _opt(None, "dead features a token revives (default: half the hidden size)")
-    dead_after: int | None = _opt(None, "tokens without a use (default: a sixtieth of the tokens)")
-    bandwidth: float = _opt(0.1, "of JumpReLU's gradient, in units of the scaled activations")
-    memory_gb: float = _opt(2.0, "bound of the activations in memory")
-    store: str | None = _opt(None, "folder to keep the activations in, and to read them from")
-    held_out: float = _opt(0.05, "share of the data to judge on, 65536 tokens at most")
-    seed: int = _opt(0, "seed of weights and order")
-    save_every: int = _opt(200, "updates between checkpoints")
-    steps_per_report: int = _opt(20, "updates between reports")
-    resume: bool = _opt(False, "continue the run in --output exactly where it stopped")
-    trust_remote_code: bool = _opt(False, "let the model folder run its own Python code")
+    model: str = setting("", "model folder or hub id", "model and SAE", first=True)
+    data: str = setting(
+        "", ".jsonl, .txt, folder or hub id: texts, chats or preference pairs", "data", first=True
+    )
+    output: str = setting("sae", "folder to write", "saving", first=True)
+    layer: int | None = setting(
+        None,
+        "block to read, from 0 (default: at nine tenths of the depth)",
+        "model and SAE",
+        first=True,
+    )
+    site: str = setting("resid_post", "site within the block", "model and SAE")
+    data_kind: Literal["auto", "text", "chat", "pairs"] = setting(
+        "auto", "what the rows are", "data"
+    )
+    tokens: Literal["all", "response"] = setting("all", "positions to train on", "data")
+    max_seq_length: int = setting(1024, "longest document, in tokens", "data", first=True)
+    chat_template: str | None = setting(
+        None, "file with a chat template, in place of the model's", "data"
+    )
+    architecture: Literal["topk", "batchtopk", "jumprelu"] = setting(
+        "topk", "kind of SAE", "model and SAE", first=True
+    )
+    matryoshka: bool = setting(
+        False, "nested prefixes of features, each to reconstruct alone", "model and SAE"
+    )
+    width: int | None = setting(
+        None, "features (default: about 8 times the hidden size)", "model and SAE", first=True
+    )
+    k: int | None = setting(
+        None,
+        "active features a token (default: 32, or 64 for wide models)",
+        "model and SAE",
+        first=True,
+    )
+    minutes: float | None = setting(
+        None, "time to train for; sets the tokens (default 30)", "schedule", first=True
+    )
+    training_tokens: int | None = setting(
+        None, "tokens to train on, in place of --minutes", "schedule", first=True
+    )
+    passes: float = setting(8.0, "most passes over the data", "schedule")
+    batch_size: int = setting(2048, "tokens an update", "schedule")
+    micro_batch_size: int | None = setting(
+        None, "tokens in memory at once (default: the batch)", "memory"
+    )
+    learning_rate: float | None = setting(
+        None, "highest (default: 3e-3, less above 4096 features)", "schedule"
+    )
+    centre: Literal["geometric_median", "mean"] = setting(
+        "geometric_median", "start of b_dec", "schedule"
+    )
+    aux_k: int | None = setting(
+        None, "dead features a token revives (default: half the hidden size)", "schedule"
+    )
+    dead_after: int | None = setting(
+        None, "tokens without a use (default: a sixtieth of the tokens)", "schedule"
+    )
+    bandwidth: float = setting(
+        0.1, "of JumpReLU's gradient, in units of the scaled activations", "schedule"
+    )
+    memory_gb: float = setting(2.0, "bound of the activations in memory", "memory")
+    store: str | None = setting(
+        None, "folder to keep the activations in, and to read them from", "memory", first=True
+    )
+    held_out: float = setting(0.05, "share of the data to judge on, 65536 tokens at most", "data")
+    seed: int = setting(0, "seed of weights and order", "schedule")
+    save_every: int = setting(200, "updates between checkpoints", "saving")
+    steps_per_report: int = setting(20, "updates between reports", "saving")
+    resume: bool = setting(
+        False, "continue the run in --output exactly where it stopped", "saving", first=True
+    )
+    trust_remote_code: bool = setting(
+        False, "let the model folder run its own Python code", "safety"
+    )
 
     def __post_init__(self) -> None:
         faults = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,10 +21,15 @@ class ScoredPairs:
     """Token pairs and the reference's scores of them, in the same order."""
 
     pairs: Sequence[TokenPair]
-    refs: Sequence[PairScore]
+    refs: Sequence[PairScore]  # may be read from disk at each access
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def take(self, positions: Iterable[int]) -> ScoredPairs:
+        """Those at these positions, their scores read now: for what fits into memory."""
+        chosen = [int(i) for i in positions]
+        return ScoredPairs([self.pairs[i] for i in chosen], [self.refs[i] for i in chosen])
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,17 @@ def pair_metrics(losses: PairLosses, measures: Measures, beta: float) -> dict[st
     return out
 
 
-def measure(scorer: Scorer, data: ScoredPairs, size: int = 1) -> dict[str, np.ndarray]:
-    """`pair_metrics` of every pair, in order, without gradient; `size` pairs at a time."""
-    parts = []
-    for i in range(0, len(data), size):
-        chunk = slice(i, i + size)
-        losses, measures = scorer.losses(data.pairs[chunk], data.refs[chunk], grad=False)
+def measure(
+    scorer: Scorer, data: ScoredPairs, size: int = 1, positions: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """`pair_metrics` of every pair, in order, without gradient; `size` pairs at a time.
+
+    positions: only these pairs of the data.
+    """
+    parts, wanted = [], range(len(data)) if positions is None else positions
+    for i in range(0, len(wanted), size):
+        some = data.take(wanted[i : i + size])
+        losses, measures = scorer.losses(some.pairs, some.refs, grad=False)
         parts.append(pair_metrics(losses, measures, scorer.objective.beta))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

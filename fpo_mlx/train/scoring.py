@@ -1,7 +1,7 @@
 """Where the model, the SAEs and the objective meet: pairs in, one loss per pair out.
 
-The trainer differentiates `losses`, evaluation calls it without gradient, and the MLX reference
-backend calls `reference`; all three see the same rows.
+The trainer differentiates `losses`, evaluation calls it without gradient; the rows are those of
+`model.reader`, by which the reference was scored.
 """
 
 from __future__ import annotations
@@ -9,27 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from fpo_mlx.config import Objective
 from fpo_mlx.core import features as F
-from fpo_mlx.core.logprobs import TokenValues, token_logps, token_values
+from fpo_mlx.core.logprobs import TokenValues, token_values
 from fpo_mlx.core.objectives import PairLosses, Seen, preference_losses
 from fpo_mlx.model import adapters
 from fpo_mlx.model.policy import Layout, Policy, Rows
-from fpo_mlx.records import (
-    NO_FACTS,
-    PairScore,
-    ResponseScore,
-    SaeWeights,
-    SparseFeatures,
-    TokenPair,
-)
-
-ENCODER_ARRAYS = ("b_enc", "b_in", "threshold", "gate_scale", "gate_bias", "act_scale")
+from fpo_mlx.model.reader import Reader
+from fpo_mlx.records import NO_FACTS, PairScore, TokenPair
 
 
 @dataclass(frozen=True)
@@ -47,21 +38,6 @@ class Measures:
     score_gaps: mx.array | None = None
 
 
-def encoder_of(sae: SaeWeights) -> F.Encoder:
-    """Arrays of the SAE's encoder on the default device, float32."""
-    given = {name: getattr(sae, name) for name in ENCODER_ARRAYS}
-    arrays: dict[str, Any] = {k: None if a is None else mx.array(a) for k, a in given.items()}
-    if arrays["threshold"] is not None:  # below 0 it would be the ReLU's: the same function
-        arrays["threshold"] = mx.maximum(arrays["threshold"], 0.0)
-    return F.Encoder(
-        activation=sae.activation,
-        w_enc=mx.array(np.ascontiguousarray(sae.w_enc.T)),
-        k=sae.k or 0,
-        normalize=sae.normalize,
-        **arrays,
-    )
-
-
 class Scorer:
     """Scores pairs with a policy against cached reference rows."""
 
@@ -74,9 +50,8 @@ class Scorer:
         feature_weights: Sequence[Mapping[int, float]] = (),
         measure_kl: bool = False,
     ) -> None:
-        if encoders and len(encoders) != len(policy.sites):
-            raise ValueError(f"{len(encoders)} encoders for {len(policy.sites)} sites")
-        self.policy, self.encoders, self.objective = policy, tuple(encoders), objective
+        self.reader, self.objective = Reader(policy, encoders), objective
+        self.policy, self.encoders = policy, self.reader.encoders
         self.measure_kl = measure_kl or objective.constraint == "kl"
         self.feature_weights = tuple(feature_weights)
         self._pinned = [_pinned(weights) for weights in feature_weights]
@@ -98,26 +73,6 @@ class Scorer:
         finally:
             adapters.update(model, current)
             model.train(training)
-
-    def reference(self, pairs: Sequence[TokenPair]) -> list[PairScore]:
-        """Summed log-probs and pooled features under the model as it stands, without gradient."""
-        layout, rows = Layout.of(pairs), self.policy.rows(pairs)
-        logps = self._logps(rows, layout, grad=False)
-        pooled = [
-            F.pool(encoder, tapped, layout.means(), after=[logps])[0]
-            for encoder, tapped in zip(self.encoders, rows.tapped, strict=False)
-        ]
-        mx.eval(logps, pooled)
-        sums, dense = np.array(logps, dtype=np.float64), [np.array(p) for p in pooled]
-        scores = [
-            ResponseScore(
-                float(sums[i]),
-                int(layout.lengths[i]),
-                tuple(SparseFeatures.from_dense(d[i]) for d in dense),
-            )
-            for i in range(len(sums))
-        ]
-        return list(zip(scores[0::2], scores[1::2], strict=True))
 
     def losses(
         self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], *, grad: bool
@@ -149,11 +104,6 @@ class Scorer:
             measures.agreement, measures.weights, measures.score_gaps, measures.log_collisions,
         )  # fmt: skip
         return preference_losses(seen, self.objective), measures
-
-    def _logps(self, rows: Rows, layout: Layout, *, grad: bool) -> mx.array:
-        policy = self.policy
-        tokens = token_logps(rows.hidden, layout.targets, policy.head, policy.vocab_size, grad=grad)
-        return layout.sums() @ tokens  # [2B]
 
     def _token_sums(
         self, pairs: Sequence[TokenPair], rows: Rows, layout: Layout, grad: bool

@@ -80,7 +80,7 @@ class Trainer:
     def start_gaps(self, pairs: int = 16) -> tuple[float, float]:
         """`guard.gaps` of the first pairs, before any update."""
         self.model.eval()
-        some = ScoredPairs(self.train.pairs[:pairs], self.train.refs[:pairs])
+        some = self.train.take(range(min(pairs, len(self.train))))
         return guard.gaps(self._measure(some), some.refs, self.scorer.objective)
 
     def run(self) -> Iterator[Report]:
@@ -169,11 +169,8 @@ class Trainer:
         count = math.inf if own.idle else len(indices)  # a borrowed pair gives no gradient
         value_and_grad = nn.value_and_grad(self.model, self._loss)
         for start in range(0, len(own.positions), size):
-            chosen = indices[own.positions[start : start + size]]
-            pairs = [self.train.pairs[i] for i in chosen]
-            (_, losses, measures), gradient = value_and_grad(
-                pairs, [self.train.refs[i] for i in chosen], count
-            )
+            some = self.train.take(indices[own.positions[start : start + size]])
+            (_, losses, measures), gradient = value_and_grad(some.pairs, some.refs, count)
             total = gradient if total is None else tree_map(mx.add, total, gradient)
             mx.eval(total, losses, measures)
             parts.append(
@@ -182,12 +179,12 @@ class Trainer:
         values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return self.ranks.gather(values, own, len(indices)), self.ranks.sum(total)
 
-    def _measure(self, data: ScoredPairs) -> dict[str, np.ndarray]:
-        """`measure` of all pairs, each by one of the processes."""
-        own = self.ranks.part(len(data))
-        part = ScoredPairs(*([side[i] for i in own.positions] for side in (data.pairs, data.refs)))
-        values = measure(self.scorer, part, self.config.micro_batch_size)
-        return self.ranks.gather(values, own, len(data))
+    def _measure(self, data: ScoredPairs, first: int | None = None) -> dict[str, np.ndarray]:
+        """`measure` of all pairs (of the first few), each by one of the processes."""
+        count = len(data) if first is None else first
+        own = self.ranks.part(count)
+        values = measure(self.scorer, data, self.config.micro_batch_size, own.positions.tolist())
+        return self.ranks.gather(values, own, count)
 
     def _seed_dropout(self) -> None:
         """Of several processes each drops on its own, and on again from any checkpoint."""
@@ -238,9 +235,7 @@ class Trainer:
 
         Returns: warnings. Raises: ModelError.
         """
-        first = ScoredPairs(
-            *([side[i] for i in indices] for side in (self.train.pairs, self.train.refs))
-        )
+        first = self.train.take(indices)
         o, bound = self.scorer.objective, self.config.max_start_gap
         verdict = guard.first_step(self._measure(first), first.refs, grad_norm, o, bound)
         if verdict.reason is not None:
@@ -283,8 +278,7 @@ class Trainer:
         started, n = time.perf_counter(), len(self.valid)
         if self.config.val_batches >= 0:
             n = min(n, self.config.val_batches * self.config.batch_size)
-        some = ScoredPairs(self.valid.pairs[:n], self.valid.refs[:n])
-        values = self._measure(some)
+        values = self._measure(self.valid, n)
         means = {name: float(array.mean()) for name, array in values.items() if name != "u"}
         loss, progress = means.pop("loss"), self.progress
         if not math.isfinite(loss):

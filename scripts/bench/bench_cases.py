@@ -22,8 +22,8 @@ from fpo_mlx.core.logprobs import Head, token_logps
 from fpo_mlx.model.heads import find_backbone, find_head
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Layout
+from fpo_mlx.model.reader import encoder_of
 from fpo_mlx.reference import open_backend
-from fpo_mlx.train.scoring import encoder_of
 
 Say = Callable[[str], None]
 LENGTHS = {"main-256": (256, 90, 70), "main-76": (76, 154, 77), "main-512": (512, 256, 256)}

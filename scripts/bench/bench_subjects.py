@@ -20,11 +20,12 @@ from fpo_mlx.config import PRESETS, Objective, TrainConfig
 from fpo_mlx.model import adapters
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy
+from fpo_mlx.model.reader import encoder_of
 from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
 from fpo_mlx.train.checkpoint import AdapterFolder
 from fpo_mlx.train.metrics import ScoredPairs
 from fpo_mlx.train.optimizer import gradient_norm
-from fpo_mlx.train.scoring import Scorer, encoder_of
+from fpo_mlx.train.scoring import Scorer
 from fpo_mlx.train.trainer import Trainer
 
 # The rate is so small that every step of a case is the first one: random pairs would else drive
@@ -118,7 +119,7 @@ def make_scorer(world: World, preset: str, sae: SaeWeights | None) -> Scorer:
 def score(world: World, pairs: Sequence[TokenPair], sae: SaeWeights | None) -> list[PairScore]:
     """The reference's rows, with features if there is an SAE."""
     scorer = make_scorer(world, "fpo" if sae else "dpo", sae)
-    return [scored for pair in pairs for scored in scorer.reference([pair])]
+    return [scored for pair in pairs for scored in scorer.reader.scores([pair])]
 
 
 def make_trainer(

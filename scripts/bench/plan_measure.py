@@ -25,9 +25,10 @@ def measure(model: Path, case: dict[str, Any], steps: int) -> dict[str, float]:
     from fpo_mlx.model import adapters
     from fpo_mlx.model.load import load_model
     from fpo_mlx.model.policy import Policy
+    from fpo_mlx.model.reader import encoder_of
     from fpo_mlx.model.trees import blocks_of
     from fpo_mlx.records import Site
-    from fpo_mlx.train.scoring import Scorer, encoder_of
+    from fpo_mlx.train.scoring import Scorer
 
     loaded = load_model(model)
     last = len(blocks_of(loaded.model)) - 1
@@ -53,14 +54,14 @@ def measure(model: Path, case: dict[str, Any], steps: int) -> dict[str, float]:
     scorer = Scorer(policy, encoders, objective)
     mx.eval([vars(encoder) for encoder in encoders])
     if train:
-        refs = [row for pair in pairs for row in scorer.reference([pair])]
+        refs = [row for pair in pairs for row in scorer.reader.scores([pair])]
         trainer = bs.make_trainer(scorer, pairs, refs, case["micro"])
         everything = np.arange(len(pairs))
         mx.eval(trainer.optimizer.state)
 
     def run() -> None:
         if not train:
-            scorer.reference(pairs[:1])
+            scorer.reader.scores(pairs[:1])
             return
         trainer.model.train()
         bs.update(trainer, trainer._gradient(everything)[1])

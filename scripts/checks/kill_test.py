@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "checks"), str(ROOT / "tests" / "support")]
 
 import kill_cases  # noqa: E402
 from kill_cases import Case, digest, finished, tree  # noqa: E402

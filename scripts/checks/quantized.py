@@ -24,9 +24,10 @@ from fpo_mlx.demo.smollm2 import model_folders
 from fpo_mlx.model import adapters
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy
+from fpo_mlx.model.reader import encoder_of
 from fpo_mlx.records import Site, TokenPair
 from fpo_mlx.sae import load_sae
-from fpo_mlx.train.scoring import Scorer, encoder_of
+from fpo_mlx.train.scoring import Scorer
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn  # isort: skip
@@ -53,7 +54,7 @@ def open_step(folder: Path):
     scorer = Scorer(policy, [encoder_of(sae)], Objective())
     rng = np.random.default_rng(0)
     pair = TokenPair(*(rng.integers(5, 49000, n).astype(np.int32) for n in (128, 90, 70)), 0)
-    refs = scorer.reference([pair])
+    refs = scorer.reader.scores([pair])
 
     def loss():
         return scorer.losses([pair], refs, grad=True)[0].losses.mean()

@@ -154,7 +154,7 @@ def run(options: argparse.Namespace, *, techniques: bool) -> list[float]:
     config = load_config(settings)
     job = pipeline.open_job(config, adapter=None, say=say)
     pairs = pipeline.read_pairs(job, "train", say)
-    refs = pipeline.scores(pipeline.reference_of(job, pairs, say), pairs)
+    refs = pipeline.CachedScores(pipeline.reference_of(job, pairs, say), pairs)
     scorer, adapter_config = pipeline.open_policy(job, say=say)
     used: Scorer | PlainScorer = scorer
     if not techniques:

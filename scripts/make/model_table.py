@@ -1,4 +1,4 @@
-"""Measure every architecture against transformers and write the README's table of models.
+"""Measure every architecture against transformers and write the table of docs/models.md.
 
     python scripts/make/model_table.py            # a minute on one core; needs torch
 
@@ -49,12 +49,12 @@ def main() -> int:
             shares = "yes" if proof.shares_prompt else "no"
             cells = [f"`{name}`", str(len(proof.kinds)), *figures, shares, MIND.get(name, "")]
             lines.append("| " + " | ".join(cells).rstrip() + " |\n")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    page = ROOT / "docs" / "models.md"
+    text = page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     table = BEGIN + HEAD + "".join(lines) + END
-    readme.write_text(before + table + after, encoding="utf-8")
+    page.write_text(before + table + after, encoding="utf-8")
     return 0
 
 

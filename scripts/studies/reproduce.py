@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def facts_of(plan: rc.Plan, source: Path) -> dict[str, Any]:
         n: len((plan.data / f"{n}.jsonl").read_text().splitlines()) for n in ("train", "test")
     }
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "fpo-mlx": __version__, "model": plan.model.name, "saes": list(plan.saes),
         "data": source.name, "train_pairs": counts["train"], "held_out_pairs": counts["test"],
         "updates": plan.updates, "batch_size": plan.batch_size,

@@ -207,15 +207,16 @@ def read_from(tree: ast.AST, holders: set[str]) -> set[str]:
 
 
 def settings_read(sources: dict[str, str]) -> set[str]:
-    """Settings read outside config.py, directly or by a method of theirs that is used there."""
+    """Settings read outside config/, directly or by a method of theirs that is used there."""
     outside = set()
     for name, source in sources.items():
-        if name != "config.py":
+        if not name.startswith("config/"):
             outside |= read_from(ast.parse(source), HOLDERS)
-    for section in ast.walk(ast.parse(sources["config.py"])):
-        for method in section.body if isinstance(section, ast.ClassDef) else ():
-            if isinstance(method, ast.FunctionDef) and method.name in outside:
-                outside |= read_from(method, {"self"})
+    for name, source in sources.items():
+        for section in ast.walk(ast.parse(source)) if name.startswith("config/") else ():
+            for method in section.body if isinstance(section, ast.ClassDef) else ():
+                if isinstance(method, ast.FunctionDef) and method.name in outside:
+                    outside |= read_from(method, {"self"})
     return outside
 
 
@@ -236,7 +237,7 @@ def test_every_setting_is_read_outside_of_config(name):
 def test_a_setting_that_nothing_reads_is_found():
     config = "class C:\n    def used(self): return self.a\n    def unused(self): return self.b\n"
     use = "def f(config, x):\n    config.used\n    x.c\n    config.train.d\n    config.e = 1\n"
-    assert settings_read({"config.py": config, "use.py": use}) == {"used", "a", "d"}
+    assert settings_read({"config/c.py": config, "use.py": use}) == {"used", "a", "d"}
 
 
 def test_every_setting_is_in_one_section_only():

@@ -1,4 +1,4 @@
-"""The README is held to the code: commands, flags, settings, presets, formats, links."""
+"""README and docs/ are held to the code: commands, flags, settings, presets, formats, links."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from command_line import run
 
 from fpo_mlx import cache
 from fpo_mlx.cache.identity import VERSION
@@ -18,14 +19,22 @@ from fpo_mlx.config import PRESETS, Objective, load_config
 from fpo_mlx.data import parse_row
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ("README.md", "SECURITY.md", "CHANGELOG.md")
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MISSING = README.split("## Not there yet\n")[1].split("\n## ")[0]
+GUIDE = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+FOLDERS = sorted(path.name for path in (ROOT / "scripts").iterdir() if any(path.glob("*.py")))
+PAGES = (
+    *GUIDE,
+    *(f"scripts/{folder}/README.md" for folder in FOLDERS),
+    "SECURITY.md",
+    "CHANGELOG.md",
+)
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+DOCS = "\n".join(TEXTS[page] for page in GUIDE)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MISSING = TEXTS["README.md"].split("## Not there yet\n")[1].split("\n## ")[0]
 
 
-def blocks(language: str) -> list[str]:
-    return [text for kind, text in FENCE.findall(README) if kind == language]
+def blocks(language: str, text: str = DOCS) -> list[str]:
+    return [block for kind, block in FENCE.findall(text) if kind == language]
 
 
 def leaves(group: click.Group = main, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -49,53 +58,83 @@ def command_of(words: list[str]) -> click.Command:
     return command
 
 
+def path_of(words: list[str]) -> list[str]:
+    """The words that name the command: ["sae", "info"] of sae info FOLDER."""
+    return [word for i, word in enumerate(words) if tuple(words[: i + 1]) in PREFIXES]
+
+
 def flags_of(command: click.Command) -> set[str]:
     options = [p for p in command.params if isinstance(p, click.Option)]
-    return {name for o in options for name in (*o.opts, *o.secondary_opts)} | {"-h", "--help"}
+    return {name for o in options for name in (*o.opts, *o.secondary_opts)} | HELP
 
 
-def shell_lines() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+def shell_lines(text: str = DOCS) -> list[list[str]]:
+    lines = [b.replace("\\\n", " ") for b in blocks("sh", text)]
+    return [
+        words for line in "".join(lines).splitlines() if (words := shlex.split(line, comments=True))
+    ]
 
 
+HELP = {"-h", "--help", "--help-all"}
 COMMANDS = sorted(leaves())
-OURS = [words[1:] for words in shell_lines() if words[0] == "fpo-mlx"]
+PREFIXES = {path[: i + 1] for path in COMMANDS for i in range(len(path))}
+FLAGS = {flag for path in COMMANDS for flag in flags_of(command_of(list(path)))}
+
+
+def ours(words: list[str]) -> list[str]:
+    """What comes after fpo-mlx, alone or behind a launcher such as mlx.launch or torchrun."""
+    at = [i for i, word in enumerate(words) if word in ("fpo-mlx", "fpo_mlx")]
+    return words[at[0] + 1 :] if at else []
+
+
+OURS = [said for page in PAGES for words in shell_lines(TEXTS[page]) if (said := ours(words))]
+
+
+def test_the_readme_has_at_most_200_lines():
+    assert len(TEXTS["README.md"].splitlines()) <= 200
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_every_command_is_in_the_readme(path):
-    assert re.search(rf"fpo-mlx {' '.join(path)}\b", README)
+def test_every_command_is_in_the_docs(path):
+    assert re.search(rf"fpo-mlx {' '.join(path)}\b", DOCS)
     assert f"`fpo-mlx {' '.join(path)}`" not in MISSING
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_the_help_of_every_command_has_an_example_that_parses_its_own_flags(path):
     command = command_of(list(path))
-    text = command.get_help(click.Context(command))
+    text = run(*path, "--help").stdout
     assert "Example:" in text
-    example = text.split("Example:")[1].split("Options:")[0].replace("\\\n", " ")
+    example = text.split("Example:")[1].split("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(example.strip().splitlines()[0])
     assert words[: len(path) + 1] == ["fpo-mlx", *path]
     assert {word for word in words if re.match(r"--?[a-z]", word)} <= flags_of(command)
 
 
 @pytest.mark.parametrize("words", OURS, ids=" ".join)
-def test_the_readmes_commands_and_flags_exist(words):
+def test_the_commands_and_flags_of_the_docs_exist(words):
     used = {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)}
     assert used <= flags_of(command_of(words))
 
 
-def test_the_readme_shows_the_commands_of_the_whole_way():
+@pytest.mark.parametrize("words", OURS, ids=" ".join)
+def test_click_takes_every_example_of_the_docs(words):
+    path = path_of(words)
+    command_of(path).make_context(" ".join(path), words[len(path) :])
+
+
+def test_the_docs_show_the_commands_of_the_whole_way():
     shown = {words[0] for words in OURS}
     assert shown >= {"precompute", "train", "evaluate", "fuse", "sae"}
 
 
-def test_every_flag_that_the_prose_names_belongs_to_some_command():
-    known = {flag for path in COMMANDS for flag in flags_of(command_of(list(path)))}
-    named = set(re.findall(r"`(--[a-z][a-z-]*)", README.replace(MISSING, "")))
-    assert len(named) > 20
-    assert named <= known
+@pytest.mark.parametrize("page", GUIDE)
+def test_every_flag_that_the_prose_names_belongs_to_some_command(page):
+    assert set(re.findall(r"`(--[a-z][a-z-]*)", TEXTS[page].replace(MISSING, ""))) <= FLAGS
+
+
+def test_the_prose_names_flags():
+    assert len(set(re.findall(r"`(--[a-z][a-z-]*)", DOCS))) > 20
 
 
 def test_what_is_said_to_be_missing_is_missing():
@@ -103,28 +142,33 @@ def test_what_is_said_to_be_missing_is_missing():
         assert tuple(line.split()) not in COMMANDS, f"fpo-mlx {line} is there now: say so"
         with pytest.raises(KeyError):
             command_of(line.split())
-    known = {flag for path in COMMANDS for flag in flags_of(command_of(list(path)))}
-    assert not known & set(re.findall(r"`(--[a-z-]+)", MISSING))
+    assert not FLAGS & set(re.findall(r"`(--[a-z-]+)", MISSING))
 
 
-def test_the_readmes_make_targets_exist():
+def test_the_make_targets_of_the_docs_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z]+)$|`make ([a-z]+)", README, re.MULTILINE))
-    named |= {(words[1], "") for words in shell_lines() if words[0] == "make"}
-    assert {a or b for a, b in named} >= {"demo", "test", "check"}
-    assert {a or b for a, b in named} <= targets
+    text = "\n".join(TEXTS.values())
+    named = set(re.findall(r"`make ([a-z]+)", text))
+    named |= {words[1] for words in shell_lines(text) if words[0] == "make"}
+    assert named >= {"demo", "test", "check", "docs"}
+    assert named <= targets
 
 
 @pytest.mark.parametrize("line", "".join(blocks("json")).splitlines())
-def test_the_readmes_rows_are_read_as_one_pair_each(line):
+def test_the_rows_of_the_docs_are_read_as_one_pair_each(line):
     row = parse_row(json.loads(line))
     assert [turn["role"] for turn in row.prompt if turn["role"] != "system"] == ["user"]
     assert [turn["role"] for turn in (*row.chosen, *row.rejected)] == ["assistant"] * 2
 
 
+def test_the_docs_have_rows_and_a_configuration():
+    assert len("".join(blocks("json")).splitlines()) >= 5
+    assert len(blocks("yaml")) >= 1
+
+
 @pytest.mark.parametrize("number", range(len(blocks("yaml"))))
-def test_the_readmes_yaml_is_a_valid_configuration(number, tmp_path):
+def test_the_yaml_of_the_docs_is_a_valid_configuration(number, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(blocks("yaml")[number], encoding="utf-8")
     config = load_config({}, path)
@@ -133,7 +177,7 @@ def test_the_readmes_yaml_is_a_valid_configuration(number, tmp_path):
     assert config.train.optimizer_config == {"adamw": {"weight_decay": 0.01}}
 
 
-def test_the_readmes_schedule_and_optimizer_are_taken_by_mlx(tmp_path):
+def test_the_schedule_and_the_optimizer_of_the_docs_are_taken_by_mlx(tmp_path):
     pytest.importorskip("mlx.core")
     from fpo_mlx.train.optimizer import make_optimizer
 
@@ -146,7 +190,8 @@ def test_the_readmes_schedule_and_optimizer_are_taken_by_mlx(tmp_path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_table_of_presets_says_what_the_presets_are(name):
-    row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+    page = TEXTS["docs/objective.md"]
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
     said = [cell.strip() for cell in row.strip("|").split("|")][1:]
     o = Objective(**PRESETS[name])
     free = o.constraint != "none"
@@ -162,36 +207,114 @@ def test_the_table_of_presets_says_what_the_presets_are(name):
 
 
 def test_the_cache_format_is_quoted_from_the_package():
-    said = " ".join(README.split())
+    page = TEXTS["docs/files.md"]
+    said = " ".join(page.split())
     doc = cache.__doc__ or ""
     arrays = [line.split() for line in doc.splitlines() if re.match(r"    \S", line)]
     assert len(arrays) >= 10
     for words in arrays:
         assert " ".join(words) in said
-    assert f"format version {VERSION}" in README
+    assert f"format version {VERSION}" in page
+
+
+# Links --------------------------------------------------------------------------------------------
+
+
+def prose(text: str) -> str:
+    """Without code blocks and comments, where nothing is a link or a heading."""
+    return re.sub(r"<!--.*?-->", "", FENCE.sub("", text), flags=re.DOTALL)
+
+
+def links(text: str) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", prose(text))
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub and mkdocs make of the headings; both must be the same for a link to hold."""
+    titles = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def problem(page: str, link: str) -> str | None:
+    """What is wrong with a link on a page; None if it leads somewhere."""
+    if "://" in link:
+        good = re.fullmatch(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[\w./#?=&%~+-]*)?", link)
+        return None if good else "is no plain https address"
+    path, _, anchor = link.partition("#")
+    target = (ROOT / page).parent / path if path else ROOT / page
+    if not target.is_file():
+        return "leads to no file"
+    if ROOT not in target.resolve().parents:
+        return "leads out of the repository"
+    if anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
+        return "leads to no heading"
+    return None
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_relative_link_leads_to_a_file(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    for link in links:
-        path, _, anchor = link.partition("#")
-        assert not path or (ROOT / page).parent.joinpath(path).is_file(), link
-        if anchor and not path:
-            titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-            assert anchor in {title.lower().replace(" ", "-") for title in titles}
-    assert links or page != "README.md"
+def test_every_link_leads_to_a_file_and_to_a_heading(page):
+    faults = [f"{link} {said}" for link in links(TEXTS[page]) if (said := problem(page, link))]
+    assert not faults
+
+
+@pytest.mark.parametrize(
+    ("link", "said"),
+    [
+        ("docs/nowhere.md", "no file"),
+        ("docs", "no file"),
+        ("docs/sae.md#no-such-heading", "no heading"),
+        ("#no-such-heading", "no heading"),
+        ("../elsewhere.md", "no file"),
+        ("http://example.org/", "https"),
+        ("https://example", "https"),
+    ],
+)
+def test_a_broken_link_is_found(link, said):
+    assert said in (problem("README.md", link) or "")
+
+
+@pytest.mark.parametrize("page", [page for page in GUIDE if page != "README.md"])
+def test_the_readme_leads_to_every_page_of_the_docs(page):
+    assert page in {link.partition("#")[0] for link in links(TEXTS["README.md"])} | {
+        "docs/changelog.md"  # the README links CHANGELOG.md, which that page includes
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_is_named_exists(page):
-    text = (ROOT / page).read_text(encoding="utf-8").replace(MISSING, "")
-    for path in re.findall(r"`((?:fpo_mlx|tests|scripts)/[\w/.]+)`", text):
+    text = TEXTS[page].replace(MISSING, "")
+    for path in re.findall(r"`((?:fpo_mlx|tests|scripts|docs)/[\w/.]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_script_of_a_shell_example_exists_and_has_its_flags(page):
+    for words in shell_lines(TEXTS[page]):
+        for script in [word for word in words if word.startswith("scripts/")]:
+            source = (ROOT / script).read_text(encoding="utf-8")
+            used = [word.split("=")[0] for word in words if word.startswith("--")]
+            assert [flag for flag in used if f'"{flag}"' not in source] == [], script
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_readme_of_a_folder_of_scripts_names_each_and_only_flags_that_they_have(folder):
+    text = TEXTS[f"scripts/{folder}/README.md"]
+    sources = {
+        p.name: p.read_text(encoding="utf-8") for p in (ROOT / "scripts" / folder).glob("*.py")
+    }
+    assert {name for name in sources if f"`{name}`" not in text} == set()
+    for row in [line for line in text.splitlines() if line.startswith("| `")]:
+        source = sources[row.split("`")[1]]
+        flags = re.findall(r"--[a-z][a-z-]*", row)
+        assert [flag for flag in flags if f'"{flag}"' not in source] == [], row
 
 
 def test_the_changelog_speaks_of_this_version():
     from fpo_mlx import __version__
 
-    assert __version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## {__version__.split('.dev')[0]}" in TEXTS["CHANGELOG.md"]
+
+
+def test_nothing_is_said_to_have_run_on_metal():
+    assert "Nothing was run on Metal" in TEXTS["README.md"]
+    assert "Nothing was run on Metal" in TEXTS["docs/measurements.md"]

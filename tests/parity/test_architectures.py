@@ -1,4 +1,4 @@
-"""Every architecture of the README's table against transformers: sites, logits, gradients."""
+"""Every architecture of docs/models.md against transformers: sites, logits, gradients."""
 
 from __future__ import annotations
 
@@ -173,12 +173,16 @@ def rounded(whole: Path, packed: Path, target: Path) -> Path:
     return target
 
 
-# The README ---------------------------------------------------------------------------------------
+# The docs -----------------------------------------------------------------------------------------
 
 
-def test_the_readmes_table_is_of_these_architectures_and_within_the_bounds():
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    table = readme.split("<!-- models: begin -->\n")[1].split("<!-- models: end -->")[0]
+def test_the_table_of_the_docs_is_of_these_architectures_and_within_the_bounds():
+    page = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+    table = (
+        page.read_text(encoding="utf-8")
+        .split("<!-- models: begin -->\n")[1]
+        .split("<!-- models: end -->")[0]
+    )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     assert [row[0].strip("`") for row in rows] == ARCHITECTURES
     for name, sites, hidden, logits, gradient, once, _ in rows:

@@ -159,7 +159,7 @@ def test_step_zero_is_the_closed_form_and_has_a_gradient(folders, family, preset
     scorer, _ = scorer_with_lora(folders[family], objective, saes)
     fresh = {k: np.array(v) for k, v in adapters.parameters(scorer.policy.model)}
     (losses, u, *_), measures, grads = losses_and_grads(scorer, fresh, pairs)
-    refs = scorer.reference(pairs)
+    refs = scorer.reader.scores(pairs)
     want, want_u = guard.closed_form(refs, {}, objective)
     np.testing.assert_allclose(losses, FIRST.get(preset, want), rtol=1e-5)
     np.testing.assert_allclose(losses, want, rtol=1e-5)
@@ -225,7 +225,7 @@ def test_eight_pairs_agree_with_the_oracle_in_every_number(folders, family):
     ]
     pairs, sae = random_pairs(sizes, seed=5), random_sae("jumprelu", 32, Site(1))
     scorer, values = scorer_with_lora(folders[family], Objective(top_k=K), [sae])
-    refs = scorer.reference(pairs)
+    refs = scorer.reader.scores(pairs)
     (losses, u, _, _), measures, _ = losses_and_grads(scorer, values, pairs)
     model = oracle.load_oracle(folders[family])
     lora = oracle.attach_lora(model, values, scale=2.0)
@@ -246,3 +246,27 @@ def test_eight_pairs_agree_with_the_oracle_in_every_number(folders, family):
                 np.testing.assert_allclose(
                     score.features[0].to_dense(sae.n_features), pooled, atol=1e-4 * pooled.max()
                 )
+
+
+INVARIANT = [*((name, {}) for name in PRESETS), *(("fpo", term) for term in TERMS.values())]
+
+
+@pytest.mark.parametrize(("preset", "changes"), INVARIANT)
+def test_a_loss_does_not_depend_on_its_batch_its_padding_or_its_order(folders, preset, changes):
+    """Each pair alone has no padding; together they have, and in another order other padding."""
+    objective = Objective(**{**PRESETS[preset], "top_k": K, **changes})
+    saes = [random_sae("topk", 32, Site(1))] if objective.pooled else []
+    pairs = random_pairs([(9, 5, 8), (4, 7, 3), (1, 4, 4)])
+    pairs = [dataclasses.replace(p, facts=f) for p, f in zip(pairs, FACTS, strict=True)]
+    scorer, values = scorer_with_lora(folders["llama"], objective, saes)
+    refs = scorer.reader.scores(pairs)
+    adapters.update(scorer.policy.model, {k: mx.array(v) for k, v in values.items()})
+
+    def losses(order):
+        got, _ = scorer.losses([pairs[i] for i in order], [refs[i] for i in order], grad=False)
+        return np.array(got.losses)
+
+    together = losses([0, 1, 2])
+    np.testing.assert_allclose(losses([2, 0, 1]), together[[2, 0, 1]], rtol=2e-5, atol=1e-6)
+    alone = np.concatenate([losses([i]) for i in range(3)])
+    np.testing.assert_allclose(alone, together, rtol=2e-5, atol=1e-6)

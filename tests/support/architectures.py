@@ -26,10 +26,11 @@ from fpo_mlx.errors import ModelError
 from fpo_mlx.model import adapters
 from fpo_mlx.model.load import LoadedModel, load_model, read_model
 from fpo_mlx.model.policy import Policy
+from fpo_mlx.model.reader import encoder_of
 from fpo_mlx.model.taps import tap_point
 from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.records import SITE_KINDS, SaeWeights, Site, SiteKind, TokenPair
-from fpo_mlx.train.scoring import Scorer, encoder_of
+from fpo_mlx.train.scoring import Scorer
 
 # Two pairs of different lengths. Both responses of the first run as one batch, of the second one
 # by one; windows of 6 tokens are crossed in prompts and responses; mlx-lm sorts tokens by expert
@@ -160,7 +161,7 @@ def gradients_of(
         [encoder_of(sae) for sae in saes],
         OBJECTIVE,
     )
-    refs = scorer.reference(pairs)  # the adapters are fresh
+    refs = scorer.reader.scores(pairs)  # the adapters are fresh
     values = random_adapters(model, size=0.1)
     adapters.update(model, {k: mx.array(v) for k, v in values.items()})
     model.train()  # as the trainer does

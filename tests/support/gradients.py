@@ -11,7 +11,7 @@ from fpo_mlx.model import adapters
 
 def losses_and_grads(scorer, values, pairs):
     """As the trainer does it: references scored with fresh adapters, then values put in."""
-    refs = scorer.reference(pairs)
+    refs = scorer.reader.scores(pairs)
     adapters.update(scorer.policy.model, {k: mx.array(v) for k, v in values.items()})
 
     def mean_loss():

@@ -13,10 +13,11 @@ from fpo_mlx.config import PRESETS, Objective, TrainConfig
 from fpo_mlx.model import adapters
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy
+from fpo_mlx.model.reader import encoder_of
 from fpo_mlx.records import SaeWeights, Site, TokenPair
 from fpo_mlx.train.checkpoint import AdapterFolder
 from fpo_mlx.train.metrics import ScoredPairs
-from fpo_mlx.train.scoring import Scorer, encoder_of
+from fpo_mlx.train.scoring import Scorer
 from fpo_mlx.train.trainer import Trainer
 
 KEYS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -108,7 +109,7 @@ def open_trainer(
     )  # fmt: skip
     scorer = Scorer(policy, [encoder_of(sae) for sae in saes], o)
     loaded.model.eval()  # the reference is scored without dropout
-    scored = [ScoredPairs(p, scorer.reference(p)) if p else None for p in (pairs, valid)]
+    scored = [ScoredPairs(p, scorer.reader.scores(p)) if p else None for p in (pairs, valid)]
     target = AdapterFolder(out, spec.as_config(str(folder)))
     if start:
         target.start({"settings": {}, "fingerprints": {}})

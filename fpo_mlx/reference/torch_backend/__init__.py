@@ -55,7 +55,10 @@ class TorchBackend:
         self._recorder = Recorder(tuple(find_tap(self._model, sae.site) for sae in self._saes))
         self.dtype = str(weights).removeprefix("torch.")
         self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 4096)
-        self.shares_prompt = share_prompt and passes.shares_prompt(self._model)
+        apart = passes.why_apart(self._model) if share_prompt else ""
+        if apart:
+            self.notes += (f"{apart}: prompts run twice per pair",)
+        self.shares_prompt = share_prompt and not apart
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
         if self._model.base_model is self._model:
             raise ModelError(f"{folder}: a model without a separate head. Use --backend mlx.")

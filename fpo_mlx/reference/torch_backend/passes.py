@@ -17,6 +17,7 @@ import torch
 from fpo_mlx.records import TokenPair
 
 PAYS = 0.9  # share a prompt when that leaves at most so much of the tokens to compute
+CACHE = ("cache", "past_key_values")  # what transformers calls it since 5.24, and before
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,34 @@ def next_batch(todo: Sequence[Unit], budget: int) -> Sequence[Unit]:
     return todo[:count]
 
 
-def shares_prompt(model: Any) -> bool:
-    """Whether every block keeps ordinary keys and values, so that a prompt can be run once."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+def why_apart(model: Any) -> str:
+    """Why a prompt cannot be run once for both responses; empty where it can.
 
+    It can where every block keeps ordinary keys and values, and transformers has what `_continue`
+    asks of it.
+    """
+    try:
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+    except ImportError as error:
+        return f"this version of transformers has other caches than those known here ({error})"
+    if not hasattr(DynamicCache, "batch_repeat_interleave"):
+        return "this version of transformers has no DynamicCache.batch_repeat_interleave"
     takes = inspect.signature(model.base_model.forward).parameters
-    if not {"past_key_values", "position_ids", "attention_mask"} <= set(takes):
-        return False
+    absent = [name for name in ("position_ids", "attention_mask") if name not in takes]
+    if cache_argument(model) is None:
+        absent.append(" or ".join(CACHE))
+    if absent:
+        return f"{type(model.base_model).__name__} takes no {', no '.join(absent)}"
     layers = DynamicCache(config=model.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    if layers and all(type(layer) is DynamicLayer for layer in layers):
+        return ""
+    return "this model's caches are not plain keys and values"
+
+
+def cache_argument(model: Any) -> str | None:
+    """What the backbone calls the cache that it continues; None if nothing known here."""
+    takes = inspect.signature(model.base_model.forward).parameters
+    return next((name for name in CACHE if name in takes), None)
 
 
 def run(model: Any, batch: Sequence[Unit], device: torch.device) -> tuple[Any, At]:
@@ -102,7 +121,8 @@ def _continue(model: Any, batch: Sequence[Unit], rows: list[Row], device: torch.
 
     before = _padded([unit[0].tokens[: unit[0].first] for unit in batch], device)  # [B, P]
     cache = DynamicCache(config=model.config)
-    model.base_model(input_ids=before, past_key_values=cache, use_cache=True)
+    behind = {cache_argument(model): cache, "use_cache": True}
+    model.base_model(input_ids=before, **behind)
     cache.batch_repeat_interleave(2)
     tails = _padded([row.tokens[row.first :] for row in rows], device)  # [2B, T]
     firsts = torch.tensor([row.first for row in rows], device=device)  # [2B]
@@ -112,8 +132,7 @@ def _continue(model: Any, batch: Sequence[Unit], rows: list[Row], device: torch.
         input_ids=tails,
         attention_mask=torch.cat([seen, torch.ones_like(tails, dtype=torch.bool)], dim=1),
         position_ids=firsts[:, None] + places,
-        past_key_values=cache,
-        use_cache=True,
+        **behind,
     )
 
 

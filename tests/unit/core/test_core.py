@@ -13,9 +13,9 @@ from helpers import F, random_sae  # noqa: E402
 
 from fpo_mlx.core import features, logprobs, vocabulary  # noqa: E402
 from fpo_mlx.core.vocabulary import LinearHead  # noqa: E402
+from fpo_mlx.model.reader import encoder_of  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
 from fpo_mlx.sae.encode import encode, normalized  # noqa: E402
-from fpo_mlx.train.scoring import encoder_of  # noqa: E402
 
 ACTIVATIONS = ["relu", "jumprelu", "gated", "topk", "abstopk", "groupmax", "identity"]
 RNG = np.random.default_rng(0)

@@ -18,6 +18,7 @@ from evaluated import K, adapter, own_cache, place  # noqa: E402, F401
 
 from fpo_mlx.config import Sampling  # noqa: E402
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
+from fpo_mlx.judge import evaluate as evaluation  # noqa: E402
 from fpo_mlx.judge import sampling  # noqa: E402
 from fpo_mlx.judge.evaluate import EvalReport, EvalTable, bootstrap_interval  # noqa: E402
 from fpo_mlx.judge.sampling import distinct_n, entropy, sample  # noqa: E402
@@ -145,6 +146,15 @@ def test_a_weighted_interval_is_of_the_weighted_mean():
     low, high = bootstrap_interval(np.repeat(values, 500), weights=np.repeat(weights, 500))
     assert low < 2.0 < high
     assert high - low < 0.3
+
+
+def test_an_interval_does_not_depend_on_how_much_of_it_is_drawn_at_once(monkeypatch):
+    values = np.random.default_rng(1).normal(size=77)
+    weights = np.arange(1.0, 78.0)
+    want = bootstrap_interval(values, weights=weights)
+    for at_once in (1, 77 * 3, 77 * 999 + 5):
+        monkeypatch.setattr(evaluation, "DRAWN", at_once)
+        assert bootstrap_interval(values, weights=weights) == want
 
 
 # Sampled answers ----------------------------------------------------------------------------------

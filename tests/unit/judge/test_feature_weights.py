@@ -182,9 +182,9 @@ def features_of_i(llama, sizes):
     """I of every response, from pooled features and a sort in numpy."""
     objective = Objective(top_k=K)
     scorer, values = scorer_with_lora(llama, objective, [random_sae("topk", 32, Site(1))])
-    refs = scorer.reference(random_pairs(sizes))
+    refs = scorer.reader.scores(random_pairs(sizes))
     adapters.update(scorer.policy.model, {k: mx.array(v) for k, v in values.items()})
-    own = scorer.reference(random_pairs(sizes))
+    own = scorer.reader.scores(random_pairs(sizes))
 
     def top(side):
         dense = side.features[0].to_dense(F)
@@ -214,7 +214,7 @@ def test_a_step_against_the_gradient_brings_a_held_feature_of_the_chosen_back(ll
         plain, values = scorer_with_lora(llama, objective, [random_sae("topk", 32, Site(1))])
         weights = [dict.fromkeys(outside, weight)]
         scorer = Scorer(plain.policy, plain.encoders, objective, feature_weights=weights)
-        refs = scorer.reference(pairs)
+        refs = scorer.reader.scores(pairs)
         _, _, grads = losses_and_grads(scorer, values, pairs)
         size = max(np.abs(g).max() for g in grads.values())
         stepped = {n: mx.array(v - 1e-3 * grads[n] / size) for n, v in values.items()}

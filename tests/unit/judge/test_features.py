@@ -148,7 +148,7 @@ def test_the_parts_of_d_add_up_to_d(tmp_path, activation, weights):
     plain, values = scorer_with_lora(tiny_models.tiny_llama(tmp_path), objective, [sae])
     scorer = Scorer(plain.policy, plain.encoders, objective, feature_weights=[weights])
     pairs = random_pairs([(9, 5, 8), (4, 7, 3)])
-    refs = scorer.reference(pairs)
+    refs = scorer.reader.scores(pairs)
     adapters.update(scorer.policy.model, {k: mx.array(v) for k, v in values.items()})
     measures = scorer.losses(pairs, refs, grad=False)[1]
     done = []

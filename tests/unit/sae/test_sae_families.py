@@ -139,7 +139,7 @@ def _fixtures() -> list[Path]:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the peers' fixtures are not beside this checkout")
-@pytest.mark.parametrize("facts", _fixtures(), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("facts", _fixtures(), ids=[path.parent.name for path in _fixtures()])
 def test_the_peers_own_outputs_are_met(facts: Path):
     folder, info = facts.parent, json.loads(facts.read_text())
     options = {"allow_pickle": True, "name": info.get("repo_id", "")}

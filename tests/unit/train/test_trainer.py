@@ -311,7 +311,7 @@ def test_an_adapter_as_the_start_passes_step_zero_with_dropout(llama, tmp_path):
     adapters.update(
         trainer.model, {k: mx.array(v) for k, v in random_adapters(trainer.model).items()}
     )
-    refs = trainer.scorer.reference(PAIRS)
+    refs = trainer.scorer.reader.scores(PAIRS)
     trainer.train = type(trainer.train)(PAIRS, refs)
     (report, _) = list(trainer.run())
     assert report.warnings == ()
