@@ -21,7 +21,7 @@ lambda: RPO (2404.19733), CPO (2401.08417, Eq. 7). Label smoothing: cDPO, and it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import mlx.core as mx
 
@@ -84,26 +84,33 @@ class PairLosses(NamedTuple):
     rejected_rewards: mx.array  # [B]
 
 
-def preference_losses(seen: Seen, o: Choices) -> PairLosses:
-    """The loss of each pair; the caller takes the mean. Returns: four [B]."""
+def preference_losses(seen: Seen, o: Choices, held_at: Seen | None = None) -> PairLosses:
+    """The loss of each pair; the caller takes the mean. Returns: four [B].
+
+    held_at: where the values come from that a stop-gradient holds, if not from `seen`: so that a
+    slope can be taken by differences too.
+    """
+    still = held_at or seen
     per_token = seen.logps / seen.lengths  # [2, B]
     scale = 1.0 / seen.lengths if o.length_normalize else mx.ones_like(per_token)
     ratio = (seen.logps - seen.ref_logps) * scale
     chosen, rejected = o.beta * _scores(seen, o, scale, ratio)
     if seen.penalties is not None:
-        on_chosen = mx.stop_gradient(seen.penalties[0]) if o.stop_gradient else seen.penalties[0]
+        fixed = cast(mx.array, still.penalties)
+        on_chosen = mx.stop_gradient(fixed[0]) if o.stop_gradient else seen.penalties[0]
         chosen = chosen + o.alpha * o.beta * on_chosen
         rejected = rejected + o.alpha * o.beta * seen.penalties[1]
     if seen.held is not None:
-        chosen = chosen - o.alpha * o.beta * (seen.held - mx.stop_gradient(seen.held))
+        at = mx.stop_gradient(cast(mx.array, still.held))
+        chosen = chosen - o.alpha * o.beta * (seen.held - at)
     rejected = rejected + (o.gamma if o.margin == "constant" else 0.0)
     if seen.score_gaps is not None and o.score_margin:
         rejected = rejected + o.score_margin * seen.score_gaps
     losses = mx.zeros_like(chosen)
     if o.preference_weight:
         losses = o.preference_weight * _soft(chosen, rejected, seen, o)
-    if seen.log_collisions is not None:
-        losses = losses * policy_weights(seen.logps, seen.log_collisions, seen.lengths)
+    if still.log_collisions is not None:
+        losses = losses * policy_weights(still.logps, still.log_collisions, seen.lengths)
     if o.nll_weight:
         losses = losses - o.nll_weight * per_token[0]
     if seen.weights is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,8 @@ def evaluate_all(
                 base = _with_answers(job, scorer, base, data, samples, sampling)
         reports[path] = _with_answers(job, scorer, report, data, samples, sampling)
         del scorer  # one model in memory at a time
-    return evaluation.EvalTable(reports, base)
+    settings = {"preset": config.preset, **asdict(config.objective)}
+    return evaluation.EvalTable(reports, base, settings)
 
 
 def _with_answers(

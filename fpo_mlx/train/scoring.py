@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -22,20 +22,24 @@ from fpo_mlx.model.policy import Layout, Policy, Rows
 from fpo_mlx.model.reader import Reader
 from fpo_mlx.records import NO_FACTS, PairScore, TokenPair
 
+# What the objective calls the facts of a pair, and what they are where no row says anything.
+NAMES = ("agreement", "weights", "score_gaps")
+FACTS: dict[str, float] = dict(zip(NAMES, astuple(NO_FACTS), strict=True))
+
 
 @dataclass(frozen=True)
 class Measures:
-    """What was seen of each response; all [2, B] (0 chosen, 1 rejected), nats and tokens."""
+    """What was seen of each response, [2, B] (0 chosen, 1 rejected), nats and tokens."""
 
     logps: mx.array
     ref_logps: mx.array
     lengths: mx.array
+    agreement: mx.array  # [B] each, as the rows say
+    weights: mx.array
+    score_gaps: mx.array
     distances: mx.array | None = None  # D of Eq. 10, raw, mean over SAEs
     kl: mx.array | None = None  # sequential KL(reference || policy)
     log_collisions: mx.array | None = None  # sum over tokens of log sum_v pi(v)^2
-    agreement: mx.array | None = None  # [B] each, as the rows say; None where none does
-    weights: mx.array | None = None
-    score_gaps: mx.array | None = None
 
 
 class Scorer:
@@ -78,6 +82,13 @@ class Scorer:
         self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], *, grad: bool
     ) -> tuple[PairLosses, Measures]:
         """The loss of each pair, differentiable in the adapters when `grad`."""
+        seen, measures = self.see(pairs, refs, grad=grad)
+        return preference_losses(seen, self.objective), measures
+
+    def see(
+        self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], *, grad: bool
+    ) -> tuple[Seen, Measures]:
+        """What the losses are made of, and what a report shows."""
         layout, rows = Layout.of(pairs), self.policy.rows(pairs)
         logps, kl, log_collisions = self._token_sums(pairs, rows, layout, grad)
         distances, penalties, held = None, None, None
@@ -90,20 +101,22 @@ class Scorer:
         if self.objective.constraint == "kl" and kl is not None:
             penalties = _by_side(kl)
         ref_logps = [[side.logps for side in ref] for ref in refs]  # [B, 2]
+        facts = facts_of(pairs)
         measures = Measures(
             _by_side(logps),
             mx.array(np.array(ref_logps, dtype=np.float32).T),
             mx.array(layout.lengths.reshape(-1, 2).T.astype(np.float32)),
-            None if distances is None else _by_side(distances),
-            None if kl is None else _by_side(kl),
-            None if log_collisions is None else _by_side(log_collisions),
-            *facts_of(pairs),
+            **{name: mx.array(fact) for name, fact in facts.items()},
+            distances=None if distances is None else _by_side(distances),
+            kl=None if kl is None else _by_side(kl),
+            log_collisions=None if log_collisions is None else _by_side(log_collisions),
         )
+        own = {name: getattr(measures, name) for name in facts if _says_more(name, facts[name])}
         seen = Seen(
             measures.logps, measures.ref_logps, measures.lengths, penalties, held,
-            measures.agreement, measures.weights, measures.score_gaps, measures.log_collisions,
+            log_collisions=measures.log_collisions, **own,
         )  # fmt: skip
-        return preference_losses(seen, self.objective), measures
+        return seen, measures
 
     def _token_sums(
         self, pairs: Sequence[TokenPair], rows: Rows, layout: Layout, grad: bool
@@ -179,14 +192,14 @@ class Scorer:
         return rest + mx.where(chosen, mx.stop_gradient(of_named), of_named), of_named
 
 
-def facts_of(pairs: Sequence[TokenPair]) -> tuple[mx.array | None, ...]:
-    """agreement, weight and score gap of the pairs, each [B], or None where no row says any."""
-    found = []
-    for name in ("agreement", "weight", "score_gap"):
-        values = [getattr(pair.facts, name) for pair in pairs]
-        usual = getattr(NO_FACTS, name)
-        found.append(None if all(v == usual for v in values) else mx.array(values))
-    return tuple(found)
+def facts_of(pairs: Sequence[TokenPair]) -> dict[str, np.ndarray]:
+    """agreement, weights and score gaps of the pairs, each float32 [B]."""
+    facts = [astuple(pair.facts) for pair in pairs]
+    return dict(zip(FACTS, np.array(facts, np.float32).T, strict=True))
+
+
+def _says_more(name: str, values: np.ndarray) -> bool:
+    return bool((values != FACTS[name]).any())
 
 
 def _selection(

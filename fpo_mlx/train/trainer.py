@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, NoReturn, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
 from fpo_mlx.config import TrainConfig
-from fpo_mlx.core.objectives import PairLosses
 from fpo_mlx.data import batches, pair_lengths
 from fpo_mlx.errors import Diverged, Interrupted, ModelError
 from fpo_mlx.model import adapters, randomness
-from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.train import guard
 from fpo_mlx.train.checkpoint import STATE, AdapterFolder, Progress
+from fpo_mlx.train.gradients import GRADIENTS, Ground
 from fpo_mlx.train.metrics import (
     Report,
     SavedReport,
@@ -31,11 +29,11 @@ from fpo_mlx.train.metrics import (
     ValidReport,
     Window,
     measure,
-    pair_metrics,
+    shown,
 )
 from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update
 from fpo_mlx.train.parallel import Ranks
-from fpo_mlx.train.scoring import Measures, Scorer
+from fpo_mlx.train.scoring import Scorer
 
 
 class Trainer:
@@ -160,24 +158,10 @@ class Trainer:
             yield progress.iteration, grad_norm, skipped
 
     def _gradient(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
-        """Mean gradient over the pairs, a few in memory at a time, and their values in order.
-
-        Each process adds up its own part; a mean over all pairs is the sum of the parts.
-        """
-        size, total, parts = self.config.micro_batch_size, None, []
-        own = self.ranks.part(len(indices))
-        count = math.inf if own.idle else len(indices)  # a borrowed pair gives no gradient
-        value_and_grad = nn.value_and_grad(self.model, self._loss)
-        for start in range(0, len(own.positions), size):
-            some = self.train.take(indices[own.positions[start : start + size]])
-            (_, losses, measures), gradient = value_and_grad(some.pairs, some.refs, count)
-            total = gradient if total is None else tree_map(mx.add, total, gradient)
-            mx.eval(total, losses, measures)
-            parts.append(
-                pair_metrics(PairLosses(*losses), _measures(measures), self.scorer.objective.beta)
-            )
-        values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return self.ranks.gather(values, own, len(indices)), self.ranks.sum(total)
+        """Mean gradient over the pairs, and their values in order: the same on every process."""
+        ground = Ground(self.scorer, self.train, self.config, self.ranks)
+        update = self.progress.iteration // self._step
+        return GRADIENTS[self.config.gradient](ground, indices, update)
 
     def _measure(self, data: ScoredPairs, first: int | None = None) -> dict[str, np.ndarray]:
         """`measure` of all pairs (of the first few), each by one of the processes."""
@@ -198,13 +182,6 @@ class Trainer:
         if self.ranks.size == 1:
             return tree
         return dict(zip(tree, self.ranks.from_first(list(tree.values())), strict=True))
-
-    def _loss(
-        self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], count: float
-    ) -> tuple[mx.array, tuple[mx.array, ...], dict[str, mx.array]]:
-        losses, measures = self.scorer.losses(pairs, refs, grad=True)
-        seen = {k: v for k, v in vars(measures).items() if v is not None}
-        return losses.losses.sum() / count, tuple(losses), seen
 
     def _apply(self, gradient: Any, norm: mx.array) -> guard.Trouble | None:
         """Update the adapters, unless that makes one of them infinite: then the trouble."""
@@ -260,7 +237,7 @@ class Trainer:
         report = StepReport(
             iteration=iteration,
             loss=means.pop("loss"),
-            metrics={k: v for k, v in means.items() if k != "u"},
+            metrics=shown(means),
             learning_rate=cast(float, self.optimizer.learning_rate.item()),
             grad_norm=grad_norm,
             pairs=self.progress.pairs,
@@ -279,7 +256,7 @@ class Trainer:
         if self.config.val_batches >= 0:
             n = min(n, self.config.val_batches * self.config.batch_size)
         values = self._measure(self.valid, n)
-        means = {name: float(array.mean()) for name, array in values.items() if name != "u"}
+        means = shown({name: float(array.mean()) for name, array in values.items()})
         loss, progress = means.pop("loss"), self.progress
         if not math.isfinite(loss):
             trouble = guard.Trouble("the validation loss is not finite", guard.NOT_FINITE)
@@ -313,10 +290,6 @@ class Trainer:
 
     def _log(self, kind: str, report: StepReport | ValidReport | SkippedReport) -> None:
         self.folder.log({"kind": kind, **asdict(report)}, self.progress)
-
-
-def _measures(seen: Mapping[str, mx.array]) -> Measures:
-    return Measures(**seen)  # type: ignore[arg-type]
 
 
 def _all_finite(arrays: Iterable[mx.array]) -> bool:

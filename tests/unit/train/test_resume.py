@@ -74,6 +74,8 @@ VARIANTS = {
     "adafactor": {"optimizer": "adafactor", "learning_rate": 1.0},
     "dora": {"fine_tune_type": "dora"},
     "tdpo2": {"preset": "tdpo2"},
+    "forward": {"gradient": "forward", "optimizer": "sgd", "forward_interval": 4},
+    "terms": {"preset": "orpo", "objective": {"wpo": True, "label_smoothing": 0.1}},
 }
 
 
