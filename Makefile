@@ -1,6 +1,6 @@
 # Everything runs in .venv, which is made once, of the versions in scripts/make/requirements.lock.
 #   make demo   the whole way on a small model, from preference pairs to a fused model
-#   make check  what CI runs: lint, format, types, tests        make test   the tests alone
+#   make check  what CI runs: lint, format, types, docs, tests  make test   the tests alone
 #   make lock   the newest versions that pyproject.toml allows into the lock; says what changed
 #   make test-newest, make test-lowest   the tests with the newest of everything that the index
 #               serves, upper bounds ignored, and with the lowest that pyproject.toml allows

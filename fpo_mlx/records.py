@@ -8,8 +8,9 @@ k top-k, R rows (response positions of several responses, one after the other, n
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,12 +29,18 @@ SiteKind = Literal[
 SITE_KINDS: tuple[str, ...] = SiteKind.__args__  # type: ignore[attr-defined]
 Activation = Literal["relu", "jumprelu", "gated", "topk", "abstopk", "groupmax", "identity"]
 Normalization = Literal["none", "layer_norm", "constant_norm"]
+RESULT_VERSION = 1
 BASE = "base"  # what results call the model without adapters
 
 
 def shown_name(adapter_path: str) -> str:
     """What results call an adapter: its path as given, but never as the base is called."""
     return f"./{adapter_path}" if adapter_path == BASE else adapter_path
+
+
+def result_file(kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command writes with --json: `kind` is the command, `version` that of its form."""
+    return {"kind": kind, "version": RESULT_VERSION, **value}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,11 @@ from typing import Any
 import click
 
 from fpo_mlx.cli import main
-from fpo_mlx.config import GROUPS, PRESETS, SECTIONS, Sampling
+from fpo_mlx.config import GROUPS, PRESETS, SECTIONS, SaeTrainConfig, Sampling
+
+SETTINGS_HEAD = ("setting", "values", "default", "meaning", "may change on `--resume`")
+SAE_TRAINING = "SAE training"
+LAST = "General"  # group of the options that all commands have
 
 
 def commands() -> str:
@@ -44,8 +48,14 @@ def one(path: tuple[str, ...], command: click.Command) -> Iterator[str]:
                 getattr(option, "panel", None) or "options"
             )  # the help's groups, where it has them
             groups.setdefault(title, []).append((flags(option, context), sentence(option)))
-    for title in sorted(groups, key=lambda title: GROUPS.index(title) if title in GROUPS else -1):
-        yield table((title, "meaning"), groups[title])
+    for title in sorted(groups, key=place):
+        yield table((heading(title), "meaning"), groups[title])
+
+
+def place(title: str) -> int:
+    """A command's own options first, then its settings as the configuration has them."""
+    order = (*GROUPS, LAST)
+    return order.index(title) if title in order else -1
 
 
 def paragraphs(help: str) -> Iterator[str]:
@@ -80,7 +90,7 @@ def sentence(option: click.Option) -> str:
 
 
 def settings() -> str:
-    """Every setting by section: YAML key, values, default, meaning."""
+    """Every setting of a run by group, then those of SAE training."""
     parts = []
     for group in GROUPS:
         rows = [
@@ -92,9 +102,13 @@ def settings() -> str:
         if group == "objective":
             choices = ", ".join(f"`{name}`" for name in PRESETS)
             rows.insert(0, ("`objective`", choices, "`fpo`", "preset of the objective", "no"))
-        head = ("setting", "values", "default", "meaning", "may change on `--resume`")
-        parts += [f"### {group[0].upper() + group[1:]}\n", table(head, rows)]
-    return "\n".join(parts)
+        parts += [f"### {heading(group)}\n", table(SETTINGS_HEAD, rows)]
+    of_sae = [row(field, hint) for field, hint in hints(SaeTrainConfig)]
+    return "\n".join([*parts, f"### {SAE_TRAINING}\n", table(SETTINGS_HEAD, of_sae)])
+
+
+def heading(group: str) -> str:
+    return group[0].upper() + group[1:]
 
 
 def hints(section: type) -> Iterator[tuple[dataclasses.Field, Any]]:

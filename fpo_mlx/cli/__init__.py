@@ -39,8 +39,14 @@ class Main(Group):
                 raise
             click.echo(f"fpo-mlx: {plain}", err=True)
             ctx.exit(plain.exit_code)
-        except ModuleNotFoundError as error:
-            name = (error.name or "").split(".")[0]
+        except ImportError as error:
+            from fpo_mlx.machine import upstream
+
+            plain = upstream.plain(error)
+            if plain is not None:
+                click.echo(f"fpo-mlx: {plain}", err=True)
+                ctx.exit(plain.exit_code)
+            name = error.name
             if name not in ("mlx", "mlx_lm"):
                 raise
             click.echo(
@@ -53,6 +59,20 @@ class Main(Group):
         except KeyboardInterrupt:
             click.echo("fpo-mlx: interrupted", err=True)
             ctx.exit(Interrupted("").exit_code)
+        except (AttributeError, TypeError):  # a defect, which keeps its traceback: perhaps not ours
+            _tell_versions()
+            raise
+
+
+def _tell_versions() -> None:
+    from fpo_mlx.machine import upstream
+
+    for one in upstream.outside():
+        click.echo(
+            f"fpo-mlx: {one.package} {one.installed} is outside the versions that were tried "
+            f"({one.range}), and may be the cause of what follows",
+            err=True,
+        )
 
 
 @click.group(cls=Main, context_settings=CONTEXT, invoke_without_command=True, no_args_is_help=False)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from fpo_mlx.cli.help import GENERAL, Grouped
-from fpo_mlx.config import PRESETS, SECTIONS, RunConfig, Sampling, load_config, named
+from fpo_mlx.config import PRESETS, SECTIONS, RunConfig, Sampling, load_config, load_section, named
 from fpo_mlx.errors import FpoError
 from fpo_mlx.storage import files
 
@@ -97,7 +97,7 @@ def sampling_options(command: Callable) -> Callable:
 def gather_sampling(values: dict[str, Any]) -> Sampling:
     """Takes the sampling options out of the values; what was not given is the default."""
     given = {field.name: values.pop(field.name, None) for field in dataclasses.fields(Sampling)}
-    return Sampling(**{name: value for name, value in given.items() if value is not None})
+    return load_section(Sampling, given)
 
 
 def gather(values: dict[str, Any]) -> RunConfig:

@@ -10,7 +10,7 @@ from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import json_option, section_options, write_json
 from fpo_mlx.cli.show import listing, say
 from fpo_mlx.cli.train import on_signal
-from fpo_mlx.saetrain.settings import SaeTrainConfig, load_settings
+from fpo_mlx.config import SaeTrainConfig, load_section
 
 
 @click.command("train", cls=Command)
@@ -27,9 +27,9 @@ def train_sae(config, upload_repo, json_path, **values) -> None:
     """
     from fpo_mlx import pipeline
 
-    chosen = load_settings({k: v for k, v in values.items() if v is not None}, config)
+    chosen = load_section(SaeTrainConfig, values, config)
     done = pipeline.sae_train(
-        chosen, upload_repo=upload_repo, say=say, report=_training_line, arm=on_signal
+        chosen, upload_repo=upload_repo, say=say, report=_training_line, install_stop=on_signal
     )
     figures = {} if done.figures is None else dataclasses.asdict(done.figures)
     if done.loss is not None:

@@ -9,6 +9,14 @@ from typing import Any
 import click
 
 from fpo_mlx.machine.processes import is_first
+from fpo_mlx.train.events import (
+    Report,
+    SavedReport,
+    SkippedReport,
+    StepReport,
+    StoppedReport,
+    ValidReport,
+)
 
 
 def say(text: str) -> None:
@@ -74,32 +82,32 @@ class Progress:
         else:
             self._bar.write(text, file=sys.stderr)
 
-    def __call__(self, report: Any) -> None:
-        kind = type(report).__name__
-        if kind == "StepReport":
+    def __call__(self, report: Report) -> None:
+        if isinstance(report, StepReport):
             self._advance(report.iteration)
             for warning in report.warnings:
                 self.say(f"warning: {warning}")
             self.say(
                 f"{report.iteration:>6}  loss {report.loss:.4f}  {describe(report.metrics)}  "
+                f"{'' if report.alpha is None else f'alpha {report.alpha:.3g}  '}"
                 f"lr {report.learning_rate:.1e}  {report.tokens_per_second:.0f} tok/s  "
                 f"peak {report.peak_memory_gb:.2f} GB"
             )
-        elif kind == "ValidReport":
+        elif isinstance(report, ValidReport):
             best = "  best so far" if report.best else ""
             self.say(
                 f"{report.iteration:>6}  valid {report.loss:.4f}  {describe(report.metrics)}  "
                 f"{report.pairs} pairs in {report.seconds:.0f} s{best}"
             )
-        elif kind == "SkippedReport":
+        elif isinstance(report, SkippedReport):
             self.say(f"{report.iteration:>6}  update left out: {report.reason}")
-        elif kind == "StoppedReport":
+        elif isinstance(report, StoppedReport):
             self.say(
                 f"{report.iteration:>6}  stopped early: no better validation loss in "
                 f"{report.validations} validations; the best, {report.best_loss:.4f} at iteration "
                 f"{report.best_iteration}, is in best/"
             )
-        elif kind == "SavedReport" and report.numbered:
+        elif isinstance(report, SavedReport) and report.numbered:
             self.say(f"{report.iteration:>6}  saved")
 
     def _advance(self, iteration: int) -> None:
@@ -128,6 +136,8 @@ def describe(metrics: Mapping[str, float]) -> str:
     )
     if "features/chosen" in metrics:
         text += f"  D {metrics['features/chosen']:.3g} / {metrics['features/rejected']:.3g}"
+    if "drift/rejected" in metrics:
+        text += f"  drift {metrics['drift/rejected'] ** 0.5:.3f}"
     if "kl/chosen" in metrics:
         text += f"  KL {metrics['kl/chosen']:.3g} / {metrics['kl/rejected']:.3g}"
     return text

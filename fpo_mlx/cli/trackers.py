@@ -2,59 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
 
+from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.train.events import Report, StepReport, ValidReport
 
-Track = Callable[[Any], None]
+
+class Sink(Protocol):
+    """Where figures go."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+    def close(self) -> None:
+        """Send what is still waiting."""
+        ...
 
 
-def open_trackers(names: str | None, project: str | None, config: Any) -> Track:
-    """A function that takes the trainer's reports.
+@contextmanager
+def tracking(
+    names: str | None, project: str | None, config: RunConfig
+) -> Iterator[Callable[[Report], None]]:
+    """A function that takes the trainer's reports, until the block ends, however it ends.
 
     Raises: ConfigError for an unknown tracker, or one whose package is not installed.
     """
-    kinds = {"wandb": _wandb, "tensorboard": _tensorboard}
+    kinds = {"wandb": _Wandb, "tensorboard": _TensorBoard}
     wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
     unknown = [name for name in wanted if name not in kinds]
     if unknown:
         raise ConfigError(f"--report-to {', '.join(unknown)}: wanted {' or '.join(kinds)}.")
-    sinks = [kinds[name](project or "fpo-mlx", config) for name in wanted]
+    with ExitStack() as stack:
+        sinks: list[Sink] = []
+        for name in wanted:
+            sinks.append(kinds[name](project or "fpo-mlx", config))
+            stack.callback(sinks[-1].close)
 
-    def track(report: Any) -> None:
-        if not hasattr(report, "loss"):
-            return
-        kind = "valid" if hasattr(report, "best") else "train"
-        values = {f"{kind}/loss": report.loss}
-        values |= {f"{kind}/{name}": value for name, value in report.metrics.items()}
-        for sink in sinks:
-            sink(values, report.iteration)
+        def track(report: Report) -> None:
+            if isinstance(report, StepReport | ValidReport):
+                values = figures(report)
+                for sink in sinks:
+                    sink.log(values, report.iteration)
 
-    return track
-
-
-def _wandb(project: str, config: Any) -> Callable[[dict[str, float], int], None]:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError('--report-to wandb: run `pip install "fpo-mlx[wandb]"`.') from error
-    run = wandb.init(project=project, config=config.as_dict())
-    return lambda values, step: run.log(values, step=step)
+        yield track
 
 
-def _tensorboard(project: str, config: Any) -> Callable[[dict[str, float], int], None]:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            '--report-to tensorboard: run `pip install "fpo-mlx[tensorboard]"`.'
-        ) from error
-    writer = SummaryWriter(f"{config.train.adapter_path}/tensorboard/{project}")
+def figures(report: StepReport | ValidReport) -> dict[str, float]:
+    """A report's figures by the names that trackers show."""
+    kind = "valid" if isinstance(report, ValidReport) else "train"
+    values = {f"{kind}/loss": report.loss}
+    values |= {f"{kind}/{name}": value for name, value in report.metrics.items()}
+    if isinstance(report, StepReport):
+        for name in (
+            "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb", "skipped",
+        ):  # fmt: skip
+            values[f"train/{name}"] = getattr(report, name)
+    return values
 
-    def log(values: dict[str, float], step: int) -> None:
+
+class _Wandb:
+    def __init__(self, project: str, config: RunConfig) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError('--report-to wandb: run `pip install "fpo-mlx[wandb]"`.') from error
+        self._run = wandb.init(project=project, config=config.as_dict())
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    def __init__(self, project: str, config: RunConfig) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                '--report-to tensorboard: run `pip install "fpo-mlx[tensorboard]"`.'
+            ) from error
+        self._writer = SummaryWriter(f"{config.train.adapter_path}/tensorboard/{project}")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
-    return log
+    def close(self) -> None:
+        self._writer.close()

@@ -34,17 +34,21 @@ def train(**values) -> None:
 
     config = gather(values)
     trackers_of = config.train.report_to if is_first() else None  # of several processes
-    track = trackers.open_trackers(trackers_of, config.train.project_name, config)
     show = Progress()
-    reports = pipeline.train(
-        config, say=show.say, progress=Bar("reference"), arm=on_signal, begin=show.begin
-    )
-    try:
-        for report in reports:
-            show(report)
-            track(report)
-    finally:
-        show.close()
+    with trackers.tracking(trackers_of, config.train.project_name, config) as track:
+        reports = pipeline.train(
+            config,
+            say=show.say,
+            progress=Bar("reference"),
+            install_stop=on_signal,
+            begin=show.begin,
+        )
+        try:
+            for report in reports:
+                show(report)
+                track(report)
+        finally:
+            show.close()
     result(f"adapters in {config.train.adapter_path}")
 
 

@@ -3,15 +3,17 @@
 Command line beats YAML beats preset beats default. Unknown keys are errors.
 """
 
-from fpo_mlx.config.engine import coerce, load_config, read_yaml
+from fpo_mlx.config.engine import coerce, load_config, load_section, read_yaml
 from fpo_mlx.config.fields import GROUPS
 from fpo_mlx.config.objective import PRESETS, Objective
+from fpo_mlx.config.sae_training import SaeTrainConfig
 from fpo_mlx.config.sections import (
     SECTIONS,
     DataConfig,
     ReferenceConfig,
     RunConfig,
     Sampling,
+    default_of,
     named,
     options,
 )
@@ -19,5 +21,6 @@ from fpo_mlx.config.training import TrainConfig
 
 __all__ = [
     "GROUPS", "PRESETS", "SECTIONS", "DataConfig", "Objective", "ReferenceConfig", "RunConfig",
-    "Sampling", "TrainConfig", "coerce", "load_config", "named", "options", "read_yaml",
+    "SaeTrainConfig", "Sampling", "TrainConfig", "coerce", "default_of", "load_config",
+    "load_section", "named", "options", "read_yaml",
 ]  # fmt: skip

@@ -8,13 +8,15 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fpo_mlx.config.objective import PRESETS
 from fpo_mlx.config.sections import SECTIONS, RunConfig, named, options
 from fpo_mlx.errors import ConfigError
+
+Section = TypeVar("Section")
 
 
 def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig:
@@ -22,27 +24,11 @@ def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig
 
     Raises: ConfigError for unknown keys, wrong types and values out of range, all at once.
     """
-    given = read_yaml(path) if path else {}
-    known = options()
-    unknown = sorted(set(given) - set(known) - {"objective"})
-    if unknown:
-        raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}.{_closest(unknown)}")
-    given |= {name: value for name, value in flags.items() if value is not None}
+    given = _given(flags, path, {*options(), "objective"})
     preset = given.pop("objective", "fpo")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"--objective {preset}: wanted one of {', '.join(PRESETS)}.")
-    given = {**PRESETS[preset], **given}
-    faults, values = [], {}
-    for name, value in given.items():
-        try:
-            values[name] = coerce(name, value, _hints()[name])
-        except ConfigError as error:
-            faults.append(str(error))
-    if faults:
-        raise ConfigError("\n".join(faults))
-    for name in named("path"):  # a shell does this for flags, nobody for YAML
-        if isinstance(path := values.get(name), str):
-            values[name] = os.path.expanduser(path)
+    values = _typed({**PRESETS[preset], **given}, SECTIONS)
     sections = [
         section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
         for section in SECTIONS
@@ -50,11 +36,40 @@ def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig
     return RunConfig(*sections, preset=preset)  # type: ignore[arg-type]
 
 
-def _hints() -> dict[str, Any]:
+def load_section(
+    section: type[Section], flags: Mapping[str, Any], path: Path | None = None
+) -> Section:
+    """The same for a settings class that stands alone, as `SaeTrainConfig` and `Sampling` do."""
+    return section(**_typed(_given(flags, path, options((section,))), (section,)))
+
+
+def _given(flags: Mapping[str, Any], path: Path | None, known: Collection[str]) -> dict[str, Any]:
+    """Flags that were given over the settings of a YAML file. Raises: ConfigError."""
+    given = read_yaml(path) if path else {}
+    if unknown := sorted({*given, *flags} - set(known)):
+        where = f"{path}: " if set(unknown) & set(given) else ""
+        near = _closest(unknown[0], known)
+        raise ConfigError(f"{where}unknown settings {', '.join(unknown)}.{near}")
+    return given | {name: value for name, value in flags.items() if value is not None}
+
+
+def _typed(given: Mapping[str, Any], sections: Sequence[type]) -> dict[str, Any]:
+    """Every value as its setting declares it, ~ of paths spelled out. Raises: ConfigError."""
     hints: dict[str, Any] = {}
-    for section in SECTIONS:
-        hints.update(typing.get_type_hints(section))
-    return hints
+    for section in sections:
+        hints |= typing.get_type_hints(section)
+    faults, values = [], {}
+    for name, value in given.items():
+        try:
+            values[name] = coerce(name, value, hints[name])
+        except ConfigError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    for name in named("path", sections):  # a shell does this for flags, nobody for YAML
+        if isinstance(path := values.get(name), str):
+            values[name] = os.path.expanduser(path)
+    return values
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
@@ -110,8 +125,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): v for key, v in value.items()}
 
 
-def _closest(unknown: list[str]) -> str:
+def _closest(unknown: str, known: Collection[str]) -> str:
     import difflib
 
-    near = difflib.get_close_matches(unknown[0], options(), n=1)
+    near = difflib.get_close_matches(unknown, known, n=1)
     return f" Did you mean {near[0]}?" if near else ""

@@ -64,6 +64,17 @@ class Objective:
         "raw: the paper's D; reference: D over the mean square of the reference's top-k",
         "objective",
     )
+    target_drift: float | None = setting(
+        None,
+        "find alpha while training so that features move by this part of their size, such as 0.1",
+        "objective",
+        first=True,
+    )
+    target_kl: float | None = setting(
+        None,
+        "find alpha while training so that the rejected responses' KL is so many nats",
+        "objective",
+    )
     feature_weights: str | None = setting(
         None,
         "file of feature: weight; these are held so much on both responses; 0 frees a feature",
@@ -90,6 +101,19 @@ class Objective:
                 f"--label-smoothing {self.label_smoothing}: wanted 0 or more and less than 0.5."
             )
         _check_link(self.link, self.link_parameters, self.link_arguments)
+        check_positive(self, "target_drift", "target_kl")
+        check_finite(self, "target_drift", "target_kl")
+        if self.target_drift is not None and not self.pooled:
+            raise ConfigError(
+                f"--target-drift needs a constraint on features or activations, found "
+                f"--constraint {self.constraint}. Use --objective fpo, or --target-kl with a KL "
+                "constraint."
+            )
+        if self.target_kl is not None and self.constraint != "kl":
+            raise ConfigError(
+                f"--target-kl needs --constraint kl (tdpo1, tdpo2, simpo-kl), found "
+                f"{self.constraint}."
+            )
 
     @property
     def link_arguments(self) -> Mapping[str, float]:
@@ -99,6 +123,11 @@ class Objective:
     @property
     def needs_sae(self) -> bool:
         return self.constraint == "features"
+
+    @property
+    def relative(self) -> bool:
+        """Whether the loss takes D over the mean square of the reference's top-k."""
+        return self.feature_scale == "reference" or self.target_drift is not None
 
     @property
     def pooled(self) -> bool:

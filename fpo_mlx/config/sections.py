@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -160,11 +161,17 @@ class RunConfig:
 SECTIONS = (DataConfig, ReferenceConfig, TrainConfig, Objective)
 
 
-def options() -> dict[str, dataclasses.Field]:
-    """Every setting by name, over all sections."""
-    return {f.name: f for section in SECTIONS for f in dataclasses.fields(section)}
+def options(sections: Sequence[type] = SECTIONS) -> dict[str, dataclasses.Field]:
+    """Every setting by name, over all sections of a run."""
+    return {f.name: f for section in sections for f in dataclasses.fields(section)}
 
 
-def named(fact: str) -> tuple[str, ...]:
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of one of `options`."""
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
+
+
+def named(fact: str, sections: Sequence[type] = SECTIONS) -> tuple[str, ...]:
     """Names of the settings of which a fact of `fields.setting` holds, such as "may_change"."""
-    return tuple(name for name, field in options().items() if field.metadata[fact])
+    return tuple(name for name, field in options(sections).items() if field.metadata[fact])

@@ -72,6 +72,7 @@ class Seen(NamedTuple):
     agreement: mx.array | None = None  # [B], p
     weights: mx.array | None = None  # [B], w
     score_gaps: mx.array | None = None  # [B], s_w - s_l
+    alphas: mx.array | float | None = None  # [B] or one number, where it is not the objective's
     log_collisions: mx.array | None = None  # [2, B], sum over tokens of log sum_v pi(v)^2: WPO's
 
 
@@ -95,14 +96,15 @@ def preference_losses(seen: Seen, o: Choices, held_at: Seen | None = None) -> Pa
     scale = 1.0 / seen.lengths if o.length_normalize else mx.ones_like(per_token)
     ratio = (seen.logps - seen.ref_logps) * scale
     chosen, rejected = o.beta * _scores(seen, o, scale, ratio)
+    alpha = o.alpha if still.alphas is None else still.alphas
     if seen.penalties is not None:
         fixed = cast(mx.array, still.penalties)
         on_chosen = mx.stop_gradient(fixed[0]) if o.stop_gradient else seen.penalties[0]
-        chosen = chosen + o.alpha * o.beta * on_chosen
-        rejected = rejected + o.alpha * o.beta * seen.penalties[1]
+        chosen = chosen + alpha * o.beta * on_chosen
+        rejected = rejected + alpha * o.beta * seen.penalties[1]
     if seen.held is not None:
         at = mx.stop_gradient(cast(mx.array, still.held))
-        chosen = chosen - o.alpha * o.beta * (seen.held - at)
+        chosen = chosen - alpha * o.beta * (seen.held - at)
     rejected = rejected + (o.gamma if o.margin == "constant" else 0.0)
     if seen.score_gaps is not None and o.score_margin:
         rejected = rejected + o.score_margin * seen.score_gaps

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, final
 
 from fpo_mlx.errors import ConfigError, DataError, ModelError
+from fpo_mlx.machine.upstream import changed
 
 Message = Mapping[str, Any]  # at least {"role": str, "content": str}
 Tools = Sequence[Mapping[str, Any]] | None
@@ -89,7 +90,7 @@ class ChatTokenizer:
     ) -> Any:
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         try:
-            return self.raw.apply_chat_template(
+            found = self.raw.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=[dict(tool) for tool in tools] if tools else None,
                 chat_template=_without_clock(self.templates[name]),
@@ -105,6 +106,10 @@ class ChatTokenizer:
                 f"the chat template of {self.source or 'the tokenizer'} refuses a conversation "
                 f"with the roles [{roles}]: {_first_line(error)}"
             ) from error
+        if type(found) is not (list if tokenize else str):  # an argument that is ignored by now
+            error = TypeError(f"it gave a {type(found).__name__}")
+            raise changed("transformers", "apply_chat_template(return_dict=False)", error)
+        return found
 
 
 def load_tokenizer(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx.judge.sampling import Answer, distinct_n
-from fpo_mlx.records import BASE, shown_name
+from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.train.metrics import ScoredPairs, measure
 from fpo_mlx.train.scoring import FACTS, Scorer
 
@@ -20,6 +20,7 @@ DRAWN = 1_000_000  # numbers of pairs in memory at once, however many pairs ther
 WITH_INTERVAL = (
     "rewards/accuracies", "rewards/margins", "policy_accuracy", "logps_per_token/chosen_change",
     "features/chosen", "features/rejected", "features/margin",
+    "drift/chosen", "drift/rejected",
     "kl/chosen", "kl/rejected", "kl/margin",
 )  # fmt: skip
 PER_SIDE = (("feature_mse", "features"), ("kl", "kl"), ("log_collision", "log_collisions"))
@@ -68,9 +69,10 @@ class EvalTable:
         base |= {BASE: self.base.as_dict()} if self.base else {}
         if len(self.adapters) == 1:
             ((path, report),) = self.adapters.items()
-            return {"adapter_path": path if self.base else None} | report.as_dict() | base
+            own = {"adapter_path": path if self.base else None} | report.as_dict() | base
+            return result_file("evaluate", own)
         named = [{"adapter_path": name, **r.as_dict()} for name, r in self.adapters.items()]
-        return base | {"adapters": named}
+        return result_file("evaluate", base | {"adapters": named})
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row a model, intervals in two columns: for a CSV."""
@@ -94,7 +96,7 @@ def reference_report(data: ScoredPairs, like: Mapping[str, Any]) -> EvalReport:
     per_token, zeros = logps / tokens, np.zeros(len(data))
     nothing = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     nothing += ("logps_per_token/chosen_change", "logps_per_token/rejected_change")
-    nothing += tuple(f"{n}/{s}" for n in ("features", "kl") for s in (*SIDES, "margin"))
+    nothing += tuple(f"{n}/{s}" for n in ("features", "drift", "kl") for s in (*SIDES, "margin"))
     values = {name: zeros for name in nothing if name in like}
     values["policy_accuracy"] = (per_token[0] > per_token[1]).astype(np.float64)
     for side, name in enumerate(SIDES):

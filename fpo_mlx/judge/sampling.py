@@ -13,6 +13,7 @@ import numpy as np
 
 from fpo_mlx.config import Sampling
 from fpo_mlx.core.logprobs import log_softmax
+from fpo_mlx.machine.upstream import leaning_on
 
 BATCH = 16  # prompts at once: the caches of as many answers are in memory
 
@@ -79,13 +80,14 @@ def _together(
     end: Collection[int],
 ) -> list[Answer]:
     """By mlx-lm's batches: a step reads the weights once for all prompts."""
-    from mlx_lm.generate import BatchGenerator
+    with leaning_on("mlx-lm", "`BatchGenerator`, which answers several prompts at once"):
+        from mlx_lm.generate import BatchGenerator
 
-    batch = BatchGenerator(
-        model, max_tokens=settings.max_tokens, stop_tokens=[[token] for token in end],
-        completion_batch_size=len(prompts), prefill_batch_size=len(prompts),
-    )  # fmt: skip
-    numbers = batch.insert([prompt.tolist() for prompt in prompts], samplers=list(draws))
+        batch = BatchGenerator(
+            model, max_tokens=settings.max_tokens, stop_tokens=[[token] for token in end],
+            completion_batch_size=len(prompts), prefill_batch_size=len(prompts),
+        )  # fmt: skip
+        numbers = batch.insert([prompt.tolist() for prompt in prompts], samplers=list(draws))
     tokens: dict[int, list[int]] = {number: [] for number in numbers}
     entropies: dict[int, list[float]] = {number: [] for number in numbers}
     try:

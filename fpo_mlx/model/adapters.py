@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.machine.upstream import leaning_on
 from fpo_mlx.model.taps import swap_call
 from fpo_mlx.model.trees import arrays_of, blocks_of, read_arrays
 from fpo_mlx.records import Site
@@ -91,19 +92,20 @@ def _adaptable(module: nn.Module) -> bool:
 
 def attach(model: nn.Module, spec: AdapterSpec) -> None:
     """Put fresh adapters (lora_b = 0, so nothing changes yet) on the layers of `spec`."""
-    from mlx_lm.tuner.lora import LoRALinear
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
     config = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout}
     if spec.fine_tune_type == "dora":
         _refuse_odd_bits(model, spec.keys)
     try:
-        linear_to_lora_layers(
-            model,
-            spec.num_layers,
-            {**config, "keys": set(spec.keys)},
-            use_dora=spec.fine_tune_type == "dora",
-        )
+        with leaning_on("mlx-lm", "`linear_to_lora_layers`, which puts adapters on a model"):
+            from mlx_lm.tuner.lora import LoRALinear
+            from mlx_lm.tuner.utils import linear_to_lora_layers
+
+            linear_to_lora_layers(
+                model,
+                spec.num_layers,
+                {**config, "keys": set(spec.keys)},
+                use_dora=spec.fine_tune_type == "dora",
+            )
     except ValueError as error:
         raise ConfigError(f"--fine-tune-type {spec.fine_tune_type}: {error}") from error
     for _, module in model.named_modules():

@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from fpo_mlx.errors import ModelError, SaeError
+from fpo_mlx.machine.upstream import leaning_on
 from fpo_mlx.model.heads import split, vocab_size
 from fpo_mlx.model.taps import (
     PrefixCache,
@@ -172,7 +173,8 @@ class Policy:
     def _run(self, tokens: mx.array, spans: list[tuple[int, int]], caches: list | None) -> Rows:
         """tokens: [n, L]; spans: (start, length) of each sequence's response positions."""
         seen = []
-        with _all_recording(self._taps, seen):
+        called = leaning_on("mlx-lm", "how a backbone is called and what it asks of a cache")
+        with _all_recording(self._taps, seen), called:
             hidden = self.backbone(tokens, cache=caches)  # [n, L, D]
         width = tokens.shape[1]
         for record, site in zip(seen, self.sites, strict=True):
@@ -222,8 +224,9 @@ def plain_caches(model: nn.Module) -> int:
     Only with those can a prompt be shared. They are fewer than the blocks where some blocks attend
     to the keys and values of earlier ones (Gemma 4) or have no attention.
     """
-    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+    with leaning_on("mlx-lm", "its classes of key-value caches"):
+        from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-    caches = make_prompt_cache(model)
+        caches = make_prompt_cache(model)
     plain = all(type(cache) in (KVCache, RotatingKVCache) for cache in caches)
     return len(caches) if plain and len(caches) <= len(blocks_of(model)) else 0

@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from fpo_mlx.machine.upstream import leaning_on
+
 
 def arrays_of(tree: Any) -> list[tuple[str, mx.array]]:
     """(path, array) of every leaf of a module's parameters or an optimizer's state."""
@@ -24,7 +26,8 @@ def leaves_of(tree: Any) -> list[Any]:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The model's blocks, first to last, as mlx-lm's models name them."""
-    return cast("list[nn.Module]", model.layers)
+    with leaning_on("mlx-lm", "`layers`, a model's list of blocks"):
+        return cast("list[nn.Module]", model.layers)
 
 
 def float_dtype(model: nn.Module) -> mx.Dtype:

@@ -41,13 +41,12 @@ def cache_verify(
     say: Say,
 ) -> VerifyReport:
     """Score a sample of the data's pairs anew. Raises FpoError when they differ from the cache."""
-    adapter = adapter or config.train.init_adapter
-    job = open_job(config, adapter=adapter, say=say)
+    job = open_job(config, adapter=adapter, say=say, backend=backend, device=device)
     identity = as_kept(folder, job, say)
     store = cache.open_cache(folder, identity)
     names = [name for name in ("train", "valid", "test") if has_split(job, name)] or ["train"]
     pairs = [pair for name in names for pair in read_pairs(job, name, say)]
-    engine = open_engine(job, adapter=adapter, backend=backend, device=device, say=say)
+    engine = open_engine(job, say=say)
 
     def score(group: Sequence[TokenPair]) -> list[PairScore]:
         keep = identity.pooled_keep

@@ -6,18 +6,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fpo_mlx import data
 from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_model, open_tokenizer
-from fpo_mlx.records import BASE, shown_name
+from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.storage.hub import resolve_model
-
-if TYPE_CHECKING:
-    import mlx.nn as nn
 
 Turns = Sequence[dict[str, Any]]
 
@@ -35,7 +32,7 @@ class Comparison:
             {"prompt": prompt, "answers": {name: texts[i] for name, texts in self.answers.items()}}
             for i, prompt in enumerate(self.prompts)
         ]
-        return {"sampling": vars(self.sampling), "prompts": rows}
+        return result_file("compare", {"sampling": vars(self.sampling), "prompts": rows})
 
     def markdown(self) -> str:
         """One table a prompt, models side by side; what the model wrote cannot break it."""
@@ -69,6 +66,7 @@ def compare(
     """Answer prompts (given, from a file, or the first of a split) with base and adapters."""
     from fpo_mlx.judge.sampling import sample
     from fpo_mlx.model.adapters import read_spec
+    from fpo_mlx.model.open import open_model
 
     model = need_model(config)
     given = [*prompts, *(_read_prompts(prompts_file) if prompts_file else ())]
@@ -83,7 +81,8 @@ def compare(
     answers: dict[str, tuple[str, ...]] = {}
     asked_of = {shown_name(path): path for path in adapter_paths}
     for name, adapter in {BASE: config.train.init_adapter, **asked_of}.items():
-        model = _open(path, adapter, config.reference.trust_remote_code, say)
+        trust = config.reference.trust_remote_code
+        model = open_model(path, adapter=adapter, trust_remote_code=trust, say=say).model
         texts = []
         for answer in sample(model, tokens, sampling, tokenizer.eos_token_ids):
             texts.append(tokenizer.decode(answer.tokens.tolist(), skip_special=True))
@@ -92,19 +91,6 @@ def compare(
         del model  # one in memory at a time
     shown = tuple(str(turns[-1]["content"]) for turns in asked)
     return Comparison(shown, answers, sampling)
-
-
-def _open(path: Path, adapter: str | None, trust_remote_code: bool, say: Say) -> nn.Module:
-    from fpo_mlx.model import adapters
-    from fpo_mlx.model.load import load_model
-
-    loaded = load_model(path, trust_remote_code=trust_remote_code)
-    for note in loaded.notes:
-        say(note)
-    if adapter:
-        adapters.load(loaded.model, Path(adapter))
-    loaded.model.eval()
-    return loaded.model
 
 
 def _tokens(asked: Sequence[Turns], tokenizer: ChatTokenizer, limit: int) -> list[Any]:

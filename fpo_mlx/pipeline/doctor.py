@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fpo_mlx.machine import blas
+from fpo_mlx.machine import blas, upstream
 from fpo_mlx.storage.paths import cache_root
 
 Level = Literal["ok", "note", "problem"]
@@ -49,14 +49,27 @@ def examine(hub_seconds: float = 3.0) -> list[Finding]:
 
 
 def versions() -> list[Finding]:
-    """Python's and the packages' versions; a missing one of ours is a problem."""
+    """Python's and the packages' versions; a missing one of ours is a problem.
+
+    One outside the versions that were tried is a note.
+    """
+    untried = {
+        one.package: Finding(
+            one.package,
+            f"{one.installed}, which nobody tried with this version of fpo-mlx ({one.range})",
+            "note",
+            f"If something fails: pip install '{one.package}{one.range}'",
+        )
+        for one in upstream.outside()
+    }
     found = [Finding("python", f"{platform.python_version()} on {platform.platform()}")]
     for name in PACKAGES:
         version = _version(name)
         if version:
-            found.append(Finding(name, version))
+            found.append(untried.get(name) or Finding(name, version))
         else:
             found.append(Finding(name, "not installed", "problem", f"pip install {name}"))
+    found += [finding for name, finding in untried.items() if name not in PACKAGES]
     present = [f"{name} {version}" for name in OPTIONAL if (version := _version(name))]
     absent = [name for name in OPTIONAL if not _version(name)]
     text = ", ".join(present) or "none"

@@ -55,7 +55,7 @@ def evaluate_all(
 
     for path in adapter_paths:
         read_spec(Path(path))  # before the long part
-    job = open_job(config, adapter=config.train.init_adapter, say=say, need_sae=False)
+    job = open_job(config, say=say, need_sae=False)
     pairs = read_pairs(job, split, say)
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     reports: dict[str, EvalReport] = {}
@@ -97,32 +97,41 @@ def _with_answers(
     )
 
 
-def open_scorer(job: Job, adapter_path: str | None, *, measure_kl: bool, say: Say) -> Scorer:
-    """Base + adapter, looking at every SAE that was given whatever the objective needs."""
+def open_scorer(
+    job: Job,
+    adapter_path: str | None,
+    *,
+    measure_kl: bool,
+    say: Say,
+    model: Path | None = None,
+) -> Scorer:
+    """Base + adapter, looking at every SAE that was given whatever the objective needs.
+
+    model: judged in the place of the job's own, against the job's reference.
+    """
     from fpo_mlx.model import adapters
-    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.open import open_model
     from fpo_mlx.model.policy import Policy
     from fpo_mlx.model.reader import encoder_of
     from fpo_mlx.train.scoring import Scorer
 
-    loaded = load_model(job.model_path, trust_remote_code=job.config.reference.trust_remote_code)
-    for note in loaded.notes:
-        say(note)
+    ref = job.config.reference
+    loaded = open_model(
+        model or job.model_path,
+        adapter=None if adapter_path else job.adapter,
+        trust_remote_code=ref.trust_remote_code,
+        say=say,
+    )
     reference: dict[str, Any] = {}
     if adapter_path:
-        spec = adapters.read_spec(Path(adapter_path), loaded.model)
-        adapters.attach(loaded.model, spec)
-        if init := job.config.train.init_adapter:
-            adapters.fill(loaded.model, Path(init) / adapters.WEIGHTS)
+        adapters.attach(loaded.model, adapters.read_spec(Path(adapter_path), loaded.model))
+        if job.adapter:
+            adapters.fill(loaded.model, job.adapter / adapters.WEIGHTS)
         reference = dict(adapters.parameters(loaded.model))
         adapters.fill(loaded.model, Path(adapter_path) / adapters.WEIGHTS)
-    elif init := job.config.train.init_adapter:
-        adapters.load(loaded.model, Path(init))
-    loaded.model.eval()
+        loaded.model.eval()
     sites = [sae.site for sae in job.saes if sae.site is not None]
-    policy = Policy(
-        loaded.model, loaded.config, sites, share_prompt=job.config.reference.share_prompt
-    )
+    policy = Policy(loaded.model, loaded.config, sites, share_prompt=ref.share_prompt)
     encoders = [encoder_of(sae) for sae in job.saes]
     scorer = Scorer(
         policy, encoders, job.config.objective,

@@ -16,7 +16,7 @@ from fpo_mlx.judge.feature_report import Change, Found, Sort, TextActivations
 from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import Say, need_model, open_job, open_saes, open_tokenizer, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
-from fpo_mlx.records import SaeWeights
+from fpo_mlx.records import SaeWeights, result_file
 from fpo_mlx.storage.hub import read_config, resolve_model
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class FeatureReport:
 
     def as_dict(self) -> dict[str, Any]:
         about = {"adapter_path": self.adapter_path, "pairs": self.pairs, "distance": self.distance}
-        return about | {"features": [change.as_dict() for change in self.changes]}
+        moved = {"features": [change.as_dict() for change in self.changes]}
+        return result_file("features", about | moved)
 
     def rows(self) -> list[dict[str, Any]]:
         """Flat, for a CSV: the contexts as their tokens."""
@@ -72,7 +73,7 @@ def features(
     from fpo_mlx.train.metrics import ScoredPairs
 
     read_spec(Path(adapter_path))  # before the long part
-    job = open_job(config, adapter=config.train.init_adapter, say=say, need_sae=True)
+    job = open_job(config, say=say, need_sae=True)
     known = read_labels(labels, len(job.saes)) if labels else ({},) * len(job.saes)
     pairs = read_pairs(job, split, say)[:limit]
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
@@ -153,7 +154,7 @@ class _Scan:
 
 def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Scan:
     from fpo_mlx.judge import feature_scan
-    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.open import open_model
     from fpo_mlx.model.policy import Policy
     from fpo_mlx.model.reader import encoder_of
 
@@ -161,7 +162,7 @@ def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Sc
     tokenizer = open_tokenizer(config, path)
     texts = [read_texts(file, tokenizer, config.data.max_seq_length)[:limit] for file in files]
     (sae,) = _one_sae(open_saes(config, read_config(path), need=True, say=say))
-    loaded = load_model(path, trust_remote_code=config.reference.trust_remote_code)
+    loaded = open_model(path, trust_remote_code=config.reference.trust_remote_code, say=say)
     policy = Policy(loaded.model, loaded.config, [sae.site] if sae.site else [])
     encoder = encoder_of(sae)
     seen = [feature_scan.read_texts(policy, encoder, 0, one) for one in texts]

@@ -70,14 +70,14 @@ def _compare_fused(
         data=replace(config.data, data=verify),
         objective=replace(config.objective, constraint="none"),
     )
-    job = open_job(config, adapter=None, say=say)
+    job = open_job(config, say=say)
     split = next((s for s in ("test", "valid", "train") if has_split(job, s)), "test")
     pairs = read_pairs(job, split, say)
-    store = fill_cache(job, pairs, folder=default_cache(job.identity), adapter=None, say=say)
+    store = fill_cache(job, pairs, folder=default_cache(job.identity), say=say)
     scored = ScoredPairs(pairs, CachedScores(store, pairs))
     results = []
     for path, adapter in ((job.model_path, adapter_path), (fused, None)):
-        scorer = open_scorer(replace(job, model_path=path), adapter, measure_kl=False, say=say)
+        scorer = open_scorer(job, adapter, model=path, measure_kl=False, say=say)
         summary = evaluation.evaluate(scorer, scored).summary
         names = ("rewards/accuracies", "rewards/margins", "logps_per_token/chosen_change")
         results.append({name: float(summary[name]) for name in names})

@@ -31,14 +31,26 @@ class Job:
     model_path: Path
     tokenizer: ChatTokenizer
     saes: tuple[SaeWeights, ...]
-    identity: CacheIdentity
+    identity: CacheIdentity  # of what the reference gives: this model, this adapter, these SAEs
     feature_weights: Weights = ()  # per SAE; of --feature-weights
+    adapter: Path | None = None  # of the reference, whose fingerprint the identity holds
+    backend: str = "mlx"  # that scores with the reference
+    device: str | None = None  # of the torch backend
 
 
 def open_job(
-    config: RunConfig, *, adapter: str | None, say: Say, need_sae: bool | None = None
+    config: RunConfig,
+    *,
+    say: Say,
+    adapter: str | None = None,
+    need_sae: bool | None = None,
+    backend: str = "mlx",
+    device: str | None = None,
 ) -> Job:
-    """Resolve model, tokenizer and SAEs, and fingerprint them. Reads weights, loads no model."""
+    """Resolve model, tokenizer and SAEs, and fingerprint them. Reads weights, loads no model.
+
+    adapter: of the reference; default: --init-adapter's.
+    """
     model = need_model(config)
     if not config.data.data:
         raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
@@ -46,13 +58,17 @@ def open_job(
     tokenizer = open_tokenizer(config, path)
     need = config.objective.needs_sae if need_sae is None else need_sae
     opened = open_saes(config, read_config(path), need=need, say=say)
+    start = adapter or config.train.init_adapter
+    own = Path(start) if start else None
     identity = CacheIdentity(
         model=weights.model_fingerprint(path),
         tokenizer=tokenizer.fingerprint(),
-        adapter=weights.adapter_fingerprint(Path(adapter)) if adapter else "none",
+        adapter=weights.adapter_fingerprint(own),
         saes=tuple((sae.fingerprint(), str(sae.site)) for sae in opened),
+        backend=backend,
     )
-    return Job(config, path, tokenizer, opened, identity, open_weights(config, opened))
+    named = open_weights(config, opened)
+    return Job(config, path, tokenizer, opened, identity, named, own, backend, device)
 
 
 def need_model(config: RunConfig) -> str:

@@ -16,7 +16,7 @@ from fpo_mlx.errors import ConfigError
 from fpo_mlx.machine import memory as model_of
 from fpo_mlx.machine.memory import Case, Lengths, ModelShape, SaeShape, Setup, Term, Tiles
 from fpo_mlx.pipeline.job import Job, Say, need_model, open_saes, open_tokenizer, read_pairs
-from fpo_mlx.pipeline.policy import attach_adapters
+from fpo_mlx.pipeline.policy import Outline, outline_of, put_adapters
 from fpo_mlx.records import SaeWeights, TokenPair
 from fpo_mlx.storage.hub import read_config, resolve_model
 
@@ -108,21 +108,24 @@ def _assumed(config: RunConfig, say: Say) -> tuple[Lengths, ...]:
     return (Lengths(prompt, longest - prompt, longest - prompt),)
 
 
-def case_of(job: Job, lengths: Sequence[Lengths]) -> Case:
-    """What memory and time depend on. The model is built, but none of its weights is read."""
+def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None) -> Case:
+    """What memory and time depend on. The model is built, but none of its weights is read.
+
+    outline: of the model, without adapters yet; it has them afterwards.
+    """
     from fpo_mlx.core import features, vocabulary
     from fpo_mlx.model import adapters
-    from fpo_mlx.model.load import read_model
 
     t, o, ref = job.config.train, job.config.objective, job.config.reference
-    loaded = read_model(job.model_path, trust_remote_code=ref.trust_remote_code)
-    shape = shape_of(loaded.model, read_config(job.model_path), share_prompt=ref.share_prompt)
-    spec = attach_adapters(job, loaded.model, lambda _: None)
-    block = adapters.block_of(loaded.model)
+    outline = outline or outline_of(job, lambda _: None)
+    model, spec = outline.model, outline.spec
+    shape = shape_of(model, read_config(job.model_path), share_prompt=ref.share_prompt)
+    block = adapters.block_of(model)
+    put_adapters(job, model, spec)
     adapted = {block[key] for key in spec.keys}
     setup = Setup(
         min(adapted), max(adapted),
-        sum(array.size for _, array in adapters.parameters(loaded.model)),
+        sum(array.size for _, array in adapters.parameters(model)),
         t.optimizer, t.micro_batch_size, t.batch_size * t.grad_accumulation_steps,
         t.grad_checkpoint, o.constraint == "kl", o.stop_gradient, o.top_k,
     )  # fmt: skip
@@ -281,10 +284,7 @@ def _advice(case: Case, memory: float, fits: bool) -> list[str]:
     return [*lines, f"nothing of this fits into {memory / 1e9:.2f} GB"]
 
 
-def predicted_peak(job: Job, pairs: Sequence[TokenPair]) -> float:
-    """Bytes; what `train` says before and beside what it measures.
-
-    Raises: ConfigError where no adapted layer can be reached by the constraint.
-    """
-    peak = case_of(job, lengths_of(pairs)).peak
+def predicted_peak(job: Job, pairs: Sequence[TokenPair], outline: Outline) -> float:
+    """Bytes; what `train` says before and beside what it measures."""
+    peak = case_of(job, lengths_of(pairs), outline).peak
     return peak if math.isfinite(peak) else 0.0

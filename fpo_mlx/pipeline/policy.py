@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.errors import ConfigError
@@ -11,72 +11,110 @@ from fpo_mlx.pipeline.job import Job, Say
 from fpo_mlx.records import Site
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from fpo_mlx.model.adapters import AdapterSpec
     from fpo_mlx.train.scoring import Scorer
 
 
-def open_policy(job: Job, *, say: Say) -> tuple[Scorer, dict[str, Any]]:
-    """The model with adapters to train and taps, and what adapter_config.json will say."""
-    import mlx.core as mx
+@dataclass(frozen=True)
+class Outline:
+    """The model of a run, its weights not read yet, and the adapters that it will have."""
 
-    from fpo_mlx.model.load import load_model
-    from fpo_mlx.model.policy import Policy
-    from fpo_mlx.model.reader import encoder_of
-    from fpo_mlx.train.scoring import Scorer
-
-    t, o, ref = job.config.train, job.config.objective, job.config.reference
-    loaded = load_model(job.model_path, trust_remote_code=ref.trust_remote_code)
-    for note in loaded.notes:
-        say(note)
-    mx.random.seed(t.seed)
-    if job.feature_weights and not o.pooled:
-        say(f"warning: --feature-weights does nothing with --constraint {o.constraint}")
-    if o.gamma and o.margin == "reference":
-        say(f"warning: --gamma {o.gamma} does nothing: it is of --margin constant")
-    saes = job.saes if o.pooled else ()
-    sites = [sae.site for sae in saes if sae.site is not None]
-    spec = attach_adapters(job, loaded.model, say)
-    policy = Policy(
-        loaded.model,
-        loaded.config,
-        sites,
-        share_prompt=ref.share_prompt,
-        grad_checkpoint=t.grad_checkpoint,
-    )
-    if ref.share_prompt and not policy.shares_prompt:
-        say("this model's caches are not plain keys and values: prompts run twice a pair")
-    scorer = Scorer(
-        policy, [encoder_of(sae) for sae in saes], o, feature_weights=job.feature_weights
-    )
-    return scorer, spec.as_config(ref.model)
+    model: nn.Module
+    spec: AdapterSpec
 
 
-def attach_adapters(job: Job, model: Any, say: Say) -> Any:
-    """Fresh adapters, or those of --init-adapter, on layers that the constraint can reach.
+def outline_of(job: Job, say: Say) -> Outline:
+    """Decide on the adapters, before anything long. Raises: ConfigError, as `check_reach` does."""
+    from fpo_mlx.model.load import read_model
 
-    Raises: ConfigError where it can reach none of them.
-    """
+    ref = job.config.reference
+    model = read_model(job.model_path, trust_remote_code=ref.trust_remote_code).model
+    spec = _choose_adapters(job, model, say)
+    check_reach(job, model, spec)
+    return Outline(model, spec)
+
+
+def check_reach(job: Job, model: nn.Module, spec: AdapterSpec) -> None:
+    """Raises: ConfigError where no adapted layer lies where the constraint can see it."""
     from fpo_mlx.model import adapters
 
-    pooled = job.config.objective.pooled
-    sites = [sae.site for sae in job.saes if pooled and sae.site is not None]
-    init = job.config.train.init_adapter
-    if init:
-        spec = adapters.load(model, Path(init))
-        say(f"starting from {init}; its rank, scale and layers are kept")
-        highest = max(adapters.block_of(model)[key] for key in spec.keys)
-        if sites and highest > max(_deepest(sites)):
-            say(
-                f"warning: {init} adapts blocks up to {highest}, above the SAE's; adapters there "
-                "can change the output where the constraint does not look"
-            )
-    else:
-        spec = _new_adapters(job, model, say)
-        adapters.attach(model, spec)
+    sites = _sites(job)
     if adapters.unreached(sites, spec.keys, adapters.block_of(model)):
         raise ConfigError(
             "no adapted layer lies at or below the SAE's block, so the constraint would have no "
             f"gradient: the SAE reads the {sites[0]}. Adapt lower blocks (--num-layers, "
             "lora_parameters.keys), or use an SAE nearer to the output."
+        )
+
+
+def put_adapters(job: Job, model: nn.Module, spec: AdapterSpec) -> None:
+    """Fresh adapters, or those that the reference has."""
+    from fpo_mlx.model import adapters
+
+    adapters.attach(model, spec)
+    if job.adapter:
+        adapters.fill(model, job.adapter / adapters.WEIGHTS)
+
+
+def open_policy(
+    job: Job, spec: AdapterSpec | None = None, *, say: Say
+) -> tuple[Scorer, dict[str, Any]]:
+    """The model with adapters to train and taps, and what adapter_config.json will say.
+
+    spec: of the adapters, as `outline_of` decided; default: decided now.
+    """
+    import mlx.core as mx
+
+    from fpo_mlx.model.open import open_model
+    from fpo_mlx.model.policy import Policy
+    from fpo_mlx.model.reader import encoder_of
+    from fpo_mlx.train.scoring import Scorer
+
+    t, o, ref = job.config.train, job.config.objective, job.config.reference
+    spec = spec or outline_of(job, say).spec
+    loaded = open_model(job.model_path, trust_remote_code=ref.trust_remote_code, say=say)
+    if job.feature_weights and not o.pooled:
+        say(f"warning: --feature-weights does nothing with --constraint {o.constraint}")
+    if o.gamma and o.margin == "reference":
+        say(f"warning: --gamma {o.gamma} does nothing: it is of --margin constant")
+    mx.random.seed(t.seed)
+    put_adapters(job, loaded.model, spec)
+    policy = Policy(
+        loaded.model,
+        loaded.config,
+        _sites(job),
+        share_prompt=ref.share_prompt,
+        grad_checkpoint=t.grad_checkpoint,
+    )
+    if ref.share_prompt and not policy.shares_prompt:
+        say("this model's caches are not plain keys and values: prompts run twice a pair")
+    encoders = [encoder_of(sae) for sae in (job.saes if o.pooled else ())]
+    scorer = Scorer(policy, encoders, o, feature_weights=job.feature_weights)
+    return scorer, spec.as_config(ref.model)
+
+
+def _sites(job: Job) -> list[Site]:
+    """Where the constraint looks."""
+    saes = job.saes if job.config.objective.pooled else ()
+    return [sae.site for sae in saes if sae.site is not None]
+
+
+def _choose_adapters(job: Job, model: nn.Module, say: Say) -> AdapterSpec:
+    """Fresh adapters by the settings, or those of --init-adapter as they are."""
+    from fpo_mlx.model import adapters
+
+    if not job.adapter:
+        return _new_adapters(job, model, say)
+    spec = adapters.read_spec(job.adapter, model)
+    say(f"starting from {job.adapter}; its rank, scale and layers are kept")
+    blocks = adapters.block_of(model)
+    highest = max(blocks[key] for key in spec.keys)
+    if (sites := _sites(job)) and highest > max(_deepest(sites)):
+        say(
+            f"warning: {job.adapter} adapts blocks up to {highest}, above the SAE's; adapters "
+            "there can change the output where the constraint does not look"
         )
     return spec
 
@@ -86,14 +124,15 @@ def _deepest(sites: Sequence[Site]) -> list[int]:
     return [site.layer - (site.kind == "resid_pre") for site in sites]
 
 
-def _new_adapters(job: Job, model: Any, say: Say) -> Any:
-    """Fresh adapters; where an SAE is given none above its block.
+def _new_adapters(job: Job, model: nn.Module, say: Say) -> AdapterSpec:
+    """Fresh adapters; where an SAE is given, none above its block.
 
     Whether the constraint is in force does not matter, so that an ablation changes one thing.
     """
     from fpo_mlx.model import adapters
+    from fpo_mlx.model.trees import blocks_of
 
-    t, last = job.config.train, len(model.layers) - 1
+    t, last = job.config.train, len(blocks_of(model)) - 1
     sites = [sae.site for sae in job.saes if sae.site is not None]
     deepest = max(_deepest(sites), default=last)
     if t.adapt_above_sae and deepest < last:

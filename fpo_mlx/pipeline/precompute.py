@@ -41,18 +41,14 @@ def precompute(
     """
     if keep_features is not None:
         check_keep(keep_features, config.objective.top_k, f"--keep-features {keep_features}")
-    adapter = adapter or config.train.init_adapter
-    job = open_job(config, adapter=adapter, say=say)
+    job = open_job(config, adapter=adapter, say=say, backend=backend, device=device)
     job = replace(job, identity=replace(job.identity, pooled_keep=keep_features))
     names = ("train", "valid", "test") if split == "all" else (split,)
     if split == "all":
         names = tuple(name for name in names if has_split(job, name)) or ("train",)
     pairs = [pair for name in names for pair in read_pairs(job, name, say)]
     folder = output or default_cache(job.identity)
-    store = fill_cache(
-        job, pairs, folder=folder, adapter=adapter, say=say,
-        backend=backend, device=device, progress=progress,
-    )  # fmt: skip
+    store = fill_cache(job, pairs, folder=folder, say=say, progress=progress)
     left_out = ()
     if keep_features is not None:
         about = cache.info(folder)

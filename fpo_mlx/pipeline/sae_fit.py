@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fpo_mlx.judge.sae_fit import Ablation, FitReport
 
 HELD_OUT_FIRST = ("valid", "test", "train")
-GLANCE_PAIRS, GLANCE_TOKENS = 16, 64  # 32 answers, of each so many tokens at most
+CHECKED_PAIRS, CHECKED_TOKENS = 16, 64  # 32 answers, of each so many tokens at most
 
 
 def sae_evaluate(
@@ -42,8 +42,7 @@ def sae_evaluate(
 ) -> FitReport:
     """One SAE on base (+ adapter), on answers of --data, or of the demo's pairs without it."""
     from fpo_mlx.judge import sae_fit
-    from fpo_mlx.model import adapters
-    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.open import open_model
     from fpo_mlx.model.policy import Policy
 
     ref, notes = config.reference, []
@@ -55,12 +54,9 @@ def sae_evaluate(
     for note in sae.notes:
         say(f"{ref.sae[0]}: {note}")
     passages = read_passages(config, folder, sequences)
-    loaded = load_model(folder, trust_remote_code=ref.trust_remote_code)
-    for note in loaded.notes:
-        say(note)
-    if adapter_path:
-        adapters.load(loaded.model, Path(adapter_path))
-        loaded.model.eval()
+    loaded = open_model(
+        folder, adapter=adapter_path, trust_remote_code=ref.trust_remote_code, say=say
+    )
     assert sae.site is not None
     sites = (sae.site, *sae_fit.places_to_compare(loaded.model, sae.site))
     policy = Policy(loaded.model, loaded.config, sites, share_prompt=False)
@@ -80,7 +76,7 @@ def read_passages(config: RunConfig, model: Path, count: int) -> list[Passage]:
     return data.read_passages(rows, tokenizer, count, d.max_seq_length, columns(config))
 
 
-def glance(
+def quick_check(
     config: RunConfig,
     saes: Mapping[str, SaeWeights],
     engine: ReferenceBackend,
@@ -104,10 +100,10 @@ def glance(
 
 
 def beginnings(pairs: Sequence[TokenPair]) -> list[TokenPair]:
-    """GLANCE_PAIRS pairs, evenly spread over those with the shorter prompts, answers cut short."""
-    short = sorted(pairs, key=lambda pair: len(pair.prompt))[: max(GLANCE_PAIRS, len(pairs) // 2)]
-    n = GLANCE_TOKENS
+    """CHECKED_PAIRS pairs, evenly spread over those with the shorter prompts, answers cut short."""
+    short = sorted(pairs, key=lambda pair: len(pair.prompt))[: max(CHECKED_PAIRS, len(pairs) // 2)]
+    n = CHECKED_TOKENS
     return [
         replace(pair, chosen=pair.chosen[:n], rejected=pair.rejected[:n])
-        for pair in data.spread(short, GLANCE_PAIRS)
+        for pair in data.spread(short, CHECKED_PAIRS)
     ]

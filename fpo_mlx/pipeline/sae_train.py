@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx import __version__
+from fpo_mlx.config import SaeTrainConfig, default_of, named, options
 from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Say
+from fpo_mlx.pipeline.train import InstallStop
 from fpo_mlx.records import SITE_KINDS, Passage, SaeWeights, Site
 from fpo_mlx.reference import weights
-from fpo_mlx.saetrain import rows, settings, texts
-from fpo_mlx.saetrain.settings import SaeTrainConfig
+from fpo_mlx.saetrain import rows, texts
+from fpo_mlx.saetrain import sizes as sizing
 from fpo_mlx.storage import locks
 from fpo_mlx.storage.hub import read_config, resolve_model
 
@@ -44,7 +46,7 @@ class Setup:
     model_name: str
     site: Site
     hidden: int
-    sizes: settings.Sizes
+    sizes: sizing.Sizes
     train: tuple[texts.Document, ...]
     held_out: tuple[texts.Document, ...]
     reader: Reader
@@ -73,11 +75,11 @@ def sae_train(
     upload_repo: str | None = None,
     say: Say,
     report: Callable[[Report], None] = lambda _: None,
-    arm: Callable[[], Callable[[], int | None]] = lambda: lambda: None,
+    install_stop: InstallStop = lambda: lambda: None,
 ) -> SaeTrained:
     """The whole way: text to activations to a SAELens folder.
 
-    arm: called when training begins; gives what is asked whether to stop.
+    install_stop: called when training begins.
     """
     from fpo_mlx.saetrain import finish, trainer
 
@@ -93,7 +95,7 @@ def sae_train(
             f"{config.architecture} of {setup.sizes.width} features, k {setup.sizes.k}, on the "
             f"{setup.site}: {plan.steps} updates of {plan.batch} tokens"
         )
-        for each in trainer.train(source, current, rule, plan, folder, arm()):
+        for each in trainer.train(source, current, rule, plan, folder, install_stop()):
             report(each)
         return _finish(setup, source, current, plan, upload_repo, say)
 
@@ -115,13 +117,18 @@ def _resumed(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, 
     from fpo_mlx.saetrain import state, trainer
 
     config = setup.config
-    before = state.check_resumable(folder, _record(setup), settings.FREE)
+    own = options((SaeTrainConfig,))
+    before = state.run_folder(folder).check_resumable(
+        _record(setup),
+        named("may_change", (SaeTrainConfig,)),
+        {name: default_of(field) for name, field in own.items()},
+    )
     old = before["settings"]
     _check_chunks(folder, old.get("store"), config.store)
     source, _ = _source(setup, say)
     plan, current = trainer.Plan(**before["plan"]), state.load(folder)
     plan = replace(plan, save_every=config.save_every, report_every=config.steps_per_report)
-    state.rewind_log(folder, current)
+    state.run_folder(folder).rewind_log(current.metrics_bytes)
     say(f"resumed after step {current.step} of {plan.steps}")
     changed = [f"--{n}" for n in ("minutes", "passes") if getattr(config, n) != old.get(n)]
     if changed:
@@ -161,12 +168,12 @@ def _check(config: SaeTrainConfig) -> None:
 
 def _open(config: SaeTrainConfig, say: Say) -> Setup:
     """Tokens first: a fault in the data should not wait for the model."""
-    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.open import open_model
     from fpo_mlx.saetrain.activations import OUTLIER, norm_limit, open_reader
 
     path = resolve_model(config.model)
     model_config = read_config(path)
-    layer = settings.sizes(config, model_config, int(model_config["hidden_size"])).layer
+    layer = sizing.sizes(config, model_config, int(model_config["hidden_size"])).layer
     site = Site(layer, config.site)  # type: ignore[arg-type]
     template = Path(config.chat_template) if config.chat_template else None
     tokenizer = load_tokenizer(
@@ -181,9 +188,7 @@ def _open(config: SaeTrainConfig, say: Say) -> Setup:
     train, held_out = texts.split_held_out(
         documents.items, config.held_out, config.seed, HELD_OUT_MOST
     )
-    loaded = load_model(path, trust_remote_code=config.trust_remote_code)
-    for note in loaded.notes:
-        say(note)
+    loaded = open_model(path, trust_remote_code=config.trust_remote_code, say=say)
     reader = open_reader(loaded.model, loaded.config, site)
     reader.rows(train[:1])  # the first call is slower than the others
     started = time.perf_counter()
@@ -200,7 +205,7 @@ def _open(config: SaeTrainConfig, say: Say) -> Setup:
         Path(config.model).name,
         site,
         sample.shape[1],
-        settings.sizes(config, model_config, sample.shape[1]),
+        sizing.sizes(config, model_config, sample.shape[1]),
         tuple(train),
         tuple(held_out),
         replace(reader, limit=limit),
@@ -282,7 +287,7 @@ def _rule(setup: Setup) -> Any:
     return Rule(
         config.architecture,
         sizes.k,
-        settings.prefixes(config, sizes.width),
+        sizing.prefixes(config, sizes.width),
         bandwidth=config.bandwidth,
         aux_k=sizes.aux_k,
         sparse=mx.default_device() == mx.cpu,
@@ -310,7 +315,7 @@ def _plan(setup: Setup, source: rows.Source, fresh: State, stored: bool, say: Sa
     if tokens is None:
         minutes = 30.0 if config.minutes is None else config.minutes
         speed = _seconds_a_token(setup, source, fresh)
-        tokens = settings.steps_in_time(
+        tokens = sizing.steps_in_time(
             minutes * 60,
             per_row=0.0 if stored else setup.seconds_a_row,
             per_token=speed,
@@ -326,7 +331,7 @@ def _plan(setup: Setup, source: rows.Source, fresh: State, stored: bool, say: Sa
         steps=steps,
         batch=config.batch_size,
         micro=config.micro_batch_size or config.batch_size,
-        learning_rate=settings.learning_rate(config, setup.sizes.width),
+        learning_rate=sizing.learning_rate(config, setup.sizes.width),
         seed=config.seed,
         dead_after=config.dead_after or max(steps // 60, 4) * config.batch_size,
         report_every=config.steps_per_report,
@@ -362,9 +367,8 @@ def _record(setup: Setup) -> dict[str, Any]:
 
 def _write_run(folder: Path, run: dict[str, Any], plan: Plan) -> None:
     from fpo_mlx.saetrain import state
-    from fpo_mlx.storage import files
 
-    files.write_json(folder / state.RUN, run | {"plan": dataclasses.asdict(plan)})
+    state.run_folder(folder).write_record(run | {"plan": dataclasses.asdict(plan)})
 
 
 def _finish(
@@ -406,7 +410,7 @@ def _finish(
 def _loss(setup: Setup, sae: SaeWeights) -> LossFigures | None:
     """With the SAE in the site's place on held-out documents; None where it cannot be had."""
     from fpo_mlx.judge import sae_fit
-    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.open import open_model
     from fpo_mlx.model.policy import Policy
 
     passages = [
@@ -417,6 +421,6 @@ def _loss(setup: Setup, sae: SaeWeights) -> LossFigures | None:
     if not passages:
         return None
     config = setup.config  # read again: the reader has cut its copy behind the site
-    loaded = load_model(resolve_model(config.model), trust_remote_code=config.trust_remote_code)
+    loaded = open_model(config.model, trust_remote_code=config.trust_remote_code)
     policy = Policy(loaded.model, loaded.config, [setup.site], share_prompt=False)
     return sae_fit.evaluate(policy, sae, passages).loss

@@ -14,7 +14,7 @@ from fpo_mlx.cache import CacheIdentity, FillReport, ReferenceCache
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.machine.processes import find_share
 from fpo_mlx.pipeline.job import Job, Say
-from fpo_mlx.pipeline.sae_fit import glance
+from fpo_mlx.pipeline.sae_fit import quick_check
 from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.reference import ReferenceBackend, open_backend
 from fpo_mlx.storage import paths
@@ -40,33 +40,40 @@ def reference_of(
     """The cache that --reference names, or the default one, with a row for every response.
 
     other_weights: take a whole cache of another model too (its `differences` say so).
+    agree: from whether this process finds rows lacking to whether to score, alike on all (yes
+    where any process lacks some); asked once, whatever this process finds.
     """
-    t = job.config.train
-    if not t.reference:
-        folder = default_cache(job.identity)
-    else:
-        folder = Path(t.reference)
+    reference = job.config.train.reference
+    folder = Path(reference) if reference else default_cache(job.identity)
+    if reference:
         job = replace(job, identity=as_kept(folder, job, say))
-        if other_weights and (store := _of_other_weights(folder, job.identity, pairs)):
-            return store
-    return fill_cache(
-        job, pairs, folder=folder, adapter=t.init_adapter, say=say, progress=progress, agree=agree
-    )
+    store = find_whole(folder, job.identity, pairs, other_weights=other_weights)
+    if agree(folder, store is None):
+        return score_into(folder, job, pairs, say=say, progress=progress)
+    assert store is not None  # or `agree` would have been told of rows lacking
+    return store
 
 
-def _of_other_weights(
-    folder: Path, identity: CacheIdentity, pairs: Sequence[TokenPair]
+def find_whole(
+    folder: Path, identity: CacheIdentity, pairs: Sequence[TokenPair], *, other_weights: bool
 ) -> ReferenceCache | None:
-    """The cache, if it is of another model and nothing else, and has all rows. It is read-only.
+    """The cache, if it has all rows. A killed writer's half files are cleared from it.
 
-    Raises: CacheMismatch when more than the model differs.
+    other_weights: also one of another model and nothing else, which is read-only then.
+    Raises: CacheMismatch when it was made for something else.
     """
-    if not (folder / "manifest.json").exists():
+    keys = [key for pair in pairs for key in pair.keys]
+    if other_weights and (folder / "manifest.json").exists():
+        found = cache.read_identity(folder)
+        if found.model != identity.model:
+            store = cache.open_cache(folder, identity, allow=("model",))
+            if not store.missing(keys):
+                return store
+    store = cache.open_cache(folder, identity, create=True)
+    if store.missing(keys):
         return None
-    if cache.read_identity(folder).model == identity.model:
-        return None
-    store = cache.open_cache(folder, identity, allow=("model",))
-    return None if store.missing(key for pair in pairs for key in pair.keys) else store
+    store.tidy()
+    return store
 
 
 def as_kept(folder: Path, job: Job, say: Say) -> CacheIdentity:
@@ -99,31 +106,37 @@ def fill_cache(
     pairs: Sequence[TokenPair],
     *,
     folder: Path,
-    adapter: str | None,
     say: Say,
-    backend: str = "mlx",
-    device: str | None = None,
     progress: OnFill = lambda _: None,
-    agree: Agree = lambda _, lacking: lacking,
 ) -> ReferenceCache:
-    """Open or make the cache and score the rows that it lacks; the model is loaded only then.
+    """Open or make the cache and score the rows that it lacks; the model is loaded only then."""
+    store = find_whole(folder, job.identity, pairs, other_weights=False)
+    if store is not None:
+        return store
+    return score_into(folder, job, pairs, say=say, progress=progress)
+
+
+def score_into(
+    folder: Path,
+    job: Job,
+    pairs: Sequence[TokenPair],
+    *,
+    say: Say,
+    progress: OnFill = lambda _: None,
+) -> ReferenceCache:
+    """Load the reference and score what the cache lacks.
 
     Under a launcher (torchrun, mlx.launch, …) every process scores its share into the one folder.
-    agree: from whether this process finds rows lacking to whether to score, alike on all.
     """
     share = find_share(os.environ)
-    identity = replace(job.identity, backend=backend)
-    store = cache.open_cache(folder, identity, create=True)
-    lacking = [pair for pair in pairs if store.missing(pair.keys)]
-    if not agree(folder, bool(lacking)):
-        store.tidy()
-        return store
+    store = cache.open_cache(folder, job.identity, create=True)
+    lacking = sum(bool(store.missing(pair.keys)) for pair in pairs)
     store.check_extendable()  # before the model is loaded
-    say(f"scoring {len(lacking)} of {len(pairs)} pairs with the reference into {folder}")
-    engine = open_engine(job, adapter=adapter, backend=backend, device=device, say=say)
+    say(f"scoring {lacking} of {len(pairs)} pairs with the reference into {folder}")
+    engine = open_engine(job, say=say)
     if share.rank == 0:
-        look_at_saes(job, engine, pairs, say)
-    identity = replace(identity, dtype=engine.dtype)
+        check_saes(job, engine, pairs, say)
+    identity = replace(job.identity, dtype=engine.dtype)
     cache.fill_shared(
         folder, identity, pairs, engine.score, rank=share.rank, world=share.world,
         report=progress, pause=_patience(folder, say),
@@ -131,11 +144,11 @@ def fill_cache(
     return cache.open_cache(folder, identity)
 
 
-def look_at_saes(job: Job, engine: ReferenceBackend, pairs: Sequence[TokenPair], say: Say) -> None:
+def check_saes(job: Job, engine: ReferenceBackend, pairs: Sequence[TokenPair], say: Say) -> None:
     """Say how well the SAEs read a few answers, and warn where one does not."""
     if job.config.reference.check_sae and job.config.objective.constraint != "activations":
         specs = job.config.reference.sae[: len(job.saes)]
-        for line in glance(job.config, dict(zip(specs, job.saes, strict=True)), engine, pairs):
+        for line in quick_check(job.config, dict(zip(specs, job.saes, strict=True)), engine, pairs):
             say(line)
 
 
@@ -156,16 +169,14 @@ def _patience(folder: Path, say: Say) -> Callable[[float], None]:
     return pause
 
 
-def open_engine(
-    job: Job, *, adapter: str | None, backend: str, device: str | None, say: Say
-) -> ReferenceBackend:
+def open_engine(job: Job, *, say: Say) -> ReferenceBackend:
     """The frozen reference, loaded; what the user should know of it is said."""
     engine = open_backend(
-        backend,
+        job.backend,
         model_path=job.model_path,
-        adapter_path=Path(adapter) if adapter else None,
+        adapter_path=job.adapter,
         saes=job.saes,
-        device=device,
+        device=job.device,
         dtype=job.config.reference.dtype,
         tokens_per_batch=job.config.reference.tokens_per_batch,
         share_prompt=job.config.reference.share_prompt,
@@ -173,7 +184,7 @@ def open_engine(
     )
     for note in engine.notes:
         say(note)
-    for flag in ("dtype", "tokens_per_batch") if backend == "mlx" else ():
+    for flag in ("dtype", "tokens_per_batch") if job.backend == "mlx" else ():
         if (value := getattr(job.config.reference, flag)) is not None:
             name = flag.replace("_", "-")
             say(f"--{name} {value} is for --backend torch; mlx computes in the model's own type")

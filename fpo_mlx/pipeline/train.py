@@ -14,15 +14,19 @@ from fpo_mlx.data.feature_files import weights_fingerprint
 from fpo_mlx.errors import CacheMismatch, ConfigError
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.plan import predicted_peak
-from fpo_mlx.pipeline.policy import open_policy
+from fpo_mlx.pipeline.policy import open_policy, outline_of
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import TokenPair
 
 if TYPE_CHECKING:
-    from fpo_mlx.train.checkpoint import AdapterFolder
-    from fpo_mlx.train.metrics import Report
+    from fpo_mlx.train.checkpoint import Folder
+    from fpo_mlx.train.events import Report
     from fpo_mlx.train.parallel import Ranks
     from fpo_mlx.train.trainer import Trainer
+
+
+Stop = Callable[[], int | None]  # asked between updates: None, or the exit code to stop with
+InstallStop = Callable[[], Stop]  # called when updates begin: signals end a run from then on
 
 
 def train(
@@ -30,15 +34,15 @@ def train(
     *,
     say: Say,
     progress: OnFill = lambda _: None,
-    arm: Callable[[], Callable[[], int | None]] = lambda: lambda: None,
+    install_stop: InstallStop = lambda: lambda: None,
     begin: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Report]:
     """Train adapters; yields the trainer's reports.
 
-    begin: called with the number of iterations before the first one; arm: called when training
-    proper begins; gives what the trainer asks whether to stop.
+    begin: called with the number of iterations before the first one; install_stop: called when
+    training proper begins.
     """
-    from fpo_mlx.train.checkpoint import AdapterFolder, check_resumable
+    from fpo_mlx.train.checkpoint import AdapterFolder, NoFolder, check_resumable
     from fpo_mlx.train.metrics import ScoredPairs
     from fpo_mlx.train.optimizer import make_optimizer
     from fpo_mlx.train.parallel import open_ranks
@@ -48,20 +52,22 @@ def train(
     check_places(t)
     make_optimizer(t)  # refuses what it cannot be made of before the long part
     ranks = open_ranks(pairs=t.batch_size * t.grad_accumulation_steps, patience=t.peer_timeout)
-    job = open_job(config, adapter=t.init_adapter, say=say)
+    job = open_job(config, say=say)
     pairs = read_pairs(job, "train", say)
     run = run_record(job, data.data_fingerprint(pairs))
     if t.resume and ranks.first:
         check_resumable(Path(t.adapter_path), run)
     valid = _validation_pairs(job, say)
-    predicted = predicted_peak(job, pairs)  # refuses adapters out of reach before the reference
+    outline = outline_of(job, say)  # refuses adapters out of reach before the reference runs
+    predicted = predicted_peak(job, pairs, outline)
     say(f"predicted peak memory of training: {predicted / 1e9:.2f} GB")
     agree = _agreement(ranks)
     store = reference_of(job, [*pairs, *valid], say, progress, other_weights=True, agree=agree)
-    scorer, adapter_config = open_policy(job, say=say)
-    out = AdapterFolder(Path(t.adapter_path), adapter_config, writes=ranks.first)
+    scorer, adapter_config = open_policy(job, outline.spec, say=say)
+    place = Path(t.adapter_path)
+    out = AdapterFolder(place, adapter_config) if ranks.first else NoFolder(place)
     scored, held_out = (ScoredPairs(part, CachedScores(store, part)) for part in (pairs, valid))
-    trainer = Trainer(scorer, scored, held_out if valid else None, t, out, arm(), ranks)
+    trainer = Trainer(scorer, scored, held_out if valid else None, t, out, install_stop(), ranks)
     begin(trainer.total)
     del job  # and with it the SAEs' numpy arrays: the encoders on the device are the only copy
     _announce(trainer, say)
@@ -80,7 +86,7 @@ def train(
 
 
 def _validation_pairs(job: Job, say: Say) -> list[TokenPair]:
-    """None where there are none, or none are wanted. Raises: ConfigError where that cannot be."""
+    """[] where there are none, or none are wanted. Raises: ConfigError where that cannot be."""
     t, source = job.config.train, job.config.data.data
     if t.val_batches and has_split(job, "valid"):
         return read_pairs(job, "valid", say)
@@ -106,7 +112,7 @@ def check_places(t: TrainConfig) -> None:
         )
 
 
-def _compare_peaks(out: AdapterFolder, predicted: float, say: Say) -> None:
+def _compare_peaks(out: Folder, predicted: float, say: Say) -> None:
     """Say what `plan` predicted and what MLX measured, and keep both in run.json."""
     import mlx.core as mx
 

@@ -224,9 +224,14 @@ def _stale(file: Path, folder: Path) -> bool:
 
 
 def kind_of(value: Any) -> str | None:
-    """Which command wrote this; None when it was none of those that a report shows."""
+    """Which command wrote this; None when it was none of those that a report shows.
+
+    Files of version 0.1 do not say: they are known by what they hold.
+    """
     if not isinstance(value, Mapping):
         return None
+    if "kind" in value:
+        return value["kind"] if value["kind"] in ("evaluate", "features", "compare") else None
     if "summary" in value or "adapters" in value:
         return "evaluate"
     if "features" in value:

@@ -12,20 +12,13 @@ from fpo_mlx.report.tables import Table, number, text
 FEATURES, ANSWERS = 30, 12  # shown of each run; the files hold the rest
 LINKS = ("https://www.neuronpedia.org/", "https://neuronpedia.org/")
 COLUMNS = {  # key of a feature's row -> title; other keys come after these, as they are
-    "index": "Feature",
     "feature": "Feature",
     "label": "Label",
-    "ref_chosen": "Chosen before",
     "chosen_before": "Chosen before",
-    "policy_chosen": "Chosen after",
     "chosen_after": "Chosen after",
-    "ref_rejected": "Rejected before",
     "rejected_before": "Rejected before",
-    "policy_rejected": "Rejected after",
     "rejected_after": "Rejected after",
     "change": "Change",
-    "change_chosen": "Change, chosen",
-    "change_rejected": "Change, rejected",
     "effect_size": "Effect size",
     "share_of_d": "Share of D",
     "tokens": "Tokens where it fires most",

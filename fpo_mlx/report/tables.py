@@ -55,8 +55,10 @@ METRICS = {
     "logps_per_token/chosen": "Chosen log-prob (nats a token)",
     "logps_per_token/rejected": "Rejected log-prob (nats a token)",
 }
-TOLD = list(METRICS)[: list(METRICS).index("rewards/accuracies/short")]  # the rest is folded away
-WORDS = re.compile(r"(?!to\b|not a number|infinite)[^\W\d_]{2}")
+PRIMARY_METRICS = list(METRICS)[
+    : list(METRICS).index("rewards/accuracies/short")
+]  # the rest is folded away
+TEXT_CELL = re.compile(r"(?!to\b|not a number|infinite)[^\W\d_]{2}")
 HEADLINES = (
     ("rewards/accuracies", "Reward accuracy"),
     ("logps_per_token/chosen_change", "Chosen log-prob, nats a token"),
@@ -85,13 +87,13 @@ class Table:
         if not self.numeric:
             return frozenset(columns)
         return frozenset(
-            i for i in columns if i == 0 or any(WORDS.search(row[i]) for row in self.rows)
+            i for i in columns if i == 0 or any(TEXT_CELL.search(row[i]) for row in self.rows)
         )
 
 
 @dataclass(frozen=True)
 class Card:
-    """A run at a glance."""
+    """A run in a few figures."""
 
     name: str
     colour: int
@@ -213,8 +215,8 @@ def evaluation(runs: Sequence[Run]) -> tuple[Table | None, Table | None]:
     around = any("/ci95" in key for _, summary in columns for key in summary)
     note = "Below a figure: its 95 % bootstrap interval over the pairs." if around else ""
     head = ["Metric", *(name for name, _ in columns)]
-    told = [row for key, row in rows.items() if key in TOLD]
-    rest = [row for key, row in rows.items() if key not in TOLD]
+    told = [row for key, row in rows.items() if key in PRIMARY_METRICS]
+    rest = [row for key, row in rows.items() if key not in PRIMARY_METRICS]
     return (
         Table("Held-out pairs", head, told, note=note) if told else None,
         Table("Held-out pairs, all other figures", head, rest) if rest else None,

@@ -20,6 +20,7 @@ from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.saetrain import state
 from fpo_mlx.saetrain.state import State
 from fpo_mlx.storage import files
+from fpo_mlx.storage.runfolder import METRICS, RUN
 
 CHUNK = 1024
 CONFIG, WEIGHTS, CARD = "cfg.json", "sae_weights.safetensors", "README.md"
@@ -138,7 +139,7 @@ def write(folder: Path, sae: SaeWeights, card: str) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what a killed run left half written. Hold the folder's lock."""
-    for name in (CONFIG, WEIGHTS, CARD, EXPORT, state.RUN, state.STATE):
+    for name in (CONFIG, WEIGHTS, CARD, EXPORT, RUN, state.STATE):
         files.sweep(folder, name)
     shutil.rmtree(folder / EXPORT, ignore_errors=True)
 
@@ -146,7 +147,7 @@ def sweep(folder: Path) -> None:
 def clear(folder: Path) -> None:
     """Remove what an older run left, its SAE included."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG, WEIGHTS, CARD, state.RUN, state.STATE, state.METRICS):
+    for name in (CONFIG, WEIGHTS, CARD, RUN, state.STATE, METRICS):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from fpo_mlx.core.dictionary import Arrays, Rule
 from fpo_mlx.core.selection import largest
-from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.errors import ModelError
 from fpo_mlx.model.trees import read_arrays
 from fpo_mlx.saetrain.rows import Position
 from fpo_mlx.storage import files
+from fpo_mlx.storage.runfolder import RunFolder
 
-STATE, RUN, METRICS = "checkpoint.safetensors", "run.json", "metrics.jsonl"
+STATE = "checkpoint.safetensors"
 _SECTIONS = ("params", "first", "second")
 
 
@@ -129,44 +128,5 @@ def load(folder: Path) -> State:
         ) from error
 
 
-def log(folder: Path, entry: dict[str, Any], state: State) -> None:
-    """Append one line to metrics.jsonl."""
-    line = json.dumps(entry) + "\n"
-    with open(folder / METRICS, "a", encoding="utf-8") as stream:
-        stream.write(line)
-    state.metrics_bytes += len(line.encode())
-
-
-def rewind_log(folder: Path, state: State) -> None:
-    """Drop the lines that were written after the state was saved."""
-    path = folder / METRICS
-    if path.exists():
-        os.truncate(path, min(state.metrics_bytes, path.stat().st_size))
-
-
-def check_resumable(folder: Path, run: dict[str, Any], free: set[str]) -> dict[str, Any]:
-    """The record of the run in `folder`. Raises ConfigError naming what differs from `run`."""
-    path = folder / RUN
-    if not (folder / STATE).is_file() or not path.is_file():
-        raise ConfigError(
-            f"--resume: {folder} holds no checkpoint. Start without --resume, or give the "
-            "--output of the run to continue."
-        )
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(run))
-        faults = [
-            f"  {name}: was {before[part].get(name)!r}, now {value!r}"
-            for part in ("settings", "fingerprints")
-            for name, value in now[part].items()
-            if name not in free and before[part].get(name) != value
-        ]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path} is damaged ({error!r}). Start anew without --resume.") from error
-    if faults:
-        raise ConfigError(
-            f"--resume: these settings would make another run of {folder}:\n"
-            + "\n".join(faults)
-            + "\nUse the old values, or start anew in another --output."
-        )
-    return before
+def run_folder(path: Path) -> RunFolder:
+    return RunFolder(path, Path(STATE), "--output")

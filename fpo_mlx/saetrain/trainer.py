@@ -92,7 +92,7 @@ def train(
             report = _report(state, plan, speed)
             state.window = [0.0, 0.0, 0.0]
             if folder is not None:
-                files_of.log(folder, asdict(report), state)
+                state.metrics_bytes += files_of.run_folder(folder).log(asdict(report))
             yield report
             since, timed = time.perf_counter(), 0
         code = stop()

@@ -14,7 +14,6 @@ checkpoint/state.safetensors                adapters, optimizer, reference adapt
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,11 +26,12 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 
-from fpo_mlx.config import named
-from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.config import default_of, named, options
+from fpo_mlx.errors import ModelError
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.model.trees import arrays_of, read_arrays
 from fpo_mlx.storage import files, locks
+from fpo_mlx.storage.runfolder import METRICS, RunFolder
 
 STATE = Path("checkpoint") / "state.safetensors"
 LOCK = "train.lock"  # held while a run writes
@@ -50,32 +50,29 @@ class Progress:
     skipped: int = 0  # updates left out
     skipped_in_a_row: int = 0
     metrics_bytes: int = 0  # length of metrics.jsonl
+    drift: dict[str, float] = field(default_factory=dict)  # the controller's state
     window: dict[str, Any] = field(default_factory=dict)  # sums since the last report
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """Writes one run's files; every one whole or not at all.
-
-    writes: False for all but the first of several processes, which then leave no trace.
-    """
+    """Writes one run's files; every one whole or not at all."""
 
     path: Path
     adapter_config: Mapping[str, Any]
-    writes: bool = True
+
+    @property
+    def run(self) -> RunFolder:
+        return run_folder(self.path)
 
     def save_adapters(self, model: nn.Module, iteration: int | None = None) -> None:
         """The current adapters; numbered as well when an iteration is given."""
-        if not self.writes:
-            return
         weights = dict(adapters.parameters(model))
         if iteration is not None:
             adapters.save(self.path / f"{iteration:07d}_adapters.safetensors", weights)
         self._save_pair(self.path, weights)
 
     def save_best(self, model: nn.Module) -> None:
-        if not self.writes:
-            return
         self._save_pair(self.path / "best", dict(adapters.parameters(model)))
 
     def _save_pair(self, folder: Path, weights: Mapping[str, mx.array]) -> None:
@@ -98,8 +95,6 @@ class AdapterFolder:
 
         good: the adapters that a run falls back on when its next update diverges.
         """
-        if not self.writes:
-            return
         arrays = {f"adapter.{k}": v for k, v in adapters.parameters(model)}
         arrays |= {f"optimizer.{k}": v for k, v in arrays_of(optimizer.state)}
         arrays |= {f"reference.{k}": v for k, v in reference.items()}
@@ -110,42 +105,9 @@ class AdapterFolder:
         with files.atomic_path(path) as temporary:
             mx.save_safetensors(str(temporary), arrays, metadata=metadata)
 
-    def load_state(
-        self, model: nn.Module, optimizer: Optimizer, path: Path | None = None
-    ) -> tuple[Progress, dict[str, mx.array], dict[str, mx.array]]:
-        """Put a saved state back. Returns: progress, the reference's adapters and the good ones.
-
-        path: where the state lies, if not in this folder.
-        Raises: ModelError when the file is damaged or belongs to another adapter.
-        """
-        path = path or self.path / STATE
-        try:
-            arrays, metadata = read_arrays(path)
-            progress = Progress(**json.loads(metadata["progress"]))
-            high, low = cast("list[int]", arrays["random"].tolist())
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"{path} cannot be read ({error}). Start the run anew without --resume; its "
-                f"numbered adapters in {self.path} are still good."
-            ) from error
-
-        def part(name: str) -> dict[str, mx.array]:
-            return {k[len(name) + 1 :]: v for k, v in arrays.items() if k.startswith(name + ".")}
-
-        own, saved = dict(adapters.parameters(model)), part("adapter")
-        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in saved.items()}:
-            raise ModelError(f"{path} holds other adapters than this run's; check --num-layers.")
-        adapters.update(model, saved)
-        optimizer.state = tree_unflatten(list(part("optimizer").items()))
-        randomness.go_to((high << 32) | low)
-        return progress, part("reference"), part("good")
-
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder for one run. Raises FpoError naming the run that has it already."""
-        if not self.writes:
-            yield
-            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with locks.held(self.path / LOCK, self.path):
@@ -157,73 +119,80 @@ class AdapterFolder:
 
     def start(self, run: Mapping[str, Any]) -> None:
         """Begin a new run here; an older run's metrics and checkpoints do not survive it."""
-        if not self.writes:
-            return
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / STATE).unlink(missing_ok=True)  # first: half a folder must not be resumed
-        for old in (*self.path.glob("*_adapters.safetensors"), self.path / "metrics.jsonl"):
+        for old in (*self.path.glob("*_adapters.safetensors"), self.path / METRICS):
             old.unlink(missing_ok=True)
         for folder in ("checkpoint", "best"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
-        files.write_json(self.path / "run.json", dict(run))
+        self.run.write_record(run)
 
     def note(self, parts: Mapping[str, Any]) -> None:
         """Add parts to run.json; what it says of the start stays, also when the run was resumed."""
-        path = self.path / "run.json"
-        if self.writes:
-            files.write_json(path, {**files.parse_json(path.read_text(encoding="utf-8")), **parts})
+        self.run.note(parts)
 
     def log(self, entry: Mapping[str, Any], progress: Progress) -> None:
         """Append one line to metrics.jsonl."""
-        if not self.writes:
-            return
-        line, path = json.dumps(entry) + "\n", self.path / "metrics.jsonl"
-        try:
-            with open(path, "a", encoding="utf-8") as handle:
-                handle.write(line)
-        except OSError as error:
-            raise files.unwritable(path, error) or error from error
-        progress.metrics_bytes += len(line.encode())
+        progress.metrics_bytes += self.run.log(entry)
 
     def rewind_log(self, progress: Progress) -> None:
         """Drop the lines that were written after the state was saved."""
-        if not self.writes:
-            return
-        path = self.path / "metrics.jsonl"
-        if path.exists():
-            os.truncate(path, min(progress.metrics_bytes, path.stat().st_size))
+        self.run.rewind_log(progress.metrics_bytes)
+
+
+@dataclass(frozen=True)
+class NoFolder:
+    """In the place of an `AdapterFolder`, for all but the first of several processes: no trace."""
+
+    path: Path  # of the first one's
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        return None
+
+    save_adapters = save_best = save_state = start = note = log = rewind_log = _nothing
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        yield
+
+
+Folder = AdapterFolder | NoFolder
+
+
+def load_state(
+    path: Path, model: nn.Module, optimizer: Optimizer
+) -> tuple[Progress, dict[str, mx.array], dict[str, mx.array]]:
+    """Put a saved state back. Returns: progress, the reference's adapters and the good ones.
+
+    Raises: ModelError when the file is damaged or belongs to another adapter.
+    """
+    try:
+        arrays, metadata = read_arrays(path)
+        progress = Progress(**json.loads(metadata["progress"]))
+        high, low = cast("list[int]", arrays["random"].tolist())
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} cannot be read ({error}). Start the run anew without --resume; its numbered "
+            "adapters, in the folder above, are still good."
+        ) from error
+
+    def part(name: str) -> dict[str, mx.array]:
+        return {k[len(name) + 1 :]: v for k, v in arrays.items() if k.startswith(name + ".")}
+
+    own, saved = dict(adapters.parameters(model)), part("adapter")
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in saved.items()}:
+        raise ModelError(f"{path} holds other adapters than this run's; check --num-layers.")
+    adapters.update(model, saved)
+    optimizer.state = tree_unflatten(list(part("optimizer").items()))
+    randomness.go_to((high << 32) | low)
+    return progress, part("reference"), part("good")
+
+
+def run_folder(path: Path) -> RunFolder:
+    return RunFolder(path, STATE, "--adapter-path")
 
 
 def check_resumable(folder: Path, run: Mapping[str, Any]) -> None:
     """Raises ConfigError naming the settings that would change the trajectory."""
-    path = folder / "run.json"
-    if not (folder / STATE).is_file() or not path.is_file():
-        raise ConfigError(
-            f"--resume: {folder} holds no checkpoint. Start without --resume, or give the "
-            "--adapter-path of the run to continue."
-        )
-    try:
-        before = files.parse_json(path.read_text(encoding="utf-8"))
-        if not all(isinstance(before[part], dict) for part in ("settings", "fingerprints")):
-            raise TypeError("settings or fingerprints are no objects")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} is damaged ({error!r}). Start anew without --resume.") from error
-    may_change = named("may_change")
-    faults = [
-        f"  {section}.{name}: was {old!r}, now {now!r}"
-        for section in ("settings", "fingerprints")
-        for name in sorted(set(before[section]) | set(run[section]))
-        if name not in may_change
-        and (old := before[section].get(name)) != (now := _plain(run[section].get(name)))
-    ]
-    if faults:
-        raise ConfigError(
-            f"--resume: these settings would make another run of {folder}:\n"
-            + "\n".join(faults)
-            + "\nUse the old values, or start anew in another --adapter-path."
-        )
-
-
-def _plain(value: Any) -> Any:
-    """As JSON would give it back (tuples become lists)."""
-    return json.loads(json.dumps(value))
+    defaults = {name: default_of(field) for name, field in options().items()}
+    run_folder(folder).check_resumable(run, named("may_change"), defaults)

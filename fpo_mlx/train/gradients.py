@@ -107,10 +107,11 @@ def _two_passes(
     for side in sides:
         adapters.update(scorer.policy.model, side)
         now, measured = scorer.see(some.pairs, some.refs, grad=False)
-        mx.eval([part for part in now if part is not None])
+        mx.eval([part for part in now if isinstance(part, mx.array)])
         seen.append(now)
         measures.append(measured)
-    middle = Seen(*(None if a is None else (a + b) / 2 for a, b in zip(*seen, strict=True)))
+    halves = (None if a is None else (a + b) / 2 for a, b in zip(*seen, strict=True))
+    middle = Seen(*halves)  # type: ignore[arg-type]
     losses = [preference_losses(now, o, held_at=middle) for now in seen]
     values = [pair_metrics(*both, o.beta) for both in zip(losses, measures, strict=True)]
     rise = {RISE: values[0]["loss"] - values[1]["loss"]}

@@ -1,4 +1,4 @@
-"""What a run reports: pairs with their scores, figures of each pair, means over a window."""
+"""Figures of pairs: pairs with their scores, what a loss says of each, means over a window."""
 
 from __future__ import annotations
 
@@ -32,61 +32,6 @@ class ScoredPairs:
         return ScoredPairs([self.pairs[i] for i in chosen], [self.refs[i] for i in chosen])
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """Means over the pairs since the last report."""
-
-    iteration: int
-    loss: float
-    metrics: Mapping[str, float]  # TRL's names: rewards/…, logps/…, features/…, kl/…
-    learning_rate: float
-    grad_norm: float
-    pairs: int  # trained on so far
-    tokens_per_second: float  # distinct tokens: a prompt counts once a pair
-    pairs_per_second: float
-    peak_memory_gb: float
-    skipped: int = 0  # updates left out so far
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ValidReport:
-    iteration: int
-    loss: float
-    metrics: Mapping[str, float]
-    pairs: int
-    seconds: float
-    best: bool  # lowest loss so far
-
-
-@dataclass(frozen=True)
-class SavedReport:
-    iteration: int
-    numbered: bool
-
-
-@dataclass(frozen=True)
-class SkippedReport:
-    """An update that the guard left out; iteration: where it would have stood."""
-
-    iteration: int
-    reason: str
-    in_a_row: int
-
-
-@dataclass(frozen=True)
-class StoppedReport:
-    """The run ended before its last iteration, because validation found nothing better."""
-
-    iteration: int
-    validations: int  # in a row without a better loss
-    best_iteration: int
-    best_loss: float
-
-
-Report = StepReport | ValidReport | SavedReport | SkippedReport | StoppedReport
-
-
 @np.errstate(invalid="ignore", over="ignore")  # the guard speaks of what is not finite
 def pair_metrics(losses: PairLosses, measures: Measures, beta: float) -> dict[str, np.ndarray]:
     """Per-pair values [B] under TRL's metric names; logps and kl are per response, in nats."""
@@ -111,7 +56,8 @@ def pair_metrics(losses: PairLosses, measures: Measures, beta: float) -> dict[st
         "logps_per_token/chosen_change": per_token[0] - ref_per_token[0],
         "logps_per_token/rejected_change": per_token[1] - ref_per_token[1],
     }
-    for name, values in (("features", measures.distances), ("kl", measures.kl)):
+    sides_of = {"features": measures.distances, "drift": measures.relative, "kl": measures.kl}
+    for name, values in sides_of.items():
         if values is not None:
             sides = np.array(values)
             out |= {f"{name}/chosen": sides[0], f"{name}/rejected": sides[1]}

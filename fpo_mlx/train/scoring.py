@@ -38,6 +38,7 @@ class Measures:
     weights: mx.array
     score_gaps: mx.array
     distances: mx.array | None = None  # D of Eq. 10, raw, mean over SAEs
+    relative: mx.array | None = None  # D over the mean square of the reference's top-k
     kl: mx.array | None = None  # sequential KL(reference || policy)
     log_collisions: mx.array | None = None  # sum over tokens of log sum_v pi(v)^2
 
@@ -56,6 +57,8 @@ class Scorer:
     ) -> None:
         self.reader, self.objective = Reader(policy, encoders), objective
         self.policy, self.encoders = policy, self.reader.encoders
+        self.alpha: float = objective.alpha  # of the next update; a controller moves it
+        self.largest_pull: float | None = None  # bound of alpha (D_rejected - D_chosen), per pair
         self.measure_kl = measure_kl or objective.constraint == "kl"
         self.feature_weights = tuple(feature_weights)
         self._pinned = [_pinned(weights) for weights in feature_weights]
@@ -91,11 +94,11 @@ class Scorer:
         """What the losses are made of, and what a report shows."""
         layout, rows = Layout.of(pairs), self.policy.rows(pairs)
         logps, kl, log_collisions = self._token_sums(pairs, rows, layout, grad)
-        distances, penalties, held = None, None, None
+        distances, relative, penalties, held = None, None, None, None
         if self.encoders:
-            distances, scaled, named = self._distances(rows, layout, refs, logps, grad)
+            distances, relative, named = self._distances(rows, layout, refs, logps, grad)
             if self.objective.pooled:
-                penalties = _by_side(scaled)
+                penalties = _by_side(relative if self.objective.relative else distances)
                 if any(self.feature_weights):
                     held = _by_side(named)[0]
         if self.objective.constraint == "kl" and kl is not None:
@@ -108,15 +111,23 @@ class Scorer:
             mx.array(layout.lengths.reshape(-1, 2).T.astype(np.float32)),
             **{name: mx.array(fact) for name, fact in facts.items()},
             distances=None if distances is None else _by_side(distances),
+            relative=None if relative is None else _by_side(relative),
             kl=None if kl is None else _by_side(kl),
             log_collisions=None if log_collisions is None else _by_side(log_collisions),
         )
         own = {name: getattr(measures, name) for name in facts if _says_more(name, facts[name])}
         seen = Seen(
             measures.logps, measures.ref_logps, measures.lengths, penalties, held,
-            log_collisions=measures.log_collisions, **own,
+            alphas=self._alpha(penalties), log_collisions=measures.log_collisions, **own,
         )  # fmt: skip
         return seen, measures
+
+    def _alpha(self, penalties: mx.array | None) -> float | mx.array:
+        """alpha of each pair: less where its pull alone would look like a margin that exploded."""
+        if penalties is None or self.largest_pull is None:
+            return self.alpha
+        gap = mx.abs(mx.stop_gradient(penalties[1] - penalties[0]))  # [B]
+        return mx.minimum(self.alpha, self.largest_pull / mx.maximum(gap, 1e-20))
 
     def _token_sums(
         self, pairs: Sequence[TokenPair], rows: Rows, layout: Layout, grad: bool
@@ -136,11 +147,11 @@ class Scorer:
     def _distances(
         self, rows: Rows, layout: Layout, refs: Sequence[PairScore], logps: mx.array, grad: bool
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """D, D as --feature-scale has it, and the named features' part of that.
+        """D, relative D, and the named features' part of the one that the loss takes.
 
         Each [2B], means over the SAEs; each SAE's D is scaled by its own activations.
         """
-        results, raw = [], self.objective.feature_scale == "raw"
+        results, k = [], self.objective.top_k
         for i, (encoder, tapped) in enumerate(zip(self.encoders, rows.tapped, strict=True)):
             n = encoder.n_features
             dense = [side.features[i].to_dense(n) for ref in refs for side in ref]
@@ -150,15 +161,13 @@ class Scorer:
             distance, named = self._distance(
                 encoder, tapped, layout, pooled, gates, ref, pinned, grad
             )
-            over = 1.0
-            if not raw:
-                k = self.objective.top_k
-                over = F.reference_scale(ref, k, magnitude=encoder.signed)
-            results.append((distance, distance / over, named / over))
-        distances, scaled, of_named = (
+            over = F.reference_scale(ref, k, magnitude=encoder.signed)
+            own = named / over if self.objective.relative else named
+            results.append((distance, distance / over, own))
+        distances, relative, of_named = (
             mx.stack(list(column)).mean(axis=0) for column in zip(*results, strict=True)
         )
-        return distances, scaled, of_named
+        return distances, relative, of_named
 
     def _distance(
         self,

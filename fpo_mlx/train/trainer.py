@@ -17,20 +17,18 @@ from fpo_mlx.data import batches, pair_lengths
 from fpo_mlx.errors import Diverged, Interrupted, ModelError
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.train import guard
-from fpo_mlx.train.checkpoint import STATE, AdapterFolder, Progress
-from fpo_mlx.train.gradients import GRADIENTS, Ground
-from fpo_mlx.train.metrics import (
+from fpo_mlx.train.checkpoint import STATE, Folder, Progress, load_state
+from fpo_mlx.train.drift import Controller
+from fpo_mlx.train.events import (
     Report,
     SavedReport,
-    ScoredPairs,
     SkippedReport,
     StepReport,
     StoppedReport,
     ValidReport,
-    Window,
-    measure,
-    shown,
 )
+from fpo_mlx.train.gradients import GRADIENTS, Ground
+from fpo_mlx.train.metrics import ScoredPairs, Window, measure, shown
 from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update
 from fpo_mlx.train.parallel import Ranks
 from fpo_mlx.train.scoring import Scorer
@@ -45,7 +43,7 @@ class Trainer:
         train: ScoredPairs,
         valid: ScoredPairs | None,
         config: TrainConfig,
-        folder: AdapterFolder,
+        folder: Folder,
         stop: Callable[[], int | None] = lambda: None,
         ranks: Ranks | None = None,
     ) -> None:
@@ -64,14 +62,16 @@ class Trainer:
         self.progress = Progress()
         self._reference: dict[str, mx.array] = {}
         self._window = Window()
+        self._steer(Controller.of(scorer.objective))
         self._good: dict[str, mx.array] = {}  # adapters that the guard let pass; {} before any
 
     def resume(self) -> None:
         """Go back to the state in the folder."""
         with self.ranks.file_of_first(self.folder.path / STATE) as path:
-            loaded = self.folder.load_state(self.model, self.optimizer, path)
+            loaded = load_state(path, self.model, self.optimizer)
         self.progress, self._reference, self._good = loaded
         self.scorer.freeze_reference(self._reference)
+        self._steer(Controller.loaded(self.progress.drift) if self.progress.drift else None)
         self.folder.rewind_log(self.progress)
         self._window = Window.of(self.progress.window)
 
@@ -153,9 +153,19 @@ class Trainer:
                 tokens = sum(self.train.pairs[i].tokens for i in indices)
                 self._window.add(values, tokens)
                 progress.skipped_in_a_row = 0
+                if self.drift is not None:
+                    figure = Controller.figure(self.scorer.objective)
+                    self._steer(self.drift.after(float(values[figure].mean())))
                 progress.pairs += len(indices)
                 progress.tokens += tokens
             yield progress.iteration, grad_norm, skipped
+
+    def _steer(self, drift: Controller | None) -> None:
+        """Take alpha from the controller; it may fill half of the bound that the guard sets."""
+        self.drift = drift
+        if drift is not None:
+            self.scorer.alpha = drift.alpha
+            self.scorer.largest_pull = 0.5 * self.config.max_margin
 
     def _gradient(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
         """Mean gradient over the pairs, and their values in order: the same on every process."""
@@ -245,6 +255,7 @@ class Trainer:
             pairs_per_second=window.pairs / seconds,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
             skipped=self.progress.skipped,
+            alpha=None if self.drift is None else self.drift.alpha,
             warnings=tuple(window.notes),
         )
         self._log("train", report)
@@ -283,6 +294,7 @@ class Trainer:
 
     def _save(self, *, numbered: bool) -> None:
         self.progress.window = self._window.saved()
+        self.progress.drift = {} if self.drift is None else self.drift.saved()
         self.folder.save_adapters(self.model, self.progress.iteration if numbered else None)
         self.folder.save_state(
             self.model, self.optimizer, self._reference, self._good, self.progress

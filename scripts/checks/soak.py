@@ -72,7 +72,7 @@ def soak(folder: Path, updates: int, every: int) -> list[Sample]:
     import tiny_models
     from helpers import SIZES, open_trainer, random_pairs
 
-    from fpo_mlx.train.metrics import StepReport
+    from fpo_mlx.train.events import StepReport
 
     model = tiny_models.tiny_llama(folder / "model", num_hidden_layers=2)
     pairs = random_pairs(SIZES)

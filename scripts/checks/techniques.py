@@ -41,7 +41,8 @@ from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.train.checkpoint import AdapterFolder
-from fpo_mlx.train.metrics import ScoredPairs, StepReport
+from fpo_mlx.train.events import StepReport
+from fpo_mlx.train.metrics import ScoredPairs
 from fpo_mlx.train.scoring import FACTS, Measures, Scorer
 from fpo_mlx.train.trainer import Trainer
 
@@ -153,7 +154,7 @@ def run(options: argparse.Namespace, *, techniques: bool) -> list[float]:
         **({"iters": options.iters} if options.iters else {"epochs": 1.0}),
     }
     config = load_config(settings)
-    job = pipeline.open_job(config, adapter=None, say=say)
+    job = pipeline.open_job(config, say=say)
     pairs = pipeline.read_pairs(job, "train", say)
     refs = pipeline.CachedScores(pipeline.reference_of(job, pairs, say), pairs)
     scorer, adapter_config = pipeline.open_policy(job, say=say)

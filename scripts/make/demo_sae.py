@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 from fpo_mlx import pipeline
+from fpo_mlx.config import SaeTrainConfig
 from fpo_mlx.demo import smollm2
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.convert import write_saelens
-from fpo_mlx.saetrain.settings import SaeTrainConfig
 
 
 def main() -> None:

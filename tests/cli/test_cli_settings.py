@@ -8,6 +8,7 @@ import subprocess
 import sys
 import typing
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -39,7 +40,7 @@ def configured(monkeypatch):
     """`fpo-mlx train` with these words -> the RunConfig that reaches the pipeline."""
     seen: list[RunConfig] = []
     monkeypatch.setattr(pipeline, "train", lambda config, **_: seen.append(config) or iter(()))
-    monkeypatch.setattr(trackers, "open_trackers", lambda *_: lambda report: None)
+    monkeypatch.setattr(trackers, "tracking", lambda *_: nullcontext(lambda report: None))
 
     def run(*words: object) -> RunConfig:
         done = CliRunner().invoke(main, ["train", *map(str, words)])
@@ -158,7 +159,7 @@ def test_what_no_optimizer_can_be_made_of_is_refused_before_anything_long(tmp_pa
 def test_the_help_of_every_command_shows_an_example(path):
     done = CliRunner().invoke(main, [*path, "--help"])
     assert done.exit_code == 0, done.output
-    assert "\n  Example:\n    fpo-mlx" in done.stdout
+    assert "\nExample:\n  fpo-mlx" in done.stdout
     if path:
         assert f"fpo-mlx {' '.join(path)}" in done.stdout
 

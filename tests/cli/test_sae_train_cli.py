@@ -13,6 +13,7 @@ from click.testing import CliRunner
 mx = pytest.importorskip("mlx.core")
 
 from fpo_mlx.cli import main  # noqa: E402
+from fpo_mlx.config import SaeTrainConfig, load_section  # noqa: E402
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
 from fpo_mlx.errors import FpoError  # noqa: E402
 from fpo_mlx.judge.sae_fit import LossFigures  # noqa: E402
@@ -21,13 +22,7 @@ from fpo_mlx.model.policy import Policy  # noqa: E402
 from fpo_mlx.records import Site, TokenPair  # noqa: E402
 from fpo_mlx.sae import load_sae  # noqa: E402
 from fpo_mlx.saetrain import activations, finish, texts  # noqa: E402
-from fpo_mlx.saetrain.settings import (  # noqa: E402
-    SaeTrainConfig,
-    learning_rate,
-    load_settings,
-    sizes,
-    steps_in_time,
-)
+from fpo_mlx.saetrain.sizes import learning_rate, sizes, steps_in_time  # noqa: E402
 from fpo_mlx.storage import locks  # noqa: E402
 
 TEXTS = [
@@ -402,11 +397,14 @@ def test_rows_that_cannot_be_used_are_named(llama, tmp_path, rows, part):
 def test_yaml_fills_the_settings_and_unknown_keys_are_errors(tmp_path):
     path = tmp_path / "sae.yaml"
     path.write_text("learning_rate: 1e-3\nk: 12\nmatryoshka: true\n")
-    config = load_settings({"k": 16}, path)
+    config = load_section(SaeTrainConfig, {"k": 16}, path)
     assert (config.learning_rate, config.k, config.matryoshka) == (1e-3, 16, True)
     path.write_text("widht: 3\n")
-    with pytest.raises(FpoError, match="widht"):
-        load_settings({}, path)
+    with pytest.raises(FpoError, match="unknown settings widht. Did you mean width"):
+        load_section(SaeTrainConfig, {}, path)
+    path.write_text("k: many\nlearning_rate: [1]\n")
+    with pytest.raises(FpoError, match=r"--k 'many': wanted int\.\n--learning-rate \[1\]"):
+        load_section(SaeTrainConfig, {}, path)  # all faults at once
 
 
 def test_sizes_follow_from_the_model():

@@ -10,7 +10,7 @@ import pytest
 import reference
 from test_docs import COMMANDS, DOCS, command_of
 
-from fpo_mlx.config import GROUPS, SECTIONS, Sampling
+from fpo_mlx.config import GROUPS, SECTIONS, SaeTrainConfig, Sampling
 
 SETTINGS = {f.name: f for section in (*SECTIONS, Sampling) for f in dataclasses.fields(section)}
 
@@ -51,7 +51,13 @@ def test_the_reference_has_every_setting_once_in_its_group(name, settings):
 
 def test_the_groups_stand_in_the_order_of_the_config(settings):
     titles = [line[4:].lower() for line in settings.splitlines() if line.startswith("### ")]
-    assert titles == [group.lower() for group in GROUPS]
+    assert titles == [*(group.lower() for group in GROUPS), "sae training"]
+
+
+def test_the_reference_has_every_setting_of_sae_training_once(settings):
+    rows = section(settings, "SAE training", "###").splitlines()
+    for field in dataclasses.fields(SaeTrainConfig):
+        assert sum(row.startswith(f"| `{field.name}`") for row in rows) == 1
 
 
 def test_a_row_of_the_settings_says_key_values_default_meaning_and_resume(settings):

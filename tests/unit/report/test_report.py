@@ -21,7 +21,7 @@ from fpo_mlx.errors import FpoError
 from fpo_mlx.report import read_runs, render
 from fpo_mlx.report.findings import missing, warnings
 from fpo_mlx.report.plots import POINTS, Line, _spans, draw, points
-from fpo_mlx.report.read import Run, unique_names
+from fpo_mlx.report.read import Run, kind_of, unique_names
 
 
 def said(runs: list[Run]) -> str:
@@ -452,3 +452,21 @@ def test_the_numbers_at_the_ticks_are_whole():
     assert len(shown) >= 3
     assert len(steps) == 1
     assert not re.search(r"<[^>]*\d\.\d{3}", svg)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ({"kind": "features", "version": 1, "prompts": []}, "features"),
+        ({"kind": "evaluate", "version": 1}, "evaluate"),
+        ({"kind": "plan", "version": 1, "summary": {}}, None),  # of a command that is not shown
+        ({"kind": ["compare"]}, None),
+        ({"summary": {}}, "evaluate"),  # 0.1 wrote no kind
+        ({"adapters": []}, "evaluate"),
+        ({"features": []}, "features"),
+        ({"prompts": []}, "compare"),
+        ({}, None),
+    ],
+)
+def test_a_result_file_is_known_by_its_kind_and_an_older_one_by_what_it_holds(value, kind):
+    assert kind_of(value) == kind

@@ -26,6 +26,7 @@ from fpo_mlx.saetrain.rows import Position  # noqa: E402
 from fpo_mlx.saetrain.texts import Document  # noqa: E402
 from fpo_mlx.saetrain.trainer import Plan  # noqa: E402
 from fpo_mlx.storage import locks  # noqa: E402
+from fpo_mlx.storage.runfolder import METRICS, RUN  # noqa: E402
 
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu")
 FACTORS, WIDTH, ACTIVE = 128, 64, 4
@@ -72,7 +73,7 @@ def run_all(folder, rule, source, plan=PLAN, stop=lambda: None):
     sample = source.chunk(0)[:512]
     begun = (folder / state.STATE).exists()
     current = state.load(folder) if begun else start(rule, sample)
-    state.rewind_log(folder, current)
+    state.run_folder(folder).rewind_log(current.metrics_bytes)
     return current, list(trainer.train(source, current, rule, plan, folder, stop))
 
 
@@ -87,7 +88,7 @@ def pieces(data: np.ndarray) -> rows.Source:
 
 
 def contents(folder) -> tuple[bytes, list[dict]]:
-    lines = [json.loads(line) for line in (folder / state.METRICS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     for line in lines:
         del line["tokens_per_second"], line["peak_memory_gb"]
     with_log = state.load(folder)
@@ -395,22 +396,22 @@ def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path):
     with pytest.raises(ModelError, match="cannot be read"):
         state.load(tmp_path)
     with pytest.raises(ConfigError, match="holds no checkpoint"):
-        state.check_resumable(tmp_path / "empty", {}, set())
+        state.run_folder(tmp_path / "empty").check_resumable({}, set())
 
 
 def test_a_resumed_run_must_have_the_old_settings(tmp_path):
     state.save(tmp_path, start(small(), factors(300)[1]))
     record = {"settings": {"k": 4, "seed": 0, "output": "a"}, "fingerprints": {"data": "x"}}
-    (tmp_path / state.RUN).write_text(json.dumps(record))
+    (tmp_path / RUN).write_text(json.dumps(record))
     other = {"settings": {"k": 5, "seed": 0, "output": "b"}, "fingerprints": {"data": "y"}}
     with pytest.raises(ConfigError) as refused:
-        state.check_resumable(tmp_path, other, {"output"})
+        state.run_folder(tmp_path).check_resumable(other, {"output"})
     assert "k: was 4, now 5" in str(refused.value)
     assert "data: was 'x', now 'y'" in str(refused.value)
     assert "output" not in str(refused.value).split("\n", 1)[1].rsplit("\n", 1)[0]
-    (tmp_path / state.RUN).write_text("[]")
+    (tmp_path / RUN).write_text("[]")
     with pytest.raises(ModelError, match="damaged"):
-        state.check_resumable(tmp_path, other, set())
+        state.run_folder(tmp_path).check_resumable(other, set())
 
 
 def test_learning_rate_rises_then_stays_then_falls_to_nearly_nothing():

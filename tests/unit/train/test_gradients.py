@@ -13,13 +13,13 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from fpo_mlx.config import PRESETS, TrainConfig  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
+from fpo_mlx.train.events import StepReport  # noqa: E402
 from fpo_mlx.train.gradients import (  # noqa: E402
     Ground,  # noqa: E402
     backward,
     directions,
     forward,
 )
-from fpo_mlx.train.metrics import StepReport  # noqa: E402
 
 PAIRS = random_pairs(SIZES)
 FORWARD = {"gradient": "forward", "optimizer": "sgd", "max_grad_norm": 0.0}
@@ -42,15 +42,17 @@ def flat(tree):
     return {name: np.array(array) for name, array in tree_flatten(tree)}
 
 
-@pytest.mark.parametrize("fine_tune_type", ["lora", "dora"])
 @pytest.mark.parametrize(
-    ("preset", "changes"),
+    ("preset", "changes", "fine_tune_type"),
     [
-        ("dpo", {}),
-        ("fpo", {"alpha": 0.05}),  # the chosen D is held: the slope of the value is another
-        ("fpo", {"alpha": 0.05, "stop_gradient": False}),
-        ("tdpo2", {}),
-        ("orpo", {"wpo": True}),  # so are WPO's weights
+        ("dpo", {}, "lora"),
+        ("dpo", {}, "dora"),
+        ("fpo", {"alpha": 0.05}, "lora"),  # its SAE is a top-k one, whose features come and go
+        ("fpo", {"alpha": 0.05, "stop_gradient": False}, "lora"),
+        ("tdpo1", {}, "dora"),
+        ("tdpo2", {}, "lora"),  # the chosen KL is held: the slope of the value is another
+        ("tdpo2", {}, "dora"),
+        ("orpo", {"wpo": True}, "lora"),  # so are WPO's weights
     ],
 )
 def test_the_slope_along_the_direction_is_the_gradients(

@@ -99,6 +99,19 @@ def test_two_processes_with_a_pair_each_train_as_one_with_two(place, two, tmp_pa
         np.testing.assert_allclose(array, moved[name], rtol=0, atol=1e-4 * abs(moved[name]).max())
 
 
+def test_two_processes_find_the_alpha_of_one(place, tmp_path):
+    words = ["--target-drift", 0.05, "--iters", 6]
+    done = launch(mlx_launch(2, *train(place, tmp_path / "two", *words)))
+    assert done.returncode == 0, done.stderr
+    assert run(*train(place, tmp_path / "one", *words)).exit_code == 0
+    alphas = [
+        [x["alpha"] for x in log_of(tmp_path / name) if x["kind"] == "train"]
+        for name in ("one", "two")
+    ]
+    assert len(set(alphas[0])) == 6  # it moves with every update
+    assert alphas[1] == pytest.approx(alphas[0], rel=1e-4)
+
+
 def test_a_killed_process_ends_the_run_and_leaves_one_that_resumes_to_the_same_end(
     place, two, tmp_path
 ):

@@ -13,7 +13,9 @@ from helpers import SIZES, log_of, open_trainer, random_pairs  # noqa: E402
 
 from fpo_mlx.errors import ConfigError, Interrupted, ModelError  # noqa: E402
 from fpo_mlx.train.checkpoint import STATE, check_resumable  # noqa: E402
-from fpo_mlx.train.metrics import SavedReport  # noqa: E402
+from fpo_mlx.train.events import (  # noqa: E402
+    SavedReport,
+)
 
 PAIRS = random_pairs(SIZES)
 SETTINGS = {
@@ -76,13 +78,15 @@ VARIANTS = {
     "tdpo2": {"preset": "tdpo2"},
     "forward": {"gradient": "forward", "optimizer": "sgd", "forward_interval": 4},
     "terms": {"preset": "orpo", "objective": {"wpo": True, "label_smoothing": 0.1}},
+    "drift": {"objective": {"target_drift": 0.1}},
+    "target kl": {"preset": "tdpo2", "objective": {"target_kl": 0.5}},
 }
 
 
 @pytest.mark.parametrize(
     ("variant", "updates"),
     [("adam", 1), ("adam", 3), ("adam", 5), ("adamw", 2), ("adamw", 3), ("schedule", 3)]
-    + [("muon", 1), ("adafactor", 5), ("dora", 3), ("tdpo2", 1)],
+    + [("muon", 1), ("adafactor", 5), ("dora", 3), ("tdpo2", 1), ("drift", 3), ("target kl", 2)],
 )
 def test_stopped_anywhere_and_resumed_equals_the_run_that_was_not(
     llama, tmp_path, straight, variant, updates

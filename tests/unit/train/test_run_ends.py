@@ -13,7 +13,7 @@ from mlx.utils import tree_map  # noqa: E402
 
 from fpo_mlx.errors import Diverged, Interrupted, ModelError  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
-from fpo_mlx.train.metrics import (  # noqa: E402
+from fpo_mlx.train.events import (  # noqa: E402
     SavedReport,
     SkippedReport,
     StepReport,

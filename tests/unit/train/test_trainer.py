@@ -15,7 +15,11 @@ from helpers import SIZES, open_trainer, random_adapters, random_pairs, weights 
 from fpo_mlx.config import PRESETS  # noqa: E402
 from fpo_mlx.errors import ConfigError, Diverged, ModelError  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
-from fpo_mlx.train.metrics import StepReport, ValidReport, measure  # noqa: E402
+from fpo_mlx.train.events import (  # noqa: E402
+    StepReport,
+    ValidReport,
+)
+from fpo_mlx.train.metrics import measure  # noqa: E402
 
 PAIRS = random_pairs(SIZES)
 

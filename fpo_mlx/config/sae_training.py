@@ -1,15 +1,11 @@
-"""The settings of `fpo-mlx sae train`: every default and check, once; and what is derived."""
+"""The settings of `fpo-mlx sae train`."""
 
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from fpo_mlx import config
 from fpo_mlx.config.fields import setting
 from fpo_mlx.errors import ConfigError
 
@@ -22,7 +18,7 @@ class SaeTrainConfig:
     data: str = setting(
         "", ".jsonl, .txt, folder or hub id: texts, chats or preference pairs", "data", first=True
     )
-    output: str = setting("sae", "folder to write", "saving", first=True)
+    output: str = setting("sae", "folder to write", "saving", first=True, may_change=True)
     layer: int | None = setting(
         None,
         "block to read, from 0 (default: at nine tenths of the depth)",
@@ -54,12 +50,16 @@ class SaeTrainConfig:
         first=True,
     )
     minutes: float | None = setting(
-        None, "time to train for; sets the tokens (default 30)", "schedule", first=True
+        None,
+        "time to train for; sets the tokens (default 30)",
+        "schedule",
+        first=True,
+        may_change=True,
     )
     training_tokens: int | None = setting(
         None, "tokens to train on, in place of --minutes", "schedule", first=True
     )
-    passes: float = setting(8.0, "most passes over the data", "schedule")
+    passes: float = setting(8.0, "most passes over the data", "schedule", may_change=True)
     batch_size: int = setting(2048, "tokens an update", "schedule")
     micro_batch_size: int | None = setting(
         None, "tokens in memory at once (default: the batch)", "memory"
@@ -81,17 +81,25 @@ class SaeTrainConfig:
     )
     memory_gb: float = setting(2.0, "bound of the activations in memory", "memory")
     store: str | None = setting(
-        None, "folder to keep the activations in, and to read them from", "memory", first=True
+        None,
+        "folder to keep the activations in, and to read them from",
+        "memory",
+        first=True,
+        may_change=True,
     )
     held_out: float = setting(0.05, "share of the data to judge on, 65536 tokens at most", "data")
     seed: int = setting(0, "seed of weights and order", "schedule")
-    save_every: int = setting(200, "updates between checkpoints", "saving")
-    steps_per_report: int = setting(20, "updates between reports", "saving")
+    save_every: int = setting(200, "updates between checkpoints", "saving", may_change=True)
+    steps_per_report: int = setting(20, "updates between reports", "saving", may_change=True)
     resume: bool = setting(
-        False, "continue the run in --output exactly where it stopped", "saving", first=True
+        False,
+        "continue the run in --output exactly where it stopped",
+        "saving",
+        first=True,
+        may_change=True,
     )
     trust_remote_code: bool = setting(
-        False, "let the model folder run its own Python code", "safety"
+        False, "let the model folder run its own Python code", "safety", may_change=True
     )
 
     def __post_init__(self) -> None:
@@ -113,76 +121,3 @@ class SaeTrainConfig:
             faults.append("--max-seq-length 1: wanted 2 or more.")
         if faults:
             raise ConfigError("\n".join(faults))
-
-
-# what may differ between the two halves of a resumed run; a store may have moved, not come or gone
-FREE = {
-    "output", "resume", "minutes", "passes", "store",
-    "save_every", "steps_per_report", "trust_remote_code",
-}  # fmt: skip
-
-
-def load_settings(flags: Mapping[str, Any], path: Path | None = None) -> SaeTrainConfig:
-    """Flags over a YAML file over defaults. Raises ConfigError for unknown keys and bad values."""
-    given = config.read_yaml(path) if path else {}
-    hints = typing.get_type_hints(SaeTrainConfig)
-    if unknown := sorted(set(given) - set(hints)):
-        raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}.")
-    given |= {name: value for name, value in flags.items() if value is not None}
-    return SaeTrainConfig(**{n: config.coerce(n, v, hints[n]) for n, v in given.items()})
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a run needs of numbers, settled."""
-
-    layer: int
-    width: int
-    k: int
-    aux_k: int
-
-
-def sizes(settings: SaeTrainConfig, model: Mapping[str, Any], hidden: int) -> Sizes:
-    """Block, width and k from the model alone.
-
-    The block lies at nine tenths of the depth: FPO's authors found late blocks best (2411.07618,
-    section 5), and adapters are put below it. Width is the power of two at or below 8 hidden
-    sizes.
-
-    Raises ConfigError for what does not fit together.
-    """
-    n = int(model["num_hidden_layers"])
-    layer = n - 1 - max(1, round(n / 15)) if settings.layer is None else settings.layer
-    if not 0 <= layer < n:
-        raise ConfigError(f"--layer {layer}: the model's blocks are 0 to {n - 1}.")
-    width = settings.width or 1 << (8 * hidden).bit_length() - 1
-    k = settings.k or min(32 if hidden < 1024 else 64, width // 4)
-    if k >= width:
-        raise ConfigError(f"--k {k}: wanted fewer than --width {width}.")
-    if settings.matryoshka and width % 8:
-        raise ConfigError(f"--matryoshka: wanted a --width that 8 divides, found {width}.")
-    return Sizes(layer, width, k, min(settings.aux_k or hidden // 2, width))
-
-
-def learning_rate(settings: SaeTrainConfig, width: int) -> float:
-    """3e-3 up to 4096 features, then falling with the root of the width (2406.04093, B.3)."""
-    return settings.learning_rate or 3e-3 * min(1.0, (4096 / width) ** 0.5)
-
-
-def prefixes(settings: SaeTrainConfig, width: int) -> tuple[int, ...]:
-    """Ends of the nested prefixes: an eighth, a quarter, half, all."""
-    return (width // 8, width // 4, width // 2, width) if settings.matryoshka else (width,)
-
-
-def steps_in_time(
-    seconds: float, *, per_row: float, per_token: float, available: int, reused: bool
-) -> int:
-    """Tokens that can be trained on in `seconds`.
-
-    per_row: seconds for one activation; per_token: seconds of training a token; available: rows
-    of one pass; reused: whether a second pass needs no new activations.
-    """
-    both = seconds / (per_row + per_token)
-    if both <= available or not reused:
-        return int(both)
-    return int(available + (seconds - available * (per_row + per_token)) / per_token)

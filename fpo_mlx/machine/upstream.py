@@ -1,0 +1,98 @@
+"""Which versions of other packages were tried, and plain words where one of them has changed.
+
+The ranges stand in pyproject.toml alone; here they are read back from the installed package.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+
+from fpo_mlx.errors import ModelError
+
+OURS = "fpo-mlx"
+LEANED_ON = {"mlx": "mlx", "mlx_lm": "mlx-lm", "transformers": "transformers"}  # module -> package
+
+
+@dataclass(frozen=True)
+class Tested:
+    """One package that is installed, and the versions of it that were tried."""
+
+    package: str
+    installed: str
+    range: str  # as pip takes it: ">=5.7,<5.25"
+    inside: bool
+
+
+def tested() -> list[Tested]:
+    """Of every package that fpo-mlx requires, its extras' included, as far as it is installed."""
+    found: dict[str, Tested] = {}
+    for requirement in _requirements():
+        version = _version(requirement.name)
+        if version and requirement.specifier and requirement.name not in found:
+            inside = requirement.specifier.contains(version, prereleases=True)
+            text = ",".join(sorted(map(str, requirement.specifier), reverse=True))
+            found[requirement.name] = Tested(requirement.name, version, text, inside)
+    return list(found.values())
+
+
+def outside() -> list[Tested]:
+    """Those whose installed version nobody tried."""
+    return [one for one in tested() if not one.inside]
+
+
+def changed(package: str, what: str, error: Exception) -> ModelError:
+    """The error for something of another package that is no longer as it was."""
+    one = next((t for t in tested() if t.package == package), None)
+    found = f"{package} {one.installed}" if one else package
+    advice = "Please report it."
+    if one and not one.inside:
+        advice = f"Tried were versions {one.range}: pip install '{package}{one.range}'"
+    return ModelError(f"{found} has changed what fpo-mlx uses of it, {what}: {error}. {advice}")
+
+
+def plain(error: ImportError) -> ModelError | None:
+    """The same for an import that failed inside a package that is there; None for any other."""
+    module = error.name or ""
+    package = LEANED_ON.get(module.partition(".")[0])
+    if package is None or (isinstance(error, ModuleNotFoundError) and module in LEANED_ON):
+        return None
+    return changed(package, f"the module {module}", error)
+
+
+@contextmanager
+def leaning_on(package: str, what: str) -> Iterator[None]:
+    """Turn a name, an attribute or an argument that is gone into a ModelError that says so.
+
+    For a few lines around what docs/upstream.md lists; the error that came stays its cause.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if plain(error) is None:
+            raise
+        raise changed(package, what, error) from error
+    except (AttributeError, TypeError) as error:
+        raise changed(package, what, error) from error
+
+
+def _requirements() -> list[Requirement]:
+    try:
+        texts = importlib.metadata.requires(OURS) or []
+    except importlib.metadata.PackageNotFoundError:  # run from its source
+        return []
+    found = [Requirement(text) for text in texts]
+    extras = importlib.metadata.metadata(OURS).get_all("Provides-Extra") or []
+    where = [{"extra": extra} for extra in ("", *extras)]
+    return [r for r in found if r.marker is None or any(map(r.marker.evaluate, where))]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,103 @@
+"""A model that is open to be looked into: activations at its taps, scores of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fpo_mlx import data
+from fpo_mlx.config import load_config
+from fpo_mlx.data.tokenizer import ChatTokenizer
+from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.pipeline.job import at_site, open_tokenizer
+from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
+from fpo_mlx.storage.hub import read_config, resolve_model
+
+if TYPE_CHECKING:
+    from fpo_mlx.model.reader import Reader
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TappedModel:
+    """A loaded model, its tokenizer, and taps at `sites`. Made by `open_tapped`."""
+
+    folder: Path
+    tokenizer: ChatTokenizer
+    sites: tuple[Site, ...]
+    reader: Reader
+
+    def pair_of(self, row: Row) -> TokenPair:
+        """A row, in any form that `--data` takes, as tokens; its `keys` name it in a cache.
+
+        Raises: DataError for a row that cannot be used.
+        """
+        return data.tokenize_row(data.parse_row(row), self.tokenizer)
+
+    def activations(self, prompt: str, response: str) -> tuple[np.ndarray, ...]:
+        """What the taps see of an answer: per site float32 [L, D_in], a row per response token.
+
+        Row t is the position that predicts token t of the response; the template's end-of-turn
+        token counts as part of it.
+        """
+        import mlx.core as mx
+
+        turns = [{"role": "user", "content": prompt}]
+        whole = self.tokenizer.conversation_tokens(
+            [*turns, {"role": "assistant", "content": response}]
+        )
+        start = np.array(self.tokenizer.prompt_tokens(turns), dtype=np.int32)
+        answer = np.array(whole[len(start) :], dtype=np.int32)
+        tapped = self.reader.policy.answer_rows(start, answer).tapped
+        return tuple(np.array(site.astype(mx.float32)) for site in tapped)
+
+    def score(self, rows: Sequence[Row]) -> list[PairScore]:
+        """(chosen, rejected) of each row: log-prob in nats, tokens, pooled features per SAE.
+
+        Raises: DataError naming the row that cannot be used.
+        """
+        pairs = []
+        for number, row in enumerate(rows):
+            try:
+                pairs.append(self.pair_of(row))
+            except DataError as error:
+                raise DataError(f"row {number}: {error}") from error
+        return [score for pair in pairs for score in self.reader.scores([pair])]
+
+
+def open_tapped(
+    model: str | Path,
+    taps: Sequence[Site | SaeWeights] = (),
+    *,
+    adapter_path: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> TappedModel:
+    """Load a model folder or hub id, with an adapter if one is named, and tap it.
+
+    taps: places, or SAEs, which are tapped where they read.
+    Raises: ModelError, SaeError for what does not fit; ConfigError for places and SAEs mixed.
+    """
+    from fpo_mlx.model.open import open_model
+    from fpo_mlx.model.policy import Policy
+    from fpo_mlx.model.reader import Reader, encoder_of
+
+    settings = load_config({"model": str(model), "trust_remote_code": trust_remote_code})
+    folder = resolve_model(model)
+    about = read_config(folder)
+    saes = [tap for tap in taps if isinstance(tap, SaeWeights)]
+    if saes and len(saes) < len(taps):
+        raise ConfigError(
+            f"taps: found {len(saes)} SAEs and {len(taps) - len(saes)} places, wanted one kind. "
+            "Name the SAE's own place, or open the model twice."
+        )
+    placed = [at_site(sae, settings, about, lambda _: None) for sae in saes]
+    sites = [sae.site for sae in placed if sae.site] or [t for t in taps if isinstance(t, Site)]
+    loaded = open_model(folder, adapter=adapter_path, trust_remote_code=trust_remote_code)
+    policy = Policy(loaded.model, loaded.config, sites)
+    reader = Reader(policy, [encoder_of(sae) for sae in placed])
+    return TappedModel(folder, open_tokenizer(settings, folder), tuple(sites), reader)

@@ -1,0 +1,101 @@
+"""The folder of a run: what it was started with, its log, and whether it can go on.
+
+The same for every kind of training; what a checkpoint holds is the training's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.storage import files
+
+RUN, METRICS = "run.json", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """state: the checkpoint's place in the folder; flag: the option that names the folder."""
+
+    path: Path
+    state: Path
+    flag: str
+
+    @property
+    def record(self) -> Path:
+        return self.path / RUN
+
+    def write_record(self, run: Mapping[str, Any]) -> None:
+        """run: `settings`, `fingerprints` and what else is to be known of the start."""
+        files.write_json(self.record, dict(run))
+
+    def note(self, parts: Mapping[str, Any]) -> None:
+        """Add parts to the record; what it says of the start stays, also when it was resumed."""
+        before = files.parse_json(self.record.read_text(encoding="utf-8"))
+        files.write_json(self.record, {**before, **parts})
+
+    def log(self, entry: Mapping[str, Any]) -> int:
+        """Append one line to metrics.jsonl; its length in bytes."""
+        line, path = json.dumps(entry) + "\n", self.path / METRICS
+        try:
+            with open(path, "a", encoding="utf-8") as handle:
+                handle.write(line)
+        except OSError as error:
+            raise files.unwritable(path, error) or error from error
+        return len(line.encode())
+
+    def rewind_log(self, length: int) -> None:
+        """Drop the lines that were written after a state was saved, when it had this length."""
+        path = self.path / METRICS
+        if path.exists():
+            os.truncate(path, min(length, path.stat().st_size))
+
+    def check_resumable(
+        self,
+        run: Mapping[str, Any],
+        may_change: Collection[str],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The record of the run that is here.
+
+        defaults: of settings; one that an older version did not have yet was at its default.
+        Raises: ConfigError naming the settings that would make this another run, ModelError.
+        """
+        if not (self.path / self.state).is_file() or not self.record.is_file():
+            raise ConfigError(
+                f"--resume: {self.path} holds no checkpoint. Start without --resume, or give the "
+                f"{self.flag} of the run to continue."
+            )
+        before, now = self._read_record(), json.loads(json.dumps(dict(run)))  # tuples become lists
+        usual = {"settings": json.loads(json.dumps(dict(defaults or {}))), "fingerprints": {}}
+        faults = [
+            f"  {section}.{name}: was {old!r}, now {new!r}"
+            for section, given in usual.items()
+            for name in sorted(set(before[section]) | set(now[section]))
+            if name not in may_change
+            and (old := before[section].get(name, given.get(name)))
+            != (new := now[section].get(name))
+        ]
+        if faults:
+            raise ConfigError(
+                f"--resume: these settings would make another run of {self.path}:\n"
+                + "\n".join(faults)
+                + f"\nUse the old values, or start anew in another {self.flag}."
+            )
+        return before
+
+    def _read_record(self) -> dict[str, Any]:
+        try:
+            found = files.parse_json(self.record.read_text(encoding="utf-8"))
+            if not all(isinstance(found[part], dict) for part in ("settings", "fingerprints")):
+                raise TypeError("settings or fingerprints are no objects")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{self.record} is damaged ({error!r}). Start anew without --resume."
+            ) from error
+        return found

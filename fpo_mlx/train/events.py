@@ -1,0 +1,62 @@
+"""What a training run tells its caller, as light records: importing them loads no mlx."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Means over the pairs since the last report."""
+
+    iteration: int
+    loss: float
+    metrics: Mapping[str, float]  # TRL's names: rewards/…, logps/…, features/…, kl/…
+    learning_rate: float
+    grad_norm: float
+    pairs: int  # trained on so far
+    tokens_per_second: float  # distinct tokens: a prompt counts once a pair
+    pairs_per_second: float
+    peak_memory_gb: float
+    skipped: int = 0  # updates left out so far
+    alpha: float | None = None  # of the next update, where a controller finds it
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ValidReport:
+    iteration: int
+    loss: float
+    metrics: Mapping[str, float]
+    pairs: int
+    seconds: float
+    best: bool  # lowest loss so far
+
+
+@dataclass(frozen=True)
+class SavedReport:
+    iteration: int
+    numbered: bool
+
+
+@dataclass(frozen=True)
+class SkippedReport:
+    """An update that the guard left out; iteration: where it would have stood."""
+
+    iteration: int
+    reason: str
+    in_a_row: int
+
+
+@dataclass(frozen=True)
+class StoppedReport:
+    """The run ended before its last iteration, because validation found nothing better."""
+
+    iteration: int
+    validations: int  # in a row without a better loss
+    best_iteration: int
+    best_loss: float
+
+
+Report = StepReport | ValidReport | SavedReport | SkippedReport | StoppedReport

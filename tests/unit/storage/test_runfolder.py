@@ -1,0 +1,70 @@
+"""The folder that every kind of training writes: record, log, and whether a run can go on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.storage.runfolder import RunFolder
+
+RECORD = {"settings": {"lr": 1e-5, "keys": ["a"]}, "fingerprints": {"data": "x"}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = RunFolder(tmp_path, Path("checkpoint") / "state", "--out")
+    made.write_record(RECORD)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state").touch()
+    return made
+
+
+def test_a_log_is_cut_to_where_a_state_was_saved(folder):
+    length = folder.log({"step": 1})
+    folder.log({"step": 2})
+    folder.rewind_log(length)
+    assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    folder.rewind_log(10_000)  # the log of a run that was killed before it was synced
+    assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_note_stands_beside_the_start(folder):
+    folder.note({"memory": 1})
+    assert json.loads(folder.record.read_text()) == {**RECORD, "memory": 1}
+
+
+def test_the_same_settings_may_go_on_and_others_are_named(folder):
+    same = {"settings": {"lr": 1e-5, "keys": ("a",)}, "fingerprints": {"data": "x"}}
+    assert folder.check_resumable(same, ()) == RECORD
+    other = {"settings": {"lr": 1e-4, "keys": ["a"]}, "fingerprints": {"data": "y"}}
+    with pytest.raises(ConfigError) as caught:
+        folder.check_resumable(other, ())
+    text = str(caught.value)
+    assert "  settings.lr: was 1e-05, now 0.0001\n  fingerprints.data: was 'x', now 'y'" in text
+    assert text.endswith("start anew in another --out.")
+    assert "data" not in refusal(folder, other, ("data",))
+
+
+def refusal(folder, run, may_change) -> str:
+    with pytest.raises(ConfigError) as caught:
+        folder.check_resumable(run, may_change)
+    return str(caught.value)
+
+
+def test_a_setting_that_an_older_version_did_not_have_was_at_its_default(folder):
+    newer = {"settings": {**RECORD["settings"], "link": "sigmoid"}, "fingerprints": {"data": "x"}}
+    folder.check_resumable(newer, (), {"link": "sigmoid"})
+    newer["settings"]["link"] = "hinge"
+    with pytest.raises(ConfigError, match="link: was 'sigmoid', now 'hinge'"):
+        folder.check_resumable(newer, (), {"link": "sigmoid"})
+
+
+def test_a_folder_without_a_checkpoint_or_with_a_damaged_record_is_refused(folder):
+    for text in ("[]", "{", '{"settings": 1, "fingerprints": {}}'):
+        folder.record.write_text(text)
+        with pytest.raises(ModelError, match=r"run\.json is damaged"):
+            folder.check_resumable(RECORD, ())
+    (folder.path / "checkpoint" / "state").unlink()
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        folder.check_resumable(RECORD, ())

@@ -1,0 +1,109 @@
+"""The controller of alpha: by hand, on a plant that is worked out, and to the bit after a stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+
+from fpo_mlx.config import PRESETS, Objective
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.train.drift import FIRST, INTEGRAL, S_ABOVE, S_BELOW, Controller
+
+
+def test_by_hand_at_the_target_alpha_stays_and_above_it_alpha_rises():
+    start = Controller.for_drift(0.1)
+    assert start.alpha == FIRST["drift"]
+    at = start.after(0.01)  # 0.1 squared
+    assert at.alpha == pytest.approx(30.0, rel=1e-12)
+    above = start.after(0.01 * math.e)
+    assert above.level == pytest.approx(30.0 * math.exp(INTEGRAL))
+    assert above.alpha == pytest.approx(above.level * math.e)
+
+
+def test_the_running_mean_has_no_bias_towards_zero():
+    drift = Controller.for_kl(5.0)
+    for _ in range(3):
+        drift = drift.after(5.0)
+    assert drift.fast.value == pytest.approx(5.0)
+    assert drift.slow.value == pytest.approx(5.0)
+    assert drift.alpha == pytest.approx(FIRST["kl"])
+
+
+def test_far_from_the_target_alpha_is_bounded_by_its_swing():
+    far, near = Controller.for_drift(0.1).after(100.0), Controller.for_drift(0.1).after(1e-9)
+    assert far.alpha == pytest.approx(far.level * math.exp(S_ABOVE))
+    assert near.alpha == pytest.approx(near.level * math.exp(-S_BELOW))
+
+
+def test_the_level_does_not_wind_down_while_the_drift_still_grows():
+    drift = Controller.for_drift(0.3)
+    for n in range(1, 40):
+        drift = drift.after((0.002 * n) ** 2)
+    assert drift.fast.value < 0.3**2
+    assert drift.level > 0.35 * FIRST["drift"]  # winding down all the way would leave 0.065
+    stuck = drift
+    for _ in range(60):
+        stuck = stuck.after(drift.fast.value)
+    assert stuck.level < 0.3 * drift.level
+
+
+def test_nothing_moved_yet_leaves_alpha_where_it_began():
+    assert Controller.for_drift(0.1).after(0.0).alpha == FIRST["drift"]
+
+
+def plant(seed: int, rate: float, pull: float, target: float, updates: int = 140) -> float:
+    """Mean drift over the last 30 updates, as part of the target.
+
+    Adapters of size x move by rate * tanh(pull - alpha x); relative D of a pair is x squared times
+    noise of a factor e^0.5.
+    """
+    noise, drift = random.Random(seed), Controller.for_drift(target)
+    x, seen = 0.0, []
+    for _ in range(updates):
+        x += rate * math.tanh(pull - drift.alpha * x)
+        drift = drift.after(x * x * math.exp(noise.gauss(-0.125, 0.5)))
+        seen.append(x / target)
+    return sum(seen[-30:]) / 30
+
+
+@pytest.mark.parametrize("target", [0.05, 0.1])
+@pytest.mark.parametrize("rate", [0.002, 0.005, 0.02])
+@pytest.mark.parametrize("pull", [1.0, 5.0])
+def test_it_settles_within_a_tenth_of_the_target_at_any_rate_and_pull(target, rate, pull):
+    means = [plant(seed, rate, pull, target) for seed in range(8)]
+    assert sum(means) / len(means) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_saved_controller_goes_on_to_the_bit():
+    drift = Controller.for_drift(0.1)
+    for n in range(1, 30):
+        drift = drift.after(0.013 * math.sin(n) ** 2)
+    again = Controller.loaded(json.loads(json.dumps(drift.saved())))
+    assert again == drift
+    assert again.after(0.02).alpha == drift.after(0.02).alpha
+
+
+def test_only_an_objective_with_a_target_has_a_controller():
+    assert Controller.of(Objective()) is None
+    drift = Controller.of(Objective(target_drift=0.2))
+    assert drift is not None
+    assert drift.target == pytest.approx(0.04)
+    kl = Controller.of(Objective(**PRESETS["tdpo2"], target_kl=3.0))
+    assert kl is not None
+    assert kl.target == 3.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"target_drift": 0.0}, "--target-drift 0.0: wanted more than 0"),
+        ({"target_drift": 0.1, "constraint": "none"}, "--target-drift needs a constraint"),
+        ({"target_kl": 1.0}, "--target-kl needs --constraint kl"),
+    ],
+)
+def test_a_target_that_cannot_be_held_is_refused(settings, part):
+    with pytest.raises(ConfigError, match=part):
+        Objective(**settings)
