@@ -86,7 +86,16 @@ VARIANTS = {
 @pytest.mark.parametrize(
     ("variant", "updates"),
     [("adam", 1), ("adam", 3), ("adam", 5), ("adamw", 2), ("adamw", 3), ("schedule", 3)]
-    + [("muon", 1), ("adafactor", 5), ("dora", 3), ("tdpo2", 1), ("drift", 3), ("target kl", 2)],
+    + [
+        ("muon", 1),
+        ("adafactor", 5),
+        ("dora", 3),
+        ("tdpo2", 1),
+        ("forward", 3),
+        ("terms", 2),
+        ("drift", 3),
+        ("target kl", 2),
+    ],
 )
 def test_stopped_anywhere_and_resumed_equals_the_run_that_was_not(
     llama, tmp_path, straight, variant, updates
