@@ -195,7 +195,9 @@ def test_every_preset_learns_to_prefer_the_chosen(llama, tmp_path, preset):
     after = weights(trainer)
     assert steps[-1].loss < 0.7 * steps[0].loss
     assert steps[-1].metrics["rewards/margins"] > steps[0].metrics["rewards/margins"] + 0.3
-    assert all(np.abs(after[name] - before[name]).max() > 1e-4 for name in before)
+    # a hinge is satisfied before lora_a, which waits for lora_b, has a gradient to speak of
+    moved = [name for name in before if preset != "hinge" or name.endswith("lora_b")]
+    assert all(np.abs(after[name] - before[name]).max() > 1e-4 for name in moved)
 
 
 SCHEDULE = {"name": "cosine_decay", "arguments": [1e-2, 10], "warmup": 2}
