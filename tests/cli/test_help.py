@@ -80,6 +80,11 @@ def test_the_help_of_train_shows_the_dozen_that_matter_and_says_how_many_more_th
     assert "train --help-all" in text.splitlines()[-1]
 
 
+@pytest.mark.parametrize("command", ["check", "precompute", "train", "evaluate", "compare"])
+def test_variables_of_the_template_stand_in_the_short_help_for_they_change_what_is_scored(command):
+    assert "--chat-template-args" in run(command, "--help").stdout
+
+
 def test_help_all_shows_every_setting_under_its_group():
     text = run("train", "--help-all").stdout
     assert titles(text) == [
