@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import subprocess
 import sys
 import typing
@@ -62,8 +63,8 @@ def another_value(name: str) -> tuple[list[str], object]:
     if typing.get_origin(hint) is tuple:
         return [flag, "a", flag, "b"], ("a", "b")
     kind = inner[0] if inner else hint
-    value = {int: 7, float: 0.125, str: "something"}[kind]
-    return [flag, str(value)], value
+    value = {int: 7, float: 0.125, str: "something", dict: {"shout": True}}[kind]
+    return [flag, json.dumps(value) if kind is dict else str(value)], value
 
 
 @pytest.mark.parametrize("name", sorted(set(options()) - set(YAML_ONLY)))
