@@ -13,8 +13,9 @@ from typing import Any
 from fpo_mlx.data.rows import PreferenceRow
 from fpo_mlx.records import TokenPair
 
-# What becomes of a row: "refused" rows stop a run, "excluded" rows can be trained on (or are dropped
-# by themselves) but are left out of the clean set, "warning" rows stay in it. The most severe first.
+# What becomes of a row: "refused" rows stop a run, "excluded" rows can be trained on (or are
+# dropped by themselves) but are left out of the clean set, "warning" rows stay in it. The most
+# severe first.
 LEVELS: dict[str, str] = {
     "unreadable": "refused",
     "missing field": "refused",
