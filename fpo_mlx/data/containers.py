@@ -162,7 +162,7 @@ class _Lines:
 
 
 def _json_rows(path: Path, lines: _Lines) -> Iterator[RawRow]:
-    """One object a line; or, where the first line is no object, an array or objects over lines."""
+    """One object per line; or, where the first line is no object, an array or objects over lines."""
     begun, numbered = b"", 0
     for line in lines:
         numbered += 1
@@ -219,7 +219,7 @@ def _documents(path: Path, content: bytes) -> list[Any] | None:
             raise DataError(
                 f"{path}: a JSON array, or objects over several lines, that breaks at line "
                 f"{error.lineno}, column {error.colno}: {error.msg}. Mend it there, or write one "
-                "object a line (JSON lines)."
+                "object per line (JSON lines)."
             ) from error
         return None
     except (ValueError, RecursionError):
@@ -261,7 +261,7 @@ def decode(line: bytes) -> tuple[Any, str]:
 
 
 def _csv_rows(path: Path, lines: _Lines, *, tabs: bool) -> Iterator[RawRow]:
-    """One row a record; a field may hold line ends within quotes."""
+    """One row per record; a field may hold line ends within quotes."""
     csv.field_size_limit(1 << 30)
     try:
         text = lines.rest().decode("utf-8")

@@ -111,7 +111,7 @@ class Setup:
     adapter_parameters: int
     optimizer: str = "adam"
     micro_batch_size: int = 1
-    batch_size: int = 4  # pairs an update
+    batch_size: int = 4  # pairs per update
     grad_checkpoint: bool = False
     kl: bool = False
     stop_gradient: bool = True
@@ -243,7 +243,7 @@ def _head(model: ModelShape, tiles: Tiles, rows: int, *, grad: bool, kl: bool) -
 
 
 def _pool(sae: SaeShape, tiles: Tiles, rows: int, responses: int) -> float:
-    """Pooling: tiles of activations, and vectors of length F a response."""
+    """Pooling: tiles of activations, and vectors of length F per response."""
     everything = rows * sae.features
     tile = min(tiles.pool_elements, everything)
     arrays = min(AHEAD, TILE_ARRAYS * everything / tile)
