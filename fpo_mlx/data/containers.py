@@ -162,7 +162,7 @@ class _Lines:
 
 
 def _json_rows(path: Path, lines: _Lines) -> Iterator[RawRow]:
-    """One object per line; or, where the first line is no object, an array or objects over lines."""
+    """One object per line; where the first line is no object, an array or objects over lines."""
     begun, numbered = b"", 0
     for line in lines:
         numbered += 1

@@ -216,7 +216,8 @@ def length(plan: Plan) -> bm.Result:
         for row in rows
     }
     table = [
-        {"pair": name, "ms per token": per[name], "without attention": aside[name]} for name in pairs
+        {"pair": name, "ms per token": per[name], "without attention": aside[name]}
+        for name in pairs
     ]
     all_in = per["2048 tokens"] / per["256 tokens"]
     without = aside["2048 tokens"] / aside["256 tokens"]
