@@ -81,9 +81,11 @@ def test_a_flag_of_train_changes_its_own_setting_and_no_other(configured, name):
 
 @pytest.mark.parametrize("name", YAML_ONLY)
 def test_a_setting_without_a_flag_comes_from_yaml(configured, tmp_path, name):
-    value = {"rank": 4} if name == "lora_parameters" else {"name": "x"}
+    special = {"lora_parameters": {"rank": 4}, "link_parameters": {"rho": 0.2}}
+    value = special.get(name, {"name": "x"})
     (tmp_path / "c.yaml").write_text(f"{name}: {value}\n")
-    assert configured("-c", tmp_path / "c.yaml").as_dict()[name] == value
+    beside = ["--link", "ada"] if name == "link_parameters" else []
+    assert configured("-c", tmp_path / "c.yaml", *beside).as_dict()[name] == value
     flag = "--" + name.replace("_", "-")
     assert CliRunner().invoke(main, ["train", flag, "1"]).exit_code == 2
 
