@@ -1,4 +1,4 @@
-"""Options that are settings, made from config.py's fields, and what becomes of their values."""
+"""Options that are settings, made from the fields of `config`, and what becomes of their values."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class SaeTrainConfig:
         None, "tokens to train on, in place of --minutes", "schedule", first=True
     )
     passes: float = setting(8.0, "most passes over the data", "schedule", may_change=True)
-    batch_size: int = setting(2048, "tokens an update", "schedule")
+    batch_size: int = setting(2048, "tokens per update", "schedule")
     micro_batch_size: int | None = setting(
         None, "tokens in memory at once (default: the batch)", "memory"
     )

@@ -51,7 +51,10 @@ class DataConfig:
         None, "file with a chat template, in place of the model's", "data", path=True
     )
     chat_template_args: dict = setting(
-        {}, 'variables of the chat template, as JSON: {"enable_thinking": false}', "data"
+        {},
+        'variables of the chat template, as JSON: {"enable_thinking": false}',
+        "data",
+        first=True,
     )
     subset: str | None = setting(None, "configuration of a hub dataset that has several", "data")
 

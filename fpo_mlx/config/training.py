@@ -168,10 +168,10 @@ class TrainConfig:
         check_finite(self, "learning_rate", "epochs")
         if self.iters is not None and self.epochs is not None:
             raise ConfigError("--iters and --epochs exclude each other; give one.")
-        if (self.iters is not None and self.iters < 1) or (
-            self.epochs is not None and self.epochs <= 0
-        ):
-            raise ConfigError("--iters and --epochs: wanted more than 0.")
+        if self.iters is not None and self.iters < 1:
+            raise ConfigError(f"--iters {self.iters}: wanted 1 or more.")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ConfigError(f"--epochs {self.epochs:g}: wanted more than 0.")
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed}: wanted 0 or more.")
         if self.val_batches < -1:

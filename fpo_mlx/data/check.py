@@ -45,7 +45,7 @@ class SplitSummary:
 class CheckReport:
     splits: dict[str, SplitSummary]
     findings: tuple[Finding, ...]
-    clean: dict[str, list[Any]]  # the records without refused and spare rows, as they were read
+    clean: dict[str, list[Any]]  # the records without refused and excluded rows, as they were read
     max_seq_length: int | None
 
     @property
@@ -54,7 +54,7 @@ class CheckReport:
         return sum(split.refused for split in self.splits.values())
 
     def lines(self) -> list[str]:
-        """One line for each split, then one for each kind of finding, the gravest first."""
+        """One line for each split, then one for each kind of finding, the most severe first."""
         lines = [
             f"{name}: {split.rows} rows, {split.refused} refused, {split.clean} in the clean set; "
             f"chosen is longer in {split.longer_chosen:.0%} of the pairs"

@@ -162,7 +162,7 @@ class _Lines:
 
 
 def _json_rows(path: Path, lines: _Lines) -> Iterator[RawRow]:
-    """One object a line; or, where the first line is no object, an array or objects over lines."""
+    """One object per line; where the first line is no object, an array or objects over lines."""
     begun, numbered = b"", 0
     for line in lines:
         numbered += 1
@@ -196,7 +196,15 @@ def _documents(path: Path, content: bytes) -> list[Any] | None:
 
     None for anything else. Raises DataError for an array or object over several lines that breaks.
     """
-    text = content.decode("utf-8", "replace").strip()
+    try:
+        text = content.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        if _over_lines(content.decode("latin-1").strip()):
+            raise DataError(
+                f"{path} is not UTF-8 (line {content[: error.start].count(10) + 1}): save it as "
+                "UTF-8."
+            ) from error
+        return None
     if text[:1] not in ("[", "{"):
         return None
     found, at = [], 0
@@ -207,11 +215,11 @@ def _documents(path: Path, content: bytes) -> list[Any] | None:
             while at < len(text) and text[at] in " \t\r\n,":
                 at += 1
     except json.JSONDecodeError as error:
-        if re.match(r"\[\s*[\[{\n]|\{\s*\n", text):
+        if _over_lines(text):
             raise DataError(
                 f"{path}: a JSON array, or objects over several lines, that breaks at line "
                 f"{error.lineno}, column {error.colno}: {error.msg}. Mend it there, or write one "
-                "object a line (JSON lines)."
+                "object per line (JSON lines)."
             ) from error
         return None
     except (ValueError, RecursionError):
@@ -221,6 +229,11 @@ def _documents(path: Path, content: bytes) -> list[Any] | None:
         if rows is not None:
             return rows if any(isinstance(row, Mapping) for row in rows) else None
     return found if all(isinstance(value, Mapping) for value in found) else None
+
+
+def _over_lines(text: str) -> bool:
+    """Whether a text begins as an array of rows, or as an object over several lines."""
+    return re.match(r"\[\s*[\[{\n]|\{\s*\n", text) is not None
 
 
 def _wrapped(value: Any) -> list[Any] | None:
@@ -248,7 +261,7 @@ def decode(line: bytes) -> tuple[Any, str]:
 
 
 def _csv_rows(path: Path, lines: _Lines, *, tabs: bool) -> Iterator[RawRow]:
-    """One row a record; a field may hold line ends within quotes."""
+    """One row per record; a field may hold line ends within quotes."""
     csv.field_size_limit(1 << 30)
     try:
         text = lines.rest().decode("utf-8")
@@ -256,8 +269,9 @@ def _csv_rows(path: Path, lines: _Lines, *, tabs: bool) -> Iterator[RawRow]:
         raise DataError(
             f"{path} is not UTF-8 (byte {error.start + 1}): save it as UTF-8 CSV."
         ) from error
-    first = text.split("\n", 1)[0]
-    mark = "\t" if tabs else max(",;\t", key=first.count)
+    told = re.match(r"sep=(.)\r?\n", text)  # Excel's own first line
+    mark = told.group(1) if told else "\t" if tabs else _mark(text)
+    text, skipped = (text[told.end() :], 1) if told else (text, 0)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     names: list[str] | None = None
     index = 0
@@ -266,9 +280,9 @@ def _csv_rows(path: Path, lines: _Lines, *, tabs: bool) -> Iterator[RawRow]:
             if not any(field.strip() for field in fields):
                 continue
             if names is None:
-                names = [name.strip() for name in fields]
+                names = _column_names(path, fields)
                 continue
-            where = f"{path.name}:{reader.line_num}"
+            where = f"{path.name}:{reader.line_num + skipped}"
             if len(fields) == len(names):
                 yield RawRow(dict(zip(names, fields, strict=True)), where, index)
             else:
@@ -276,7 +290,29 @@ def _csv_rows(path: Path, lines: _Lines, *, tabs: bool) -> Iterator[RawRow]:
                 yield RawRow(None, where, index, what)
             index += 1
     except csv.Error as error:
-        raise DataError(f"{path}: no CSV at line {reader.line_num}: {error}.") from error
+        at = reader.line_num + skipped
+        raise DataError(f"{path}: no CSV at line {at}: {error}.") from error
+
+
+def _mark(text: str) -> str:
+    """What parts the columns: the mark that gives the first line the most of them."""
+
+    def columns(mark: str) -> int:
+        try:
+            return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)))
+        except (csv.Error, StopIteration):
+            return 0
+
+    return max(",;\t", key=columns)
+
+
+def _column_names(path: Path, fields: list[str]) -> list[str]:
+    """Raises DataError for a name that stands twice: which of the two is meant?"""
+    names = [field.strip() for field in fields]
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: two columns are called {twice!r}. Rename or drop one of them.")
+    return names
 
 
 def _table_rows(path: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterator[RawRow]:

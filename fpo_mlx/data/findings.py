@@ -1,4 +1,4 @@
-"""What can be wrong with pairs: its name, its gravity, and what only many rows together show."""
+"""What can be wrong with pairs: its name, its severity, and what only many rows together show."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 from fpo_mlx.data.rows import PreferenceRow
 from fpo_mlx.records import TokenPair
 
-# What becomes of a row: "refused" rows stop a run, "spare" rows can be trained on (or are dropped
-# by themselves) but are left out of the clean set, "warning" rows stay in it.
+# What becomes of a row: "refused" rows stop a run, "excluded" rows can be trained on (or are
+# dropped by themselves) but are left out of the clean set, "warning" rows stay in it. The most
+# severe first.
 LEVELS: dict[str, str] = {
     "unreadable": "refused",
     "missing field": "refused",
@@ -30,11 +31,11 @@ LEVELS: dict[str, str] = {
     "answer part dropped": "refused",
     "beyond vocabulary": "refused",
     "prompt not a prefix": "refused",
-    "duplicate": "spare",
-    "contradiction": "spare",
-    "leakage": "spare",
-    "dropped": "spare",
-    "same after cut": "spare",
+    "duplicate": "excluded",
+    "contradiction": "excluded",
+    "leakage": "excluded",
+    "dropped": "excluded",
+    "same after cut": "excluded",
     "scores disagree": "warning",
     "messages as text": "warning",
     "cut": "warning",
@@ -77,7 +78,7 @@ class Kind:
 
 
 def by_kind(findings: Iterable[Finding]) -> list[Kind]:
-    """The gravest first."""
+    """The most severe first."""
     counts: Counter[str] = Counter()
     firsts: dict[str, Finding] = {}
     for finding in findings:

@@ -32,7 +32,7 @@ def _signed(value: Any) -> int | None:
 def _numbered(value: Any) -> int | None:
     """0 or 1: the better one's number."""
     number = _number(value)
-    return {0: -1, 1: 1}.get(int(number)) if number is not None else None
+    return {0.0: -1, 1.0: 1}.get(number) if number is not None else None
 
 
 def _named(value: Any) -> int | None:
@@ -129,7 +129,9 @@ def _better_first(record: Mapping, columns: Any) -> Mapping:
 def _scored(record: Mapping, columns: Any) -> Mapping:
     """Two responses with a score each."""
     answers, scores = record["responses"], [_number(one) for one in record["scores"]]
-    if len(answers) != 2 or len(scores) != 2 or None in scores:
+    if len(answers) == len(scores) == 2 and None in scores:
+        raise RowFault("wrong type", f"scores is {short(record['scores'])}, wanted two numbers")
+    if len(answers) != 2 or len(scores) != 2:
         raise RowFault(
             "wrong type",
             f"{len(answers)} responses and {len(scores)} scores: which two make the pair is a "

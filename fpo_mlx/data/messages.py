@@ -121,9 +121,9 @@ def _role(item: Mapping) -> str | None:
     role = item.get("role", item.get("from"))
     if not isinstance(role, str):
         return None
-    if role in _CALL_ROLES:
+    if role.lower() in _CALL_ROLES:
         return "assistant"
-    role = _OTHER_ROLES.get(role.lower(), role)
+    role = _OTHER_ROLES.get(role.lower(), role.lower())
     return role if role in ROLES else None
 
 
@@ -142,7 +142,7 @@ def _one(item: object, name: str) -> Message | None:
     content = item.get("content") if item.get("content") is not None else item.get("value")
     kept = {key: item[key] for key in (*_KEPT_KEYS, *THOUGHTS) if item.get(key)}
     calls = kept.pop("tool_calls", None) or item.get("function_call")
-    if given in _CALL_ROLES:
+    if given.lower() in _CALL_ROLES:
         calls, content = content, None
     for key, extra in kept.items():
         if key in THOUGHTS and not isinstance(extra, str):

@@ -25,6 +25,7 @@ _NAMES = {
               "eval_prefs", "evaluation", "test_prefs"),
     "test": ("test", "test_prefs", "testing"),
 }  # fmt: skip
+_OF = re.compile(r"(\d+)-of-(\d+)$")
 _SHARD = re.compile(r"(.+?)[-_.](?:part[-_]?)?\d+(?:-of-\d+)?")
 
 # A file, the parts of one, a folder that `datasets` saved, or a split's name on the hub
@@ -186,6 +187,7 @@ def _saved_or_files(folder: Path) -> list[Path]:
 def _one_place(name: str, group: list[Path]) -> Place:
     """A file, or all parts of one. Raises FpoError for several files of one name."""
     if len(group) == 1:
+        _check_parts(group)
         return group[0]
     plain = [path for path in group if path.name.lower() == f"{name}.jsonl"]
     if plain:
@@ -196,7 +198,26 @@ def _one_place(name: str, group: list[Path]) -> Place:
             f"{group[0].parent}: {', '.join(path.name for path in group)} are all called "
             f"{name}. Keep one of them there, or name the file with --data."
         )
+    _check_parts(group)
     return tuple(group)
+
+
+def _check_parts(group: list[Path]) -> None:
+    """Raises FpoError where parts 1 to N of N are not all there once, as after half a download."""
+    numbers = [match.groups() for path in group if (match := _OF.search(stem(path) or ""))]
+    totals = {int(total) for _, total in numbers}
+    if not totals:
+        return
+    have = sorted(int(number) for number, _ in numbers)
+    if len(totals) > 1 or len(have) != len(group) or have not in (
+        list(range(max(totals))), list(range(1, max(totals) + 1))
+    ):  # fmt: skip
+        names = ", ".join(path.name for path in group)
+        raise FpoError(
+            f"{group[0].parent}: {names} are not all parts of one file: "
+            f"{len(group)} of {' or '.join(map(str, sorted(totals)))}. Fetch what is missing, "
+            "remove what is of another version, or name one file with --data."
+        )
 
 
 def _named(source: str, places: dict[str, Any], hub: HubSplits) -> dict[str, Place]:
@@ -251,7 +272,18 @@ def _looks_like_a_path(source: str) -> bool:
 def _files(place: Path | tuple[Path, ...]) -> list[Path]:
     if isinstance(place, tuple):
         return list(place)
-    return sorted(place.glob("*.arrow")) if place.is_dir() else [place]
+    return _saved_files(place) if place.is_dir() else [place]
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The files that `save_to_disk` wrote; beside them lie those of a later `map` or `filter`."""
+    state = folder / "state.json"
+    try:
+        names = [str(one["filename"]) for one in json.loads(state.read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = "it does not say which files hold the rows"
+        raise DataError(f"{state}: {what}. Save the data set again.") from error
+    return [folder / name for name in names]
 
 
 def _rows_of(source: str | Path, place: Place, hub: HubSplits) -> Iterator[RawRow]:

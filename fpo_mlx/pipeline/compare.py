@@ -129,7 +129,7 @@ def _of_data(config: RunConfig, split: str, count: int) -> list[Turns]:
 
 
 def _read_prompts(path: Path) -> list[str]:
-    """One prompt a line; in a .jsonl file the `prompt` of each object."""
+    """One prompt per line; in a .jsonl file the `prompt` of each object."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -147,7 +147,7 @@ def _read_prompts(path: Path) -> list[str]:
             faults.append(f"{path.name}:{number}: {error!r}")
     if faults or not texts:
         raise DataError(
-            f"--prompts {path}: wanted one prompt a line, or objects with a text `prompt` in a "
+            f"--prompts {path}: wanted one prompt per line, or objects with a text `prompt` in a "
             ".jsonl file.",
             faults,
         )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fpo_mlx.storage.tensors import read_header
 
 # the last parts of the names under which architectures keep these matrices
 _TOKENS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "lm_head",
            "embed_out")  # fmt: skip
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 _NOT_TEXT = ("vision", "visual", "audio", "image")
-_MOST_HEADER = 1 << 28  # bytes; a header beyond that is none
 _OPT_OFFSET = 2  # OPT's table of positions begins with two rows that no token has
 
 
@@ -65,19 +65,15 @@ def _config(folder: Path) -> dict[str, Any]:
     return {**config, "rope_parameters": parameters if isinstance(parameters, Mapping) else {}}
 
 
-def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
+def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of all tensors of a model folder."""
     files = sorted(folder.glob("model*.safetensors")) or sorted(
         path for path in folder.glob("*.safetensors") if "adapters" not in path.name
     )
     for path in files:
         try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length)) if length < _MOST_HEADER else {}
-        except (OSError, ValueError, struct.error, RecursionError):
+            tensors = read_header(path).tensors
+        except (OSError, ValueError):
             continue
-        for name, entry in header.items() if isinstance(header, dict) else ():
-            shape = entry.get("shape") if isinstance(entry, dict) else None
-            if isinstance(shape, list) and all(type(n) is int for n in shape):
-                yield name, shape
+        for name, tensor in tensors.items():
+            yield name, tensor.shape

@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def make_pairs(path: Path, pairs: int) -> None:
-    """About 1,780 bytes a pair: prompts of 20 to 80 words, answers of 20 to 240."""
+    """About 1,780 bytes per pair: prompts of 20 to 80 words, answers of 20 to 240."""
     import fpo_mlx
 
     text = (Path(fpo_mlx.__file__).parent / "demo/data/train.jsonl").read_text(encoding="utf-8")

@@ -119,7 +119,8 @@ def test_a_bad_yaml_file_is_a_usage_error_that_names_it(tmp_path, text, part):
 
 BAD_SETTINGS = {
     "max_grad_norm: -1": "--max-grad-norm -1",  # it would train backwards
-    "epochs: 0": "--epochs: wanted more than 0",
+    "epochs: 0": "--epochs 0: wanted more than 0",
+    "iters: -3": "--iters -3: wanted 1 or more",
     "seed: -1": "--seed -1: wanted 0 or more",
     "val_batches: -2": "--val-batches -2",
     "lora_parameters: {rank: x}": "rank 'x'",

@@ -66,6 +66,7 @@ FILES = {
     "marked.csv": write(b"\xef\xbb\xbf" + as_csv().encode()),
     "semicolon.csv": write(as_csv(";").encode()),
     "tabs.tsv": write(as_csv("\t").encode()),
+    "excel.csv": write(b"sep=;\r\n" + as_csv(";").encode()),
     "utf16.csv": write(as_csv().encode("utf-16")),
     "a.jsonl.gz": write(gzip.compress(LINES.encode())),
     "misnamed.jsonl": write(gzip.compress(LINES.encode())),
@@ -96,6 +97,8 @@ REFUSED = {
     "short.jsonl.gz": (gzip.compress(LINES.encode())[:-20], "packed file is damaged"),
     "bad.parquet": (b"PAR1 no more than this", "cannot be read as a table"),
     "latin.csv": ("prompt,chosen\né,b".encode("latin-1"), "is not UTF-8"),
+    "latin.json": (f"[\n{LINES.replace('}', '},')}]".encode("latin-1"), r"is not UTF-8 \(line 2\)"),
+    "twice.csv": (b"prompt,chosen,rejected,chosen\nQ,A,B,C", "two columns are called 'chosen'"),
 }  # fmt: skip
 
 
@@ -113,6 +116,18 @@ def test_a_csv_row_of_another_width_is_a_fault_of_that_row(tmp_path):
     good, bad = read_raw(tmp_path / "a.csv", "train")
     assert good.fault == ""
     assert bad.fault == "2 fields, but the first line names 3 columns"
+
+
+def test_a_line_that_is_not_utf8_is_a_fault_also_where_it_is_the_first(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES.encode("latin-1"))
+    faults = [row.fault for row in read_raw(tmp_path / "a.jsonl", "train")]
+    assert faults == [f"not UTF-8 (byte {LINES.index('é') + 1} of the line)"] * 3
+
+
+def test_a_semicolon_within_a_columns_name_does_not_part_columns(tmp_path):
+    (tmp_path / "a.csv").write_text('"prompt","rating; of; five; stars"\n"Q","1"\n')
+    (row,) = read_raw(tmp_path / "a.csv", "train")
+    assert row.record == {"prompt": "Q", "rating; of; five; stars": "1"}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +158,25 @@ def test_two_files_of_one_split_are_refused_by_name(tmp_path):
         read_split(tmp_path)
     (tmp_path / "train.jsonl").write_text(LINES)  # what it always was
     assert find_splits(tmp_path)["train"] == tmp_path / "train.jsonl"
+
+
+@pytest.mark.parametrize(
+    "names", [["0-of-3", "2-of-3"], ["1-of-2"], ["0-of-1", "0-of-2", "1-of-2"], ["0-of-2", "7"]]
+)
+def test_parts_that_are_not_all_there_once_are_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / f"train-{name}.jsonl").write_text(LINES)
+    with pytest.raises(FpoError, match=rf"are not all parts of one file: {len(names)} of "):
+        find_splits(tmp_path)
+
+
+def test_what_a_later_map_left_in_a_saved_folder_is_no_row(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)
+    datasets.load_from_disk(tmp_path).map(lambda row: {**row, "chosen": "mapped"})
+    assert len(list(tmp_path.glob("*.arrow"))) == 2
+    assert [row.record for row in read_raw(tmp_path, "train")] == ROWS
 
 
 def test_a_folder_that_datasets_saved_is_read(tmp_path):

@@ -63,6 +63,10 @@ SAME = {
         side: [{**turn, "tool_calls": None, "name": None, "from": None} for turn in turns]
         for side, turns in WHOLE.items()
     },
+    "roles in capitals": {
+        side: [{**turn, "role": turn["role"].title()} for turn in turns]
+        for side, turns in WHOLE.items()
+    },
     "an object for a prompt": {**PAIR, "prompt": user("Say yes.")},
 }  # fmt: skip
 
@@ -95,6 +99,10 @@ REFUSED = {
     "a tie": ({**SAME["HelpSteer2"], "preference_strength": 0}, "no preference", "neither"),
     "a tie in words": ({**SAME["Arena"], "winner": "tie (bothbad)"}, "no preference", "neither"),
     "an odd winner": ({**SAME["Arena"], "winner": "x"}, "wrong type", "names no better answer"),
+    "half a winner": ({**SAME["SafeRLHF"], "better_response_id": 0.5}, "wrong type",
+                      "names no better answer"),
+    "a missing score": ({"prompt": "Q", "responses": ["a", "b"], "scores": [None, 1]},
+                        "wrong type", "scores is [None, 1], wanted two numbers"),
     "four answers": ({"prompt": "Q", "responses": list("abcd"), "scores": [1, 2, 3, 4]},
                      "wrong type", "4 responses"),
     "images": ({**PAIR, "images": ["a.png"]}, "wrong type", "the row has images"),
