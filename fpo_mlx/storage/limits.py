@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx.storage.files import listed
+
 # the last parts of the names under which architectures keep these matrices
 _TOKENS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "lm_head",
            "embed_out")  # fmt: skip
@@ -67,10 +69,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
     """Names and shapes of all tensors of a model folder."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(
-        path for path in folder.glob("*.safetensors") if "adapters" not in path.name
-    )
-    for path in files:
+    named = listed(folder, "model*.safetensors")
+    every = (p for p in listed(folder, "*.safetensors") if "adapters" not in p.name)
+    for path in named or every:
         try:
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
