@@ -37,6 +37,16 @@ class DataConfig:
     chosen_feature: str = setting("chosen", "name of the chosen column", "data")
     rejected_feature: str = setting("rejected", "name of the rejected column", "data")
     system_feature: str = setting("system", "name of the system column", "data")
+    agreement_feature: str = setting(
+        "agreement", "column of how sure a label is, 0 to 1: a soft label", "data"
+    )
+    weight_feature: str = setting("weight", "column of the weight of a pair's loss", "data")
+    score_chosen_feature: str = setting(
+        "score_chosen", "column of the chosen response's score, for --score-margin", "data"
+    )
+    score_rejected_feature: str = setting(
+        "score_rejected", "column of the rejected response's score, for --score-margin", "data"
+    )
     chat_template: str | None = setting(
         None, "file with a chat template, in place of the model's", "data", path=True
     )

@@ -83,6 +83,16 @@ class TrainConfig:
         first=True,
         may_change=True,
     )
+    gradient: Literal["backward", "forward"] = setting(
+        "backward",
+        "forward: estimate it from two passes without gradient, in the memory of inference",
+        "memory",
+    )
+    forward_rank: int = setting(2, "rank of a forward gradient's direction", "memory")
+    forward_interval: int = setting(
+        50, "updates that share one half of a forward gradient's direction", "memory"
+    )
+    forward_epsilon: float = setting(1e-3, "step of a forward gradient's two passes", "memory")
     seed: int = setting(0, "seed of adapters, dropout and data order", "schedule")
     steps_per_report: int = setting(10, "iterations between reports", "saving", may_change=True)
     steps_per_eval: int = setting(200, "iterations between validations", "saving", may_change=True)
@@ -153,7 +163,7 @@ class TrainConfig:
             self, "batch_size", "grad_accumulation_steps", "micro_batch_size", "learning_rate",
             "steps_per_report", "steps_per_eval", "save_every", "max_margin", "max_logp_drop",
             "early_stopping", "max_skipped_updates", "max_feature_distance",
-            "max_start_gap", "peer_timeout",
+            "max_start_gap", "peer_timeout", "forward_rank", "forward_interval", "forward_epsilon",
         )  # fmt: skip
         check_finite(self, "learning_rate", "epochs")
         if self.iters is not None and self.epochs is not None:

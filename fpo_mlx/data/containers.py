@@ -85,7 +85,7 @@ def file_rows(path: Path) -> Iterator[RawRow]:
         if error.errno is None:  # of an unpacker, not of the system
             what = f"{path}: the packed file is damaged: {error}. Copy it again."
             raise DataError(what) from error
-        raise FpoError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
 def digest(path: Path) -> str:

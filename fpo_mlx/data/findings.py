@@ -20,6 +20,7 @@ LEVELS: dict[str, str] = {
     "missing field": "refused",
     "empty field": "refused",
     "wrong type": "refused",
+    "out of range": "refused",
     "role order": "refused",
     "no preference": "refused",
     "no shared prompt": "refused",

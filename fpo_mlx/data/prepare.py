@@ -150,7 +150,7 @@ def _made(
         for part in parts:
             sink.write(part.astype("<i4").tobytes())
         sizes = len(parts[0]), len(parts[1]), len(parts[2])
-        places.append((at, *sizes, item.raw.where))
+        places.append((at, *sizes, item.raw.where, item.pair.facts))
         at += sum(map(len, parts))
     if faults:
         raise _refusal(faults, done, f"{source} ({split})")

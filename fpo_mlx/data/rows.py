@@ -11,6 +11,7 @@ and the layouts of `layouts`. `messages` says what a message may look like.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from fpo_mlx.data.messages import kind as _kind
 from fpo_mlx.data.messages import message as _message
 from fpo_mlx.data.messages import messages as _messages
 from fpo_mlx.data.messages import short as _short
+from fpo_mlx.records import NO_FACTS, PairFacts
 
 _TRANSCRIPT = re.compile(r"\s*Human:.*\r?\n\r?\nAssistant:", re.DOTALL)
 _TURN = re.compile(r"(?:\A|\r?\n\r?\n)(Human|Assistant):[ \t]*")
@@ -44,6 +46,9 @@ class Columns:
     rejected: str = "rejected"
     system: str = "system"
     tools: str = "tools"
+    agreement: str = "agreement"
+    weight: str = "weight"
+    scores: tuple[str, str] | None = None  # of chosen and rejected; None: they are not asked for
 
 
 DEFAULT_COLUMNS = Columns()
@@ -61,6 +66,7 @@ class PreferenceRow:
     tools: tuple[dict[str, Any], ...] | None = None
     scores: tuple[float, float] | None = None  # chosen's and rejected's, where the row has them
     as_text: tuple[str, ...] = ()  # columns whose list of messages was written as a text
+    facts: PairFacts = NO_FACTS
 
 
 def parse_row(
@@ -72,7 +78,7 @@ def parse_row(
     """
     if not isinstance(record, Mapping):
         raise RowFault("wrong type", f"a row is an object with named columns, not {_kind(record)}")
-    record = layouts.as_pair(record, columns)
+    facts, record = _facts(record, columns), layouts.as_pair(record, columns)
     record, as_text = _lists_for_texts(record, columns)
     chosen, rejected = _answers(record, columns)
     prompt = record.get(columns.prompt) if layouts.filled(record.get(columns.prompt)) else None
@@ -80,9 +86,8 @@ def parse_row(
     turns = _parted(*parts(record, prompt, chosen, rejected, columns))
     system, tools = system_of(record, columns), tools_of(record, columns)
     scores = layouts.scores_of(record)
-    row = PreferenceRow(
-        with_system(turns[0], system), turns[1], turns[2], where, index, tools, scores, as_text
-    )
+    prompt = with_system(turns[0], system)
+    row = PreferenceRow(prompt, turns[1], turns[2], where, index, tools, scores, as_text, facts)
     _check_roles(row)
     if row.chosen == row.rejected:
         raise RowFault("same response", "chosen and rejected are the same")
@@ -283,6 +288,39 @@ def tools_of(record: Mapping, columns: Columns) -> tuple[dict[str, Any], ...] | 
         raise RowFault("wrong type", f"{columns.tools} is {_kind(tools)}, wanted a list of objects")
     check_encodable(tools, columns.tools)
     return tuple(without_nulls(tool) for tool in tools)
+
+
+def _facts(record: Mapping, columns: Columns) -> PairFacts:
+    """What the row says of its pair; where it says nothing, what changes nothing."""
+    agreement = _number(record, columns.agreement, 0.0, 1.0)
+    weight = _number(record, columns.weight, 0.0)
+    gap = 0.0
+    if columns.scores is not None:
+        scores = [_number(record, name) for name in columns.scores]
+        if None in scores:
+            name = columns.scores[scores.index(None)]
+            raise RowFault("missing field", f"no {name!r}, which --score-margin needs")
+        gap = scores[0] - scores[1]  # type: ignore[operator]
+    return PairFacts(
+        NO_FACTS.agreement if agreement is None else agreement,
+        NO_FACTS.weight if weight is None else weight,
+        gap,
+    )
+
+
+def _number(
+    record: Mapping, name: str, low: float = -math.inf, high: float = math.inf
+) -> float | None:
+    """A finite number from low to high, or None where the row has none."""
+    value = record.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowFault("wrong type", f"{name} is {_short(value)}, wanted a finite number")
+    if not low <= value <= high:
+        bounds = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+        raise RowFault("out of range", f"{name} is {value:g}, wanted {bounds}")
+    return float(value)
 
 
 def _check_roles(row: PreferenceRow) -> None:

@@ -1,7 +1,8 @@
 """Tokenized pairs on disk, one folder for a split: a cache, which may be deleted at any time.
 
 tokens.i32   the tokens of all pairs, prompt, chosen and rejected after one another, little endian
-rows.npz     sizes int32 [N, 3]; topics uint8 [N, 16]; where, the names of the rows, by zero bytes
+rows.npz     sizes int32 [N, 3]; topics uint8 [N, 16]; facts float64 [N, 3];
+             where, the names of the rows, by zero bytes
 about.json   format, pairs, CRC-32 of tokens.i32, findings as [kind, where, what, count]
 """
 
@@ -14,20 +15,21 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fpo_mlx.data.findings import LEVELS, Kind
-from fpo_mlx.records import TokenPair
+from fpo_mlx.records import PairFacts, TokenPair
 from fpo_mlx.storage import files
 
-FORMAT = 1
+FORMAT = 2
 TOKENS, ROWS, ABOUT = "tokens.i32", "rows.npz", "about.json"
 MOST_BYTES = 4_000_000_000  # of all folders together; the longest unused go first
 
-Place = tuple[int, int, int, int, str]  # first token, sizes of the three parts, name of the row
+# first token, sizes of the three parts, name of the row, what the row says of its pair
+Place = tuple[int, int, int, int, str, PairFacts]
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ def load(folder: Path) -> Stored | None:
             return None
         with (folder / ROWS).open("rb") as file, np.load(file, allow_pickle=False) as rows:
             sizes, topics = rows["sizes"], rows["topics"]
+            facts = [PairFacts(*row) for row in rows["facts"].tolist()]
             names = rows["where"].tobytes().decode("utf-8", "surrogateescape").split("\0")
-        if not len(sizes) == len(topics) == len(names) == about["pairs"]:
+        if not len(sizes) == len(topics) == len(names) == len(facts) == about["pairs"]:
             return None
         kinds = tuple((str(k), str(w), str(t), int(n)) for k, w, t, n in about["kinds"])
         if sizes.sum() != len(tokens) or not {kind for kind, *_ in kinds} <= set(LEVELS):
@@ -58,7 +61,7 @@ def load(folder: Path) -> Stored | None:
             os.utime(folder)  # used now: the last to be pruned
         ends = np.cumsum(sizes.sum(axis=1))
         starts = (ends - sizes.sum(axis=1)).tolist()
-        places = zip(starts, *sizes.T.tolist(), names, strict=True)
+        places = zip(starts, *sizes.T.tolist(), names, facts, strict=True)
         return Stored(pairs_of(tokens, places), [bytes(one) for one in topics], kinds)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
@@ -73,6 +76,7 @@ def describe(
     np.savez(
         folder / ROWS,
         sizes=np.array(sizes, dtype=np.int32).reshape(-1, 3),
+        facts=np.array([astuple(place[5]) for place in places], dtype=np.float64).reshape(-1, 3),
         topics=np.frombuffer(b"".join(topics), dtype=np.uint8).reshape(-1, 16),
         where=np.frombuffer(where, dtype=np.uint8),
     )
@@ -95,10 +99,10 @@ def mapped(path: Path) -> np.ndarray:
 def pairs_of(tokens: np.ndarray, places: Iterable[Place]) -> list[TokenPair]:
     """Pairs as views of their tokens; no token is copied."""
     pairs = []
-    for index, (at, prompt, chosen, rejected, where) in enumerate(places):
+    for index, (at, prompt, chosen, rejected, where, facts) in enumerate(places):
         a, b = at + prompt, at + prompt + chosen
         parts = tokens[at:a], tokens[a:b], tokens[b : b + rejected]
-        pairs.append(TokenPair(*parts, index=index, where=where))
+        pairs.append(TokenPair(*parts, index=index, where=where, facts=facts))
     return pairs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from fpo_mlx.data import faithful
 from fpo_mlx.data.messages import RowFault
 from fpo_mlx.data.rows import PreferenceRow
 from fpo_mlx.errors import ConfigError, DataError
-from fpo_mlx.records import TokenPair
+from fpo_mlx.records import NO_FACTS, TokenPair
 
 BATCH = 256  # rows whose texts are encoded in one call
 
@@ -66,10 +66,16 @@ class TokenizeReport:
     cut: tuple[Cut, ...] = ()
     dropped: tuple[Drop, ...] = ()
     same_after_cut: tuple[str, ...] = ()  # where both responses are cut to the same tokens
+    weighed: int = 0  # pairs whose row says more of them than their texts
 
     def lines(self) -> list[str]:
-        """Nothing if nothing was lost; otherwise one line for each kind of loss."""
+        """Nothing for plain pairs of which nothing was lost; otherwise one line for each kind."""
         lines = []
+        if self.weighed:
+            lines.append(
+                f"{self.weighed} of {self.pairs} pairs bring an agreement, a weight or scores that "
+                "their loss heeds"
+            )
         if self.cut:
             pairs = len({cut.where for cut in self.cut})
             lines.append(
@@ -227,7 +233,8 @@ def _tokenized(row: PreferenceRow, texts: Sequence[str], ids: Sequence[Sequence[
         raise RowFault("same response", "chosen and rejected are the same tokens")
     notes = _faithful(row, texts)
     arrays = (np.array(tokens, dtype=np.int32) for tokens in (prompt, *responses))
-    return Tokenized(TokenPair(*arrays, index=row.index, where=row.where), notes)
+    pair = TokenPair(*arrays, index=row.index, where=row.where, facts=row.facts)
+    return Tokenized(pair, notes)
 
 
 def _faithful(row: PreferenceRow, texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -283,19 +290,22 @@ def truncate_pairs(pairs: Iterable[TokenPair], max_seq_length: int) -> Tokenized
         chosen, rejected = (response[:room] for response in pair.responses)
         if np.array_equal(chosen, rejected):
             same.append(pair.where)
-        kept.append(TokenPair(pair.prompt, chosen, rejected, pair.index, pair.where))
+        kept.append(replace(pair, chosen=chosen, rejected=rejected))
+    weighed = sum(pair.facts != NO_FACTS for pair in kept)
     report = TokenizeReport(
-        rows, len(kept), max_seq_length, longest, tuple(cut), tuple(dropped), tuple(same)
+        rows, len(kept), max_seq_length, longest, tuple(cut), tuple(dropped), tuple(same), weighed
     )
     return TokenizedPairs(kept, report)
 
 
 def data_fingerprint(pairs: Iterable[TokenPair]) -> str:
-    """sha256 over the tokens of all pairs, in their order."""
+    """sha256 over the tokens of all pairs and what their rows say of them, in their order."""
     digest = hashlib.sha256()
     for pair in pairs:
         for key in pair.keys:
             digest.update(key)
+        if pair.facts != NO_FACTS:
+            digest.update(np.array(astuple(pair.facts), "<f8").tobytes())
     return digest.hexdigest()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,8 @@ def evaluate_all(
         name = evaluation.name_of(path, scale)
         reports[name] = _with_answers(job, scorer, report, data, samples, sampling)
         del scorer  # one model in memory at a time
-    return evaluation.EvalTable(reports, base)
+    settings = {"preset": config.preset, **asdict(config.objective)}
+    return evaluation.EvalTable(reports, base, settings)
 
 
 def check_scales(config: RunConfig, adapter_paths: Sequence[str], scales: Sequence[float]) -> None:

@@ -118,7 +118,12 @@ def check_room(prompts: Sequence[Any], max_tokens: int, tokenizer: ChatTokenizer
 
 def columns(config: RunConfig) -> data.Columns:
     d = config.data
-    return data.Columns(d.prompt_feature, d.chosen_feature, d.rejected_feature, d.system_feature)
+    scores = (d.score_chosen_feature, d.score_rejected_feature)
+    return data.Columns(
+        d.prompt_feature, d.chosen_feature, d.rejected_feature, d.system_feature,
+        agreement=d.agreement_feature, weight=d.weight_feature,
+        scores=scores if config.objective.score_margin else None,
+    )  # fmt: skip
 
 
 def hub_splits(config: RunConfig) -> data.HubSplits:

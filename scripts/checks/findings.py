@@ -32,6 +32,7 @@ CASES: dict[str, list[Any]] = {
     "missing field": [{"prompt": "Q?", "chosen": "Yes."}],
     "empty field": [{**GOOD, "chosen": " "}],
     "wrong type": [{**GOOD, "chosen": 3}],
+    "out of range": [{**GOOD, "prompt": "R?", "agreement": 1.5}],
     "role order": [{**GOOD, "prompt": [ASK, ASK]}],
     "no shared prompt": [{"chosen": [ASK, TELL], "rejected": [{**ASK, "content": "R?"}, TELL]}],
     "same response": [{**GOOD, "rejected": "Yes."}],
