@@ -14,6 +14,7 @@ from fpo_mlx.data.containers import FORMATS, RawRow, digest, file_rows, stem
 from fpo_mlx.data.messages import RowFault
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, PreferenceRow, parse_row
 from fpo_mlx.errors import ConfigError, DataError, FpoError
+from fpo_mlx.storage.files import listed
 
 SPLITS = ("train", "valid", "test")
 
@@ -163,7 +164,7 @@ def _folder_splits(folder: Path, hub: HubSplits, want: str) -> dict[str, Place]:
         return {want: folder}  # datasets' save_to_disk
     groups: dict[str, list[Path]] = {}
     for place in (folder, folder / "data"):
-        for path in sorted(place.iterdir()) if place.is_dir() else ():
+        for path in listed(place):
             if path.is_dir():
                 inner = _saved_or_files(path)
                 if inner:
@@ -181,7 +182,7 @@ def _folder_splits(folder: Path, hub: HubSplits, want: str) -> dict[str, Place]:
 def _saved_or_files(folder: Path) -> list[Path]:
     if (folder / "state.json").is_file():
         return [folder]
-    return sorted(path for path in folder.iterdir() if path.is_file() and stem(path) is not None)
+    return [path for path in listed(folder) if path.is_file() and stem(path) is not None]
 
 
 def _one_place(name: str, group: list[Path]) -> Place:

@@ -122,7 +122,7 @@ def _export_gguf(folder: Path, model: nn.Module, config: dict[str, Any], path: P
 
 def _check_place(path: Path) -> None:
     """A folder that is replaced must be a model's: nobody loses other files to a wrong name."""
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+    if files.listed(path) and not (path / "config.json").is_file():
         raise ConfigError(
             f"--save-path {path}: it holds files and is no model folder, and fusing would replace "
             "it. Name a new folder, or an older fused one."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx.storage.files import listed
 from fpo_mlx.storage.tensors import read_header
 
 # the last parts of the names under which architectures keep these matrices
@@ -67,10 +68,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of all tensors of a model folder."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(
-        path for path in folder.glob("*.safetensors") if "adapters" not in path.name
-    )
-    for path in files:
+    named = listed(folder, "model*.safetensors")
+    every = (p for p in listed(folder, "*.safetensors") if "adapters" not in p.name)
+    for path in named or every:
         try:
             tensors = read_header(path).tensors
         except (OSError, ValueError):
