@@ -1,6 +1,7 @@
 """What is leaned on inside other packages: it is as it was, and a rename of it is not silent."""
 
 import ast
+import importlib
 import re
 import sys
 import types
@@ -61,7 +62,7 @@ def test_the_page_lists_each_contract_once():
 
 def without(monkeypatch, module: str, name: str) -> None:
     """Whoever imports from this module from now on does not find this name."""
-    real = sys.modules[module]
+    real = importlib.import_module(module)
     copy = types.ModuleType(module)
     copy.__dict__.update({k: v for k, v in vars(real).items() if k != name})
     monkeypatch.setitem(sys.modules, module, copy)
