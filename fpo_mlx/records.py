@@ -56,6 +56,18 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
+class PairFacts:
+    """What a row says of its pair beside the texts."""
+
+    agreement: float = 1.0  # how sure it is that chosen is the better one, 0 to 1
+    weight: float = 1.0  # of the pair's loss, 0 or more
+    score_gap: float = 0.0  # score_chosen - score_rejected
+
+
+NO_FACTS = PairFacts()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenPair:
     """One preference pair as token ids. A response is scored on all of its tokens."""
 
@@ -64,6 +76,7 @@ class TokenPair:
     rejected: np.ndarray  # int32 [|y_l|] >= 1
     index: int  # row number within its split, from 0
     where: str = ""  # "train.jsonl:12"
+    facts: PairFacts = NO_FACTS
     _keys: tuple[bytes, bytes] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property

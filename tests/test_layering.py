@@ -62,6 +62,7 @@ OTHERS = {
     "core": {"mlx"},
     "config": {"yaml"},
     "data": {"numpy", "datasets"},
+    "data.containers": {"pyarrow"},
     "data.feature_files": {"yaml"},
     "data.tokenizer": {"transformers"},
     "sae": {"numpy", "safetensors", "huggingface_hub", "yaml"},

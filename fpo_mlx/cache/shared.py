@@ -14,6 +14,7 @@ from fpo_mlx.cache.shards import Row, Shard
 from fpo_mlx.cache.store import LOCK, MANIFEST, PARTS, ReferenceCache, open_cache, shard_paths
 from fpo_mlx.errors import FpoError
 from fpo_mlx.records import TokenPair
+from fpo_mlx.storage import files
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _collect(
 def _parts(folder: Path, like: ReferenceCache) -> list[ReferenceCache]:
     """The part caches below a folder that may be joined with this one."""
     found = []
-    for path in sorted((folder / PARTS).glob("*-of-*")):
+    for path in files.listed(folder / PARTS, "*-of-*"):
         try:
             part = open_cache(path, like.wanted)
         except FpoError:  # not begun yet, of another run, or just being removed

@@ -49,7 +49,7 @@ class Main(Group):
             if plain is not None:
                 click.echo(f"fpo-mlx: {plain}", err=True)
                 ctx.exit(plain.exit_code)
-            name = error.name
+            name = (error.name or "").partition(".")[0]
             if name not in ("mlx", "mlx_lm"):
                 raise
             click.echo(

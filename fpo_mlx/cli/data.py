@@ -39,6 +39,7 @@ def check(fix, json_path, overwrite, **values) -> None:
       fpo-mlx check --model M --data pairs/ --json findings.json --fix clean/
     """
     from fpo_mlx import pipeline
+    from fpo_mlx.data.findings import by_kind
 
     config = gather(values)
     unit = "tokens" if config.reference.model else "letters"
@@ -55,18 +56,12 @@ def check(fix, json_path, overwrite, **values) -> None:
         ]
     )  # fmt: skip
     click.echo()
-    kinds: dict[tuple[str, str], list] = {}
-    for finding in report.findings:
-        kinds.setdefault((finding.level, finding.kind), []).append(finding)
-    table((*kind, len(found), str(found[0])) for kind, found in sorted(kinds.items(), key=_gravity))
+    kinds = by_kind(report.findings)
+    table((kind.first.level, kind.first.kind, kind.count, str(kind.first)) for kind in kinds)
     if report.refused:
         faults = [str(finding) for finding in report.findings if finding.level == "refused"]
         total = sum(split.rows for split in report.splits.values())
         raise DataError(f"{report.refused} of {total} rows cannot be used:", faults)
-
-
-def _gravity(entry: tuple[tuple[str, str], list]) -> int:
-    return ("refused", "spare", "warning").index(entry[0][0])
 
 
 @click.command(cls=Command)

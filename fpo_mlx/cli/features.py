@@ -93,7 +93,7 @@ def features(
 @features.command()
 @settings(
     "model", "sae", "layer", "site", "sae_format", "allow_pickle", "trust_remote_code",
-    "max_seq_length", "chat_template",
+    "max_seq_length", "chat_template", "chat_template_args",
 )  # fmt: skip
 @click.option("--positive", type=PATH, required=True, help="Texts (.jsonl) with what is sought.")
 @click.option("--negative", type=PATH, required=True, help="Texts (.jsonl) without it.")

@@ -59,7 +59,11 @@ class Command(RichCommand):
 
     def get_help(self, ctx: click.Context) -> str:
         """Without the spaces that fill each line up to the terminal's width."""
-        return "\n".join(line.rstrip() for line in super().get_help(ctx).splitlines())
+        return _unfilled(super().get_help(ctx))
+
+    def get_usage(self, ctx: click.Context) -> str:
+        """What stands above the error of a wrong flag; the same."""
+        return _unfilled(super().get_usage(ctx)).strip()
 
     def format_help_text(self, ctx: click.Context, formatter: Any) -> None:
         """Paragraphs; one that begins with \\b keeps its lines, as click has it."""
@@ -75,6 +79,10 @@ class Command(RichCommand):
             formatter.write(RichOptionPanel(title, names).render(self, ctx, formatter))  # type: ignore
         if left := len(given) - len(shown):
             formatter.write(f"{left} more settings: {ctx.command_path} --help-all")
+
+
+def _unfilled(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 class Group(Command, RichGroup):

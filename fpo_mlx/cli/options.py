@@ -1,4 +1,4 @@
-"""Options that are settings, made from config.py's fields, and what becomes of their values."""
+"""Options that are settings, made from the fields of `config`, and what becomes of their values."""
 
 from __future__ import annotations
 
@@ -53,6 +53,23 @@ backend_option = click.option(
 device_option = click.option("--device", help="Device of the torch backend: cpu, cuda, mps.")
 
 
+class JsonObject(click.ParamType):
+    """A JSON object on the command line."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        try:
+            found = files.parse_json(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f'{value!r}: wanted {{"enable_thinking": false}} or the like', param, ctx)
+        return found
+
+
 READING = named("sae_files")  # how the files of an SAE are read
 
 
@@ -100,6 +117,8 @@ def _option(field: dataclasses.Field, hint: Any) -> Callable:
         return click.option(name, field.name, type=click.Choice(arguments), help=help, **place)
     if typing.get_origin(hint) is tuple:
         return click.option(name, field.name, multiple=True, help=help, **place)
+    if hint is dict:
+        return click.option(name, field.name, type=JsonObject(), help=help, **place)
     kind = next((a for a in arguments if a is not type(None)), hint)
     return click.option(name, field.name, type=kind, help=help, **place)
 

@@ -6,13 +6,14 @@ import dataclasses
 
 import click
 
+from fpo_mlx.cli.help import Group
 from fpo_mlx.cli.options import PATH, json_option, section_options, write_json
 from fpo_mlx.cli.show import Steps, listing, say
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, load
 
 
-@click.group()
+@click.group(cls=Group)
 def pairs() -> None:
     """Make preference pairs from prompts: answer, judge or rate, build.
 

@@ -57,7 +57,7 @@ def plan(memory_gb, json_path, **values) -> None:
 
 
 def _time(command: CommandPlan) -> str:
-    each = f"about {command.seconds_per_pair:.2g} s a pair"
+    each = f"about {command.seconds_per_pair:.2g} s per pair"
     if command.seconds is None:
         return each
     minutes = command.seconds / 60

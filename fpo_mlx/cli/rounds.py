@@ -7,19 +7,21 @@ from pathlib import Path
 
 import click
 
-from fpo_mlx.cli.options import PATH, json_option, write_json
+from fpo_mlx.cli.help import Command
+from fpo_mlx.cli.options import config_option, json_option, write_json
 from fpo_mlx.cli.show import say, table
+from fpo_mlx.errors import ConfigError
 from fpo_mlx.pairs.settings import RoundsConfig, load
 
 
-@click.command()
-@click.option("-c", "--config", type=PATH, required=True, help="YAML file of the rounds.")
+@click.command(cls=Command)
+@config_option
 @json_option
 def rounds(config, json_path) -> None:
-    """Answer, judge, build and train, round after round, until no round gets better.
+    """Answer, judge, build and train, round after round.
 
     Each round answers with the adapter of the round before. Held-out prompts are answered in every
-    round and judged against the round before.
+    round and judged against the round before; the rounds end where nothing is won any more.
 
     \b
     Example:
@@ -27,6 +29,8 @@ def rounds(config, json_path) -> None:
     """
     from fpo_mlx import pipeline
 
+    if config is None:
+        raise ConfigError("--config is missing: give the YAML file that describes the rounds.")
     found = pipeline.rounds(config, say=say)
     root = Path(load(RoundsConfig, {}, config).output)
     write_json(json_path, [asdict(one) for one in found])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fpo_mlx.config.fields import check_finite, check_positive, setting
+from fpo_mlx.config.fields import check_finite, check_positive, is_number, setting
 from fpo_mlx.errors import ConfigError
 
 
@@ -18,7 +20,35 @@ class Objective:
         0.5, "strength of the constraint, relative to beta", "objective", first=True
     )
     gamma: float = setting(0.0, "constant margin: u = beta * difference - gamma", "objective")
+    score_margin: float = setting(
+        0.0, "margin per point that score_chosen is above score_rejected, taken from u", "objective"
+    )
+    link: Literal["sigmoid", "ipo", "hinge", "ada", "sail", "apo-zero", "apo-down", "each"] = (
+        setting("sigmoid", "how u becomes a loss", "objective")
+    )
+    link_parameters: dict = setting(
+        {}, "ada: tau_min, tau_max, rho; sail: rho, share", "objective", yaml_only=True
+    )
+    preference_weight: float = setting(
+        1.0, "weight of the preference term; 0 for none", "objective"
+    )
+    nll_weight: float = setting(
+        0.0,
+        "weight of -log p of the chosen response, per token: keeps it alive",
+        "objective",
+        first=True,
+    )
+    label_smoothing: float = setting(
+        0.0, "share of the labels that are taken to be wrong, below 0.5", "objective"
+    )
+    robust_smoothing: bool = setting(
+        False, "label smoothing that undoes flips instead of hedging", "objective"
+    )
+    wpo: bool = setting(False, "weigh a pair by how likely the policy is to write it", "objective")
     length_normalize: bool = setting(True, "divide log-probs by the response's length", "objective")
+    log_odds: bool = setting(
+        False, "compare log-odds of the mean token log-prob in place of log-probs", "objective"
+    )
     margin: Literal["reference", "constant"] = setting(
         "reference", "margin of the objective", "objective"
     )
@@ -55,9 +85,22 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_positive(self, "beta", "top_k")
-        check_finite(self, "beta", "alpha", "gamma")
-        if self.alpha < 0:
-            raise ConfigError(f"--alpha {self.alpha}: wanted 0 or more.")
+        check_finite(
+            self, "beta", "alpha", "gamma", "score_margin", "preference_weight", "nll_weight",
+        )  # fmt: skip
+        for name in ("alpha", "preference_weight", "nll_weight"):
+            if getattr(self, name) < 0:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} {getattr(self, name)}: wanted 0 or more.")
+        if self.preference_weight == 0 and self.nll_weight == 0:
+            raise ConfigError(
+                "--preference-weight and --nll-weight are both 0: nothing would be trained."
+            )
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(
+                f"--label-smoothing {self.label_smoothing}: wanted 0 or more and less than 0.5."
+            )
+        _check_link(self.link, self.link_parameters, self.link_arguments)
         check_positive(self, "target_drift", "target_kl")
         check_finite(self, "target_drift", "target_kl")
         if self.target_drift is not None and not self.pooled:
@@ -71,6 +114,11 @@ class Objective:
                 f"--target-kl needs --constraint kl (tdpo1, tdpo2, simpo-kl), found "
                 f"{self.constraint}."
             )
+
+    @property
+    def link_arguments(self) -> Mapping[str, float]:
+        """What the link takes beside u and beta."""
+        return {**LINK_PARAMETERS.get(self.link, {}), **self.link_parameters}
 
     @property
     def needs_sae(self) -> bool:
@@ -87,11 +135,47 @@ class Objective:
         return self.constraint in ("features", "activations")
 
 
+LINK_PARAMETERS: dict[str, dict[str, float]] = {  # the papers' own
+    "ada": {"tau_min": 0.1, "tau_max": 4.0, "rho": 0.1},
+    "sail": {"rho": 0.2, "share": 0.4},
+}
+
+
+def _check_link(link: str, given: Mapping[str, Any], used: Mapping[str, Any]) -> None:
+    """Raises: ConfigError for link_parameters that the link does not take, or cannot have."""
+    known = LINK_PARAMETERS.get(link, {})
+    if unknown := sorted(set(map(str, given)) - set(known)):
+        wanted = f"wanted {', '.join(known)}" if known else f"--link {link} takes none"
+        raise ConfigError(f"link_parameters: unknown {', '.join(unknown)}; {wanted}.")
+    if not all(is_number(value) and value > 0 for value in used.values()):
+        raise ConfigError(f"link_parameters {dict(given)}: wanted numbers above 0.")
+    if link == "ada" and not (used["tau_min"] <= used["tau_max"] and used["rho"] < math.log(2)):
+        raise ConfigError(
+            f"link_parameters {dict(given)}: wanted tau_min <= tau_max and rho below ln 2."
+        )
+    if link == "sail" and used["share"] > 1:
+        raise ConfigError(f"link_parameters {dict(given)}: wanted a share of 1 at most.")
+
+
+_SUMS = {"length_normalize": False, "constraint": "none"}  # DPO and what differs by its link
+_NO_REFERENCE = {"margin": "constant", "constraint": "none", "nll_weight": 1.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "fpo": {},
-    "dpo": {"length_normalize": False, "constraint": "none"},
+    "dpo": _SUMS,
     "simpo": {"margin": "constant", "constraint": "none", "beta": 2.0, "gamma": 1.0},
     "simpo-kl": {"margin": "constant", "constraint": "kl", "beta": 2.0, "gamma": 1.0},
     "tdpo1": {"length_normalize": False, "constraint": "kl", "alpha": 1.0, "stop_gradient": False},
     "tdpo2": {"length_normalize": False, "constraint": "kl"},
-}
+    "ipo": {"link": "ipo", "constraint": "none"},
+    "hinge": {"link": "hinge", **_SUMS},
+    "apo-zero": {"link": "apo-zero", **_SUMS},
+    "apo-down": {"link": "apo-down", **_SUMS},
+    "ada-dpo": {"link": "ada", **_SUMS},
+    "sail-ddp": {"link": "sail", **_SUMS},
+    "cpo": {"length_normalize": False, **_NO_REFERENCE},
+    "orpo": {"log_odds": True, "beta": 1.0, "preference_weight": 0.1, **_NO_REFERENCE},
+    "asft": {
+        "log_odds": True, "beta": 1.0, "preference_weight": 0.1, "link": "each", **_NO_REFERENCE,
+    },
+    "sft": {"preference_weight": 0.0, **_NO_REFERENCE},
+}  # fmt: skip

@@ -17,7 +17,7 @@ class SaeTrainConfig:
     model: str = setting("", "model folder or hub id", "model and SAE", first=True, by_content=True)
     data: str = setting(
         "",
-        ".jsonl, .txt, folder or hub id: texts, chats or preference pairs",
+        "whatever train takes, or .txt: texts, chats or preference pairs",
         "data",
         first=True,
         by_content=True,
@@ -38,6 +38,15 @@ class SaeTrainConfig:
     chat_template: str | None = setting(
         None, "file with a chat template, in place of the model's", "data", by_content=True
     )
+    chat_template_args: dict = setting(
+        {}, 'variables of the chat template, as JSON: {"enable_thinking": false}', "data"
+    )
+    prompt_feature: str = setting("prompt", "name of the prompt column", "data")
+    chosen_feature: str = setting("chosen", "name of the chosen column", "data")
+    rejected_feature: str = setting("rejected", "name of the rejected column", "data")
+    system_feature: str = setting("system", "name of the system column", "data")
+    train_split: str | None = setting(None, "split of a hub dataset to train on", "data")
+    subset: str | None = setting(None, "configuration of a hub dataset that has several", "data")
     architecture: Literal["topk", "batchtopk", "jumprelu"] = setting(
         "topk", "kind of SAE", "model and SAE", first=True
     )
@@ -64,7 +73,7 @@ class SaeTrainConfig:
         None, "tokens to train on, in place of --minutes", "schedule", first=True
     )
     passes: float = setting(8.0, "most passes over the data", "schedule", may_change=True)
-    batch_size: int = setting(2048, "tokens an update", "schedule")
+    batch_size: int = setting(2048, "tokens per update", "schedule")
     micro_batch_size: int | None = setting(
         None, "tokens in memory at once (default: the batch)", "memory"
     )

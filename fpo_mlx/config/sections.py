@@ -20,7 +20,8 @@ class DataConfig:
 
     data: str = setting(
         "",
-        "folder of train/valid/test.jsonl, one .jsonl file, or a hub dataset id",
+        "folder of train/valid/test files, one data file (.jsonl, .json, .csv, .parquet), or a "
+        "hub dataset id",
         "data",
         first=True,
         by_content=True,
@@ -37,6 +38,16 @@ class DataConfig:
     chosen_feature: str = setting("chosen", "name of the chosen column", "data")
     rejected_feature: str = setting("rejected", "name of the rejected column", "data")
     system_feature: str = setting("system", "name of the system column", "data")
+    agreement_feature: str = setting(
+        "agreement", "column of how sure a label is, 0 to 1: a soft label", "data"
+    )
+    weight_feature: str = setting("weight", "column of the weight of a pair's loss", "data")
+    score_chosen_feature: str = setting(
+        "score_chosen", "column of the chosen response's score, for --score-margin", "data"
+    )
+    score_rejected_feature: str = setting(
+        "score_rejected", "column of the rejected response's score, for --score-margin", "data"
+    )
     chat_template: str | None = setting(
         None,
         "file with a chat template, in place of the model's",
@@ -44,6 +55,13 @@ class DataConfig:
         path=True,
         by_content=True,
     )
+    chat_template_args: dict = setting(
+        {},
+        'variables of the chat template, as JSON: {"enable_thinking": false}',
+        "data",
+        first=True,
+    )
+    subset: str | None = setting(None, "configuration of a hub dataset that has several", "data")
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 2:

@@ -84,6 +84,16 @@ class TrainConfig:
         first=True,
         may_change=True,
     )
+    gradient: Literal["backward", "forward"] = setting(
+        "backward",
+        "forward: estimate it from two passes without gradient, in the memory of inference",
+        "memory",
+    )
+    forward_rank: int = setting(2, "rank of a forward gradient's direction", "memory")
+    forward_interval: int = setting(
+        50, "updates that share one half of a forward gradient's direction", "memory"
+    )
+    forward_epsilon: float = setting(1e-3, "step of a forward gradient's two passes", "memory")
     seed: int = setting(0, "seed of adapters, dropout and data order", "schedule")
     steps_per_report: int = setting(10, "iterations between reports", "saving", may_change=True)
     steps_per_eval: int = setting(200, "iterations between validations", "saving", may_change=True)
@@ -157,15 +167,15 @@ class TrainConfig:
             self, "batch_size", "grad_accumulation_steps", "micro_batch_size", "learning_rate",
             "steps_per_report", "steps_per_eval", "save_every", "max_margin", "max_logp_drop",
             "early_stopping", "max_skipped_updates", "max_feature_distance",
-            "max_start_gap", "peer_timeout",
+            "max_start_gap", "peer_timeout", "forward_rank", "forward_interval", "forward_epsilon",
         )  # fmt: skip
         check_finite(self, "learning_rate", "epochs")
         if self.iters is not None and self.epochs is not None:
             raise ConfigError("--iters and --epochs exclude each other; give one.")
-        if (self.iters is not None and self.iters < 1) or (
-            self.epochs is not None and self.epochs <= 0
-        ):
-            raise ConfigError("--iters and --epochs: wanted more than 0.")
+        if self.iters is not None and self.iters < 1:
+            raise ConfigError(f"--iters {self.iters}: wanted 1 or more.")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ConfigError(f"--epochs {self.epochs:g}: wanted more than 0.")
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other; give one.")
         if self.seed < 0:

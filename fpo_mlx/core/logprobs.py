@@ -10,7 +10,7 @@ backward pass (checkpointing) costs three.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -65,6 +65,71 @@ def row_chunks(n_rows: int, width: int, elements: int = CHUNK_ELEMENTS) -> list[
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
+class TokenValues(NamedTuple):
+    """What is known of each row's next token; all [R] float32."""
+
+    logps: mx.array  # of the token that follows, nats
+    kl: mx.array | None = None  # KL(reference || policy) of the distribution
+    log_collisions: mx.array | None = None  # log sum_v pi(v)^2 of the policy, a constant
+
+
+def token_values(
+    hidden: mx.array,
+    targets: mx.array,
+    head: Head,
+    vocab_size: int,
+    *,
+    ref_hidden: mx.array | None = None,
+    collisions: bool = False,
+    grad: bool = True,
+) -> TokenValues:
+    """Log-probs, with `ref_hidden` the KL too, with `collisions` what WPO's weights are made of.
+
+    hidden, ref_hidden: [R, D] after the final norm, targets: [R] int. `grad=False` skips the
+    gradient.
+    """
+    if isinstance(head, LinearHead):
+        return _through_tiles(hidden, ref_hidden, targets, head, collisions, grad)
+    kl = None
+    if ref_hidden is None:
+        logps = token_logps(hidden, targets, head, vocab_size, grad=grad)
+    else:
+        logps, kl = token_logps_and_kl(hidden, ref_hidden, targets, head, vocab_size, grad=grad)
+    if not collisions:
+        return TokenValues(logps, kl)
+
+    def of_squares(rows: mx.array) -> mx.array:
+        return logsumexp(2.0 * log_softmax(head(rows)))
+
+    found = _by_rows([of_squares], mx.stop_gradient(hidden), [], vocab_size, False)
+    return TokenValues(logps, kl, found[0])
+
+
+def _through_tiles(
+    hidden: mx.array,
+    ref_hidden: mx.array | None,
+    targets: mx.array,
+    head: LinearHead,
+    collisions: bool,
+    grad: bool,
+) -> TokenValues:
+    frozen = mx.stop_gradient(hidden)
+    if ref_hidden is None:
+        done = tiled_logps(frozen, targets, head, grad=grad, collisions=collisions)
+        values, slopes = [done.values], [done.slopes]
+    else:
+        fixed = mx.stop_gradient(ref_hidden)
+        done = tiled_logps_and_kl(frozen, fixed, targets, head, grad=grad, collisions=collisions)
+        values, slopes = list(done.values), list(cast(mx.array, done.slopes))
+    if grad:
+        values = [
+            _with_slope(v, cast(mx.array, s), hidden, frozen)
+            for v, s in zip(values, slopes, strict=True)
+        ]
+    logps, kl = values if len(values) == 2 else (values[0], None)
+    return TokenValues(cast(mx.array, logps), kl, done.log_collisions)
+
+
 def token_logps(
     hidden: mx.array, targets: mx.array, head: Head, vocab_size: int, *, grad: bool = True
 ) -> mx.array:
@@ -74,9 +139,7 @@ def token_logps(
     Returns: [R] float32.
     """
     if isinstance(head, LinearHead):
-        frozen = mx.stop_gradient(hidden)
-        values, slopes = tiled_logps(frozen, targets, head, grad=grad)
-        return values if slopes is None else _with_slope(values, slopes, hidden, frozen)
+        return _through_tiles(hidden, None, targets, head, False, grad).logps
 
     def value(rows: mx.array, goals: mx.array) -> mx.array:
         logits = head(rows).astype(mx.float32)
@@ -100,12 +163,8 @@ def token_logps_and_kl(
     Source: TDPO (Zeng et al. 2024, arXiv 2404.11999), Eq. 15: sequential KL is the row sum.
     """
     if isinstance(head, LinearHead):
-        frozen, fixed = mx.stop_gradient(hidden), mx.stop_gradient(ref_hidden)
-        values, slopes = tiled_logps_and_kl(frozen, fixed, targets, head, grad=grad)
-        if not grad:
-            return values[0], values[1]
-        found = [_with_slope(v, s, hidden, frozen) for v, s in zip(values, slopes, strict=True)]
-        return found[0], found[1]
+        found = _through_tiles(hidden, ref_hidden, targets, head, False, grad)
+        return found.logps, cast(mx.array, found.kl)
 
     def logps(rows: mx.array, ref_rows: mx.array, goals: mx.array) -> mx.array:
         del ref_rows

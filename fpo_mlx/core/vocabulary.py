@@ -96,89 +96,131 @@ class LinearHead:
         return rows @ (self.weight.T if transpose else self.weight)
 
 
+class Tiled(NamedTuple):
+    """Float32 constants: values [R] or [n, R], their gradients in the rows, and what was asked."""
+
+    values: mx.array
+    slopes: mx.array | None  # [R, D] or [n, R, D]; None or empty without a gradient
+    log_collisions: mx.array | None  # [R], log sum_v pi(v)^2
+
+
 def tiled_logps(
-    rows: mx.array, targets: mx.array, head: LinearHead, *, grad: bool
-) -> tuple[mx.array, mx.array | None]:
+    rows: mx.array, targets: mx.array, head: LinearHead, *, grad: bool, collisions: bool = False
+) -> Tiled:
     """Log-probs of `targets` and, with `grad`, their gradient in `rows`.
 
-    rows: [R, D], targets: [R] int. Returns: [R] and [R, D] or None, float32, both constants.
+    rows: [R, D], targets: [R] int. Returns: values [R], slopes [R, D] or None.
     """
-    values, slopes = [], []
+    values, slopes, squares = [], [], []
     for start in range(0, rows.shape[0], ROWS):
         part = rows[start : start + ROWS]
         if values:  # one chunk after the other
             part = mx.depends(part, [values[-1], *slopes[-1:]])
-        value, slope = _chunk(part, targets[start : start + ROWS], head, grad)
+        value, slope, square = _chunk(part, targets[start : start + ROWS], head, grad, collisions)
         values.append(value)
         if slope is not None:
             slopes.append(slope)
-    return mx.concatenate(values), mx.concatenate(slopes) if grad else None
+        squares.append(square)
+    joined = mx.concatenate(squares) if collisions else None
+    return Tiled(mx.concatenate(values), mx.concatenate(slopes) if grad else None, joined)
 
 
 def tiled_logps_and_kl(
-    rows: mx.array, ref_rows: mx.array, targets: mx.array, head: LinearHead, *, grad: bool
-) -> tuple[mx.array, mx.array]:
+    rows: mx.array,
+    ref_rows: mx.array,
+    targets: mx.array,
+    head: LinearHead,
+    *,
+    grad: bool,
+    collisions: bool = False,
+) -> Tiled:
     """Log-probs of `targets` and KL(reference || policy), and their gradients in `rows`.
 
-    rows, ref_rows: [R, D], targets: [R] int.
-    Returns: [2, R] and [2, R, D] (empty without `grad`), float32, both constants.
+    rows, ref_rows: [R, D], targets: [R] int. Returns: values [2, R], slopes [2, R, D] or empty.
     """
-    values, slopes = [], []
+    values, slopes, squares = [], [], []
     for start in range(0, rows.shape[0], ROWS):
         part = slice(start, start + ROWS)
         first = rows[part]
         if values:  # one chunk after the other
             first = mx.depends(first, [values[-1], slopes[-1]])
-        value, slope = _chunk_with_kl(first, ref_rows[part], targets[part], head, grad)
+        value, slope, square = _chunk_with_kl(
+            first, ref_rows[part], targets[part], head, grad, collisions
+        )
         values.append(value)
         slopes.append(slope)
-    return mx.concatenate(values, axis=1), mx.concatenate(slopes, axis=1)
+        squares.append(square)
+    joined = mx.concatenate(squares) if collisions else None
+    return Tiled(mx.concatenate(values, axis=1), mx.concatenate(slopes, axis=1), joined)
 
 
 def _chunk(
-    rows: mx.array, targets: mx.array, head: LinearHead, grad: bool
-) -> tuple[mx.array, mx.array | None]:
+    rows: mx.array, targets: mx.array, head: LinearHead, grad: bool, collisions: bool
+) -> tuple[mx.array, mx.array | None, mx.array]:
     sums = _Sums.start(rows.shape[0])
     picked = mx.zeros((rows.shape[0],))
+    square = mx.zeros((rows.shape[0],))  # of exp(logits - top), summed; 0 unless asked for
     for start in range(0, head.vocab_size, TILE):
         tile = head.tile(slice(start, start + TILE))
-        after = mx.depends(rows, [*sums, picked]) if start else rows  # one after the other
+        done = [*sums, picked, square] if collisions else [*sums, picked]
+        after = mx.depends(rows, done) if start else rows  # one after the other
         logits = tile(after).astype(mx.float32)  # [r, TILE]
-        sums = sums.add(logits, lambda parts, t=tile, x=logits: t.back(parts, x) if grad else None)
+        before = sums.top
+        sums, parts = sums.add_and_parts(
+            logits, lambda parts, t=tile, x=logits: t.back(parts, x) if grad else None
+        )
+        if collisions:
+            square = _add_squares(square, parts, before, sums.top)
         picked = _pick(picked, logits, targets - start)
     values = picked - sums.log()
-    if not grad:
-        return values, None
-    return values, _rows_of(head, targets, picked) - sums.mean()
+    slopes = _rows_of(head, targets, picked) - sums.mean() if grad else None
+    return values, slopes, mx.log(square) - 2.0 * mx.log(sums.total)
+
+
+def _add_squares(square: mx.array, parts: mx.array, before: mx.array, top: mx.array) -> mx.array:
+    """The sum of squares with a tile more. parts: exp(logits - top); before: the top until now."""
+    return square * mx.exp(2.0 * (before - top)) + mx.square(parts).sum(axis=-1)
 
 
 def _chunk_with_kl(
-    rows: mx.array, ref_rows: mx.array, targets: mx.array, head: LinearHead, grad: bool
-) -> tuple[mx.array, mx.array]:
+    rows: mx.array,
+    ref_rows: mx.array,
+    targets: mx.array,
+    head: LinearHead,
+    grad: bool,
+    collisions: bool,
+) -> tuple[mx.array, mx.array, mx.array]:
     """KL = E_ref[ref logit - policy logit] - log-sum(ref) + log-sum(policy)."""
     n = rows.shape[0]
     policy, ref, picked = _Sums.start(n), _Sums.start(n), mx.zeros((n,))
     cross = mx.zeros((n,))  # of exp(ref logits - ref top) times (ref - policy logits)
+    square = mx.zeros((n,))
     for start in range(0, head.vocab_size, TILE):
         tile = head.tile(slice(start, start + TILE))
-        after = mx.depends(rows, [*policy, *ref, picked, cross]) if start else rows
+        done = [*policy, *ref, picked, cross, *([square] if collisions else [])]
+        after = mx.depends(rows, done) if start else rows
         logits = tile(after).astype(mx.float32)  # [r, TILE]
         ref_logits = tile(mx.depends(ref_rows, [after])).astype(mx.float32)
 
         def back(parts: mx.array, t=tile, x=logits) -> mx.array | None:
             return t.back(parts, x) if grad else None  # both pull on the policy's rows
 
-        policy = policy.add(logits, back)
+        before = policy.top
+        policy, parts = policy.add_and_parts(logits, back)
+        if collisions:
+            square = _add_squares(square, parts, before, policy.top)
         before, gap = ref.top, ref_logits - logits
         ref, parts = ref.add_and_parts(ref_logits, back)
         cross = cross * mx.exp(before - ref.top) + (parts * gap).sum(axis=-1)
         picked = _pick(picked, logits, targets - start)
     logs = policy.log()
     values = mx.stack([picked - logs, cross / ref.total - ref.log() + logs])
+    log_collisions = mx.log(square) - 2.0 * mx.log(policy.total)
     if not grad:
-        return values, mx.zeros((2, n, 0))
+        return values, mx.zeros((2, n, 0)), log_collisions
     mean = policy.mean()
-    return values, mx.stack([_rows_of(head, targets, picked) - mean, mean - ref.mean()])
+    slopes = mx.stack([_rows_of(head, targets, picked) - mean, mean - ref.mean()])
+    return values, slopes, log_collisions
 
 
 class _Sums(NamedTuple):
@@ -191,9 +233,6 @@ class _Sums(NamedTuple):
     @classmethod
     def start(cls, n: int) -> _Sums:
         return cls(mx.full((n,), -mx.inf), mx.zeros((n,)), mx.zeros((n, 1)))
-
-    def add(self, logits: mx.array, back: Back) -> _Sums:
-        return self.add_and_parts(logits, back)[0]
 
     def add_and_parts(self, logits: mx.array, back: Back) -> tuple[_Sums, mx.array]:
         """With a tile [r, TILE] more, and the tile's exp(logits - top)."""

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fpo_mlx.data.read import RawRow, parse_raw
-from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, RowFault
+from fpo_mlx.data.containers import RawRow
+from fpo_mlx.data.messages import RowFault, conversation_in, messages
+from fpo_mlx.data.read import parse_raw
+from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, system_of, tools_of, with_system
 from fpo_mlx.data.tokenize import Tokenizer, tokenize_row
 from fpo_mlx.errors import DataError
 from fpo_mlx.records import Passage
@@ -22,6 +24,9 @@ class TextTokenizer(Tokenizer, Protocol):
     """A chat tokenizer that also takes plain text."""
 
     def text_tokens(self, text: str) -> list[int]: ...
+    def conversation_tokens(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None
+    ) -> list[int]: ...
 
 
 def read_passages(
@@ -64,8 +69,8 @@ def _passages(
 ) -> Iterator[Passage]:
     try:
         record = row.record if isinstance(row.record, Mapping) else {}
-        if "messages" in record or ("text" in record and columns.chosen not in record):
-            yield from _whole(_tokens(record, tokenizer), max_tokens, row.where)
+        if columns.chosen not in record and {"messages", "text"} & set(record):
+            yield from _whole(_tokens(record, tokenizer, columns), max_tokens, row.where)
             return
         pair = tokenize_row(parse_raw(row, columns), tokenizer)
     except DataError as error:  # RowFault too
@@ -76,18 +81,17 @@ def _passages(
             yield Passage(pair.prompt, kept, row.where)
 
 
-def _tokens(record: Mapping[str, Any], tokenizer: TextTokenizer) -> list[int]:
+def _tokens(record: Mapping[str, Any], tokenizer: TextTokenizer, columns: Columns) -> list[int]:
     """Tokens of a chat or a text. Raises RowFault."""
-    messages, text = record.get("messages"), record.get("text")
-    if isinstance(messages, list) and messages and all(map(_is_message, messages)):
-        return tokenizer.conversation_tokens(messages)
+    turns, text = record.get("messages"), record.get("text")
+    if isinstance(turns, str):
+        turns = conversation_in(turns, "messages")
+    if isinstance(turns, list):
+        spoken = with_system(messages(turns, "messages"), system_of(record, columns))
+        return tokenizer.conversation_tokens(spoken, tools_of(record, columns))
     if isinstance(text, str) and text.strip():
         return tokenizer.text_tokens(text)
     raise RowFault("wrong type", "wanted `messages`, a list of {role, content}, or `text`, a text")
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and "content" in value and isinstance(value.get("role"), str)
 
 
 def _whole(tokens: list[int], max_tokens: int, where: str) -> Iterator[Passage]:

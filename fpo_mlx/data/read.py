@@ -1,30 +1,41 @@
-"""Where pairs come from: a folder of JSON Lines, one file, or a data set on the hub."""
+"""Where pairs come from: a folder of data files, one file, or a data set on the hub."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, PreferenceRow, RowFault, parse_row
-from fpo_mlx.errors import DataError, FpoError
+from fpo_mlx.data.containers import FORMATS, RawRow, digest, file_rows, stem
+from fpo_mlx.data.messages import RowFault
+from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, PreferenceRow, parse_row
+from fpo_mlx.errors import ConfigError, DataError, FpoError
+from fpo_mlx.storage.files import listed
 
 SPLITS = ("train", "valid", "test")
 
-# Names under which hub data sets keep a split, the first that exists wins. UltraFeedback-binarized
+# Names under which data sets keep a split, the first that exists wins. UltraFeedback-binarized
 # has train_prefs and test_prefs only; a plain "test" is never taken for validation by itself.
-_HUB_NAMES = {
-    "train": ("train", "train_prefs"),
-    "valid": ("valid", "validation", "val", "dev", "eval", "valid_prefs", "test_prefs"),
-    "test": ("test", "test_prefs"),
-}
+_NAMES = {
+    "train": ("train", "train_prefs", "training"),
+    "valid": ("valid", "validation", "val", "dev", "eval", "valid_prefs", "validation_prefs",
+              "eval_prefs", "evaluation", "test_prefs"),
+    "test": ("test", "test_prefs", "testing"),
+}  # fmt: skip
+_OF = re.compile(r"(\d+)-of-(\d+)$")
+_SHARD = re.compile(r"(.+?)[-_.](?:part[-_]?)?\d+(?:-of-\d+)?")
+
+# A file, the parts of one, a folder that `datasets` saved, or a split's name on the hub
+Place = Path | tuple[Path, ...] | str
 
 
 @dataclass(frozen=True)
 class HubSplits:
-    """How a hub data set names its splits; None finds the name. `subset` is its configuration."""
+    """How a data set names its splits; None finds the name. `subset` is its configuration."""
 
     train: str | None = None
     valid: str | None = None
@@ -35,16 +46,6 @@ class HubSplits:
 AUTO_SPLITS = HubSplits()
 
 
-@dataclass(frozen=True)
-class RawRow:
-    """A row as it was read, before anything is made of it."""
-
-    record: Any  # None if it could not be read
-    where: str  # "train.jsonl:12", "owner/name[train_prefs]:12"; counted from 1
-    index: int  # within its split, from 0
-    fault: str = ""  # why it could not be read
-
-
 def read_split(
     source: str | Path,
     split: str = "train",
@@ -53,8 +54,8 @@ def read_split(
 ) -> list[PreferenceRow]:
     """Read all rows of one split ("train", "valid" or "test").
 
-    source: a folder with train.jsonl, valid.jsonl, test.jsonl; one .jsonl file, which is then the
-    split that was asked for; or the id of a data set on the hub.
+    source: a folder with a data file for each split; one data file, which is then the split that
+    was asked for; or the id of a data set on the hub. `containers` says what a data file is.
 
     Raises DataError (no rows, or rows that cannot be used: all of them are named) and FpoError
     (no such file, folder, data set or split).
@@ -90,36 +91,65 @@ def parse_raw(raw: RawRow, columns: Columns = DEFAULT_COLUMNS) -> PreferenceRow:
 
 def read_raw(source: str | Path, split: str, hub: HubSplits = AUTO_SPLITS) -> list[RawRow]:
     """All rows of one split, unparsed. Raises DataError (none) and FpoError (no such source)."""
+    return list(iterate_raw(source, split, hub))
+
+
+def iterate_raw(source: str | Path, split: str, hub: HubSplits = AUTO_SPLITS) -> Iterator[RawRow]:
+    """The same, one by one: the text of a large set need not be in memory at once."""
+    place = find_place(source, split, hub)
+    some = False
+    for row in _rows_of(source, place, hub):
+        some = True
+        yield row
+    if not some:
+        raise DataError(
+            f"{_shown(source, place)} holds no rows. "
+            "Each line should be an object with prompt, chosen and rejected."
+        )
+
+
+def content_key(source: str | Path, split: str, hub: HubSplits = AUTO_SPLITS) -> str:
+    """sha256 of what a split holds and how its rows are called: equal for equal rows.
+
+    Raises as `read_raw`.
+    """
+    place = find_place(source, split, hub)
+    if isinstance(place, str):
+        parts = [str(source), place, str(hub.subset), _hub_table(source, place, hub)._fingerprint]
+    else:
+        parts = [text for path in _files(place) for text in (path.name, digest(path))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def find_place(source: str | Path, split: str, hub: HubSplits = AUTO_SPLITS) -> Place:
+    """Where a split lies. Raises FpoError if there is no such source or split."""
     if split not in SPLITS:
         raise FpoError(f"{split!r} is no split; wanted one of {', '.join(SPLITS)}.")
     found = find_splits(source, hub, want=split)
     if split not in found:
         raise FpoError(_no_split(source, split, found))
-    place = found[split]
-    rows = list(_file_rows(place) if isinstance(place, Path) else _hub_rows(source, place, hub))
-    if not rows:
-        raise DataError(
-            f"{place if isinstance(place, Path) else f'{source}[{place}]'} holds no rows. "
-            "Each line should be an object with prompt, chosen and rejected."
-        )
-    return rows
+    return found[split]
 
 
 def find_splits(
     source: str | Path, hub: HubSplits = AUTO_SPLITS, want: str = "train"
-) -> dict[str, Path | str]:
-    """The splits that source has: a file for each, or its name on the hub.
+) -> dict[str, Place]:
+    """The splits that source has, and where each lies.
 
     want: the split for which a single file counts (a file is one split, never two).
 
     Raises FpoError if there is no such file, folder or data set.
     """
     path = Path(source).expanduser()
+    if path.exists() and hub.subset:
+        raise ConfigError(
+            f"--subset {hub.subset}: {source} is on this disk, and subsets are the configurations "
+            "of a data set on the hub. Leave it out, or name the folder of that part."
+        )
     if path.is_file():
         return {want: path}
     if path.is_dir():
-        files = {name: path / f"{name}.jsonl" for name in SPLITS}
-        return {name: file for name, file in files.items() if file.is_file()}
+        return _folder_splits(path, hub, want)
     if _looks_like_a_path(str(source)):
         raise FpoError(
             f"{source}: no such file or folder. --data wants a folder with train.jsonl, "
@@ -128,13 +158,95 @@ def find_splits(
     return _hub_splits(str(source), hub)
 
 
-def _no_split(source: str | Path, split: str, found: dict) -> str:
-    have = ", ".join(f"{name} ({place})" for name, place in found.items()) or "none"
+def _folder_splits(folder: Path, hub: HubSplits, want: str) -> dict[str, Place]:
+    """Splits by the names of files (parts of one in their order), or of folders that hold them."""
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return {want: folder}  # datasets' save_to_disk
+    groups: dict[str, list[Path]] = {}
+    for place in (folder, folder / "data"):
+        for path in listed(place):
+            if path.is_dir():
+                inner = _saved_or_files(path)
+                if inner:
+                    groups.setdefault(path.name.lower(), inner)
+            elif (name := stem(path)) is not None:
+                shard = _SHARD.fullmatch(name)
+                groups.setdefault((shard.group(1) if shard else name).lower(), []).append(path)
+    found = _named(str(folder), {name: _one_place(name, g) for name, g in groups.items()}, hub)
+    alone = [name for name, group in groups.items() if group[0].parent == folder]
+    if not found and len(alone) == 1:
+        return {"train": _one_place(alone[0], groups[alone[0]])}
+    return found
+
+
+def _saved_or_files(folder: Path) -> list[Path]:
+    if (folder / "state.json").is_file():
+        return [folder]
+    return [path for path in listed(folder) if path.is_file() and stem(path) is not None]
+
+
+def _one_place(name: str, group: list[Path]) -> Place:
+    """A file, or all parts of one. Raises FpoError for several files of one name."""
+    if len(group) == 1:
+        _check_parts(group)
+        return group[0]
+    plain = [path for path in group if path.name.lower() == f"{name}.jsonl"]
+    if plain:
+        return plain[0]
+    stems = [stem(path) for path in group]
+    if len(set(stems)) < len(stems) or name in (s.lower() for s in stems if s):
+        raise FpoError(
+            f"{group[0].parent}: {', '.join(path.name for path in group)} are all called "
+            f"{name}. Keep one of them there, or name the file with --data."
+        )
+    _check_parts(group)
+    return tuple(group)
+
+
+def _check_parts(group: list[Path]) -> None:
+    """Raises FpoError where parts 1 to N of N are not all there once, as after half a download."""
+    numbers = [match.groups() for path in group if (match := _OF.search(stem(path) or ""))]
+    totals = {int(total) for _, total in numbers}
+    if not totals:
+        return
+    have = sorted(int(number) for number, _ in numbers)
+    if len(totals) > 1 or len(have) != len(group) or have not in (
+        list(range(max(totals))), list(range(1, max(totals) + 1))
+    ):  # fmt: skip
+        names = ", ".join(path.name for path in group)
+        raise FpoError(
+            f"{group[0].parent}: {names} are not all parts of one file: "
+            f"{len(group)} of {' or '.join(map(str, sorted(totals)))}. Fetch what is missing, "
+            "remove what is of another version, or name one file with --data."
+        )
+
+
+def _named(source: str, places: dict[str, Any], hub: HubSplits) -> dict[str, Place]:
+    """Which of the named places is which split. Raises FpoError for a name that is not there."""
+    found: dict[str, Place] = {}
+    for split in SPLITS:
+        asked = getattr(hub, split)
+        wanted = (asked, asked.lower()) if asked else _NAMES[split]
+        name = next((name for name in wanted if name in places), None)
+        if name is not None:
+            # rows that were looked at in training are no test, unless somebody says so
+            if asked or places[name] not in found.values():
+                found[split] = places[name]
+        elif asked:
+            raise FpoError(
+                f"{source}: no split {asked!r} (--{split}-split); it has {', '.join(places)}."
+            )
+    return found
+
+
+def _no_split(source: str | Path, split: str, found: dict[str, Place]) -> str:
+    have = ", ".join(f"{name} ({_shown(source, at)})" for name, at in found.items()) or "none"
     path = Path(source).expanduser()
     if path.is_dir():
         return (
             f"{path / f'{split}.jsonl'}: no such file. Splits found in {source}: {have}. "
-            "--data wants a folder with train.jsonl (and valid.jsonl, test.jsonl)."
+            "--data wants a folder with train.jsonl (and valid.jsonl, test.jsonl), or the same in "
+            f"another form ({', '.join(FORMATS[2:])}, packed or in numbered parts)."
         )
     return (
         f"{source}: no {split} split; found: {have}. Name it with "
@@ -142,64 +254,64 @@ def _no_split(source: str | Path, split: str, found: dict) -> str:
     )
 
 
+def _shown(source: str | Path, place: Place) -> str:
+    if isinstance(place, tuple):
+        return f"{place[0]} and {len(place) - 1} more"
+    return str(place) if isinstance(place, Path) else f"{source}[{place}]"
+
+
 def _looks_like_a_path(source: str) -> bool:
     return (
         source.startswith((".", "/", "~", "\\"))
-        or source.endswith((".jsonl", ".json", "/"))
+        or source.endswith("/")
+        or stem(Path(source)) is not None
         or source.count("/") != 1
         or any(char.isspace() for char in source)
     )
 
 
-def _file_rows(path: Path) -> Iterator[RawRow]:
-    """One row for each line that is not blank. A line that cannot be read becomes a fault."""
+def _files(place: Path | tuple[Path, ...]) -> list[Path]:
+    if isinstance(place, tuple):
+        return list(place)
+    return _saved_files(place) if place.is_dir() else [place]
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The files that `save_to_disk` wrote; beside them lie those of a later `map` or `filter`."""
+    state = folder / "state.json"
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise FpoError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        names = [str(one["filename"]) for one in json.loads(state.read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = "it does not say which files hold the rows"
+        raise DataError(f"{state}: {what}. Save the data set again.") from error
+    return [folder / name for name in names]
+
+
+def _rows_of(source: str | Path, place: Place, hub: HubSplits) -> Iterator[RawRow]:
+    if isinstance(place, str):
+        return _hub_rows(source, place, hub)
+    if isinstance(place, Path) and place.is_file():
+        return file_rows(place)
+    return _renumbered(_files(place))
+
+
+def _renumbered(files: list[Path]) -> Iterator[RawRow]:
+    """Rows of several files, counted on from file to file."""
     index = 0
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        record, fault = _decode(line)
-        yield RawRow(record, f"{path.name}:{number}", index, fault)
-        index += 1
+    for path in files:
+        for row in file_rows(path):
+            yield RawRow(row.record, row.where, index, row.fault)
+            index += 1
 
 
-def _decode(line: bytes) -> tuple[Any, str]:
-    """The value of one line of JSON, or why there is none."""
-    try:
-        return json.loads(line.decode("utf-8")), ""
-    except UnicodeDecodeError as error:
-        return None, f"not UTF-8 (byte {error.start + 1} of the line)"
-    except json.JSONDecodeError as error:
-        return None, f"not JSON: {error.msg} at character {error.pos + 1}"
-    except ValueError:
-        return None, "not JSON: a number with too many digits"
-    except RecursionError:
-        return None, "not JSON: nested too deeply"
-
-
-def _hub_splits(source: str, hub: HubSplits) -> dict[str, Path | str]:
+def _hub_splits(source: str, hub: HubSplits) -> dict[str, Place]:
     from datasets import get_dataset_split_names
 
     try:
         names = get_dataset_split_names(source, hub.subset)
     except Exception as error:  # the hub's client raises errors of many libraries
         raise FpoError(_hub_trouble(source, error)) from error
-    found: dict[str, Path | str] = {}
-    for split in SPLITS:
-        asked = getattr(hub, split)
-        wanted = (asked,) if asked else _HUB_NAMES[split]
-        name = next((name for name in wanted if name in names), None)
-        if name is not None:
-            # rows that were looked at in training are no test, unless somebody says so
-            if asked or name not in found.values():
-                found[split] = name
-        elif asked:
-            raise FpoError(
-                f"{source}: no split {asked!r} (--{split}-split); it has {', '.join(names)}."
-            )
+    found = _named(source, {name: name for name in names}, hub)
     if not found:
         raise FpoError(
             f"{source}: none of its splits ({', '.join(names)}) has a name that is known here. "
@@ -208,21 +320,43 @@ def _hub_splits(source: str, hub: HubSplits) -> dict[str, Path | str]:
     return found
 
 
-def _hub_rows(source: str | Path, name: str, hub: HubSplits) -> Iterator[RawRow]:
+def _hub_table(source: str | Path, name: str, hub: HubSplits) -> Any:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(str(source), hub.subset, split=name)
-        for index, record in enumerate(rows):
+        return load_dataset(str(source), hub.subset, split=name)
+    except Exception as error:  # see _hub_splits
+        raise FpoError(_hub_trouble(str(source), error)) from error
+
+
+def _hub_rows(source: str | Path, name: str, hub: HubSplits) -> Iterator[RawRow]:
+    table = _hub_table(source, name, hub)
+    try:
+        for index, record in enumerate(table):
             yield RawRow(record, f"{source}[{name}]:{index + 1}", index)
     except Exception as error:  # see _hub_splits
         raise FpoError(_hub_trouble(str(source), error)) from error
 
 
 def _hub_trouble(source: str, error: Exception) -> str:
+    subsets = _subsets(source) if "config" in str(error).lower() else []
+    if len(subsets) > 1:
+        return (
+            f"{source} has several configurations: {', '.join(subsets)}. Name one with "
+            "--subset NAME."
+        )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return (
         f"{source}: no such file or folder here, and as a data set on the hub it cannot be read: "
         f"{lines[0][:300]}. Check the name and the network, log in with `hf auth login` if it is "
         "private, or pass a folder with train.jsonl."
     )
+
+
+def _subsets(source: str) -> list[str]:
+    from datasets import get_dataset_config_names
+
+    try:
+        return list(get_dataset_config_names(source))
+    except Exception:  # what went wrong first is said
+        return []

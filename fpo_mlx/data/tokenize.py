@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from fpo_mlx.data.rows import PreferenceRow, RowFault
+from fpo_mlx.data import faithful
+from fpo_mlx.data.messages import RowFault
+from fpo_mlx.data.rows import PreferenceRow
 from fpo_mlx.errors import ConfigError, DataError
-from fpo_mlx.records import TokenPair
+from fpo_mlx.records import NO_FACTS, TokenPair
+
+BATCH = 256  # rows whose texts are encoded in one call
 
 
 class Tokenizer(Protocol):
@@ -21,12 +25,7 @@ class Tokenizer(Protocol):
     def eos_token_ids(self) -> tuple[int, ...]: ...
     @property
     def control_tokens(self) -> tuple[str, ...]: ...
-    def prompt_tokens(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any = None
-    ) -> list[int]: ...
-    def conversation_tokens(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any = None
-    ) -> list[int]: ...
+    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, prompt: bool = False
     ) -> str: ...
@@ -67,10 +66,16 @@ class TokenizeReport:
     cut: tuple[Cut, ...] = ()
     dropped: tuple[Drop, ...] = ()
     same_after_cut: tuple[str, ...] = ()  # where both responses are cut to the same tokens
+    weighed: int = 0  # pairs whose row says more of them than their texts
 
     def lines(self) -> list[str]:
-        """Nothing if nothing was lost; otherwise one line for each kind of loss."""
+        """Nothing for plain pairs of which nothing was lost; otherwise one line for each kind."""
         lines = []
+        if self.weighed:
+            lines.append(
+                f"{self.weighed} of {self.pairs} pairs bring an agreement, a weight or scores that "
+                "their loss heeds"
+            )
         if self.cut:
             pairs = len({cut.where for cut in self.cut})
             lines.append(
@@ -129,44 +134,140 @@ def tokenize_rows(
 
     Raises DataError naming every row that cannot be tokenized, or when no pair is left.
     """
-    _check_length(max_seq_length)
+    check_length(max_seq_length)
     done: list[TokenPair] = []
     faults: list[tuple[str, RowFault]] = []
-    for count, row in enumerate(rows, start=1):
-        try:
-            done.append(tokenize_row(row, tokenizer))
-        except RowFault as fault:
-            faults.append((row.where, fault))
-        if progress is not None:
-            progress(count)
+    for at in range(0, len(rows), BATCH):
+        batch = rows[at : at + BATCH]
+        for count, (row, made) in enumerate(
+            zip(batch, tokenize_batch(batch, tokenizer), strict=True), start=at + 1
+        ):
+            if isinstance(made, RowFault):
+                faults.append((row.where, made))
+            else:
+                done.append(made.pair)
+            if progress is not None:
+                progress(count)
     if faults:
-        raise _gathered(faults, len(rows))
-    result = truncate_pairs(done, max_seq_length)
+        raise gathered(faults, len(rows))
+    return cut_to(done, max_seq_length)
+
+
+def cut_to(pairs: Sequence[TokenPair], max_seq_length: int) -> TokenizedPairs:
+    """The length rule of `tokenize_rows`. Raises DataError when no pair is left."""
+    check_length(max_seq_length)
+    result = truncate_pairs(pairs, max_seq_length)
     if not result.pairs:
         raise DataError(
-            f"no pair is left of {len(rows)}: every prompt alone fills {max_seq_length} tokens. "
+            f"no pair is left of {len(pairs)}: every prompt alone fills {max_seq_length} tokens. "
             "Raise --max-seq-length, or shorten the prompts.",
             [str(drop) for drop in result.report.dropped],
         )
     return result
 
 
+@dataclass(frozen=True)
+class Tokenized:
+    """One row at its full length. notes: (kind, what) of what the template did beyond its text."""
+
+    pair: TokenPair
+    notes: tuple[tuple[str, str], ...] = ()
+
+
 def tokenize_row(row: PreferenceRow, tokenizer: Tokenizer) -> TokenPair:
     """One row at its full length. Raises RowFault (PrefixFault if the template breaks the rule)."""
+    (made,) = tokenize_batch([row], tokenizer)
+    if isinstance(made, RowFault):
+        raise made
+    return made.pair
+
+
+def tokenize_batch(
+    rows: Sequence[PreferenceRow], tokenizer: Tokenizer
+) -> list[Tokenized | RowFault]:
+    """Rows at their full length, or why a row has none: their texts are encoded in one call."""
+    texts = [_rendered(row, tokenizer) for row in rows]
+    good = [part for three in texts if not isinstance(three, RowFault) for part in three]
     try:
-        prompt = tokenizer.prompt_tokens(row.prompt, row.tools)
-        chosen = _response(row, "chosen", prompt, tokenizer)
-        rejected = _response(row, "rejected", prompt, tokenizer)
-    except RowFault:
-        raise
+        tokens = iter(tokenizer.encode(good))
+    except DataError:  # of one row, which is then found alone
+        tokens = None
+    done: list[Tokenized | RowFault] = []
+    for row, three in zip(rows, texts, strict=True):
+        if isinstance(three, RowFault):
+            done.append(three)
+            continue
+        try:
+            ids = [next(tokens) for _ in three] if tokens else tokenizer.encode(three)
+            done.append(_tokenized(row, three, ids))
+        except RowFault as fault:
+            done.append(fault)
+        except DataError as error:
+            done.append(RowFault("beyond vocabulary", str(error)))
+    return done
+
+
+def _rendered(row: PreferenceRow, tokenizer: Tokenizer) -> tuple[str, str, str] | RowFault:
+    """The texts of the prompt and of both conversations."""
+    try:
+        return (
+            tokenizer.render(row.prompt, row.tools, prompt=True),
+            tokenizer.render((*row.prompt, *row.chosen), row.tools),
+            tokenizer.render((*row.prompt, *row.rejected), row.tools),
+        )
     except DataError as error:
-        raise RowFault("template", str(error)) from error
+        return RowFault("template", str(error))
+
+
+def _tokenized(row: PreferenceRow, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> Tokenized:
+    """Raises RowFault."""
+    prompt, *wholes = ids
+    names = ("chosen", "rejected")
+    responses = [
+        _response(name, (texts[0], text), prompt, whole)
+        for name, text, whole in zip(names, texts[1:], wholes, strict=True)
+    ]
     if not prompt:
         raise RowFault("template", "the chat template makes nothing of the prompt")
-    if chosen == rejected:
+    if responses[0] == responses[1]:
         raise RowFault("same response", "chosen and rejected are the same tokens")
-    arrays = (np.array(tokens, dtype=np.int32) for tokens in (prompt, chosen, rejected))
-    return TokenPair(*arrays, index=row.index, where=row.where)
+    notes = _faithful(row, texts)
+    arrays = (np.array(tokens, dtype=np.int32) for tokens in (prompt, *responses))
+    pair = TokenPair(*arrays, index=row.index, where=row.where, facts=row.facts)
+    return Tokenized(pair, notes)
+
+
+def _faithful(row: PreferenceRow, texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """What is to be said of the template's texts. Raises RowFault where an answer lacks a part."""
+    notes = []
+    lost = faithful.lost_of_prompt(row.prompt, row.tools, texts[0])
+    if lost is not None:
+        notes.append(("prompt part dropped", f"the chat template leaves out {lost}"))
+    for name, text in zip(("chosen", "rejected"), texts[1:], strict=True):
+        (turn,), response = getattr(row, name), text[len(texts[0]) :]
+        lost = faithful.lost_of_answer(turn, response)
+        if lost is not None:
+            raise RowFault(
+                "answer part dropped",
+                f"{name}: the chat template leaves out {lost}, so the model would learn an answer "
+                "without it. Take it out of the row, or give a template that writes it "
+                "(--chat-template FILE)",
+            )
+        added = faithful.added_before(turn, response)
+        if added is not None:
+            notes.append(
+                (
+                    "added text",
+                    f"{name}: the chat template writes {_brief(added)} before the answer, and it "
+                    "is scored with it (a variable of the template may put it into the prompt: "
+                    "--chat-template-args '{\"enable_thinking\": false}')",
+                )
+            )
+    return tuple(notes)
+
+
+def _brief(text: str, most: int = 40) -> str:
+    return repr(text if len(text) <= most else f"{text[: most - 1]}…")
 
 
 def truncate_pairs(pairs: Iterable[TokenPair], max_seq_length: int) -> TokenizedPairs:
@@ -189,19 +290,22 @@ def truncate_pairs(pairs: Iterable[TokenPair], max_seq_length: int) -> Tokenized
         chosen, rejected = (response[:room] for response in pair.responses)
         if np.array_equal(chosen, rejected):
             same.append(pair.where)
-        kept.append(TokenPair(pair.prompt, chosen, rejected, pair.index, pair.where))
+        kept.append(replace(pair, chosen=chosen, rejected=rejected))
+    weighed = sum(pair.facts != NO_FACTS for pair in kept)
     report = TokenizeReport(
-        rows, len(kept), max_seq_length, longest, tuple(cut), tuple(dropped), tuple(same)
+        rows, len(kept), max_seq_length, longest, tuple(cut), tuple(dropped), tuple(same), weighed
     )
     return TokenizedPairs(kept, report)
 
 
 def data_fingerprint(pairs: Iterable[TokenPair]) -> str:
-    """sha256 over the tokens of all pairs, in their order."""
+    """sha256 over the tokens of all pairs and what their rows say of them, in their order."""
     digest = hashlib.sha256()
     for pair in pairs:
         for key in pair.keys:
             digest.update(key)
+        if pair.facts != NO_FACTS:
+            digest.update(np.array(astuple(pair.facts), "<f8").tobytes())
     return digest.hexdigest()
 
 
@@ -215,27 +319,25 @@ def ends_its_turn(response: Sequence[int] | np.ndarray, tokenizer: Tokenizer) ->
     return any(int(token) in tokenizer.eos_token_ids for token in response[-4:])
 
 
-def _response(row: PreferenceRow, name: str, prompt: list[int], tokenizer: Tokenizer) -> list[int]:
-    """The tokens of one response: the whole conversation behind the prompt."""
-    turns = (*row.prompt, *getattr(row, name))
-    whole = tokenizer.conversation_tokens(turns, row.tools)
-    if whole[: len(prompt)] != prompt:
-        begin = tokenizer.render(row.prompt, row.tools, prompt=True)
-        text = tokenizer.render(turns, row.tools)
-        if text.startswith(begin):
+def _response(
+    name: str, texts: tuple[str, str], prompt: Sequence[int], whole: Sequence[int]
+) -> list[int]:
+    """The tokens of one response: the whole conversation behind the prompt. Raises RowFault."""
+    if list(whole[: len(prompt)]) != list(prompt):
+        if texts[1].startswith(texts[0]):
             what = (
                 f"the first characters of {name} melt into one token with the end of the prompt; "
                 "remove the white space at its beginning"
             )
         else:
             what = f"the rendered prompt is not how the rendered prompt + {name} begins"
-        raise PrefixFault(what, begin, text)
+        raise PrefixFault(what, *texts)
     if len(whole) == len(prompt):
         raise RowFault("empty field", f"the chat template makes nothing of {name}")
-    return whole[len(prompt) :]
+    return list(whole[len(prompt) :])
 
 
-def _gathered(faults: list[tuple[str, RowFault]], rows: int) -> DataError:
+def gathered(faults: list[tuple[str, RowFault]], rows: int) -> DataError:
     """One error for all rows; both texts are shown for the first broken prefix."""
     lines = [f"{where}: {fault}" for where, fault in faults]
     message = f"{len(faults)} of {rows} rows cannot be tokenized"
@@ -268,7 +370,7 @@ def _around_the_split(prompt: str, whole: str, before: int = 120, after: int = 2
     return shown
 
 
-def _check_length(max_seq_length: int) -> None:
+def check_length(max_seq_length: int) -> None:
     if max_seq_length < 2:
         raise ConfigError(
             f"max_seq_length is {max_seq_length}; a pair needs at least 2 tokens, one of the "

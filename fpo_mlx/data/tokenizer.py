@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
 from fpo_mlx.errors import ConfigError, DataError, ModelError
 from fpo_mlx.machine.upstream import changed
+from fpo_mlx.storage.limits import ModelLimits, model_limits
 
 Message = Mapping[str, Any]  # at least {"role": str, "content": str}
 Tools = Sequence[Mapping[str, Any]] | None
@@ -28,6 +30,17 @@ _DATE_PARTS = {
     "%a": "Fri", "%A": "Friday", "%j": "208", "%H": "12", "%I": "12", "%M": "00", "%S": "00",
     "%p": "PM",
 }  # fmt: skip
+# what transformers' own function takes; a template's variables cannot be called so
+_TAKEN = frozenset(
+    ("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+     "tokenize", "padding", "continue_final_message", "truncation", "max_length", "return_dict",
+     "return_tensors", "tokenizer_kwargs", "return_assistant_tokens_mask",
+     "sanitize_control_tokens")
+)  # fmt: skip
+
+
+class VocabularyFault(DataError):
+    """A token that the model has no row for."""
 
 
 @final
@@ -40,17 +53,19 @@ class ChatTokenizer:
     eos_token_ids: tuple[int, ...]  # ascending: every id that ends an answer
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # {"enable_thinking": False}
     source: str = ""
+    limits: ModelLimits = ModelLimits()
+    notes: tuple[str, ...] = ()  # what a user should know, one sentence each
 
     def prompt_tokens(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """Tokens of messages with the header of the answer to come. Raises DataError."""
-        return self._apply(messages, tools, prompt=True, tokenize=True)
+        return self.encode([self.render(messages, tools, prompt=True)])[0]
 
     def conversation_tokens(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """Tokens of a whole conversation, what the template adds at the end included.
 
         Raises DataError.
         """
-        return self._apply(messages, tools, prompt=False, tokenize=True)
+        return self.encode([self.render(messages, tools)])[0]
 
     def render(
         self, messages: Sequence[Message], tools: Tools = None, *, prompt: bool = False
@@ -59,7 +74,50 @@ class ChatTokenizer:
 
         Raises DataError.
         """
-        return self._apply(messages, tools, prompt=prompt, tokenize=False)
+        if not any(message.get("tool_calls") for message in messages):
+            return self._apply(messages, tools, prompt=prompt)
+        try:
+            text = self._apply(messages, tools, prompt=prompt)
+        except DataError:  # DeepSeek's template joins arguments to a text, so they have to be one
+            return self._apply(_arguments_as_text(messages), tools, prompt=prompt)
+        if _shows_python(messages, text):
+            return self._apply(_arguments_as_text(messages), tools, prompt=prompt)
+        return text
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of rendered texts: no special tokens added; on all cores where they are many.
+
+        Raises VocabularyFault for a token that the model has no row for.
+        """
+        if not texts:
+            return []
+        ids = self.raw(
+            list(texts), add_special_tokens=False, verbose=False,
+            return_attention_mask=False, return_token_type_ids=False,
+        )["input_ids"]  # fmt: skip
+        most = self.limits.vocabulary
+        if most is not None:
+            for one in ids:
+                if one and max(one) >= most:
+                    raise VocabularyFault(self._beyond(next(i for i in one if i >= most)))
+        return ids
+
+    def encode_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """(tokens, (first character, end) of each). Raises DataError where it cannot be told."""
+        if not self.raw.is_fast:
+            raise DataError(f"{self.source}: this tokenizer does not say where its tokens stand")
+        (ids,) = self.encode([text])
+        found = self.raw(
+            text, add_special_tokens=False, verbose=False, return_offsets_mapping=True
+        )["offset_mapping"]
+        return ids, [(int(begin), int(end)) for begin, end in found]
+
+    def _beyond(self, token: int) -> str:
+        return (
+            f"token {token} ({self.raw.convert_ids_to_tokens(token)!r}) is beyond the model's "
+            f"vocabulary: {self.limits.vocabulary} embedding rows, {len(self.raw)} tokens in the "
+            "tokenizer. Resize the model's embeddings, or take the tokenizer that belongs to it"
+        )
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = False) -> str:
         return self.raw.decode(
@@ -70,7 +128,7 @@ class ChatTokenizer:
 
     def text_tokens(self, text: str) -> list[int]:
         """Tokens of plain text: no template, no special tokens added."""
-        return self.raw(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.encode([text])[0]
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -85,9 +143,15 @@ class ChatTokenizer:
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _apply(
-        self, messages: Sequence[Message], tools: Tools, *, prompt: bool, tokenize: bool
-    ) -> Any:
+    def encoding_key(self) -> str:
+        """sha256 over all that decides tokens and what is said of them: `fingerprint`, the pieces
+        of the tokenizer that are no vocabulary, the ends, the model's limits."""
+        backend = getattr(self.raw, "backend_tokenizer", None)
+        inner = backend.to_str() if backend is not None else repr(self.raw)
+        content = [self.fingerprint(), inner, self.eos_token_ids, vars(self.limits)]
+        return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+    def _apply(self, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> str:
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         try:
             found = self.raw.apply_chat_template(
@@ -95,9 +159,7 @@ class ChatTokenizer:
                 tools=[dict(tool) for tool in tools] if tools else None,
                 chat_template=_without_clock(self.templates[name]),
                 add_generation_prompt=prompt,
-                tokenize=tokenize,
-                return_dict=False,  # transformers 5 gives a BatchEncoding otherwise
-                tokenizer_kwargs={"verbose": False},
+                tokenize=False,
                 **self.template_kwargs,
             )
         except Exception as error:  # a template is foreign code and may raise anything
@@ -106,9 +168,9 @@ class ChatTokenizer:
                 f"the chat template of {self.source or 'the tokenizer'} refuses a conversation "
                 f"with the roles [{roles}]: {_first_line(error)}"
             ) from error
-        if type(found) is not (list if tokenize else str):  # an argument that is ignored by now
+        if type(found) is not str:  # an argument that is ignored by now
             error = TypeError(f"it gave a {type(found).__name__}")
-            raise changed("transformers", "apply_chat_template(return_dict=False)", error)
+            raise changed("transformers", "apply_chat_template(tokenize=False)", error)
         return found
 
 
@@ -125,7 +187,8 @@ def load_tokenizer(
     template_kwargs: variables for the template, such as {"enable_thinking": False}.
     trust_remote_code: run Python code from the folder. Never implied.
 
-    Raises ModelError (no readable tokenizer) and ConfigError (no chat template).
+    Raises ModelError (no readable tokenizer) and ConfigError (no chat template, or a variable that
+    cannot be set).
     """
     model_path = Path(model_path)
     if not model_path.is_dir():
@@ -141,9 +204,25 @@ def load_tokenizer(
             "prompt and its answer are written for it. Give one with --chat-template FILE "
             "(a Jinja file), or use an instruction-tuned version of the model."
         )
-    return ChatTokenizer(
-        raw, templates, _eos_ids(raw, model_path), dict(template_kwargs or {}), str(model_path)
-    )
+    given = dict(template_kwargs or {})
+    notes = tuple(_unused(given, templates))
+    limits, eos = model_limits(model_path), _eos_ids(raw, model_path)
+    return ChatTokenizer(raw, templates, eos, given, str(model_path), limits, notes)
+
+
+def _unused(given: Mapping[str, Any], templates: Mapping[str, str]) -> Iterator[str]:
+    """Variables that no template looks at: a slip changes nothing, and should not go unseen.
+
+    Raises: ConfigError for a name that is no variable's.
+    """
+    for name in given:
+        if name in _TAKEN:
+            raise ConfigError(
+                f"--chat-template-args: {name!r} is set by the command itself. Wanted the "
+                'template\'s own variables, such as {"enable_thinking": false}.'
+            )
+        if not any(re.search(rf"\b{re.escape(name)}\b", text) for text in templates.values()):
+            yield f"warning: --chat-template-args: the chat template has no variable {name!r}"
 
 
 def _open(model_path: Path, trust_remote_code: bool) -> Any:
@@ -203,6 +282,36 @@ def _without_clock(template: str) -> str:
         replaced += f"|replace('{part}','{text}')"
     # "+%}" keeps a newline with which the template itself begins
     return f"{{% macro strftime_now(format) %}}{{{{ {replaced} }}}}{{% endmacro +%}}{template}"
+
+
+def _arguments_as_text(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages with the arguments of their tool calls written as JSON."""
+    return [
+        {**message, "tool_calls": [_written(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _written(call: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _written(call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, Mapping):
+        return dict(call)
+    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+
+
+def _shows_python(messages: Sequence[Message], text: str) -> bool:
+    """Whether a template printed arguments as Python does, for want of a text: {'a': 'b'}."""
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            inner = call.get("function") if isinstance(call.get("function"), Mapping) else call
+            arguments = inner.get("arguments")
+            if arguments and isinstance(arguments, Mapping) and str(dict(arguments)) in text:
+                return str(dict(arguments)) != json.dumps(arguments, ensure_ascii=False)
+    return False
 
 
 def _first_line(error: Exception) -> str:

@@ -121,7 +121,7 @@ def tensor(file: GgufFile, name: str) -> np.ndarray:
 
 
 def _decode(raw: np.ndarray, kind: int) -> np.ndarray:
-    """Blocks to float32, one row a block."""
+    """Blocks to float32, one row per block."""
     if kind == 3:  # the low nibbles are values 0..15 of a block, the high ones 16..31
         nibbles = np.concatenate([raw["nibbles"] & 15, raw["nibbles"] >> 4], axis=1)  # [n, 32]
         scale, low = (raw[key].astype(np.float32)[:, None] for key in ("scale", "low"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from fpo_mlx.judge.sampling import Answer, distinct_n
 from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.train.metrics import ScoredPairs, measure
-from fpo_mlx.train.scoring import Scorer
+from fpo_mlx.train.scoring import FACTS, Scorer
 
 SIDES = ("chosen", "rejected")
 RESAMPLES = 1000
@@ -23,6 +23,7 @@ WITH_INTERVAL = (
     "drift/chosen", "drift/rejected",
     "kl/chosen", "kl/rejected", "kl/margin",
 )  # fmt: skip
+PER_SIDE = (("feature_mse", "features"), ("kl", "kl"), ("log_collision", "log_collisions"))
 STRATA = ("short", "middle", "long")
 BY_LENGTH = ("rewards/accuracies", "policy_accuracy", "rewards/margins")
 
@@ -57,6 +58,7 @@ class EvalTable:
 
     adapters: Mapping[str, EvalReport]  # by the name that the user gave; path*0.25 for a part
     base: EvalReport | None = None
+    objective: Mapping[str, Any] = field(default_factory=dict)  # settings that made the losses
 
     @property
     def columns(self) -> dict[str, EvalReport]:
@@ -66,7 +68,8 @@ class EvalTable:
 
     def as_dict(self) -> dict[str, Any]:
         """One adapter: its path, summary and pairs, and the base; several: a list of them."""
-        base = {BASE: self.base.as_dict()} if self.base else {}
+        base = {"objective": dict(self.objective)} if self.objective else {}
+        base |= {BASE: self.base.as_dict()} if self.base else {}
         if len(self.adapters) == 1:
             ((path, report),) = self.adapters.items()
             adapter = _path(path, report) if self.base else None
@@ -119,7 +122,8 @@ def summarise(values: Mapping[str, np.ndarray], data: ScoredPairs) -> dict[str, 
     """Means over pairs, intervals, lengths, perplexity. values: per metric [B]."""
     tokens = _lengths(data)
     summary: dict[str, Any] = {"n": len(data)}
-    summary |= {name: float(array.mean()) for name, array in values.items()}
+    means = {name: float(array.mean()) for name, array in values.items()}
+    summary |= {k: v for k, v in means.items() if v != FACTS.get(k)}  # facts that rows do not have
     for name in WITH_INTERVAL:
         if name in values:
             summary[f"{name}/ci95"] = bootstrap_interval(values[name])
@@ -159,9 +163,12 @@ def _record(i: int, data: ScoredPairs, values: Mapping[str, np.ndarray]) -> dict
             "logp": float(values[f"logps/{side}"][i]),
             "ref_logp": float(ref.logps),
         }
-        for name, key in (("feature_mse", "features"), ("kl", "kl")):
+        for name, key in PER_SIDE:
             if f"{key}/{side}" in values:
                 record[side][name] = float(values[f"{key}/{side}"][i])
+    for name, usual in FACTS.items():
+        if values[name][i] != usual:
+            record[name] = float(values[name][i])
     return record | {"loss": float(values["loss"][i]), "u": float(values["u"][i])}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,7 +80,7 @@ def _alone(
     for token, logprobs in steps:
         tokens.append(int(token))
         entropies.append(entropy(logprobs[None] / (settings.temp or 1.0)).item())
-        logp += pick(log_softmax(logprobs[None]), mx.array([tokens[-1]])).item()
+        logp += cast(float, pick(log_softmax(logprobs[None]), mx.array([tokens[-1]])).item())
         if tokens[-1] in end:
             break
     return Answer(

@@ -98,7 +98,7 @@ def entropy(logits: mx.array) -> mx.array:
 
 
 def draw(logps: mx.array, keys: mx.array, temp: float) -> mx.array:
-    """One token a row, each row by its own key. logps: [B, V], keys: uint32 [B, 2] -> [B]."""
+    """One token per row, each row by its own key. logps: [B, V], keys: uint32 [B, 2] -> [B]."""
     if not temp:
         return mx.argmax(logps, axis=-1)
     return mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(logps / temp, keys)
@@ -142,7 +142,7 @@ class RowCache:
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None):
         """Boolean [B, 1, 1, S] (or one axis more): the columns up to each row's own."""
-        del n, return_array  # one token a step
+        del n, return_array  # one token per step
         columns = mx.arange(self.columns)
         last = self.offset.reshape(-1, *[1] * (self._axes - 1))
         mask = columns <= last

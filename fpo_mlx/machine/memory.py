@@ -25,8 +25,8 @@ KL_TILES = 2.0  # times the tiles of logits, where the reference's are there too
 # of the heaviest block's kept arrays: temporaries of the pass in work, without and with
 # gradient checkpointing, where several blocks are made again at once
 WORK, WORK_AGAIN = 1.15, 4.0
-# of a pair and of each of its two rows in the cache's index, beside its tokens: Python's objects;
-# measured with scripts/bench/data_side.py
+# of a pair and of each of its two rows in the cache's index, beside its tokens: Python's objects.
+# Estimated from their fields; scripts/bench/data_side.py measures what all pairs hold
 PAIR_BYTES, ROW_BYTES = 800.0, 350.0
 BASE = 2e6  # bytes: small arrays, index tables, the random state
 # Fitted to measured times: share of a large product's speed that a step reaches
@@ -111,7 +111,7 @@ class Setup:
     adapter_parameters: int
     optimizer: str = "adam"
     micro_batch_size: int = 1
-    batch_size: int = 4  # pairs an update
+    batch_size: int = 4  # pairs per update
     grad_checkpoint: bool = False
     kl: bool = False
     stop_gradient: bool = True
@@ -243,7 +243,7 @@ def _head(model: ModelShape, tiles: Tiles, rows: int, *, grad: bool, kl: bool) -
 
 
 def _pool(sae: SaeShape, tiles: Tiles, rows: int, responses: int) -> float:
-    """Pooling: tiles of activations, and vectors of length F a response."""
+    """Pooling: tiles of activations, and vectors of length F per response."""
     everything = rows * sae.features
     tile = min(tiles.pool_elements, everything)
     arrays = min(AHEAD, TILE_ARRAYS * everything / tile)

@@ -6,6 +6,7 @@ The ranges stand in pyproject.toml alone; here they are read back from the insta
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,8 +59,9 @@ def changed(package: str, what: str, error: Exception) -> ModelError:
 def plain(error: ImportError) -> ModelError | None:
     """The same for an import that failed inside a package that is there; None for any other."""
     module = error.name or ""
-    package = LEANED_ON.get(module.partition(".")[0])
-    if package is None or (isinstance(error, ModuleNotFoundError) and module in LEANED_ON):
+    top = module.partition(".")[0]
+    package = LEANED_ON.get(top)
+    if package is None or importlib.util.find_spec(top) is None:  # it is not there at all
         return None
     return changed(package, f"the module {module}", error)
 

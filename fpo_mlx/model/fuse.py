@@ -112,7 +112,7 @@ def _save(folder: Path, base: Path, model: nn.Module, config: dict[str, Any]) ->
     towers = "vision_tower" in getattr(model, "model", {})
     utils.save_config(config, folder / "config.json", keep_vision_config=towers)
     for pattern in BESIDE:
-        for file in base.glob(pattern):
+        for file in files.listed(base, pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
     utils.create_model_card(folder, None)

@@ -181,7 +181,7 @@ class Policy:
             if record[-1].ndim != 3 or record[-1].shape[:2] != tokens.shape:
                 raise ModelError(
                     f"the {site} of this model is an array of shape {record[-1].shape} for "
-                    f"{tokens.shape} tokens, not one vector a token. Use an SAE of another site."
+                    f"{tokens.shape} tokens, not one vector per token. Use an SAE of another site."
                 )
         picks = [i * width + s + np.arange(n) for i, (s, n) in enumerate(spans)]
         index = mx.array(np.concatenate(picks).astype(np.int32))

@@ -1,4 +1,4 @@
-"""Prompts to answer: one a line, or rows of JSON as the data has them."""
+"""Prompts to answer: one per line, or rows of JSON as the data has them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fpo_mlx.storage import lines
 
 
 def read_prompts(path: Path) -> Iterator[Prompt]:
-    """A .jsonl file of objects with a `prompt`, or a text file of one prompt a line.
+    """A .jsonl file of objects with a `prompt`, or a text file of one prompt per line.
 
     One in memory at a time. Raises: DataError naming the line; FpoError where nothing can be read.
     """

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx.data.messages import kind
 from fpo_mlx.data.rows import Message, RowFault, Turns, parse_row
 from fpo_mlx.errors import DataError
 from fpo_mlx.storage import lines
@@ -225,8 +226,10 @@ def _says_something(value: object) -> bool:
 
 def _text(record: Mapping[str, Any], name: str, where: str) -> str:
     value = record.get(name)
+    if value is None:
+        raise DataError(f"{where}: no {name!r} in it. Is it a file that `fpo-mlx pairs` wrote?")
     if not isinstance(value, str):
-        raise DataError(f"{where}: {name} is {type(value).__name__}, wanted a text.")
+        raise DataError(f"{where}: {name} is {kind(value)}, wanted a text.")
     return value
 
 

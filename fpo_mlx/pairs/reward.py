@@ -57,7 +57,7 @@ class Reward:
         self._stop()
 
     def scores(self, prompt: str, answers: Sequence[str], where: str) -> list[float]:
-        """One finite number an answer.
+        """One finite number per answer.
 
         Raises: DataError naming the row when the function raises, gives something else, takes
         longer than the time limit or more than its memory.

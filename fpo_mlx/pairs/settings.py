@@ -27,7 +27,7 @@ class GenerateConfig:
 
     model: str = _opt("", "model folder or hub id that answers")
     adapter_path: str | None = _opt(None, "adapter to answer with (default: the base alone)")
-    prompts: str = _opt("", "file of prompts: one a line, or .jsonl objects with a `prompt`")
+    prompts: str = _opt("", "file of prompts: one per line, or .jsonl objects with a `prompt`")
     n: int = _opt(4, "answers per prompt")
     max_tokens: int = _opt(256, "longest answer, in tokens")
     temp: float = _opt(1.0, "temperature of the answers")

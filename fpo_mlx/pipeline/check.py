@@ -9,6 +9,7 @@ from fpo_mlx import data
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, open_tokenizer
+from fpo_mlx.pipeline.prepared import Ticker, longest
 from fpo_mlx.storage import outputs
 from fpo_mlx.storage.hub import resolve_model
 
@@ -35,17 +36,18 @@ def check(
         outputs.claim_folder(fix, "--fix", CLEAN, inputs=config.reads(), overwrite=overwrite)
     tokenizer = None
     if ref.model:
-        tokenizer = open_tokenizer(config, resolve_model(ref.model))
+        tokenizer = open_tokenizer(config, resolve_model(ref.model), say)
     else:
         say("no --model: chat template and lengths in tokens are not checked")
     hub = hub_splits(config)
     names = list(data.find_splits(d.data, hub)) or ["train"]
     report = data.check_data(
-        {name: data.read_raw(d.data, name, hub) for name in names},
+        {name: data.iterate_raw(d.data, name, hub) for name in names},
         tokenizer,
-        d.max_seq_length if tokenizer else None,
+        longest(d.max_seq_length, tokenizer, say) if tokenizer else None,
         columns(config),
-        progress,
+        progress or Ticker(say, "checked"),
+        keep_clean=fix is not None,
     )
     for path in data.write_clean(report.clean, fix) if fix is not None else ():
         say(f"wrote {path}")

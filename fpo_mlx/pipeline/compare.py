@@ -13,6 +13,8 @@ from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_model, open_tokenizer
+from fpo_mlx.pipeline.origins import warn_of_other_model
+from fpo_mlx.pipeline.prepared import check_room, longest
 from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.storage.hub import resolve_model
 
@@ -78,10 +80,12 @@ def compare(
         config, split, count
     )
     path = resolve_model(model)
-    tokenizer = open_tokenizer(config, path)
-    tokens = _tokens(asked, tokenizer, config.data.max_seq_length)
+    tokenizer = open_tokenizer(config, path, say)
+    tokens = _tokens(asked, tokenizer, longest(config.data.max_seq_length, tokenizer, say))
+    check_room(tokens, sampling.max_tokens, tokenizer)
     for adapter in adapter_paths:
         read_spec(Path(adapter))  # before the long part
+    warn_of_other_model([config.train.init_adapter, *adapter_paths], model, path, say)
     answers: dict[str, tuple[str, ...]] = {}
     asked_of = {shown_name(path): path for path in adapter_paths}
     for name, adapter in {BASE: config.train.init_adapter, **asked_of}.items():
@@ -125,7 +129,7 @@ def _of_data(config: RunConfig, split: str, count: int) -> list[Turns]:
 
 
 def _read_prompts(path: Path) -> list[str]:
-    """One prompt a line; in a .jsonl file the `prompt` of each object."""
+    """One prompt per line; in a .jsonl file the `prompt` of each object."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -143,7 +147,7 @@ def _read_prompts(path: Path) -> list[str]:
             faults.append(f"{path.name}:{number}: {error!r}")
     if faults or not texts:
         raise DataError(
-            f"--prompts {path}: wanted one prompt a line, or objects with a text `prompt` in a "
+            f"--prompts {path}: wanted one prompt per line, or objects with a text `prompt` in a "
             ".jsonl file.",
             faults,
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs
+from fpo_mlx.pipeline.origins import warn_of_other_model
+from fpo_mlx.pipeline.prepared import check_room
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ def evaluate_all(
     for path in adapter_paths:
         read_spec(Path(path))  # before the long part
     job = open_job(config, say=say, need_sae=False)
+    warn_of_other_model(adapter_paths, config.reference.model, job.model_path, say)
     pairs = read_pairs(job, split, say)
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     reports: dict[str, EvalReport] = {}
@@ -79,7 +82,8 @@ def evaluate_all(
         name = evaluation.name_of(path, scale)
         reports[name] = _with_answers(job, scorer, report, data, samples, sampling)
         del scorer  # one model in memory at a time
-    return evaluation.EvalTable(reports, base)
+    settings = {"preset": config.preset, **asdict(config.objective)}
+    return evaluation.EvalTable(reports, base, settings)
 
 
 def check_scales(config: RunConfig, adapter_paths: Sequence[str], scales: Sequence[float]) -> None:
@@ -110,6 +114,7 @@ def _with_answers(
         return report
     prompts = first_prompts([pair.prompt for pair in data.pairs], samples)
     end = job.tokenizer.eos_token_ids
+    check_room(prompts, (sampling or Sampling()).max_tokens, job.tokenizer)
     answers = list(sample(scorer.policy.model, prompts, sampling or Sampling(), end))
     return report.with_answers(
         answers, records(answers, lambda ids: job.tokenizer.decode(ids.tolist(), skip_special=True))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fpo_mlx import data
 from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.data.tokenizer import ChatTokenizer
@@ -15,6 +15,8 @@ from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge.feature_report import Change, Found, Sort, TextActivations
 from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import Say, need_model, open_job, open_saes, open_tokenizer, read_pairs
+from fpo_mlx.pipeline.origins import warn_of_other_model
+from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import Passage, SaeWeights, result_file
 from fpo_mlx.storage.hub import read_config, resolve_model
@@ -74,6 +76,7 @@ def features(
     read_spec(Path(adapter_path))  # before the long part
     job = open_job(config, say=say, need_sae=True)
     known = read_labels(labels, len(job.saes)) if labels else ({},) * len(job.saes)
+    warn_of_other_model([adapter_path], config.reference.model, job.model_path, say)
     pairs = read_pairs(job, split, say)[:limit]
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     scorer = open_scorer(job, adapter_path, measure_kl=False, say=say)
@@ -158,8 +161,9 @@ def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Sc
     from fpo_mlx.model.reader import encoder_of
 
     path = resolve_model(need_model(config))
-    tokenizer = open_tokenizer(config, path)
-    texts = [read_texts(file, tokenizer, config.data.max_seq_length)[:limit] for file in files]
+    tokenizer = open_tokenizer(config, path, say)
+    most = longest(config.data.max_seq_length, tokenizer, say)
+    texts = [read_texts(file, tokenizer, most)[:limit] for file in files]
     (sae,) = _one_sae(open_saes(config, read_config(path), need=True, say=say))
     loaded = open_model(path, trust_remote_code=config.reference.trust_remote_code, say=say)
     policy = Policy(loaded.model, loaded.config, [sae.site] if sae.site else [])
@@ -180,24 +184,20 @@ def _one_sae(saes: Sequence[SaeWeights]) -> Sequence[SaeWeights]:
 
 
 def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Passage]:
-    """Texts of a .jsonl file, cut to `longest` tokens.
+    """Texts of a data file, cut to `longest` tokens.
 
     A line is {"text": …}, or an answer with its prompt: {"prompt": …, "response": …}. Of an answer
     the response positions are looked at; of a plain text all but the first, on which activations
     are unlike those of any other, and the last, which predicts nothing.
     Raises: DataError naming the lines that cannot be used.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}.") from error
     texts, faults = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name}:{number}"
+    for row in data.file_rows(path):
+        where = row.where
         try:
-            prompt, response = _tokens(json.loads(line), tokenizer)
+            if row.fault:
+                raise ValueError(row.fault)
+            prompt, response = _tokens(row.record, tokenizer)
         except (ValueError, TypeError, KeyError) as error:
             faults.append(f"{where}: {error}")
             continue
@@ -231,10 +231,12 @@ def _tokens(row: Any, tokenizer: ChatTokenizer) -> tuple[Any, Any]:
         return tokens[:2], tokens[2:]
     begin = [{"role": "user", "content": row["prompt"]}]
     prompt = tokenizer.prompt_tokens(begin)
-    whole = tokenizer.conversation_tokens(
-        [*begin, {"role": "assistant", "content": row["response"]}]
-    )
+    turn = {"role": "assistant", "content": row["response"]}
+    whole = tokenizer.conversation_tokens([*begin, turn])
     if whole[: len(prompt)] != prompt:
         raise ValueError("the prompt's tokens change when the answer follows")
+    lost = data.lost_of_answer(turn, tokenizer.render([*begin, turn]))
+    if lost is not None:
+        raise ValueError(f"the chat template leaves out {lost}")
     both = np.array(whole, dtype=np.int32)
     return both[: len(prompt)], both[len(prompt) :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import Weights, read_weights
 from fpo_mlx.data.tokenizer import ChatTokenizer, load_tokenizer
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.pipeline.origins import warn_of_other_model
+from fpo_mlx.pipeline.prepared import Say as Say
+from fpo_mlx.pipeline.prepared import columns as columns
+from fpo_mlx.pipeline.prepared import hub_splits as hub_splits
+from fpo_mlx.pipeline.prepared import read_splits
 from fpo_mlx.records import SaeWeights, Site, TokenPair
 from fpo_mlx.reference import weights
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.check import check_fit, resolve_site
 from fpo_mlx.sae.resolve import resolve
 from fpo_mlx.storage.hub import read_config, resolve_model
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,11 @@ def open_job(
     if not config.data.data:
         raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
     path = resolve_model(model)
-    tokenizer = open_tokenizer(config, path)
+    tokenizer = open_tokenizer(config, path, say)
+    start = adapter or config.train.init_adapter
+    warn_of_other_model([start], model, path, say)
     need = config.objective.needs_sae if need_sae is None else need_sae
     opened = open_saes(config, read_config(path), need=need, say=say)
-    start = adapter or config.train.init_adapter
     own = Path(start) if start else None
     identity = CacheIdentity(
         model=weights.model_fingerprint(path),
@@ -77,14 +81,18 @@ def need_model(config: RunConfig) -> str:
     return config.reference.model
 
 
-def open_tokenizer(config: RunConfig, path: Path) -> ChatTokenizer:
+def open_tokenizer(config: RunConfig, path: Path, say: Say = lambda _: None) -> ChatTokenizer:
     """The tokenizer of the model folder `path`, with the chat template of the settings."""
     template = config.data.chat_template
-    return load_tokenizer(
+    tokenizer = load_tokenizer(
         path,
         chat_template=Path(template) if template else None,
+        template_kwargs=config.data.chat_template_args,
         trust_remote_code=config.reference.trust_remote_code,
     )
+    for note in tokenizer.notes:
+        say(note)
+    return tokenizer
 
 
 def open_weights(config: RunConfig, saes: Sequence[SaeWeights]) -> Weights:
@@ -178,23 +186,8 @@ def _identity_sae(site: Site | None, width: int) -> SaeWeights:
 
 def read_pairs(job: Job, split: str, say: Say) -> list[TokenPair]:
     """One split as token pairs; cuts and drops are said."""
-    d = job.config.data
-    rows = data.read_split(d.data, split, columns(job.config), hub_splits(job.config))
-    done = data.tokenize_rows(rows, job.tokenizer, d.max_seq_length)
-    for line in done.report.lines():
-        say(f"{split}: {line}")
-    return done.pairs
+    return read_splits(job.config, job.tokenizer, (split,), say)[split]
 
 
 def has_split(job: Job, split: str) -> bool:
     return split in data.find_splits(job.config.data.data, hub_splits(job.config))
-
-
-def columns(config: RunConfig) -> data.Columns:
-    d = config.data
-    return data.Columns(d.prompt_feature, d.chosen_feature, d.rejected_feature, d.system_feature)
-
-
-def hub_splits(config: RunConfig) -> data.HubSplits:
-    d = config.data
-    return data.HubSplits(d.train_split, d.valid_split, d.test_split)

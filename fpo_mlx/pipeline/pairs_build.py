@@ -49,7 +49,7 @@ def pairs_build(
 
     Raises: ConfigError, DataError (fewer than 30 pairs among it); FpoError.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or files.listed(output)):
         raise ConfigError(f"--output {output} is there and not empty. Name another folder.")
     found, left = open_candidates(candidates), Left()
     pairs = _choose(found, _read(verdicts, settings), settings, left, say)

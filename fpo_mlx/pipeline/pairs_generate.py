@@ -66,8 +66,11 @@ def pairs_generate(
         missing = "--model" if not settings.model else "--prompts"
         raise ConfigError(f"{missing} is missing: wanted a model and a file of prompts.")
     source, path = Path(settings.prompts), resolve_model(settings.model)
-    for _ in asking.read_prompts(source):
-        pass  # every line is looked at before the model is loaded
+    # every line is looked at before the model is loaded
+    if not sum(1 for _ in asking.read_prompts(source)):
+        raise DataError(
+            f"{source} holds no prompts. Wanted one per line, or .jsonl objects with a `prompt`."
+        )
     done = set(open_candidates(output).offsets) if output.exists() else set()
     tokenizer = load_tokenizer(
         path, trust_remote_code=settings.trust_remote_code,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fpo_mlx import cache
 from fpo_mlx.config import RunConfig
-from fpo_mlx.pipeline.job import Say, has_split, open_job, read_pairs
+from fpo_mlx.pipeline.job import Say, has_split, open_job
+from fpo_mlx.pipeline.prepared import read_splits
 from fpo_mlx.pipeline.store import OnFill, check_keep, default_cache, fill_cache
 from fpo_mlx.storage.outputs import refuse_inputs
 
@@ -50,7 +51,8 @@ def precompute(
     names = ("train", "valid", "test") if split == "all" else (split,)
     if split == "all":
         names = tuple(name for name in names if has_split(job, name)) or ("train",)
-    pairs = [pair for name in names for pair in read_pairs(job, name, say)]
+    splits = read_splits(config, job.tokenizer, names, say, doctor=True)
+    pairs = [pair for name in names for pair in splits[name]]
     folder = output or default_cache(job.identity)
     store = fill_cache(job, pairs, folder=folder, say=say, progress=progress)
     left_out = ()

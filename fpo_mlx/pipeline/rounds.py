@@ -176,7 +176,7 @@ def _with_old(settings: RoundsConfig, number: int, folder: Path) -> Path:
             old += [line for _, _, line in lines.read_lines(path)]
         kept = random.Random(number).sample(old, min(settings.keep_old, len(old)))
         with files.atomic_folder(data) as work:
-            for part in (folder / "pairs").glob("*.jsonl"):
+            for part in files.listed(folder / "pairs", "*.jsonl"):
                 (work / part.name).write_bytes(part.read_bytes())
             with open(work / "train.jsonl", "ab") as out:
                 out.writelines(kept)

@@ -19,6 +19,7 @@ from fpo_mlx.pipeline.job import (
     open_tokenizer,
     read_sae,
 )
+from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.records import Passage, SaeWeights, TokenPair
 from fpo_mlx.reference import ReferenceBackend
 from fpo_mlx.sae import fit
@@ -73,7 +74,8 @@ def read_passages(config: RunConfig, model: Path, count: int) -> list[Passage]:
     split = next((name for name in HELD_OUT_FIRST if name in splits), "train")
     rows = data.read_raw(source, split, hub_splits(config))
     tokenizer = open_tokenizer(config, model)
-    return data.read_passages(rows, tokenizer, count, d.max_seq_length, columns(config))
+    most = longest(d.max_seq_length, tokenizer)
+    return data.read_passages(rows, tokenizer, count, most, columns(config))
 
 
 def quick_check(

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fpo_mlx import __version__
+from fpo_mlx import __version__, data
 from fpo_mlx.config import SaeTrainConfig, default_of, named, options
 from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Say
+from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.pipeline.train import InstallStop
 from fpo_mlx.records import SITE_KINDS, Passage, SaeWeights, Site
 from fpo_mlx.reference import weights
@@ -200,13 +201,16 @@ def _open(config: SaeTrainConfig, say: Say) -> Setup:
     site = Site(layer, config.site)  # type: ignore[arg-type]
     template = Path(config.chat_template) if config.chat_template else None
     tokenizer = load_tokenizer(
-        path, chat_template=template, trust_remote_code=config.trust_remote_code
-    )
-    documents = texts.read_documents(
-        config.data, tokenizer, max_length=config.max_seq_length, kind=config.data_kind,
-        tokens=config.tokens, limit=config.training_tokens or MOST_POSITIONS,
+        path, chat_template=template, template_kwargs=config.chat_template_args,
+        trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
-    for note in documents.notes:
+    documents = texts.read_documents(
+        config.data, tokenizer, max_length=longest(config.max_seq_length, tokenizer, say),
+        kind=config.data_kind, tokens=config.tokens,
+        limit=config.training_tokens or MOST_POSITIONS, columns=_columns(config),
+        hub=data.HubSplits(train=config.train_split, subset=config.subset),
+    )  # fmt: skip
+    for note in (*tokenizer.notes, *documents.notes):
         say(note)
     train, held_out = texts.split_held_out(
         documents.items, config.held_out, config.seed, HELD_OUT_MOST
@@ -238,6 +242,12 @@ def _open(config: SaeTrainConfig, say: Say) -> Setup:
             "norm_limit": repr(limit),
         },
         seconds / max(sum(len(d.tokens) for d in train[:CALIBRATION]), 1),
+    )
+
+
+def _columns(config: SaeTrainConfig) -> data.Columns:
+    return data.Columns(
+        config.prompt_feature, config.chosen_feature, config.rejected_feature, config.system_feature
     )
 
 

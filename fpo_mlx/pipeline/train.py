@@ -12,21 +12,12 @@ from fpo_mlx.cache import ReferenceCache
 from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import weights_fingerprint
 from fpo_mlx.errors import CacheMismatch, ConfigError
-from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
+from fpo_mlx.pipeline.job import Job, Say, has_split, open_job
 from fpo_mlx.pipeline.plan import predicted_peak
 from fpo_mlx.pipeline.policy import open_policy, outline_of
+from fpo_mlx.pipeline.prepared import read_splits
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
-from fpo_mlx.records import TokenPair
 from fpo_mlx.storage import outputs
-
-RUN = outputs.Made(
-    "a run",
-    r".*adapters\.safetensors|adapter_config\.json|run\.json|metrics\.jsonl|"
-    r"chat_template\.jinja|"
-    r"checkpoint/|best/|tensorboard/",
-    mark="run.json",
-    ways="--resume goes on with it; ",
-)
 
 if TYPE_CHECKING:
     from fpo_mlx.train.checkpoint import Folder
@@ -34,6 +25,13 @@ if TYPE_CHECKING:
     from fpo_mlx.train.parallel import Ranks
     from fpo_mlx.train.trainer import Trainer
 
+RUN = outputs.Made(
+    "a run",
+    r".*adapters\.safetensors|adapter_config\.json|run\.json|metrics\.jsonl|"
+    r"chat_template\.jinja|checkpoint/|best/|tensorboard/",
+    mark="run.json",
+    ways="--resume goes on with it; ",
+)
 
 Stop = Callable[[], int | None]  # asked between updates: None, or the exit code to stop with
 InstallStop = Callable[[], Stop]  # called when updates begin: signals end a run from then on
@@ -64,11 +62,11 @@ def train(
     if ranks.first:
         claim_place(config)
     job = open_job(config, say=say)
-    pairs = read_pairs(job, "train", say)
+    splits = read_splits(config, job.tokenizer, _splits(job), say, doctor=True)
+    pairs, valid = splits["train"], splits.get("valid", [])
     run = run_record(job, data.data_fingerprint(pairs))
     if t.resume and ranks.first:
         check_resumable(Path(t.adapter_path), run)
-    valid = _validation_pairs(job, say)
     outline = outline_of(job, say)  # refuses adapters out of reach before the reference runs
     predicted = predicted_peak(job, pairs, outline)
     say(f"predicted peak memory of training: {predicted / 1e9:.2f} GB")
@@ -97,18 +95,21 @@ def train(
             _compare_peaks(out, predicted, say)
 
 
-def _validation_pairs(job: Job, say: Say) -> list[TokenPair]:
-    """[] where there are none, or none are wanted. Raises: ConfigError where that cannot be."""
+def _splits(job: Job) -> tuple[str, ...]:
+    """What is read; validation pairs only where there are some and they are wanted.
+
+    Raises: ConfigError where they are needed and cannot be had.
+    """
     t, source = job.config.train, job.config.data.data
     if t.val_batches and has_split(job, "valid"):
-        return read_pairs(job, "valid", say)
+        return "train", "valid"
     if t.early_stopping:
         raise ConfigError(
             f"--early-stopping {t.early_stopping}: found no validation pairs in {source}, or "
             "--val-batches is 0. Add a valid.jsonl (or --valid-split of a hub data set), or drop "
             "the setting."
         )
-    return []
+    return ("train",)
 
 
 def claim_place(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from fpo_mlx.errors import ModelError
 from fpo_mlx.storage.adapter_files import deciding, read_adapter
-from fpo_mlx.storage.files import parse_json
+from fpo_mlx.storage.files import listed, parse_json
 from fpo_mlx.storage.tensors import read_header
 
 CHUNK = 1 << 22  # bytes read at a time
@@ -71,9 +71,9 @@ def model_fingerprint(folder: str | Path) -> str:
     if "quantization" not in config and "quantization_config" in config:
         config = config | {"quantization": config["quantization_config"]}
     deciding = {k: v for k, v in config.items() if k not in COSMETIC and v is not None}
-    files = sorted(folder.glob("model*.safetensors")) or sorted(
-        p for p in folder.glob("*.safetensors") if not p.name.endswith("adapters.safetensors")
-    )
+    files = listed(folder, "model*.safetensors") or [
+        p for p in listed(folder, "*.safetensors") if not p.name.endswith("adapters.safetensors")
+    ]
     return _digest(folder, deciding, files)
 
 

@@ -198,10 +198,12 @@ def _results(path: Path, faults: list[str]) -> dict[str, Result]:
 
     They are known by what they hold, not by their names; the newest of a kind counts.
     """
-    inside = [p for p in path.glob("*.json") if p.name not in OWN]
+    inside = [p for p in files.listed(path, "*.json") if p.name not in OWN]
     home = path.resolve()
-    folders = [p.name for p in home.parent.iterdir() if p.is_dir()]
-    outside = [p for p in home.parent.glob("*.json") if _owner(p.name, folders) == home.name]
+    folders = [p.name for p in files.listed(home.parent) if p.is_dir()]
+    outside = [
+        p for p in files.listed(home.parent, "*.json") if _owner(p.name, folders) == home.name
+    ]
     found: dict[str, Result] = {}
     for file in sorted((*outside, *inside), key=lambda p: p.stat().st_mtime):
         value = _read(file, faults)

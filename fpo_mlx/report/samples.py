@@ -86,7 +86,7 @@ def _link(row: Mapping[str, Any]) -> str:
 
 
 def _examples(row: Mapping[str, Any]) -> str:
-    """Two texts in which the feature fires, a line each; the token stands between « and »."""
+    """Two texts in which the feature fires, one line each; the token stands between « and »."""
     found = row.get(CONTEXTS)
     listed = found if isinstance(found, Sequence) and not isinstance(found, str) else ()
     texts = [one.get("text") for one in listed if isinstance(one, Mapping)]

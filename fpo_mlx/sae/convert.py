@@ -82,8 +82,7 @@ def write_saelens(sae: SaeWeights, folder: Path, dtype: SaeDtype = "float32") ->
 
 
 def _check_place(folder: Path) -> None:
-    others = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    others = sorted(name for name in others if name not in (WEIGHTS, CONFIG))
+    others = [p.name for p in files.listed(folder) if p.name not in (WEIGHTS, CONFIG)]
     if others:
         raise SaeError(
             f"{folder} holds other files ({', '.join(others[:3])}), and writing an SAE replaces "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.sae.arrays import PICKLED_SUFFIXES
+from fpo_mlx.storage.files import listed
 
 WEIGHTS = (".safetensors", ".npz", *PICKLED_SUFFIXES)
 _NO_WEIGHTS = ("sparsity", "optimizer", "W_dec_", "activations_store_state", ".")
@@ -46,11 +46,11 @@ def weight_file(path: Path) -> Path:
         raise SaeError(f"{path}: no such file or folder. Give the folder or file of one SAE.")
     level = [path]
     for _ in range(_DEPTH):
-        entries = [Path(entry) for folder in level for entry in sorted(os.scandir(folder), key=str)]
+        entries = [entry for folder in level for entry in listed(folder)]
         found = [file for file in entries if is_weights(file.name) and file.is_file()]
         if found:
             return Path(_only([str(file) for file in found], str(path)))
-        level = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+        level = [entry for entry in entries if entry.is_dir()]
     raise SaeError(f"{path}: holds no SAE weights ({', '.join(WEIGHTS)}). Give an SAE's folder.")
 
 

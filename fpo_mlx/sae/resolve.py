@@ -15,6 +15,7 @@ from fpo_mlx.errors import SaeError
 from fpo_mlx.sae import registry
 from fpo_mlx.sae.arrays import refuse_pickle
 from fpo_mlx.sae.files import companions, listed_weights
+from fpo_mlx.storage.files import listed
 
 _SPARE = 1.05  # part of the download's size that must be free
 
@@ -150,7 +151,7 @@ def _cached(
             "Check the name, the network, HF_HUB_OFFLINE, and `hf auth login` for gated "
             "repositories."
         ) from absent
-    names = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
+    names = [file.relative_to(root).as_posix() for file in listed(root, "**/*") if file.is_file()]
     found = root / listed_weights(names, where.inside, f"the cached copy of {where.repo}")
     say(f"{where.repo} cannot be reached; using the cached copy.")
     return found

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx import data
-from fpo_mlx.data.read import RawRow
+from fpo_mlx.data import layouts
+from fpo_mlx.data.answers import answer_tokens
+from fpo_mlx.data.messages import conversation_in, messages
+from fpo_mlx.data.rows import system_of, tools_of, with_system
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import DataError, FpoError
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 TEXT_COLUMNS = ("text", "content")
-_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,22 @@ def read_documents(
     kind: str = "auto",
     tokens: str = "all",
     limit: int | None = None,
+    columns: data.Columns = data.DEFAULT_COLUMNS,
+    hub: data.HubSplits = data.AUTO_SPLITS,
 ) -> Documents:
     """Read and tokenize a source.
 
-    source: a .txt file (one document, or several between blank lines), a .jsonl file, a folder
-    with train.jsonl, or the id of a data set on the hub.
+    source: a .txt file (one document, or several between blank lines), or whatever
+    `data.read_split` takes.
     kind: auto, text, chat or pairs; auto looks at the first row's columns.
     tokens: all, or response (positions whose next token is the assistant's; not for text).
     limit: stop after about this many positions.
+    columns, hub: names of the columns of pairs and of the split, as for `data.read_split`.
 
     Raises DataError (rows that cannot be used, or none) and FpoError (no such source).
     """
-    rows = _rows(source)
-    found = _kind(rows[0].record, source) if kind == "auto" else kind
+    rows = _rows(source, hub)
+    found = _kind(rows[0].record, source, columns) if kind == "auto" else kind
     if tokens == "response" and found == "text":
         raise DataError(
             f"{source}: --tokens response wants chats or pairs, and these are plain texts. "
@@ -89,7 +94,7 @@ def read_documents(
     positions = 0
     for row in rows:
         try:
-            new = _sequences(row, found, tokenizer, max_length, tokens)
+            new = _sequences(row, found, tokenizer, max_length, tokens, columns)
         except DataError as error:
             faults.append(f"{row.where}: {error}")
             continue
@@ -123,7 +128,7 @@ def thin_beginning(items: Sequence[Document], every: int = 10) -> int:
     return shared
 
 
-def _rows(source: str) -> list[RawRow]:
+def _rows(source: str, hub: data.HubSplits) -> list[data.RawRow]:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".txt":
         try:
@@ -133,13 +138,14 @@ def _rows(source: str) -> list[RawRow]:
         parts = [part.strip() for part in content.split("\n\n") if part.strip()]
         if not parts:
             raise DataError(f"{path} holds no text.")
-        return [RawRow({"text": t}, f"{path.name}[{i + 1}]", i) for i, t in enumerate(parts)]
-    return data.read_raw(source, "train")
+        return [data.RawRow({"text": t}, f"{path.name}[{i + 1}]", i) for i, t in enumerate(parts)]
+    return data.read_raw(source, "train", hub)
 
 
-def _kind(record: Any, source: str) -> str:
-    columns = set(record) if isinstance(record, Mapping) else set()
-    if {"chosen", "rejected"} <= columns:
+def _kind(record: Any, source: str, names: data.Columns) -> str:
+    record = record if isinstance(record, Mapping) else {}
+    columns = set(record)
+    if {names.chosen, names.rejected} <= set(layouts.as_pair(record, names)):
         return "pairs"
     if columns & set(CHAT_COLUMNS):
         return "chat"
@@ -147,22 +153,27 @@ def _kind(record: Any, source: str) -> str:
         return "text"
     raise DataError(
         f"{source}: the first row has the columns {', '.join(sorted(columns)) or 'none'}. Wanted "
-        "text (or content), messages (or conversations), or chosen and rejected; --data-kind says "
-        "which one is meant."
+        "text (or content), messages (or conversations), or chosen and rejected (or what "
+        "--chosen-feature and --rejected-feature name); --data-kind says which one is meant."
     )
 
 
 def _sequences(
-    row: RawRow, kind: str, tokenizer: ChatTokenizer, max_length: int, tokens: str
+    row: data.RawRow,
+    kind: str,
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    tokens: str,
+    columns: data.Columns,
 ) -> list[Document]:
     if row.fault:
         raise DataError(row.fault)
     if kind == "pairs":
-        return _pair(row, tokenizer, max_length, tokens)
+        return _pair(row, tokenizer, max_length, tokens, columns)
     if not isinstance(row.record, Mapping):
         raise DataError("not an object with named columns")
     if kind == "chat":
-        return [_chat(_messages(row.record), tokenizer, max_length, tokens)]
+        return [_chat(row.record, tokenizer, max_length, tokens, columns)]
     return _text(_first(row.record, TEXT_COLUMNS), tokenizer, max_length)
 
 
@@ -189,37 +200,39 @@ def _whole(ids: Sequence[int] | np.ndarray) -> Document:
     return Document(np.array(ids, dtype=np.int32), keep)
 
 
-def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    value = _first(record, CHAT_COLUMNS)
-    if not isinstance(value, list) or not all(isinstance(m, Mapping) for m in value) or not value:
-        raise DataError("the conversation is not a list of {role, content}")
-    turns = []
-    for message in value:
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise DataError("a message lacks a role or a text")
-        turns.append({"role": _ROLES.get(role, role), "content": content})
-    return turns
-
-
 def _chat(
-    turns: list[dict[str, Any]], tokenizer: ChatTokenizer, max_length: int, tokens: str
+    record: Mapping[str, Any],
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    tokens: str,
+    columns: data.Columns,
 ) -> Document:
-    whole = _whole(tokenizer.conversation_tokens(turns)[:max_length])
+    name = next((name for name in CHAT_COLUMNS if name in record), CHAT_COLUMNS[0])
+    value = record.get(name)
+    if isinstance(value, str):
+        value = conversation_in(value, name)
+    if not isinstance(value, list):
+        raise DataError("the conversation is not a list of {role, content}")
+    turns = with_system(messages(value, name), system_of(record, columns))
+    tools = tools_of(record, columns)
     if tokens == "all":
-        return whole
+        return _whole(tokenizer.conversation_tokens(turns, tools)[:max_length])
+    ids, own = answer_tokens(turns, tokenizer, tools)
+    whole = _whole(ids[:max_length])
     keep = np.zeros(len(whole.tokens), dtype=bool)
-    for at, turn in enumerate(turns):
-        if turn["role"] == "assistant" and at:
-            begin = len(tokenizer.prompt_tokens(turns[:at]))
-            end = len(tokenizer.conversation_tokens(turns[: at + 1]))
-            keep[begin - 1 : end - 1] = True  # the next token is the assistant's
+    keep[:-1] = own[1 : len(keep)]  # the next token is the assistant's
     return Document(whole.tokens, keep & whole.keep)
 
 
-def _pair(row: RawRow, tokenizer: ChatTokenizer, max_length: int, tokens: str) -> list[Document]:
-    done = data.tokenize_rows([data.parse_row(row.record, where=row.where)], tokenizer, max_length)
+def _pair(
+    row: data.RawRow,
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    tokens: str,
+    columns: data.Columns,
+) -> list[Document]:
+    parsed = data.parse_row(row.record, columns, row.where)
+    done = data.tokenize_rows([parsed], tokenizer, max_length)
     sequences = []
     for pair in done.pairs:
         for response in pair.responses:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import re
@@ -25,6 +26,16 @@ _NO_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errn
 _FOREIGN = ("[write] ", "[save_safetensors] Failed to open", "Error while serializing: I/O error")
 
 
+def listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """What a folder holds, sorted; without dot files, and without what lies in dot folders.
+
+    Finder leaves .DS_Store, and macOS on other systems' disks an AppleDouble ._NAME beside NAME:
+    neither is a file of anyone's. Empty for what is no folder.
+    """
+    found = sorted(folder.glob(pattern)) if folder.is_dir() else []
+    return [p for p in found if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; it becomes `path` when the block ends without error.
@@ -41,7 +52,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
+            _flush(handle.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except Exception as error:
@@ -116,12 +127,25 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Make a rename in this folder survive a power cut, where its disk can.
+
+    Network disks and exFAT refuse it; the rename is made by then, so that is no error.
+    """
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            _flush(handle)
+        finally:
+            os.close(handle)
+
+
+def _flush(handle: int) -> None:
+    """fsync; on macOS, where that leaves the data in the drive's own cache, through the cache."""
+    if sys.platform == "darwin":
+        with suppress(OSError):  # not every disk has it
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(handle)
 
 
 def sync_tree(folder: Path) -> None:
@@ -129,7 +153,7 @@ def sync_tree(folder: Path) -> None:
     for parent, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(parent, name), "rb") as handle:
-                os.fsync(handle.fileno())
+                _flush(handle.fileno())
         sync_folder(Path(parent))
 
 

@@ -18,7 +18,9 @@ from fpo_mlx.storage.files import TEMPORARY
 
 # what the system or a killed run leaves, and nobody misses
 LEFTOVER = re.compile(
-    r"\.DS_Store|\.localized|Thumbs\.db|.*\.lock|tensorboard|" + re.escape(TEMPORARY) + r"\d+-.*"
+    r"\.DS_Store|\._.*|\.localized|Thumbs\.db|.*\.lock|tensorboard|"
+    + re.escape(TEMPORARY)
+    + r"\d+-.*"
 )
 # of a training run's folder, what a later command reads; results may stand beside it
 RUN_FILES = re.compile(

@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 
 from fpo_mlx.config import Objective, TrainConfig
+from fpo_mlx.core.objectives import Seen, preference_losses
 from fpo_mlx.records import PairScore
 
-SAME_LOSS = 1e-4  # nats; float32 holds the loss to 1e-6
+SAME_LOSS = 1e-4  # of 1 + the loss; float32 holds it to 1e-6
+SAME_U = 1e-5  # of beta, if that is above 1
 
 
 @dataclass(frozen=True)
@@ -34,38 +37,47 @@ def first_step(
     values: [B] each, as `reports.pair_metrics` names them, without dropout; refs: the reference's
     scores of the same pairs; grad_norm: of the first update.
     """
-    if grad_norm == 0.0:
+    if grad_norm == 0.0 and not _satisfied(values, o):
         return Verdict(
             "step 0: the gradient is zero, so nothing would be trained. Check that the "
             "adapted layers (lora_parameters.keys, --num-layers) lie on the way to the loss."
         )
     if not (np.isfinite(values["loss"]).all() and math.isfinite(grad_norm)):
         return Verdict()  # `divergence` speaks of it
-    want = closed_form(refs, o)
+    want, _ = closed_form(refs, values, o)
     gap, apart = gaps(values, refs, o)
     advice = "Run `fpo-mlx precompute` with this model and adapter, or drop --reference."
     if gap > bound:
+        ln_2 = abs(want.mean() - math.log(2)) < 1e-6
         return Verdict(
             f"step 0: the policy is not the reference. Their margins differ by up to {gap:.3g} "
             f"nats, wanted less than {bound:g} (--max-start-gap): the loss would start at "
-            f"{values['loss'].mean():.4f}, not at {_loss(want).mean():.4f}"
-            f"{' (ln 2)' if o.margin == 'reference' else ''}. {advice}"
+            f"{values['loss'].mean():.4f}, not at {want.mean():.4f}{' (ln 2)' if ln_2 else ''}. "
+            f"{advice}"
         )
     if apart > bound:
         return Verdict(
             f"step 0: the policy is not the reference. Their log-probs differ by up to {apart:.3g} "
             f"nats a token, wanted less than {bound:g} (--max-start-gap). {advice}"
         )
-    wrong = float(np.abs(values["loss"] - _loss(values["u"])).max())
-    if wrong > SAME_LOSS:
+    if (wrong := _miscalculated(values, refs, o)) > 0.0:
         return Verdict(
-            f"step 0: the loss is not -log sigmoid(u): it is off by {wrong:.3g} nats. This is a "
-            "fault of fpo-mlx or of the MLX installed here; run `fpo-mlx doctor` and report it."
+            f"step 0: the loss is not what the objective makes of its log-probs: it is off by "
+            f"{wrong:.3g}. This is a fault of fpo-mlx or of the MLX installed here; run "
+            "`fpo-mlx doctor` and report it."
         )
     if gap > (1e-3 if o.length_normalize else 1e-2):
         note = f"step 0: |u| / beta is off by {gap:.2g}; the reference was computed otherwise"
         return Verdict(notes=(note,))
     return Verdict()
+
+
+def _satisfied(values: Mapping[str, np.ndarray], o: Objective) -> bool:
+    """Whether no pair of an update has anything to teach: weights of 0, hinges already passed."""
+    idle = values["weights"] == 0 if "weights" in values else np.zeros(len(values["u"]), bool)
+    if o.link == "hinge" and not o.nll_weight:
+        idle = idle | (values["u"] >= 1)
+    return bool(idle.all())
 
 
 def gaps(
@@ -76,55 +88,115 @@ def gaps(
     Returns: the largest |u| / beta, u less its closed form, in nats (a token, if normalised), and
     the largest difference of a response's log-prob in nats a token.
     """
-    gap = float(np.abs(values["u"] - closed_form(refs, o)).max()) / o.beta
+    gap = float(np.abs(values["u"] - closed_form(refs, values, o)[1]).max()) / o.beta
     sides = ("logps_per_token/chosen_change", "logps_per_token/rejected_change")
     return gap, max(float(np.abs(values[side]).max()) for side in sides)
 
 
-def closed_form(refs: Sequence[PairScore], o: Objective) -> np.ndarray:
-    """u of every pair while policy = reference, [B]: 0, or what a constant margin leaves.
+def closed_form(
+    refs: Sequence[PairScore],
+    values: Mapping[str, np.ndarray],
+    o: Objective,
+    moved: np.ndarray | float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and u of every pair while policy = reference, [B] each, in float64.
 
-    Every constraint is a distance to the reference, so it is 0 there.
+    ln 2 and 0 for a sigmoid of margins to the reference; what the pair's own facts and log-probs
+    leave for the others. Every constraint is a distance to the reference, so it is 0 there.
+    values: the facts of the pairs, where there are any. moved: [2, B], the policy's log-probs less
+    the reference's.
     """
-    if o.margin == "reference":
-        return np.zeros(len(refs))
-    scaled = [
-        [side.logps / (side.tokens if o.length_normalize else 1) for side in ref] for ref in refs
-    ]
-    chosen, rejected = np.array(scaled).T
-    return o.beta * (chosen - rejected) - o.gamma
+    with mx.stream(mx.cpu):  # no other device has float64
+        logps, tokens = (
+            np.array([[getattr(side, name) for side in ref] for ref in refs], np.float64).T
+            for name in ("logps", "tokens")
+        )
+        seen = {"logps": logps + moved, "ref_logps": logps, "lengths": tokens}
+        seen |= {
+            name: values[name] for name in ("agreement", "weights", "score_gaps") if name in values
+        }
+        if "log_collisions/chosen" in values:
+            sides = [values[f"log_collisions/{side}"] for side in ("chosen", "rejected")]
+            seen["log_collisions"] = np.stack(sides)
+        arrays = {k: mx.array(v.astype(np.float64), mx.float64) for k, v in seen.items()}
+        found = preference_losses(Seen(**arrays), o)
+        mx.eval(found)
+    return np.array(found.losses), np.array(found.u)
 
 
-def _loss(u: np.ndarray) -> np.ndarray:
-    return np.logaddexp(0.0, -u)
+def _miscalculated(
+    values: Mapping[str, np.ndarray], refs: Sequence[PairScore], o: Objective
+) -> float:
+    """How far the worst loss is from its value in float64, 0 if that is rounding."""
+    changes = [values[f"logps_per_token/{side}_change"] for side in ("chosen", "rejected")]
+    tokens = np.array([[side.tokens for side in ref] for ref in refs]).T
+    want, u = closed_form(refs, values, o, np.stack(changes) * tokens)
+    same_u = np.abs(values["u"] - u) <= SAME_U * max(1.0, o.beta)  # else a constraint is not 0
+    wrong = np.abs(values["loss"] - want) * same_u
+    return float(np.where(wrong > SAME_LOSS * (1.0 + np.abs(want)), wrong, 0.0).max())
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why an update must not be made, and what helps against it."""
+
+    what: str
+    remedy: str
+
+
+NOT_FINITE = "Lower --learning-rate, warm it up (lr_schedule), or set --max-grad-norm where it is 0"
 
 
 def divergence(
     values: Mapping[str, np.ndarray], grad_norm: float, config: TrainConfig, objective: Objective
-) -> str | None:
+) -> Trouble | None:
     """Why an update must not be made. values: [B] each, as `reports.pair_metrics` names them."""
     u = float(np.abs(values["u"]).mean()) / objective.beta
     drop = -float(values["logps_per_token/chosen_change"].mean())
     if not (np.isfinite(values["loss"]).all() and math.isfinite(grad_norm)):
-        return "the loss or its gradient is not finite"
+        return Trouble("the loss or its gradient is not finite", NOT_FINITE)
     if objective.length_normalize and u > config.max_margin:
-        return f"the margin is {u:.3g} nats a token, over --max-margin {config.max_margin:g}"
+        return Trouble(
+            f"the margin is {u:.3g} nats a token, over --max-margin {config.max_margin:g}",
+            _against_margins(objective),
+        )
     if drop > config.max_logp_drop:
-        return (
+        return Trouble(
             f"the chosen log-prob fell {drop:.3g} nats a token below the reference's, over "
-            f"--max-logp-drop {config.max_logp_drop:g}"
+            f"--max-logp-drop {config.max_logp_drop:g}",
+            _against_falling(objective),
         )
     return _too_far(values, config.max_feature_distance)
 
 
-def _too_far(values: Mapping[str, np.ndarray], bound: float | None) -> str | None:
+def _against_margins(o: Objective) -> str:
+    """For a margin that grows without end: what ends it."""
+    if o.constraint == "none":
+        held = "hold the policy with --constraint features or kl"
+    else:
+        held = f"raise --alpha above {o.alpha:g}"
+    other = "" if o.link == "ipo" else ", or take --link ipo, which wants a margin and no more"
+    return f"Lower --learning-rate, {held}{other}"
+
+
+def _against_falling(o: Objective) -> str:
+    """For a chosen response that dies: what keeps it alive."""
+    if not o.nll_weight:
+        return (
+            "Give --nll-weight 1, which keeps the chosen response alive, or lower --learning-rate"
+        )
+    return f"Lower --learning-rate, or raise --nll-weight above {o.nll_weight:g}"
+
+
+def _too_far(values: Mapping[str, np.ndarray], bound: float | None) -> Trouble | None:
     """D of the chosen or the rejected responses, mean over pairs, past the user's bound."""
     for side in ("chosen", "rejected"):
         far = values.get(f"features/{side}")
         if bound is not None and far is not None and far.mean() > bound:
-            return (
+            return Trouble(
                 f"the feature distance D of the {side} responses is {far.mean():.3g}, over "
-                f"--max-feature-distance {bound:g}"
+                f"--max-feature-distance {bound:g}",
+                "Raise --alpha, or lower --learning-rate",
             )
     return None
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fpo_mlx.core.objectives import PairLosses
 from fpo_mlx.records import PairScore, TokenPair
-from fpo_mlx.train.scoring import Measures, Scorer
+from fpo_mlx.train.scoring import FACTS, Measures, Scorer
 
 ROUNDING = 1e-6  # relative, of a response's log-prob; float32 sums were seen to differ by 1e-7
 
@@ -62,6 +62,11 @@ def pair_metrics(losses: PairLosses, measures: Measures, beta: float) -> dict[st
             sides = np.array(values)
             out |= {f"{name}/chosen": sides[0], f"{name}/rejected": sides[1]}
             out[f"{name}/margin"] = sides[1] - sides[0]
+    if measures.log_collisions is not None:
+        sides = np.array(measures.log_collisions)
+        out |= {"log_collisions/chosen": sides[0], "log_collisions/rejected": sides[1]}
+    for name in FACTS:
+        out[name] = np.array(getattr(measures, name))
     return out
 
 
@@ -77,7 +82,17 @@ def measure(
         some = data.take(wanted[i : i + size])
         losses, measures = scorer.losses(some.pairs, some.refs, grad=False)
         parts.append(pair_metrics(losses, measures, scorer.objective.beta))
+    return joined(parts)
+
+
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The values of several batches one after the other."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def shown(means: Mapping[str, float]) -> dict[str, float]:
+    """What a report shows of the means: not u, and no fact that no row speaks of."""
+    return {k: v for k, v in means.items() if k != "u" and v != FACTS.get(k)}
 
 
 @dataclass

@@ -8,31 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from fpo_mlx.config import Objective
 from fpo_mlx.core import features as F
-from fpo_mlx.core.logprobs import token_logps_and_kl
-from fpo_mlx.core.objectives import PairLosses, preference_losses
+from fpo_mlx.core.logprobs import TokenValues, token_values
+from fpo_mlx.core.objectives import PairLosses, Seen, preference_losses
 from fpo_mlx.model import adapters
 from fpo_mlx.model.policy import Layout, Policy, Rows
 from fpo_mlx.model.reader import Reader
-from fpo_mlx.records import PairScore, TokenPair
+from fpo_mlx.records import NO_FACTS, PairScore, TokenPair
+
+# What the objective calls the facts of a pair, and what they are where no row says anything.
+NAMES = ("agreement", "weights", "score_gaps")
+FACTS: dict[str, float] = dict(zip(NAMES, astuple(NO_FACTS), strict=True))
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What was seen of each response; all [2, B] (0 chosen, 1 rejected), nats and tokens."""
+    """What was seen of each response, [2, B] (0 chosen, 1 rejected), nats and tokens."""
 
     logps: mx.array
     ref_logps: mx.array
     lengths: mx.array
+    agreement: mx.array  # [B] each, as the rows say
+    weights: mx.array
+    score_gaps: mx.array
     distances: mx.array | None = None  # D of Eq. 10, raw, mean over SAEs
     relative: mx.array | None = None  # D over the mean square of the reference's top-k
     kl: mx.array | None = None  # sequential KL(reference || policy)
+    log_collisions: mx.array | None = None  # sum over tokens of log sum_v pi(v)^2
 
 
 class Scorer:
@@ -81,12 +89,15 @@ class Scorer:
         self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], *, grad: bool
     ) -> tuple[PairLosses, Measures]:
         """The loss of each pair, differentiable in the adapters when `grad`."""
+        seen, measures = self.see(pairs, refs, grad=grad)
+        return preference_losses(seen, self.objective), measures
+
+    def see(
+        self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], *, grad: bool
+    ) -> tuple[Seen, Measures]:
+        """What the losses are made of, and what a report shows."""
         layout, rows = Layout.of(pairs), self.policy.rows(pairs)
-        kl = None
-        if self.measure_kl:
-            logps, kl = self._logps_and_kl(pairs, rows, layout, grad)
-        else:
-            logps = self.reader.logps(rows, layout, grad=grad)
+        logps, kl, log_collisions = self._token_sums(pairs, rows, layout, grad)
         distances, relative, penalties, held = None, None, None, None
         if self.encoders:
             distances, relative, named = self._distances(rows, layout, refs, logps, grad)
@@ -97,21 +108,23 @@ class Scorer:
         if self.objective.constraint == "kl" and kl is not None:
             penalties = _by_side(kl)
         ref_logps = [[side.logps for side in ref] for ref in refs]  # [B, 2]
+        facts = facts_of(pairs)
         measures = Measures(
             _by_side(logps),
             mx.array(np.array(ref_logps, dtype=np.float32).T),
             mx.array(layout.lengths.reshape(-1, 2).T.astype(np.float32)),
-            None if distances is None else _by_side(distances),
-            None if relative is None else _by_side(relative),
-            None if kl is None else _by_side(kl),
+            **{name: mx.array(fact) for name, fact in facts.items()},
+            distances=None if distances is None else _by_side(distances),
+            relative=None if relative is None else _by_side(relative),
+            kl=None if kl is None else _by_side(kl),
+            log_collisions=None if log_collisions is None else _by_side(log_collisions),
         )
-        o = self.objective
-        pair_losses = preference_losses(
-            measures.logps, measures.ref_logps, measures.lengths, penalties,
-            beta=o.beta, alpha=self._alpha(penalties), gamma=o.gamma, margin=o.margin,
-            length_normalize=o.length_normalize, stop_gradient=o.stop_gradient, held=held,
+        own = {name: getattr(measures, name) for name in facts if _says_more(name, facts[name])}
+        seen = Seen(
+            measures.logps, measures.ref_logps, measures.lengths, penalties, held,
+            alphas=self._alpha(penalties), log_collisions=measures.log_collisions, **own,
         )  # fmt: skip
-        return pair_losses, measures
+        return seen, measures
 
     def _alpha(self, penalties: mx.array | None) -> float | mx.array:
         """alpha of each pair: less where its pull alone would look like a margin that exploded."""
@@ -120,16 +133,20 @@ class Scorer:
         gap = mx.abs(mx.stop_gradient(penalties[1] - penalties[0]))  # [B]
         return mx.minimum(self.alpha, self.largest_pull / mx.maximum(gap, 1e-20))
 
-    def _logps_and_kl(
+    def _token_sums(
         self, pairs: Sequence[TokenPair], rows: Rows, layout: Layout, grad: bool
-    ) -> tuple[mx.array, mx.array]:
-        policy = self.policy
-        with self.as_reference():
-            ref_rows = policy.rows(pairs)
-        tokens, kl = token_logps_and_kl(
-            rows.hidden, ref_rows.hidden, layout.targets, policy.head, policy.vocab_size, grad=grad
-        )
-        return layout.sums() @ tokens, layout.sums() @ kl
+    ) -> TokenValues:
+        """Log-probs, KL and log collisions summed over each response: [2B], in nats."""
+        policy, ref_hidden = self.policy, None
+        if self.measure_kl:
+            with self.as_reference():
+                ref_hidden = policy.rows(pairs).hidden
+        found = token_values(
+            rows.hidden, layout.targets, policy.head, policy.vocab_size,
+            ref_hidden=ref_hidden, collisions=self.objective.wpo, grad=grad,
+        )  # fmt: skip
+        sums = (None if values is None else layout.sums() @ values for values in found)
+        return TokenValues(*sums)  # type: ignore[arg-type]
 
     def _distances(
         self, rows: Rows, layout: Layout, refs: Sequence[PairScore], logps: mx.array, grad: bool
@@ -186,6 +203,16 @@ class Scorer:
         rest = F.distance(policy, there, weights * (1 - named), k)
         chosen = mx.arange(len(layout.lengths)) % 2 == 0  # there they pull through `held` alone
         return rest + mx.where(chosen, mx.stop_gradient(of_named), of_named), of_named
+
+
+def facts_of(pairs: Sequence[TokenPair]) -> dict[str, np.ndarray]:
+    """agreement, weights and score gaps of the pairs, each float32 [B]."""
+    facts = [astuple(pair.facts) for pair in pairs]
+    return dict(zip(FACTS, np.array(facts, np.float32).T, strict=True))
+
+
+def _says_more(name: str, values: np.ndarray) -> bool:
+    return bool((values != FACTS[name]).any())
 
 
 def _selection(

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, NoReturn, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
 from fpo_mlx.config import TrainConfig
-from fpo_mlx.core.objectives import PairLosses
 from fpo_mlx.data import batches, pair_lengths
 from fpo_mlx.errors import Diverged, Interrupted, ModelError
 from fpo_mlx.model import adapters, randomness
-from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.train import guard
 from fpo_mlx.train.checkpoint import STATE, Folder, Progress, load_state
 from fpo_mlx.train.drift import Controller
@@ -30,10 +27,11 @@ from fpo_mlx.train.events import (
     StoppedReport,
     ValidReport,
 )
-from fpo_mlx.train.metrics import ScoredPairs, Window, measure, pair_metrics
+from fpo_mlx.train.gradients import GRADIENTS, Ground
+from fpo_mlx.train.metrics import ScoredPairs, Window, measure, shown
 from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update
 from fpo_mlx.train.parallel import Ranks
-from fpo_mlx.train.scoring import Measures, Scorer
+from fpo_mlx.train.scoring import Scorer
 
 
 class Trainer:
@@ -147,9 +145,9 @@ class Trainer:
             grad_norm = cast(float, norm.item())
             if progress.iteration == 0:
                 self._window.notes += self._check_first(indices, grad_norm)
-            reason = guard.divergence(values, grad_norm, self.config, self.scorer.objective)
-            reason = reason or self._apply(gradient, norm)
-            skipped = self._skip(progress.iteration + count, reason) if reason else None
+            trouble = guard.divergence(values, grad_norm, self.config, self.scorer.objective)
+            trouble = trouble or self._apply(gradient, norm)
+            skipped = self._skip(progress.iteration + count, trouble) if trouble else None
             progress.iteration += count
             if skipped is None:
                 tokens = sum(self.train.pairs[i].tokens for i in indices)
@@ -170,25 +168,10 @@ class Trainer:
             self.scorer.largest_pull = 0.5 * self.config.max_margin
 
     def _gradient(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
-        """Mean gradient over the pairs, a few in memory at a time, and their values in order.
-
-        Each process adds up its own part; a mean over all pairs is the sum of the parts.
-        """
-        size, total, parts = self.config.micro_batch_size, None, []
-        own = self.ranks.part(len(indices))
-        # an idle process runs one pair so that the processes' sums match; its weight is 0
-        count = math.inf if own.idle else len(indices)
-        value_and_grad = nn.value_and_grad(self.model, self._loss)
-        for start in range(0, len(own.positions), size):
-            some = self.train.take(indices[own.positions[start : start + size]])
-            (_, losses, measures), gradient = value_and_grad(some.pairs, some.refs, count)
-            total = gradient if total is None else tree_map(mx.add, total, gradient)
-            mx.eval(total, losses, measures)
-            parts.append(
-                pair_metrics(PairLosses(*losses), _measures(measures), self.scorer.objective.beta)
-            )
-        values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return self.ranks.gather(values, own, len(indices)), self.ranks.sum(total)
+        """Mean gradient over the pairs, and their values in order: the same on every process."""
+        ground = Ground(self.scorer, self.train, self.config, self.ranks)
+        update = self.progress.iteration // self._step
+        return GRADIENTS[self.config.gradient](ground, indices, update)
 
     def _measure(self, data: ScoredPairs, first: int | None = None) -> dict[str, np.ndarray]:
         """`measure` of all pairs (of the first few), each by one of the processes."""
@@ -210,15 +193,8 @@ class Trainer:
             return tree
         return dict(zip(tree, self.ranks.from_first(list(tree.values())), strict=True))
 
-    def _loss(
-        self, pairs: Sequence[TokenPair], refs: Sequence[PairScore], count: float
-    ) -> tuple[mx.array, tuple[mx.array, ...], dict[str, mx.array]]:
-        losses, measures = self.scorer.losses(pairs, refs, grad=True)
-        seen = {k: v for k, v in vars(measures).items() if v is not None}
-        return losses.losses.sum() / count, tuple(losses), seen
-
-    def _apply(self, gradient: Any, norm: mx.array) -> str | None:
-        """Update the adapters, unless that makes one of them infinite: then the reason."""
+    def _apply(self, gradient: Any, norm: mx.array) -> guard.Trouble | None:
+        """Update the adapters, unless that makes one of them infinite: then the trouble."""
         self._good = dict(adapters.parameters(self.model))  # the guard let them pass
         before = self.optimizer.state
         self.model.update(self._update(gradient, norm, self.model.trainable_parameters()))
@@ -227,17 +203,17 @@ class Trainer:
             return None
         adapters.update(self.model, self._good)
         self.optimizer.state = before
-        return "the update made the adapters infinite"
+        return guard.Trouble("the update made the adapters infinite", guard.NOT_FINITE)
 
-    def _skip(self, iteration: int, reason: str) -> SkippedReport:
+    def _skip(self, iteration: int, trouble: guard.Trouble) -> SkippedReport:
         """Leave an update out and count it; Diverged where that is not wanted, or no way on."""
         progress = self.progress
         in_a_row = progress.skipped_in_a_row + 1
         if progress.iteration == 0 or guard.too_many(in_a_row, self.config):
             row = f" ({in_a_row} updates in a row were left out)" if in_a_row > 1 else ""
-            self._diverge(iteration, reason + row)
+            self._diverge(iteration, guard.Trouble(trouble.what + row, trouble.remedy))
         progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, in_a_row
-        report = SkippedReport(iteration, reason, in_a_row)
+        report = SkippedReport(iteration, trouble.what, in_a_row)
         self._log("skipped", report)
         return report
 
@@ -253,7 +229,7 @@ class Trainer:
             raise ModelError(verdict.reason)
         return list(verdict.notes)
 
-    def _diverge(self, iteration: int, reason: str) -> NoReturn:
+    def _diverge(self, iteration: int, trouble: guard.Trouble) -> NoReturn:
         """End the run with the adapters from before the trouble; the last checkpoint stays."""
         path, best = self.folder.path, self.folder.path / "best"
         kept = "Nothing was trained yet, so no adapters were written"
@@ -263,10 +239,7 @@ class Trainer:
             kept = f"The adapters from before it are in {path}"
         if best.is_dir():
             kept += f", the best validated ones in {best}"
-        raise Diverged(
-            f"iteration {iteration}: {reason}. {kept}. "
-            "Lower --learning-rate, or raise --alpha or --beta."
-        )
+        raise Diverged(f"iteration {iteration}: {trouble.what}. {kept}. {trouble.remedy}.")
 
     def _report(self, iteration: int, grad_norm: float) -> StepReport:
         window, self._window = self._window, Window()
@@ -274,7 +247,7 @@ class Trainer:
         report = StepReport(
             iteration=iteration,
             loss=means.pop("loss"),
-            metrics={k: v for k, v in means.items() if k != "u"},
+            metrics=shown(means),
             learning_rate=cast(float, self.optimizer.learning_rate.item()),
             grad_norm=grad_norm,
             pairs=self.progress.pairs,
@@ -294,10 +267,11 @@ class Trainer:
         if self.config.val_batches >= 0:
             n = min(n, self.config.val_batches * self.config.batch_size)
         values = self._measure(self.valid, n)
-        means = {name: float(array.mean()) for name, array in values.items() if name != "u"}
+        means = shown({name: float(array.mean()) for name, array in values.items()})
         loss, progress = means.pop("loss"), self.progress
         if not math.isfinite(loss):
-            self._diverge(progress.iteration, "the validation loss is not finite")
+            trouble = guard.Trouble("the validation loss is not finite", guard.NOT_FINITE)
+            self._diverge(progress.iteration, trouble)
         best = progress.best_loss is None or loss < progress.best_loss
         if best:
             progress.best_loss, progress.best_iteration = loss, progress.iteration
@@ -328,10 +302,6 @@ class Trainer:
 
     def _log(self, kind: str, report: StepReport | ValidReport | SkippedReport) -> None:
         self.folder.log({"kind": kind, **asdict(report)}, self.progress)
-
-
-def _measures(seen: Mapping[str, mx.array]) -> Measures:
-    return Measures(**seen)  # type: ignore[arg-type]
 
 
 def _all_finite(arrays: Iterable[mx.array]) -> bool:

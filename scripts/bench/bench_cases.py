@@ -46,7 +46,7 @@ class Plan:
 
 
 def lengths(plan: Plan, case: str) -> bm.Result:
-    """One pair a step: mlx-lm's SFT on its two sequences, ours, and mlx-lm-lora's DPO."""
+    """One pair per step: mlx-lm's SFT on its two sequences, ours, and mlx-lm-lora's DPO."""
     world, shape = plan.world, LENGTHS[case]
     pair = bs.make_pair(*shape, world.vocab)
     sae = bs.random_sae(world, SMALL_SAE, pair)
@@ -55,7 +55,7 @@ def lengths(plan: Plan, case: str) -> bm.Result:
     for preset in ("fpo", "simpo", "dpo", "tdpo2"):
         for share in (True, False):
             subjects.append(bs.our_step(world, preset, [pair], refs, sae=sae, share=share))
-    notes = [f"prompt {shape[0]}, responses {shape[1]} / {shape[2]} tokens, one pair a step"]
+    notes = [f"prompt {shape[0]}, responses {shape[1]} / {shape[2]} tokens, one pair per step"]
     with ExitStack() as stack:
         if plan.rival:
             other = stack.enter_context(rival.running(world.path, pair, bs.LORA, plan.say))
@@ -147,7 +147,7 @@ def _loss_of(hidden: mx.array, goals: mx.array, head: Head, vocab: int) -> Calla
 
 
 def pairs_a_step(plan: Plan) -> bm.Result:
-    """1, 2 and 4 pairs an update, one at a time in memory and all at once."""
+    """1, 2 and 4 pairs per update, one at a time in memory and all at once."""
     world = plan.world
     pairs = [bs.make_pair(*LENGTHS["main-76"], world.vocab, index=i) for i in range(4)]
     sae = bs.random_sae(world, SMALL_SAE, pairs[0])
@@ -160,8 +160,8 @@ def pairs_a_step(plan: Plan) -> bm.Result:
         )
     rows = bm.rows_of(plan.measure(subjects), "1 pairs, 1 at once")
     each = [f"{row.name}: {row.seconds / int(row.name[0]):.3f}" for row in rows]
-    notes = [f"seconds a pair: {'; '.join(each)}"]
-    return bm.Result("pairs", "FPO, pairs a step, prompt 76 + 154 / 77", rows, notes=notes)
+    notes = [f"seconds per pair: {'; '.join(each)}"]
+    return bm.Result("pairs", "FPO, pairs per step, prompt 76 + 154 / 77", rows, notes=notes)
 
 
 def precompute(plan: Plan) -> bm.Result:
@@ -216,11 +216,12 @@ def length(plan: Plan) -> bm.Result:
         for row in rows
     }
     table = [
-        {"pair": name, "ms a token": per[name], "without attention": aside[name]} for name in pairs
+        {"pair": name, "ms per token": per[name], "without attention": aside[name]}
+        for name in pairs
     ]
     all_in = per["2048 tokens"] / per["256 tokens"]
     without = aside["2048 tokens"] / aside["256 tokens"]
-    checks = [bm.Check("ms a token, 2048 / 256, attention aside", without, 1.3)]
+    checks = [bm.Check("ms per token, 2048 / 256, attention aside", without, 1.3)]
     notes = [f"with attention the ratio is {all_in:.3f}, without it {without:.3f}"]
     return bm.Result("length", "FPO, time a token", rows, table, notes, checks)
 

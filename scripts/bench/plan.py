@@ -1,4 +1,4 @@
-"""Predicted against measured peak memory: one real step a case, each in a process of its own.
+"""Predicted against measured peak memory: one real step per case, each in a process of its own.
 
     python scripts/bench/plan.py [MODEL] [--cases main-256,sae] [--json FILE]
 

@@ -25,6 +25,11 @@ TEMPLATES = {  # templates that do what a good one does not
     "prompt not a prefix": LATER + "{% endfor %}",
     "no end of turn": "{% for m in messages %}{{ m.content }}{% endfor %}",
     "template": "{{ raise_exception('no such conversation') }}",
+    "answer part dropped": "{% for m in messages %}{{ m.content[:3] }}<|im_end|>{% endfor %}",
+    "prompt part dropped": "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>"
+    "{% endfor %}",
+    "added text": "{% for m in messages %}{% if m.role == 'assistant' %}<think></think>{% endif %}"
+    "{{ m.content }}<|im_end|>{% endfor %}",
 }
 # kind -> the rows of train.jsonl after the good one; a text is a line as it stands
 CASES: dict[str, list[Any]] = {
@@ -32,12 +37,25 @@ CASES: dict[str, list[Any]] = {
     "missing field": [{"prompt": "Q?", "chosen": "Yes."}],
     "empty field": [{**GOOD, "chosen": " "}],
     "wrong type": [{**GOOD, "chosen": 3}],
+    "out of range": [{**GOOD, "prompt": "R?", "agreement": 1.5}],
     "role order": [{**GOOD, "prompt": [ASK, ASK]}],
+    "no preference": [
+        {"prompt": "R?", "response_1": "No.", "response_2": "Yes.", "preference_strength": 0}
+    ],
     "no shared prompt": [{"chosen": [ASK, TELL], "rejected": [{**ASK, "content": "R?"}, TELL]}],
     "same response": [{**GOOD, "rejected": "Yes."}],
     "broken text": [{**GOOD, "chosen": "half \ud83d of a pair"}],
     "template": [{**GOOD, "prompt": "R?"}],
     "prompt not a prefix": [{**GOOD, "prompt": "R?"}],
+    "answer part dropped": [],
+    "beyond vocabulary": [],
+    "scores disagree": [{**GOOD, "prompt": "R?", "score_chosen": 2, "score_rejected": 3}],
+    "messages as text": [{**GOOD, "prompt": json.dumps([{**ASK, "content": "R?"}])}],
+    "prompt part dropped": [{**GOOD, "prompt": "R?", "system": "Be brief."}],
+    "prompt repeated": [{"prompt": "How many is two and two?",
+                         "chosen": "How many is two and two? Four.",
+                         "rejected": "How many is two and two? Five."}],
+    "added text": [],
     "duplicate": [GOOD],
     "contradiction": [SWAPPED],
     "leakage": [],
@@ -74,12 +92,15 @@ def findings(root: Path) -> dict[str, str]:
 
     from fpo_mlx.cli import main
 
-    build_tiny_tokenizer(root / "model")
-    (root / "model" / "config.json").write_text('{"model_type": "llama"}')
+    for name, more in (("model", {}), ("small", {"vocab_size": 20})):
+        build_tiny_tokenizer(root / name)
+        config = {"model_type": "llama", **more}
+        (root / name / "config.json").write_text(json.dumps(config))
     lines = {}
     for kind in CASES:
         words = write(root / kind.replace(" ", "-"), kind)
-        done = CliRunner().invoke(main, ["check", "--model", str(root / "model"), *words])
+        model = root / ("small" if kind == "beyond vocabulary" else "model")
+        done = CliRunner().invoke(main, ["check", "--model", str(model), *words])
         wanted = f" {kind} "
         lines[kind] = next((li for li in done.stdout.splitlines() if wanted in li), "")
     return lines

@@ -187,10 +187,11 @@ def targets(root: Path) -> Iterator[Target]:
 def rows(root: Path) -> Callable[[random.Random], Call]:
     """A line of JSON Lines through decoder, parser and the data check."""
     from fpo_mlx.data.check import check_data
-    from fpo_mlx.data.read import RawRow, _decode, parse_rows
+    from fpo_mlx.data.containers import RawRow, decode
+    from fpo_mlx.data.read import parse_rows
 
     def make(chance: random.Random) -> Call:
-        record, fault = _decode(json_bytes(chance.choice(ROWS), chance))
+        record, fault = decode(json_bytes(chance.choice(ROWS), chance))
         raw = [RawRow(record, "train.jsonl:1", 0, fault)]
         if chance.random() < 0.2:
             return lambda: json.dumps(check_data({"train": raw}).as_dict())

@@ -43,7 +43,7 @@ from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.train.checkpoint import AdapterFolder
 from fpo_mlx.train.events import StepReport
 from fpo_mlx.train.metrics import ScoredPairs
-from fpo_mlx.train.scoring import Measures, Scorer
+from fpo_mlx.train.scoring import FACTS, Measures, Scorer
 from fpo_mlx.train.trainer import Trainer
 
 import mlx.core as mx  # isort: skip
@@ -81,8 +81,9 @@ class PlainScorer:
             columns.append((-nn.log_sigmoid(u), u, reward_chosen, reward_rejected, sides))
         losses = PairLosses(*(mx.stack([c[i] for c in columns]) for i in range(4)))
         seen = [[[mx.array(c[4][i][s]) for c in columns] for s in (0, 1)] for i in range(4)]
-        measures = Measures(*(mx.stack([mx.stack(side) for side in both]) for both in seen))
-        return losses, measures
+        logps, refs_, lengths_, found = (mx.stack([mx.stack(s) for s in both]) for both in seen)
+        plain = [mx.full((len(pairs),), value) for value in FACTS.values()]
+        return losses, Measures(logps, refs_, lengths_, *plain, distances=found)
 
     def _side(self, prompt: np.ndarray, response: np.ndarray, ref) -> tuple[mx.array, mx.array]:
         """Summed log-prob and D of one response."""

@@ -166,7 +166,7 @@ def below_claim(records: Records, what: str, key: str, other: str) -> str:
 
 def cost_claim(records: Records) -> str:
     parts = []
-    for key, unit in (("peak_memory_gb", "GB"), ("seconds_per_pair", "s a pair")):
+    for key, unit in (("peak_memory_gb", "GB"), ("seconds_per_pair", "s per pair")):
         said = [
             f"{n} {v:.3g}" for n in ("simpo", "fpo", "tdpo2")
             if (v := mean(records, n, key)) is not None
@@ -266,7 +266,7 @@ def cost(axes: Any, records: Records) -> None:
     shown = names(records, "method")
     for panel, (title, key) in zip(
         axes,
-        (("peak memory, GB", "peak_memory_gb"), ("seconds a pair", "seconds_per_pair")),
+        (("peak memory, GB", "peak_memory_gb"), ("seconds per pair", "seconds_per_pair")),
         strict=True,
     ):
         panel.bar(shown, [mean(records, n, key) or 0.0 for n in shown], color=COLOURS[2])

@@ -248,7 +248,7 @@ def test_check_prints_a_table_and_writes_findings_and_the_good_rows(place, tmp_p
     assert result.exit_code == 3
     assert re.search(r"^train +6 +1 +4 ", result.stdout, re.MULTILINE)
     assert re.search(r"^refused +missing field +1 +rows.jsonl:6: ", result.stdout, re.MULTILINE)
-    assert re.search(r"^spare +duplicate +1 +rows.jsonl:5: ", result.stdout, re.MULTILINE)
+    assert re.search(r"^excluded +duplicate +1 +rows.jsonl:5: ", result.stdout, re.MULTILINE)
     assert json.loads((tmp_path / "found.json").read_text())["refused"] == 1
     kept = (tmp_path / "clean" / "train.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in kept] == ROWS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import subprocess
 import sys
 import typing
@@ -62,8 +63,8 @@ def another_value(name: str) -> tuple[list[str], object]:
     if typing.get_origin(hint) is tuple:
         return [flag, "a", flag, "b"], ("a", "b")
     kind = inner[0] if inner else hint
-    value = {int: 7, float: 0.125, str: "something"}[kind]
-    return [flag, str(value)], value
+    value = {int: 7, float: 0.125, str: "something", dict: {"shout": True}}[kind]
+    return [flag, json.dumps(value) if kind is dict else str(value)], value
 
 
 @pytest.mark.parametrize("name", sorted(set(options()) - set(YAML_ONLY)))
@@ -80,9 +81,11 @@ def test_a_flag_of_train_changes_its_own_setting_and_no_other(configured, name):
 
 @pytest.mark.parametrize("name", YAML_ONLY)
 def test_a_setting_without_a_flag_comes_from_yaml(configured, tmp_path, name):
-    value = {"rank": 4} if name == "lora_parameters" else {"name": "x"}
+    special = {"lora_parameters": {"rank": 4}, "link_parameters": {"rho": 0.2}}
+    value = special.get(name, {"name": "x"})
     (tmp_path / "c.yaml").write_text(f"{name}: {value}\n")
-    assert configured("-c", tmp_path / "c.yaml").as_dict()[name] == value
+    beside = ["--link", "ada"] if name == "link_parameters" else []
+    assert configured("-c", tmp_path / "c.yaml", *beside).as_dict()[name] == value
     flag = "--" + name.replace("_", "-")
     assert CliRunner().invoke(main, ["train", flag, "1"]).exit_code == 2
 
@@ -116,7 +119,8 @@ def test_a_bad_yaml_file_is_a_usage_error_that_names_it(tmp_path, text, part):
 
 BAD_SETTINGS = {
     "max_grad_norm: -1": "--max-grad-norm -1",  # it would train backwards
-    "epochs: 0": "--epochs: wanted more than 0",
+    "epochs: 0": "--epochs 0: wanted more than 0",
+    "iters: -3": "--iters -3: wanted 1 or more",
     "seed: -1": "--seed -1: wanted 0 or more",
     "val_batches: -2": "--val-batches -2",
     "lora_parameters: {rank: x}": "rank 'x'",

@@ -80,6 +80,19 @@ def test_the_help_of_train_shows_the_dozen_that_matter_and_says_how_many_more_th
     assert "train --help-all" in text.splitlines()[-1]
 
 
+@pytest.mark.parametrize("command", ["check", "precompute", "train", "evaluate", "compare"])
+def test_variables_of_the_template_stand_in_the_short_help_for_they_change_what_is_scored(command):
+    assert "--chat-template-args" in run(command, "--help").stdout
+
+
+@pytest.mark.parametrize("words", [["train", "--nothing"], ["nothing"], ["cache", "info"]])
+def test_the_message_of_a_wrong_flag_has_no_spaces_that_fill_the_line(words):
+    said = run(*words).stderr.splitlines()
+    assert said[0].startswith("Usage: ")
+    assert said[1].startswith("Try ")
+    assert said == [line.rstrip() for line in said]
+
+
 def test_help_all_shows_every_setting_under_its_group():
     text = run("train", "--help-all").stdout
     assert titles(text) == [

@@ -112,6 +112,13 @@ def test_what_cannot_be_asked_for_is_said_before_a_file_is_made(
     refused(generate(place, prompts, tmp_path / "c.jsonl", *words), code, *parts)
 
 
+def test_an_empty_file_of_prompts_is_refused_and_not_done_already(place, tmp_path):
+    (tmp_path / "none.txt").write_text("\n \n")
+    done = generate(place, tmp_path / "none.txt", tmp_path / "c.jsonl")
+    refused(done, 3, "none.txt holds no prompts", "one per line")
+    assert not (tmp_path / "c.jsonl").exists()
+
+
 @pytest.mark.parametrize("row", [{"chosen": "x"}, {"prompt": 3}, {"prompt": []}, {"prompt": " "}])
 def test_a_row_without_a_prompt_is_named(place, tmp_path, row):
     rows = lines(tmp_path / "p.jsonl", {"prompt": "Why?"}, row)

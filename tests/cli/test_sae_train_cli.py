@@ -382,7 +382,7 @@ def test_a_bad_setting_is_one_plain_message(llama, corpus, tmp_path, words, code
         ([{"a": 1}], "columns a"),
         ([{"text": 3}], "rows.jsonl:1: the text is int"),
         ([CHATS[0], {"messages": []}], "rows.jsonl:2"),
-        ([{"messages": [{"role": "user"}]}], "lacks a role or a text"),
+        ([{"messages": [{"role": "user"}]}], "messages[0] has no content"),
         ([PAIRS[0], {"prompt": "a", "chosen": "b", "rejected": "b"}], "rows.jsonl:2"),
     ],
 )

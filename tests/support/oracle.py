@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from oracle_sites import F64, hidden_and_logits, torch_path
 
-from fpo_mlx.records import SaeWeights, Site, TokenPair
+from fpo_mlx.records import NO_FACTS, PairFacts, SaeWeights, Site, TokenPair
 
 Tap = SaeWeights | Site
 Tokens = Sequence[int] | np.ndarray
@@ -202,6 +202,17 @@ class Setup:
     gamma: float = 0.0  # the constant margin
     k: int = 50
     feature_scale: str = "raw"  # or "reference"
+    log_odds: bool = False  # of exp(lp / |y|), in place of log-probs
+    link: str = "sigmoid"  # ipo hinge ada sail apo-zero apo-down each
+    tau: tuple[float, float] = (0.1, 4.0)  # of ada
+    rho: float = 0.1  # of ada and sail
+    share: float = 0.4  # of sail: how often its coin falls 1
+    preference: float = 1.0  # weight of the preference term
+    nll: float = 0.0  # weight of -lp_w / |w|
+    smoothing: float = 0.0
+    robust: bool = False
+    score_margin: float = 0.0
+    wpo: bool = False
     named: tuple[int, ...] = ()  # features that are always in I
     weights: Mapping[int, float] | None = None  # w_i where it is not 1
 
@@ -215,7 +226,23 @@ def preset(name: str, **changes: Any) -> Setup:
         "simpo-kl": Setup(margin="constant", constraint="kl", beta=2.0, gamma=1.0),
         "tdpo1": Setup(normalize=False, constraint="kl", stop_gradient=False, alpha=1.0),
         "tdpo2": Setup(normalize=False, constraint="kl"),
-    }
+        "ipo": Setup(constraint="none", link="ipo"),
+        "orpo": Setup(
+            constraint="none", margin="constant", log_odds=True, beta=1.0, preference=0.1, nll=1.0
+        ),
+        "asft": Setup(
+            constraint="none", margin="constant", log_odds=True, beta=1.0, preference=0.1, nll=1.0,
+            link="each",
+        ),
+        "cpo": Setup(normalize=False, constraint="none", margin="constant", nll=1.0),
+        "sft": Setup(constraint="none", margin="constant", preference=0.0, nll=1.0),
+    }  # fmt: skip
+    for name_, link in (
+        ("hinge", "hinge"), ("apo-zero", "apo-zero"), ("apo-down", "apo-down"),
+        ("ada-dpo", "ada"), ("sail-ddp", "sail"),
+    ):  # fmt: skip
+        rho = 0.2 if link == "sail" else 0.1
+        presets[name_] = Setup(normalize=False, constraint="none", link=link, rho=rho)
     return replace(presets[name], **changes)
 
 
@@ -258,11 +285,79 @@ def sequential_kl(ref_log_probs: torch.Tensor, policy_log_probs: torch.Tensor) -
     return total
 
 
+def odds(scored: Scored) -> torch.Tensor:
+    """log p / (1 - p), p the geometric mean of the token probabilities."""
+    p = torch.exp(scored.logps / scored.tokens)
+    return torch.log(p / (1 - p))
+
+
+def preference_term(
+    setup: Setup, r_w: torch.Tensor, r_l: torch.Tensor, facts: PairFacts
+) -> torch.Tensor:
+    """The link with the label as it is and turned round, each as far as it is believed."""
+    e, a = setup.smoothing, facts.agreement
+    right = a * (1 - e) + (1 - a) * e
+    wrong = a * e + (1 - a) * (1 - e)
+    if setup.robust:
+        right, wrong = (a - e) / (1 - 2 * e), (1 - a - e) / (1 - 2 * e)
+    return right * link_loss(setup, r_w, r_l) + wrong * link_loss(setup, r_l, r_w)
+
+
+def link_loss(setup: Setup, r_w: torch.Tensor, r_l: torch.Tensor) -> torch.Tensor:
+    log_sigmoid, u = torch.nn.functional.logsigmoid, r_w - r_l
+    if setup.link == "ipo":
+        return (u / setup.beta - 1 / (2 * setup.beta)) ** 2
+    if setup.link == "hinge":
+        return torch.clamp(1 - u, min=0)
+    if setup.link == "ada":
+        tau = ada_tau(float(u.detach()), setup)
+        return -tau * log_sigmoid(u / tau) + (setup.rho - math.log(2)) * tau
+    if setup.link == "sail":  # the mean over the coin: with it, and without
+        added = 0.5 * setup.rho * log_sigmoid(u) ** 2
+        return (1 - setup.share) * -log_sigmoid(u) + setup.share * (-log_sigmoid(u) - added)
+    if setup.link == "apo-zero":
+        return 1 - torch.sigmoid(r_w) + torch.sigmoid(r_l)
+    if setup.link == "apo-down":
+        return torch.sigmoid(r_w) + 1 - torch.sigmoid(u)
+    if setup.link == "each":
+        return -torch.log(torch.sigmoid(r_w)) - torch.log(1 - torch.sigmoid(r_l))
+    return -log_sigmoid(u)
+
+
+def ada_tau(u: float, setup: Setup, steps: int = 200) -> float:
+    """The tau of Adaptive Preference Scaling (arXiv 2406.02764), by golden-section search.
+
+    The objective is convex in tau, so the least value within the bounds is found by comparing.
+    """
+
+    def value(tau: float) -> float:
+        x = u / tau
+        log_sigmoid = -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+        return -tau * log_sigmoid + (setup.rho - math.log(2)) * tau
+
+    low, high = setup.tau
+    ratio = (math.sqrt(5) - 1) / 2
+    for _ in range(steps):
+        first, second = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, second) if value(first) < value(second) else (first, high)
+    return (low + high) / 2
+
+
+def wpo_weight(chosen: Scored, rejected: Scored) -> float:
+    """exp of the mean of log pi(y_t) - log sum_v pi(v)^2, both responses, at most 1."""
+    total = 0.0
+    for side in (chosen, rejected):
+        collisions = torch.log((side.log_probs.exp() ** 2).sum(-1))
+        total += float((side.token_logps - collisions).mean().detach())
+    return min(1.0, math.exp(total))
+
+
 def objective(
     setup: Setup,
     policy: tuple[Scored, Scored],
     ref: tuple[Scored, Scored],
     by_magnitude: Sequence[bool] = (False,),
+    facts: PairFacts = NO_FACTS,
 ) -> dict[str, torch.Tensor]:
     """Loss and parts of one pair. policy and ref: (chosen, rejected); by_magnitude: per tap."""
     (pw, pl), (rw, rl) = policy, ref
@@ -280,10 +375,15 @@ def objective(
             each = [distance(p, r, setup, m, named_only=True) for p, r, m in taps]
             parts[f"named/{side}"] = torch.stack(each).mean()
 
-    difference = setup.beta * (pw.logps / size_w - pl.logps / size_l)
+    z_w, z_l, z_rw, z_rl = (
+        odds(s) if setup.log_odds else s.logps / size
+        for s, size in ((pw, size_w), (pl, size_l), (rw, size_w), (rl, size_l))
+    )
+    difference = setup.beta * (z_w - z_l)
     gamma = torch.tensor(setup.gamma, dtype=F64)
     if setup.margin == "reference":
-        gamma = setup.beta * (rw.logps / size_w - rl.logps / size_l)
+        gamma = setup.beta * (z_rw - z_rl)
+    gamma = gamma + setup.score_margin * facts.score_gap
     delta = torch.zeros((), dtype=F64)
     if setup.constraint != "none":
         source = "kl" if setup.constraint == "kl" else "features"
@@ -293,7 +393,14 @@ def objective(
         d_w = d_w.detach() if setup.stop_gradient else d_w - pull
         delta = setup.alpha * setup.beta * (d_l - d_w + pull)
     u = difference - gamma - delta
-    loss = -torch.nn.functional.logsigmoid(u)
+    ref_w = z_rw if setup.margin == "reference" else torch.zeros((), dtype=F64)
+    r_w = setup.beta * (z_w - ref_w)  # what is not u's own counts on the rejected side,
+    if setup.constraint != "none":  # but for the chosen response's C
+        r_w = r_w + setup.alpha * setup.beta * (d_w - pull)
+    loss = setup.preference * preference_term(setup, r_w, r_w - u, facts)
+    if setup.wpo:
+        loss = loss * wpo_weight(pw, pl)
+    loss = facts.weight * (loss - setup.nll * pw.logps / pw.tokens)
     parts["rewards/chosen"] = setup.beta * (pw.logps - rw.logps) / size_w
     parts["rewards/rejected"] = setup.beta * (pl.logps - rl.logps) / size_l
     return {"loss": loss, "u": u, "delta": delta, "gamma": gamma} | parts
@@ -322,7 +429,8 @@ def loss_and_grads(
     for pair in pairs:
         chosen, rejected = (score_response(model, pair.prompt, y, taps) for y in pair.responses)
         ref_chosen, ref_rejected = (score_reference(pair.prompt, y) for y in pair.responses)
-        parts = objective(setup, (chosen, rejected), (ref_chosen, ref_rejected), magnitude)
+        sides = (chosen, rejected), (ref_chosen, ref_rejected)
+        parts = objective(setup, *sides, magnitude, pair.facts)
         total = total + parts["loss"] / len(pairs)
         results.append({name: value.item() for name, value in parts.items()})
     found = torch.autograd.grad(total, list(adapters.values()), materialize_grads=True)

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from fpo_mlx.errors import ModelError
+from fpo_mlx.storage.files import listed
 
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
 STACKED = re.compile(r"(.+)\.switch_mlp\.(gate|up|down)_proj\.weight")
@@ -22,7 +23,7 @@ def is_mlx_folder(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether the weights are laid out and named by mlx-lm."""
     if "quantization" in config:
         return True
-    for path in sorted(folder.glob("model*.safetensors"))[:1]:
+    for path in listed(folder, "model*.safetensors")[:1]:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format") == "mlx"
     return False
@@ -60,7 +61,7 @@ def read_mlx_weights(folder: Path, config: Mapping[str, Any], dtype: torch.dtype
     Raises ModelError on a quantisation other than affine, or tensors that do not fit it.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in listed(folder, "model*.safetensors"):
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             tensors |= {name: file.get_tensor(name) for name in names}
@@ -84,7 +85,7 @@ def read_mlx_weights(folder: Path, config: Mapping[str, Any], dtype: torch.dtype
 def stored_dtype(folder: Path) -> torch.dtype:
     """The floating dtype of the largest number of a model folder's tensors (scales count)."""
     counts: dict[str, int] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in listed(folder, "model*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 dtype = file.get_slice(name).get_dtype()

@@ -11,9 +11,7 @@ mx = pytest.importorskip("mlx.core")
 
 from helpers import F, random_sae  # noqa: E402
 
-from fpo_mlx.config import PRESETS, Objective  # noqa: E402
 from fpo_mlx.core import features, logprobs, vocabulary  # noqa: E402
-from fpo_mlx.core.objectives import preference_losses  # noqa: E402
 from fpo_mlx.core.vocabulary import LinearHead  # noqa: E402
 from fpo_mlx.model.reader import encoder_of  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
@@ -45,6 +43,31 @@ def test_kl_by_hand():
     policy, ref = mx.array([[0.0, math.log(3)]]), mx.array([[5.0, 5.0]])
     _, kl = logprobs.token_logps_and_kl(policy, ref, mx.array([0]), lambda x: x, 2)
     np.testing.assert_allclose(np.array(kl), [0.5 * math.log(4 / 3)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_kl", [False, True])
+@pytest.mark.parametrize("head", ["plain", "linear"])
+def test_log_collisions_by_hand(head, with_kl):
+    """Probabilities 1/4 and 3/4: 1/16 + 9/16 = 5/8; 1/2 and 1/2: a half."""
+    rows = mx.array([[0.0, math.log(3)], [2.0, 2.0]])
+    function = LinearHead(mx.eye(2)) if head == "linear" else lambda x: x
+    ref = rows[::-1] if with_kl else None
+    got = logprobs.token_values(
+        rows, mx.array([0, 1]), function, 2, ref_hidden=ref, collisions=True
+    )  # fmt: skip
+    np.testing.assert_allclose(np.array(got.log_collisions), np.log([5 / 8, 1 / 2]), rtol=1e-5)
+    np.testing.assert_allclose(np.array(got.logps), np.log([1 / 4, 1 / 2]), rtol=1e-5)
+    assert (got.kl is not None) is with_kl
+
+
+def test_log_collisions_go_over_all_tiles_and_chunks(monkeypatch):
+    monkeypatch.setattr(vocabulary, "TILE", 8)
+    monkeypatch.setattr(vocabulary, "ROWS", 4)
+    got = logprobs.token_values(ROWS, TARGETS, LinearHead(WEIGHT), V, collisions=True)
+    p = np.array(mx.softmax((ROWS @ WEIGHT.T).astype(mx.float32), axis=-1), np.float64)
+    np.testing.assert_allclose(np.array(got.log_collisions), np.log((p**2).sum(-1)), rtol=1e-4)
+    plain = logprobs.token_logps(ROWS, TARGETS, LinearHead(WEIGHT), V)
+    np.testing.assert_array_equal(np.array(got.logps), np.array(plain))
 
 
 def values_and_slope(head, weights):
@@ -285,65 +308,3 @@ def test_distance_and_scale_by_hand():
     assert got.item() == 4.5
     assert features.reference_scale(mx.array([[3.0, 4.0, 1.0]]), 2).tolist() == [12.5]
     assert features.reference_scale(mx.zeros((1, 3)), 2).tolist() == [1.0]  # silent: no scale
-
-
-# Objectives ---------------------------------------------------------------------------------------
-
-# One pair: policy -6 / -9 nats, reference -8 / -7, lengths 2 / 3, C = 0.5 / 2; beta 1, alpha 0.5
-# but for tdpo1 (alpha 1), gamma 0.25 where the margin is constant.
-# sums: (-6 + 8) - (-9 + 7) = 4; means: (-6 + 8) / 2 - (-9 + 7) / 3 = 5/3; bare means: -3 + 3 = 0
-U = {
-    "dpo": 4.0,
-    "simpo": -0.25,
-    "simpo-kl": -0.25 - 0.75,
-    "tdpo1": 4.0 - 1.5,
-    "tdpo2": 4.0 - 0.75,
-    "fpo": 5 / 3 - 0.75,
-}
-
-
-@pytest.mark.parametrize("preset", list(PRESETS))
-def test_preference_losses_by_hand(preset):
-    o = Objective(**{**PRESETS[preset], "beta": 1.0})
-    penalties = None if o.constraint == "none" else mx.array([[0.5], [2.0]])
-    got = preference_losses(
-        mx.array([[-6.0], [-9.0]]), mx.array([[-8.0], [-7.0]]), mx.array([[2.0], [3.0]]),
-        penalties, beta=1.0, alpha=o.alpha, gamma=0.25, margin=o.margin,
-        length_normalize=o.length_normalize, stop_gradient=o.stop_gradient,
-    )  # fmt: skip
-    u = U[preset]
-    np.testing.assert_allclose(got.u.item(), u, rtol=1e-6)
-    np.testing.assert_allclose(got.losses.item(), math.log1p(math.exp(-u)), rtol=1e-5)
-    rewards = (1.0, -2 / 3) if o.length_normalize else (2.0, -2.0)
-    np.testing.assert_allclose(
-        (got.chosen_rewards.item(), got.rejected_rewards.item()), rewards, rtol=1e-6
-    )
-
-
-@pytest.mark.parametrize("stop_gradient", [True, False])
-def test_the_stop_gradient_holds_the_chosen_penalty_by_hand(stop_gradient):
-    """dL/dC = -sigmoid(-u) du/dC, du/dC_l = -alpha beta, du/dC_w = +alpha beta or 0; u = 0 here."""
-
-    def loss(penalties):
-        zero, one = mx.zeros((2, 1)), mx.ones((2, 1))
-        return preference_losses(
-            zero, zero, one, penalties, beta=0.5, alpha=0.4, gamma=0.0, length_normalize=True,
-            margin="reference", stop_gradient=stop_gradient,
-        ).losses.sum()  # fmt: skip
-
-    slope = mx.grad(loss)(mx.array([[1.0], [1.0]]))
-    np.testing.assert_allclose(
-        np.array(slope)[:, 0], [0.0 if stop_gradient else -0.1, 0.1], atol=1e-7
-    )
-
-
-def test_far_margins_give_finite_losses_and_slopes():
-    def loss(x):
-        return preference_losses(
-            mx.stack([x, -x]), mx.zeros((2, 2)), mx.ones((2, 2)), None, beta=1.0, alpha=0.0,
-            gamma=0.0, length_normalize=False, margin="reference", stop_gradient=True,
-        ).losses.sum()  # fmt: skip
-
-    value, slope = mx.value_and_grad(loss)(mx.array([500.0, -500.0]))
-    assert value.item() == 1000.0
-    assert slope.tolist() == [0.0, -2.0]

@@ -14,6 +14,7 @@ from tiny_tokenizer import CHATML, build_tiny_tokenizer
 import fpo_mlx.data
 from fpo_mlx.data import RawRow, check_data, read_raw, read_split, write_clean
 from fpo_mlx.data.check import LEVELS
+from fpo_mlx.data.findings import Finding, by_kind
 from fpo_mlx.data.oddities import odd_text
 from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import FpoError
@@ -100,7 +101,9 @@ def test_each_bad_row_gets_one_line(tokenizer, record, kind, said):
     assert lines[0].startswith(LEVELS[kind])
     refused = LEVELS[kind] == "refused"
     assert report.refused == int(refused)
-    assert len(report.clean["train"]) == {"refused": 1, "spare": 1, "warning": 2}[LEVELS[kind]] - (
+    assert len(report.clean["train"]) == {"refused": 1, "excluded": 1, "warning": 2}[
+        LEVELS[kind]
+    ] - (
         kind == "contradiction"  # nobody knows which of the two is right: both go
     )
 
@@ -164,6 +167,13 @@ def test_the_summary_counts_tokens_or_characters(tokenizer):
     assert (summary.chosen_length, summary.rejected_length) == (5, 3)  # <|im_end|> and a newline
 
 
+def test_kinds_are_said_with_the_most_severe_first():
+    found = [*check(PAIR, PAIR, {}).findings, Finding("cut", "train", "train.jsonl:1", "cut")]
+    levels = [kind.first.level for kind in by_kind(found[::-1])]
+    assert levels == ["refused", "excluded", "warning"]
+    assert list(dict.fromkeys(LEVELS.values())) == levels  # by_kind goes through LEVELS in order
+
+
 def test_the_report_is_plain_json(tokenizer):
     report = check(PAIR, {}, PAIR, tokenizer=tokenizer, max_seq_length=512)
     content = json.loads(json.dumps(report.as_dict()))
@@ -175,7 +185,7 @@ def test_the_report_is_plain_json(tokenizer):
     }  # fmt: skip
     assert content["findings"][1] == {
         "kind": "duplicate", "split": "train", "where": "train.jsonl:3",
-        "what": "the same pair as train.jsonl:1", "level": "spare",
+        "what": "the same pair as train.jsonl:1", "level": "excluded",
     }  # fmt: skip
 
 

@@ -151,10 +151,18 @@ def test_a_shared_tool_call_belongs_to_both_answers():
     begin = [user("Time?"), CALL, RESULT]
     row = parse_row({"chosen": [*begin, bot("Noon.")], "rejected": [*begin, bot("Late.")]})
     assert row.prompt == tuple(begin)  # the tool spoke last: the answers part after it
+    # the same where the prompt stands in a column of its own
+    row = parse_row({"prompt": "Time?", "chosen": [CALL, RESULT, bot("Noon.")],
+                     "rejected": [CALL, RESULT, bot("Late.")]})  # fmt: skip
+    assert row.prompt == tuple(begin)
+    assert (row.chosen, row.rejected) == ((bot("Noon."),), (bot("Late."),))
+
+
+def test_an_answer_of_several_turns_is_refused_for_the_words_that_are_not_the_models():
     tail = [CALL, RESULT, bot("Noon.")], [CALL, {**RESULT, "content": "?"}, bot("Late.")]
-    row = parse_row({"chosen": [user("Time?"), *tail[0]], "rejected": [user("Time?"), *tail[1]]})
-    assert row.prompt == (user("Time?"),)
-    assert (row.chosen, row.rejected) == (tuple(tail[0]), tuple(tail[1]))
+    with pytest.raises(RowFault, match=r"chosen has 3 turns .*the tool's words") as caught:
+        parse_row({"chosen": [user("Time?"), *tail[0]], "rejected": [user("Time?"), *tail[1]]})
+    assert caught.value.kind == "role order"
 
 
 def test_column_names_can_be_chosen():
@@ -193,7 +201,7 @@ FAULTS = [
     ({**PAIR, "prompt": {"a": 1}}, "wrong type", "prompt is an object"),
     ({**PAIR, "prompt": ["Q"]}, "wrong type", "prompt[0] is a text, wanted {role, content}"),
     ({**PAIR, "prompt": [{"role": "user"}]}, "missing field", "prompt[0] has no content"),
-    ({**PAIR, "prompt": [{"from": "human"}]}, "missing field", "prompt[0] has no role"),
+    ({**PAIR, "prompt": [{"who": "human"}]}, "missing field", "prompt[0] has no role"),
     ({**PAIR, "prompt": [user(5)]}, "wrong type", "prompt[0].content is a number"),
     ({**PAIR, "prompt": [user([{"type": "image"}])]}, "wrong type", "part that is not text"),
     ({**PAIR, "system": 5}, "wrong type", "system is a number"),
@@ -204,7 +212,7 @@ FAULTS = [
     ({**PAIR, "rejected": "A"}, "same response", "chosen and rejected are the same"),
     ({"chosen": [user("Q"), bot("A")], "rejected": [user("Q"), bot("A")]}, "same response", "same"),
     ({**PAIR, "chosen": "\ud800"}, "broken text", "half a surrogate pair at character 0"),
-    ({**PAIR, "prompt": [{"role": "human", "content": "Q"}]}, "role order", "has the role 'human'"),
+    ({**PAIR, "prompt": [{"role": "alien", "content": "Q"}]}, "role order", "has the role 'alien'"),
     ({**PAIR, "prompt": [bot("A")]}, "role order", "'assistant' comes after 'start'"),
     ({**PAIR, "prompt": [user("Q"), bot("A")]}, "role order", "'assistant' comes after 'assistant"),
     ({**PAIR, "prompt": [user("Q"), user("Q")]}, "role order", "'user' comes after 'user'"),
@@ -214,7 +222,7 @@ FAULTS = [
     (
         {**PAIR, "chosen": [bot("A"), user("B"), bot("C")], "rejected": [bot("B")]},
         "role order",
-        "chosen has a user's turn",
+        "chosen has 3 turns behind where the two part (assistant, user, assistant), and the user's",
     ),
     (
         {"chosen": [user("Q"), bot("A"), user("R")], "rejected": [user("Q"), bot("B")]},

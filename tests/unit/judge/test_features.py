@@ -160,6 +160,10 @@ def test_the_parts_of_d_add_up_to_d(tmp_path, activation, weights):
     assert sum(c.share_of_d for c in tally.changes(999)) == pytest.approx(1)
 
 
+def tokens_of(passage) -> np.ndarray:
+    return np.concatenate([passage.prompt, passage.response])
+
+
 def test_contexts_are_the_oracles_strongest_tokens(tmp_path):
     sae = random_sae("topk", 32, Site(1))
     folder = tiny_models.tiny_llama(tmp_path)
@@ -169,14 +173,14 @@ def test_contexts_are_the_oracles_strongest_tokens(tmp_path):
     assert [t.where for t in texts[:2]] == ["pair 0, chosen", "pair 0, rejected"]
     model, features, best = oracle.load_oracle(folder), [1, 5, 9, 30], {}
     for text in texts:
-        (hidden,), _ = oracle.hidden_and_logits(model, text.tokens, Site(1))
+        (hidden,), _ = oracle.hidden_and_logits(model, tokens_of(text), Site(1))
         first = len(text.prompt) - 1
         acts = oracle.encode(sae, hidden[first : first + len(text.response)]).numpy(force=True)
         for feature in features:
             at = int(acts[:, feature].argmax())
             if acts[at, feature] > 0:
                 best.setdefault(feature, []).append(
-                    (acts[at, feature], text.tokens[first + at], text.where)
+                    (acts[at, feature], tokens_of(text)[first + at], text.where)
                 )
     got = feature_scan.contexts(
         scorer.policy, scorer.encoders[0], 0, texts, features, 2, lambda ids: f"{list(ids)}"
@@ -294,10 +298,10 @@ def test_a_text_keeps_within_the_length_however_long_its_prompt(planted, tmp_pat
     row = {"prompt": "word " * 60, "response": "word " * 60}
     lines(tmp_path / "t.jsonl", row, row)
     whole = read_texts(tmp_path / "t.jsonl", tokenizer, 10**6)[0]
-    prompt, both = len(whole.prompt), len(whole.tokens)
+    prompt, both = len(whole.prompt), len(tokens_of(whole))
     for longest in (prompt + 1, prompt + 7, both, both + 5):
         (text, _) = read_texts(tmp_path / "t.jsonl", tokenizer, longest)
-        assert len(text.tokens) == min(longest, both)
+        assert len(tokens_of(text)) == min(longest, both)
     for longest in (prompt, prompt - 1, prompt // 2):
         with pytest.raises(DataError, match=f"--max-seq-length {longest}"):
             read_texts(tmp_path / "t.jsonl", tokenizer, longest)

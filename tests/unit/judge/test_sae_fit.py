@@ -389,10 +389,10 @@ def test_a_bad_call_ends_in_one_plain_message(place, tmp_path, words, code, text
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": []}, "wanted `messages`, a list"),
+        ({"messages": []}, "messages is an empty list"),
         ({"text": 3}, "`text`, a text"),
         ({"prompt": "a"}, "chosen"),
-        ({"messages": [{"role": "user"}]}, "{role, content}"),
+        ({"messages": [{"role": "user"}]}, "messages[0] has no content"),
     ],
 )
 def test_a_row_that_is_no_text_is_named(place, tmp_path, row, reason):

@@ -150,7 +150,7 @@ def test_a_site_that_is_not_one_vector_a_token_is_refused(folders):
 
     block.__class__ = Streams
     policy = Policy(loaded.model, loaded.config, [Site(3)])
-    with pytest.raises(ModelError, match="resid_post of block 3 .* not one vector a token"):
+    with pytest.raises(ModelError, match="resid_post of block 3 .* not one vector per token"):
         policy.rows(PAIRS[:1])
 
 

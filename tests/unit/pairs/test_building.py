@@ -235,7 +235,7 @@ def test_an_id_is_never_a_path(tmp_path, id):
 
 @pytest.mark.parametrize(
     ("row", "part"),
-    [({"id": 3}, "id is int"), ({"candidates": []}, "no list"), ({"prompt": ""}, "prompt"),
+    [({"id": 3}, "id is a number"), ({"candidates": []}, "no list"), ({"prompt": ""}, "prompt"),
      ({"id": "x" * 201}, "201"), ({"candidates": [{"text": 1, "finish": "stop"}]}, "text"),
      ({"candidates": [{"text": "a", "finish": "odd"}]}, "finish")],
 )  # fmt: skip
@@ -245,6 +245,12 @@ def test_a_line_that_is_none_is_named(tmp_path, row, part):
     with pytest.raises(DataError, match=r"c\.jsonl:2") as error:
         open_candidates(path)
     assert part in str(error.value)
+
+
+def test_pairs_in_place_of_candidates_are_named_as_another_file(tmp_path):
+    rows = lines(tmp_path / "train.jsonl", {"prompt": "Q", "chosen": "A", "rejected": "B"})
+    words = ("pairs", "judge", rows, "--reward", "brevity", "--output", tmp_path / "v.jsonl")
+    refused(run(*words), 3, "train.jsonl:1: no 'id' in it", "`fpo-mlx pairs` wrote")
 
 
 def test_the_settings_refuse_what_cannot_be():

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from fpo_mlx.config import Objective, TrainConfig, load_config
+from fpo_mlx.config import PRESETS, Objective, TrainConfig, load_config
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.records import ResponseScore
 from fpo_mlx.train import guard
@@ -41,7 +41,24 @@ def test_each_kind_of_divergence_has_its_reason(seen, grad_norm, reason):
     """|u| / beta is a mean over pairs: 10.2 / 0.1 / 2 = 51; the drop is (11.2 - 1) / 2 = 5.1."""
     found = guard.divergence(seen, grad_norm, CONFIG, FPO)
     assert found is not None
-    assert reason in found
+    assert reason in found.what
+    assert "--learning-rate" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("seen", "changes", "remedy"),
+    [
+        (values(change=(-6.0, -6.0)), {}, "Give --nll-weight 1"),
+        (values(change=(-6.0, -6.0)), {"nll_weight": 0.1}, "raise --nll-weight above 0.1"),
+        (values(u=(9.0, 9.0)), {"constraint": "none"}, "--constraint features or kl, or take"),
+        (values(u=(9.0, 9.0)), {"alpha": 0.2}, "raise --alpha above 0.2, or take --link ipo"),
+        (values(loss=(np.nan, 0.0)), {}, "warm it up"),
+    ],
+)
+def test_a_divergence_names_the_remedy_that_fits_it(seen, changes, remedy):
+    found = guard.divergence(seen, 1.0, CONFIG, dataclasses.replace(FPO, **changes))
+    assert found is not None
+    assert remedy in found.remedy
 
 
 def test_a_margin_of_sums_is_not_bounded_a_token():
@@ -58,9 +75,11 @@ def test_d_past_its_bound_is_a_reason_only_where_one_is_set():
     assert guard.divergence(far, 1.0, CONFIG, FPO) is None
     bound = TrainConfig(max_feature_distance=8.0)
     found = guard.divergence(far, 1.0, bound, FPO)
-    assert found == (
+    assert found is not None
+    assert found.what == (
         "the feature distance D of the rejected responses is 9, over --max-feature-distance 8"
     )
+    assert "--alpha" in found.remedy
     assert guard.divergence(values(), 1.0, bound, FPO) is None  # dpo measures no D
 
 
@@ -103,9 +122,9 @@ def test_a_larger_gap_passes_where_the_user_allows_it():
 
 def test_a_constant_margin_starts_at_its_closed_form():
     """2 (-6/3 - -20/4) - 1 = 5 normalised; 2 (-6 - -20) - 1 = 27 in sums."""
-    np.testing.assert_allclose(guard.closed_form(REFS, SIMPO), [5.0])
+    np.testing.assert_allclose(guard.closed_form(REFS, {}, SIMPO)[1], [5.0])
     sums = dataclasses.replace(SIMPO, length_normalize=False)
-    np.testing.assert_allclose(guard.closed_form(REFS, sums), [27.0])
+    np.testing.assert_allclose(guard.closed_form(REFS, {}, sums)[1], [27.0])
     assert guard.first_step(first(u=5.0), REFS, 1.0, SIMPO) == guard.Verdict()
     found = guard.first_step(first(u=0.0), REFS, 1.0, SIMPO).reason
     assert found is not None
@@ -119,7 +138,7 @@ def test_a_constant_margin_starts_at_its_closed_form():
         (first(), 0.0, "gradient is zero"),
         (first(u=-0.02), 1.0, "up to 0.2 nats, wanted less than 0.05"),
         (first(chosen=0.3, rejected=0.3), 1.0, "log-probs differ by up to 0.3 nats a token"),
-        (first(loss=0.7), 1.0, "not -log sigmoid"),
+        (first(loss=0.7), 1.0, "not what the objective makes of its log-probs"),
     ],
 )
 def test_step_zero_says_what_is_wrong_and_what_to_do(seen, grad_norm, text):
@@ -133,6 +152,46 @@ def test_a_small_difference_is_a_note():
     (note,) = guard.first_step(first(u=2e-4), REFS, 1.0, FPO).notes
     assert "0.002" in note
     assert guard.first_step(first(u=0.9e-4), REFS, 1.0, FPO).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "facts", "want"),
+    [
+        ("dpo", {}, {}, math.log(2)),
+        ("dpo", {"label_smoothing": 0.3}, {}, math.log(2)),
+        ("dpo", {"nll_weight": 0.5}, {"weights": np.array([2.0])}, 2 * (math.log(2) + 1.0)),
+        ("dpo", {"score_margin": 0.5}, {"score_gaps": np.array([2.0])}, math.log1p(math.e)),
+        ("ipo", {}, {}, 25.0),
+        ("hinge", {}, {}, 1.0),
+        ("apo-zero", {}, {}, 1.0),
+        ("apo-down", {}, {}, 1.0),
+        ("ada-dpo", {}, {}, 0.01),
+        ("sail-ddp", {}, {}, math.log(2) - 0.04 * math.log(2) ** 2),
+        ("sft", {}, {}, 2.0),  # 6 nats over 3 tokens
+        ("cpo", {}, {}, math.log1p(math.exp(-1.4)) + 2.0),  # 0.1 (-6 + 20)
+    ],
+)
+def test_the_first_loss_that_the_self_check_expects_by_hand(preset, changes, facts, want):
+    o = Objective(**{**PRESETS[preset], **changes})
+    losses, _ = guard.closed_form(REFS, facts, o)
+    np.testing.assert_allclose(losses, [want], rtol=1e-7)  # MLX holds 0.1 in float32
+
+
+def test_a_wrong_loss_of_a_large_objective_is_found_and_rounding_is_not():
+    ipo = Objective(**PRESETS["ipo"])
+    assert guard.first_step(first(loss=25.0001), REFS, 1.0, ipo).reason is None
+    assert "off by 0.1" in (guard.first_step(first(loss=25.1), REFS, 1.0, ipo).reason or "")
+
+
+def test_a_gradient_of_zero_is_no_fault_where_there_is_nothing_to_teach():
+    idle = {**first(loss=0.0), "weights": np.zeros(1)}
+    assert guard.first_step(idle, REFS, 0.0, FPO).reason is None
+    passed = Objective(**PRESETS["hinge"], gamma=-2.0)
+    assert "gradient is zero" in (guard.first_step(first(), REFS, 0.0, passed).reason or "")
+    done = first(u=5.0, loss=0.0)
+    assert (
+        guard.first_step(done, REFS, 0.0, dataclasses.replace(SIMPO, link="hinge")).reason is None
+    )
 
 
 def test_what_is_not_finite_is_left_to_the_divergence_guard():

@@ -76,6 +76,8 @@ VARIANTS = {
     "adafactor": {"optimizer": "adafactor", "learning_rate": 1.0},
     "dora": {"fine_tune_type": "dora"},
     "tdpo2": {"preset": "tdpo2"},
+    "forward": {"gradient": "forward", "optimizer": "sgd", "forward_interval": 4},
+    "terms": {"preset": "orpo", "objective": {"wpo": True, "label_smoothing": 0.1}},
     "drift": {"objective": {"target_drift": 0.1}},
     "target kl": {"preset": "tdpo2", "objective": {"target_kl": 0.5}},
 }
@@ -84,7 +86,16 @@ VARIANTS = {
 @pytest.mark.parametrize(
     ("variant", "updates"),
     [("adam", 1), ("adam", 3), ("adam", 5), ("adamw", 2), ("adamw", 3), ("schedule", 3)]
-    + [("muon", 1), ("adafactor", 5), ("dora", 3), ("tdpo2", 1), ("drift", 3), ("target kl", 2)],
+    + [
+        ("muon", 1),
+        ("adafactor", 5),
+        ("dora", 3),
+        ("tdpo2", 1),
+        ("forward", 3),
+        ("terms", 2),
+        ("drift", 3),
+        ("target kl", 2),
+    ],
 )
 def test_stopped_anywhere_and_resumed_equals_the_run_that_was_not(
     llama, tmp_path, straight, variant, updates

@@ -1,0 +1,211 @@
+"""Layouts of published preference data whose columns are not prompt, chosen and rejected.
+
+Each is taken only where its meaning is plain: who won is written in the row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fpo_mlx.data.messages import RowFault, from_json, kind, short
+
+# columns that hold the prompt where there is no `prompt`, the first that is filled wins
+PROMPTS = ("instruction", "question", "query", "messages", "conversations", "conversation",
+           "context")  # fmt: skip
+SCORES = (
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating"),
+    ("rating_chosen", "rating_rejected"),
+)  # fmt: skip
+_MEDIA = ("images", "videos", "audios")
+_TIES = ("tie", "tie (bothbad)", "bothbad", "both_bad", "both bad", "draw", "equal")
+
+
+def _signed(value: Any) -> int | None:
+    """HelpSteer's strength of preference: below 0 the first is the better, above 0 the second."""
+    number = _number(value)
+    return None if number is None else (number > 0) - (number < 0)
+
+
+def _numbered(value: Any) -> int | None:
+    """0 or 1: the better one's number."""
+    number = _number(value)
+    return {0.0: -1, 1.0: 1}.get(number) if number is not None else None
+
+
+def _named(value: Any) -> int | None:
+    """Arena's winner."""
+    if not isinstance(value, str):
+        return None
+    word = value.strip().lower()
+    if word in _TIES:
+        return 0
+    return {"model_a": -1, "a": -1, "model_b": 1, "b": 1}.get(word)
+
+
+# (first answer, second answer, verdict, what the verdict means: -1 first, 1 second, 0 neither)
+_DUELS: tuple[tuple[str, str, str, Callable[[Any], int | None]], ...] = (
+    ("response1", "response2", "overall_preference", _signed),  # HelpSteer3
+    ("response_1", "response_2", "preference_strength", _signed),  # HelpSteer2's preferences
+    ("response_0", "response_1", "better_response_id", _numbered),  # PKU-SafeRLHF
+    ("response_a", "response_b", "winner", _named),
+    ("conversation_a", "conversation_b", "winner", _named),  # Chatbot Arena
+)
+
+
+def as_pair(record: Mapping, columns: Any) -> Mapping:
+    """The record with its parts under the names of `columns`. Raises RowFault."""
+    media = next((name for name in _MEDIA if record.get(name)), None)
+    if media is not None:
+        raise RowFault("wrong type", f"the row has {media}; only texts can be trained on here")
+    if record.get(columns.chosen) is not None or record.get(columns.rejected) is not None:
+        return record
+    if "preferred_output" in record and "non_preferred_output" in record:
+        return _openai(record, columns)
+    for first, second, verdict, meaning in _DUELS:
+        if {first, second, verdict} <= set(record):
+            winner = meaning(record[verdict])
+            return _decided(record, columns, (record[first], record[second]), winner, verdict)
+    if isinstance(record.get("completions"), list) and filled(record.get("context")):
+        return _ranked(record, columns)
+    if isinstance(record.get("output"), list) and "instruction" in record:
+        return _better_first(record, columns)
+    if isinstance(record.get("responses"), list) and isinstance(record.get("scores"), list):
+        return _scored(record, columns)
+    _refuse_single(record)
+    return record
+
+
+def _openai(record: Mapping, columns: Any) -> Mapping:
+    """{"input": {"messages": […], "tools": […]}, "preferred_output": […], …}"""
+    given = record.get("input")
+    if isinstance(given, Mapping):
+        prompt, tools = given.get("messages"), given.get("tools")
+    else:
+        prompt, tools = given, record.get(columns.tools)
+    return {
+        **record,
+        columns.prompt: prompt,
+        columns.tools: tools,
+        columns.chosen: record["preferred_output"],
+        columns.rejected: record["non_preferred_output"],
+    }
+
+
+def _decided(
+    record: Mapping, columns: Any, answers: Sequence[Any], winner: int | None, verdict: str
+) -> Mapping:
+    if winner is None:
+        said = short(record.get(verdict))
+        raise RowFault("wrong type", f"{verdict} is {said}, which names no better answer")
+    if winner == 0:
+        raise RowFault("no preference", f"{verdict} prefers neither answer")
+    chosen, rejected = answers if winner < 0 else (answers[1], answers[0])
+    return {**record, columns.chosen: chosen, columns.rejected: rejected}
+
+
+def _ranked(record: Mapping, columns: Any) -> Mapping:
+    """NeMo RL's {"context": […], "completions": [{"rank": 0, "completion": […]}, …]}."""
+    ranked = [one for one in record["completions"] if isinstance(one, Mapping)]
+    ranks = [_number(one.get("rank")) for one in ranked]
+    if len(ranks) != 2 or len(record["completions"]) != 2 or None in ranks:
+        raise RowFault("wrong type", "completions: wanted two objects of rank and completion")
+    left, right = (rank or 0.0 for rank in ranks)
+    answers = [one.get("completion") for one in ranked]
+    return _decided(record, columns, answers, (left > right) - (left < right), "rank")
+
+
+def _better_first(record: Mapping, columns: Any) -> Mapping:
+    """LLaMA-Factory's older {"instruction": …, "output": [better, worse]}."""
+    if len(record["output"]) != 2:
+        found = len(record["output"])
+        raise RowFault("wrong type", f"output has {found} answers, wanted the better and the worse")
+    better, worse = record["output"]
+    return {**record, columns.chosen: better, columns.rejected: worse}
+
+
+def _scored(record: Mapping, columns: Any) -> Mapping:
+    """Two responses with a score each."""
+    answers, scores = record["responses"], [_number(one) for one in record["scores"]]
+    if len(answers) == len(scores) == 2 and None in scores:
+        raise RowFault("wrong type", f"scores is {short(record['scores'])}, wanted two numbers")
+    if len(answers) != 2 or len(scores) != 2:
+        raise RowFault(
+            "wrong type",
+            f"{len(answers)} responses and {len(scores)} scores: which two make the pair is a "
+            "choice of yours; wanted two of each, or chosen and rejected",
+        )
+    left, right = (score or 0.0 for score in scores)
+    return _decided(record, columns, answers, (right > left) - (right < left), "scores")
+
+
+def _refuse_single(record: Mapping) -> None:
+    """A row of one answer is no pair, and saying which columns are missing would not help."""
+    one = next((name for name in ("response", "completion", "answer") if record.get(name)), None)
+    judged = next((n for n in ("label", "score", "helpfulness", "rating", "reward") if n in record),
+                  None)  # fmt: skip
+    if one is not None and judged is not None:
+        raise RowFault(
+            "missing field",
+            f"one answer ({one}) and its {judged}: no pair. A row needs two answers to one prompt, "
+            "the better as chosen and the worse as rejected",
+        )
+
+
+def prompt_of(record: Mapping, columns: Any) -> Any:
+    """The prompt column, or where it is absent one of those that other sets keep it in."""
+    given = record.get(columns.prompt)
+    if filled(given) or columns.prompt != "prompt":
+        return given
+    name = next((name for name in PROMPTS if filled(record.get(name))), None)
+    if name != "instruction":
+        return record.get(name) if name else given
+    return _alpaca(record)
+
+
+def _alpaca(record: Mapping) -> Any:
+    """instruction, its input on the next line, and the turns before it as [question, answer]."""
+    text, more = record["instruction"], record.get("input")
+    if not isinstance(text, str):
+        return text
+    if isinstance(more, str) and more.strip():
+        text = f"{text}\n{more}"
+    history = from_json(record.get("history"), "history") or []
+    if not isinstance(history, list) or not all(_is_exchange(turn) for turn in history):
+        raise RowFault("wrong type", f"history is {kind(history)}, wanted [[question, answer], …]")
+    if not history:
+        return text
+    roles = ("user", "assistant")
+    turns = [{"role": r, "content": t} for two in history for r, t in zip(roles, two, strict=True)]
+    return [*turns, {"role": "user", "content": text}]
+
+
+def _is_exchange(turn: Any) -> bool:
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)
+
+
+def scores_of(record: Mapping) -> tuple[float, float] | None:
+    """(chosen's score, rejected's) where the row has both."""
+    for names in SCORES:
+        left, right = (_number(record.get(name)) for name in names)
+        if left is not None and right is not None:
+            return left, right
+    return None
+
+
+def filled(value: Any) -> bool:
+    """False for what stands for nothing: null, an empty text or list, pandas' NaN."""
+    return not (value is None or value == "" or value == [] or (value != value))
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

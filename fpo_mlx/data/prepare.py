@@ -1,0 +1,169 @@
+"""One split as token pairs of full length, with what is to be said of it; kept by content.
+
+Tokenizing takes minutes for a large set and gives the same result every time. So the result is
+kept in a folder named by all that decides it, and read from there. It can be made again at any
+time: whoever needs the room may delete it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import IO, Protocol
+
+import numpy as np
+
+from fpo_mlx import __version__
+from fpo_mlx.data import token_store
+from fpo_mlx.data.findings import Finding, Kind, Seen, by_kind, length_bias, repeats, seen
+from fpo_mlx.data.inspect import inspect
+from fpo_mlx.data.messages import RowFault
+from fpo_mlx.data.read import AUTO_SPLITS, HubSplits, content_key, iterate_raw
+from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns
+from fpo_mlx.data.token_store import Stored
+from fpo_mlx.data.tokenize import PrefixFault, Tokenizer, gathered
+from fpo_mlx.errors import DataError, FpoError
+from fpo_mlx.records import TokenPair
+from fpo_mlx.storage import files
+
+Progress = Callable[[int], None]
+KEPT_FROM = 500  # rows: fewer are tokenized in a moment
+IN_MEMORY = 16_000_000  # bytes of tokens, before they go to a temporary file
+
+
+class KeyedTokenizer(Tokenizer, Protocol):
+    """A tokenizer that can say what its tokens depend on."""
+
+    def encoding_key(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A split whose rows can all be used."""
+
+    split: str
+    pairs: list[TokenPair]  # of full length, in the order of the rows
+    topics: list[bytes]  # of each prompt; equal in two splits: leakage
+    kinds: tuple[Kind, ...]  # what `check` finds in this split, but for what --max-seq-length costs
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What `Prepared` holds, while the tokens are still in a file of their own."""
+
+    places: list[token_store.Place]
+    topics: list[bytes]
+    kinds: tuple[Kind, ...]
+
+
+def prepare(
+    source: str | Path,
+    split: str,
+    tokenizer: KeyedTokenizer,
+    columns: Columns = DEFAULT_COLUMNS,
+    hub: HubSplits = AUTO_SPLITS,
+    *,
+    store: Path | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Read and tokenize a split, or take what a run before this one kept in the folder `store`.
+
+    progress: called with the rows done so far, where they have to be tokenized.
+
+    Raises DataError (no rows, or rows that cannot be used: all of them are named) and FpoError
+    (no such source or split).
+    """
+    folder = None
+    if store is not None:
+        parts = [token_store.FORMAT, __version__, content_key(source, split, hub), split]
+        parts += [tokenizer.encoding_key(), vars(columns)]
+        folder = store / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        kept = token_store.load(folder)
+        if kept is not None:
+            return _prepared(split, kept)
+    with SpooledTemporaryFile(max_size=IN_MEMORY) as sink:
+        made = _made(source, split, tokenizer, columns, hub, sink, progress)
+        if folder is not None and len(made.places) >= KEPT_FROM:
+            kept = _kept(folder, sink, made)
+            if kept is not None:
+                return _prepared(split, kept)
+        sink.seek(0)
+        tokens = np.frombuffer(sink.read(), dtype="<i4")
+    return Prepared(split, token_store.pairs_of(tokens, made.places), made.topics, made.kinds)
+
+
+def _kept(folder: Path, sink: IO[bytes], made: _Made) -> Stored | None:
+    """What was made, read back from `folder`; None where it cannot be kept there."""
+    try:
+        with files.atomic_folder(folder) as work:
+            sink.seek(0)
+            with (work / token_store.TOKENS).open("wb") as out:
+                shutil.copyfileobj(sink, out, 1 << 22)
+            token_store.describe(work, made.places, made.topics, made.kinds)
+        token_store.prune(folder.parent, keep=folder)
+    except (FpoError, OSError):  # no room, no rights, another process at it: go on without
+        return None
+    return token_store.load(folder)
+
+
+def _prepared(split: str, kept: Stored) -> Prepared:
+    kinds = tuple(
+        Kind(Finding(kind, split, where, what), count) for kind, where, what, count in kept.kinds
+    )
+    return Prepared(split, kept.pairs, kept.topics, kinds)
+
+
+def _made(
+    source: str | Path,
+    split: str,
+    tokenizer: Tokenizer,
+    columns: Columns,
+    hub: HubSplits,
+    sink: IO[bytes],
+    progress: Progress | None,
+) -> _Made:
+    """From the rows. The tokens go to `sink`, so that the pairs need not hold them twice."""
+    rows = iterate_raw(source, split, hub)
+    places: list[token_store.Place] = []
+    known: list[Seen] = []
+    findings: list[Finding] = []
+    faults: list[tuple[str, RowFault]] = []
+    done = at = 0
+    for item in inspect(rows, split, tokenizer, columns):
+        done += 1
+        if progress is not None:
+            progress(done)
+        if item.row is None or item.pair is None:
+            if item.fault is not None:
+                faults.append((item.raw.where, item.fault))
+            continue
+        if faults:
+            continue  # only what else is wrong is wanted now
+        findings += item.findings
+        known.append(seen(item.row, item.pair))
+        parts = (item.pair.prompt, item.pair.chosen, item.pair.rejected)
+        for part in parts:
+            sink.write(part.astype("<i4").tobytes())
+        sizes = len(parts[0]), len(parts[1]), len(parts[2])
+        places.append((at, *sizes, item.raw.where, item.pair.facts))
+        at += sum(map(len, parts))
+    if faults:
+        raise _refusal(faults, done, f"{source} ({split})")
+    findings += repeats(split, known)
+    findings += length_bias(split, [row.lengths for row in known])
+    return _Made(places, [row.topic for row in known], tuple(by_kind(findings)))
+
+
+def _refusal(faults: list[tuple[str, RowFault]], rows: int, source: str) -> DataError:
+    if any(isinstance(fault, PrefixFault) for _, fault in faults):
+        return gathered(faults, rows)
+    return DataError(
+        f"{source}: {len(faults)} of {rows} rows cannot be used. Mend them, or let "
+        "`fpo-mlx check --fix OUT` write the data without them:",
+        [f"{where}: {fault}" for where, fault in faults],
+    )

@@ -1,0 +1,55 @@
+"""Which model an adapter says that it was made for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from fpo_mlx.reference.weights import model_fingerprint
+
+Say = Callable[[str], None]
+
+
+def warn_of_other_model(
+    adapters: Iterable[str | Path | None], model: str, path: Path, say: Say
+) -> None:
+    """Name every adapter that was made for another model than the one in the folder `path`.
+
+    Our own runs kept the model's fingerprint; of others only the name is known.
+    """
+    for adapter in adapters:
+        if adapter is None:
+            continue
+        folder = Path(adapter).expanduser()
+        config = _read(folder / "adapter_config.json")
+        name = config.get("model") or config.get("base_model_name_or_path")
+        kept = _read(folder / "run.json").get("fingerprints")
+        print_of = kept.get("model") if isinstance(kept, dict) else None
+        if isinstance(print_of, str):
+            other = print_of != model_fingerprint(path)
+        else:
+            other = isinstance(name, str) and bool(name) and _last(name) != _last(model)
+        if other:
+            say(
+                f"warning: the adapter {adapter} was made for another model "
+                f"({name if isinstance(name, str) and name else 'its name is not kept'}) than "
+                f"--model {model}; where the shapes happen to fit, its answers mean nothing"
+            )
+
+
+def _last(name: str) -> str:
+    """The name of a model without its owner, folder, revision and quantisation."""
+    last = name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1].partition("@")[0].lower()
+    for end in ("-mlx", "-4bit", "-8bit", "-6bit", "-3bit", "-bf16", "-fp16"):
+        last = last.removesuffix(end)
+    return last
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

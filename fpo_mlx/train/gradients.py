@@ -1,0 +1,154 @@
+"""Where the gradient of an update comes from: backpropagation, or forward passes alone.
+
+Either is a function of the pairs of an update and gives their values and a gradient of the mean
+loss by the adapters, the same to the bit on every process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map, tree_unflatten
+
+from fpo_mlx.config import TrainConfig
+from fpo_mlx.core.objectives import PairLosses, Seen, preference_losses
+from fpo_mlx.model import adapters
+from fpo_mlx.records import PairScore, TokenPair
+from fpo_mlx.train.metrics import ScoredPairs, joined, pair_metrics
+from fpo_mlx.train.parallel import Part, Ranks
+from fpo_mlx.train.scoring import Measures, Scorer
+
+RISE = "rise"  # the loss at t + e UV^T less that at t - e UV^T
+Values = dict[str, np.ndarray]  # [B] each, as `metrics.pair_metrics` names them
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a gradient is taken of, and how much of it at once."""
+
+    scorer: Scorer
+    data: ScoredPairs
+    config: TrainConfig
+    ranks: Ranks
+
+
+# Values and gradient of the pairs `indices` (of ground.data), update number `update` from 0.
+Gradient = Callable[[Ground, np.ndarray, int], tuple[Values, Any]]
+
+
+def backward(ground: Ground, indices: np.ndarray, update: int) -> tuple[Values, Any]:
+    """By backpropagation, a few pairs in memory at a time.
+
+    Each process adds up its own part; a mean over all pairs is the sum of the parts.
+    """
+    own, total, parts = ground.ranks.part(len(indices)), None, []
+    # an idle process runs one pair so that the processes' sums match; its weight is 0
+    count = math.inf if own.idle else len(indices)
+    beta = ground.scorer.objective.beta
+
+    def loss(
+        pairs: Sequence[TokenPair], refs: Sequence[PairScore]
+    ) -> tuple[mx.array, tuple[mx.array, ...], dict[str, mx.array]]:
+        losses, measures = ground.scorer.losses(pairs, refs, grad=True)
+        seen = {k: v for k, v in vars(measures).items() if v is not None}
+        return losses.losses.sum() / count, tuple(losses), seen
+
+    value_and_grad = nn.value_and_grad(ground.scorer.policy.model, loss)
+    for some in _micro_batches(ground, indices, own):
+        (_, losses, seen), gradient = value_and_grad(some.pairs, some.refs)
+        total = gradient if total is None else tree_map(mx.add, total, gradient)
+        mx.eval(total, losses, seen)
+        parts.append(pair_metrics(PairLosses(*losses), Measures(**seen), beta))
+    return ground.ranks.gather(joined(parts), own, len(indices)), ground.ranks.sum(total)
+
+
+def forward(ground: Ground, indices: np.ndarray, update: int) -> tuple[Values, Any]:
+    """From two passes without gradient: c UV^T / r, c = [F(t + e UV^T) - F(t - e UV^T)] / 2e.
+
+    F: the mean loss, t: each matrix of the adapters, r: the columns of U and V. U is drawn anew for
+    every update, V for every `forward_interval`, both from the seed and the update's number, so
+    there is nothing to keep. The mean over U and V is the gradient, but for terms in e^2. Values
+    are means of the two passes. No input is dropped. Source: LOZO (arXiv 2410.07698), Alg. 1.
+    """
+    config, model = ground.config, ground.scorer.policy.model
+    own, epsilon = ground.ranks.part(len(indices)), config.forward_epsilon
+    here = dict(adapters.parameters(model))
+    moves = directions(here, config, update)
+    sides = [
+        {name: at + sign * epsilon * moves[name] for name, at in here.items()} for sign in (1, -1)
+    ]
+    training, parts = model.training, []
+    model.eval()
+    try:
+        for some in _micro_batches(ground, indices, own):
+            parts.append(_two_passes(ground.scorer, some, sides))
+    finally:
+        adapters.update(model, here)
+        model.train(training)
+    values = ground.ranks.gather(joined(parts), own, len(indices))
+    slope = float(values.pop(RISE).mean(dtype=np.float64)) / (2 * epsilon * config.forward_rank)
+    gradient = tree_unflatten([(name, slope * move) for name, move in moves.items()])
+    return values, ground.ranks.from_first(gradient)  # another machine may round otherwise
+
+
+def _two_passes(
+    scorer: Scorer, some: ScoredPairs, sides: Sequence[Mapping[str, mx.array]]
+) -> dict[str, np.ndarray]:
+    """Means over the two sides of every value, and by how much the first loss is the higher.
+
+    What a stop-gradient holds is taken half way, so that it does not count in the difference.
+    """
+    o, seen, measures = scorer.objective, [], []
+    for side in sides:
+        adapters.update(scorer.policy.model, side)
+        now, measured = scorer.see(some.pairs, some.refs, grad=False)
+        mx.eval([part for part in now if isinstance(part, mx.array)])
+        seen.append(now)
+        measures.append(measured)
+    halves = (None if a is None else (a + b) / 2 for a, b in zip(*seen, strict=True))
+    middle = Seen(*halves)  # type: ignore[arg-type]
+    losses = [preference_losses(now, o, held_at=middle) for now in seen]
+    values = [pair_metrics(*both, o.beta) for both in zip(losses, measures, strict=True)]
+    rise = {RISE: values[0]["loss"] - values[1]["loss"]}
+    return rise | {name: (first + values[1][name]) / 2 for name, first in values[0].items()}
+
+
+def directions(
+    here: Mapping[str, mx.array], config: TrainConfig, update: int
+) -> dict[str, mx.array]:
+    """UV^T for every matrix, and a plain random vector for what is none (DoRA's magnitudes)."""
+    rank = config.forward_rank
+    left, right = (
+        mx.random.split(_key(config.seed, stream, count), len(here))
+        for stream, count in ((0, update), (1, update // config.forward_interval))
+    )
+    moves = {}
+    for i, (name, at) in enumerate(here.items()):
+        if at.ndim == 1:
+            moves[name] = math.sqrt(rank) * mx.random.normal(at.shape, key=left[i])
+            continue
+        *batch, rows, columns = at.shape  # experts come stacked
+        u = mx.random.normal((*batch, rows, rank), key=left[i])
+        v = mx.random.normal((*batch, columns, rank), key=right[i])
+        moves[name] = u @ mx.swapaxes(v, -1, -2)
+    return moves
+
+
+def _key(seed: int, stream: int, count: int) -> mx.array:
+    state = np.random.SeedSequence([seed, stream, count]).generate_state(1, np.uint64)
+    return mx.random.key(int(state[0]))
+
+
+GRADIENTS: dict[str, Gradient] = {"backward": backward, "forward": forward}
+
+
+def _micro_batches(ground: Ground, indices: np.ndarray, own: Part) -> Iterator[ScoredPairs]:
+    size = ground.config.micro_batch_size
+    for start in range(0, len(own.positions), size):
+        yield ground.data.take(indices[own.positions[start : start + size]])

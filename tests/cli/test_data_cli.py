@@ -1,0 +1,167 @@
+"""Data through the commands: what check knows train says, and what cannot work never starts."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import tiny_models
+from command_line import ROWS, lines, run
+
+pytest.importorskip("mlx.core")
+
+DPO = ("--objective", "dpo")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, another, and pairs; written to by no test."""
+    root = tmp_path_factory.mktemp("data")
+    tiny_models.tiny_llama(root / "model", tokenizer=True)
+    tiny_models.tiny_llama(root / "other", tokenizer=True, seed=1)
+    tiny_models.tiny_gpt2(root / "gpt2", tokenizer=True)
+    lines(root / "data" / "train.jsonl", *ROWS)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache_and_signals(tmp_path, monkeypatch):
+    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def with_template(place, tmp_path, change, model="model"):
+    """A copy of a model with a changed chat template."""
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    for file in (place / model).iterdir():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(change(template))
+    return folder
+
+
+def adapter(place, tmp_path):
+    """An adapter of the other model."""
+    done = run("train", "--model", place / "other", "--data", place / "data", *DPO, "--iters", 1,
+               "--adapter-path", tmp_path / "theirs")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return tmp_path / "theirs"
+
+
+def test_train_and_precompute_say_what_check_finds_before_the_long_part(place, tmp_path):
+    model = with_template(place, tmp_path, lambda text: text.replace("<|im_end|>", ""))
+    data = lines(tmp_path / "data" / "train.jsonl", *ROWS, ROWS[0])
+    lines(tmp_path / "data" / "valid.jsonl", ROWS[1])
+    usual = ("--model", model, "--data", data.parent, *DPO)
+    trained = run("train", *usual, "--iters", 1, "--adapter-path", tmp_path / "out")
+    scored = run("precompute", *usual, "--output", tmp_path / "ref")
+    again = run("train", *usual, "--iters", 1, "--adapter-path", tmp_path / "again")
+    for done in (trained, scored, again):
+        assert done.exit_code == 0, done.output
+        block = done.stderr.split("what `fpo-mlx check` finds")[1]
+        for kind in ("no end of turn", "duplicate", "leakage"):
+            assert kind in block, kind
+        assert f"{2 * (len(ROWS) + 1)}  train.jsonl:1: chosen does not end" in block
+    assert trained.stderr.index("finds in these rows") < trained.stderr.index("scoring")
+
+
+def test_ids_beyond_the_embedding_stop_every_command_before_it_runs(place, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    model = with_template(place, tmp_path, lambda text: text)
+    weights = load_file(model / "model.safetensors")
+    short = {
+        name: np.ascontiguousarray(array[:40]) if array.shape[0] == tiny_models.VOCAB else array
+        for name, array in weights.items()
+    }
+    save_file(short, model / "model.safetensors", metadata={"format": "mlx"})
+    usual = ("--model", model, "--data", place / "data")
+    theirs = adapter(place, tmp_path)
+    for words in (
+        ("check", *usual),
+        ("precompute", *usual, *DPO, "--output", tmp_path / "ref"),
+        ("train", *usual, *DPO, "--iters", 1, "--adapter-path", tmp_path / "out"),
+        ("evaluate", *usual, *DPO, "--split", "train"),
+        ("compare", "--model", model, "--prompt", "What is rain?", "--adapter-path", theirs),
+    ):
+        done = run(*words)
+        assert done.exit_code == 3, done.output
+        assert "40 embedding rows" in done.output
+    assert not (tmp_path / "ref").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_lengths_beyond_learned_positions_are_cut_or_refused(place, tmp_path):
+    positions = json.loads((place / "gpt2" / "config.json").read_text())["n_positions"]
+    row = {"prompt": "Why?", "chosen": "x" * 3 * positions, "rejected": "No."}
+    data = lines(tmp_path / "long.jsonl", row)
+    done = run("check", "--model", place / "gpt2", "--data", data,
+               "--max-seq-length", 4 * positions)  # fmt: skip
+    assert f"the model has {positions} positions" in done.stderr
+    assert f"chosen is cut from {3 * positions + 2} to" in done.output
+    done = run("compare", "--model", place / "gpt2", "--prompt", "Why?", "--max-tokens", positions,
+               "--adapter-path", adapter(place, tmp_path))  # fmt: skip
+    assert done.exit_code == 3, done.output
+    assert f"past the model's {positions} positions" in done.output
+
+
+def test_template_variables_are_part_of_what_a_cache_is_of(place, tmp_path):
+    model = with_template(
+        place, tmp_path, lambda text: "{% if shout is defined %}!{% endif %}" + text
+    )
+    usual = ("--model", model, "--data", place / "data", *DPO)
+    assert run("precompute", *usual, "--output", tmp_path / "ref").exit_code == 0
+    loud = ("--chat-template-args", '{"shout": true}')
+    done = run("train", *usual, *loud, "--reference", tmp_path / "ref", "--iters", 1,
+               "--adapter-path", tmp_path / "out")  # fmt: skip
+    assert done.exit_code != 0
+    assert "tokenizer" in done.output
+    slip = run("check", *usual[:4], "--chat-template-args", '{"shuot": true}')
+    assert "no variable 'shuot'" in slip.stderr
+    assert run("check", *usual[:4], "--chat-template-args", "{").exit_code == 2
+    yaml = tmp_path / "c.yaml"
+    yaml.write_text("chat_template_args: {shout: true}\n")
+    assert run("check", *usual[:4], "-c", yaml).exit_code in (0, 3)
+
+
+def test_an_adapter_of_another_model_is_named(place, tmp_path):
+    usual = ("--data", place / "data", *DPO)
+    adapter(place, tmp_path)
+    said = f"the adapter {tmp_path / 'theirs'} was made for another model"
+    words = ("evaluate", *usual, "--split", "train", "--adapter-path", tmp_path / "theirs")
+    assert said in run(*words, "--model", place / "model").stderr
+    assert said not in run(*words, "--model", place / "other").stderr
+
+
+@pytest.mark.parametrize("tokens", ["all", "response"])
+def test_sae_train_reads_the_forms_and_columns_that_train_reads(place, tmp_path, tokens):
+    parts = [{"type": "text", "text": "What is the capital of France?"}]
+    call = [{"type": "function", "function": {"name": "w", "arguments": "{}"}}]
+    answers = ("The capital of France is Paris.", "The sea and the rain and the stars.")
+    chats = [
+        {"messages": [{"role": "user", "content": parts},
+                      {"role": "assistant", "content": answers[n % 2]}]} for n in range(40)
+    ]  # fmt: skip
+    calls = [
+        {"messages": [{"role": "user", "content": "Weather?"},
+                      {"role": "assistant", "content": None, "tool_calls": call},
+                      {"role": "tool", "content": "rain"},
+                      {"role": "assistant", "content": answers[n % 2]}]} for n in range(40)
+    ]  # fmt: skip
+    orca = [{"question": "Weather?", "better": answers[n % 2], "worse": "No."} for n in range(40)]
+    names = ("--prompt-feature", "question", "--chosen-feature", "better",
+             "--rejected-feature", "worse")  # fmt: skip
+    for kind, rows, words in (("parts", chats, ()), ("calls", calls, ()), ("orca", orca, names)):
+        done = run(
+            "sae", "train", "--model", place / "model", "--tokens", tokens, *words,
+            "--data", lines(tmp_path / f"{kind}.jsonl", *rows), "--training-tokens", 256,
+            "--width", 64, "--batch-size", 64, "--output", tmp_path / kind,
+        )  # fmt: skip
+        assert done.exit_code == 0, (kind, done.output)

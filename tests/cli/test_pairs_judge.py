@@ -1,0 +1,79 @@
+"""`fpo-mlx pairs judge --judge`: a local model, its letters' probabilities, both orders."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from command_line import refused, run  # noqa: E402
+from evaluated import own_cache, place  # noqa: E402, F401
+from judges import candidates, graded  # noqa: E402
+
+from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
+from fpo_mlx.judge.choice import letter_masses  # noqa: E402
+from fpo_mlx.model.load import load_model  # noqa: E402
+from fpo_mlx.pairs import question  # noqa: E402
+from fpo_mlx.pairs.records import open_candidates  # noqa: E402
+
+
+def test_the_masses_are_the_models_own_next_token_probabilities(place):
+    model = load_model(place / "model").model
+    prompt = np.arange(5, 25).astype(np.int32)
+    logits = np.array(model(mx.array(prompt[None]))[0, -1].astype(mx.float32), np.float64)
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    got = letter_masses(model, prompt, [[7], [9, 11]])
+    assert got == pytest.approx([p[7], p[9] + p[11]], abs=1e-6)
+
+
+def test_both_orders_are_judged_by_what_the_model_would_say_next(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(question, "LEAST_MASS", 0.0)  # a random model says anything
+    source, out = candidates(tmp_path / "c.jsonl", graded(3)), tmp_path / "v.jsonl"
+    words = ["--judge", place / "model", "--output", out]
+    done = run("pairs", "judge", source, *words, "--json", tmp_path / "r.json")
+    assert done.exit_code == 0, done.stderr
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [v["order"] for v in found] == ["ab", "ba"] * 3
+    model, tokenizer = load_model(place / "model").model, load_tokenizer(place / "model")
+    sets, criteria = open_candidates(source), question.read_criteria(None)
+    letters = [[tokenizer.text_tokens(text)[0] for text in (x,)] for x in "AB"]
+    for v in found:
+        first, second = (v["a"], v["b"]) if v["order"] == "ab" else (v["b"], v["a"])
+        asked = question.messages(sets.get(v["id"]), first, second, criteria)
+        a, b = letter_masses(model, np.array(tokenizer.prompt_tokens(asked), np.int32), letters)
+        p = a / (a + b)
+        assert v["p"] == pytest.approx(p if v["order"] == "ab" else 1 - p, abs=1e-4)
+        assert v["verdict"] == ("a" if v["p"] > 0.5 else "b")
+    report = json.loads((tmp_path / "r.json").read_text())
+    (figures,) = report["judges"].values()
+    assert figures["verdicts"] == 6
+    assert "first share" in done.stdout
+    before = out.read_bytes()
+    assert "0 verdicts, 6 were there already" in run("pairs", "judge", source, *words).stdout
+    assert out.read_bytes() == before
+
+
+def test_a_model_that_says_neither_letter_labels_nothing(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(question, "LEAST_MASS", 1.1)
+    source = candidates(tmp_path / "c.jsonl", graded(2))
+    done = run("pairs", "judge", source, "--judge", place / "model", "--output", tmp_path / "v")
+    assert done.exit_code == 0, done.stderr
+    said = {json.loads(line)["verdict"] for line in (tmp_path / "v").read_text().splitlines()}
+    assert said == {"unreadable"}
+    assert "cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [((), "found none"), (("--judge", "m", "--reward", "brevity"), "--judge, --reward"),
+     (("--judge-url", "ftp://x", "--judge-model", "m"), "http"),
+     (("--judge-url", "http://x"), "--judge-model"),
+     (("--judge", "m", "--criteria", "/nothing"), "--criteria")],
+)  # fmt: skip
+def test_who_judges_has_to_be_said_once(tmp_path, words, part):
+    source = candidates(tmp_path / "c.jsonl", graded(2))
+    refused(run("pairs", "judge", source, *words, "--output", tmp_path / "v"), 2, part)

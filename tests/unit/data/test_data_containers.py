@@ -1,0 +1,210 @@
+"""Local files as people have them: read as the rows they hold, or refused for what they are."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pytest
+
+from fpo_mlx.data import find_splits, read_raw, read_split
+from fpo_mlx.errors import ConfigError, DataError, FpoError
+
+ROWS = [{"prompt": f"Q{n}, é\n?", "chosen": "A", "rejected": "B"} for n in range(3)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def table(rows):
+    import pyarrow
+
+    return pyarrow.Table.from_pylist(rows)
+
+
+def as_csv(mark=","):
+    cells = [["prompt", "chosen", "rejected"], *([r["prompt"], "A", "B"] for r in ROWS)]
+    return "".join(mark.join(f'"{cell}"' for cell in row) + "\r\n" for row in cells)
+
+
+def parquet(path):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(table(ROWS), path)
+
+
+def arrow(path):
+    import pyarrow
+
+    with pyarrow.ipc.new_stream(str(path), table(ROWS).schema) as sink:
+        sink.write_table(table(ROWS))
+
+
+def zstd(path):
+    import pyarrow
+
+    with pyarrow.CompressedOutputStream(str(path), "zstd") as out:
+        out.write(LINES.encode())
+
+
+def write(content):
+    return lambda path: path.write_bytes(content)
+
+
+PRETTY = "\n".join(json.dumps(row, indent=1) for row in ROWS).encode()
+FILES = {
+    "array.json": write(json.dumps(ROWS).encode()),
+    "tall_array.json": write(json.dumps(ROWS, indent=1).encode()),
+    "pretty.json": write(PRETTY),
+    "wrapped.json": write(json.dumps({"version": 1, "data": ROWS}).encode()),
+    "lines.json": write(LINES.encode()),
+    "bom.jsonl": write(b"\xef\xbb\xbf" + LINES.encode()),
+    "utf16.jsonl": write(LINES.encode("utf-16")),
+    "utf16_without_mark.jsonl": write(LINES.encode("utf-16-le")),
+    "utf32.jsonl": write(LINES.encode("utf-32")),
+    "comma.csv": write(as_csv().encode()),
+    "marked.csv": write(b"\xef\xbb\xbf" + as_csv().encode()),
+    "semicolon.csv": write(as_csv(";").encode()),
+    "tabs.tsv": write(as_csv("\t").encode()),
+    "excel.csv": write(b"sep=;\r\n" + as_csv(";").encode()),
+    "utf16.csv": write(as_csv().encode("utf-16")),
+    "a.jsonl.gz": write(gzip.compress(LINES.encode())),
+    "misnamed.jsonl": write(gzip.compress(LINES.encode())),
+    "a.jsonl.bz2": write(bz2.compress(LINES.encode())),
+    "a.jsonl.xz": write(lzma.compress(LINES.encode())),
+    "a.csv.gz": write(gzip.compress(as_csv().encode())),
+    "a.jsonl.zst": zstd,
+    "a.parquet": parquet,
+    "a.arrow": arrow,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_gives_the_same_rows(tmp_path, name):
+    FILES[name](tmp_path / name)
+    rows = read_raw(tmp_path / name, "train")
+    assert [row.record for row in rows if "wrapped" not in name] == ROWS * ("wrapped" not in name)
+    assert [(row.record["prompt"], row.index) for row in rows] == [
+        (row["prompt"], at) for at, row in enumerate(ROWS)
+    ]
+    assert len({row.where for row in rows}) == 3
+    assert all(row.where.startswith(name) for row in rows)
+
+
+REFUSED = {
+    "broken.json": (b"[\n {\"prompt\": 1},\n {\"prompt\"\n]", "breaks at line 4, column 1"),
+    "book.xlsx.jsonl": (b"PK\x03\x04 and so on", "a zip archive"),
+    "short.jsonl.gz": (gzip.compress(LINES.encode())[:-20], "packed file is damaged"),
+    "bad.parquet": (b"PAR1 no more than this", "cannot be read as a table"),
+    "latin.csv": ("prompt,chosen\né,b".encode("latin-1"), "is not UTF-8"),
+    "latin.json": (f"[\n{LINES.replace('}', '},')}]".encode("latin-1"), r"is not UTF-8 \(line 2\)"),
+    "twice.csv": (b"prompt,chosen,rejected,chosen\nQ,A,B,C", "two columns are called 'chosen'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_cannot_be_read_is_one_message_that_says_what_it_is(tmp_path, name):
+    content, said = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said) as caught:
+        read_raw(tmp_path / name, "train")
+    assert caught.value.faults == ()
+
+
+def test_a_csv_row_of_another_width_is_a_fault_of_that_row(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\nQ,A,B\nQ,A\n")
+    good, bad = read_raw(tmp_path / "a.csv", "train")
+    assert good.fault == ""
+    assert bad.fault == "2 fields, but the first line names 3 columns"
+
+
+def test_a_line_that_is_not_utf8_is_a_fault_also_where_it_is_the_first(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES.encode("latin-1"))
+    faults = [row.fault for row in read_raw(tmp_path / "a.jsonl", "train")]
+    assert faults == [f"not UTF-8 (byte {LINES.index('é') + 1} of the line)"] * 3
+
+
+def test_a_semicolon_within_a_columns_name_does_not_part_columns(tmp_path):
+    (tmp_path / "a.csv").write_text('"prompt","rating; of; five; stars"\n"Q","1"\n')
+    (row,) = read_raw(tmp_path / "a.csv", "train")
+    assert row.record == {"prompt": "Q", "rating; of; five; stars": "1"}
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["train.parquet", "validation.json"], {"train", "valid"}),
+        (["train_prefs.jsonl", "test_prefs.jsonl"], {"train", "valid"}),
+        (["Train.csv", "dev.csv", "test.csv"], {"train", "valid", "test"}),
+        (["pairs.jsonl", "README.md"], {"train"}),
+        (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"], {"train"}),
+        (["train/a.jsonl", "eval/b.jsonl"], {"train", "valid"}),
+    ],
+)
+def test_splits_are_found_under_their_usual_names(tmp_path, names, found):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(as_csv() if name.endswith("csv") else LINES)
+    assert set(find_splits(tmp_path)) == found
+    parts = sum("train" in name.lower() or "pairs" in name for name in names)
+    rows = read_split(tmp_path, "train")
+    assert [row.index for row in rows] == list(range(3 * parts))
+
+
+def test_two_files_of_one_split_are_refused_by_name(tmp_path):
+    for name in ("train.json", "train.csv"):
+        (tmp_path / name).write_text(LINES)
+    with pytest.raises(FpoError, match=r"train\.csv, train\.json are all called train"):
+        read_split(tmp_path)
+    (tmp_path / "train.jsonl").write_text(LINES)  # what it always was
+    assert find_splits(tmp_path)["train"] == tmp_path / "train.jsonl"
+
+
+@pytest.mark.parametrize(
+    "names", [["0-of-3", "2-of-3"], ["1-of-2"], ["0-of-1", "0-of-2", "1-of-2"], ["0-of-2", "7"]]
+)
+def test_parts_that_are_not_all_there_once_are_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / f"train-{name}.jsonl").write_text(LINES)
+    with pytest.raises(FpoError, match=rf"are not all parts of one file: {len(names)} of "):
+        find_splits(tmp_path)
+
+
+def test_what_a_later_map_left_in_a_saved_folder_is_no_row(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)
+    datasets.load_from_disk(tmp_path).map(lambda row: {**row, "chosen": "mapped"})
+    assert len(list(tmp_path.glob("*.arrow"))) == 2
+    assert [row.record for row in read_raw(tmp_path, "train")] == ROWS
+
+
+def test_a_folder_that_datasets_saved_is_read(tmp_path):
+    import datasets
+
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": whole, "validation": whole}).save_to_disk(tmp_path / "both")
+    assert [row.record for row in read_raw(tmp_path / "one", "train")] == ROWS
+    assert set(find_splits(tmp_path / "both")) == {"train", "valid"}
+    assert [row.record for row in read_raw(tmp_path / "both", "valid")] == ROWS
+
+
+def test_a_subset_of_local_data_is_refused(tmp_path):
+    from fpo_mlx.data import HubSplits
+
+    (tmp_path / "train.jsonl").write_text(LINES)
+    with pytest.raises(ConfigError, match="--subset english"):
+        read_split(tmp_path, hub=HubSplits(subset="english"))
+
+
+def test_several_configurations_are_listed_with_the_option(monkeypatch):
+    import datasets
+
+    def fail(*_):
+        raise ValueError("Config name is missing.\nPlease pick one")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda _: ["english", "german"])
+    with pytest.raises(FpoError, match="several configurations: english, german.*--subset NAME"):
+        read_split("owner/name")
