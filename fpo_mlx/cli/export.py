@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import PATH, overwrite_option
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--adapter-path", type=PATH, default="adapters", show_default=True, help="Adapter folder."
 )
@@ -17,7 +18,9 @@ from fpo_mlx.cli.options import PATH, overwrite_option
 @click.option("--base", help="Hub id of the base model to write down.  [default: the run's]")
 @overwrite_option
 def export(adapter_path: Path, output: Path, base: str | None, overwrite: bool) -> None:
-    """Write adapters as PEFT reads them: for transformers, vLLM and llama.cpp's converter.
+    """Write adapters as PEFT and vLLM read them.
+
+    llama.cpp's convert_lora_to_gguf.py reads them, too.
 
     \b
     Example:

@@ -145,9 +145,10 @@ def gather(values: dict[str, Any]) -> RunConfig:
     return load_config(flags, path)
 
 
-def claims(**flags: str) -> Callable:
+def claims(*, grows: Mapping[str, str] | None = None, **flags: str) -> Callable:
     """The files that a command's options name (parameter=flag) are claimed before it runs.
 
+    grows: those that are appended to, which may be there and may not be read by the command.
     Stands next to the function. The command needs an --overwrite, which the function gets if it
     asks for it.
     """
@@ -158,7 +159,10 @@ def claims(**flags: str) -> Callable:
         @functools.wraps(command)
         def claimed(*args: Any, overwrite: bool | None, **values: Any) -> Any:
             places = {flag: values[name] for name, flag in flags.items()}
-            outputs.claim_files(places, inputs=_read_by(flags), overwrite=bool(overwrite))
+            read = _read_by({**flags, **(grows or {})})
+            outputs.claim_files(places, inputs=read, overwrite=bool(overwrite))
+            for name, flag in (grows or {}).items():
+                outputs.refuse_inputs(Path(values[name]), flag, read)
             if asks:
                 values["overwrite"] = overwrite
             return command(*args, **values)

@@ -7,7 +7,14 @@ import dataclasses
 import click
 
 from fpo_mlx.cli.help import Group
-from fpo_mlx.cli.options import PATH, json_option, section_options, write_json
+from fpo_mlx.cli.options import (
+    PATH,
+    claims,
+    json_option,
+    overwrite_option,
+    section_options,
+    write_json,
+)
 from fpo_mlx.cli.show import Steps, listing, say
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, load
@@ -29,6 +36,8 @@ def pairs() -> None:
     "--output", type=PATH, default="candidates.jsonl", show_default=True, help="File to write to."
 )
 @json_option
+@overwrite_option
+@claims(json_path="--json", grows={"output": "--output"})
 def generate(config, output, json_path, **values) -> None:
     """Answer every prompt several times. A run that was stopped goes on where it was.
 
@@ -60,6 +69,8 @@ def generate(config, output, json_path, **values) -> None:
 )
 @click.option("--against", type=PATH, help="A person's votes to compare the judge with.")
 @json_option
+@overwrite_option
+@claims(json_path="--json", grows={"output": "--output"})
 def judge(candidates, config, output, against, json_path, **values) -> None:
     """Let a model, an endpoint or a reward function say which answers are better.
 
@@ -91,7 +102,9 @@ def judge(candidates, config, output, against, json_path, **values) -> None:
     "--output", type=PATH, default="pairs", show_default=True, help="Folder to write the pairs to."
 )
 @json_option
-def build(candidates, verdicts, reward, config, output, json_path, **values) -> None:
+@overwrite_option
+@claims(json_path="--json")
+def build(candidates, verdicts, reward, config, output, json_path, overwrite, **values) -> None:
     """Choose pairs from judged answers and write them as `train` takes them.
 
     \b
@@ -110,7 +123,12 @@ def build(candidates, verdicts, reward, config, output, json_path, **values) -> 
         say(f"{judged.written} verdicts of {reward} in {own}")
         verdicts = (*verdicts, own)
     done = pipeline.pairs_build(
-        settings, candidates=candidates, verdicts=verdicts, output=output, say=say
+        settings,
+        candidates=candidates,
+        verdicts=verdicts,
+        output=output,
+        overwrite=overwrite,
+        say=say,
     )
     write_json(json_path, done.as_dict())
     for reason, count in done.left.items():
@@ -134,6 +152,8 @@ def build(candidates, verdicts, reward, config, output, json_path, **values) -> 
     "--port", type=click.IntRange(0, 65535), default=0, help="Port of the page.  [default: any]"
 )
 @click.option("--browser/--no-browser", default=True, help="Open the page.  [default: on]")
+@overwrite_option
+@claims(grows={"output": "--output"})
 def rate(candidates, output, per_prompt, seed, port, browser) -> None:
     """Choose the better answers yourself, on a page in your browser.
 

@@ -20,9 +20,11 @@ from fpo_mlx.pipeline.check import check
 from fpo_mlx.pipeline.job import Say
 from fpo_mlx.storage import files
 from fpo_mlx.storage.lines import json_line
+from fpo_mlx.storage.outputs import Made, claim_folder
 
 FEWEST = 30
 ABOUT = "pairs.json"  # beside the rows: settings and figures
+MADE = Made("a set of pairs", r"(train|valid|test)\.jsonl|pairs\.json", whole=True, mark=ABOUT)
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,19 @@ class BuildReport:
 
 
 def pairs_build(
-    settings: BuildConfig, *, candidates: Path, verdicts: Sequence[Path], output: Path, say: Say
+    settings: BuildConfig,
+    *,
+    candidates: Path,
+    verdicts: Sequence[Path],
+    output: Path,
+    overwrite: bool = False,
+    say: Say,
 ) -> BuildReport:
     """Choose pairs, split them by prompt, write them, and check them.
 
     Raises: ConfigError, DataError (fewer than 30 pairs among it); FpoError.
     """
-    if output.exists() and (not output.is_dir() or files.listed(output)):
-        raise ConfigError(f"--output {output} is there and not empty. Name another folder.")
+    claim_folder(output, "--output", MADE, inputs=[candidates, *verdicts], overwrite=overwrite)
     found, left = open_candidates(candidates), Left()
     pairs = _choose(found, _read(verdicts, settings), settings, left, say)
     if settings.balance_length:

@@ -21,9 +21,10 @@ from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
 from fpo_mlx.pipeline.pairs_generate import pairs_generate
 from fpo_mlx.pipeline.pairs_judge import pairs_judge
 from fpo_mlx.pipeline.train import train
-from fpo_mlx.storage import files, lines
+from fpo_mlx.storage import files, lines, outputs
 
 DONE = "round.json"
+ROUNDS = outputs.Made("rounds", r"round-\d+/|settings\.json", mark="settings.json")
 DRIFT = "logps_per_token/chosen_change"
 RESAMPLES = 1000
 
@@ -86,6 +87,8 @@ def _same_settings(root: Path, settings: RoundsConfig) -> None:
                 "output, or give the settings it was begun with."
             )
     else:
+        inputs = (settings.model, settings.prompts, settings.held_out)
+        outputs.claim_folder(root, "output", ROUNDS, inputs=inputs)
         files.write_json(path, now)
 
 
@@ -143,7 +146,8 @@ def _answers(
 
 def _training(settings: RoundsConfig, data: Path, adapter: Path, start: Path | None) -> RunConfig:
     given: dict[str, Any] = {**settings.train, "model": settings.model, "data": str(data)}
-    given |= {"adapter_path": str(adapter), "resume": (adapter / "run.json").exists()}
+    begun, saved = ((adapter / name).exists() for name in ("run.json", "checkpoint"))
+    given |= {"adapter_path": str(adapter), "resume": saved, "overwrite": begun and not saved}
     given |= {"init_adapter": str(start)} if start else {}
     return load_config(given)
 

@@ -132,5 +132,7 @@ def _mend(file: int) -> int:
     if _is_json(rest):
         os.pwrite(file, b"\n", size)
         return size + 1
+    if not rest.lstrip().startswith(b"{"):  # no writer of ours began it
+        raise FpoError(f"a last line that is no record: {rest[:40]!r}. Name another file.")
     os.ftruncate(file, size - len(rest))
     return size - len(rest)

@@ -18,7 +18,7 @@ from fpo_mlx.storage.files import TEMPORARY
 
 # what the system or a killed run leaves, and nobody misses
 LEFTOVER = re.compile(
-    r"\.DS_Store|\._.*|\.localized|Thumbs\.db|.*\.lock|tensorboard|"
+    r"\.DS_Store|\._.*|\.localized|Thumbs\.db|.*\.lock|tensorboard|\.export|"
     + re.escape(TEMPORARY)
     + r"\d+-.*"
 )

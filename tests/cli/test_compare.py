@@ -53,8 +53,8 @@ def test_given_prompts_and_those_of_a_file_are_asked_in_order(place, tmp_path):
     results = []
     for name in ("p.txt", "p.jsonl"):
         words = ["--prompt", "First?", "--prompt", "Second?", "--prompts", tmp_path / name]
-        done = compare(place, *words, "--output", tmp_path / "c.json")
-        results.append(json.loads((tmp_path / "c.json").read_text())["prompts"])
+        done = compare(place, *words, "--output", tmp_path / f"{name}.c.json")
+        results.append(json.loads((tmp_path / f"{name}.c.json").read_text())["prompts"])
         for text in ("First?", "Second?", "Third?", "Fourth?"):
             assert text in done.stdout
     assert results[0] == results[1]

@@ -12,11 +12,10 @@ import pytest
 from tiny_models import tiny_llama
 
 from fpo_mlx.data import read
-from fpo_mlx.model import fuse
 from fpo_mlx.reference import weights
 from fpo_mlx.sae import convert
 from fpo_mlx.sae import files as sae_files
-from fpo_mlx.storage import files, limits
+from fpo_mlx.storage import files, limits, outputs
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
 
@@ -52,7 +51,7 @@ def test_a_folder_that_lies_below_a_dot_folder_is_listed(tmp_path):
 
 def test_fuse_and_sae_convert_take_a_folder_with_only_litter_for_an_empty_one(tmp_path):
     litter(tmp_path / "new", "config.json")
-    fuse._check_place(tmp_path / "new")
+    outputs.claim_folder(tmp_path / "new", "--save-path", outputs.MODEL)
     convert._check_place(tmp_path / "new")
 
 
