@@ -17,7 +17,7 @@ from fpo_mlx.pipeline.train import InstallStop
 from fpo_mlx.records import Passage, SaeWeights
 from fpo_mlx.saetrain import rows, texts
 from fpo_mlx.saetrain import sizes as sizing
-from fpo_mlx.storage import locks
+from fpo_mlx.storage import locks, outputs
 
 if TYPE_CHECKING:
     from fpo_mlx.judge.sae_fit import LossFigures
@@ -257,7 +257,7 @@ def _record(setup: Setup) -> dict[str, Any]:
     """What run.json holds beside the plan. No environment, no tokens."""
     sizes = dataclasses.asdict(setup.sizes)
     return {
-        "settings": dataclasses.asdict(setup.config) | sizes,
+        "settings": outputs.of_the_run(dataclasses.asdict(setup.config)) | sizes,
         "fingerprints": setup.fingerprints,
         "versions": {"fpo-mlx": __version__},
     }

@@ -208,7 +208,7 @@ def run_record(job: Job, data_fingerprint: str) -> dict[str, Any]:
 
     names = ("mlx", "mlx-lm", "numpy", "transformers")
     return {
-        "settings": job.config.as_dict(),
+        "settings": outputs.of_the_run(job.config.as_dict()),
         "fingerprints": {
             "model": job.identity.model,
             "adapter": job.identity.adapter,

@@ -53,7 +53,7 @@ def test_listing_shows_caches_only_the_oldest_first(root, tmp_path):
     sizes = [sum(p.stat().st_size for p in (root / name).iterdir()) for name in ("old", "new")]
     assert [row["bytes"] for row in rows] == sizes
     assert [round(row["days"]) for row in rows] == [40, 1]
-    assert "2 caches" in done.stdout
+    assert "caches: 2" in done.stdout
     assert "link" not in done.stdout
 
 
