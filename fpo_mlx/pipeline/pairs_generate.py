@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,11 +42,12 @@ class GenerateReport:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A prompt that has no candidates yet."""
+    """A prompt of the window in work."""
 
     id: str
     prompt: Prompt
     tokens: Any  # int32 [P]
+    known: bool = False  # it has its candidates already
 
 
 def pairs_generate(
@@ -93,7 +95,7 @@ def pairs_generate(
 def _all(
     model: nn.Module, tokenizer: ChatTokenizer, settings: GenerateConfig, done: set[str], say: Say
 ) -> Iterator[Candidates]:
-    seen = set(done)
+    seen: set[str] = set()
     for window in asking.windows(asking.read_prompts(Path(settings.prompts)), WINDOW):
         waiting = []
         for prompt in window:
@@ -102,9 +104,9 @@ def _all(
             one = _waiting(prompt, tokenizer, settings)
             if one.id not in seen:
                 seen.add(one.id)
-                waiting.append(one)
+                waiting.append(dataclasses.replace(one, known=one.id in done))
         yield from answer_window(model, tokenizer, settings, waiting)
-    if seen == done:
+    if seen <= done:
         say("every prompt has its candidates already")
 
 
@@ -132,10 +134,12 @@ def answer_window(
     from fpo_mlx.judge import sampling, slots
 
     asked = [
-        slots.Asked(one.tokens, [(settings.seed, int(one.id, 16), j) for j in range(settings.n)])
+        slots.Asked(
+            one.tokens, [(settings.seed, int(one.id, 16), j) for j in range(settings.n)], one.known
+        )
         for one in waiting
-    ]
-    order = slots.work_order(asked, settings.max_tokens)
+    ]  # fmt: skip
+    order = slots.work_order(asked)
     found: dict[int, dict[int, Answer]] = {i: {} for i in order}
     next_up = 0
     answers = sampling.sample_all(
