@@ -64,20 +64,9 @@ def pairs_generate(
 
     Raises: ConfigError, DataError, ModelError; FpoError when the file cannot be written.
     """
-    if not settings.model or not settings.prompts:
-        missing = "--model" if not settings.model else "--prompts"
-        raise ConfigError(f"{missing} is missing: wanted a model and a file of prompts.")
-    source, path = Path(settings.prompts), resolve_model(settings.model)
-    # every line is looked at before the model is loaded
-    if not sum(1 for _ in asking.read_prompts(source)):
-        raise DataError(
-            f"{source} holds no prompts. Wanted one per line, or .jsonl objects with a `prompt`."
-        )
+    path = _inputs(settings)
     done = set(open_candidates(output).offsets) if output.exists() else set()
-    tokenizer = load_tokenizer(
-        path, trust_remote_code=settings.trust_remote_code,
-        chat_template=Path(settings.chat_template) if settings.chat_template else None,
-    )  # fmt: skip
+    tokenizer = _tokenizer(path, settings)
     with LineWriter(output) as writer:
         model = _open(path, settings, say)
         counts, begun = {"prompts": 0, "answers": 0, "cut": 0, "tokens": 0}, time.monotonic()
@@ -92,15 +81,47 @@ def pairs_generate(
     return GenerateReport(before=len(done), seconds=time.monotonic() - begun, **counts)
 
 
+def _inputs(settings: GenerateConfig) -> Path:
+    """The model's folder; every line of the prompts is looked at before it is loaded."""
+    if not settings.model or not settings.prompts:
+        missing = "--model" if not settings.model else "--prompts"
+        raise ConfigError(f"{missing} is missing: wanted a model and a file of prompts.")
+    source, path = Path(settings.prompts), resolve_model(settings.model)
+    if not sum(1 for _ in asking.read_prompts(source)):
+        raise DataError(
+            f"{source} holds no prompts. Wanted one per line, or .jsonl objects with a `prompt`."
+        )
+    return path
+
+
+def _tokenizer(path: Path, settings: GenerateConfig) -> ChatTokenizer:
+    return load_tokenizer(
+        path, trust_remote_code=settings.trust_remote_code,
+        chat_template=Path(settings.chat_template) if settings.chat_template else None,
+    )  # fmt: skip
+
+
+def prompt_lengths(settings: GenerateConfig) -> tuple[Path, list[int]]:
+    """The model's folder, and the tokens of each prompt. Raises: as `pairs_generate` does."""
+    path = _inputs(settings)
+    tokenizer = _tokenizer(path, settings)
+    found = (_waiting(p, tokenizer, settings) for p in _asked(settings))
+    return path, list({one.id: len(one.tokens) for one in found}.values())
+
+
+def _asked(settings: GenerateConfig) -> Iterator[Prompt]:
+    for prompt in asking.read_prompts(Path(settings.prompts)):
+        score = settings.score_in_prompt
+        yield prompt if score is None else with_score(prompt, score)
+
+
 def _all(
     model: nn.Module, tokenizer: ChatTokenizer, settings: GenerateConfig, done: set[str], say: Say
 ) -> Iterator[Candidates]:
     seen: set[str] = set()
-    for window in asking.windows(asking.read_prompts(Path(settings.prompts)), WINDOW):
+    for window in asking.windows(_asked(settings), WINDOW):
         waiting = []
         for prompt in window:
-            if settings.score_in_prompt is not None:
-                prompt = with_score(prompt, settings.score_in_prompt)
             one = _waiting(prompt, tokenizer, settings)
             if one.id not in seen:
                 seen.add(one.id)

@@ -35,8 +35,8 @@ from kill_cases import Case, digest, finished, tree  # noqa: E402
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 HEAVY = (
     "mlx_lm.convert", "mlx_lm.models.llama", "transformers.models.llama.modeling_llama",
-    "fpo_mlx.pipeline.pairs_judge", "fpo_mlx.judge.evaluate", "fpo_mlx.model.fuse", "fpo_mlx.reference.mlx_backend",
-    "fpo_mlx.train.trainer",
+    "fpo_mlx.judge.evaluate", "fpo_mlx.model.fuse", "fpo_mlx.pipeline.pairs_judge",
+    "fpo_mlx.reference.mlx_backend", "fpo_mlx.train.trainer",
 )  # fmt: skip
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
