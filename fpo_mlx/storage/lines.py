@@ -35,9 +35,9 @@ class LineWriter:
         except OSError as error:
             raise unwritable(path, error) or error from error
 
-    def append(self, record: Any) -> None:
-        """One record, on disk when this returns. Raises: FpoError; then the line is not there."""
-        data = json_line(record)
+    def append(self, *records: Any) -> None:
+        """On disk when this returns. Raises: FpoError; then none of these lines is there."""
+        data = b"".join(map(json_line, records))
         begin = os.lseek(self._file, 0, os.SEEK_CUR)
         try:
             done = 0
