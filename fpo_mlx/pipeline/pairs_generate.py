@@ -86,11 +86,8 @@ def _inputs(settings: GenerateConfig) -> Path:
     if not settings.model or not settings.prompts:
         missing = "--model" if not settings.model else "--prompts"
         raise ConfigError(f"{missing} is missing: wanted a model and a file of prompts.")
-    source, path = Path(settings.prompts), resolve_model(settings.model)
-    if not sum(1 for _ in asking.read_prompts(source)):
-        raise DataError(
-            f"{source} holds no prompts. Wanted one per line, or .jsonl objects with a `prompt`."
-        )
+    path = resolve_model(settings.model)
+    asking.check_prompts(Path(settings.prompts))
     return path
 
 

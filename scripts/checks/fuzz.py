@@ -5,7 +5,8 @@
 
 Two sources: valid inputs with nodes or bytes changed (seeded), and for rows, settings and the
 cache manifest values made up by hypothesis. A fault is any exception but FpoError, more than
-5 processor seconds for one input (a busy machine or disk is no fault of a reader), or an allocation of more than 512 MB. Exits 1 on any fault.
+5 processor seconds for one input (a busy machine or disk is no fault of a reader), or an
+allocation of more than 512 MB. Exits 1 on any fault.
 """
 
 from __future__ import annotations
