@@ -170,7 +170,7 @@ def test_from_candidates_to_files_that_train_reads(tmp_path):
     (of_judge,) = about["judges"].values()
     assert of_judge["compared"] == 180  # three answers, each against each
     again = run("pairs", "build", path, "--reward", reward, "--output", out)
-    refused(again, 2, "holds a set of pairs", "--overwrite")
+    refused(again, 2, "--overwrite replaces")
 
 
 def test_reward_augmented_rows_ask_for_the_score_of_the_chosen_answer(tmp_path):
