@@ -31,6 +31,7 @@ Activation = Literal["relu", "jumprelu", "gated", "topk", "abstopk", "groupmax",
 Normalization = Literal["none", "layer_norm", "constant_norm"]
 RESULT_VERSION = 1
 HASHED_ROWS = 256  # of an array, at once
+PAIRS_FILE, ROUND_FILE = "pairs.json", "round.json"  # figures of pairs that were built, of a round
 BASE = "base"  # what results call the model without adapters
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from fpo_mlx.cli.help import Command
@@ -17,6 +19,7 @@ from fpo_mlx.cli.options import (
     settings,
     write_json,
 )
+from fpo_mlx.cli.pairs_look import check_files
 from fpo_mlx.cli.show import Bar, result, say, table
 from fpo_mlx.config import DataConfig, ReferenceConfig
 from fpo_mlx.errors import DataError
@@ -31,6 +34,7 @@ from fpo_mlx.errors import DataError
 def check(fix, json_path, overwrite, **values) -> None:
     """Look for what in the data would waste or spoil a run.
 
+    Files of candidates and verdicts are looked at as `pairs check` does.
     Exit code 3 when there are rows that cannot be used. Without --model the chat template and
     lengths in tokens are not checked.
 
@@ -42,6 +46,10 @@ def check(fix, json_path, overwrite, **values) -> None:
     from fpo_mlx.data.findings import by_kind
 
     config = gather(values)
+    if config.data.data and fix is None and pipeline.pairs_file(source := Path(config.data.data)):
+        verdicts = pipeline.pairs_file(source) == "verdicts"
+        check_files(None if verdicts else source, (source,) * verdicts, json_path)
+        return
     unit = "tokens" if config.reference.model else "letters"
     report = pipeline.check(config, fix=fix, overwrite=overwrite, say=say)
     write_json(json_path, report.as_dict())

@@ -15,7 +15,8 @@ from fpo_mlx.cli.options import (
     section_options,
     write_json,
 )
-from fpo_mlx.cli.show import Steps, listing, say
+from fpo_mlx.cli.pairs_look import check, plan, show_judges
+from fpo_mlx.cli.show import Steps, say
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, load
 
@@ -178,12 +179,14 @@ def rate(candidates, output, per_prompt, seed, port, browser) -> None:
     click.echo(f"{done['votes']} votes in {output}{again}")
 
 
+pairs.add_command(plan)
+pairs.add_command(check)
+
+
 def _show_judges(judges) -> None:
     """Their figures, and what to think of them."""
+    show_judges(judges)
     for name, summary in judges.items():
-        click.echo(name)
-        figures = {k: v for k, v in summary.as_dict().items() if v is not None}
-        listing({f"  {key.replace('_', ' ')}": value for key, value in figures.items()})
         if (summary.first_share or 0.5) > 0.6 or (summary.first_share or 0.5) < 0.4:
             say(f"warning: {name} leans to one position ({summary.first_share:.0%} for the first)")
         if summary.verdicts and summary.unreadable > summary.verdicts / 10:

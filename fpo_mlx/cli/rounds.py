@@ -47,7 +47,7 @@ def rounds(config, json_path) -> None:
             ),
         ]
     )  # fmt: skip
-    page = pipeline.rounds_report(root, found, say)
+    page = pipeline.rounds_report(root, say)
     click.echo(f"the last adapters in {root}/round-{found[-1].number}/adapters")
     if page:
         click.echo(f"all rounds on one page in {page}")

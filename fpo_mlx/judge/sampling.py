@@ -53,7 +53,7 @@ def sample_all(
     if slots.mask_axes(model):
         yield from slots.answers(model, asked, settings, end, rows=rows, entropies=entropies)
         return
-    for i in slots.work_order(asked, settings.max_tokens):
+    for i in slots.work_order(asked):
         for j, noise in enumerate(asked[i].noises):
             yield i, j, _alone(model, asked[i].prompt, noise, settings, end)
 

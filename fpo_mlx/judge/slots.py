@@ -1,8 +1,8 @@
 """Many answers at once: rows of a fixed batch, each at its own position, refilled as they finish.
 
 A prompt runs once; the keys and values it leaves are given to each of its answers. A row is filled
-again in the step after it has ended. Every row begins at column 0 of caches whose width depends on
-its own prompt alone, so what an answer is does not depend on what else is in the batch.
+again in the step after it has ended. Every row begins at column 0 of its caches, and rows and
+columns are settled before the first step, so that no answer depends on when another one ends.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fpo_mlx.model.taps import PrefixCache
 ROWS = 32  # answers at once
 PREFILL = 1024  # prompt tokens run at once
 COLUMNS = 64  # widths of caches are multiples of this
+COLUMN_COST = 1 / 1024  # of a step without attention; measured on SmolLM2-135M, less in larger ones
 CLEAR_EVERY = 256  # steps between two calls that give cached buffers back
 
 Prefix = list[tuple[mx.array, ...]]  # per cache () or keys and values, [1, heads, P - 1, d]
@@ -45,6 +46,7 @@ class Asked:
 
     prompt: np.ndarray  # int32 [P]
     noises: Sequence[tuple[int, ...]]  # numbers that the answer's random bits are made of
+    known: bool = False  # its answers are there already: it is counted where widths are settled
 
 
 @dataclass
@@ -169,12 +171,43 @@ def width_for(prompt: int, max_tokens: int) -> int:
     return -(-need // step) * step
 
 
-def work_order(asked: Sequence[Asked], max_tokens: int) -> list[int]:
-    """Longest first; equal widths stand together."""
-    return sorted(
-        range(len(asked)),
-        key=lambda i: (-width_for(len(asked[i].prompt), max_tokens), -len(asked[i].prompt), i),
-    )
+def work_order(asked: Sequence[Asked]) -> list[int]:
+    """The prompts that want answers, longest first."""
+    wanting = (i for i, one in enumerate(asked) if not one.known)
+    return sorted(wanting, key=lambda i: (-len(asked[i].prompt), i))
+
+
+def column_groups(asked: Sequence[Asked], max_tokens: int, rows: int) -> list[tuple[int, set[int]]]:
+    """(columns, prompts) of the batches that run one after the other, widest first.
+
+    A batch ends with idle rows, and each column costs time in every step: of all ways to put
+    neighbouring widths together the cheapest one is taken. Known prompts count, too, so that a run
+    that goes on has the widths it began with.
+    """
+    widths: dict[int, set[int]] = {}
+    for i in sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt)):
+        widths.setdefault(width_for(len(asked[i].prompt), max_tokens), set()).add(i)
+    columns = list(widths)
+    counts = [sum(len(asked[i].noises) for i in widths[width]) for width in columns]
+    best: list[tuple[float, list[int]]] = [
+        (0.0, [])
+    ]  # cost of the first widths, where groups begin
+    for stop in range(1, len(columns) + 1):
+        ways = (
+            (best[begin][0] + _cost(columns[begin], sum(counts[begin:stop]), rows), begin)
+            for begin in range(stop)
+        )
+        cost, begin = min(ways)
+        best.append((cost, [*best[begin][1], begin]))
+    begins = best[-1][1]
+    return [
+        (columns[begin], set().union(*(widths[width] for width in columns[begin:stop])))
+        for begin, stop in zip(begins, [*begins, len(columns)][1:], strict=True)
+    ]
+
+
+def _cost(columns: int, answers: int, rows: int) -> float:
+    return -(-answers // rows) * (1 + COLUMN_COST * columns)
 
 
 def answers(
@@ -190,16 +223,10 @@ def answers(
 
     end: tokens that end an answer. `entropies` measures them, at one more pass over the logits.
     """
-    order = work_order(asked, settings.max_tokens)
-    widths = [width_for(len(asked[i].prompt), settings.max_tokens) for i in order]
-    at = 0
-    while at < len(order):
-        stop = at
-        while stop < len(order) and widths[stop] == widths[at]:
-            stop += 1
-        batch = _Batch(model, asked, settings, end, rows, widths[at], entropies)
-        yield from batch.run(order[at:stop])
-        at = stop
+    order = work_order(asked)
+    for columns, prompts in column_groups(asked, settings.max_tokens, rows):
+        batch = _Batch(model, asked, settings, end, rows, columns, entropies)
+        yield from batch.run([i for i in order if i in prompts])
 
 
 class _Batch:

@@ -38,13 +38,18 @@ def comparisons(
     ]  # fmt: skip
     if against_reference:
         wanted = [] if human is None else [(n, human) for n in said]
-    elif neighbours:
-        wanted = list(zip(said, said[1:], strict=False))
-        wanted += [(said[0], said[-1])] if len(said) > 2 else []
     else:
-        wanted = [(a, b) for i, a in enumerate(said) for b in said[i + 1 :]]
+        wanted = combined(said, neighbours=neighbours)
     texts = [one.text.strip() for one in found.candidates]
     return [(min(a, b), max(a, b)) for a, b in wanted if texts[a] != texts[b]]
+
+
+def combined(numbers: Sequence[int], *, neighbours: bool) -> list[tuple[int, int]]:
+    """Each with each, or with the two beside it in a ring."""
+    if not neighbours:
+        return [(a, b) for i, a in enumerate(numbers) for b in numbers[i + 1 :]]
+    ends = [(numbers[0], numbers[-1])] if len(numbers) > 2 else []
+    return [*zip(numbers, numbers[1:], strict=False), *ends]
 
 
 def by_prompt(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:

@@ -65,6 +65,8 @@ def _of_one(
         flips += [o["ab"] != o["ba"] for o in orders.values() if {"ab", "ba"} <= set(o)]
         tokens = lengths(id)
         for (a, b), label in _labels(group).items():
+            if max(a, b) >= len(tokens):
+                continue  # of another file's candidates
             compared += 1
             ties += label.verdict not in SIDES
             if label.verdict in SIDES and tokens[a] != tokens[b]:

@@ -28,8 +28,11 @@ from fpo_mlx.pipeline.job import open_job as open_job
 from fpo_mlx.pipeline.job import open_saes as open_saes
 from fpo_mlx.pipeline.job import read_pairs as read_pairs
 from fpo_mlx.pipeline.pairs_build import pairs_build as pairs_build
+from fpo_mlx.pipeline.pairs_check import pairs_check as pairs_check
+from fpo_mlx.pipeline.pairs_check import pairs_file as pairs_file
 from fpo_mlx.pipeline.pairs_generate import pairs_generate as pairs_generate
 from fpo_mlx.pipeline.pairs_judge import pairs_judge as pairs_judge
+from fpo_mlx.pipeline.pairs_plan import pairs_plan as pairs_plan
 from fpo_mlx.pipeline.pairs_rate import pairs_rate as pairs_rate
 from fpo_mlx.pipeline.plan import PlanReport as PlanReport
 from fpo_mlx.pipeline.plan import plan as plan

@@ -12,13 +12,13 @@ from fpo_mlx import data
 from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.pairs.prompts import check_prompts, read_prompts
+from fpo_mlx.pairs.records import Prompt
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_model, open_tokenizer
 from fpo_mlx.pipeline.origins import warn_of_other_model
 from fpo_mlx.pipeline.prepared import check_room, longest
 from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.storage.hub import resolve_model
-
-Turns = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def compare(
     from fpo_mlx.model.open import open_model
 
     model = need_model(config)
-    given = [*prompts, *(_read_prompts(prompts_file) if prompts_file else ())]
-    asked = [[{"role": "user", "content": text}] for text in given] or _of_data(
+    given = [Prompt(({"role": "user", "content": text},)) for text in prompts]
+    asked = [*given, *(_of_file(prompts_file) if prompts_file else ())] or _of_data(
         config, split, count
     )
     path = resolve_model(model)
@@ -100,55 +100,39 @@ def compare(
             progress(name, len(texts), len(tokens))
         answers[name] = tuple(texts)
         del model  # one in memory at a time
-    shown = tuple(str(turns[-1]["content"]) for turns in asked)
+    shown = tuple(prompt.text for prompt in asked)
     return Comparison(shown, answers, sampling)
 
 
-def _tokens(asked: Sequence[Turns], tokenizer: ChatTokenizer, limit: int) -> list[Any]:
+def _tokens(asked: Sequence[Prompt], tokenizer: ChatTokenizer, limit: int) -> list[Any]:
     import numpy as np
 
-    tokens = [np.array(tokenizer.prompt_tokens(turns), dtype=np.int32) for turns in asked]
-    for turns, ids in zip(asked, tokens, strict=True):
+    tokens = [
+        np.array(tokenizer.prompt_tokens(one.turns, one.tools), dtype=np.int32) for one in asked
+    ]
+    for prompt, ids in zip(asked, tokens, strict=True):
         if len(ids) >= limit:
             raise DataError(
                 f"a prompt has {len(ids)} tokens, which leaves no room below --max-seq-length "
-                f"{limit}: {str(turns[-1]['content'])[:80]!r}. Shorten it, or raise the limit."
+                f"{limit}: {prompt.text[:80]!r}. Shorten it, or raise the limit."
             )
     return tokens
 
 
-def _of_data(config: RunConfig, split: str, count: int) -> list[Turns]:
+def _of_file(path: Path) -> list[Prompt]:
+    """As `pairs generate` reads them. Raises: DataError."""
+    check_prompts(path)
+    return list(read_prompts(path))
+
+
+def _of_data(config: RunConfig, split: str, count: int) -> list[Prompt]:
     """The first `count` different prompts of a split."""
     if not config.data.data:
         raise ConfigError(
             "no prompts: give --prompt TEXT (repeatable), --prompts FILE, or --data with --split."
         )
     rows = data.read_split(config.data.data, split, columns(config), hub_splits(config))
-    unique = {json.dumps(row.prompt): row.prompt for row in rows}
-    return [list(turns) for turns in list(unique.values())[:count]]
-
-
-def _read_prompts(path: Path) -> list[str]:
-    """One prompt per line; in a .jsonl file the `prompt` of each object."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts {path}: cannot be read: {error}.") from error
-    texts, faults = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["prompt"] if path.suffix == ".jsonl" else line.strip()
-            if not isinstance(text, str) or not text.strip():
-                raise TypeError("its prompt is no text")
-            texts.append(text)
-        except (ValueError, KeyError, TypeError) as error:
-            faults.append(f"{path.name}:{number}: {error!r}")
-    if faults or not texts:
-        raise DataError(
-            f"--prompts {path}: wanted one prompt per line, or objects with a text `prompt` in a "
-            ".jsonl file.",
-            faults,
-        )
-    return texts
+    unique = {
+        json.dumps([row.prompt, row.tools]): Prompt(tuple(row.prompt), row.tools) for row in rows
+    }
+    return list(unique.values())[:count]

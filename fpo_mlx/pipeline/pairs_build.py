@@ -14,22 +14,33 @@ from fpo_mlx.pairs import choose
 from fpo_mlx.pairs.choose import Left, Pair
 from fpo_mlx.pairs.doubles import finder
 from fpo_mlx.pairs.labels import by_prompt, labels_of
-from fpo_mlx.pairs.records import CandidateFile, Verdict, open_candidates, read_verdicts
+from fpo_mlx.pairs.records import (
+    PERSON,
+    CandidateFile,
+    Verdict,
+    open_candidates,
+    read_verdicts,
+)
 from fpo_mlx.pairs.settings import BuildConfig
+from fpo_mlx.pairs.summary import JudgeSummary, summarise
 from fpo_mlx.pipeline.check import check
 from fpo_mlx.pipeline.job import Say
+from fpo_mlx.records import PAIRS_FILE
 from fpo_mlx.storage import files
 from fpo_mlx.storage.lines import json_line
 from fpo_mlx.storage.outputs import Made, claim_folder
 
 FEWEST = 30
-ABOUT = "pairs.json"  # beside the rows: settings and figures
+ABOUT = PAIRS_FILE  # beside the rows: settings and figures
 MADE = Made("a set of pairs", r"(train|valid|test)\.jsonl|pairs\.json", whole=True, mark=ABOUT)
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """left: what makes no pair, by reason; longer_share: of pairs, the longer answer chosen."""
+    """left: what makes no pair, by reason; longer_share: of pairs, the longer answer chosen.
+
+    judges: figures over all verdicts on these candidates; agreement is that with a person's votes.
+    """
 
     pairs: int
     splits: dict[str, int]
@@ -39,6 +50,9 @@ class BuildReport:
     mean_score_chosen: float
     mean_score_rejected: float
     mean_agreement: float
+    tokens_chosen: float  # mean
+    tokens_rejected: float
+    judges: dict[str, JudgeSummary]
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -59,10 +73,12 @@ def pairs_build(
     """
     claim_folder(output, "--output", MADE, inputs=[candidates, *verdicts], overwrite=overwrite)
     found, left = open_candidates(candidates), Left()
-    pairs = _choose(found, _read(verdicts, settings), settings, left, say)
+    known = _read(verdicts, settings)
+    judges = _judges(known, found)
+    pairs = _choose(found, known, settings, left, say)
     if settings.balance_length:
         pairs = choose.balanced(pairs, settings.seed, left)
-    report = _report(pairs, found, left, settings)
+    report = _report(pairs, found, left, settings, judges)
     if len(pairs) < FEWEST and not settings.force:
         why = ", ".join(f"{n} × {reason}" for reason, n in left.counts.items()) or "no verdicts"
         raise DataError(
@@ -89,6 +105,14 @@ def _read(paths: Sequence[Path], settings: BuildConfig) -> dict[str, list[Verdic
     return by_prompt(known.values())
 
 
+def _judges(known: dict[str, list[Verdict]], found: CandidateFile) -> dict[str, JudgeSummary]:
+    verdicts = [v for id, of_it in known.items() if id in found.offsets for v in of_it]
+    judges = summarise(verdicts, lambda id: [c.tokens for c in found.get(id).candidates], verdicts)
+    if PERSON in judges:  # who agrees with themselves
+        judges[PERSON] = dataclasses.replace(judges[PERSON], agreement=None, kappa=None)
+    return judges
+
+
 def _choose(
     found: CandidateFile, verdicts: dict[str, list[Verdict]], settings: BuildConfig, left: Left,
     say: Say,
@@ -111,10 +135,14 @@ def _choose(
 
 
 def _report(
-    pairs: Sequence[Pair], found: CandidateFile, left: Left, settings: BuildConfig
-) -> BuildReport:
+    pairs: Sequence[Pair], found: CandidateFile, left: Left, settings: BuildConfig,
+    judges: dict[str, JudgeSummary],
+) -> BuildReport:  # fmt: skip
     def mean(name: str) -> float:
         return sum(getattr(pair, name) for pair in pairs) / max(1, len(pairs))
+
+    def length(side: int) -> float:
+        return sum(pair.tokens[side] for pair in pairs) / max(1, len(pairs))
 
     splits = choose.split_of(
         (pair.id for pair in pairs), settings.valid_share, settings.test_share, settings.seed
@@ -124,7 +152,8 @@ def _report(
         counts[splits[pair.id]] += 1 + settings.reward_augmented
     return BuildReport(
         len(pairs), counts, len(found), dict(left.counts), choose.longer_share(pairs),
-        mean("score_chosen"), mean("score_rejected"), mean("agreement"),
+        mean("score_chosen"), mean("score_rejected"), mean("agreement"), length(0), length(1),
+        judges,
     )  # fmt: skip
 
 

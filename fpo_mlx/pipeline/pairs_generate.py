@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,11 +42,12 @@ class GenerateReport:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A prompt that has no candidates yet."""
+    """A prompt of the window in work."""
 
     id: str
     prompt: Prompt
     tokens: Any  # int32 [P]
+    known: bool = False  # it has its candidates already
 
 
 def pairs_generate(
@@ -62,20 +64,9 @@ def pairs_generate(
 
     Raises: ConfigError, DataError, ModelError; FpoError when the file cannot be written.
     """
-    if not settings.model or not settings.prompts:
-        missing = "--model" if not settings.model else "--prompts"
-        raise ConfigError(f"{missing} is missing: wanted a model and a file of prompts.")
-    source, path = Path(settings.prompts), resolve_model(settings.model)
-    # every line is looked at before the model is loaded
-    if not sum(1 for _ in asking.read_prompts(source)):
-        raise DataError(
-            f"{source} holds no prompts. Wanted one per line, or .jsonl objects with a `prompt`."
-        )
+    path = _inputs(settings)
     done = set(open_candidates(output).offsets) if output.exists() else set()
-    tokenizer = load_tokenizer(
-        path, trust_remote_code=settings.trust_remote_code,
-        chat_template=Path(settings.chat_template) if settings.chat_template else None,
-    )  # fmt: skip
+    tokenizer = _tokenizer(path, settings)
     with LineWriter(output) as writer:
         model = _open(path, settings, say)
         counts, begun = {"prompts": 0, "answers": 0, "cut": 0, "tokens": 0}, time.monotonic()
@@ -90,21 +81,50 @@ def pairs_generate(
     return GenerateReport(before=len(done), seconds=time.monotonic() - begun, **counts)
 
 
+def _inputs(settings: GenerateConfig) -> Path:
+    """The model's folder; every line of the prompts is looked at before it is loaded."""
+    if not settings.model or not settings.prompts:
+        missing = "--model" if not settings.model else "--prompts"
+        raise ConfigError(f"{missing} is missing: wanted a model and a file of prompts.")
+    path = resolve_model(settings.model)
+    asking.check_prompts(Path(settings.prompts))
+    return path
+
+
+def _tokenizer(path: Path, settings: GenerateConfig) -> ChatTokenizer:
+    return load_tokenizer(
+        path, trust_remote_code=settings.trust_remote_code,
+        chat_template=Path(settings.chat_template) if settings.chat_template else None,
+    )  # fmt: skip
+
+
+def prompt_lengths(settings: GenerateConfig) -> tuple[Path, list[int]]:
+    """The model's folder, and the tokens of each prompt. Raises: as `pairs_generate` does."""
+    path = _inputs(settings)
+    tokenizer = _tokenizer(path, settings)
+    found = (_waiting(p, tokenizer, settings) for p in _asked(settings))
+    return path, list({one.id: len(one.tokens) for one in found}.values())
+
+
+def _asked(settings: GenerateConfig) -> Iterator[Prompt]:
+    for prompt in asking.read_prompts(Path(settings.prompts)):
+        score = settings.score_in_prompt
+        yield prompt if score is None else with_score(prompt, score)
+
+
 def _all(
     model: nn.Module, tokenizer: ChatTokenizer, settings: GenerateConfig, done: set[str], say: Say
 ) -> Iterator[Candidates]:
-    seen = set(done)
-    for window in asking.windows(asking.read_prompts(Path(settings.prompts)), WINDOW):
+    seen: set[str] = set()
+    for window in asking.windows(_asked(settings), WINDOW):
         waiting = []
         for prompt in window:
-            if settings.score_in_prompt is not None:
-                prompt = with_score(prompt, settings.score_in_prompt)
             one = _waiting(prompt, tokenizer, settings)
             if one.id not in seen:
                 seen.add(one.id)
-                waiting.append(one)
+                waiting.append(dataclasses.replace(one, known=one.id in done))
         yield from answer_window(model, tokenizer, settings, waiting)
-    if seen == done:
+    if seen <= done:
         say("every prompt has its candidates already")
 
 
@@ -132,10 +152,12 @@ def answer_window(
     from fpo_mlx.judge import sampling, slots
 
     asked = [
-        slots.Asked(one.tokens, [(settings.seed, int(one.id, 16), j) for j in range(settings.n)])
+        slots.Asked(
+            one.tokens, [(settings.seed, int(one.id, 16), j) for j in range(settings.n)], one.known
+        )
         for one in waiting
-    ]
-    order = slots.work_order(asked, settings.max_tokens)
+    ]  # fmt: skip
+    order = slots.work_order(asked)
     found: dict[int, dict[int, Answer]] = {i: {} for i in order}
     next_up = 0
     answers = sampling.sample_all(

@@ -21,9 +21,10 @@ from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
 from fpo_mlx.pipeline.pairs_generate import pairs_generate
 from fpo_mlx.pipeline.pairs_judge import pairs_judge
 from fpo_mlx.pipeline.train import train
+from fpo_mlx.records import ROUND_FILE
 from fpo_mlx.storage import files, lines, outputs
 
-DONE = "round.json"
+DONE = ROUND_FILE
 ROUNDS = outputs.Made("rounds", r"round-\d+/|settings\.json", mark="settings.json")
 DRIFT = "logps_per_token/chosen_change"
 RESAMPLES = 1000
@@ -226,14 +227,12 @@ def _end(one: Round, settings: RoundsConfig) -> str:
     return ""
 
 
-def rounds_report(root: Path, found: list[Round], say: Say) -> Path | None:
+def rounds_report(root: Path, say: Say) -> Path | None:
     """One page over the adapters of all rounds; None where the `report` extra is not installed."""
     from fpo_mlx.pipeline.report import report
 
     try:
-        return report(
-            [root / f"round-{one.number}" / "adapters" for one in found], root / "report.html"
-        )
+        return report([root], root / "report.html")
     except FpoError as error:
         say(f"no page of the rounds: {error}")
         return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fpo_mlx import __version__
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.report import findings, samples, tables
+from fpo_mlx.report import findings, rounds, samples, tables
 from fpo_mlx.report.plots import COLOURS, draw_all
 from fpo_mlx.report.read import Run
 
@@ -42,6 +42,7 @@ def render(runs: Sequence[Run], made: str = "") -> str:
         plots=plots,
         evaluation=evaluation,
         figures=figures,
+        rounds=rounds.rounds(runs),
         curves=[t for run in runs if (t := tables.curves(run))],
         features=[t for run in runs if (t := samples.features(run))],
         answers=[a for run in runs if (a := samples.answers(run))],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fpo_mlx.errors import FpoError
+from fpo_mlx.records import PAIRS_FILE, ROUND_FILE
 from fpo_mlx.storage import files
 
 OWN = ("run.json", "adapter_config.json")
@@ -35,6 +36,8 @@ class Run:
     valid: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "valid"
     skipped: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "skipped": updates left out
     results: Mapping[str, Result] = field(default_factory=dict)  # evaluate, features, compare
+    pairs: Mapping[str, Any] = field(default_factory=dict)  # pairs.json of its data
+    round: Mapping[str, Any] = field(default_factory=dict)  # round.json, of `fpo-mlx rounds`
     faults: tuple[str, ...] = ()  # files that could not be read
 
     @property
@@ -62,14 +65,27 @@ def figure(value: Any) -> float | None:
 def read_runs(paths: Sequence[Path], results: Sequence[Path] = ()) -> list[Run]:
     """Run folders, and result files that lie elsewhere or speak of several adapters.
 
+    A folder of `fpo-mlx rounds` stands for the runs of all its rounds.
+
     Raises: FpoError for a folder that is not there or holds no run, and for a result file that
     cannot be read or is of none of these runs.
     """
+    paths = [folder for path in paths for folder in _rounds_in(path) or [path]]
     names = unique_names(paths)
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
     for file in results:
         runs = _with_result(runs, file)
     return runs
+
+
+def _rounds_in(path: Path) -> list[Path]:
+    """Adapter folders of the rounds below, the first one first; none where `path` is a run."""
+    found = {
+        int(folder.name.removeprefix("round-")): folder / "adapters"
+        for folder in (files.listed(path, "round-*") if path.is_dir() else ())
+        if folder.name.removeprefix("round-").isdigit() and (folder / "adapters").is_dir()
+    }
+    return [found[number] for number in sorted(found)]
 
 
 def _with_result(runs: Sequence[Run], file: Path) -> list[Run]:
@@ -157,7 +173,21 @@ def read_run(path: Path, name: str) -> Run:
     reports = _lines(path / "metrics.jsonl", faults)
     kinds = [[r for r in reports if r.get("kind") == k] for k in ("train", "valid", "skipped")]
     results = _results(path, faults)
-    return Run(name, path, record, adapter, *kinds, results=results, faults=tuple(faults))
+    pairs, around = _pairs_of(path, record, faults), _mapping(path.parent / ROUND_FILE, faults)
+    return Run(
+        name, path, record, adapter, *kinds, results=results, pairs=pairs, round=around,
+        faults=tuple(faults),
+    )  # fmt: skip
+
+
+def _pairs_of(path: Path, record: Mapping[str, Any], faults: list[str]) -> Mapping[str, Any]:
+    """Figures beside the data that a run was trained on, or of the round it belongs to."""
+    data = part(record, "settings").get("data")
+    places = [Path(data)] if isinstance(data, str) and data else []
+    for place in (*places, path.parent / "pairs"):
+        if (place / PAIRS_FILE).is_file():
+            return _mapping(place / PAIRS_FILE, faults)
+    return {}
 
 
 def _read(path: Path, faults: list[str]) -> Any:

@@ -35,9 +35,9 @@ class LineWriter:
         except OSError as error:
             raise unwritable(path, error) or error from error
 
-    def append(self, record: Any) -> None:
-        """One record, on disk when this returns. Raises: FpoError; then the line is not there."""
-        data = json_line(record)
+    def append(self, *records: Any) -> None:
+        """On disk when this returns. Raises: FpoError; then none of these lines is there."""
+        data = b"".join(map(json_line, records))
         begin = os.lseek(self._file, 0, os.SEEK_CUR)
         try:
             done = 0
@@ -121,12 +121,12 @@ def _is_json(line: bytes) -> bool:
 def _mend(file: int) -> int:
     """Cut the part of a line at the end, or end it where it is whole; where to write next."""
     size = os.fstat(file).st_size
-    start, tail = size, b""
-    while start > 0 and b"\n" not in tail:
+    start, pieces = size, [b""]  # the last one first
+    while start > 0 and b"\n" not in pieces[-1]:
         step = min(1 << 16, start)
         start -= step
-        tail = os.pread(file, step, start) + tail
-    rest = tail.rsplit(b"\n", 1)[-1]
+        pieces.append(os.pread(file, step, start))
+    rest = b"".join([pieces[-1].rsplit(b"\n", 1)[-1], *pieces[-2::-1]])
     if not rest:
         return size
     if _is_json(rest):

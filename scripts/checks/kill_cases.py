@@ -14,10 +14,11 @@ from typing import Any
 from fpo_mlx.storage.locks import owner
 
 ROOT = Path(__file__).resolve().parents[2]
-CLOCKS = {"tokens_per_second", "pairs_per_second", "peak_memory_gb", "seconds"}
+CLOCKS = {"tokens_per_second", "pairs_per_second", "peak_memory_gb", "seconds", "time"}
 STATE = "checkpoint/state.safetensors"
 OVER = "--overwrite"
 LOG = "metrics.jsonl"
+VERDICTS = "verdicts.jsonl"
 Known = dict[str, set[str]]  # digests that a file of this name may have
 
 
@@ -38,6 +39,7 @@ class Case:
     steps: int = 0  # its file operations
     known: Known = field(default_factory=dict)
     lines: set[str] = field(default_factory=set)
+    grown: dict[str, list[str]] = field(default_factory=dict)  # files of lines, at the end
     wanted: dict[str, str] = field(default_factory=dict)  # the whole result
 
     def reset(self) -> None:
@@ -80,7 +82,11 @@ def build_place(root: Path) -> None:
         ["fuse", "--model", f"{root}/model", "--adapter-path", f"{root}/a", "--save-path",
          f"{root}/fused"],
         ["sae", "convert", f"{root}/sae", "--output", f"{root}/made"],
+        ["pairs", "generate", *_answering(root), "--output", f"{root}/candidates.jsonl"],
+        ["pairs", "judge", f"{root}/candidates.jsonl", "--reward", "brevity", "--output",
+         f"{root}/{VERDICTS}"],
     ):  # fmt: skip
+        (root / "prompts.txt").write_text("".join(f"Question {n}?\n" for n in range(40)))
         (root / "rank4.yaml").write_text("lora_parameters: {rank: 4, scale: 3.0}\n")
         main(words, standalone_mode=False)
     shutil.move(root / "stage" / "adapters", root / "half")
@@ -107,6 +113,11 @@ def _training(root: Path) -> list[str]:
     return _usual(root) + [word for name, v in flags.items() for word in (f"--{name}", str(v))]
 
 
+def _answering(root: Path) -> list[str]:
+    flags = {"model": root / "model", "prompts": root / "prompts.txt", "n": 3, "max-tokens": 12}
+    return [word for name, v in (flags | {"rows": 4}).items() for word in (f"--{name}", str(v))]
+
+
 def cases(root: Path) -> list[Case]:
     stage = root / "stage"
     train = ["train", *_training(root), "--iters", "12", "--adapter-path", f"{stage}/adapters"]
@@ -114,6 +125,9 @@ def cases(root: Path) -> list[Case]:
     convert = ["convert", "--hf-path", f"{root}/model", "--mlx-path", f"{stage}/q", "--quantize"]
     sae = ["sae", "convert", f"{root}/sae2", "--dtype", "float16", "--output", f"{stage}/sae", OVER]
     fill = ["precompute", *_usual(root), "--output", f"{stage}/ref"]
+    answer = ["pairs", "generate", *_answering(root), "--output", f"{stage}/made/candidates.jsonl"]
+    judge = ["pairs", "judge", f"{root}/candidates.jsonl", "--reward", "brevity"]
+    build = ["pairs", "build", f"{root}/candidates.jsonl", "--verdicts", f"{root}/{VERDICTS}"]
     files: dict[str, Any] = {"checks": every_file_is_known}
     folder: dict[str, Any] = {"checks": the_folder_is_old_or_new}
     return [
@@ -128,6 +142,11 @@ def cases(root: Path) -> list[Case]:
         Case("convert", [*convert, "--q-group-size", "32"], stage / "q", again=if_not_there,
              **folder),
         Case("sae convert", sae, stage / "sae", root / "made", **folder),
+        Case("pairs generate", answer, stage / "made", checks=lines_are_whole),
+        Case("pairs judge", [*judge, "--output", f"{stage}/made/{VERDICTS}"], stage / "made",
+             checks=lines_are_whole),
+        Case("pairs build", [*build, "--keep-cut", "--force", "--output", f"{stage}/pairs"],
+             stage / "pairs", again=if_not_there, **folder),
     ]  # fmt: skip
 
 
@@ -148,7 +167,7 @@ def if_not_there(case: Case) -> list[str] | None:
 
 def digest(path: Path) -> str:
     """sha256 of a file; of what was not measured, where it has such. Raises on a broken file."""
-    if path.name == LOG:
+    if path.name in (LOG, VERDICTS):
         return hashlib.sha256("\n".join(log_lines(path)).encode()).hexdigest()
     if path.name.endswith("run.json"):  # under its temporary name, too
         told = {k: v for k, v in json.loads(path.read_text()).items() if k != "memory"}
@@ -200,6 +219,16 @@ def every_file_is_known(case: Case) -> list[str]:
     if log.is_file() and not set(log_lines(log)) <= case.lines:
         faults.append(f"{LOG} has lines that no run wrote")
     return faults + _mixed(case, found)
+
+
+def lines_are_whole(case: Case) -> list[str]:
+    """A file that grows holds the first lines of the whole run's, and perhaps a piece of one."""
+    found = {path.name: log_lines(path) for path in case.target.glob("*.jsonl")}
+    return [
+        f"{name} has other lines than the whole run"
+        for name, part in found.items()
+        if case.grown[name][: len(part)] != part
+    ]
 
 
 def _mixed(case: Case, found: dict[str, str]) -> list[str]:

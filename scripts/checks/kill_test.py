@@ -35,8 +35,8 @@ from kill_cases import Case, digest, finished, tree  # noqa: E402
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 HEAVY = (
     "mlx_lm.convert", "mlx_lm.models.llama", "transformers.models.llama.modeling_llama",
-    "fpo_mlx.judge.evaluate", "fpo_mlx.model.fuse", "fpo_mlx.reference.mlx_backend",
-    "fpo_mlx.train.trainer",
+    "fpo_mlx.judge.evaluate", "fpo_mlx.model.fuse", "fpo_mlx.pipeline.pairs_judge",
+    "fpo_mlx.reference.mlx_backend", "fpo_mlx.train.trainer",
 )  # fmt: skip
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
@@ -140,6 +140,7 @@ def reference_run(case: Case, scratch: Path) -> None:
         if line != "step":
             name, have = line.split("\t")
             case.known.setdefault(os.path.relpath(name, case.target), set()).add(have)
+    case.grown = {path.name: kill_cases.log_lines(path) for path in case.target.glob("*.jsonl")}
     new_log = case.target / kill_cases.LOG
     case.lines |= set(kill_cases.log_lines(new_log)) if new_log.is_file() else set()
     case.reset()

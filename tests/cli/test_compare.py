@@ -129,7 +129,7 @@ def test_wide_terminals_get_columns_and_narrow_ones_get_rows():
 BAD = {
     "no prompts": ([], 2, ("no prompts", "--prompt")),
     "no adapter": (["--prompt", "A?"], 2, ("--adapter-path is missing",)),
-    "no such file": (["--prompts", "none.txt"], 3, ("none.txt", "cannot be read")),
+    "no such file": (["--prompts", "none.txt"], 1, ("none.txt", "cannot be read")),
     "suffix": (["--prompt", "A?", "--output", "x.txt"], 2, ("x.txt", ".json or .md")),
     "too long": (["--prompt", "A? " * 50, "--max-seq-length", "9"], 3, ("--max-seq-length 9",)),
     "no data": (["--data", "nowhere.jsonl"], 1, ("nowhere.jsonl", "no such file")),

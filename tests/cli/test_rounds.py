@@ -62,6 +62,11 @@ def test_two_rounds_and_their_files(place, tmp_path, monkeypatch):
     settings = json.loads((root / "round-2/adapters/run.json").read_text())["settings"]
     assert settings["init_adapter"].endswith("round-1/adapters")
     assert "round-2/adapters" in done.stdout
+    page = (root / "report.html").read_text()
+    assert "round-1/adapters" in page
+    for one in found:  # the figures that were printed
+        assert f"{one['win_rate']:.3g}" in page
+    assert "Longer answer is the chosen one" in page
 
 
 def test_a_run_that_lost_its_later_steps_makes_them_again_alike(place, tmp_path, monkeypatch):

@@ -24,6 +24,14 @@ def test_killed_commands_leave_old_or_new_files_and_their_rerun_ends_the_same():
     assert re.search(r"^train, SIGTERM +1 ", done.stdout, re.MULTILINE)
 
 
+def test_answers_and_verdicts_that_are_killed_go_on_to_the_same_file():
+    words = ["--kills", "8", "--signals", "0", "--seed", "1"]
+    words += ["--only", "pairs generate", "--only", "pairs judge"]
+    done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "survived 8 of 8" in done.stdout
+
+
 def test_a_command_that_writes_in_place_is_caught(tmp_path):
     """The harness itself: without the name swap it must find faults."""
     broken = (

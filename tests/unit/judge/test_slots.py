@@ -87,3 +87,42 @@ def test_widths_waste_at_most_a_quarter_above_one_step():
         width = slots.width_for(need - 10, 10)
         assert need <= width <= max(need * 5 / 4, need + 63)
         assert width % 64 == 0
+
+
+def sized(*lengths, n=4):
+    return [Asked(np.zeros(length, np.int32), [(i, j) for j in range(n)])
+            for i, length in enumerate(lengths)]  # fmt: skip
+
+
+def test_widths_go_together_where_that_costs_less_than_idle_rows(monkeypatch):
+    """By hand: 4 rows, a column costs 1/100: 2.28 for a wave of 128, 2.92 for one of 192."""
+    monkeypatch.setattr(slots, "COLUMN_COST", 1 / 100)
+    few = sized(60, 100, n=2)  # apart 2.28 + 2.92, together one wave of 2.92
+    assert slots.column_groups(few, 60, 4) == [(192, {0, 1})]
+    many = sized(*[60] * 8, 100, n=2)  # apart 4 x 2.28 + 2.92, together 5 x 2.92
+    assert slots.column_groups(many, 60, 4) == [(192, {8}), (128, set(range(8)))]
+    assert slots.column_groups([], 60, 4) == []
+
+
+def test_known_prompts_count_for_widths_and_are_not_answered(model):
+    from dataclasses import replace
+
+    requests, settings = asked(), Sampling(12)
+    want = drawn(model, requests, settings, rows=4)
+    part = [replace(one, known=i in (2, 3)) for i, one in enumerate(requests)]
+    assert slots.column_groups(part, 12, 4) == slots.column_groups(requests, 12, 4)
+    got = drawn(model, part, settings, rows=4)
+    assert {i for i, _ in got} == {0, 1, 4}
+    for key, answer in got.items():
+        assert answer.tokens.tolist() == want[key].tokens.tolist()
+        assert answer.logp == want[key].logp  # to the last bit
+
+
+def test_columns_that_are_masked_change_no_bit(model):
+    """Which lets widths go together without a change of any answer."""
+    (request,), settings = asked([6], n=4), Sampling(10)
+    found = []
+    for columns in (64, 128, 192, 640):
+        batch = slots._Batch(model, [request], settings, (), 4, columns, False)
+        found.append([(a.tokens.tolist(), a.logp) for _, _, a in batch.run([0])])
+    assert all(one == found[0] for one in found)

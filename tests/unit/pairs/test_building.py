@@ -166,6 +166,9 @@ def test_from_candidates_to_files_that_train_reads(tmp_path):
     assert not ids[0] & ids[1]
     about = json.loads((out / "pairs.json").read_text())
     assert about["pairs"] == 60
+    assert about["tokens_chosen"] == about["tokens_rejected"] > 0
+    (of_judge,) = about["judges"].values()
+    assert of_judge["compared"] == 180  # three answers, each against each
     again = run("pairs", "build", path, "--reward", reward, "--output", out)
     refused(again, 2, "--overwrite replaces")
 

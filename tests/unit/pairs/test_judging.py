@@ -14,7 +14,7 @@ from fpo_mlx.errors import ConfigError, DataError, FpoError
 from fpo_mlx.pairs.labels import labels_of, resolve
 from fpo_mlx.pairs.records import PERSON, Verdict, read_verdicts
 from fpo_mlx.pairs.settings import BuildConfig, JudgeConfig
-from fpo_mlx.pairs.summary import cohen_kappa
+from fpo_mlx.pairs.summary import cohen_kappa, summarise
 from fpo_mlx.pipeline import pairs_build, pairs_judge
 
 
@@ -183,6 +183,13 @@ def test_log_probs_are_read_where_offered_and_done_without_where_refused(tmp_pat
     with endpoint(lambda body: 400 if "logprobs" in body else says("A")) as (url, seen):
         judge(url, source, tmp_path / "w.jsonl")
     assert ["logprobs" in body for body in seen] == [True, False, False]
+
+
+def test_a_verdict_on_an_answer_that_is_not_there_is_counted_and_stops_nothing():
+    (of_j,) = summarise(
+        [said(0, 9, "none", "a"), said(0, 1, "none", "b")], lambda id: [3, 4]
+    ).values()
+    assert (of_j.verdicts, of_j.compared, of_j.longer_share) == (2, 1, 1.0)
 
 
 # Labels -------------------------------------------------------------------------------------------

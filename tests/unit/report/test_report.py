@@ -22,6 +22,7 @@ from fpo_mlx.report import read_runs, render
 from fpo_mlx.report.findings import missing, warnings
 from fpo_mlx.report.plots import POINTS, Line, _spans, draw, points
 from fpo_mlx.report.read import Run, kind_of, unique_names
+from fpo_mlx.report.rounds import rounds
 
 
 def said(runs: list[Run]) -> str:
@@ -240,6 +241,45 @@ def test_a_result_beside_the_folder_is_found_and_the_newest_counts(tmp_path):
         (tmp_path / name).write_text(json.dumps({"summary": {"n": n}}))
         os.utime(tmp_path / name, (when, when))
     assert read_runs([run])[0].results["evaluate"].value["summary"]["n"] == 2
+
+
+def a_round(root, number, judges, **more):
+    folder = root / f"round-{number}"
+    a_run(folder / "adapters", record={"settings": {"data": str(folder / "pairs")}})
+    (folder / "pairs").mkdir()
+    pairs = {"pairs": 40 * number, "longer_share": 0.5 + number / 10, "judges": judges}
+    (folder / "pairs" / "pairs.json").write_text(json.dumps(pairs | more))
+    held_out = {"win_rate": 0.6, "interval": [0.52, 0.68], "tokens": 31.0, "drift": None}
+    (folder / "round.json").write_text(json.dumps(held_out))
+
+
+def test_rounds_stand_side_by_side_in_their_order(tmp_path):
+    for number in (10, 2, 1):
+        a_round(tmp_path / "r", number, {"reward:x@1": {"flip_rate": None, "ties": 3 * number}})
+    runs = read_runs([tmp_path / "r"])
+    assert [run.name for run in runs] == [f"round-{n}/adapters" for n in (1, 2, 10)]
+    table = rounds(runs)
+    rows = {row[0]: list(row[1:]) for row in table.rows}
+    assert rows["Pairs"] == ["40", "80", "400"]
+    assert rows["Judge"] == ["reward:x@1"] * 3
+    assert rows["Ties and both bad"] == ["3", "6", "30"]
+    assert rows["Held-out answers: wins against the round before"] == ["0.6\n0.52 to 0.68"] * 3
+    assert "Flip rate: both orders name different answers" not in rows  # a reward has no order
+    assert "Pairs and rounds" in render(runs)
+
+
+def test_several_judges_have_rows_of_their_own_and_odd_files_do_no_harm(tmp_path):
+    a_round(tmp_path / "r", 1, {"j": {"flip_rate": 0.25}, "person": {"flip_rate": 0.1}})
+    a_round(tmp_path / "r", 2, ["no object"], pairs="many", longer_share=[1])
+    (tmp_path / "r" / "round-2" / "round.json").write_text(
+        '{"win_rate": 0.5, "interval": ["a", 2]}'
+    )
+    runs = read_runs([tmp_path / "r"])
+    rows = {row[0]: list(row[1:]) for row in rounds(runs).rows}
+    assert rows["Flip rate: both orders name different answers; j"] == ["0.25", "–"]
+    assert rows["Pairs"] == ["40", "–"]
+    assert render(runs)
+    assert rounds(read_runs([a_run(tmp_path / "alone")])) is None
 
 
 def of(run: Run, kind: str = "evaluate"):
