@@ -14,6 +14,8 @@ TORCH_lowest ?= torch==$(shell sed -n 's/^torch = \["torch>=\(.*\)"\]$$/\1/p' py
 PIP_TORCH ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+# Two processes suit the smallest machine; each takes up to a gigabyte.
+TEST_JOBS ?= 2
 PYTEST_ARGS ?=
 UV ?= uv>=0.9
 
@@ -32,7 +34,7 @@ demo: $(PACKAGE)
 	$(BIN)/fpo-mlx demo $(DEMO_ARGS)
 
 test: $(TORCH_STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 check: lint docs test
 
@@ -57,7 +59,7 @@ test-newest test-lowest: test-%: $(TOOLS)/uv
 	.venv-$*/bin/python -m pip install -r .venv-$*/requirements.txt
 	.venv-$*/bin/python -m pip install --no-build-isolation --no-deps -e .
 	.venv-$*/bin/python -m pip install $(PIP_TORCH) '$(TORCH_$*)'
-	$(ONE_THREAD) .venv-$*/bin/python -m pytest $(PYTEST_ARGS)
+	$(ONE_THREAD) .venv-$*/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 $(PACKAGE): pyproject.toml $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

@@ -148,7 +148,7 @@ def list_(folder, json_path) -> None:
         say("no reference caches")
         return
     _show(entries)
-    click.echo(f"{len(entries)} caches, {sum(e.bytes for e in entries) / 1e6:.1f} MB")
+    click.echo(f"caches: {len(entries)}, {sum(e.bytes for e in entries) / 1e6:.1f} MB")
 
 
 @cache.command()
@@ -178,12 +178,13 @@ def prune(folder, older_than, larger_than, model, dry_run, yes) -> None:
     _show(entries)
     total = sum(entry.bytes for entry in entries) / 1e6
     if dry_run:
-        click.echo(f"would remove {len(entries)} caches, {total:.1f} MB")
+        click.echo(f"caches that would be removed: {len(entries)}, {total:.1f} MB")
         return
     if not yes:
-        click.confirm(f"Remove these {len(entries)} caches, {total:.1f} MB?", abort=True, err=True)
+        question = f"Caches to remove: {len(entries)}, {total:.1f} MB. Remove them?"
+        click.confirm(question, abort=True, err=True)
     freed = sum(pipeline.cache_remove(entry.folder) for entry in entries)
-    click.echo(f"removed {len(entries)} caches, {freed / 1e6:.1f} MB")
+    click.echo(f"caches removed: {len(entries)}, {freed / 1e6:.1f} MB")
 
 
 def _show(entries) -> None:

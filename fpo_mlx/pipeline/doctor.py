@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fpo_mlx import __version__
 from fpo_mlx.machine import blas, upstream
 from fpo_mlx.storage.paths import cache_root
 
@@ -64,7 +65,7 @@ def versions() -> list[Finding]:
     }
     found = [Finding("python", f"{platform.python_version()} on {platform.platform()}")]
     for name in PACKAGES:
-        version = _version(name)
+        version = __version__ if name == "fpo-mlx" else _version(name)  # of this code
         if version:
             found.append(untried.get(name) or Finding(name, version))
         else:
@@ -188,7 +189,7 @@ def reference_caches() -> Finding:
         return Finding("references", f"{folder}: no reference caches")
     size = sum(entry.bytes for entry in entries) / GB
     oldest = f"the oldest {entries[0].days:.0f} days old (`fpo-mlx cache list`, `cache prune`)"
-    return Finding("references", f"{len(entries)} caches, {size:.2f} GB, {oldest}")
+    return Finding("references", f"{len(entries)}, {size:.2f} GB, {oldest}")
 
 
 def folder_size(folder: Path) -> int:

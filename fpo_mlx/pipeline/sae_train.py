@@ -3,68 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fpo_mlx import __version__, data
+from fpo_mlx import __version__
 from fpo_mlx.config import SaeTrainConfig, default_of, named, options
-from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Say
-from fpo_mlx.pipeline.prepared import longest
+from fpo_mlx.pipeline.sae_setup import CALIBRATION, Setup, check, claim, open_setup
 from fpo_mlx.pipeline.train import InstallStop
-from fpo_mlx.records import SITE_KINDS, Passage, SaeWeights, Site
-from fpo_mlx.reference import weights
+from fpo_mlx.records import Passage, SaeWeights
 from fpo_mlx.saetrain import rows, texts
 from fpo_mlx.saetrain import sizes as sizing
 from fpo_mlx.storage import locks, outputs
-from fpo_mlx.storage.hub import read_config, resolve_model
 
 if TYPE_CHECKING:
     from fpo_mlx.judge.sae_fit import LossFigures
-    from fpo_mlx.saetrain.activations import Reader
     from fpo_mlx.saetrain.finish import Figures
     from fpo_mlx.saetrain.state import State
     from fpo_mlx.saetrain.trainer import Plan, Report
 
-CALIBRATION = 40  # documents that the norm limit and the speed are measured on
 START_ROWS = 8192  # that b_dec, scale and thresholds begin with
-HELD_OUT_MOST = 65_536
-MOST_POSITIONS = 20_000_000  # that are tokenized where the budget is a time
 LOSS_DOCUMENTS, LOSS_TOKENS = 16, 256  # held out, that the loss with the SAE spliced in is taken on
 WARM_STEPS = 3  # of a throw-away copy, to measure speed
-RUN = outputs.Made(
-    "an SAE and its run",
-    r"cfg\.json|sae_weights\.safetensors|README\.md|run\.json|checkpoint\.safetensors|"
-    r"metrics\.jsonl|\.export/",
-    mark="run.json",
-    ways="--resume goes on with it; ",
-)
-STORE = outputs.Made("stored activations", r"rows\.npy|store\.json")
 TRAINING_DOCUMENTS = "training_documents"  # in what a store says of itself: their fingerprint
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A run before its budget is known."""
-
-    config: SaeTrainConfig
-    model_name: str
-    site: Site
-    hidden: int
-    sizes: sizing.Sizes
-    train: tuple[texts.Document, ...]
-    held_out: tuple[texts.Document, ...]
-    reader: Reader
-    fingerprints: dict[str, str]
-    seconds_a_row: float  # measured
-
-    @property
-    def positions(self) -> int:
-        return sum(int(document.keep.sum()) for document in self.train)
 
 
 @dataclass(frozen=True)
@@ -93,9 +57,9 @@ def sae_train(
     from fpo_mlx.saetrain import finish, trainer
 
     folder = Path(config.output)
-    _check(config)
-    _claim(config)
-    setup = _open(config, say)
+    check(config)
+    claim(config)
+    setup = open_setup(config, say)
     folder.mkdir(parents=True, exist_ok=True)
     with locks.held(folder / finish.LOCK, folder):
         finish.sweep(folder)
@@ -160,105 +124,6 @@ def _check_chunks(folder: Path, before: str | None, now: str | None) -> None:
         f"--resume: the run in {folder} was started {was}, and its place in the activations is "
         f"counted in chunks, which --store changes. {again}, or start anew in another --output."
     )
-
-
-def _check(config: SaeTrainConfig) -> None:
-    faults = []
-    if not config.model:
-        faults.append("--model is missing. Wanted a model folder or hub id.")
-    if not config.data:
-        faults.append("--data is missing. Wanted texts, chats or pairs to run the model on.")
-    if config.site not in SITE_KINDS:
-        faults.append(f"--site {config.site}: wanted one of {', '.join(SITE_KINDS)}.")
-    if config.micro_batch_size and config.micro_batch_size > config.batch_size:
-        faults.append("--micro-batch-size is larger than --batch-size.")
-    if faults:
-        raise ConfigError("\n".join(faults))
-
-
-def _claim(config: SaeTrainConfig) -> None:
-    """Raises: ConfigError where the run would write over anything but itself."""
-    inputs = (config.model, config.data, config.chat_template)
-    if config.resume:
-        outputs.refuse_inputs(Path(config.output), "--output", inputs)
-    else:
-        outputs.claim_folder(
-            Path(config.output), "--output", RUN, inputs=inputs, overwrite=config.overwrite
-        )
-    store = Path(config.store) if config.store else None
-    if store is not None and not (store / rows.STORE_ABOUT).is_file():
-        outputs.claim_folder(store, "--store", STORE, inputs=inputs, overwrite=config.overwrite)
-
-
-def _open(config: SaeTrainConfig, say: Say) -> Setup:
-    """Tokens first: a fault in the data should not wait for the model."""
-    from fpo_mlx.model.open import open_model
-    from fpo_mlx.saetrain.activations import OUTLIER, norm_limit, open_reader
-
-    path = resolve_model(config.model)
-    model_config = read_config(path)
-    layer = sizing.sizes(config, model_config, int(model_config["hidden_size"])).layer
-    site = Site(layer, config.site)  # type: ignore[arg-type]
-    template = Path(config.chat_template) if config.chat_template else None
-    tokenizer = load_tokenizer(
-        path, chat_template=template, template_kwargs=config.chat_template_args,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
-    documents = texts.read_documents(
-        config.data, tokenizer, max_length=longest(config.max_seq_length, tokenizer, say),
-        kind=config.data_kind, tokens=config.tokens,
-        limit=config.training_tokens or MOST_POSITIONS, columns=_columns(config),
-        hub=data.HubSplits(train=config.train_split, subset=config.subset),
-    )  # fmt: skip
-    for note in (*tokenizer.notes, *documents.notes):
-        say(note)
-    train, held_out = texts.split_held_out(
-        documents.items, config.held_out, config.seed, HELD_OUT_MOST
-    )
-    loaded = open_model(path, trust_remote_code=config.trust_remote_code, say=say)
-    reader = open_reader(loaded.model, loaded.config, site)
-    reader.rows(train[:1])  # the first call is slower than the others
-    started = time.perf_counter()
-    sample = reader.rows(train[:CALIBRATION])
-    seconds = time.perf_counter() - started
-    limit = norm_limit(sample)
-    say(
-        f"{documents.kind}: {len(train)} documents to train on, {len(held_out)} held out; left "
-        f"out are first positions and norms above {limit:.4g} ({OUTLIER:.0f} medians)"
-    )
-    _warn_of_few(config, held_out, say)
-    return Setup(
-        config,
-        Path(config.model).name,
-        site,
-        sample.shape[1],
-        sizing.sizes(config, model_config, sample.shape[1]),
-        tuple(train),
-        tuple(held_out),
-        replace(reader, limit=limit),
-        {
-            "model": weights.model_fingerprint(path),
-            "data": documents.fingerprint(),
-            "norm_limit": repr(limit),
-        },
-        seconds / max(sum(len(d.tokens) for d in train[:CALIBRATION]), 1),
-    )
-
-
-def _columns(config: SaeTrainConfig) -> data.Columns:
-    return data.Columns(
-        config.prompt_feature, config.chosen_feature, config.rejected_feature, config.system_feature
-    )
-
-
-def _warn_of_few(config: SaeTrainConfig, held_out: list[texts.Document], say: Say) -> None:
-    """Before the training, not after it: what is held out gives no figures."""
-    positions = sum(int(document.keep.sum()) for document in held_out)
-    if config.held_out and positions < 2:
-        say(
-            f"held-out positions: {positions}, too few to judge the SAE on; its card will have no "
-            "figures. More text or a larger --held-out gives some."
-        )
 
 
 def _source(setup: Setup, say: Say) -> tuple[rows.Source, bool]:
@@ -392,7 +257,7 @@ def _record(setup: Setup) -> dict[str, Any]:
     """What run.json holds beside the plan. No environment, no tokens."""
     sizes = dataclasses.asdict(setup.sizes)
     return {
-        "settings": dataclasses.asdict(setup.config) | sizes,
+        "settings": outputs.of_the_run(dataclasses.asdict(setup.config)) | sizes,
         "fingerprints": setup.fingerprints,
         "versions": {"fpo-mlx": __version__},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,49 +51,69 @@ def train(
     begin: called with the number of iterations before the first one; install_stop: called when
     training proper begins.
     """
+    ready = _make_ready(config, install_stop, say, progress)
+    trainer, out = ready.trainer, ready.out
+    begin(trainer.total)
+    _announce(trainer, say)
+    if "model" in ready.store.differences:
+        _compare_weights(trainer, ready.store, say)
+    with out.writing():
+        if config.train.resume:
+            trainer.resume()
+            say(f"resumed after iteration {trainer.progress.iteration}")
+        else:
+            out.start(ready.record, ready.template)
+        begun = trainer.progress.iteration
+        yield from trainer.run()
+        if trainer.ranks.first and trainer.progress.iteration > begun:
+            _compare_peaks(out, ready.predicted, say)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A run whose long parts begin. record: for run.json; predicted: bytes at the peak."""
+
+    trainer: Trainer
+    out: Folder
+    store: ReferenceCache
+    record: dict[str, Any]
+    template: str | None
+    predicted: float
+
+
+def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress: OnFill) -> _Ready:
+    """Everything that can be refused is refused before the reference runs.
+
+    The SAEs' numpy arrays end with this function: the encoders on the device are the only copy.
+    """
     from fpo_mlx.train.checkpoint import AdapterFolder, NoFolder, check_resumable
     from fpo_mlx.train.metrics import ScoredPairs
     from fpo_mlx.train.optimizer import make_optimizer
     from fpo_mlx.train.parallel import open_ranks
     from fpo_mlx.train.trainer import Trainer
 
-    t = config.train
-    make_optimizer(t)  # refuses what it cannot be made of before the long part
+    t, place = config.train, Path(config.train.adapter_path)
+    make_optimizer(t)
     ranks = open_ranks(pairs=t.batch_size * t.grad_accumulation_steps, patience=t.peer_timeout)
     if ranks.first:
         claim_place(config)
     job = open_job(config, say=say, projected=True)
     splits = read_splits(config, job.tokenizer, _splits(job), say, doctor=True)
     pairs, valid = splits["train"], splits.get("valid", [])
-    run = run_record(job, data.data_fingerprint(pairs))
+    record = run_record(job, data.data_fingerprint(pairs))
     if t.resume and ranks.first:
-        check_resumable(Path(t.adapter_path), run)
-    outline = outline_of(job, say)  # refuses adapters out of reach before the reference runs
+        check_resumable(place, record)
+    outline = outline_of(job, say)  # refuses adapters out of reach
     predicted = predicted_peak(job, pairs, outline)
     say(f"predicted peak memory of training: {predicted / 1e9:.2f} GB")
     agree = _agreement(ranks)
     store = reference_of(job, [*pairs, *valid], say, progress, other_weights=True, agree=agree)
     scorer, adapter_config = open_policy(job, outline.spec, say=say)
-    place = Path(t.adapter_path)
     out = AdapterFolder(place, adapter_config) if ranks.first else NoFolder(place)
     scored, held_out = (ScoredPairs(part, CachedScores(store, part)) for part in (pairs, valid))
     trainer = Trainer(scorer, scored, held_out if valid else None, t, out, install_stop(), ranks)
-    begin(trainer.total)
     template = job.tokenizer.templates["default"] if config.data.chat_template else None
-    del job  # and with it the SAEs' numpy arrays: the encoders on the device are the only copy
-    _announce(trainer, say)
-    if "model" in store.differences:
-        _compare_weights(trainer, store, say)
-    with out.writing():
-        if t.resume:
-            trainer.resume()
-            say(f"resumed after iteration {trainer.progress.iteration}")
-        else:
-            out.start(run, template)
-        begun = trainer.progress.iteration
-        yield from trainer.run()
-        if ranks.first and trainer.progress.iteration > begun:
-            _compare_peaks(out, predicted, say)
+    return _Ready(trainer, out, store, record, template, predicted)
 
 
 def _splits(job: Job) -> tuple[str, ...]:
@@ -187,7 +208,7 @@ def run_record(job: Job, data_fingerprint: str) -> dict[str, Any]:
 
     names = ("mlx", "mlx-lm", "numpy", "transformers")
     return {
-        "settings": job.config.as_dict(),
+        "settings": outputs.of_the_run(job.config.as_dict()),
         "fingerprints": {
             "model": job.identity.model,
             "adapter": job.identity.adapter,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.storage.files import TEMPORARY
@@ -27,6 +28,7 @@ RUN_FILES = re.compile(
     r".*adapters\.safetensors|adapter_model\..*|adapter_config\.json|run\.json|metrics\.jsonl"
 )
 RUN_FOLDERS = ("checkpoint", "best")
+HOW_BEGUN = ("resume", "overwrite")
 SHOWN = 4
 
 Place = str | Path | None
@@ -124,6 +126,11 @@ def claim_folder(
         )
     if foreign:
         _refuse_parts(place, flag, inputs)
+
+
+def of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those that say how a command was begun: alike runs have alike records."""
+    return {name: value for name, value in settings.items() if name not in HOW_BEGUN}
 
 
 def contents(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from fpo_mlx.storage.locks import owner
 ROOT = Path(__file__).resolve().parents[2]
 CLOCKS = {"tokens_per_second", "pairs_per_second", "peak_memory_gb", "seconds"}
 STATE = "checkpoint/state.safetensors"
+OVER = "--overwrite"
 LOG = "metrics.jsonl"
 Known = dict[str, set[str]]  # digests that a file of this name may have
 
@@ -111,7 +112,7 @@ def cases(root: Path) -> list[Case]:
     train = ["train", *_training(root), "--iters", "12", "--adapter-path", f"{stage}/adapters"]
     fuse = ["fuse", "--model", f"{root}/model", "--adapter-path", f"{root}/b"]
     convert = ["convert", "--hf-path", f"{root}/model", "--mlx-path", f"{stage}/q", "--quantize"]
-    sae = ["sae", "convert", f"{root}/sae2", "--dtype", "float16", "--output", f"{stage}/sae"]
+    sae = ["sae", "convert", f"{root}/sae2", "--dtype", "float16", "--output", f"{stage}/sae", OVER]
     fill = ["precompute", *_usual(root), "--output", f"{stage}/ref"]
     files: dict[str, Any] = {"checks": every_file_is_known}
     folder: dict[str, Any] = {"checks": the_folder_is_old_or_new}
@@ -119,11 +120,11 @@ def cases(root: Path) -> list[Case]:
         Case("precompute", fill, stage / "ref", **files),
         Case("precompute (more)", fill, stage / "ref", root / "ref-part", **files),
         Case("train", train, stage / "adapters", again=resume_if_possible, **files),
-        Case("train (over old)", train, stage / "adapters", root / "b",
+        Case("train (over old)", [*train, OVER], stage / "adapters", root / "b",
              again=resume_if_possible, **files),
         Case("train --resume", [*train, "--resume"], stage / "adapters", root / "half", **files),
-        Case("fuse", [*fuse, "--save-path", f"{stage}/fused"], stage / "fused", root / "fused",
-             **folder),
+        Case("fuse", [*fuse, "--save-path", f"{stage}/fused", OVER], stage / "fused",
+             root / "fused", **folder),
         Case("convert", [*convert, "--q-group-size", "32"], stage / "q", again=if_not_there,
              **folder),
         Case("sae convert", sae, stage / "sae", root / "made", **folder),
@@ -131,13 +132,14 @@ def cases(root: Path) -> list[Case]:
 
 
 def resume_if_possible(case: Case) -> list[str]:
-    """--resume, unless nothing of this run was saved yet."""
+    """--resume; or --overwrite where nothing of this run was saved that it could go on from."""
     try:
         settings = json.loads((case.target / "run.json").read_text())["settings"]
         mine = settings["iters"] == 12 and (case.target / STATE).is_file()
     except (OSError, ValueError):
         mine = False
-    return [*case.words, "--resume"] if mine else case.words
+    words = [word for word in case.words if word != OVER]
+    return [*words, "--resume" if mine else OVER]
 
 
 def if_not_there(case: Case) -> list[str] | None:

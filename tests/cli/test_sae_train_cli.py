@@ -403,7 +403,8 @@ def test_yaml_fills_the_settings_and_unknown_keys_are_errors(tmp_path):
     with pytest.raises(FpoError, match="unknown settings widht. Did you mean width"):
         load_section(SaeTrainConfig, {}, path)
     path.write_text("k: many\nlearning_rate: [1]\n")
-    with pytest.raises(FpoError, match=r"--k 'many': wanted int\.\n--learning-rate \[1\]"):
+    both = r"--k 'many': wanted a whole number\.\n--learning-rate \[1\]"
+    with pytest.raises(FpoError, match=both):
         load_section(SaeTrainConfig, {}, path)  # all faults at once
 
 

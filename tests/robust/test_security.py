@@ -76,8 +76,8 @@ def test_tokens_of_the_environment_are_in_no_file_and_no_line(place, monkeypatch
         monkeypatch.setenv(name, SECRET)
     done = train(place)
     assert done.exit_code == 0, done.stderr
-    broken = train(place, "--model", place / "nowhere")
-    assert broken.exit_code == 1
+    broken = train(place, "--model", place / "nowhere", "--adapter-path", place / "other")
+    assert broken.exit_code == 1, broken.stderr
     assert SECRET not in done.output + broken.output
     written = [p for folder in ("out", "user-cache") for p in (place / folder).rglob("*")]
     held = [path.name for path in written if path.is_file() and SECRET in path.read_text("latin-1")]

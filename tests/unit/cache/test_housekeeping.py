@@ -53,7 +53,7 @@ def test_listing_shows_caches_only_the_oldest_first(root, tmp_path):
     sizes = [sum(p.stat().st_size for p in (root / name).iterdir()) for name in ("old", "new")]
     assert [row["bytes"] for row in rows] == sizes
     assert [round(row["days"]) for row in rows] == [40, 1]
-    assert "2 caches" in done.stdout
+    assert "caches: 2" in done.stdout
     assert "link" not in done.stdout
 
 
@@ -77,7 +77,7 @@ def test_every_condition_given_must_hold(root, words, gone):
 
 def test_it_asks_and_a_dry_run_removes_nothing(root):
     shown = run("cache", "prune", "--older-than", 0, "--dry-run")
-    assert re.search(r"^would remove 2 caches", shown.stdout, re.MULTILINE)
+    assert re.search(r"^caches that would be removed: 2", shown.stdout, re.MULTILINE)
     no = CliRunner().invoke(main, ["cache", "prune", "--older-than", "0"], input="n\n")
     assert no.exit_code == 1
     assert len(rc.list_caches(root)) == 2
@@ -114,4 +114,4 @@ def test_what_is_no_cache_is_not_removed(root):
 
 def test_the_doctor_counts_the_caches(root):
     finding = doctor.reference_caches()
-    assert finding.text.startswith("2 caches, 0.00 GB, the oldest 40 days old")
+    assert finding.text.startswith("2, 0.00 GB, the oldest 40 days old")

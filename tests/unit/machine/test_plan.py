@@ -80,7 +80,7 @@ LENGTHS = st.builds(
 @settings(max_examples=100)
 @given(LENGTHS, st.integers(1, 8), st.sampled_from(["adam", "sgd"]))
 def test_what_saves_memory_is_predicted_to_save_it(pair, micro, optimizer):
-    setup = replace(SETUP, micro_batch_size=micro, batch_size=8, optimizer=optimizer)
+    setup = replace(SETUP, micro_batch_size=micro, batch_size=16, optimizer=optimizer)
     case = replace(CASE, setup=setup, lengths=(pair,))
     more = replace(case, setup=replace(setup, micro_batch_size=micro + 1))
     assert memory.total(case.terms()) <= more.peak

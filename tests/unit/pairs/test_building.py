@@ -167,7 +167,7 @@ def test_from_candidates_to_files_that_train_reads(tmp_path):
     about = json.loads((out / "pairs.json").read_text())
     assert about["pairs"] == 60
     again = run("pairs", "build", path, "--reward", reward, "--output", out)
-    refused(again, 2, "not empty")
+    refused(again, 2, "--overwrite replaces")
 
 
 def test_reward_augmented_rows_ask_for_the_score_of_the_chosen_answer(tmp_path):

@@ -411,7 +411,7 @@ def test_the_command_writes_the_page_and_says_where(tmp_path):
         (["empty"], 1, "neither run.json nor metrics.jsonl"),
         (["run", "--results", "no.json"], 1, "--results no.json cannot be read"),
         (["run", "--results", "odd.json"], 1, "found nothing of run"),
-        (["run", "--output", "run"], 1, "cannot be written"),
+        (["run", "--output", "run"], 2, "which the command reads"),
         ([], 2, "Missing argument"),
     ],
 )

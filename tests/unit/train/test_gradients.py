@@ -45,6 +45,7 @@ def flat(tree):
 @pytest.mark.parametrize(
     ("preset", "changes", "fine_tune_type"),
     [
+        *((preset, {}, "lora") for preset in PRESETS if preset not in ("dpo", "fpo", "tdpo2")),
         ("dpo", {}, "lora"),
         ("dpo", {}, "dora"),
         ("fpo", {"alpha": 0.05}, "lora"),  # its SAE is a top-k one, whose features come and go
@@ -133,8 +134,8 @@ def weights_of(model):
     return {k: np.array(v) for k, v in adapters.parameters(model)}
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
-def test_every_preset_learns_without_a_backward_pass(llama, tmp_path, preset):
+@pytest.mark.parametrize("preset", ["fpo", "orpo", "sft"])  # a constraint, a term, one response
+def test_pairs_are_learned_without_a_backward_pass(llama, tmp_path, preset):
     """Chosen tokens are below 150, rejected ones above, as where the gradient is exact."""
     rng, pairs = np.random.default_rng(0), random_pairs([(4, 4, 4)] * 4)
     for pair in pairs:
