@@ -100,6 +100,21 @@ class TokenPair:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """Directions of one site that the model goes on without: h - (h @ basis) @ basis.T."""
+
+    site: Site
+    basis: np.ndarray  # float32 [D, r], orthonormal columns
+
+    @staticmethod
+    def of(site: Site, directions: np.ndarray) -> Projection:
+        """directions: [n, D], of any lengths; those that depend on others add nothing."""
+        left, sizes, _ = np.linalg.svd(directions.T.astype(np.float64), full_matrices=False)
+        kept = left[:, sizes > 1e-6 * sizes.max(initial=0.0)]
+        return Projection(site, np.ascontiguousarray(kept, dtype=np.float32))
+
+
+@dataclass(frozen=True)
 class Passage:
     """Tokens of which those behind the prompt are looked at: an answer, or the rest of a text."""
 

@@ -32,6 +32,7 @@ class CacheIdentity:
     adapter: str = "none"
     saes: tuple[tuple[str, str], ...] = ()  # (SaeWeights.fingerprint(), str(site)) of each SAE
     pooled_keep: int | None = None  # None: every non-zero is stored
+    projected: str | None = None  # fingerprint of what the passes went on without, if anything
 
     def digest(self) -> str:
         """sha256 over the fields and the version of the format."""
@@ -40,7 +41,10 @@ class CacheIdentity:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        return vars(self) | {"saes": [list(sae) for sae in self.saes]}
+        values = vars(self) | {"saes": [list(sae) for sae in self.saes]}
+        if self.projected is None:  # as in caches that know nothing of it
+            del values["projected"]
+        return values
 
 
 def to_manifest(identity: CacheIdentity, made: Provenance) -> dict[str, Any]:
@@ -51,11 +55,14 @@ def to_manifest(identity: CacheIdentity, made: Provenance) -> dict[str, Any]:
 
 def from_manifest(values: dict) -> tuple[CacheIdentity, Provenance]:
     """Raises KeyError, TypeError or ValueError on anything but `to_manifest`'s `identity`."""
-    known: dict[str, Any] = {f.name: values[f.name] for f in fields(CacheIdentity)}
+    known: dict[str, Any] = {"projected": None, **values}
+    known = {f.name: known[f.name] for f in fields(CacheIdentity)}
     known["saes"] = tuple((str(sae), str(site)) for sae, site in values["saes"])
     for name in ("model", "tokenizer", "adapter", "dtype", "backend"):
         if not isinstance(values[name], str):
             raise TypeError(f"{name} is not a string")
+    if not isinstance(known["projected"], str | None):
+        raise TypeError("projected is not a string")
     if not isinstance(known["pooled_keep"], int | None):
         raise TypeError("pooled_keep is not a number")
     return CacheIdentity(**known), Provenance(values["dtype"], values["backend"])
@@ -67,9 +74,10 @@ def differences(found: CacheIdentity, wanted: CacheIdentity) -> dict[str, tuple[
     A cache that holds more SAEs than are wanted serves: its other features are not looked at.
     """
     faults: dict[str, tuple[str, str]] = {}
-    for name in ("model", "adapter", "tokenizer"):
-        if getattr(found, name) != getattr(wanted, name):
-            faults[name] = (getattr(found, name), getattr(wanted, name))
+    for name in ("model", "adapter", "tokenizer", "projected"):
+        old, new = getattr(found, name), getattr(wanted, name)
+        if old != new:
+            faults[name] = (old or "nothing", new or "nothing")
     if not set(wanted.saes) <= set(found.saes):
         faults["saes"] = (_show_saes(found), _show_saes(wanted))
     # what was kept of the features matters only to a run that reads features

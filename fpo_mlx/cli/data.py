@@ -74,7 +74,7 @@ def check(fix, json_path, overwrite, **values) -> None:
 
 @click.command(cls=Command)
 @preset_option
-@settings(DataConfig, ReferenceConfig)
+@settings(DataConfig, ReferenceConfig, "project_out")
 @click.option("--output", type=PATH, help="Cache folder (default: one under the user cache).")
 @click.option("--adapter-path", "adapter", help="SFT adapter that belongs to the reference.")
 @backend_option

@@ -77,6 +77,13 @@ class TrainConfig:
     lora_parameters: dict = setting(
         {}, "rank (8), scale (20.0), dropout (0.0), keys", "adapters", yaml_only=True
     )
+    project_out: str | None = setting(
+        None,
+        "file of features; no training pass sees their decoder directions, so none learns by them",
+        "objective",
+        path=True,
+        may_change=True,
+    )
     grad_checkpoint: bool = setting(
         False,
         "recompute activations: less memory, more time",

@@ -25,12 +25,15 @@ Weights = tuple[dict[int, float], ...]  # per SAE: feature -> w_i of Eq. 10
 WANTED = 'Wanted feature: weight, such as {"812": 4.0}; JSON, YAML or CSV (feature,weight).'
 
 
-def read_weights(path: str | Path, sizes: Sequence[int]) -> Weights:
+def read_weights(
+    path: str | Path, sizes: Sequence[int], flag: str = "--feature-weights"
+) -> Weights:
     """w_i of the features that a file names. sizes: number of features of each SAE.
 
+    flag: the option that named the file, for messages.
     Raises: ConfigError naming every entry that cannot be used.
     """
-    entries = _read(Path(path), "--feature-weights", "weight", len(sizes))
+    entries = _read(Path(path), flag, "weight", len(sizes))
     faults: list[str] = []
     out: Weights = tuple({} for _ in sizes)
     for sae, index, value in entries:
@@ -47,9 +50,9 @@ def read_weights(path: str | Path, sizes: Sequence[int]) -> Weights:
         else:
             out[sae][feature] = weight
     if faults:
-        raise ConfigError(f"--feature-weights {path}:\n" + "\n".join(f"  {f}" for f in faults[:20]))
+        raise ConfigError(f"{flag} {path}:\n" + "\n".join(f"  {f}" for f in faults[:20]))
     if not any(out):
-        raise ConfigError(f"--feature-weights {path} names no feature. {WANTED}")
+        raise ConfigError(f"{flag} {path} names no feature. {WANTED}")
     return out
 
 

@@ -25,9 +25,10 @@ from fpo_mlx.model.taps import (
     refuse_splice,
     tap_point,
     unfinish,
+    without,
 )
 from fpo_mlx.model.trees import blocks_of
-from fpo_mlx.records import Site, TokenPair
+from fpo_mlx.records import Projection, Site, TokenPair
 
 Splice = Callable[[mx.array], mx.array]  # [n, D_in] -> [n, D_in]
 
@@ -81,9 +82,15 @@ class Policy:
         *,
         share_prompt: bool = True,
         grad_checkpoint: bool = False,
+        projections: Sequence[Projection] = (),
     ) -> None:
+        """projections: what every pass goes on without; the taps see what is left.
+
+        Raises: SaeError, ModelError for a site that this model does not have.
+        """
         n = len(blocks_of(model))
-        for site in sites:
+        changed = [one.site for one in projections]
+        for site in (*sites, *changed):
             if not 0 <= site.layer < n:
                 raise SaeError(
                     f"the SAE reads the {site}, but the model's blocks are 0 to {n - 1}. "
@@ -97,12 +104,21 @@ class Policy:
         self._caches = plain_caches(model)
         self.shares_prompt = share_prompt and self._caches > 0
         if grad_checkpoint:  # before the taps, which must lie outside
-            inner = {s.layer for s in self.sites if s.kind not in ("resid_pre", "resid_post")}
+            tapped = (*self.sites, *changed)
+            inner = {s.layer for s in tapped if s.kind not in ("resid_pre", "resid_post")}
             for i, block in enumerate(blocks_of(model)):
                 if i not in inner:
                     checkpoint_block(block)
         self._taps = [Tap(*tap_point(blocks_of(model)[site.layer], site)) for site in self.sites]
+        self._project(projections)
         self.backbone, self.head = split(model, config)
+
+    def _project(self, projections: Sequence[Projection]) -> None:
+        for one in projections:
+            refuse_splice(one.site)
+            own = [t for t, s in zip(self._taps, self.sites, strict=True) if s == one.site]
+            for tap in own or [Tap(*tap_point(blocks_of(self.model)[one.site.layer], one.site))]:
+                tap.lasting.append(without(mx.array(one.basis)))
 
     def rows(self, pairs: Sequence[TokenPair]) -> Rows:
         """Hidden rows at the response positions of all pairs, in `Layout` order."""

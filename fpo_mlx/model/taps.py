@@ -42,12 +42,13 @@ class Tap:
     """Collects the input or output of one module while `recording()`.
 
     Within `intervening(change)` the model goes on with what `change` makes of it, and that is what
-    is recorded.
+    is recorded. `lasting` changes come after that one, in every pass.
     """
 
     def __init__(self, module: nn.Module, port: str) -> None:
         self._seen: list[mx.array] | None = None
         self._change: Change | None = None
+        self.lasting: list[Change] = []
 
         def call(original, *args, **kwargs):
             if port == "input":
@@ -59,8 +60,10 @@ class Tap:
     def _passed(self, value):
         """An array, or a tuple that begins with it, as it goes on."""
         array = value[0] if isinstance(value, tuple) else value
-        if self._change is not None:
-            array = self._change(array).astype(array.dtype)
+        changes = [*((self._change,) if self._change else ()), *self.lasting]
+        for change in changes:
+            array = change(array).astype(array.dtype)
+        if changes:
             value = (array, *value[1:]) if isinstance(value, tuple) else array
         if self._seen is not None:
             self._seen.append(array)
@@ -83,6 +86,20 @@ class Tap:
             yield seen
         finally:
             self._seen = None
+
+
+def without(basis: mx.array) -> Change:
+    """Takes the span of orthonormal columns out of a site. basis: [D, r], float32.
+
+    After concept ablation fine-tuning (Casademunt et al. 2025, arXiv 2507.16795): what comes after
+    the site cannot read these directions, and no gradient reaches what comes before it by them.
+    """
+
+    def change(array: mx.array) -> mx.array:
+        rows = array.astype(mx.float32)
+        return rows - (rows @ basis) @ basis.T
+
+    return change
 
 
 def tap_point(block: nn.Module, site: Site) -> tuple[nn.Module, str]:

@@ -19,6 +19,9 @@ from fpo_mlx.pipeline.features import FeatureReport as FeatureReport
 from fpo_mlx.pipeline.features import features as features
 from fpo_mlx.pipeline.features import find_features as find_features
 from fpo_mlx.pipeline.features import text_activations as text_activations
+from fpo_mlx.pipeline.features_data import DataAsked as DataAsked
+from fpo_mlx.pipeline.features_data import DataReport as DataReport
+from fpo_mlx.pipeline.features_data import features_data as features_data
 from fpo_mlx.pipeline.fuse import FuseResult as FuseResult
 from fpo_mlx.pipeline.fuse import fuse as fuse
 from fpo_mlx.pipeline.job import Job as Job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +13,13 @@ from fpo_mlx.cache import CacheIdentity
 from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import Weights, read_weights
 from fpo_mlx.data.tokenizer import ChatTokenizer, load_tokenizer
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.errors import ConfigError, SaeError
 from fpo_mlx.pipeline.origins import warn_of_other_model
 from fpo_mlx.pipeline.prepared import Say as Say
 from fpo_mlx.pipeline.prepared import columns as columns
 from fpo_mlx.pipeline.prepared import hub_splits as hub_splits
 from fpo_mlx.pipeline.prepared import read_splits
-from fpo_mlx.records import SaeWeights, Site, TokenPair
+from fpo_mlx.records import Projection, SaeWeights, Site, TokenPair
 from fpo_mlx.reference import weights
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.check import check_fit, resolve_site
@@ -39,6 +40,7 @@ class Job:
     adapter: Path | None = None  # of the reference, whose fingerprint the identity holds
     backend: str = "mlx"  # that scores with the reference
     device: str | None = None  # of the torch backend
+    projections: tuple[Projection, ...] = ()  # of --project-out, where this command heeds it
 
 
 def open_job(
@@ -49,10 +51,12 @@ def open_job(
     need_sae: bool | None = None,
     backend: str = "mlx",
     device: str | None = None,
+    projected: bool = False,
 ) -> Job:
     """Resolve model, tokenizer and SAEs, and fingerprint them. Reads weights, loads no model.
 
-    adapter: of the reference; default: --init-adapter's.
+    adapter: of the reference; default: --init-adapter's. projected: heed --project-out, which is of
+    training passes and of the reference that they are compared with.
     """
     model = need_model(config)
     if not config.data.data:
@@ -64,14 +68,18 @@ def open_job(
     need = config.objective.needs_sae if need_sae is None else need_sae
     opened = open_saes(config, read_config(path), need=need, say=say)
     own = Path(start) if start else None
+    projections, projection_print = (), None
+    if projected and config.train.project_out is not None:
+        projections, projection_print = open_projections(config, read_config(path), say)
     identity = CacheIdentity(
         model=weights.model_fingerprint(path),
         tokenizer=tokenizer.fingerprint(),
         adapter=weights.adapter_fingerprint(own),
         saes=tuple((sae.fingerprint(), str(sae.site)) for sae in opened),
+        projected=projection_print,
     )
     named = open_weights(config, opened)
-    return Job(config, path, tokenizer, opened, identity, named, own, backend, device)
+    return Job(config, path, tokenizer, opened, identity, named, own, backend, device, projections)
 
 
 def need_model(config: RunConfig) -> str:
@@ -106,6 +114,44 @@ def open_weights(config: RunConfig, saes: Sequence[SaeWeights]) -> Weights:
             "--sae with --constraint features, or leave the weights out."
         )
     return read_weights(o.feature_weights, [sae.n_features for sae in saes])
+
+
+def open_projections(
+    config: RunConfig, model_config: Mapping[str, Any], say: Say
+) -> tuple[tuple[Projection, ...], str]:
+    """What --project-out takes out of which site, and a fingerprint of it.
+
+    Raises: ConfigError, SaeError for features that have no direction at their site.
+    """
+    import numpy as np
+
+    path, ref = str(config.train.project_out), config.reference
+    if not ref.sae:
+        raise ConfigError(
+            f"--project-out {path}: --sae is missing. Wanted the SAE whose features it names."
+        )
+    saes = [
+        at_site(read_sae(spec, config, lambda _: None), config, model_config, lambda _: None)
+        for spec in ref.sae
+    ]
+    named = read_weights(path, [sae.n_features for sae in saes], "--project-out")
+    digest, rows = hashlib.sha256(), {}
+    for sae, features in zip(saes, named, strict=True):
+        if not features:
+            continue
+        if sae.w_dec is None or sae.transcoder or sae.w_dec.shape[1] != sae.d_in:
+            raise SaeError(
+                f"--project-out {path}: {sae.source} has no decoder at the place that it reads, so "
+                "its features have no direction there. Use an SAE that has one."
+            )
+        assert sae.site is not None  # at_site has settled it
+        own = np.ascontiguousarray(sae.w_dec[sorted(features)], dtype="<f4")
+        digest.update(f"{sae.site}|{own.shape}".encode() + own.tobytes())
+        rows.setdefault(sae.site, []).append(own)
+    made = tuple(Projection.of(site, np.concatenate(parts)) for site, parts in rows.items())
+    for one in made:
+        say(f"--project-out takes {one.basis.shape[1]} directions out of the {one.site}")
+    return made, digest.hexdigest()
 
 
 def open_saes(

@@ -87,6 +87,7 @@ def open_policy(
         _sites(job),
         share_prompt=ref.share_prompt,
         grad_checkpoint=t.grad_checkpoint,
+        projections=job.projections,
     )
     if ref.share_prompt and not policy.shares_prompt:
         say("this model's caches are not plain keys and values: prompts run twice a pair")

@@ -46,7 +46,7 @@ def precompute(
     if output is not None:  # a cache of ours grows; one among other files is refused on opening
         inputs = [*config.reads("reference"), adapter or config.train.init_adapter]
         refuse_inputs(output, "--output", inputs)
-    job = open_job(config, adapter=adapter, say=say, backend=backend, device=device)
+    job = open_job(config, adapter=adapter, say=say, backend=backend, device=device, projected=True)
     job = replace(job, identity=replace(job.identity, pooled_keep=keep_features))
     names = ("train", "valid", "test") if split == "all" else (split,)
     if split == "all":

@@ -180,6 +180,7 @@ def open_engine(job: Job, *, say: Say) -> ReferenceBackend:
         tokens_per_batch=job.config.reference.tokens_per_batch,
         share_prompt=job.config.reference.share_prompt,
         trust_remote_code=job.config.reference.trust_remote_code,
+        projections=job.projections,
     )
     for note in engine.notes:
         say(note)

@@ -97,7 +97,7 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     ranks = open_ranks(pairs=t.batch_size * t.grad_accumulation_steps, patience=t.peer_timeout)
     if ranks.first:
         claim_place(config)
-    job = open_job(config, say=say)
+    job = open_job(config, say=say, projected=True)
     splits = read_splits(config, job.tokenizer, _splits(job), say, doctor=True)
     pairs, valid = splits["train"], splits.get("valid", [])
     record = run_record(job, data.data_fingerprint(pairs))
@@ -216,6 +216,7 @@ def run_record(job: Job, data_fingerprint: str) -> dict[str, Any]:
             "data": data_fingerprint,
             "saes": [list(sae) for sae in job.identity.saes],
             "named_features": weights_fingerprint(job.feature_weights),
+            "projected": job.identity.projected,
         },
         "versions": {"fpo-mlx": __version__, "python": platform.python_version()}
         | {name: version(name) for name in names},

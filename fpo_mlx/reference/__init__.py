@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.records import PairScore, SaeWeights, TokenPair
+from fpo_mlx.records import PairScore, Projection, SaeWeights, TokenPair
 
 
 class ReferenceBackend(Protocol):
@@ -46,11 +46,13 @@ def open_backend(
     tokens_per_batch: int | None = None,
     share_prompt: bool = True,
     trust_remote_code: bool = False,
+    projections: Sequence[Projection] = (),
 ) -> ReferenceBackend:
     """Load the reference model, a folder, with its adapter.
 
     device, dtype and tokens_per_batch are the torch backend's. All but the paths and the SAEs
     change time and memory only (dtype also the rounding). Every SAE needs its `site`.
+    projections: what the model goes on without, in every pass.
     Raises: ConfigError for a backend that is unknown or not installed, ModelError and SaeError for
     a model, adapter or SAE that cannot be used.
     """
@@ -74,6 +76,7 @@ def open_backend(
             saes=saes,
             share_prompt=share_prompt,
             trust_remote_code=trust_remote_code,
+            projections=projections,
         )
     from fpo_mlx.reference.torch_backend import TorchBackend
 
@@ -86,4 +89,5 @@ def open_backend(
         tokens_per_batch=tokens_per_batch,
         share_prompt=share_prompt,
         trust_remote_code=trust_remote_code,
+        projections=projections,
     )

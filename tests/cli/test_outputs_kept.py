@@ -60,6 +60,10 @@ def _find(p):
     return ["features", "find", "--model", p / "model", "--sae", p / "sae", *texts]
 
 
+def _lessons(p):
+    return ["features", "data", *usual(p), "--reference", p / "ref"]
+
+
 def _train(p):
     return ["train", *usual(p), "--top-k", 5, "--iters", 1]
 
@@ -85,6 +89,7 @@ FOLDERS = {  # command -> (its words without the place, the option of the place,
         lambda p: ["pairs", "build", p / "candidates.jsonl", "--verdicts", p / "candidates.jsonl"],
         "--output", "data",
     ),
+    "features data": (lambda p: [*_lessons(p), "--select", 2], "--output", "data"),
     "demo": (lambda p: ["demo"], "--output", None),
 }  # fmt: skip
 FILES = {
@@ -94,6 +99,9 @@ FILES = {
     "features --csv": (lambda p: ["features", *_with_adapter(p)], "--csv", "model/config.json"),
     "features find --output": (_find, "--output", "words.jsonl"),
     "features find --json": (_find, "--json", "words.jsonl"),
+    "features data --json": (_lessons, "--json", "data/train.jsonl"),
+    "features data --csv": (_lessons, "--csv", "sae/cfg.json"),
+    "features data --save-reward": (_lessons, "--save-reward", "model/config.json"),
     "compare --output": (
         lambda p: ["compare", "--model", p / "model", "--adapter-path", p / "run", "--prompt", "a"],
         "--output", "run/run.json",

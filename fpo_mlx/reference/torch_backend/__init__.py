@@ -10,11 +10,18 @@ import numpy as np
 import torch
 
 from fpo_mlx.errors import ModelError
-from fpo_mlx.records import PairScore, ResponseScore, SaeWeights, SparseFeatures, TokenPair
+from fpo_mlx.records import (
+    PairScore,
+    Projection,
+    ResponseScore,
+    SaeWeights,
+    SparseFeatures,
+    TokenPair,
+)
 from fpo_mlx.reference.torch_backend import passes
 from fpo_mlx.reference.torch_backend.load import choose_device, choose_dtype, load_model
 from fpo_mlx.reference.torch_backend.saes import on_device, pooled
-from fpo_mlx.reference.torch_backend.taps import Recorder, find_tap
+from fpo_mlx.reference.torch_backend.taps import Recorder, find_tap, project
 
 TOKENS_PER_BATCH = {"cpu": 2048, "mps": 4096, "cuda": 16384}  # padding counts
 HEAD_ELEMENTS = 1 << 25  # logits in memory at once: 128 MB in float32
@@ -37,11 +44,12 @@ class TorchBackend:
         tokens_per_batch: int | None = None,
         share_prompt: bool = True,
         trust_remote_code: bool = False,
+        projections: Sequence[Projection] = (),
     ) -> None:
         """device: None for CUDA, else Metal, else the CPU. dtype: None for float32 on a CPU, else
         the folder's. tokens_per_batch: what a batch may hold, padding included; halved by itself
         when memory runs out. share_prompt: run a pair's prompt once where that saves a tenth or
-        more and the model's caches are plain.
+        more and the model's caches are plain. projections: what the model goes on without.
 
         Raises: ConfigError, ModelError, SaeError for settings, files or sites that do not fit.
         """
@@ -51,6 +59,8 @@ class TorchBackend:
         self._model, self.notes = load_model(
             folder, adapter, self.device, weights, trust_remote_code=trust_remote_code
         )
+        for one in projections:  # before the recorder, which sees what is left
+            project(find_tap(self._model, one.site), self._put(one.basis))
         self._saes = [on_device(sae, self.device) for sae in saes]
         self._recorder = Recorder(tuple(find_tap(self._model, sae.site) for sae in self._saes))
         self.dtype = str(weights).removeprefix("torch.")

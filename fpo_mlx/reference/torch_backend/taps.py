@@ -111,6 +111,37 @@ def _epsilon(norm: Any, site: Site) -> float:
     raise SaeError(f"The {site} cannot be read: {type(norm).__name__} is no RMS norm.")
 
 
+def project(tap: Tap, basis: torch.Tensor) -> None:
+    """Take the span of orthonormal columns [D, r] out of a site, for good.
+
+    Raises: ModelError where the tapped tensor is not all that the model reads of the site.
+    """
+    if len(tap.ports) != 1 or tap.eps is not None:
+        raise ModelError(
+            f"nothing can be projected out of the {tap.site}: the model reads it in more than one "
+            "way. Use an SAE of resid_post."
+        )
+    port = tap.ports[0]
+
+    def changed(value: torch.Tensor) -> torch.Tensor:
+        rows = value.float()
+        return (rows - (rows @ basis) @ basis.T).to(value.dtype)
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (changed(args[0]), *args[1:]), kwargs
+        name = "hidden_states" if "hidden_states" in kwargs else "x"
+        return args, {**kwargs, name: changed(kwargs[name])}
+
+    def after(module: nn.Module, args: tuple, out: Any) -> Any:
+        return (changed(out[0]), *out[1:]) if isinstance(out, tuple) else changed(out)
+
+    if port.side == "input":
+        port.module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        port.module.register_forward_hook(after)
+
+
 class Recorder:
     """Hooks on the ports of some taps; `rows` reads what the last forward pass brought."""
 

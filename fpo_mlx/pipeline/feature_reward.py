@@ -1,0 +1,91 @@
+"""A judge that explains itself: the regression of `features data` on an answer's features.
+
+The light form of SARM (Zhang et al. 2025, arXiv 2508.08746): a linear reward on SAE features, read
+in one pass of the model. It is a difference of two answers that has a meaning: the log-odds that
+the first is preferred.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fpo_mlx.errors import CacheMismatch, ConfigError
+from fpo_mlx.records import ResponseScore
+from fpo_mlx.storage import files
+
+KIND, VERSION = "feature reward", 1
+
+
+@dataclass(frozen=True)
+class FeatureReward:
+    """weights: log-odds per unit of a pooled activation."""
+
+    model: str  # folder or id
+    model_fingerprint: str
+    saes: tuple[tuple[str, str, int, str], ...]  # (as named, fingerprint, layer, site) of each
+    features: tuple[tuple[int, int, float, str], ...]  # (SAE, feature, weight, in words)
+    pairs: int  # that it was fitted on
+    held_out_accuracy: float
+
+    def parts(self, score: ResponseScore) -> np.ndarray:
+        """What each of the features adds to the reward of an answer, [K]."""
+        found = [
+            dict(zip(f.indices.tolist(), f.values.tolist(), strict=True)) for f in score.features
+        ]
+        return np.array(
+            [weight * found[sae].get(feature, 0.0) for sae, feature, weight, _ in self.features]
+        )
+
+    def why(self, difference: np.ndarray, count: int = 5) -> str:
+        """The features that decided between two answers, the strongest first. [K]"""
+        order = np.argsort(-np.abs(difference), kind="stable")[:count]
+        return "; ".join(
+            f"{self.name(int(i))} {difference[i]:+.3g}" for i in order if difference[i]
+        )
+
+    def name(self, i: int) -> str:
+        sae, feature, _, words = self.features[i]
+        number = f"{sae}:{feature}" if len(self.saes) > 1 else str(feature)
+        return f"{number} ({words.strip()})" if words.strip() else number
+
+
+def write_reward(path: Path, reward: FeatureReward) -> None:
+    files.write_json(path, {"kind": KIND, "version": VERSION, **asdict(reward)})
+
+
+def read_reward(path: Path) -> FeatureReward:
+    """Raises: ConfigError for a file that is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if (value["kind"], value["version"]) != (KIND, VERSION):
+            raise ValueError(f"it is {value['kind']} version {value['version']}")
+        return FeatureReward(
+            str(value["model"]),
+            str(value["model_fingerprint"]),
+            tuple((str(s), str(f), int(n), str(k)) for s, f, n, k in value["saes"]),
+            tuple((int(s), int(f), float(w), str(t)) for s, f, w, t in value["features"]),
+            int(value["pairs"]),
+            float(value["held_out_accuracy"]),
+        )
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ConfigError(
+            f"--reward {path}: cannot be read as a regression on features ({error!r}). Wanted a "
+            "file of `fpo-mlx features data --save-reward`."
+        ) from error
+
+
+def check_same(reward: FeatureReward, path: Path, model: str, saes: Sequence[str]) -> None:
+    """Raises: CacheMismatch where model or SAEs are not those that the weights belong to."""
+    known = [fingerprint for _, fingerprint, _, _ in reward.saes]
+    for what, found, wanted in (("model", [model], [reward.model_fingerprint]),
+                                ("SAE", list(saes), known)):  # fmt: skip
+        if found != wanted:
+            raise CacheMismatch(
+                f"--reward {path}: its weights belong to another {what} ({wanted}) than the one "
+                f"that is there ({found}). Run `fpo-mlx features data --save-reward` again."
+            )

@@ -1,0 +1,275 @@
+"""What the pairs teach, from the reference's cached features; and rows chosen by them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fpo_mlx import data
+from fpo_mlx.config import RunConfig
+from fpo_mlx.data.feature_files import read_labels
+from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.pipeline.feature_reward import FeatureReward, write_reward
+from fpo_mlx.pipeline.features import link
+from fpo_mlx.pipeline.job import Job, Say, hub_splits, open_job, read_pairs
+from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
+from fpo_mlx.records import Passage, TokenPair, result_file
+from fpo_mlx.storage import outputs
+
+if TYPE_CHECKING:
+    from fpo_mlx.judge.feature_report import Context
+    from fpo_mlx.judge.lessons import Example, Lesson, Lessons, PairFeatures
+
+CHOSEN = outputs.Made("a set of chosen rows", r"(train|valid|test)\.jsonl")
+SHOWN = 160  # letters of an example
+WORDS = 6  # tokens that say what a feature goes with
+
+
+@dataclass(frozen=True)
+class DataAsked:
+    """What `features data` is asked for beside the settings of a run.
+
+    rate: of false discoveries; doubles: cosine from which two pairs are near doubles; against:
+    probability of its label below which a row goes against the trend; contexts: let the model read
+    the examples, to show the token; select: rows of a covering subset; drop_against: leave the
+    rows against the trend out of `output`.
+    """
+
+    split: str = "train"
+    limit: int | None = None
+    rate: float = 0.05
+    folds: int = 5
+    examples: int = 2
+    contexts: bool = False
+    labels: Path | None = None
+    doubles: float = 0.98
+    against: float = 0.2
+    select: int | None = None
+    drop_against: bool = False
+    output: Path | None = None
+    save_reward: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """against and doubles name rows by their place in the data; written: rows in `output`."""
+
+    lessons: Lessons
+    where: list[str]
+    against: list[int]  # rows, the least likely label first
+    doubles: list[tuple[int, int, float]]
+    written: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        one, where = self.lessons, self.where
+        return result_file(
+            "features data",
+            {
+                "pairs": one.pairs,
+                "tested": one.tested,
+                "rate": one.rate,
+                "length": {"z": one.length_z, "longer_chosen": one.longer_chosen},
+                "predictors": [vars(predictor) for predictor in one.predictors],
+                "features": [lesson.as_dict() for lesson in one.found],
+                "against": [
+                    {"where": where[i], "probability": float(one.probability[i])}
+                    for i in self.against
+                ],
+                "doubles": [
+                    {"where": [where[i], where[j]], "cosine": cosine}
+                    for i, j, cosine in self.doubles
+                ],
+                "probability": [float(p) for p in one.probability],
+                "written": self.written,
+            },
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Flat, for a CSV."""
+        rows = []
+        for lesson in self.lessons.found:
+            row = lesson.as_dict()
+            for name in ("examples", "against", "contexts"):
+                del row[name]
+            row["follows"] = ":".join(map(str, row["follows"] or ()))
+            row["words"] = " ".join(map(repr, row["words"]))
+            rows.append(row)
+        return rows
+
+
+def features_data(
+    config: RunConfig, asked: DataAsked, *, say: Say, progress: OnFill = lambda _: None
+) -> DataReport:
+    """What the pairs of a split reward and punish, which rows go against it, which are doubles.
+
+    The reference's cache is read, and filled first where it lacks rows; the model runs for nothing
+    else, but for `contexts`.
+    Raises: DataError for too few pairs, ConfigError for a place that would be written over.
+    """
+    from fpo_mlx.judge import cover, lessons
+
+    _check(config, asked)
+    job = open_job(config, say=say, need_sae=True)
+    if config.objective.constraint == "activations":
+        raise ConfigError("features data reads an SAE's features: leave --constraint out.")
+    labels = read_labels(asked.labels, len(job.saes)) if asked.labels else ({},) * len(job.saes)
+    pairs = read_pairs(job, asked.split, say)[: asked.limit]
+    refs = CachedScores(reference_of(job, pairs, say, progress), pairs)
+    x = lessons.pair_features(pairs, refs, [sae.n_features for sae in job.saes])
+    try:
+        found = lessons.learn(x, rate=asked.rate, folds=asked.folds)
+    except ValueError as error:
+        raise DataError(f"{config.data.data} ({asked.split}): {error}.") from error
+    shown = [
+        replace(
+            _described(one, x, pairs, job, asked.examples),
+            label=labels[one.sae].get(one.feature, ""),
+            link=link(job.saes[one.sae], one.feature),
+        )
+        for one in found.found
+    ]
+    if asked.contexts:
+        shown = _with_contexts(shown, job, pairs, asked.examples, say)
+    found = replace(found, found=tuple(shown))
+    against = [int(i) for i in np.argsort(found.probability, kind="stable")]
+    against = [i for i in against if found.probability[i] < asked.against]
+    doubles = cover.near_doubles(x.chosen.beside(x.rejected), asked.doubles)
+    if asked.save_reward is not None:
+        write_reward(asked.save_reward, _reward(found, x, job))
+    kept = _kept(asked, x, against, config.objective.top_k)
+    written = None if asked.output is None else _write(config, asked, pairs, kept, asked.output)
+    return DataReport(found, [pair.where for pair in pairs], against, doubles, written)
+
+
+def _check(config: RunConfig, asked: DataAsked) -> None:
+    chosen = asked.select is not None or asked.drop_against
+    if chosen and asked.output is None:
+        raise ConfigError("--select and --drop-against write rows: give --output FOLDER.")
+    if asked.output is not None and not chosen:
+        raise ConfigError("--output: give --select N or --drop-against, or both.")
+    if asked.output is not None:
+        outputs.claim_folder(
+            asked.output, "--output", CHOSEN, inputs=config.reads(), overwrite=asked.overwrite
+        )
+
+
+def _described(
+    one: Lesson, x: PairFeatures, pairs: Sequence[TokenPair], job: Job, count: int
+) -> Lesson:
+    """With its words and its examples for and against."""
+    from fpo_mlx.judge import lessons
+
+    column = np.array([_column(x, one)])
+    sides = np.stack([x.chosen.dense(column)[:, 0], x.rejected.dense(column)[:, 0]])  # [2, N]
+    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    words = lessons.words_of(sides.reshape(-1), responses, WORDS)
+    for_it, against = lessons.examples_of(sides[0] - sides[1], one.z, count)
+
+    def example(i: int) -> Example:
+        side = int(sides[1, i] > sides[0, i])
+        text = job.tokenizer.decode(pairs[i].responses[side].tolist(), skip_special=True)
+        text = " ".join(text.split())
+        name = ("chosen", "rejected")[side]
+        return lessons.Example(
+            pairs[i].where, float(sides[0, i]), float(sides[1, i]), text[:SHOWN], name
+        )
+
+    return replace(
+        one,
+        words=tuple(job.tokenizer.decode([token]) for token in words),
+        examples=tuple(map(example, for_it)),
+        against=tuple(map(example, against)),
+    )
+
+
+def _column(x: PairFeatures, one: Lesson) -> int:
+    return sum(x.sizes[: one.sae]) + one.feature
+
+
+def _with_contexts(
+    shown: Sequence[Lesson], job: Job, pairs: Sequence[TokenPair], count: int, say: Say
+) -> list[Lesson]:
+    """The tokens of the examples on which each feature fires; the model reads these alone."""
+    from fpo_mlx.judge import feature_scan
+    from fpo_mlx.model.open import open_model
+    from fpo_mlx.model.policy import Policy
+    from fpo_mlx.model.reader import encoder_of
+
+    by_place = {pair.where: pair for pair in pairs}
+    ref = job.config.reference
+    loaded = open_model(
+        job.model_path, adapter=job.adapter, trust_remote_code=ref.trust_remote_code, say=say
+    )
+    sites = [sae.site for sae in job.saes if sae.site is not None]
+    policy = Policy(loaded.model, loaded.config, sites)
+    out: dict[tuple[int, int], Sequence[Context]] = {}
+    for i, sae in enumerate(job.saes):
+        own = [one for one in shown if one.sae == i]
+        wanted = dict.fromkeys((e.where, e.side) for one in own for e in one.examples)
+        texts = [
+            Passage(pair.prompt, getattr(pair, side), f"{where}, {side}")
+            for where, side in wanted
+            if (pair := by_place[where])
+        ]
+        found = feature_scan.contexts(
+            policy, encoder_of(sae), i, texts, [one.feature for one in own], max(count, 1),
+            job.tokenizer.decode,
+        )  # fmt: skip
+        out |= {(i, feature): contexts for feature, contexts in found.items()}
+    return [replace(one, contexts=out[one.sae, one.feature]) for one in shown]
+
+
+def _reward(found: Lessons, x: PairFeatures, job: Job) -> FeatureReward:
+    """The regression on all pairs, with all that reading an answer by it needs."""
+    ref, fitted = job.config.reference, found.fitted
+    names = [x.name(int(column)) for column in fitted.columns]
+    accuracy = next(p.accuracy for p in found.predictors if p.name == "features")
+    labels = {(one.sae, one.feature): one.label or "".join(one.words[:2]) for one in found.found}
+    return FeatureReward(
+        model=str(job.model_path),
+        model_fingerprint=job.identity.model,
+        saes=tuple(
+            (spec, sae.fingerprint(), sae.site.layer, sae.site.kind)
+            for spec, sae in zip(ref.sae, job.saes, strict=True)
+            if sae.site is not None
+        ),
+        features=tuple(
+            (sae, feature, float(weight), labels.get((sae, feature), ""))
+            for (sae, feature), weight in zip(names, fitted.weights, strict=True)
+        ),
+        pairs=found.pairs,
+        held_out_accuracy=accuracy,
+    )
+
+
+def _kept(asked: DataAsked, x: PairFeatures, against: Sequence[int], top_k: int) -> list[int]:
+    """The rows that are written, in the order of the data."""
+    from fpo_mlx.judge import cover
+
+    gone = set(against) if asked.drop_against else set()
+    left = [i for i in range(len(x)) if i not in gone]
+    if asked.select is None:
+        return left
+    sides = [cover.strongest(side.take(np.array(left)), top_k) for side in (x.chosen, x.rejected)]
+    sets = [np.union1d(a, b) for a, b in zip(*sides, strict=True)]
+    return sorted(left[i] for i in cover.cover(sets, asked.select))
+
+
+def _write(
+    config: RunConfig,
+    asked: DataAsked,
+    pairs: Sequence[TokenPair],
+    kept: Sequence[int],
+    output: Path,
+) -> int:
+    """The rows as they stand in the data, with all their columns."""
+    wanted = {pairs[i].where for i in kept}
+    raw = data.iterate_raw(config.data.data, asked.split, hub_splits(config))
+    records = [row.record for row in raw if row.where in wanted]
+    data.write_clean({asked.split: records}, output)
+    return len(records)

@@ -1,0 +1,138 @@
+"""`features data` on a tiny model: from the cache alone, rows with their columns, a reward."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+from command_line import lines, random_sae, refused, run, usual
+
+from fpo_mlx import cache
+from fpo_mlx.pipeline.feature_reward import read_reward
+from fpo_mlx.sae.convert import write_saelens
+
+pytest.importorskip("mlx.core")
+N = 60
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Chosen answers say "yes", rejected ones "non", all of one length; row 7 is the wrong way."""
+    root = tmp_path_factory.mktemp("lessons")
+    tiny_models.tiny_llama(root / "model", tokenizer=True)
+    write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in range(N):
+        tail = " ".join(rng.choice(["so", "or", "it", "an"], size=5))
+        sides = [f"yes yes {tail}", f"non non {tail}"]
+        chosen, rejected = sides[::-1] if n == 7 else sides
+        rows.append({"prompt": f"{n}?", "chosen": chosen, "rejected": rejected, "mine": n})
+    lines(root / "data/train.jsonl", *rows)
+    done = run("precompute", *usual(root), "--output", root / "ref")
+    assert done.exit_code == 0, done.stderr
+    return root
+
+
+def told(place, *words):
+    done = run("features", "data", *usual(place), "--reference", place / "ref", *words)
+    assert done.exit_code == 0, done.stderr
+    return done
+
+
+def test_from_the_cache_alone_the_lesson_is_learned_and_the_wrong_row_named(
+    place, tmp_path, monkeypatch
+):
+    def no_model(*_, **__):
+        raise AssertionError("a model pass")
+
+    monkeypatch.setattr("fpo_mlx.pipeline.store.open_engine", no_model)
+    monkeypatch.setattr("fpo_mlx.model.open.open_model", no_model)
+    lines(tmp_path / "labels.json", {str(i): f"label {i}" for i in range(48)})
+    out = tmp_path / "out.json"
+    words = ["--json", out, "--csv", tmp_path / "out.csv", "--labels", tmp_path / "labels.json"]
+    done = told(place, *words)
+    report = json.loads(out.read_text())
+    assert (report["kind"], report["version"], report["pairs"]) == ("features data", 1, N)
+    by_name = {p["name"]: p for p in report["predictors"]}
+    assert by_name["features"]["accuracy"] == by_name["bag of words"]["accuracy"] == (N - 1) / N
+    assert by_name["length"]["accuracy"] < 0.65
+    assert report["against"][0]["where"] == "train.jsonl:8"
+    first = report["features"][0]
+    assert first["q"] < 0.001
+    assert first["label"] == f"label {first['feature']}"
+    assert "your pairs reward: " in done.stdout
+    assert f"label {first['feature']} ({'+' if first['z'] > 0 else '−'})" in done.stdout
+    assert "train.jsonl:8: its label has a probability of 0." in done.stdout
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + len(report["features"])
+
+
+def test_differences_are_those_of_the_cache(place, tmp_path):
+    """The win rate of the first feature, counted again from the cache's own rows."""
+    out = tmp_path / "out.json"
+    told(place, "--json", out)
+    first = json.loads(out.read_text())["features"][0]
+    store = cache.open_cache(place / "ref", cache.read_identity(place / "ref"))
+    dense = {key: store.get(key).features[0].to_dense(48) for key in list(store.keys())}
+    from fpo_mlx.config import load_config
+    from fpo_mlx.pipeline import open_job, read_pairs
+
+    config = load_config(
+        {"model": str(place / "model"), "sae": (str(place / "sae"),), "data": str(place / "data")}
+    )
+    job = open_job(config, say=print, need_sae=True)
+    moved = [
+        dense[pair.keys[0]][first["feature"]] - dense[pair.keys[1]][first["feature"]]
+        for pair in read_pairs(job, "train", print)
+    ]
+    differs = [m for m in moved if m]
+    assert first["differs"] == len(differs)
+    assert first["win_rate"] == pytest.approx(np.mean([m > 0 for m in differs]))
+
+
+def test_a_covering_subset_and_what_is_left_of_the_rows_keep_all_columns(place, tmp_path):
+    done = told(place, "--select", 12, "--output", tmp_path / "some")
+    rows = [json.loads(line) for line in (tmp_path / "some/train.jsonl").read_text().splitlines()]
+    assert f"12 rows in {tmp_path / 'some'}" in done.stdout
+    assert len(rows) == len({row["mine"] for row in rows}) == 12
+    given = [json.loads(line) for line in (place / "data/train.jsonl").read_text().splitlines()]
+    assert all(row in given for row in rows)
+    told(place, "--drop-against", "--output", tmp_path / "clean")
+    clean = [json.loads(line) for line in (tmp_path / "clean/train.jsonl").read_text().splitlines()]
+    assert 7 not in {row["mine"] for row in clean}
+    assert len(clean) >= N - 3
+
+
+def test_the_model_reads_the_examples_when_it_is_asked_for_contexts(place, tmp_path):
+    out = tmp_path / "out.json"
+    done = told(place, "--contexts", "--examples", 1, "--top", 2, "--json", out)
+    first = json.loads(out.read_text())["features"][0]
+    assert len(first["contexts"]) == 1
+    assert "«" in first["contexts"][0]["text"]
+    assert "«" in done.stdout
+
+
+def test_the_regression_is_kept_with_what_reading_by_it_needs(place, tmp_path):
+    told(place, "--save-reward", tmp_path / "reward.json")
+    reward = read_reward(tmp_path / "reward.json")
+    assert reward.pairs == N
+    assert reward.held_out_accuracy == (N - 1) / N
+    assert reward.saes[0][2:] == (1, "resid_post")
+    store = cache.read_identity(place / "ref")
+    assert reward.model_fingerprint == store.model
+    assert reward.saes[0][1] == store.saes[0][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--select", "5"], ["--output FOLDER"]),
+        (["--output", "new"], ["--select N or --drop-against"]),
+        (["--limit", "12"], ["12 pairs of 12 prompts; wanted 20"]),
+    ],
+)
+def test_what_cannot_be_done_is_said(place, words, parts):
+    done = run("features", "data", *usual(place), "--reference", place / "ref", *words)
+    refused(done, 3 if "12" in words else 2, *parts)
