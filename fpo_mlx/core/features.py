@@ -13,11 +13,8 @@ from functools import partial
 import mlx.core as mx
 
 from fpo_mlx.core.selection import GROUP, largest
+from fpo_mlx.machine import device
 
-ROWS = 1024  # at once
-# Activations of a tile: 1 MiB in float32. MLX allocates some ten tiles ahead of the arithmetic.
-ENCODE_ELEMENTS = 1 << 18
-TOP_ELEMENTS = 1 << 20  # where each tile's own top k is looked for: fewer, larger tiles
 LEAST_TILE = 1024  # features at once, below which a product with the encoder is slow
 PER_FEATURE = (
     "w_enc", "b_enc", "threshold", "gate_scale", "gate_bias", "act_scale", "inputs",
@@ -178,8 +175,9 @@ def pool(
     rows, pooled, gates = mx.stop_gradient(rows), None, []
     after = [mx.stop_gradient(array) for array in after]
     one_chunk = _pool_top if encoder.activation in ("topk", "abstopk") else _pool_tiles
-    for start in range(0, rows.shape[0], ROWS):
-        chunk = slice(start, start + ROWS)
+    at_once = device.here().pool_rows
+    for start in range(0, rows.shape[0], at_once):
+        chunk = slice(start, start + at_once)
         part, gate = one_chunk(encoder, rows[chunk], weights[:, chunk], after)
         pooled = part if pooled is None else pooled + part
         after = [pooled]
@@ -203,7 +201,7 @@ def _pool_tiles(
     """Features that do not look at each other, but within their group."""
     group = encoder.n_features // max(encoder.k, 1)
     inputs, pieces, gates = encoder_inputs(encoder, rows), [], []
-    for tile in _tiles(encoder, rows.shape[0], ENCODE_ELEMENTS):
+    for tile in _tiles(encoder, rows.shape[0], device.here().pool_elements):
         part = encoder.tile(tile)
         raw, pre = products(part, mx.depends(inputs, after) if after else inputs)
         gate = token_gate(part, pre)
@@ -221,7 +219,7 @@ def _pool_top(
 ) -> tuple[mx.array, mx.array | None]:
     """Top-k over all features from each tile's own top k + 1; the few that fire are scattered."""
     inputs, found, places = encoder_inputs(encoder, rows), [], []
-    for tile in _tiles(encoder, rows.shape[0], TOP_ELEMENTS):
+    for tile in _tiles(encoder, rows.shape[0], device.here().top_elements):
         part = encoder.tile(tile)
         _, pre = products(part, mx.depends(inputs, after) if after else inputs)
         n = min(encoder.k + 1, part.n_features)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from fpo_mlx.machine.device import Device
+
 FLOAT = 4  # bytes: adapters, optimizer state, log-probs and SAE arithmetic are float32
 # Fitted to measured peaks (scripts/bench/plan.py):
 # arrays of each width that a block keeps for its backward pass: hidden, query, keys, MLP
@@ -77,11 +79,15 @@ class SaeShape:
 
 @dataclass(frozen=True)
 class Tiles:
-    """What the loss and the pooling hold at once; the constants of `core`."""
+    """What the loss and the pooling hold at once, of a `machine.device.Device`."""
 
     vocab_columns: int
     vocab_rows: int
     pool_elements: int
+
+    @staticmethod
+    def of(here: Device) -> Tiles:
+        return Tiles(here.vocab_columns, here.vocab_rows, here.pool_elements)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None
 
     outline: of the model, without adapters yet; it has them afterwards.
     """
-    from fpo_mlx.core import features, vocabulary
+    from fpo_mlx.machine import device
     from fpo_mlx.model import adapters
 
     t, o, ref = job.config.train, job.config.objective, job.config.reference
@@ -129,7 +129,7 @@ def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None
         t.optimizer, t.micro_batch_size, t.batch_size * t.grad_accumulation_steps,
         t.grad_checkpoint, o.constraint == "kl", o.stop_gradient, o.top_k,
     )  # fmt: skip
-    tiles = Tiles(vocabulary.TILE, vocabulary.ROWS, features.ENCODE_ELEMENTS)
+    tiles = Tiles.of(device.here())
     saes = tuple(_sae_shape(sae) for sae in job.saes) if o.pooled else ()
     return Case(shape, saes, setup, tiles, model_of.heaviest(lengths))
 
