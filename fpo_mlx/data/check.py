@@ -72,6 +72,17 @@ class CheckReport:
             "findings": [{**vars(finding), "level": finding.level} for finding in self.findings],
         }
 
+    @staticmethod
+    def from_dict(given: Mapping[str, Any]) -> CheckReport:
+        """The report whose `as_dict` this is, without its clean records."""
+        fields = ("kind", "split", "where", "what")
+        return CheckReport(
+            {name: SplitSummary(**split) for name, split in given["splits"].items()},
+            tuple(Finding(*(found[name] for name in fields)) for found in given["findings"]),
+            {},
+            given["max_seq_length"],
+        )
+
 
 def check_data(
     splits: Mapping[str, Iterable[RawRow]],

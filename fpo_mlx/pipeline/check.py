@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from fpo_mlx import data
+from fpo_mlx import __version__, data
 from fpo_mlx.config import RunConfig
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.data.prepare import KEPT_FROM
+from fpo_mlx.data.tokenizer import ChatTokenizer
+from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, open_tokenizer
 from fpo_mlx.pipeline.prepared import Ticker, longest
-from fpo_mlx.storage import outputs
+from fpo_mlx.storage import files, outputs, paths
 from fpo_mlx.storage.hub import resolve_model
 
+REPORTS_KEPT = 20  # of older checks
 CLEAN = outputs.Made("a set of checked rows", r"(train|valid|test)\.jsonl")
 
 
@@ -26,7 +32,8 @@ def check(
 ) -> data.CheckReport:
     """Check every row of every split; `fix` names a folder for the rows that are good.
 
-    Without a model the checks of the template and of lengths in tokens are left out.
+    Without a model the checks of the template and of lengths in tokens are left out. The report of
+    a large set is kept by content, and read when the same is asked again.
     Raises: ConfigError without data, or when `fix` would lose something (`storage.outputs`).
     """
     d, ref = config.data, config.reference
@@ -41,14 +48,48 @@ def check(
         say("no --model: chat template and lengths in tokens are not checked")
     hub = hub_splits(config)
     names = list(data.find_splits(d.data, hub)) or ["train"]
+    limit = longest(d.max_seq_length, tokenizer, say) if tokenizer else None
+    kept = None if fix is not None else _place(config, names, tokenizer, limit)
+    if kept is not None and (before := _read(kept)) is not None:
+        return before
     report = data.check_data(
         {name: data.iterate_raw(d.data, name, hub) for name in names},
         tokenizer,
-        longest(d.max_seq_length, tokenizer, say) if tokenizer else None,
+        limit,
         columns(config),
         progress or Ticker(say, "checked"),
         keep_clean=fix is not None,
     )
     for path in data.write_clean(report.clean, fix) if fix is not None else ():
         say(f"wrote {path}")
+    if kept is not None and sum(split.rows for split in report.splits.values()) >= KEPT_FROM:
+        _keep(kept, report)
     return report
+
+
+def _place(
+    config: RunConfig, names: Sequence[str], tokenizer: ChatTokenizer | None, limit: int | None
+) -> Path:
+    """The file of a report, named by all that decides it."""
+    hub = hub_splits(config)
+    parts = [
+        __version__, [[name, data.content_key(config.data.data, name, hub)] for name in names],
+        tokenizer and tokenizer.encoding_key(), limit, vars(columns(config)),
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return paths.cache_root() / "checks" / f"{key}.json"
+
+
+def _read(path: Path) -> data.CheckReport | None:
+    try:
+        return data.CheckReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # not there, or spoiled: made again
+
+
+def _keep(path: Path, report: data.CheckReport) -> None:
+    with suppress(OSError, FpoError):  # no room, no rights: go on without
+        files.write_json(path, report.as_dict())
+        older = sorted(path.parent.glob("*.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+        for one in older[REPORTS_KEPT:]:
+            one.unlink(missing_ok=True)

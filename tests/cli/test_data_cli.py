@@ -72,6 +72,33 @@ def test_train_and_precompute_say_what_check_finds_before_the_long_part(place, t
     assert trained.stderr.index("finds in these rows") < trained.stderr.index("scoring")
 
 
+def test_the_check_of_a_large_set_is_read_until_anything_it_depends_on_changes(
+    place, tmp_path, monkeypatch
+):
+    from fpo_mlx import data as of_data
+
+    looked, real = [], of_data.check_data
+    monkeypatch.setattr(of_data, "check_data", lambda *a, **k: looked.append(1) or real(*a, **k))
+    rows = [{**ROWS[0], "prompt": f"Question {n}?"} for n in range(500)]
+    data = lines(tmp_path / "data" / "train.jsonl", *rows, {"prompt": "no answers"})
+    usual = ("check", "--data", data, "--model", place / "model", "--json", tmp_path / "1.json")
+    first, again = run(*usual), run(*usual, "--overwrite")
+    assert (first.exit_code, again.exit_code, len(looked)) == (3, 3, 1)
+    assert again.stdout == first.stdout
+    assert len(json.loads((tmp_path / "1.json").read_text())["findings"]) >= 1
+    changes = [("--max-seq-length", 30), ("--model", place / "gpt2"), ("--fix", tmp_path / "good")]
+    for times, change in enumerate(changes, 2):
+        run(*usual, "--overwrite", *change)
+        assert len(looked) == times, change
+    lines(data, *rows)
+    assert run(*usual, "--overwrite").exit_code == 0
+    assert len(looked) == 5
+    for kept in (tmp_path / "user-cache" / "checks").iterdir():
+        kept.write_text(kept.read_text()[:-10])
+    assert run(*usual, "--overwrite").exit_code == 0
+    assert len(looked) == 6
+
+
 def test_ids_beyond_the_embedding_stop_every_command_before_it_runs(place, tmp_path):
     from safetensors.numpy import load_file, save_file
 

@@ -1,0 +1,156 @@
+"""What `sae train` begins with: settings that are checked, texts, the site's activations."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fpo_mlx import data
+from fpo_mlx.config import SaeTrainConfig
+from fpo_mlx.data.tokenizer import load_tokenizer
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.pipeline.job import Say
+from fpo_mlx.pipeline.prepared import longest
+from fpo_mlx.records import SITE_KINDS, Site
+from fpo_mlx.reference import weights
+from fpo_mlx.saetrain import rows, texts
+from fpo_mlx.saetrain import sizes as sizing
+from fpo_mlx.storage import outputs
+from fpo_mlx.storage.hub import read_config, resolve_model
+
+if TYPE_CHECKING:
+    from fpo_mlx.saetrain.activations import Reader
+
+CALIBRATION = 40  # documents that the norm limit and the speed are measured on
+HELD_OUT_MOST = 65_536
+MOST_POSITIONS = 20_000_000  # that are tokenized where the budget is a time
+RUN = outputs.Made(
+    "an SAE and its run",
+    r"cfg\.json|sae_weights\.safetensors|README\.md|run\.json|checkpoint\.safetensors|"
+    r"metrics\.jsonl|\.export/",
+    mark="run.json",
+    ways="--resume goes on with it; ",
+)
+STORE = outputs.Made("stored activations", r"rows\.npy|store\.json")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run before its budget is known."""
+
+    config: SaeTrainConfig
+    model_name: str
+    site: Site
+    hidden: int
+    sizes: sizing.Sizes
+    train: tuple[texts.Document, ...]
+    held_out: tuple[texts.Document, ...]
+    reader: Reader
+    fingerprints: dict[str, str]
+    seconds_a_row: float  # measured
+
+    @property
+    def positions(self) -> int:
+        return sum(int(document.keep.sum()) for document in self.train)
+
+
+def check(config: SaeTrainConfig) -> None:
+    faults = []
+    if not config.model:
+        faults.append("--model is missing. Wanted a model folder or hub id.")
+    if not config.data:
+        faults.append("--data is missing. Wanted texts, chats or pairs to run the model on.")
+    if config.site not in SITE_KINDS:
+        faults.append(f"--site {config.site}: wanted one of {', '.join(SITE_KINDS)}.")
+    if config.micro_batch_size and config.micro_batch_size > config.batch_size:
+        faults.append("--micro-batch-size is larger than --batch-size.")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def claim(config: SaeTrainConfig) -> None:
+    """Raises: ConfigError where the run would write over anything but itself."""
+    inputs = (config.model, config.data, config.chat_template)
+    if config.resume:
+        outputs.refuse_inputs(Path(config.output), "--output", inputs)
+    else:
+        outputs.claim_folder(
+            Path(config.output), "--output", RUN, inputs=inputs, overwrite=config.overwrite
+        )
+    store = Path(config.store) if config.store else None
+    if store is not None and not (store / rows.STORE_ABOUT).is_file():
+        outputs.claim_folder(store, "--store", STORE, inputs=inputs, overwrite=config.overwrite)
+
+
+def open_setup(config: SaeTrainConfig, say: Say) -> Setup:
+    """Tokens first: a fault in the data should not wait for the model."""
+    from fpo_mlx.model.open import open_model
+    from fpo_mlx.saetrain.activations import OUTLIER, norm_limit, open_reader
+
+    path = resolve_model(config.model)
+    model_config = read_config(path)
+    layer = sizing.sizes(config, model_config, int(model_config["hidden_size"])).layer
+    site = Site(layer, config.site)  # type: ignore[arg-type]
+    documents = _documents(config, path, say)
+    train, held_out = texts.split_held_out(
+        documents.items, config.held_out, config.seed, HELD_OUT_MOST
+    )
+    loaded = open_model(path, trust_remote_code=config.trust_remote_code, say=say)
+    reader = open_reader(loaded.model, loaded.config, site)
+    reader.rows(train[:1])  # the first call is slower than the others
+    started = time.perf_counter()
+    sample = reader.rows(train[:CALIBRATION])
+    seconds = time.perf_counter() - started
+    limit = norm_limit(sample)
+    say(
+        f"{documents.kind}: {len(train)} documents to train on, {len(held_out)} held out; left "
+        f"out are first positions and norms above {limit:.4g} ({OUTLIER:.0f} medians)"
+    )
+    _warn_of_few(config, held_out, say)
+    fingerprints = {
+        "model": weights.model_fingerprint(path),
+        "data": documents.fingerprint(),
+        "norm_limit": repr(limit),
+    }
+    hidden = sample.shape[1]
+    return Setup(
+        config, Path(config.model).name, site, hidden,
+        sizing.sizes(config, model_config, hidden), tuple(train), tuple(held_out),
+        replace(reader, limit=limit), fingerprints,
+        seconds / max(sum(len(d.tokens) for d in train[:CALIBRATION]), 1),
+    )  # fmt: skip
+
+
+def _documents(config: SaeTrainConfig, model: Path, say: Say) -> texts.Documents:
+    template = Path(config.chat_template) if config.chat_template else None
+    tokenizer = load_tokenizer(
+        model, chat_template=template, template_kwargs=config.chat_template_args,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+    documents = texts.read_documents(
+        config.data, tokenizer, max_length=longest(config.max_seq_length, tokenizer, say),
+        kind=config.data_kind, tokens=config.tokens,
+        limit=config.training_tokens or MOST_POSITIONS, columns=_columns(config),
+        hub=data.HubSplits(train=config.train_split, subset=config.subset),
+    )  # fmt: skip
+    for note in (*tokenizer.notes, *documents.notes):
+        say(note)
+    return documents
+
+
+def _columns(config: SaeTrainConfig) -> data.Columns:
+    return data.Columns(
+        config.prompt_feature, config.chosen_feature, config.rejected_feature, config.system_feature
+    )
+
+
+def _warn_of_few(config: SaeTrainConfig, held_out: list[texts.Document], say: Say) -> None:
+    """Before the training, not after it: what is held out gives no figures."""
+    positions = sum(int(document.keep.sum()) for document in held_out)
+    if config.held_out and positions < 2:
+        say(
+            f"held-out positions: {positions}, too few to judge the SAE on; its card will have no "
+            "figures. More text or a larger --held-out gives some."
+        )
