@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from fpo_mlx.core.logprobs import Head
 from fpo_mlx.core.linear_head import LinearHead, Packing
+from fpo_mlx.core.logprobs import Head
 from fpo_mlx.errors import ModelError
 from fpo_mlx.model.taps import swap_call
 from fpo_mlx.model.trees import blocks_of, float_dtype

@@ -11,6 +11,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from fpo_mlx.machine.upstream import leaning_on
 
+ADAPTED = ("lora_a", "lora_b", "m")  # an adapter's own arrays
+
 
 def arrays_of(tree: Any) -> list[tuple[str, mx.array]]:
     """(path, array) of every leaf of a module's parameters or an optimizer's state."""
@@ -31,8 +33,12 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def float_dtype(model: nn.Module) -> mx.Dtype:
-    """Of the first floating-point parameter (or scale): what the model was published in."""
-    kinds = (array.dtype for _, array in arrays_of(model.parameters()))
+    """Of the first floating-point parameter (or scale): what the model was published in.
+
+    Adapters are float32 whatever the model is.
+    """
+    named = arrays_of(model.parameters())
+    kinds = (array.dtype for name, array in named if name.split(".")[-1] not in ADAPTED)
     return next(kind for kind in kinds if mx.issubdtype(kind, mx.floating))
 
 

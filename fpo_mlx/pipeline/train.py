@@ -109,6 +109,7 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     agree = _agreement(ranks)
     store = reference_of(job, [*pairs, *valid], say, progress, other_weights=True, agree=agree)
     scorer, adapter_config = open_policy(job, outline.spec, say=say)
+    scorer.half |= store.half
     out = AdapterFolder(place, adapter_config) if ranks.first else NoFolder(place)
     scored, held_out = (ScoredPairs(part, CachedScores(store, part)) for part in (pairs, valid))
     trainer = Trainer(scorer, scored, held_out if valid else None, t, out, install_stop(), ranks)
@@ -176,12 +177,15 @@ def _compare_weights(trainer: Trainer, store: ReferenceCache, say: Say) -> None:
 
     Raises: CacheMismatch when that is more than --max-start-gap.
     """
+    from fpo_mlx.train import guard
+
     old, new = store.differences["model"]
     (gap, apart), bound = trainer.start_gaps(), trainer.config.max_start_gap
+    bound *= guard.HALF_WIDER if trainer.scorer.half else 1.0
     found = (
         f"{store.folder} was made with other weights than this run's (model: cache {old}, this "
-        f"run {new}). At step 0 |u| / beta is up to {gap:.3g} nats, and log-probs differ by up to "
-        f"{apart:.3g} nats a token"
+        f"run {new}). At step 0 |u| / beta is up to {gap:.3g}, and log-probs differ by up to "
+        f"{apart:.3g} nats per token"
     )
     if max(gap, apart) <= bound:
         say(f"warning: {found}")

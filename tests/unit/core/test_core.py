@@ -167,7 +167,7 @@ def of_tiles_and_rows(name):
         _, got_slope = slope(rows, head)
         _, want_slope = slope(rows, lambda x: wide(x.astype(mx.float32)))
         a, b = (np.array(x.astype(mx.float32)) for x in (got_slope, want_slope))
-        np.testing.assert_allclose(a, b, atol=0.02 if name == "bfloat16" else 2e-5)
+        np.testing.assert_allclose(a, b, atol=0.05 if name == "bfloat16" else 2e-5)
         on, off, want = (
             function(rows, head),
             function(rows, head, False),

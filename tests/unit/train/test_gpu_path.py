@@ -1,0 +1,100 @@
+"""The branches that only a GPU takes, forced on a CPU: start, gradient, buffers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import gpu_path
+import numpy as np
+import pytest
+from gpu_path import CASES, RECORD, Case, cosine, gradient_of, open_case, start_of
+
+from fpo_mlx.config import PRESETS, Objective
+from fpo_mlx.machine import device
+from fpo_mlx.model.heads import ReplayedHead
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.fixture
+def forced():
+    with device.using(RECORD):
+        yield
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_run_starts_where_its_objective_says(root, forced, case):
+    """The first training loss too, though the pass with gradient runs other kernels."""
+    start = start_of(open_case(root, case))
+    assert start.holds(case.dtype), start
+    assert start.distance <= (1e-8 if case.dtype == "float32" else 1e-3)
+
+
+def test_every_preset_starts_where_its_closed_form_says(root, forced):
+    case = Case("llama", "plain", "float32")
+    trainer = open_case(root, case)
+    for name, choices in PRESETS.items():
+        trainer.scorer.objective = Objective(**{**choices, "top_k": gpu_path.TOP})
+        trainer.scorer.measure_kl = trainer.scorer.objective.constraint == "kl"
+        assert start_of(trainer).holds("float32"), name
+
+
+@pytest.mark.parametrize("weights", ["affine", "mxfp4"])
+def test_a_packed_head_is_found_whatever_its_packing(root, forced, weights):
+    trainer = open_case(root, Case(weights=weights))
+    assert not isinstance(trainer.scorer.policy.head, ReplayedHead)
+    assert trainer.scorer.half
+
+
+@pytest.mark.parametrize("case", CASES[:2] + CASES[4:5] + CASES[6:], ids=str)
+def test_the_gradient_is_the_float32_models(root, case):
+    """The same stored weights, widened: what half precision may lose is a small angle."""
+    wide = open_case(root, case)
+    gpu_path.stir(wide)
+    want = gradient_of(wide, [0, 1, 2, 3])
+    with device.using(RECORD):
+        half = open_case(root, case)
+        gpu_path.stir(half)
+        got = gradient_of(half, [0, 1, 2, 3])
+    assert cosine(got, want) > {"float32": 1 - 1e-6, "float16": 0.999, "bfloat16": 0.98}[case.dtype]
+    assert np.linalg.norm(got) == pytest.approx(np.linalg.norm(want), rel=0.1)
+
+
+@pytest.mark.parametrize("divisor", [4, 1024])
+def test_a_float16_gradient_does_not_depend_on_the_size_of_the_update(root, divisor):
+    """The pairs of an update only divide; unscaled, 1,024 of them leave a cosine of 0.4."""
+    case = Case(dtype="float16")
+    wide = open_case(root, case)
+    gpu_path.stir(wide)
+    want = gradient_of(wide, [0, 1])
+    with device.using(RECORD):
+        half = open_case(root, case)
+        gpu_path.stir(half)
+        got = gpu_path.divided(half, 0, 1, divisor)
+    assert cosine(got, want) >= 0.999
+    np.testing.assert_allclose(got.std() * divisor, want.std() * 2, rtol=0.02)
+
+
+def test_sizes_are_padded_to_a_bucket_and_say_the_same(root):
+    trainer = open_case(root, Case("llama", "plain", "float32"))
+    pairs = trainer.train.pairs
+    plain = trainer.scorer.reader.scores(pairs)
+    with device.using(replace(RECORD, bucket=32)):
+        padded = trainer.scorer.reader.scores(pairs)
+    for a, b in zip(plain, padded, strict=True):
+        np.testing.assert_allclose([s.logps for s in a], [s.logps for s in b], atol=1e-4)
+
+
+def test_a_record_is_chosen_for_both_kinds():
+    small, large = device.gpu("metal", 5e9), device.gpu("cuda", 80e9)
+    assert (small.widen, small.fold, small.streams) == (False, False, 1)
+    assert small.row_elements * 4 == int(5e9 / 64) // 4 * 4
+    assert large.row_elements * 4 == device.LARGE
+    assert (small.cache_limit, large.cache_limit) == (int(5e9 / 16), device.MOST_CACHE)
+    with device.using(small):
+        assert device.here() is small
+    here = device.here()
+    assert (here.kind, here.widen, here.fold) == ("cpu", True, True)
