@@ -111,8 +111,8 @@ def token_gate(encoder: Encoder, pre: mx.array) -> mx.array | None:
         if k >= pre.shape[-1]:
             return mx.full((pre.shape[0], 1), -mx.inf)
         falling = mx.partition(-size, k, axis=-1)
-        last_in, first_out = -falling[:, :k].max(axis=-1), -falling[:, k]
-        return mx.stop_gradient((last_in + first_out)[:, None] / 2)
+        last_in, first_out = falling[:, :k].max(axis=-1), falling[:, k]  # negated
+        return mx.stop_gradient((last_in + first_out)[:, None] * -0.5)
     if encoder.activation == "groupmax":
         groups = pre.reshape(pre.shape[0], encoder.k, -1)  # [R, k, F / k]
         offset = mx.arange(encoder.k) * groups.shape[-1]
@@ -133,17 +133,23 @@ def activate(
     if kind == "jumprelu" and threshold is not None:  # never negative, so no ReLU is needed
         acts = _above(pre, threshold)
         return acts if encoder.act_scale is None else acts * encoder.act_scale
+    if kind == "topk" and gate is not None:
+        acts = _at_least(pre, gate)
+        return acts if encoder.act_scale is None else acts * encoder.act_scale
     acts = pre if encoder.signed else mx.maximum(pre, 0.0)
     if kind == "gated" and bias is not None:
         acts = mx.where(raw + bias > 0, acts, 0.0)
-    elif kind == "topk" and gate is not None:
-        acts = mx.where(pre >= gate, acts, 0.0)
     elif kind == "abstopk" and gate is not None:
         acts = mx.where(mx.abs(pre) >= gate, acts, 0.0)
     elif kind == "groupmax" and gate is not None:
         winner = mx.take(gate, indices // group_size, axis=1)  # [R, F']
         acts = mx.where(winner == indices, acts, 0.0)
     return acts if encoder.act_scale is None else acts * encoder.act_scale
+
+
+@partial(mx.compile, shapeless=True)
+def _at_least(pre, gate):
+    return mx.where(pre >= gate, mx.maximum(pre, 0.0), 0.0)
 
 
 @partial(mx.compile, shapeless=True)
@@ -225,7 +231,7 @@ def _pool_top(
         n = min(encoder.k + 1, part.n_features)
         order = largest(_size(encoder, pre), n)
         found.append(mx.take_along_axis(pre, order, axis=-1))
-        places.append(order + tile.start)
+        places.append(order + tile.start if tile.start else order)
         after = [found[-1], places[-1]]
     pre, indices = mx.concatenate(found, axis=1), mx.concatenate(places, axis=1)  # [R, n * tiles]
     gate = token_gate(encoder, pre)

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
+
+
+@partial(mx.compile, shapeless=True)
+def _capped(logits, cap):
+    return cap * mx.tanh(logits / cap)
+
+
+@partial(mx.compile, shapeless=True)
+def _uncapped(slopes, logits, cap):
+    """Slopes of the capped logits -> of those before the cap."""
+    return slopes * (1.0 - mx.square(logits / cap))
 
 
 @dataclass(frozen=True)
@@ -79,12 +91,12 @@ class LinearHead:
             logits = logits + self.bias
         if self.scale != 1.0:
             logits = logits * self.scale
-        return self.cap * mx.tanh(logits / self.cap) if self.cap else logits
+        return _capped(logits, self.cap) if self.cap else logits
 
     def back(self, slopes: mx.array, logits: mx.array) -> mx.array:
         """d(sum slopes * logits) / d rows. slopes, logits: float32 [r, V] -> [r, D]."""
         if self.cap:
-            slopes = slopes * (1.0 - (logits / self.cap) ** 2)
+            slopes = _uncapped(slopes, logits, self.cap)
         out = self._multiply(slopes, transpose=False)
         return out if self.scale == 1.0 else out * self.scale
 

@@ -18,6 +18,7 @@ CGROUP = Path("/sys/fs/cgroup/memory.max")
 MOST_STREAMS = 4
 CACHE_SHARE, MOST_CACHE = 1 / 16, 2 << 30  # of the memory, and bytes: freed buffers that are kept
 TILE_SHARE = 1 / 64  # of the memory: a tile of logits, of which some three live at once
+CLEAR_ABOVE = 0.75  # of the cache's limit
 SMALL, LARGE = 16 << 20, 256 << 20  # bytes of a tile, at least and at most
 
 
@@ -121,6 +122,45 @@ def memory() -> float:
         return min(whole, float(CGROUP.read_text()))
     except (OSError, ValueError):  # no such limit, or "max"
         return whole
+
+
+def bound_cache() -> None:
+    """From now on MLX keeps no more freed buffers than the record allows."""
+    import mlx.core as mx
+
+    if (limit := here().cache_limit) is not None:
+        mx.set_cache_limit(limit)
+
+
+def tidy() -> None:
+    """After an update or a measured batch: give freed buffers back where they are over the limit.
+
+    MLX itself drops them one by one; sizes that never come again would fill the whole limit.
+    """
+    import mlx.core as mx
+
+    limit = here().cache_limit
+    if limit is not None and mx.get_cache_memory() > CLEAR_ABOVE * limit:
+        mx.clear_cache()
+
+
+@contextmanager
+def resident(share: float, processes: int = 1) -> Iterator[None]:
+    """Weights stay wired while long work runs; the limit is as it was afterwards.
+
+    share: of Metal's recommended working set, 0 for none; divided by the processes of a launcher
+    that may run on one machine. Does nothing without Metal.
+    """
+    if here().kind != "metal" or backend() != "metal" or share == 0:
+        yield
+        return
+    import mlx.core as mx
+
+    before = mx.set_wired_limit(int(share * memory() / max(processes, 1)))
+    try:
+        yield
+    finally:
+        mx.set_wired_limit(before)
 
 
 def _cpu_streams() -> int:

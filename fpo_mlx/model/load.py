@@ -62,6 +62,7 @@ def load_model(spec: str | Path, *, trust_remote_code: bool = False) -> LoadedMo
         if count:
             notes.append(f"CPU: {count} quantised layers were dequantised to float32 at load")
         cast_floats(model, mx.float32)
+    device.bound_cache()
     model.freeze()
     model.eval()
     mx.eval(model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from fpo_mlx.cache import ReferenceCache
 from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import weights_fingerprint
 from fpo_mlx.errors import CacheMismatch, ConfigError
+from fpo_mlx.machine import device
+from fpo_mlx.machine.processes import find_share
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job
 from fpo_mlx.pipeline.plan import predicted_peak
 from fpo_mlx.pipeline.policy import open_policy, outline_of
@@ -51,6 +54,18 @@ def train(
     begin: called with the number of iterations before the first one; install_stop: called when
     training proper begins.
     """
+    processes = find_share(os.environ).world
+    with device.resident(config.reference.wired_share, processes):
+        yield from _train(config, say, progress, install_stop, begin)
+
+
+def _train(
+    config: RunConfig,
+    say: Say,
+    progress: OnFill,
+    install_stop: InstallStop,
+    begin: Callable[[int], None],
+) -> Iterator[Report]:
     ready = _make_ready(config, install_stop, say, progress)
     trainer, out = ready.trainer, ready.out
     begin(trainer.total)

@@ -18,6 +18,7 @@ from mlx.utils import tree_map, tree_unflatten
 
 from fpo_mlx.config import Objective, TrainConfig
 from fpo_mlx.core.objectives import PairLosses, Seen, preference_losses
+from fpo_mlx.machine import device
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.train.metrics import ScoredPairs, joined, pair_metrics
 from fpo_mlx.train.optimizer import gradient_norm
@@ -65,6 +66,7 @@ def backward(ground: Ground, indices: np.ndarray, update: int) -> tuple[Values, 
             (_, losses, seen), gradient = value_and_grad(some, 1.0 / count)
         total = gradient if total is None else tree_map(mx.add, total, gradient)
         mx.eval(total, losses, seen)
+        device.tidy()
         parts.append(
             pair_metrics(PairLosses(*losses), Measures(**seen), scorer.objective.beta, scorer.half)
         )

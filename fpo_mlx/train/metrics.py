@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx.core.objectives import PairLosses
+from fpo_mlx.machine import device
 from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.train.scoring import FACTS, Measures, Scorer
 
@@ -89,6 +90,7 @@ def measure(
         some = data.take(wanted[i : i + size])
         losses, measures = scorer.losses(some.pairs, some.refs, grad=False)
         parts.append(pair_metrics(losses, measures, scorer.objective.beta, scorer.half))
+        device.tidy()
     return joined(parts)
 
 

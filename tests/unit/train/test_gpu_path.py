@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import buffers
 import gpu_path
 import numpy as np
 import pytest
 from gpu_path import CASES, RECORD, Case, cosine, gradient_of, open_case, start_of
+from helpers import K
 
 from fpo_mlx.config import PRESETS, Objective
 from fpo_mlx.machine import device
@@ -37,7 +39,7 @@ def test_every_preset_starts_where_its_closed_form_says(root, forced):
     case = Case("llama", "plain", "float32")
     trainer = open_case(root, case)
     for name, choices in PRESETS.items():
-        trainer.scorer.objective = Objective(**{**choices, "top_k": gpu_path.TOP})
+        trainer.scorer.objective = Objective(**{**choices, "top_k": K})
         trainer.scorer.measure_kl = trainer.scorer.objective.constraint == "kl"
         assert start_of(trainer).holds("float32"), name
 
@@ -59,7 +61,10 @@ def test_the_gradient_is_the_float32_models(root, case):
         half = open_case(root, case)
         gpu_path.stir(half)
         got = gradient_of(half, [0, 1, 2, 3])
-    assert cosine(got, want) > {"float32": 1 - 1e-6, "float16": 0.999, "bfloat16": 0.98}[case.dtype]
+    least = {"float32": 1 - 1e-6, "float16": 0.999, "bfloat16": 0.98}[case.dtype]
+    if case.maker in gpu_path.WIDE:  # rounding changes which experts a token goes through
+        least = 0.95
+    assert cosine(got, want) > least
     assert np.linalg.norm(got) == pytest.approx(np.linalg.norm(want), rel=0.1)
 
 
@@ -86,6 +91,30 @@ def test_sizes_are_padded_to_a_bucket_and_say_the_same(root):
         padded = trainer.scorer.reader.scores(pairs)
     for a, b in zip(plain, padded, strict=True):
         np.testing.assert_allclose([s.logps for s in a], [s.logps for s in b], atol=1e-4)
+
+
+def test_freed_buffers_stay_under_their_limit_and_active_memory_is_flat(root):
+    """A short form of scripts/checks/buffers.py."""
+    seen = buffers.watch(root, updates=12, limit=1 << 20)
+    assert seen["train"].cached <= 1 << 20
+    assert seen["train"].growth <= 0.02
+    assert max(seen["measure"].cached, seen["reference"].cached) <= 1 << 20
+
+
+def test_what_is_wired_is_a_share_and_goes_back(monkeypatch):
+    calls = []
+    monkeypatch.setattr("mlx.core.set_wired_limit", lambda n: calls.append(n) or 7)
+    monkeypatch.setattr(device, "backend", lambda: "metal")
+    monkeypatch.setattr(device, "memory", lambda: 16e9)
+    with device.using(RECORD):
+        with device.resident(0.75, processes=2):
+            assert calls == [6_000_000_000]
+        assert calls == [6_000_000_000, 7]
+        with device.resident(0.0):
+            pass
+    with device.resident(0.75):  # the record of a CPU
+        pass
+    assert len(calls) == 2
 
 
 def test_a_record_is_chosen_for_both_kinds():
