@@ -42,6 +42,19 @@ def float_dtype(model: nn.Module) -> mx.Dtype:
     return next(kind for kind in kinds if mx.issubdtype(kind, mx.floating))
 
 
+def value_count(root: Any, name: str, array: mx.array) -> int:
+    """Values that a stored array stands for; scales and biases of a packing stand for none."""
+    *path, leaf = name.split(".")
+    owner = root
+    for part in path:
+        owner = owner[int(part)] if isinstance(owner, list) else owner[part]
+    if not hasattr(owner, "bits"):
+        return array.size
+    if leaf in ("scales", "biases"):
+        return 0
+    return array.size * 32 // owner.bits if array.dtype == mx.uint32 else array.size
+
+
 def cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:
     """Turn all floating-point parameters into `dtype`; packed integers stay."""
 

@@ -143,7 +143,7 @@ def shape_of(model: Any, config: Mapping[str, Any], *, share_prompt: bool) -> Mo
     """Of a model of mlx-lm without adapters, whose weights need not have been read."""
     from fpo_mlx.model.heads import vocab_size
     from fpo_mlx.model.policy import plain_caches
-    from fpo_mlx.model.trees import arrays_of, blocks_of, float_dtype
+    from fpo_mlx.model.trees import arrays_of, blocks_of, float_dtype, value_count
 
     here = device.here()
     arrays = arrays_of(model.parameters())
@@ -153,11 +153,11 @@ def shape_of(model: Any, config: Mapping[str, Any], *, share_prompt: bool) -> Mo
     experts = _experts_share(stated)
     blocks = blocks_of(model)
     parameters = sum(
-        _values(blocks[0], name, array) * (experts if "switch" in name else 1)
+        value_count(blocks[0], name, array) * (experts if "switch" in name else 1)
         for name, array in arrays_of(blocks[0].parameters())
     )
     stored = sum(array.nbytes for _, array in arrays)
-    widened = 4 * sum(_values(model, name, array) for name, array in arrays)
+    widened = 4 * sum(value_count(model, name, array) for name, array in arrays)
     return ModelShape(
         blocks=len(blocks),
         hidden=hidden,
@@ -193,21 +193,6 @@ def _stated(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     for part in (model, getattr(model, "language_model", None)):
         found |= vars(getattr(part, "args", None) or SimpleNamespace())
     return found | {name: value for name, value in config.items() if value is not None}
-
-
-def _values(root: Any, name: str, array: Any) -> int:
-    """Values that a stored array stands for; scales and biases of a packing stand for none."""
-    import mlx.core as mx
-
-    *path, leaf = name.split(".")
-    owner = root
-    for part in path:
-        owner = owner[int(part)] if isinstance(owner, list) else owner[part]
-    if not hasattr(owner, "bits"):
-        return array.size
-    if leaf in ("scales", "biases"):
-        return 0
-    return array.size * 32 // owner.bits if array.dtype == mx.uint32 else array.size
 
 
 def _experts_share(config: Mapping[str, Any]) -> float:

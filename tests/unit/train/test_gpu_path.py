@@ -14,6 +14,9 @@ from helpers import K
 from fpo_mlx.config import PRESETS, Objective
 from fpo_mlx.machine import device
 from fpo_mlx.model.heads import ReplayedHead
+from fpo_mlx.model.trees import blocks_of
+from fpo_mlx.pipeline import plan
+from fpo_mlx.train.optimizer import trainable_count
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,22 @@ def test_a_float16_gradient_does_not_depend_on_the_size_of_the_update(root, divi
         got = gpu_path.divided(half, 0, 1, divisor)
     assert cosine(got, want) >= 0.999
     np.testing.assert_allclose(got.std() * divisor, want.std() * 2, rtol=0.02)
+
+
+def test_parameters_are_counted_as_values_not_as_packed_words(root, forced):
+    plain, packed = (
+        trainable_count(open_case(root, Case(weights=weights)).model)
+        for weights in ("plain", "affine")
+    )
+    assert plain == packed
+
+
+@pytest.mark.parametrize(("maker", "fused"), [("llama", True), ("gemma2", False)])
+def test_plan_reads_from_the_model_whether_its_attention_is_fused(root, forced, maker, fused):
+    """Gemma 2 makes its scores by hand; MLX's kernel has no backward pass for heads of 8."""
+    block = blocks_of(open_case(root, Case(maker)).model)[0]
+    assert plan._fuses(block, 64) is fused
+    assert not plan._fuses(block, 8)
 
 
 def test_sizes_are_padded_to_a_bucket_and_say_the_same(root):
