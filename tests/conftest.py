@@ -1,11 +1,22 @@
 """Before any test imports MLX; and what several files of tests share."""
 
+import contextlib
+import os
+
 import hypothesis
 import pytest
 
 from fpo_mlx import machine
 
+# Expectations are those of a CPU: a GPU sums in another order, and some multiply float32 as TF32.
+# FPO_MLX_TEST_DEVICE=gpu leaves MLX its own default device.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 machine.set_up()
+if os.environ.get("FPO_MLX_TEST_DEVICE", "cpu") == "cpu":
+    with contextlib.suppress(ImportError):
+        import mlx.core
+
+        mlx.core.set_default_device(mlx.core.cpu)
 # a machine that is busy with something else is no fault of the code
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")

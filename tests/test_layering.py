@@ -57,6 +57,7 @@ OTHERS = {
     "storage": set(),
     "storage.hub": {"huggingface_hub"},
     "machine": set(),
+    "machine.device": {"mlx"},
     "machine.lanes": {"mlx"},
     "machine.upstream": {"packaging"},
     "core": {"mlx"},

@@ -120,6 +120,11 @@ class ReferenceCache:
         self._selected = [identity.saes.index(sae) for sae in wanted.saes if sae in identity.saes]
         self._discover()
 
+    @property
+    def half(self) -> bool:
+        """Whether a row was made by a model in half precision."""
+        return any(shard.dtype != "float32" for shard in self.shards)
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -55,7 +55,7 @@ class Main(Group):
                 raise
             click.echo(
                 f"fpo-mlx: this command needs the package {name}, which is not installed here. "
-                "Install it with `pip install fpo-mlx`; without it only the torch backend works "
+                f"Install it with `{_how_to_install()}`; without it only the torch backend works "
                 "(`fpo-mlx precompute --backend torch`).",
                 err=True,
             )
@@ -66,6 +66,15 @@ class Main(Group):
         except (AttributeError, TypeError):  # a defect, which keeps its traceback: perhaps not ours
             _tell_versions()
             raise
+
+
+def _how_to_install() -> str:
+    """On Linux MLX's part that computes comes with an extra."""
+    import sys
+
+    if sys.platform == "darwin":
+        return "pip install fpo-mlx"
+    return "pip install 'fpo-mlx[cpu]' (or [cuda12], [cuda13])"
 
 
 def _tell_versions() -> None:

@@ -139,10 +139,18 @@ class ReferenceConfig:
         may_change=True,
     )
     share_prompt: bool = setting(True, "run the prompt of a pair once for both responses", "memory")
+    wired_share: float = setting(
+        0.75,
+        "part of Metal's working set that train and precompute keep wired; 0 for none",
+        "memory",
+        may_change=True,
+    )
 
     def __post_init__(self) -> None:
         asked = ("sae_k", "norm_scaling_factor", "tokens_per_batch")
         check_positive(self, *(name for name in asked if getattr(self, name) is not None))
+        if not 0 <= self.wired_share <= 1:
+            raise ConfigError(f"--wired-share {self.wired_share:g}: wanted 0 to 1.")
 
 
 @dataclass(frozen=True)

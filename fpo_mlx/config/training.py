@@ -143,7 +143,8 @@ class TrainConfig:
     )
     max_start_gap: float = setting(
         0.05,
-        "refuse to start when |u| / beta is above this: policy and reference differ",
+        "refuse to start when |u| / beta is above this many nats per token (twice that in half "
+        "precision): policy and reference differ",
         "safety",
         may_change=True,
     )

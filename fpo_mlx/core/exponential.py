@@ -13,6 +13,8 @@ from functools import partial
 
 import mlx.core as mx
 
+from fpo_mlx.machine import device
+
 LEAST = -87.0  # exp of less is no normal float32: it gives exp(-87) = 1.6e-38 instead
 _LOG2E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # k * high is exact for |k| < 2^13
@@ -25,7 +27,7 @@ _COEFFICIENTS = (
 
 def exp_below(values: mx.array, top: mx.array) -> mx.array:
     """exp(values - top) where values <= top. Float32, broadcast; not differentiable."""
-    if mx.default_device() != mx.cpu:
+    if device.here().plain_exp:
         return mx.exp(values - top)
     fraction, shifted = _reduce(values, top)
     return _scale(fraction.view(mx.int32), shifted.view(mx.int32)).view(mx.float32)

@@ -13,11 +13,8 @@ from functools import partial
 import mlx.core as mx
 
 from fpo_mlx.core.selection import GROUP, largest
+from fpo_mlx.machine import device
 
-ROWS = 1024  # at once
-# Activations of a tile: 1 MiB in float32. MLX allocates some ten tiles ahead of the arithmetic.
-ENCODE_ELEMENTS = 1 << 18
-TOP_ELEMENTS = 1 << 20  # where each tile's own top k is looked for: fewer, larger tiles
 LEAST_TILE = 1024  # features at once, below which a product with the encoder is slow
 PER_FEATURE = (
     "w_enc", "b_enc", "threshold", "gate_scale", "gate_bias", "act_scale", "inputs",
@@ -114,8 +111,8 @@ def token_gate(encoder: Encoder, pre: mx.array) -> mx.array | None:
         if k >= pre.shape[-1]:
             return mx.full((pre.shape[0], 1), -mx.inf)
         falling = mx.partition(-size, k, axis=-1)
-        last_in, first_out = -falling[:, :k].max(axis=-1), -falling[:, k]
-        return mx.stop_gradient((last_in + first_out)[:, None] / 2)
+        last_in, first_out = falling[:, :k].max(axis=-1), falling[:, k]  # negated
+        return mx.stop_gradient((last_in + first_out)[:, None] * -0.5)
     if encoder.activation == "groupmax":
         groups = pre.reshape(pre.shape[0], encoder.k, -1)  # [R, k, F / k]
         offset = mx.arange(encoder.k) * groups.shape[-1]
@@ -136,17 +133,23 @@ def activate(
     if kind == "jumprelu" and threshold is not None:  # never negative, so no ReLU is needed
         acts = _above(pre, threshold)
         return acts if encoder.act_scale is None else acts * encoder.act_scale
+    if kind == "topk" and gate is not None:
+        acts = _at_least(pre, gate)
+        return acts if encoder.act_scale is None else acts * encoder.act_scale
     acts = pre if encoder.signed else mx.maximum(pre, 0.0)
     if kind == "gated" and bias is not None:
         acts = mx.where(raw + bias > 0, acts, 0.0)
-    elif kind == "topk" and gate is not None:
-        acts = mx.where(pre >= gate, acts, 0.0)
     elif kind == "abstopk" and gate is not None:
         acts = mx.where(mx.abs(pre) >= gate, acts, 0.0)
     elif kind == "groupmax" and gate is not None:
         winner = mx.take(gate, indices // group_size, axis=1)  # [R, F']
         acts = mx.where(winner == indices, acts, 0.0)
     return acts if encoder.act_scale is None else acts * encoder.act_scale
+
+
+@partial(mx.compile, shapeless=True)
+def _at_least(pre, gate):
+    return mx.where(pre >= gate, mx.maximum(pre, 0.0), 0.0)
 
 
 @partial(mx.compile, shapeless=True)
@@ -178,8 +181,9 @@ def pool(
     rows, pooled, gates = mx.stop_gradient(rows), None, []
     after = [mx.stop_gradient(array) for array in after]
     one_chunk = _pool_top if encoder.activation in ("topk", "abstopk") else _pool_tiles
-    for start in range(0, rows.shape[0], ROWS):
-        chunk = slice(start, start + ROWS)
+    at_once = device.here().pool_rows
+    for start in range(0, rows.shape[0], at_once):
+        chunk = slice(start, start + at_once)
         part, gate = one_chunk(encoder, rows[chunk], weights[:, chunk], after)
         pooled = part if pooled is None else pooled + part
         after = [pooled]
@@ -203,7 +207,7 @@ def _pool_tiles(
     """Features that do not look at each other, but within their group."""
     group = encoder.n_features // max(encoder.k, 1)
     inputs, pieces, gates = encoder_inputs(encoder, rows), [], []
-    for tile in _tiles(encoder, rows.shape[0], ENCODE_ELEMENTS):
+    for tile in _tiles(encoder, rows.shape[0], device.here().pool_elements):
         part = encoder.tile(tile)
         raw, pre = products(part, mx.depends(inputs, after) if after else inputs)
         gate = token_gate(part, pre)
@@ -221,13 +225,13 @@ def _pool_top(
 ) -> tuple[mx.array, mx.array | None]:
     """Top-k over all features from each tile's own top k + 1; the few that fire are scattered."""
     inputs, found, places = encoder_inputs(encoder, rows), [], []
-    for tile in _tiles(encoder, rows.shape[0], TOP_ELEMENTS):
+    for tile in _tiles(encoder, rows.shape[0], device.here().top_elements):
         part = encoder.tile(tile)
         _, pre = products(part, mx.depends(inputs, after) if after else inputs)
         n = min(encoder.k + 1, part.n_features)
         order = largest(_size(encoder, pre), n)
         found.append(mx.take_along_axis(pre, order, axis=-1))
-        places.append(order + tile.start)
+        places.append(order + tile.start if tile.start else order)
         after = [found[-1], places[-1]]
     pre, indices = mx.concatenate(found, axis=1), mx.concatenate(places, axis=1)  # [R, n * tiles]
     gate = token_gate(encoder, pre)

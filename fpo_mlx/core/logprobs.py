@@ -14,7 +14,8 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-from fpo_mlx.core.vocabulary import LinearHead, tiled_logps, tiled_logps_and_kl
+from fpo_mlx.core.linear_head import LinearHead
+from fpo_mlx.core.vocabulary import tiled_logps, tiled_logps_and_kl
 
 Head = Callable[[mx.array], mx.array]  # [r, D] -> [r, V], final soft-caps and scales included
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 
 GROUP = 16  # entries a group holds
@@ -25,4 +27,10 @@ def largest(values: mx.array, k: int) -> mx.array:
     candidates = mx.take_along_axis(groups, picks, axis=2).reshape(n, GROUP * k)
     kept = mx.argpartition(candidates, GROUP * k - k, axis=-1)[:, GROUP * k - k :]
     column = mx.take_along_axis(best, kept % k, axis=-1)
+    return _place(kept, column, k, count)
+
+
+@partial(mx.compile, shapeless=True)
+def _place(kept, column, k, count):
+    """Of an entry in its row, from its place among the candidates and its group."""
     return ((kept // k) * count + column).astype(mx.int32)

@@ -1,7 +1,7 @@
 """Log-probabilities through a head that is one matrix, a tile of the vocabulary at a time.
 
 A softmax needs only its running maximum, sum and weighted row sum, so logits [R, V] never exist:
-a tile [r, TILE] is made, folded into the three and forgotten. Peak memory then depends neither on V
+a tile [r, tile] is made, folded into the three and forgotten. Peak memory then depends neither on V
 nor, beyond a chunk of rows, on L. The gradient is folded in the same pass, which makes two products
 with the matrix in all, the least that a value and its gradient can cost.
 
@@ -11,89 +11,16 @@ Source: the online softmax of Milakov & Gimelshein (2018, arXiv 1805.02867).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
+from fpo_mlx.core import whole_rows
 from fpo_mlx.core.exponential import exp_below
+from fpo_mlx.core.linear_head import LinearHead
+from fpo_mlx.machine import device
 
-TILE = 2048  # columns of the vocabulary at once; also what float32 sums go over
-Back = Callable[[mx.array], mx.array | None]  # weights [r, TILE] -> weighted rows of W, or nothing
-ROWS = 512  # rows at once: 4 MiB of logits a tile, and MLX allocates some tiles ahead
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How a quantised matrix is stored; its first axis is the plain one's."""
-
-    scales: mx.array
-    biases: mx.array | None
-    group_size: int
-    bits: int
-    mode: str
-
-    def tile(self, columns: slice) -> Packing:
-        biases = None if self.biases is None else self.biases[columns]
-        return Packing(self.scales[columns], biases, self.group_size, self.bits, self.mode)
-
-    def multiply(self, rows: mx.array, weight: mx.array, *, transpose: bool) -> mx.array:
-        options: dict[str, Any] = {
-            "transpose": transpose, "group_size": self.group_size, "bits": self.bits,
-            "mode": self.mode,
-        }  # fmt: skip
-        return mx.quantized_matmul(rows, weight, self.scales, self.biases, **options)
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """logits = cap * tanh(scale * (h W^T + b) / cap); without a cap the inner part alone."""
-
-    weight: mx.array  # [V, D], or packed
-    bias: mx.array | None = None  # [V]
-    packing: Packing | None = None
-    scale: float = 1.0
-    cap: float = 0.0  # 0: none
-
-    @property
-    def vocab_size(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        """Of the matrix's values."""
-        return self.weight.dtype if self.packing is None else self.packing.scales.dtype
-
-    def tile(self, columns: slice) -> LinearHead:
-        """The head of these logits only."""
-        return LinearHead(
-            self.weight[columns],
-            None if self.bias is None else self.bias[columns],
-            None if self.packing is None else self.packing.tile(columns),
-            self.scale,
-            self.cap,
-        )
-
-    def __call__(self, rows: mx.array) -> mx.array:
-        """rows: [r, D] -> logits [r, V], in the dtype of the product."""
-        logits = self._multiply(rows, transpose=True)
-        if self.bias is not None:
-            logits = logits + self.bias
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return self.cap * mx.tanh(logits / self.cap) if self.cap else logits
-
-    def back(self, slopes: mx.array, logits: mx.array) -> mx.array:
-        """d(sum slopes * logits) / d rows. slopes, logits: [r, V] -> [r, D] float32."""
-        if self.cap:
-            slopes = slopes * (1.0 - (logits / self.cap) ** 2)
-        out = self._multiply(slopes.astype(self.dtype), transpose=False).astype(mx.float32)
-        return out if self.scale == 1.0 else out * self.scale
-
-    def _multiply(self, rows: mx.array, *, transpose: bool) -> mx.array:
-        if self.packing is not None:
-            return self.packing.multiply(rows, self.weight, transpose=transpose)
-        return rows @ (self.weight.T if transpose else self.weight)
+Back = Callable[[mx.array], mx.array | None]  # weights [r, tile] -> weighted rows of W, or nothing
 
 
 class Tiled(NamedTuple):
@@ -112,17 +39,23 @@ def tiled_logps(
     rows: [R, D], targets: [R] int. Returns: values [R], slopes [R, D] or None.
     """
     values, slopes, squares = [], [], []
-    for start in range(0, rows.shape[0], ROWS):
-        part = rows[start : start + ROWS]
+    plan = _Plan.of(head, rows.shape[0])
+    one_chunk = _chunk if plan.fold else whole_rows.chunk
+    rows, targets = plan.filled(rows.astype(mx.float32)), plan.filled(targets)
+    for part in plan.chunks:
+        some = rows[part]
         if values:  # one chunk after the other
-            part = mx.depends(part, [values[-1], *slopes[-1:]])
-        value, slope, square = _chunk(part, targets[start : start + ROWS], head, grad, collisions)
+            some = mx.depends(some, [values[-1], *slopes[-1:]])
+        value, slope, square = one_chunk(some, targets[part], plan.head, grad, collisions)
         values.append(value)
         if slope is not None:
             slopes.append(slope)
         squares.append(square)
-    joined = mx.concatenate(squares) if collisions else None
-    return Tiled(mx.concatenate(values), mx.concatenate(slopes) if grad else None, joined)
+    return Tiled(
+        plan.joined(values),
+        plan.joined(slopes) if grad else None,
+        plan.joined(squares) if collisions else None,
+    )
 
 
 def tiled_logps_and_kl(
@@ -139,19 +72,55 @@ def tiled_logps_and_kl(
     rows, ref_rows: [R, D], targets: [R] int. Returns: values [2, R], slopes [2, R, D] or empty.
     """
     values, slopes, squares = [], [], []
-    for start in range(0, rows.shape[0], ROWS):
-        part = slice(start, start + ROWS)
+    plan = _Plan.of(head, rows.shape[0])
+    one_chunk = _chunk_with_kl if plan.fold else whole_rows.chunk_with_kl
+    rows, ref_rows = (plan.filled(array.astype(mx.float32)) for array in (rows, ref_rows))
+    targets = plan.filled(targets)
+    for part in plan.chunks:
         first = rows[part]
         if values:  # one chunk after the other
             first = mx.depends(first, [values[-1], slopes[-1]])
-        value, slope, square = _chunk_with_kl(
-            first, ref_rows[part], targets[part], head, grad, collisions
+        value, slope, square = one_chunk(
+            first, ref_rows[part], targets[part], plan.head, grad, collisions
         )
         values.append(value)
         slopes.append(slope)
         squares.append(square)
-    joined = mx.concatenate(squares) if collisions else None
-    return Tiled(mx.concatenate(values, axis=1), mx.concatenate(slopes, axis=1), joined)
+    joined = plan.joined(squares) if collisions else None
+    return Tiled(plan.joined(values, axis=1), plan.joined(slopes, axis=1), joined)
+
+
+class _Plan(NamedTuple):
+    """How the rows are cut here: few of them with all logits, or more, a tile of logits each."""
+
+    head: LinearHead  # what is widened once for all chunks is
+    fold: bool
+    rows: int
+    chunks: list[slice]
+    filler: int  # rows at the end that nobody asked for: chunks of few sizes use buffers again
+
+    @classmethod
+    def of(cls, head: LinearHead, rows: int) -> _Plan:
+        """A half-precision matrix is folded everywhere: only a tile of it is widened at once."""
+        here = device.here()
+        fold = here.fold or head.half
+        step, filler = here.vocab_rows, -rows % here.bucket
+        if not fold:
+            step = here.row_elements // head.vocab_size
+            step = max(1, step - step % here.bucket)
+        chunks = [slice(start, start + step) for start in range(0, rows + filler, step)]
+        return cls(head if head.half else head.widened(), fold, rows, chunks, filler)
+
+    def filled(self, array: mx.array) -> mx.array:
+        if not self.filler:
+            return array
+        return mx.pad(array, [(0, self.filler)] + [(0, 0)] * (array.ndim - 1))
+
+    def joined(self, parts: list[mx.array], axis: int = 0) -> mx.array:
+        whole = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
+        if not self.filler:
+            return whole
+        return whole[: self.rows] if axis == 0 else whole[:, : self.rows]
 
 
 def _chunk(
@@ -160,11 +129,12 @@ def _chunk(
     sums = _Sums.start(rows.shape[0])
     picked = mx.zeros((rows.shape[0],))
     square = mx.zeros((rows.shape[0],))  # of exp(logits - top), summed; 0 unless asked for
-    for start in range(0, head.vocab_size, TILE):
-        tile = head.tile(slice(start, start + TILE))
+    columns = device.here().vocab_columns
+    for start in range(0, head.vocab_size, columns):
+        tile = head.tile(slice(start, start + columns)).widened()
         done = [*sums, picked, square] if collisions else [*sums, picked]
         after = mx.depends(rows, done) if start else rows  # one after the other
-        logits = tile(after).astype(mx.float32)  # [r, TILE]
+        logits = tile(after)  # [r, tile]
         before = sums.top
         sums, parts = sums.add_and_parts(
             logits, lambda parts, t=tile, x=logits: t.back(parts, x) if grad else None
@@ -173,7 +143,7 @@ def _chunk(
             square = _add_squares(square, parts, before, sums.top)
         picked = _pick(picked, logits, targets - start)
     values = picked - sums.log()
-    slopes = _rows_of(head, targets, picked) - sums.mean() if grad else None
+    slopes = head.slope_of(targets, picked) - sums.mean() if grad else None
     return values, slopes, mx.log(square) - 2.0 * mx.log(sums.total)
 
 
@@ -195,12 +165,13 @@ def _chunk_with_kl(
     policy, ref, picked = _Sums.start(n), _Sums.start(n), mx.zeros((n,))
     cross = mx.zeros((n,))  # of exp(ref logits - ref top) times (ref - policy logits)
     square = mx.zeros((n,))
-    for start in range(0, head.vocab_size, TILE):
-        tile = head.tile(slice(start, start + TILE))
+    columns = device.here().vocab_columns
+    for start in range(0, head.vocab_size, columns):
+        tile = head.tile(slice(start, start + columns)).widened()
         done = [*policy, *ref, picked, cross, *([square] if collisions else [])]
         after = mx.depends(rows, done) if start else rows
-        logits = tile(after).astype(mx.float32)  # [r, TILE]
-        ref_logits = tile(mx.depends(ref_rows, [after])).astype(mx.float32)
+        logits = tile(after)  # [r, tile]
+        ref_logits = tile(mx.depends(ref_rows, [after]))
 
         def back(parts: mx.array, t=tile, x=logits) -> mx.array | None:
             return t.back(parts, x) if grad else None  # both pull on the policy's rows
@@ -219,7 +190,7 @@ def _chunk_with_kl(
     if not grad:
         return values, mx.zeros((2, n, 0)), log_collisions
     mean = policy.mean()
-    slopes = mx.stack([_rows_of(head, targets, picked) - mean, mean - ref.mean()])
+    slopes = mx.stack([head.slope_of(targets, picked) - mean, mean - ref.mean()])
     return values, slopes, log_collisions
 
 
@@ -235,7 +206,7 @@ class _Sums(NamedTuple):
         return cls(mx.full((n,), -mx.inf), mx.zeros((n,)), mx.zeros((n, 1)))
 
     def add_and_parts(self, logits: mx.array, back: Back) -> tuple[_Sums, mx.array]:
-        """With a tile [r, TILE] more, and the tile's exp(logits - top)."""
+        """With a tile [r, tile] more, and the tile's exp(logits - top)."""
         top = mx.maximum(self.top, logits.max(axis=-1))
         shrink, parts = mx.exp(self.top - top), exp_below(logits, top[:, None])
         slope = back(parts)
@@ -256,17 +227,3 @@ def _pick(picked: mx.array, logits: mx.array, local: mx.array) -> mx.array:
     inside = (local >= 0) & (local < logits.shape[-1])
     column = mx.clip(local, 0, logits.shape[-1] - 1)[:, None]
     return mx.where(inside, mx.take_along_axis(logits, column, axis=-1).squeeze(-1), picked)
-
-
-def _rows_of(head: LinearHead, targets: mx.array, logits: mx.array) -> mx.array:
-    """d logits[target] / d rows. targets, logits: [r] -> [r, D] float32."""
-    weight = mx.take(head.weight, targets, axis=0)
-    packing = head.packing
-    if packing is not None:
-        biases = None if packing.biases is None else mx.take(packing.biases, targets, axis=0)
-        scales = mx.take(packing.scales, targets, axis=0)
-        weight = mx.dequantize(
-            weight, scales, biases, packing.group_size, packing.bits, packing.mode
-        )
-    slope = weight.astype(mx.float32) * head.scale
-    return slope * (1.0 - (logits / head.cap) ** 2)[:, None] if head.cap else slope

@@ -7,14 +7,13 @@ that is the default anyway.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import mlx.core as mx
 
-MOST = 4
+from fpo_mlx.machine import device
 
 
 @cache
@@ -23,12 +22,8 @@ def _streams(count: int) -> list[mx.Stream]:
 
 
 def count() -> int:
-    """Number of CPU streams to use: one per core, fewer where the BLAS has fewer threads."""
-    if mx.default_device() != mx.cpu:
-        return 1
-    limits = [os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")]
-    allowed = [int(limit) for limit in limits if limit.isdigit() and int(limit) > 0]
-    return min([MOST, os.cpu_count() or 1, *allowed])
+    """Number of streams to use."""
+    return device.here().streams
 
 
 @contextmanager

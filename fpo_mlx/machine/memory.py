@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from fpo_mlx.machine.device import Device
+
 FLOAT = 4  # bytes: adapters, optimizer state, log-probs and SAE arithmetic are float32
 # Fitted to measured peaks (scripts/bench/plan.py):
 # arrays of each width that a block keeps for its backward pass: hidden, query, keys, MLP
@@ -18,7 +20,7 @@ KEPT = {"hidden": 4.8, "query": 0.4, "keys": 3.0, "inner": 4.7}
 SCORES = 1.2  # the same for attention weights, where attention has no fused kernel
 FORWARD = {"hidden": 4.0, "inner": 4.0}  # the same in work without gradient
 FORWARD_SCORES = 2.5
-AHEAD = 10  # tiles alive at once: the device allocates for operations that still wait
+WHOLE_ARRAYS = 3.0  # logits of whole rows, their slopes, and what is in work
 TILE_ARRAYS = 2.6  # arrays of a tile's size, where there are fewer tiles than that
 FEATURE_VECTORS = 20  # of length F, for each response
 KL_TILES = 2.0  # times the tiles of logits, where the reference's are there too
@@ -52,6 +54,7 @@ class ModelShape:
     value_bytes: int  # of an activation
     shares_prompt: bool = True
     fused_attention: bool = False  # a kernel that never writes the scores
+    window: int | None = None  # positions beyond it need a mask array, which no kernel fuses
 
     @property
     def query(self) -> int:
@@ -77,11 +80,22 @@ class SaeShape:
 
 @dataclass(frozen=True)
 class Tiles:
-    """What the loss and the pooling hold at once; the constants of `core`."""
+    """What the loss and the pooling hold at once, of a `machine.device.Device`."""
 
     vocab_columns: int
     vocab_rows: int
     pool_elements: int
+    ahead: int = 10  # alive at once: the device allocates for operations that still wait
+    row_elements: int | None = None  # logits of whole rows at once; None: tiles are folded
+    cache: int = 0  # bytes of freed buffers that are kept
+
+    @staticmethod
+    def of(here: Device) -> Tiles:
+        whole = None if here.fold else here.row_elements
+        return Tiles(
+            here.vocab_columns, here.vocab_rows, here.pool_elements, here.ahead, whole,
+            here.cache_limit or 0,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,7 @@ class Setup:
     kl: bool = False
     stop_gradient: bool = True
     top_k: int = 50
+    forward: bool = False  # the gradient comes from two passes without one
 
 
 @dataclass(frozen=True)
@@ -161,10 +176,10 @@ def train_terms(
     rows = lengths.rows * setup.micro_batch_size
     state = FLOAT * setup.adapter_parameters
     gradients = 2 if setup.batch_size > setup.micro_batch_size else 1
-    kept = sum(_kept(model, setup, call) for call in calls)
-    heaviest = max(calls, key=lambda call: _block(model, call))
-    work = (WORK_AGAIN if setup.grad_checkpoint else WORK) * _block(model, heaviest)
-    loss = _head(model, tiles, rows, grad=True, kl=setup.kl)
+    kept, work = _work_without(model, calls) if setup.forward else _work(model, setup, calls)
+    if setup.forward:
+        gradients = 4  # the direction, both sides, and the gradient made of them
+    loss = _head(model, tiles, rows, grad=not setup.forward, kl=setup.kl)
     pooling = sum(_pool(sae, tiles, rows, 2 * setup.micro_batch_size) for sae in saes)
     terms = [
         Term("model weights", model.weights),
@@ -174,8 +189,22 @@ def train_terms(
         Term("kept for the backward pass", kept),
         Term("block in work, loss or pooling", max(work, loss, pooling)),
         Term("other", BASE + _columns(saes, setup)),
+        *([Term("freed buffers kept", tiles.cache)] if tiles.cache else []),
     ]
     return sorted(terms, key=lambda term: -term.bytes)
+
+
+def _work(model: ModelShape, setup: Setup, calls: Sequence[Pass]) -> tuple[float, float]:
+    """(kept for the backward pass, the block in work)."""
+    heaviest = max(calls, key=lambda call: _block(model, call))
+    work = (WORK_AGAIN if setup.grad_checkpoint else WORK) * _block(model, heaviest)
+    return sum(_kept(model, setup, call) for call in calls), work
+
+
+def _work_without(model: ModelShape, calls: Sequence[Pass]) -> tuple[float, float]:
+    """The same without a backward pass: keys and values of the first response's pass."""
+    prefix = model.keys * calls[0].tokens * model.blocks if model.shares_prompt else 0
+    return prefix * model.value_bytes, max(_forward(model, call) for call in calls)
 
 
 def precompute_terms(
@@ -193,6 +222,7 @@ def precompute_terms(
         Term("keys and values of the first response's pass", prefix * model.value_bytes),
         Term("block in work, loss or pooling", max(work, loss, pooling)),
         Term("other", BASE),
+        *([Term("freed buffers kept", tiles.cache)] if tiles.cache else []),
     ]
     return sorted(terms, key=lambda term: -term.bytes)
 
@@ -219,7 +249,7 @@ def _forward(model: ModelShape, call: Pass) -> float:
 
 
 def _scores(model: ModelShape, call: Pass) -> float:
-    if model.fused_attention:
+    if model.fused_attention and not (model.window and call.seen > model.window):
         return 0.0
     return model.value_bytes * model.heads * call.n * call.new * call.seen
 
@@ -236,9 +266,12 @@ def _kept(model: ModelShape, setup: Setup, call: Pass) -> float:
 def _head(model: ModelShape, tiles: Tiles, rows: int, *, grad: bool, kl: bool) -> float:
     """The loss: a few tiles of logits, and the rows' gradients."""
     slopes = rows * model.hidden * FLOAT * (3 if grad else 0)
-    tile = min(rows, tiles.vocab_rows) * tiles.vocab_columns
-    arrays = min(AHEAD, TILE_ARRAYS * model.vocab / tiles.vocab_columns)
     sides = KL_TILES if kl else 1.0
+    if tiles.row_elements is not None:
+        tile, arrays = min(rows * model.vocab, tiles.row_elements), WHOLE_ARRAYS
+    else:
+        tile = min(rows, tiles.vocab_rows) * tiles.vocab_columns
+        arrays = min(tiles.ahead, TILE_ARRAYS * model.vocab / tiles.vocab_columns)
     return sides * (FLOAT * arrays * tile + slopes)
 
 
@@ -246,7 +279,7 @@ def _pool(sae: SaeShape, tiles: Tiles, rows: int, responses: int) -> float:
     """Pooling: tiles of activations, and vectors of length F per response."""
     everything = rows * sae.features
     tile = min(tiles.pool_elements, everything)
-    arrays = min(AHEAD, TILE_ARRAYS * everything / tile)
+    arrays = min(tiles.ahead, TILE_ARRAYS * everything / tile)
     return FLOAT * (arrays * tile + FEATURE_VECTORS * responses * sae.features)
 
 
@@ -265,6 +298,8 @@ def train_flops(
     """Of one pair: forward everywhere, backward from the first adapted block on."""
     behind = (model.blocks - setup.first_adapted) / model.blocks  # share of the blocks
     rounds = 1 + behind * (2 if setup.grad_checkpoint else 1) + setup.kl
+    if setup.forward:
+        rounds = 2.0 * (1 + setup.kl)
     body = sum(_body(model, call) for call in passes(lengths, share_prompt=model.shares_prompt))
     head = 2.0 * lengths.rows * model.hidden * model.vocab * (4 if setup.kl else 2)
     return body * rounds + head + sum(_encode(sae, lengths) for sae in saes)
@@ -339,9 +374,12 @@ def changes(case: Case) -> list[tuple[str, Case]]:
     if setup.micro_batch_size > 1:
         case = replace(case, setup=replace(setup, micro_batch_size=1))
         ways.append(("--micro-batch-size 1 (slower, the same result)", case))
-    if not case.setup.grad_checkpoint:
+    if not case.setup.grad_checkpoint and not setup.forward:
         case = replace(case, setup=replace(case.setup, grad_checkpoint=True))
         ways.append(("--grad-checkpoint (slower, the same result)", case))
+    if not setup.forward:
+        way = replace(case, setup=replace(case.setup, forward=True))
+        ways.append(("or --gradient forward (the memory of inference, many more updates)", way))
     now_adapted = setup.last_adapted - setup.first_adapted + 1
     ways += [
         (f"and {n} adapted blocks (--num-layers {n})", fewer(case, n))

@@ -15,7 +15,7 @@ from mlx.utils import tree_unflatten
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.machine.upstream import leaning_on
 from fpo_mlx.model.taps import swap_call
-from fpo_mlx.model.trees import arrays_of, blocks_of, read_arrays
+from fpo_mlx.model.trees import ADAPTED, arrays_of, blocks_of, read_arrays
 from fpo_mlx.records import Site
 from fpo_mlx.storage import files
 from fpo_mlx.storage.adapter_files import CONFIG as CONFIG
@@ -31,7 +31,7 @@ from fpo_mlx.storage.adapter_files import (
 )
 from fpo_mlx.storage.adapter_files import WEIGHTS as WEIGHTS
 
-LEAVES = ("lora_a", "lora_b", "m")
+LEAVES = ADAPTED
 
 
 @dataclass(frozen=True)

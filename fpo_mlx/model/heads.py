@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from fpo_mlx.core.linear_head import LinearHead, Packing
 from fpo_mlx.core.logprobs import Head
-from fpo_mlx.core.vocabulary import LinearHead, Packing
 from fpo_mlx.errors import ModelError
 from fpo_mlx.model.taps import swap_call
-from fpo_mlx.model.trees import blocks_of
+from fpo_mlx.model.trees import blocks_of, float_dtype
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 LINEARS = (nn.Linear, nn.QuantizedLinear)
@@ -92,7 +92,7 @@ def find_head(model: nn.Module, backbone: nn.Module, config: Mapping[str, Any]) 
     for module in sorted(modules, key=lambda m: isinstance(m, EMBEDDINGS)):  # output layers first
         plain, width = _head_of(module)
         rows = mx.random.normal((4, width), key=mx.random.key(0))
-        rows = (rows * mx.array([[1.0], [1.0], [30.0], [30.0]])).astype(plain.dtype)
+        rows = (rows * mx.array([[1.0], [1.0], [30.0], [30.0]])).astype(float_dtype(model))
         try:
             wanted = replayed(rows).astype(mx.float32)
         except ValueError:  # of another width: Gemma 4 has a second embedding of the vocabulary

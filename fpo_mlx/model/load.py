@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from fpo_mlx.errors import ModelError
+from fpo_mlx.machine import device
 from fpo_mlx.model.trees import cast_floats, float_dtype
 from fpo_mlx.storage.hub import resolve_model
 
@@ -56,13 +57,12 @@ def load_model(spec: str | Path, *, trust_remote_code: bool = False) -> LoadedMo
     loaded = read_model(spec, trust_remote_code=trust_remote_code)
     model = loaded.model
     notes: list[str] = []
-    if mx.default_device() == mx.cpu:
+    if device.here().widen:
         count = dequantize(model)
         if count:
             notes.append(f"CPU: {count} quantised layers were dequantised to float32 at load")
         cast_floats(model, mx.float32)
-    elif mx.metal.is_available():  # keep the weights resident, as mlx-lm does
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    device.bound_cache()
     model.freeze()
     model.eval()
     mx.eval(model.parameters())

@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from fpo_mlx.errors import ModelError, SaeError
+from fpo_mlx.machine import device
 from fpo_mlx.machine.upstream import leaning_on
 from fpo_mlx.model.heads import split, vocab_size
 from fpo_mlx.model.taps import (
@@ -27,7 +28,7 @@ from fpo_mlx.model.taps import (
     unfinish,
     without,
 )
-from fpo_mlx.model.trees import blocks_of
+from fpo_mlx.model.trees import blocks_of, float_dtype
 from fpo_mlx.records import Projection, Site, TokenPair
 
 Splice = Callable[[mx.array], mx.array]  # [n, D_in] -> [n, D_in]
@@ -101,6 +102,7 @@ class Policy:
         self.vocab_size = vocab_size(model, config)
         self.norm_eps = float(text.get("rms_norm_eps") or 1e-6)
         self._residual = float(text.get("residual_multiplier") or 1.0)
+        self.dtype = float_dtype(model)  # that the model computes in
         self._caches = plain_caches(model)
         self.shares_prompt = share_prompt and self._caches > 0
         if grad_checkpoint:  # before the taps, which must lie outside
@@ -227,8 +229,12 @@ class _all_recording:
 
 
 def pad(sequences: Sequence[np.ndarray]) -> mx.array:
-    """Right-pad token sequences to the longest -> int32 [n, L]. What fills is never looked at."""
-    out = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int32)
+    """Right-pad token sequences to the longest -> int32 [n, L]. What fills is never looked at.
+
+    On a GPU to a multiple of the device's bucket: arrays of few sizes use freed buffers again.
+    """
+    longest, bucket = max(map(len, sequences)), device.here().bucket
+    out = np.zeros((len(sequences), -(-longest // bucket) * bucket), dtype=np.int32)
     for row, tokens in zip(out, sequences, strict=True):
         row[: len(tokens)] = tokens
     return mx.array(out)

@@ -11,6 +11,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from fpo_mlx.machine.upstream import leaning_on
 
+ADAPTED = ("lora_a", "lora_b", "m")  # an adapter's own arrays
+
 
 def arrays_of(tree: Any) -> list[tuple[str, mx.array]]:
     """(path, array) of every leaf of a module's parameters or an optimizer's state."""
@@ -31,9 +33,26 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def float_dtype(model: nn.Module) -> mx.Dtype:
-    """Of the first floating-point parameter (or scale): what the model was published in."""
-    kinds = (array.dtype for _, array in arrays_of(model.parameters()))
+    """Of the first floating-point parameter (or scale): what the model was published in.
+
+    Adapters are float32 whatever the model is.
+    """
+    named = arrays_of(model.parameters())
+    kinds = (array.dtype for name, array in named if name.split(".")[-1] not in ADAPTED)
     return next(kind for kind in kinds if mx.issubdtype(kind, mx.floating))
+
+
+def value_count(root: Any, name: str, array: mx.array) -> int:
+    """Values that a stored array stands for; scales and biases of a packing stand for none."""
+    *path, leaf = name.split(".")
+    owner = root
+    for part in path:
+        owner = owner[int(part)] if isinstance(owner, list) else owner[part]
+    if not hasattr(owner, "bits"):
+        return array.size
+    if leaf in ("scales", "biases"):
+        return 0
+    return array.size * 32 // owner.bits if array.dtype == mx.uint32 else array.size
 
 
 def cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -31,6 +31,9 @@ def cache_info(folder: Path) -> dict[str, Any]:
     }
 
 
+TOLERANCE, HALF_TOLERANCE = 0.01, 0.05  # relative; a healthy half-precision cache reached 0.028
+
+
 def cache_verify(
     config: RunConfig,
     folder: Path,
@@ -39,10 +42,13 @@ def cache_verify(
     backend: str,
     device: str | None,
     sample: int,
-    tolerance: float,
+    tolerance: float | None,
     say: Say,
 ) -> VerifyReport:
-    """Score a sample of the data's pairs anew. Raises FpoError when they differ from the cache."""
+    """Score a sample of the data's pairs anew. Raises FpoError when they differ from the cache.
+
+    tolerance: default `TOLERANCE`, or `HALF_TOLERANCE` where either side is in half precision.
+    """
     job = open_job(config, adapter=adapter, say=say, backend=backend, device=device)
     identity = as_kept(folder, job, say)
     store = cache.open_cache(folder, identity)
@@ -55,6 +61,9 @@ def cache_verify(
         return [(_kept(a, keep), _kept(b, keep)) for a, b in engine.score(group)]
 
     report = cache.verify_rows(store, pairs, score, sample=sample)
+    if tolerance is None:
+        half = store.half or engine.dtype != "float32"
+        tolerance = HALF_TOLERANCE if half else TOLERANCE
     largest = max(report.logp_relative, report.feature_relative)
     if not largest <= tolerance:
         raise FpoError(

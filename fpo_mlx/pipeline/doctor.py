@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 import urllib.error
@@ -17,6 +18,7 @@ from typing import Literal
 
 from fpo_mlx import __version__
 from fpo_mlx.machine import blas, upstream
+from fpo_mlx.machine import device as machine
 from fpo_mlx.storage.paths import cache_root
 
 Level = Literal["ok", "note", "problem"]
@@ -43,7 +45,7 @@ def examine(hub_seconds: float = 3.0) -> list[Finding]:
 
     hub_seconds: how long to wait for the model hub; 0 leaves the network alone.
     """
-    findings = [*versions(), blas_library(), *device()]
+    findings = [*versions(), *platform_of(), blas_library(), *device()]
     if hub_seconds > 0:
         findings.append(hub(hub_seconds))
     return [*findings, compiler(), disk(), *caches(), reference_caches()]
@@ -93,13 +95,19 @@ def device() -> list[Finding]:
     try:
         import mlx.core as mx
     except ImportError as e:
-        wanted = "mlx" if sys.platform == "darwin" else "mlx[cpu]"
         text = f"MLX cannot be imported: {e}"
-        return [Finding("device", text, "problem", f"pip install '{wanted}'")]
+        return [Finding("device", text, "problem", _how_to_get_mlx())]
+    if machine.backend() == "cuda":
+        return _cuda_card()
     if not mx.metal.is_available():
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         text = f"CPU ({platform.machine()}, {cores} cores): no Metal here"
         advice = "Right, but slow: Apple silicon is what this is made for."
+        if shutil.which("nvidia-smi"):
+            advice = (
+                "Right, but slow. For the NVIDIA card: a new environment with "
+                "pip install 'fpo-mlx[cuda13]'"
+            )
         return [Finding("device", text, "note", advice), _cpu_memory(), _cpu_speed()]
     info = mx.device_info()
     limit = float(info.get("max_recommended_working_set_size", 0))
@@ -109,6 +117,57 @@ def device() -> list[Finding]:
         Finding("memory", f"{total / GB:.1f} GB unified"),
         _wired_limit(limit, total),
     ]
+
+
+def _how_to_get_mlx() -> str:
+    if sys.platform == "darwin":
+        return "pip install mlx, with a Python for arm64 on macOS 14 or newer"
+    return (
+        "pip install 'mlx[cpu]', or 'mlx[cuda13]' for an NVIDIA card with its driver; one of them "
+        "in an environment, not both"
+    )
+
+
+def _cuda_card() -> list[Finding]:
+    info = machine.info()
+    name, kind = info.get("device_name", "GPU"), info.get("architecture", "")
+    return [
+        Finding("device", f"{name} through CUDA ({kind})"),
+        Finding("memory", f"{machine.memory() / GB:.1f} GB on the card"),
+    ]
+
+
+def platform_of() -> list[Finding]:
+    """What MLX cannot run on: Intel, Rosetta, an old macOS; and two of its backends at once."""
+    found = []
+    if sys.platform == "darwin" and platform.machine() != "arm64":
+        rosetta = _translated()
+        text = (
+            "this Python is for Intel and runs under Rosetta; MLX has no build for it"
+            if rosetta
+            else "an Intel Mac; MLX runs on Apple silicon only"
+        )
+        advice = "Install a Python for arm64 (python.org, uv, Homebrew in /opt/homebrew)."
+        found.append(Finding("platform", text, "problem", advice if rosetta else ""))
+    elif sys.platform == "darwin" and int(platform.mac_ver()[0].partition(".")[0] or 14) < 14:
+        text = f"macOS {platform.mac_ver()[0]}; MLX needs 14 or newer"
+        found.append(Finding("platform", text, "problem", "Update macOS."))
+    backends = [name for name in ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13") if _version(name)]
+    if len(backends) > 1:
+        text = f"{' and '.join(backends)} are both installed and overwrite each other's library"
+        advice = "Make a new environment with one of the extras cpu, cuda12 and cuda13."
+        found.append(Finding("platform", text, "problem", advice))
+    return found
+
+
+def _translated() -> bool:
+    """Whether this process runs under Rosetta."""
+    command = ["sysctl", "-n", "sysctl.proc_translated"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return done.stdout.strip() == "1"
 
 
 def gflops(size: int = 1024, repeats: int = 3) -> float:

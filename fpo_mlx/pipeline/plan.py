@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from fpo_mlx.cache import CacheIdentity
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.machine import device
 from fpo_mlx.machine import memory as model_of
 from fpo_mlx.machine.memory import Case, Lengths, ModelShape, SaeShape, Setup, Term, Tiles
 from fpo_mlx.pipeline.job import Job, Say, need_model, open_saes, open_tokenizer, read_pairs
@@ -20,7 +19,7 @@ from fpo_mlx.pipeline.policy import Outline, outline_of, put_adapters
 from fpo_mlx.records import SaeWeights, TokenPair
 from fpo_mlx.storage.hub import read_config, resolve_model
 
-CGROUP = Path("/sys/fs/cgroup/memory.max")
+FUSED_HEADS = (64, 72, 80, 96, 128, 192, 256, 512)  # of the fused backward pass in MLX 0.32.4
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def plan(config: RunConfig, *, memory_gb: float | None = None, say: Say) -> Plan
     pairs = read_pairs(job, "train", say) if config.data.data else []
     lengths = lengths_of(pairs) if pairs else _assumed(config, say)
     case = case_of(job, lengths)
-    memory = machine_memory() if memory_gb is None else memory_gb * 1e9
+    memory = device.memory() if memory_gb is None else memory_gb * 1e9
     speed = doctor.gflops()
     train = _train_plan(case, lengths, config, len(pairs), memory, speed)
     first = _precompute_plan(case, lengths, len(pairs), memory, speed)
@@ -113,7 +112,6 @@ def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None
 
     outline: of the model, without adapters yet; it has them afterwards.
     """
-    from fpo_mlx.core import features, vocabulary
     from fpo_mlx.model import adapters
 
     t, o, ref = job.config.train, job.config.objective, job.config.reference
@@ -128,8 +126,9 @@ def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None
         sum(array.size for _, array in adapters.parameters(model)),
         t.optimizer, t.micro_batch_size, t.batch_size * t.grad_accumulation_steps,
         t.grad_checkpoint, o.constraint == "kl", o.stop_gradient, o.top_k,
+        t.gradient == "forward",
     )  # fmt: skip
-    tiles = Tiles(vocabulary.TILE, vocabulary.ROWS, features.ENCODE_ELEMENTS)
+    tiles = Tiles.of(device.here())
     saes = tuple(_sae_shape(sae) for sae in job.saes) if o.pooled else ()
     return Case(shape, saes, setup, tiles, model_of.heaviest(lengths))
 
@@ -142,38 +141,50 @@ def _sae_shape(sae: SaeWeights) -> SaeShape:
 
 def shape_of(model: Any, config: Mapping[str, Any], *, share_prompt: bool) -> ModelShape:
     """Of a model of mlx-lm without adapters, whose weights need not have been read."""
-    import mlx.core as mx
-
     from fpo_mlx.model.heads import vocab_size
     from fpo_mlx.model.policy import plain_caches
-    from fpo_mlx.model.trees import arrays_of, blocks_of, float_dtype
+    from fpo_mlx.model.trees import arrays_of, blocks_of, float_dtype, value_count
 
-    cpu = mx.default_device() == mx.cpu  # there load_model makes float32 of everything
+    here = device.here()
     arrays = arrays_of(model.parameters())
     stated = _stated(model, config)
     hidden, heads = int(stated["hidden_size"]), int(stated.get("num_attention_heads") or 1)
+    head_dim = int(stated.get("head_dim") or hidden // heads)
     experts = _experts_share(stated)
     blocks = blocks_of(model)
     parameters = sum(
-        _values(blocks[0], name, array) * (experts if "switch" in name else 1)
+        value_count(blocks[0], name, array) * (experts if "switch" in name else 1)
         for name, array in arrays_of(blocks[0].parameters())
     )
     stored = sum(array.nbytes for _, array in arrays)
-    widened = 4 * sum(_values(model, name, array) for name, array in arrays)
+    widened = 4 * sum(value_count(model, name, array) for name, array in arrays)
     return ModelShape(
         blocks=len(blocks),
         hidden=hidden,
         heads=heads,
         kv_heads=int(stated.get("num_key_value_heads") or heads),
-        head_dim=int(stated.get("head_dim") or hidden // heads),
+        head_dim=head_dim,
         inner=_inner(stated, hidden),
         vocab=vocab_size(model, stated),
-        weights=widened if cpu else stored,
+        weights=widened if here.widen else stored,
         block_parameters=round(parameters),
-        value_bytes=4 if cpu else float_dtype(model).size,
+        value_bytes=4 if here.widen else float_dtype(model).size,
         shares_prompt=share_prompt and plain_caches(model) > 0,
-        fused_attention=not cpu,
+        fused_attention=here.gpu and _fuses(blocks[0], head_dim),
+        window=int(stated.get("sliding_window") or 0) or None,
     )
+
+
+def _fuses(block: Any, head_dim: int) -> bool:
+    """Whether the model's code asks for MLX's fused attention, and MLX has it for these heads.
+
+    Gemma 2 makes its scores by hand: they are capped.
+    """
+    import inspect
+    import sys
+
+    code = inspect.getsource(sys.modules[type(block).__module__])
+    return "scaled_dot_product_attention(" in code and head_dim in FUSED_HEADS
 
 
 def _stated(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,21 +193,6 @@ def _stated(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     for part in (model, getattr(model, "language_model", None)):
         found |= vars(getattr(part, "args", None) or SimpleNamespace())
     return found | {name: value for name, value in config.items() if value is not None}
-
-
-def _values(root: Any, name: str, array: Any) -> int:
-    """Values that a stored array stands for; scales and biases of a packing stand for none."""
-    import mlx.core as mx
-
-    *path, leaf = name.split(".")
-    owner = root
-    for part in path:
-        owner = owner[int(part)] if isinstance(owner, list) else owner[part]
-    if not hasattr(owner, "bits"):
-        return array.size
-    if leaf in ("scales", "biases"):
-        return 0
-    return array.size * 32 // owner.bits if array.dtype == mx.uint32 else array.size
 
 
 def _experts_share(config: Mapping[str, Any]) -> float:
@@ -210,19 +206,6 @@ def _inner(config: Mapping[str, Any], hidden: int) -> int:
     inner = config.get("moe_intermediate_size") or config.get("intermediate_size") or 4 * hidden
     used = config.get("num_experts_per_tok") or 1
     return int(inner) * int(used)
-
-
-def machine_memory() -> float:
-    """Bytes that MLX may use here: Metal's recommended working set, or the machine's memory."""
-    import mlx.core as mx
-
-    if mx.metal.is_available():
-        return float(mx.device_info()["max_recommended_working_set_size"])
-    whole = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    try:
-        return min(whole, float(CGROUP.read_text()))
-    except (OSError, ValueError):  # no such limit, or "max"
-        return whole
 
 
 def _terms(case: Case, lengths: Lengths) -> list[Term]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fpo_mlx import cache
 from fpo_mlx.config import RunConfig
+from fpo_mlx.machine import device as machine
+from fpo_mlx.machine.processes import find_share
 from fpo_mlx.pipeline.job import Say, has_split, open_job
 from fpo_mlx.pipeline.prepared import read_splits
 from fpo_mlx.pipeline.store import OnFill, check_keep, default_cache, fill_cache
@@ -54,7 +57,8 @@ def precompute(
     splits = read_splits(config, job.tokenizer, names, say, doctor=True)
     pairs = [pair for name in names for pair in splits[name]]
     folder = output or default_cache(job.identity)
-    store = fill_cache(job, pairs, folder=folder, say=say, progress=progress)
+    with machine.resident(config.reference.wired_share, find_share(os.environ).world):
+        store = fill_cache(job, pairs, folder=folder, say=say, progress=progress)
     left_out = ()
     if keep_features is not None:
         about = cache.info(folder)

@@ -177,9 +177,8 @@ def _stored(setup: Setup, folder: Path, about: dict[str, str], say: Say) -> Any:
 
 
 def _rule(setup: Setup) -> Any:
-    import mlx.core as mx
-
     from fpo_mlx.core.dictionary import Rule
+    from fpo_mlx.machine import device
 
     config, sizes = setup.config, setup.sizes
     return Rule(
@@ -188,7 +187,7 @@ def _rule(setup: Setup) -> Any:
         sizing.prefixes(config, sizes.width),
         bandwidth=config.bandwidth,
         aux_k=sizes.aux_k,
-        sparse=mx.default_device() == mx.cpu,
+        sparse=device.here().sparse_decode,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from fpo_mlx.cache import ReferenceCache
 from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import weights_fingerprint
 from fpo_mlx.errors import CacheMismatch, ConfigError
+from fpo_mlx.machine import device
+from fpo_mlx.machine.processes import find_share
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job
 from fpo_mlx.pipeline.plan import predicted_peak
 from fpo_mlx.pipeline.policy import open_policy, outline_of
@@ -51,6 +54,18 @@ def train(
     begin: called with the number of iterations before the first one; install_stop: called when
     training proper begins.
     """
+    processes = find_share(os.environ).world
+    with device.resident(config.reference.wired_share, processes):
+        yield from _train(config, say, progress, install_stop, begin)
+
+
+def _train(
+    config: RunConfig,
+    say: Say,
+    progress: OnFill,
+    install_stop: InstallStop,
+    begin: Callable[[int], None],
+) -> Iterator[Report]:
     ready = _make_ready(config, install_stop, say, progress)
     trainer, out = ready.trainer, ready.out
     begin(trainer.total)
@@ -109,6 +124,7 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     agree = _agreement(ranks)
     store = reference_of(job, [*pairs, *valid], say, progress, other_weights=True, agree=agree)
     scorer, adapter_config = open_policy(job, outline.spec, say=say)
+    scorer.half |= store.half
     out = AdapterFolder(place, adapter_config) if ranks.first else NoFolder(place)
     scored, held_out = (ScoredPairs(part, CachedScores(store, part)) for part in (pairs, valid))
     trainer = Trainer(scorer, scored, held_out if valid else None, t, out, install_stop(), ranks)
@@ -176,12 +192,15 @@ def _compare_weights(trainer: Trainer, store: ReferenceCache, say: Say) -> None:
 
     Raises: CacheMismatch when that is more than --max-start-gap.
     """
+    from fpo_mlx.train import guard
+
     old, new = store.differences["model"]
     (gap, apart), bound = trainer.start_gaps(), trainer.config.max_start_gap
+    bound *= guard.HALF_WIDER if trainer.scorer.half else 1.0
     found = (
         f"{store.folder} was made with other weights than this run's (model: cache {old}, this "
-        f"run {new}). At step 0 |u| / beta is up to {gap:.3g} nats, and log-probs differ by up to "
-        f"{apart:.3g} nats a token"
+        f"run {new}). At step 0 |u| / beta is up to {gap:.3g}, and log-probs differ by up to "
+        f"{apart:.3g} nats per token"
     )
     if max(gap, apart) <= bound:
         say(f"warning: {found}")

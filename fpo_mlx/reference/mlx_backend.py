@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from fpo_mlx.machine import device
 from fpo_mlx.model.open import open_model
 from fpo_mlx.model.policy import Policy
 from fpo_mlx.model.reader import Reader, encoder_of
@@ -43,6 +44,7 @@ class MlxBackend:
         scores = []
         for pair in pairs:
             scores += self._reader.scores([pair])
+            device.tidy()
         mx.clear_cache()  # lengths differ from group to group: give back what is not reused
         return scores
 

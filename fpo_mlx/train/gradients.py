@@ -16,14 +16,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
-from fpo_mlx.config import TrainConfig
+from fpo_mlx.config import Objective, TrainConfig
 from fpo_mlx.core.objectives import PairLosses, Seen, preference_losses
-from fpo_mlx.model import adapters
-from fpo_mlx.records import PairScore, TokenPair
+from fpo_mlx.machine import device
+from fpo_mlx.model import adapters, randomness
 from fpo_mlx.train.metrics import ScoredPairs, joined, pair_metrics
+from fpo_mlx.train.optimizer import gradient_norm
 from fpo_mlx.train.parallel import Part, Ranks
 from fpo_mlx.train.scoring import Measures, Scorer
 
+PULL, TRIES = 64.0, 5  # of a float16 model's scaled loss: what a token feels; how often to lower
 RISE = "rise"  # the loss at t + e UV^T less that at t - e UV^T
 Values = dict[str, np.ndarray]  # [B] each, as `metrics.pair_metrics` names them
 
@@ -47,25 +49,51 @@ def backward(ground: Ground, indices: np.ndarray, update: int) -> tuple[Values, 
 
     Each process adds up its own part; a mean over all pairs is the sum of the parts.
     """
-    own, total, parts = ground.ranks.part(len(indices)), None, []
+    scorer, own, total, parts = ground.scorer, ground.ranks.part(len(indices)), None, []
     # an idle process runs one pair so that the processes' sums match; its weight is 0
     count = math.inf if own.idle else len(indices)
-    beta = ground.scorer.objective.beta
 
-    def loss(
-        pairs: Sequence[TokenPair], refs: Sequence[PairScore]
-    ) -> tuple[mx.array, tuple[mx.array, ...], dict[str, mx.array]]:
-        losses, measures = ground.scorer.losses(pairs, refs, grad=True)
+    def loss(some: ScoredPairs, factor: float) -> tuple[mx.array, tuple[mx.array, ...], dict]:
+        losses, measures = scorer.losses(some.pairs, some.refs, grad=True)
         seen = {k: v for k, v in vars(measures).items() if v is not None}
-        return losses.losses.sum() / count, tuple(losses), seen
+        return losses.losses.sum() * factor, tuple(losses), seen
 
-    value_and_grad = nn.value_and_grad(ground.scorer.policy.model, loss)
+    value_and_grad = nn.value_and_grad(scorer.policy.model, loss)
     for some in _micro_batches(ground, indices, own):
-        (_, losses, seen), gradient = value_and_grad(some.pairs, some.refs)
+        if scorer.policy.dtype == mx.float16:
+            (_, losses, seen), gradient = _scaled(value_and_grad, scorer.objective, some, count)
+        else:
+            (_, losses, seen), gradient = value_and_grad(some, 1.0 / count)
         total = gradient if total is None else tree_map(mx.add, total, gradient)
         mx.eval(total, losses, seen)
-        parts.append(pair_metrics(PairLosses(*losses), Measures(**seen), beta))
+        device.tidy()
+        parts.append(
+            pair_metrics(PairLosses(*losses), Measures(**seen), scorer.objective.beta, scorer.half)
+        )
     return ground.ranks.gather(joined(parts), own, len(indices)), ground.ranks.sum(total)
+
+
+def _scaled(
+    value_and_grad: Callable[..., Any], o: Objective, some: ScoredPairs, count: float
+) -> tuple[Any, Any]:
+    """Through a float16 model: the loss goes backward times a power of two, the float32 gradient is
+    divided by it again, by the number of pairs only then.
+
+    So the size of an update does not matter. A token's pull starts near `PULL`, far from both ends
+    of float16 (6e-8 to 65,504); where it grows past the upper one on the way, less is tried.
+    """
+    shortest = min(len(side) for pair in some.pairs for side in pair.responses)
+    scale = PULL * (shortest if o.length_normalize else 1) / o.beta
+    scale, start = 2.0 ** round(math.log2(scale)), randomness.position()
+    for _ in range(TRIES):
+        randomness.go_to(start)  # drop what was dropped
+        found, gradient = value_and_grad(some, scale)
+        back = 1.0 / (scale * count)
+        gradient = tree_map(lambda g, back=back: g * back, gradient)
+        if math.isfinite(gradient_norm(gradient).item()):  # type: ignore[arg-type]
+            break
+        scale /= 16.0
+    return found, gradient
 
 
 def forward(ground: Ground, indices: np.ndarray, update: int) -> tuple[Values, Any]:
@@ -114,7 +142,9 @@ def _two_passes(
     halves = (None if a is None else (a + b) / 2 for a, b in zip(*seen, strict=True))
     middle = Seen(*halves)  # type: ignore[arg-type]
     losses = [preference_losses(now, o, held_at=middle) for now in seen]
-    values = [pair_metrics(*both, o.beta) for both in zip(losses, measures, strict=True)]
+    values = [
+        pair_metrics(*both, o.beta, scorer.half) for both in zip(losses, measures, strict=True)
+    ]
     rise = {RISE: values[0]["loss"] - values[1]["loss"]}
     return rise | {name: (first + values[1][name]) / 2 for name, first in values[0].items()}
 

@@ -15,6 +15,9 @@ from fpo_mlx.records import PairScore
 
 SAME_LOSS = 1e-4  # of 1 + the loss; float32 holds it to 1e-6
 SAME_U = 1e-5  # of beta, if that is above 1
+HALF_WIDER = 2.0  # how much wider the start's bound is where cache or model is half precision
+NOISE = 1e-5  # nats per token: what float32 leaves
+TOLD = 1e-3  # nats per token: a gap at the start that is mentioned
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,14 @@ def first_step(
     grad_norm: float,
     o: Objective,
     bound: float = TrainConfig.max_start_gap,
+    *,
+    half: bool = False,
 ) -> Verdict:
     """Before the first update policy and reference are one model, and something can be learnt.
 
     values: [B] each, as `reports.pair_metrics` names them, without dropout; refs: the reference's
-    scores of the same pairs; grad_norm: of the first update.
+    scores of the same pairs; grad_norm: of the first update; half: model or cache is rounded to
+    half precision.
     """
     if grad_norm == 0.0 and not _satisfied(values, o):
         return Verdict(
@@ -46,19 +52,20 @@ def first_step(
         return Verdict()  # `divergence` speaks of it
     want, _ = closed_form(refs, values, o)
     gap, apart = gaps(values, refs, o)
+    bound *= HALF_WIDER if half else 1.0
     advice = "Run `fpo-mlx precompute` with this model and adapter, or drop --reference."
     if gap > bound:
         ln_2 = abs(want.mean() - math.log(2)) < 1e-6
         return Verdict(
             f"step 0: the policy is not the reference. Their margins differ by up to {gap:.3g} "
-            f"nats, wanted less than {bound:g} (--max-start-gap): the loss would start at "
-            f"{values['loss'].mean():.4f}, not at {want.mean():.4f}{' (ln 2)' if ln_2 else ''}. "
+            f"nats per token, wanted less than {bound:g} (--max-start-gap): the loss would start "
+            f"at {values['loss'].mean():.4f}, not at {want.mean():.4f}{' (ln 2)' if ln_2 else ''}. "
             f"{advice}"
         )
     if apart > bound:
         return Verdict(
             f"step 0: the policy is not the reference. Their log-probs differ by up to {apart:.3g} "
-            f"nats a token, wanted less than {bound:g} (--max-start-gap). {advice}"
+            f"nats per token, wanted less than {bound:g} (--max-start-gap). {advice}"
         )
     if (wrong := _miscalculated(values, refs, o)) > 0.0:
         return Verdict(
@@ -66,8 +73,11 @@ def first_step(
             f"{wrong:.3g}. This is a fault of fpo-mlx or of the MLX installed here; run "
             "`fpo-mlx doctor` and report it."
         )
-    if gap > (1e-3 if o.length_normalize else 1e-2):
-        note = f"step 0: |u| / beta is off by {gap:.2g}; the reference was computed otherwise"
+    if gap > TOLD:
+        note = (
+            f"step 0: |u| / beta is off by {gap:.2g} nats per token; the reference was computed "
+            "otherwise"
+        )
         return Verdict(notes=(note,))
     return Verdict()
 
@@ -85,10 +95,13 @@ def gaps(
 ) -> tuple[float, float]:
     """How far policy and reference are apart before any update; both 0 where they are one.
 
-    Returns: the largest |u| / beta, u less its closed form, in nats (a token, if normalised), and
-    the largest difference of a response's log-prob in nats a token.
+    Returns: the largest |u| / beta, u less its closed form, and the largest difference of a
+    response's log-prob, both in nats per token (where u sums, of the pair's longer response).
     """
-    gap = float(np.abs(values["u"] - closed_form(refs, values, o)[1]).max()) / o.beta
+    off = np.abs(values["u"] - closed_form(refs, values, o)[1]) / o.beta
+    if not o.length_normalize:
+        off = off / np.array([max(side.tokens for side in ref) for ref in refs])
+    gap = float(off.max())
     sides = ("logps_per_token/chosen_change", "logps_per_token/rejected_change")
     return gap, max(float(np.abs(values[side]).max()) for side in sides)
 
@@ -122,6 +135,23 @@ def closed_form(
         found = preference_losses(Seen(**arrays), o)
         mx.eval(found)
     return np.array(found.losses), np.array(found.u)
+
+
+def noise(
+    values: Mapping[str, np.ndarray], refs: Sequence[PairScore], o: Objective, dtype: str
+) -> str | None:
+    """What rounding left between policy and reference in the first update; None for nothing.
+
+    values: of the pass with gradient, without dropout, before any update.
+    """
+    loss, want = float(values["loss"].mean()), float(closed_form(refs, values, o)[0].mean())
+    gap, apart = gaps(values, refs, o)
+    if max(gap, apart) <= NOISE:
+        return None
+    return (
+        f"rounding of {dtype}: the first loss is {loss:.5f}, its closed form {want:.5f}; |u| / "
+        f"beta up to {gap:.1g}, log-probs up to {apart:.1g} nats per token"
+    )
 
 
 def _miscalculated(

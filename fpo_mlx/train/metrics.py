@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx.core.objectives import PairLosses
+from fpo_mlx.machine import device
 from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.train.scoring import FACTS, Measures, Scorer
 
 ROUNDING = 1e-6  # relative, of a response's log-prob; float32 sums were seen to differ by 1e-7
+HALF_ROUNDING = 1e-3  # the same where the model computes in half precision
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,20 @@ class ScoredPairs:
 
 
 @np.errstate(invalid="ignore", over="ignore")  # the guard speaks of what is not finite
-def pair_metrics(losses: PairLosses, measures: Measures, beta: float) -> dict[str, np.ndarray]:
-    """Per-pair values [B] under TRL's metric names; logps and kl are per response, in nats."""
+def pair_metrics(
+    losses: PairLosses, measures: Measures, beta: float, half: bool = False
+) -> dict[str, np.ndarray]:
+    """Per-pair values [B] under TRL's metric names; logps and kl are per response, in nats.
+
+    half: the log-probs are those of a model in half precision.
+    """
     chosen, rejected = np.array(losses.chosen_rewards), np.array(losses.rejected_rewards)
     logps, lengths = np.array(measures.logps), np.array(measures.lengths)
     per_token = logps / lengths
     ref_per_token = np.array(measures.ref_logps) / lengths
     # a policy that is its reference has margins of rounding's size; those win no pair
-    moved = (np.abs(per_token - ref_per_token) > ROUNDING * np.abs(ref_per_token)).any(axis=0)
+    noise = (HALF_ROUNDING if half else ROUNDING) * np.abs(ref_per_token)
+    moved = (np.abs(per_token - ref_per_token) > noise).any(axis=0)
     out = {
         "loss": np.array(losses.losses),
         "u": np.array(losses.u),
@@ -81,7 +89,8 @@ def measure(
     for i in range(0, len(wanted), size):
         some = data.take(wanted[i : i + size])
         losses, measures = scorer.losses(some.pairs, some.refs, grad=False)
-        parts.append(pair_metrics(losses, measures, scorer.objective.beta))
+        parts.append(pair_metrics(losses, measures, scorer.objective.beta, scorer.half))
+        device.tidy()
     return joined(parts)
 
 

@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.model.trees import arrays_of
+from fpo_mlx.model.trees import arrays_of, value_count
 
 KINDS = {
     "adam": optim.Adam, "adamw": optim.AdamW, "muon": optim.Muon,
@@ -84,6 +84,7 @@ def make_update(optimizer: optim.Optimizer, max_norm: float) -> Callable[[Any, m
 
 
 def trainable_count(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters."""
+    """(trainable, all) parameters; a packed word counts as the values it holds."""
     trainable = sum(v.size for _, v in arrays_of(model.trainable_parameters()))
-    return trainable, sum(v.size for _, v in arrays_of(model.parameters()))
+    every = (value_count(model, name, v) for name, v in arrays_of(model.parameters()))
+    return trainable, sum(every)

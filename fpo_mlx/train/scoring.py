@@ -57,6 +57,7 @@ class Scorer:
     ) -> None:
         self.reader, self.objective = Reader(policy, encoders), objective
         self.policy, self.encoders = policy, self.reader.encoders
+        self.half = policy.dtype != mx.float32  # log-probs carry rounding of half precision
         self.alpha: float = objective.alpha  # of the next update; a controller moves it
         self.largest_pull: float | None = None  # bound of alpha (D_rejected - D_chosen), per pair
         self.measure_kl = measure_kl or objective.constraint == "kl"

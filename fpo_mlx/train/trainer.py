@@ -144,7 +144,7 @@ class Trainer:
             norm = gradient_norm(gradient)
             grad_norm = cast(float, norm.item())
             if progress.iteration == 0:
-                self._window.notes += self._check_first(indices, grad_norm)
+                self._window.notes += self._check_first(indices, values, grad_norm)
             trouble = guard.divergence(values, grad_norm, self.config, self.scorer.objective)
             trouble = trouble or self._apply(gradient, norm)
             skipped = self._skip(progress.iteration + count, trouble) if trouble else None
@@ -217,17 +217,24 @@ class Trainer:
         self._log("skipped", report)
         return report
 
-    def _check_first(self, indices: np.ndarray, grad_norm: float) -> list[str]:
+    def _check_first(
+        self, indices: np.ndarray, seen: dict[str, np.ndarray], grad_norm: float
+    ) -> list[str]:
         """Before the first update policy and reference are one model; see that they are.
 
+        seen: what the pass with gradient gave for the same pairs.
         Returns: warnings. Raises: ModelError.
         """
         first = self.train.take(indices)
         o, bound = self.scorer.objective, self.config.max_start_gap
-        verdict = guard.first_step(self._measure(first), first.refs, grad_norm, o, bound)
+        half = self.scorer.half
+        verdict = guard.first_step(self._measure(first), first.refs, grad_norm, o, bound, half=half)
         if verdict.reason is not None:
             raise ModelError(verdict.reason)
-        return list(verdict.notes)
+        rounded = half and not self.config.lora["dropout"]
+        dtype = str(self.scorer.policy.dtype).split(".")[-1]
+        noise = guard.noise(seen, first.refs, o, dtype) if rounded else None
+        return [*verdict.notes, *([noise] if noise else [])]
 
     def _diverge(self, iteration: int, trouble: guard.Trouble) -> NoReturn:
         """End the run with the adapters from before the trouble; the last checkpoint stays."""

@@ -6,8 +6,8 @@ A case holds where predicted / measured lies within 15 % of 1. Both are whole pe
 included; what lies above the weights is shown beside them, because that is what the constants at
 the head of fpo_mlx/machine/memory.py describe. To calibrate them anew: change core or the model's
 forward, run this, and move KEPT and SCORES until the cases without checkpointing agree,
-WORK_AGAIN for those with it, AHEAD, TILE_ARRAYS and FEATURE_VECTORS for wide SAEs, KL_TILES for
-tdpo2, and FORWARD for precompute.
+WORK_AGAIN for those with it, the `ahead` of machine/device.py, TILE_ARRAYS and FEATURE_VECTORS for
+wide SAEs, KL_TILES for tdpo2, and FORWARD for precompute.
 """
 
 from __future__ import annotations

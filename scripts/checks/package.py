@@ -65,14 +65,23 @@ def install(wheel: Path, scratch: Path, installer: str) -> tuple[Path, Path]:
     if installer == "pip":
         call(sys.executable, "-m", "venv", "env", cwd=scratch)
         bin = scratch / "env" / "bin"
-        call(bin / "python", "-m", "pip", "install", "--quiet", wheel, cwd=scratch)
+        call(bin / "python", "-m", "pip", "install", "--quiet", f"{wheel}[cpu]", cwd=scratch)
         return bin / "fpo-mlx", bin / "python"
     if installer == "uv":
         places = {"UV_TOOL_DIR": str(scratch / "uv"), "UV_TOOL_BIN_DIR": str(scratch / "bin")}
-        call("uv", "tool", "install", "--python", sys.executable, wheel, cwd=scratch, **places)
+        call(
+            "uv",
+            "tool",
+            "install",
+            "--python",
+            sys.executable,
+            f"{wheel}[cpu]",
+            cwd=scratch,
+            **places,
+        )
         return scratch / "bin" / "fpo-mlx", scratch / "uv" / "fpo-mlx" / "bin" / "python"
     places = {"PIPX_HOME": str(scratch / "pipx"), "PIPX_BIN_DIR": str(scratch / "bin")}
-    call("pipx", "install", "--python", sys.executable, wheel, cwd=scratch, **places)
+    call("pipx", "install", "--python", sys.executable, f"{wheel}[cpu]", cwd=scratch, **places)
     python = scratch / "pipx" / "venvs" / "fpo-mlx" / "bin" / "python"
     return scratch / "bin" / "fpo-mlx", python
 

@@ -57,7 +57,7 @@ def compile_with(uv: str, kind: str, index: str, output: Path, beside: Path) -> 
     words = [
         uv, "pip", "compile", "pyproject.toml", str(beside), "--output-file", str(output),
         "--no-config", "--default-index", index, "--no-annotate", "--upgrade",
-        "--extra", "dev",
+        "--extra", "dev", "--extra", "cpu",
         "--custom-compile-command", f"make {kind if kind == 'lock' else 'test-' + kind}",
     ]  # fmt: skip
     if kind == "lock":

@@ -91,6 +91,7 @@ def open_trainer(
     share_prompt: bool = True,
     stop=lambda: None,
     start: bool = True,
+    keys: tuple[str, ...] = KEYS,
     **train: Any,
 ) -> Trainer:
     """A trainer as the pipeline builds it: adapters on blocks 0 and 1 of 4, SAE after block 1."""
@@ -99,10 +100,11 @@ def open_trainer(
     o = Objective(**{**PRESETS[preset], "top_k": K, **(objective or {})})
     mx.random.seed(config.seed)
     loaded = load_model(folder)
-    n, paths = adapters.adapted_paths(loaded.model, 2, 1, KEYS)
+    n, paths = adapters.adapted_paths(loaded.model, 2, 1, keys)
     spec = adapters.AdapterSpec(fine_tune_type, n, 3, 2.0, dropout, paths)
     adapters.attach(loaded.model, spec)
-    saes = [random_sae("topk", 32, Site(1))] if o.pooled else []
+    width = int(loaded.config.get("hidden_size") or 32)
+    saes = [random_sae("topk", width, Site(1))] if o.pooled else []
     policy = Policy(
         loaded.model, loaded.config, [sae.site for sae in saes],
         share_prompt=share_prompt, grad_checkpoint=config.grad_checkpoint,

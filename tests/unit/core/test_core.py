@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ mx = pytest.importorskip("mlx.core")
 
 from helpers import F, random_sae  # noqa: E402
 
-from fpo_mlx.core import features, logprobs, vocabulary  # noqa: E402
-from fpo_mlx.core.vocabulary import LinearHead  # noqa: E402
+from fpo_mlx.core import features, logprobs  # noqa: E402
+from fpo_mlx.core.linear_head import LinearHead, Packing  # noqa: E402
+from fpo_mlx.machine import device  # noqa: E402
 from fpo_mlx.model.reader import encoder_of  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
 from fpo_mlx.sae.encode import encode, normalized  # noqa: E402
@@ -29,6 +31,12 @@ HEADS = {
     "soft-cap": lambda rows: 3.0 * mx.tanh(rows @ WEIGHT.T / 3.0),
     "bfloat16": lambda rows: rows.astype(mx.bfloat16) @ WEIGHT.astype(mx.bfloat16).T,
 }
+
+
+def sizes(monkeypatch, **changes):
+    """Tiles of other sizes than this device's."""
+    record = replace(device.here(), **changes)
+    monkeypatch.setattr(device, "_chosen", [record])
 
 
 def test_token_logps_by_hand():
@@ -60,9 +68,9 @@ def test_log_collisions_by_hand(head, with_kl):
     assert (got.kl is not None) is with_kl
 
 
-def test_log_collisions_go_over_all_tiles_and_chunks(monkeypatch):
-    monkeypatch.setattr(vocabulary, "TILE", 8)
-    monkeypatch.setattr(vocabulary, "ROWS", 4)
+@pytest.mark.parametrize("fold", [True, False])
+def test_log_collisions_go_over_all_tiles_and_chunks(monkeypatch, fold):
+    sizes(monkeypatch, vocab_columns=8, vocab_rows=4, fold=fold, row_elements=4 * V)
     got = logprobs.token_values(ROWS, TARGETS, LinearHead(WEIGHT), V, collisions=True)
     p = np.array(mx.softmax((ROWS @ WEIGHT.T).astype(mx.float32), axis=-1), np.float64)
     np.testing.assert_allclose(np.array(got.log_collisions), np.log((p**2).sum(-1)), rtol=1e-4)
@@ -126,9 +134,22 @@ LINEAR = {
 @pytest.mark.parametrize(("tile", "chunk"), [(1, 1), (5, 4), (V - 1, R), (V, 3), (2048, 1024)])
 def test_log_probs_do_not_depend_on_the_tiles_of_the_vocabulary(monkeypatch, name, tile, chunk):
     """Log-probs, KL and their gradients against the same head in chunks of rows."""
-    monkeypatch.setattr(vocabulary, "TILE", tile)
-    monkeypatch.setattr(vocabulary, "ROWS", chunk)
+    sizes(monkeypatch, vocab_columns=tile, vocab_rows=chunk)
+    of_tiles_and_rows(name)
+
+
+@pytest.mark.parametrize("name", list(LINEAR))
+@pytest.mark.parametrize("elements", [1, 3 * V, 1 << 20])
+def test_whole_rows_give_what_tiles_give(monkeypatch, name, elements):
+    """A GPU's way, chunks filled up to four rows; a half-precision matrix is folded there too."""
+    sizes(monkeypatch, fold=False, row_elements=elements, bucket=4, vocab_columns=10)
+    of_tiles_and_rows(name)
+
+
+def of_tiles_and_rows(name):
+    """Against the same head, widened, in chunks of rows of any function."""
     head, weights = LINEAR[name], mx.arange(1.0, R + 1.0) / R
+    wide = head.widened()
     rows, ref = (x.astype(head.weight.dtype) for x in (ROWS, REF))
 
     def alone(rows, any_head, grad=True):
@@ -144,32 +165,33 @@ def test_log_probs_do_not_depend_on_the_tiles_of_the_vocabulary(monkeypatch, nam
             )
         )
         _, got_slope = slope(rows, head)
-        _, want_slope = slope(rows, lambda x: head(x))
+        _, want_slope = slope(rows, lambda x: wide(x.astype(mx.float32)))
         a, b = (np.array(x.astype(mx.float32)) for x in (got_slope, want_slope))
         np.testing.assert_allclose(a, b, atol=0.05 if name == "bfloat16" else 2e-5)
         on, off, want = (
             function(rows, head),
             function(rows, head, False),
-            function(rows, head.__call__),
+            function(rows, lambda x: wide(x.astype(mx.float32))),
         )
         for a, b, c in zip(on, off, want, strict=True):
             np.testing.assert_array_equal(np.array(a), np.array(b))
             np.testing.assert_allclose(np.array(a), np.array(c), atol=1e-5)
 
 
-def test_the_kl_of_a_policy_from_itself_is_exactly_nothing(monkeypatch):
-    monkeypatch.setattr(vocabulary, "TILE", 5)
+@pytest.mark.parametrize("fold", [True, False])
+def test_the_kl_of_a_policy_from_itself_is_exactly_nothing(monkeypatch, fold):
+    sizes(monkeypatch, vocab_columns=5, fold=fold)
     _, kl = logprobs.token_logps_and_kl(ROWS, ROWS, TARGETS, LINEAR["plain"], V)
     np.testing.assert_array_equal(np.array(kl), 0)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_packed_head_has_the_values_and_gradient_of_its_dequantised_matrix(monkeypatch, bits):
-    monkeypatch.setattr(vocabulary, "TILE", 10)
+    sizes(monkeypatch, vocab_columns=10)
     weight = mx.array(RNG.normal(size=(V, 32)).astype(np.float32))
     rows = mx.array(RNG.normal(size=(R, 32)).astype(np.float32))
     packed, scales, biases = mx.quantize(weight, 32, bits)
-    packing = vocabulary.Packing(scales, biases, 32, bits, "affine")
+    packing = Packing(scales, biases, 32, bits, "affine")
     plain = LinearHead(mx.dequantize(packed, scales, biases, 32, bits))
 
     def slope(head):
@@ -238,9 +260,7 @@ def test_encode_equals_the_numpy_encoder(activation, normalize):
 @pytest.mark.parametrize(("rows", "tile"), [(1, 1), (3, 5), (R, 20), (4, F), (1024, 1 << 20)])
 def test_pool_is_the_mean_of_the_activations(monkeypatch, activation, rows, tile):
     """Two responses of 4 and 7 rows; whatever the chunks of rows and the tiles of features."""
-    monkeypatch.setattr(features, "ROWS", rows)
-    monkeypatch.setattr(features, "ENCODE_ELEMENTS", 1)
-    monkeypatch.setattr(features, "TOP_ELEMENTS", 1)
+    sizes(monkeypatch, pool_rows=rows, pool_elements=1, top_elements=1)
     monkeypatch.setattr(features, "LEAST_TILE", tile)
     sae = sae_of(activation)
     weights = np.zeros((2, R), dtype=np.float32)

@@ -24,6 +24,24 @@ def values(u=(0.0, 0.0), change=(0.0, 0.0), loss=(0.6931, 0.6931)):
     }
 
 
+def test_the_start_is_bound_per_token_and_wider_in_half_precision():
+    """Sums of u: 0.4 nats over the longer response's tokens."""
+    sums = dataclasses.replace(FPO, length_normalize=False, margin="reference")
+    longer = max(side.tokens for ref in REFS for side in ref)
+    gap, _ = guard.gaps(first(u=0.4 * sums.beta), REFS, sums)
+    assert gap == pytest.approx(0.4 / longer)
+    apart = first(u=0.08 * FPO.beta)
+    assert guard.first_step(apart, REFS, 1.0, FPO).reason is not None
+    assert guard.first_step(apart, REFS, 1.0, FPO, half=True).reason is None
+
+
+def test_rounding_of_the_first_pass_is_told_where_there_is_any():
+    assert guard.noise(first(), REFS, FPO, "bfloat16") is None
+    told = guard.noise(first(u=3e-4 * FPO.beta), REFS, FPO, "bfloat16") or ""
+    assert "rounding of bfloat16" in told
+    assert "0.69315" in told
+
+
 def test_a_quiet_update_is_let_through():
     assert guard.divergence(values(), 1.0, CONFIG, FPO) is None
 
@@ -136,8 +154,8 @@ def test_a_constant_margin_starts_at_its_closed_form():
     ("seen", "grad_norm", "text"),
     [
         (first(), 0.0, "gradient is zero"),
-        (first(u=-0.02), 1.0, "up to 0.2 nats, wanted less than 0.05"),
-        (first(chosen=0.3, rejected=0.3), 1.0, "log-probs differ by up to 0.3 nats a token"),
+        (first(u=-0.02), 1.0, "up to 0.2 nats per token, wanted less than 0.05"),
+        (first(chosen=0.3, rejected=0.3), 1.0, "log-probs differ by up to 0.3 nats per token"),
         (first(loss=0.7), 1.0, "not what the objective makes of its log-probs"),
     ],
 )

@@ -1,0 +1,148 @@
+"""The branches that only a GPU takes, forced on a CPU: start, gradient, buffers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import buffers
+import gpu_path
+import numpy as np
+import pytest
+from gpu_path import CASES, RECORD, Case, cosine, gradient_of, open_case, start_of
+from helpers import K
+
+from fpo_mlx.config import PRESETS, Objective
+from fpo_mlx.machine import device
+from fpo_mlx.model.heads import ReplayedHead
+from fpo_mlx.model.trees import blocks_of
+from fpo_mlx.pipeline import plan
+from fpo_mlx.train.optimizer import trainable_count
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.fixture
+def forced():
+    with device.using(RECORD):
+        yield
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_run_starts_where_its_objective_says(root, forced, case):
+    """The first training loss too, though the pass with gradient runs other kernels."""
+    start = start_of(open_case(root, case))
+    assert start.holds(case.dtype), start
+    assert start.distance <= (1e-8 if case.dtype == "float32" else 1e-3)
+
+
+def test_every_preset_starts_where_its_closed_form_says(root, forced):
+    case = Case("llama", "plain", "float32")
+    trainer = open_case(root, case)
+    for name, choices in PRESETS.items():
+        trainer.scorer.objective = Objective(**{**choices, "top_k": K})
+        trainer.scorer.measure_kl = trainer.scorer.objective.constraint == "kl"
+        assert start_of(trainer).holds("float32"), name
+
+
+@pytest.mark.parametrize("weights", ["affine", "mxfp4"])
+def test_a_packed_head_is_found_whatever_its_packing(root, forced, weights):
+    trainer = open_case(root, Case(weights=weights))
+    assert not isinstance(trainer.scorer.policy.head, ReplayedHead)
+    assert trainer.scorer.half
+
+
+@pytest.mark.parametrize("case", CASES[:2] + CASES[4:5] + CASES[6:], ids=str)
+def test_the_gradient_is_the_float32_models(root, case):
+    """The same stored weights, widened: what half precision may lose is a small angle."""
+    wide = open_case(root, case)
+    gpu_path.stir(wide)
+    want = gradient_of(wide, [0, 1, 2, 3])
+    with device.using(RECORD):
+        half = open_case(root, case)
+        gpu_path.stir(half)
+        got = gradient_of(half, [0, 1, 2, 3])
+    least = {"float32": 1 - 1e-6, "float16": 0.999, "bfloat16": 0.98}[case.dtype]
+    if case.maker in gpu_path.WIDE:  # rounding changes which experts a token goes through
+        least = 0.95
+    assert cosine(got, want) > least
+    assert np.linalg.norm(got) == pytest.approx(np.linalg.norm(want), rel=0.1)
+
+
+@pytest.mark.parametrize("divisor", [4, 1024])
+def test_a_float16_gradient_does_not_depend_on_the_size_of_the_update(root, divisor):
+    """The pairs of an update only divide; unscaled, 1,024 of them leave a cosine of 0.4."""
+    case = Case(dtype="float16")
+    wide = open_case(root, case)
+    gpu_path.stir(wide)
+    want = gradient_of(wide, [0, 1])
+    with device.using(RECORD):
+        half = open_case(root, case)
+        gpu_path.stir(half)
+        got = gpu_path.divided(half, 0, 1, divisor)
+    assert cosine(got, want) >= 0.999
+    np.testing.assert_allclose(got.std() * divisor, want.std() * 2, rtol=0.02)
+
+
+def test_parameters_are_counted_as_values_not_as_packed_words(root, forced):
+    plain, packed = (
+        trainable_count(open_case(root, Case(weights=weights)).model)
+        for weights in ("plain", "affine")
+    )
+    assert plain == packed
+
+
+@pytest.mark.parametrize(("maker", "fused"), [("llama", True), ("gemma2", False)])
+def test_plan_reads_from_the_model_whether_its_attention_is_fused(root, forced, maker, fused):
+    """Gemma 2 makes its scores by hand; MLX's kernel has no backward pass for heads of 8."""
+    block = blocks_of(open_case(root, Case(maker)).model)[0]
+    assert plan._fuses(block, 64) is fused
+    assert not plan._fuses(block, 8)
+
+
+def test_sizes_are_padded_to_a_bucket_and_say_the_same(root):
+    trainer = open_case(root, Case("llama", "plain", "float32"))
+    pairs = trainer.train.pairs
+    plain = trainer.scorer.reader.scores(pairs)
+    with device.using(replace(RECORD, bucket=32)):
+        padded = trainer.scorer.reader.scores(pairs)
+    for a, b in zip(plain, padded, strict=True):
+        np.testing.assert_allclose([s.logps for s in a], [s.logps for s in b], atol=1e-4)
+
+
+def test_freed_buffers_stay_under_their_limit_and_active_memory_is_flat(root):
+    """A short form of scripts/checks/buffers.py."""
+    seen = buffers.watch(root, updates=12, limit=1 << 20)
+    assert seen["train"].cached <= 1 << 20
+    assert seen["train"].growth <= 0.02
+    assert max(seen["measure"].cached, seen["reference"].cached) <= 1 << 20
+
+
+def test_what_is_wired_is_a_share_and_goes_back(monkeypatch):
+    calls = []
+    monkeypatch.setattr("mlx.core.set_wired_limit", lambda n: calls.append(n) or 7)
+    monkeypatch.setattr(device, "backend", lambda: "metal")
+    monkeypatch.setattr(device, "memory", lambda: 16e9)
+    with device.using(RECORD):
+        with device.resident(0.75, processes=2):
+            assert calls == [6_000_000_000]
+        assert calls == [6_000_000_000, 7]
+        with device.resident(0.0):
+            pass
+    with device.resident(0.75):  # the record of a CPU
+        pass
+    assert len(calls) == 2
+
+
+def test_a_record_is_chosen_for_both_kinds():
+    small, large = device.gpu("metal", 5e9), device.gpu("cuda", 80e9)
+    assert (small.widen, small.fold, small.streams) == (False, False, 1)
+    assert small.row_elements * 4 == int(5e9 / 64) // 4 * 4
+    assert large.row_elements * 4 == device.LARGE
+    assert (small.cache_limit, large.cache_limit) == (int(5e9 / 16), device.MOST_CACHE)
+    with device.using(small):
+        assert device.here() is small
+    here = device.here()
+    assert (here.kind, here.widen, here.fold) == ("cpu", True, True)
