@@ -12,6 +12,7 @@ critical fault, or a vote that is lost or doubled.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import re
 import signal
@@ -56,6 +57,7 @@ def serve(source: Path, out: Path) -> tuple[str, subprocess.Popen]:
     process = subprocess.Popen(
         [sys.executable, "-m", "fpo_mlx", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
+    atexit.register(process.kill)  # also where this check fails
     assert process.stderr is not None
     found = re.search(r"http://\S+", process.stderr.readline())
     if not found:
