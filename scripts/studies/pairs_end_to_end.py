@@ -130,6 +130,7 @@ def tune(o: argparse.Namespace, folder: Path, start: Any, seed: int) -> Path:
         flags = {"model": o.model, "sae": (o.sae,), "data": str(folder / "pairs"), "seed": seed}
         flags |= {"adapter_path": str(adapter), "reference": str(folder / "reference")}
         flags |= {"init_adapter": str(start)} if start else {}
+        flags["overwrite"] = (adapter / "run.json").exists()  # a killed run saved nothing yet
         config = load_config(TRAIN | QUIET | flags)
         pipeline.precompute(config, output=folder / "reference", say=say)
         for _ in pipeline.train(config, say=say):
