@@ -8,6 +8,7 @@ import click
 
 from fpo_mlx import __version__
 from fpo_mlx.cli.caches import cache
+from fpo_mlx.cli.chat import chat
 from fpo_mlx.cli.compare import compare
 from fpo_mlx.cli.data import check, precompute
 from fpo_mlx.cli.export import export
@@ -112,7 +113,7 @@ THE_WAY = {
     "Begin": (demo, doctor),
     "Prepare": (convert, pairs, check, sae, plan, precompute),
     "Train": (train, rounds),
-    "Judge": (evaluate, compare, features, report),
+    "Judge": (evaluate, compare, chat, features, report),
     "Ship": (fuse, export),
     "Look after": (cache,),
 }

@@ -56,6 +56,25 @@ def read_weights(
     return out
 
 
+def read_steering(text: str, size: int) -> dict[int, float | None]:
+    """ "812=+4,97=0" -> {812: 4.0, 97: None}: what is added, None for what is taken out.
+
+    size: number of the SAE's features. Raises: ConfigError naming the part that cannot be used.
+    """
+    out: dict[int, float | None] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, _, value = part.partition("=")
+        feature, amount = _index(name.strip()), _number(value.strip())
+        if feature is None or amount is None or not math.isfinite(amount):
+            raise ConfigError(f"--steer {part}: wanted FEATURE=+4 to add, FEATURE=0 to take out.")
+        if not 0 <= feature < size:
+            raise ConfigError(f"--steer {part}: the SAE's features are 0 to {size - 1}.")
+        if feature in out:
+            raise ConfigError(f"--steer {part}: feature {feature} stands there twice.")
+        out[feature] = amount or None
+    return out
+
+
 def read_labels(path: str | Path, n_saes: int = 1) -> tuple[dict[int, str], ...]:
     """What the features mean, in somebody's words. Raises: ConfigError."""
     out: tuple[dict[int, str], ...] = tuple({} for _ in range(n_saes))

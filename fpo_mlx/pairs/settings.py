@@ -58,7 +58,9 @@ class JudgeConfig:
     judge: str | None = _opt(None, "model folder or hub id that judges")
     judge_url: str | None = _opt(None, "endpoint that speaks OpenAI's chat API, up to /v1")
     judge_model: str | None = _opt(None, "name of the endpoint's model")
-    reward: str | None = _opt(None, "FILE.py:FUNCTION(prompt, answer), or an example's name")
+    reward: str | None = _opt(
+        None, "FILE.py:FUNCTION(prompt, answer), an example's name, or a .json of features data"
+    )
     criteria: str | None = _opt(None, "text file that says what a better answer is")
     compare: Literal["all", "neighbours"] = _opt("all", "pairs of a prompt's answers to compare")
     against_reference: bool = _opt(False, "compare each answer with the person's of its row")

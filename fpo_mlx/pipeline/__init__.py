@@ -7,6 +7,7 @@ from fpo_mlx.pipeline.caches import cache_merge as cache_merge
 from fpo_mlx.pipeline.caches import cache_remove as cache_remove
 from fpo_mlx.pipeline.caches import cache_select as cache_select
 from fpo_mlx.pipeline.caches import cache_verify as cache_verify
+from fpo_mlx.pipeline.chat import open_chat as open_chat
 from fpo_mlx.pipeline.check import check as check
 from fpo_mlx.pipeline.compare import Comparison as Comparison
 from fpo_mlx.pipeline.compare import compare as compare

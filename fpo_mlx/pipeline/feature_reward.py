@@ -8,15 +8,22 @@ the first is preferred.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fpo_mlx.config import load_config
+from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import CacheMismatch, ConfigError
-from fpo_mlx.records import ResponseScore
+from fpo_mlx.pipeline.job import Say, read_sae
+from fpo_mlx.pipeline.tapped import open_tapped
+from fpo_mlx.records import ResponseScore, Site, TokenPair
+from fpo_mlx.reference.weights import model_fingerprint
 from fpo_mlx.storage import files
+from fpo_mlx.storage.hub import resolve_model
 
 KIND, VERSION = "feature reward", 1
 
@@ -77,6 +84,49 @@ def read_reward(path: Path) -> FeatureReward:
             f"--reward {path}: cannot be read as a regression on features ({error!r}). Wanted a "
             "file of `fpo-mlx features data --save-reward`."
         ) from error
+
+
+Turns = Sequence[Mapping[str, Any]]
+ScoreAnswers = Callable[[Turns, Any, Sequence[str]], list[ResponseScore]]
+
+
+def open_reward(
+    reward: FeatureReward, path: Path, *, trust_remote_code: bool = False, say: Say
+) -> ScoreAnswers:
+    """The model and the SAEs of a reward, to read the answers to a prompt with.
+
+    Raises: CacheMismatch where they are not those that the weights belong to.
+    """
+    folder = resolve_model(reward.model)
+    config = load_config({"model": str(folder)})
+    saes = [
+        replace(read_sae(spec, config, say, decoder=False), site=Site(layer, kind))  # type: ignore
+        for spec, _, layer, kind in reward.saes
+    ]
+    check_same(reward, path, model_fingerprint(folder), [sae.fingerprint() for sae in saes])
+    opened = open_tapped(folder, saes, trust_remote_code=trust_remote_code)
+
+    def score(turns: Turns, tools: Any, answers: Sequence[str]) -> list[ResponseScore]:
+        tokens = [_response(opened.tokenizer, turns, tools, text) for text in answers]
+        tokens += tokens[-1:] * (len(tokens) % 2)  # a pass reads two
+        found: list[ResponseScore] = []
+        for (prompt, one), (_, other) in zip(tokens[::2], tokens[1::2], strict=True):
+            for both in opened.reader.scores([TokenPair(prompt, one, other, index=0)]):
+                found += both
+        return found[: len(answers)]
+
+    return score
+
+
+def _response(
+    tokenizer: ChatTokenizer, turns: Turns, tools: Any, text: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of the prompt, and those that the answer and the template's end add."""
+    asked = [dict(turn) for turn in turns]
+    prompt = tokenizer.prompt_tokens(asked, tools)
+    whole = tokenizer.conversation_tokens([*asked, {"role": "assistant", "content": text}], tools)
+    own = whole[len(prompt) :] if whole[: len(prompt)] == prompt else tokenizer.text_tokens(text)
+    return np.array(prompt, np.int32), np.array(own or whole[-1:], np.int32)
 
 
 def check_same(reward: FeatureReward, path: Path, model: str, saes: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -26,6 +28,7 @@ from fpo_mlx.pairs.reward import Reward
 from fpo_mlx.pairs.reward import judge_name as reward_name
 from fpo_mlx.pairs.settings import JudgeConfig
 from fpo_mlx.pairs.summary import JudgeSummary, summarise
+from fpo_mlx.pipeline.feature_reward import open_reward, read_reward
 from fpo_mlx.pipeline.job import Say
 from fpo_mlx.storage.hub import read_config, resolve_model
 from fpo_mlx.storage.lines import LineWriter
@@ -105,6 +108,8 @@ def _open(
     settings: JudgeConfig, output: Path, found: CandidateFile, say: Say, stack: ExitStack
 ) -> tuple[str, tuple[str, ...], Judge]:
     """The judge's name, the orders it sees, and what judges one prompt's comparisons."""
+    if settings.reward and settings.reward.endswith(".json"):
+        return _by_features(Path(settings.reward), settings, say)
     if settings.reward:
         reward = Reward(settings.reward, timeout=settings.timeout, memory_gb=settings.memory_gb)
         stack.enter_context(reward)
@@ -152,6 +157,27 @@ def _by_reward(reward: Reward, settings: JudgeConfig) -> Judge:
             )  # fmt: skip
 
     return judge
+
+
+def _by_features(path: Path, settings: JudgeConfig, say: Say) -> tuple[str, tuple[str, ...], Judge]:
+    """A regression of `features data`: the verdicts say which features decided."""
+    reward = read_reward(path)
+    score = open_reward(reward, path, trust_remote_code=settings.trust_remote_code, say=say)
+    name = f"features:{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+
+    def judge(one: Candidates, tasks: list[Task]) -> Iterator[Verdict]:
+        numbers = sorted({n for a, b, _ in tasks for n in (a, b)})
+        found = score(one.prompt.turns, one.prompt.tools, [one.candidates[n].text for n in numbers])
+        parts = {n: reward.parts(s) for n, s in zip(numbers, found, strict=True)}
+        for a, b, order in tasks:
+            x, y = float(parts[a].sum()), float(parts[b].sum())
+            side = "tie" if x == y else "a" if x > y else "b"
+            yield Verdict(
+                one.id, a, b, order, side, name, p=1 / (1 + math.exp(min(y - x, 700.0))),
+                score_a=x, score_b=y, raw=reward.why(parts[a] - parts[b]), time=time.time(),
+            )  # fmt: skip
+
+    return name, ("none",), judge
 
 
 def _by_endpoint(endpoint: Endpoint, criteria: str, name: str) -> Judge:

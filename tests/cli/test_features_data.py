@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 import tiny_models
 from command_line import lines, random_sae, refused, run, usual
+from judges import candidates
 
 from fpo_mlx import cache
 from fpo_mlx.pipeline.feature_reward import read_reward
@@ -136,3 +138,32 @@ def test_the_regression_is_kept_with_what_reading_by_it_needs(place, tmp_path):
 def test_what_cannot_be_done_is_said(place, words, parts):
     done = run("features", "data", *usual(place), "--reference", place / "ref", *words)
     refused(done, 3 if "12" in words else 2, *parts)
+
+
+def test_answers_are_judged_by_the_regression_and_the_features_that_decided_are_said(
+    place, tmp_path
+):
+    told(place, "--save-reward", tmp_path / "reward.json")
+    source = candidates(
+        tmp_path / "c.jsonl",
+        {f"{n}?": ["no or so", "yes yes so or it an so", "non non so or it an so"] for n in (1, 2)},
+    )
+    out = tmp_path / "v.jsonl"
+    words = [source, "--reward", tmp_path / "reward.json", "--output", out]
+    done = run("pairs", "judge", *words)
+    assert done.exit_code == 0, done.stderr
+    verdicts = [json.loads(line) for line in out.read_text().splitlines()]
+    found = {(v["id"], v["a"], v["b"]): v for v in verdicts}
+    reward = read_reward(tmp_path / "reward.json")
+    for v in verdicts:
+        assert v["judge"].startswith("features:")
+        assert v["p"] == pytest.approx(1 / (1 + np.exp(v["score_b"] - v["score_a"])))
+        assert re.match(r"\d+ \(.*?\) [+-]|\d+ [+-]", v["raw"])
+    yes = [v for (_, a, b), v in found.items() if (a, b) == (1, 2)]
+    assert yes
+    assert all(v["verdict"] == "a" and v["p"] > 0.5 for v in yes)
+    assert "0 verdicts" in run("pairs", "judge", *words).stdout
+    other = json.loads((tmp_path / "reward.json").read_text()) | {"model_fingerprint": "0" * 64}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    words = [source, "--reward", tmp_path / "other.json", "--output", tmp_path / "w.jsonl"]
+    refused(run("pairs", "judge", *words), 1, "another model", reward.model_fingerprint)

@@ -1,0 +1,131 @@
+"""Talk to the base and to adapters, features steered and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fpo_mlx.config import RunConfig, Sampling
+from fpo_mlx.data.feature_files import read_labels, read_steering
+from fpo_mlx.data.tokenizer import ChatTokenizer
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.pipeline.job import Say, at_site, need_model, open_tokenizer, read_sae
+from fpo_mlx.pipeline.origins import warn_of_other_model
+from fpo_mlx.pipeline.prepared import check_room
+from fpo_mlx.records import BASE, SaeWeights, shown_name
+from fpo_mlx.storage.hub import read_config, resolve_model
+
+if TYPE_CHECKING:
+    from fpo_mlx.judge.speaking import Speaker
+
+Said = tuple[str, tuple[tuple[int, float], ...]]  # a piece of text, the features behind it
+
+
+@dataclass
+class Chat:
+    """Models that answer the same questions, each with its own memory of the conversation."""
+
+    tokenizer: ChatTokenizer
+    speakers: dict[str, Speaker]
+    sae: SaeWeights | None
+    labels: dict[int, str]
+    system: str | None
+    turns: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def steer(self, text: str) -> None:
+        """ "812=+4,97=0"; "" ends it. Raises: ConfigError, ModelError."""
+        from fpo_mlx.judge.speaking import steering
+
+        if not text.strip():
+            for speaker in self.speakers.values():
+                speaker.steer(None)
+            return
+        sae = self.sae
+        if sae is None or sae.w_dec is None or sae.site is None:
+            raise ConfigError("--steer: --sae is missing. Wanted the SAE whose features it names.")
+        if sae.transcoder or sae.normalize != "none" or sae.w_dec.shape[1] != sae.d_in:
+            raise ConfigError(
+                f"--steer: {sae.source} does not write into the stream that it reads, so its "
+                "features have no direction there. Use an SAE without normalised inputs."
+            )
+        asked = read_steering(text, sae.n_features)
+        for speaker in self.speakers.values():
+            speaker.steer(steering(sae.w_dec, sae.site, asked))
+
+    def reset(self) -> None:
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        self.turns = {name: list(first) for name in self.speakers}
+
+    def answer(
+        self, name: str, prompt: str, sampling: Sampling, *, show: int = 0
+    ) -> Iterator[Said]:
+        """What one model says to the next question, piece by piece. Raises: DataError."""
+        turns = [*self.turns[name], {"role": "user", "content": prompt}]
+        tokens = np.array(self.tokenizer.prompt_tokens(turns), dtype=np.int32)
+        check_room([tokens], sampling.max_tokens, self.tokenizer)
+        ids: list[int] = []
+        shown, text = "", ""
+        speaker = self.speakers[name]
+        for one in speaker.speak(tokens, sampling, self.tokenizer.eos_token_ids, show=show):
+            ids.append(one.token)
+            text = self.tokenizer.decode(ids, skip_special=True)
+            piece = "" if text.endswith("\ufffd") else text[len(shown) :]  # half a character waits
+            shown += piece
+            yield piece, one.features
+        if text[len(shown) :]:
+            yield text[len(shown) :], ()
+        self.turns[name] = [*turns, {"role": "assistant", "content": text}]
+
+
+def open_chat(
+    config: RunConfig,
+    *,
+    adapter_paths: Sequence[str] = (),
+    scale: float = 1.0,
+    beside_base: bool = False,
+    steer: str = "",
+    system: str | None = None,
+    labels: Path | None = None,
+    show: int = 0,
+    say: Say,
+) -> Chat:
+    """Load what speaks: the adapters, and the base where there are none or it is asked for.
+
+    scale: part of each adapter's change. Every model is in memory on its own.
+    """
+    from fpo_mlx.judge.speaking import Speaker
+    from fpo_mlx.model.adapters import read_spec
+    from fpo_mlx.model.open import open_model
+    from fpo_mlx.model.reader import encoder_of
+
+    path = resolve_model(need_model(config))
+    ref = config.reference
+    if (show or steer) and len(ref.sae) != 1:
+        raise ConfigError(f"--show-features and --steer need one --sae; found {len(ref.sae)}.")
+    tokenizer = open_tokenizer(config, path, say)
+    for adapter in adapter_paths:
+        read_spec(Path(adapter))  # before the long part
+    warn_of_other_model([config.train.init_adapter, *adapter_paths], ref.model, path, say)
+    about, sae = read_config(path), None
+    if len(ref.sae) == 1:
+        sae = at_site(read_sae(ref.sae[0], config, say), config, about, say)
+    known = read_labels(labels)[0] if labels else {}
+    base = {BASE: config.train.init_adapter} if beside_base or not adapter_paths else {}
+    speakers = {}
+    for name, adapter in {**base, **{shown_name(p): p for p in adapter_paths}}.items():
+        model = open_model(
+            path, adapter=adapter, scale=1.0 if name == BASE else scale,
+            trust_remote_code=ref.trust_remote_code, say=say,
+        ).model  # fmt: skip
+        site = sae.site if sae else None
+        encoder = encoder_of(sae) if sae else None
+        eps = float((about.get("text_config") or about).get("rms_norm_eps") or 1e-6)
+        speakers[name] = Speaker(model, site, encoder, eps)
+    chat = Chat(tokenizer, speakers, sae, known, system)
+    chat.reset()
+    chat.steer(steer)
+    return chat

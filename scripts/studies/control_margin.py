@@ -1,0 +1,260 @@
+"""Feature control at equal margin: does holding or projecting out a behaviour's features hold it?
+
+    python scripts/studies/control_margin.py [--behaviour list|offer] [--seeds 3] [--work DIR]
+
+Six ways to train on the same pairs: FPO; with the behaviour's features held (`--feature-weights`),
+or projected out (`--project-out`); each with as many unrelated ones of equal activity in their
+place; and DPO, which nothing holds. Every run keeps checkpoints along the way. Of each checkpoint:
+the margin on held-out pairs and the rate of the behaviour in `--answers` sampled answers (batched).
+The rates are then compared at the margin that all kinds reach, by straight lines between their
+checkpoints, with intervals from a bootstrap over prompts, seeds together. Finished steps are kept
+in --work: a stopped study goes on. A day on two cores; `--smoke` takes minutes and proves nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import control
+import numpy as np
+from control import Steps, judge, say
+from texts import ROOT, is_list, rows, shared, write_rows
+
+from fpo_mlx import machine, pipeline
+from fpo_mlx.config import Sampling, load_config
+from fpo_mlx.demo import smollm2
+from fpo_mlx.storage import files
+
+KINDS: dict[str, tuple[str | None, str | None]] = {  # setting, whose features
+    "fpo": (None, None),
+    "held": ("feature_weights", "own"),
+    "held, unrelated": ("feature_weights", "others"),
+    "out": ("project_out", "own"),
+    "out, unrelated": ("project_out", "others"),
+    "dpo": (None, None),
+}
+OFFER = re.compile(r"(\?|let me know[^.!?]*[.!]|feel free[^.!?]*[.!])\s*$", re.IGNORECASE)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument(
+        "--sae", type=Path, default=shared("sae", "smollm2-135m-instruct-l27-4k-topk")
+    )
+    parser.add_argument("--data", type=Path, default=shared("data"))
+    parser.add_argument("--work", type=Path, default=ROOT / "control-margin-work")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--behaviour", choices=["list", "offer"], default="list")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--iters", type=int, default=400, help="updates of one pair")
+    parser.add_argument("--checkpoints", type=int, default=4)
+    parser.add_argument("--train-pairs", type=int, default=400)
+    parser.add_argument("--pairs", type=int, default=100, help="held-out pairs, and prompts")
+    parser.add_argument("--answers", type=int, default=1000, help="sampled per checkpoint and seed")
+    parser.add_argument("--tokens", type=int, default=160, help="of a sampled answer at most")
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--texts", type=int, default=60, help="of each kind, to find features")
+    parser.add_argument("--features", type=int, default=10)
+    parser.add_argument("--weight", type=float, default=100.0)
+    parser.add_argument("--max-seq-length", type=int, default=320)
+    parser.add_argument("--smoke", action="store_true", help="a run that proves nothing")
+    o = parser.parse_args()
+    if o.smoke:
+        o.seeds, o.iters, o.checkpoints, o.train_pairs, o.pairs = 1, 2, 2, 2, 2
+        o.answers, o.tokens, o.texts, o.features = 4, 8, 6, 2
+    return o
+
+
+def main() -> None:
+    machine.set_up()
+    o = parse()
+    model = o.model or smollm2.fetch(say=say).full
+    kept_out = ("work", "output", "seeds")
+    steps = Steps(o.work, {k: str(v) for k, v in vars(o).items() if k not in kept_out})
+    data = control.split(o)
+    base = {
+        "model": str(model), "sae": (str(o.sae),), "data": str(data),
+        "max_seq_length": o.max_seq_length,
+    }  # fmt: skip
+    files_of = {"own": o.work / "own.csv", "others": o.work / "others.csv"}
+    texts = text_sets(o)
+    found = steps("features", lambda: find(o, base, texts, files_of["own"]))
+    others = steps("others", lambda: find_others(base, o, found, texts, files_of["others"]))
+    points: list[dict[str, Any]] = []
+    for seed in range(o.seeds):
+        name = f"base-{seed}"
+        rates = steps(name, lambda s=seed: answers(o, base, None, s))
+        points.append({"kind": "base", "seed": seed, "margin": 0.0, **rates})
+        for kind, (setting, whose) in KINDS.items():
+            own = base | ({setting: str(files_of[whose])} if setting and whose else {})
+            folder = o.work / f"{kind.replace(', ', '-')}-{seed}"
+            steps(f"train-{folder.name}", lambda c=own, f=folder, s=seed, k=kind: train(
+                o, c, f, s, k))  # fmt: skip
+            for iteration in marks(o):
+                part = checkpoint(folder, iteration)
+                about = steps(f"{folder.name}-{iteration}", lambda p=part, s=seed: {
+                    **measured(o, base, p), **answers(o, base, p, s)})  # fmt: skip
+                points.append({"kind": kind, "seed": seed, "iteration": iteration, **about})
+    result = {"features": found, "others": others, "points": points}
+    result["at equal margin"] = equal_margin(points)
+    result["smoke"] = o.smoke
+    place = o.output or ROOT / f"scripts/studies/results/control_margin_{o.behaviour}.json"
+    files.write_json(place, result)
+    print(json.dumps(result["at equal margin"], indent=2))
+
+
+def marks(o: argparse.Namespace) -> list[int]:
+    every = o.iters // o.checkpoints
+    return [every * (i + 1) for i in range(o.checkpoints)]
+
+
+def shows(text: str, behaviour: str) -> bool:
+    return is_list(text) if behaviour == "list" else bool(OFFER.search(text.strip()))
+
+
+def text_sets(o: argparse.Namespace) -> tuple[Path, Path]:
+    """Training answers with the behaviour and without, by one writer."""
+    sets: dict[bool, list[dict[str, str]]] = {True: [], False: []}
+    for row in rows(o.data / "train.jsonl"):
+        own = sets[shows(row["chosen"], o.behaviour)]
+        if len(own) < o.texts:
+            own.append({"prompt": row["prompt"], "response": row["chosen"]})
+    return (
+        write_rows(o.work / "with.jsonl", sets[True]),
+        write_rows(o.work / "without.jsonl", sets[False]),
+    )
+
+
+def find(
+    o: argparse.Namespace, base: dict[str, Any], texts: tuple[Path, Path], place: Path
+) -> list[dict[str, Any]]:
+    found = pipeline.find_features(
+        load_config(base), positive=texts[0], negative=texts[1], limit=o.texts, top=o.features,
+        say=say,
+    )  # fmt: skip
+    kept = [{"feature": one.feature, "weight": o.weight} for one in found]
+    control.write_weights(place, kept)
+    return [{**row, "auc": one.auc} for row, one in zip(kept, found, strict=True)]
+
+
+def find_others(
+    base: dict[str, Any], o: argparse.Namespace, found: list[dict[str, Any]],
+    texts: tuple[Path, Path], place: Path,
+) -> list[dict[str, Any]]:  # fmt: skip
+    seen = pipeline.text_activations(load_config(base), texts, limit=o.texts, say=say)
+    twins = control.twins([one["feature"] for one in found], seen[0].mean, seen[1].mean)
+    control.write_weights(place, [{"feature": t["feature"], "weight": o.weight} for t in twins])
+    return twins
+
+
+def train(
+    o: argparse.Namespace, config: dict[str, Any], folder: Path, seed: int, kind: str
+) -> dict[str, Any]:
+    own = config | {"adapter_path": str(folder), "seed": seed, "iters": o.iters, "batch_size": 1}
+    own |= {"learning_rate": o.learning_rate, "val_batches": 0, "max_margin": 1e3}
+    own |= {"save_every": o.iters // o.checkpoints, "resume": (folder / "checkpoint").exists()}
+    own |= {"objective": "dpo" if kind == "dpo" else "fpo"}
+    last: Any = None
+    for report in pipeline.train(load_config(own), say=say):
+        last = getattr(report, "loss", last)
+    return {"loss": last}
+
+
+def checkpoint(folder: Path, iteration: int) -> Path:
+    """A checkpoint as an adapter folder."""
+    part = folder / f"at-{iteration}"
+    if not (part / "adapters.safetensors").exists():
+        part.mkdir(exist_ok=True)
+        shutil.copy2(folder / "adapter_config.json", part)
+        shutil.copy2(
+            folder / f"{iteration:07d}_adapters.safetensors", part / "adapters.safetensors"
+        )
+    return part
+
+
+def measured(o: argparse.Namespace, base: dict[str, Any], part: Path) -> dict[str, Any]:
+    found = judge(o, base, part)
+    return {"margin": found["rewards/margins"], "right": found["right"]}
+
+
+def answers(
+    o: argparse.Namespace, base: dict[str, Any], part: Path | None, seed: int
+) -> dict[str, Any]:
+    """The share of each prompt's sampled answers that show the behaviour; noise by the seed."""
+    from fpo_mlx.data.tokenizer import load_tokenizer
+    from fpo_mlx.judge.sampling import sample_all
+    from fpo_mlx.judge.slots import Asked
+    from fpo_mlx.model.open import open_model
+
+    model, tokenizer = open_model(base["model"], adapter=part).model, load_tokenizer(base["model"])
+    prompts = [row["prompt"] for row in rows(Path(base["data"]) / "valid.jsonl")]
+    each = -(-o.answers // len(prompts))
+    asked = [
+        Asked(
+            np.array(tokenizer.prompt_tokens([{"role": "user", "content": p}]), dtype=np.int32),
+            [(seed, i, j) for j in range(each)],
+        )
+        for i, p in enumerate(prompts)
+    ]
+    seen = np.zeros(len(prompts))
+    drawn = sample_all(model, asked, Sampling(o.tokens, 1.0, seed), tokenizer.eos_token_ids)
+    for i, _, answer in drawn:
+        text = tokenizer.decode(answer.tokens.tolist(), skip_special=True)
+        seen[i] += shows(text, o.behaviour)
+    return {"rates": (seen / each).tolist()}
+
+
+def equal_margin(points: list[dict[str, Any]], draws: int = 2000) -> dict[str, Any]:
+    """The rate of every kind at the margin that all reach, and its difference from fpo's.
+
+    A run is a broken line through (0, the base's rate) and its checkpoints, in the order of their
+    margins; prompts are drawn again, seeds together.
+    """
+    seeds = sorted({p["seed"] for p in points})
+    kinds = [kind for kind in dict.fromkeys(p["kind"] for p in points) if kind != "base"]
+    runs = {
+        (kind, s): sorted(
+            (p for p in points if p["seed"] == s and p["kind"] in (kind, "base")),
+            key=lambda p: p["margin"],
+        )
+        for kind in kinds
+        for s in seeds
+    }
+    margin = min(run[-1]["margin"] for run in runs.values())
+    per_prompt = {
+        kind: np.mean([_at(runs[kind, s], margin) for s in seeds], axis=0) for kind in kinds
+    }
+    rng = np.random.default_rng(0)
+    n = len(next(iter(per_prompt.values())))
+    picks = rng.integers(0, n, size=(draws, n))
+
+    def interval(values: np.ndarray) -> list[float]:
+        low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+        return [float(values.mean()), float(low), float(high)]
+
+    return {
+        "margin": float(margin),
+        "rates": {kind: interval(values) for kind, values in per_prompt.items()},
+        "less than fpo": {
+            kind: interval(per_prompt["fpo"] - values)
+            for kind, values in per_prompt.items()
+            if kind != "fpo" and "fpo" in per_prompt
+        },
+    }
+
+
+def _at(run: list[dict[str, Any]], margin: float) -> np.ndarray:
+    """Each prompt's rate at a margin, [prompts]."""
+    margins = np.array([p["margin"] for p in run])
+    rates = np.array([p["rates"] for p in run])  # [points, prompts]
+    return np.array([np.interp(margin, margins, column) for column in rates.T])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""`chat`: steered logits are those of a transformers hook; a person at a terminal; other flags."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from command_line import FEATURES, random_sae, refused, run
+from evaluated import own_cache, place  # noqa: F401
+from tiny_make import for_transformers
+from tiny_models import HIDDEN
+
+from fpo_mlx.config import Sampling, load_config
+from fpo_mlx.data.feature_files import read_steering
+from fpo_mlx.errors import ConfigError
+from fpo_mlx.judge.speaking import Speaker, steering
+from fpo_mlx.model.load import load_model
+from fpo_mlx.model.reader import encoder_of
+from fpo_mlx.pipeline import open_chat
+from fpo_mlx.sae.encode import encode
+
+PROMPT = np.array([5, 17, 3, 250, 99, 42, 7, 8, 120], np.int32)
+END = ()
+
+
+def test_steering_by_its_words():
+    assert read_steering("812=+4, 97=0,3=-1.5", 900) == {812: 4.0, 97: None, 3: -1.5}
+    for bad in ("812", "x=1", "812=nan", "900=1", "1=1,1=2"):
+        with pytest.raises(ConfigError, match="--steer"):
+            read_steering(bad, 900)
+
+
+@pytest.mark.parametrize("asked", [{3: 4.0}, {7: None}, {3: -2.0, 7: None, 9: None, 11: 1.0}])
+def test_steered_logits_are_those_of_a_hook_on_the_transformers_model(place, asked):
+    from transformers import AutoModelForCausalLM
+
+    sae = random_sae(HIDDEN)
+    model = load_model(place / "model").model
+    plain = np.array(model(mx.array(PROMPT[None]))[0])
+    speaker = Speaker(model, sae.site, encoder_of(sae))
+    speaker.steer(steering(sae.w_dec, sae.site, asked))
+    ours = np.array(model(mx.array(PROMPT[None]))[0])
+    other = AutoModelForCausalLM.from_pretrained(for_transformers(place / "model")).eval()
+    rows = torch.tensor(sae.w_dec)
+
+    def hook(module, args, out):
+        h = out[0] if isinstance(out, tuple) else out
+        gone = [f for f, amount in asked.items() if amount is None]
+        if gone:  # least squares: what the directions can tell of h
+            w = rows[gone].double().T
+            h = h - (w @ torch.linalg.lstsq(w, h[0].double().T).solution).T[None].float()
+        for feature, amount in asked.items():
+            h = h + (amount or 0) * rows[feature]
+        return (h, *out[1:]) if isinstance(out, tuple) else h
+
+    other.model.layers[1].register_forward_hook(hook)
+    with torch.no_grad():
+        theirs = other(torch.tensor(PROMPT[None]).long()).logits[0].numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    assert np.abs(ours - plain).max() > 0.01
+    speaker.steer(None)
+    np.testing.assert_array_equal(np.array(model(mx.array(PROMPT[None]))[0]), plain)
+
+
+def test_an_answer_without_steering_is_that_of_mlx_lm(place):
+    from mlx_lm.generate import generate_step
+
+    model = load_model(place / "model").model
+    wanted = [int(t) for t, _ in generate_step(mx.array(PROMPT), model, max_tokens=12)]
+    spoken = list(Speaker(model).speak(PROMPT, Sampling(12, 0.0), END))
+    assert [one.token for one in spoken] == wanted
+
+
+def test_the_features_shown_are_those_at_the_position_that_predicts_the_token(place):
+    sae = random_sae(HIDDEN)
+    model = load_model(place / "model").model
+    speaker = Speaker(model, sae.site, encoder_of(sae))
+    spoken = list(speaker.speak(PROMPT, Sampling(5, 0.0), END, show=3))
+    whole = np.concatenate([PROMPT, [one.token for one in spoken[:-1]]])
+    with speaker._tap.recording() as seen:
+        model(mx.array(whole[None]))
+    acts = encode(sae, np.array(seen[0][0]))[len(PROMPT) - 1 :]
+    for one, row in zip(spoken, acts, strict=True):
+        order = np.argsort(-row)[:3]
+        assert [i for i, _ in one.features] == order.tolist()
+        np.testing.assert_allclose([v for _, v in one.features], row[order], rtol=1e-3, atol=1e-4)
+
+
+def test_base_and_adapter_stand_side_by_side_and_each_remembers_its_own(place):
+    config = load_config({"model": str(place / "model")})
+    chat = open_chat(config, adapter_paths=[str(place / "two")], beside_base=True, say=print)
+    assert list(chat.speakers) == ["base", str(place / "two")]
+    said = {n: "".join(p for p, _ in chat.answer(n, "Why?", Sampling(8, 0.0))) for n in chat.turns}
+    assert said["base"] != said[str(place / "two")]
+    assert all(chat.turns[name][-1]["content"] == text for name, text in said.items())
+    none = open_chat(config, adapter_paths=[str(place / "two")], scale=0.0, say=print)
+    name = str(place / "two")
+    assert "".join(p for p, _ in none.answer(name, "Why?", Sampling(8, 0.0))) == said["base"]
+
+
+def test_the_command_asks_steers_and_shows_features(place):
+    words = ["chat", "--model", place / "model", "--sae", place / "sae", "--prompt", "Why?"]
+    plain = run(*words, "--max-tokens", 6, "--temp", 0)
+    steered = run(*words, "--max-tokens", 6, "--temp", 0, "--steer", "3=+40")
+    assert plain.exit_code == steered.exit_code == 0, steered.stderr
+    assert plain.stdout != steered.stdout
+    shown = run(*words, "--max-tokens", 6, "--temp", 0, "--show-features", 2)
+    assert len(re.findall(r"^['\"].*['\"] +\d+ [\d.e+-]+  \d+ ", shown.stdout, re.M)) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [(["--steer", "3=+4"], "need one --sae"), (["--show-features", "2"], "need one --sae")],
+)
+def test_what_needs_an_sae_says_so(place, words, part):
+    refused(run("chat", "--model", place / "model", "--prompt", "a", *words), 2, part)
+
+
+def test_a_feature_that_the_sae_does_not_have_is_refused(place):
+    words = ["chat", "--model", place / "model", "--sae", place / "sae", "--prompt", "a"]
+    refused(run(*words, "--steer", f"{FEATURES}=1"), 2, f"0 to {FEATURES - 1}")
+
+
+def test_a_person_at_a_terminal_asks_steers_and_leaves(place):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "fpo_mlx", "chat", "--model", place / "model", "--sae",
+               place / "sae", "--max-tokens", "4", "--temp", "0"]  # fmt: skip
+    process = subprocess.Popen(
+        [str(word) for word in command], stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    written = b""
+
+    def until(wanted: bytes) -> bytes:
+        nonlocal written
+        end = time.monotonic() + 120
+        while wanted not in written and time.monotonic() < end:
+            if select.select([ours], [], [], 1)[0]:
+                written += os.read(ours, 65536)
+        before, found, written = written.partition(wanted)
+        assert found, before
+        return before
+
+    until(b"> ")
+    os.write(ours, b"Why?\n")
+    first = until(b"> ")
+    os.write(ours, b"/steer 3=+40\n")
+    assert b"steering 3=+40" in until(b"> ")
+    os.write(ours, b"/reset\n")
+    until(b"> ")
+    os.write(ours, b"Why?\n")
+    assert until(b"> ") != first
+    os.write(ours, b"/steer 99=1\n")
+    assert b"0 to 47" in until(b"> "), "a slip does not end the conversation"
+    os.write(ours, b"/quit\n")
+    assert process.wait(60) == 0
+    os.close(ours)
