@@ -27,10 +27,13 @@ def largest(values: mx.array, k: int) -> mx.array:
     candidates = mx.take_along_axis(groups, picks, axis=2).reshape(n, GROUP * k)
     kept = mx.argpartition(candidates, GROUP * k - k, axis=-1)[:, GROUP * k - k :]
     column = mx.take_along_axis(best, kept % k, axis=-1)
-    return _place(kept, column, k, count)
+    return _place(kept, column, *(mx.array(n, mx.uint32) for n in (k, count)))
 
 
 @partial(mx.compile, shapeless=True)
 def _place(kept, column, k, count):
-    """Of an entry in its row, from its place among the candidates and its group."""
+    """Of an entry in its row, from its place among the candidates and its group.
+
+    k and count are arrays: numbers would be compiled anew for every value.
+    """
     return ((kept // k) * count + column).astype(mx.int32)

@@ -170,12 +170,12 @@ def shape_of(model: Any, config: Mapping[str, Any], *, share_prompt: bool) -> Mo
         block_parameters=round(parameters),
         value_bytes=4 if here.widen else float_dtype(model).size,
         shares_prompt=share_prompt and plain_caches(model) > 0,
-        fused_attention=here.gpu and _fuses(blocks[0], head_dim),
+        fused_attention=here.gpu and fuses_attention(blocks[0], head_dim),
         window=int(stated.get("sliding_window") or 0) or None,
     )
 
 
-def _fuses(block: Any, head_dim: int) -> bool:
+def fuses_attention(block: Any, head_dim: int) -> bool:
     """Whether the model's code asks for MLX's fused attention, and MLX has it for these heads.
 
     Gemma 2 makes its scores by hand: they are capped.

@@ -199,8 +199,8 @@ def _compare_weights(trainer: Trainer, store: ReferenceCache, say: Say) -> None:
     bound *= guard.HALF_WIDER if trainer.scorer.half else 1.0
     found = (
         f"{store.folder} was made with other weights than this run's (model: cache {old}, this "
-        f"run {new}). At step 0 |u| / beta is up to {gap:.3g}, and log-probs differ by up to "
-        f"{apart:.3g} nats per token"
+        f"run {new}). At step 0 |u| / beta is up to {gap:.3g} nats per token, and log-probs differ "
+        f"by up to {apart:.3g} nats per token"
     )
     if max(gap, apart) <= bound:
         say(f"warning: {found}")

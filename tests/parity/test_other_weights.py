@@ -49,7 +49,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def gap_in(text: str) -> float:
-    return float(re.findall(r"log-probs differ by up to ([\d.e-]+) nats a token", text)[0])
+    return float(re.findall(r"log-probs differ by up to ([\d.e-]+) nats per token", text)[0])
 
 
 def test_a_near_quantisation_trains_with_a_warning_that_gives_the_measured_gap(place, tmp_path):

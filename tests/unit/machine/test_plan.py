@@ -25,20 +25,6 @@ PAIR = Lengths(256, 90, 70)
 CASE = Case(MODEL, (SAE,), SETUP, TILES, (PAIR,))
 
 
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
-
-
 def test_the_backbone_is_called_as_the_policy_calls_it():
     """The prompt goes with the chosen response; the rejected one sees it and itself."""
     assert memory.passes(PAIR, share_prompt=True) == [Pass(1, 345, 345), Pass(1, 70, 325)]
@@ -60,39 +46,11 @@ def test_the_backbone_is_called_as_the_policy_calls_it():
         (Lengths(76, 154, 77), True, 2, 656.3e6),
     ],
 )
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
-
-
 def test_peaks_that_were_measured_are_predicted_within_15_percent(pair, again, micro, measured):
     """SmolLM2-135M in float32, LoRA rank 8 on 16 blocks: scripts/bench/plan.py measured these."""
     setup = replace(SETUP, grad_checkpoint=again, micro_batch_size=micro, batch_size=micro)
     terms = memory.train_terms(MODEL, (SAE,), setup, TILES, pair)
     assert memory.total(terms) == pytest.approx(measured, rel=0.15)
-
-
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
 
 
 def test_measured_peaks_of_tdpo2_a_wide_sae_and_precompute_are_predicted_too():
@@ -103,20 +61,6 @@ def test_measured_peaks_of_tdpo2_a_wide_sae_and_precompute_are_predicted_too():
     assert memory.total(wide) == pytest.approx(1203.2e6, rel=0.15)
     first = memory.precompute_terms(MODEL, (SaeShape(16384, 576),), TILES, Lengths(512, 256, 256))
     assert memory.total(first) == pytest.approx(659.5e6, rel=0.15)
-
-
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
 
 
 def test_the_terms_that_need_no_constant_are_counted_by_hand():
@@ -135,20 +79,6 @@ LENGTHS = st.builds(
 
 @settings(max_examples=100)
 @given(LENGTHS, st.integers(1, 8), st.sampled_from(["adam", "sgd"]))
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
-
-
 def test_what_saves_memory_is_predicted_to_save_it(pair, micro, optimizer):
     setup = replace(SETUP, micro_batch_size=micro, batch_size=16, optimizer=optimizer)
     case = replace(CASE, setup=setup, lengths=(pair,))
@@ -157,20 +87,6 @@ def test_what_saves_memory_is_predicted_to_save_it(pair, micro, optimizer):
     assert memory.fewer(case, 4).peak < case.peak
     assert case.cut(64).peak <= case.peak
     assert memory.total(memory.precompute_terms(MODEL, (SAE,), TILES, pair)) < case.peak
-
-
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
 
 
 def test_the_largest_settings_that_fit_do_fit_and_the_next_do_not():
@@ -190,20 +106,6 @@ def test_the_largest_settings_that_fit_do_fit_and_the_next_do_not():
     assert memory.longest_sequence(CASE, 0.5e9) == 0  # not even the weights
 
 
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
-
-
 def test_advice_begins_with_what_changes_no_result():
     case = replace(CASE, setup=replace(SETUP, micro_batch_size=4, batch_size=4))
     names = [name for name, _ in memory.changes(case)]
@@ -211,20 +113,6 @@ def test_advice_begins_with_what_changes_no_result():
     assert names[1].startswith("--grad-checkpoint")
     peaks = [way.peak for _, way in memory.changes(case)]
     assert all(peak < case.peak for peak in peaks)
-
-
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
 
 
 def test_flops_are_two_a_weight_and_token_and_the_backward_as_many_from_the_adapters_on():
@@ -258,20 +146,6 @@ def run(place, *words):
     return CliRunner().invoke(main, [str(word) for word in (*fixed, *words)])
 
 
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
-
-
 def test_a_plan_says_what_fits_and_writes_it_down(place, tmp_path):
     result = run(
         place, "--data", place / "train.jsonl", "--memory-gb", 1, "--json", tmp_path / "p.json"
@@ -287,20 +161,6 @@ def test_a_plan_says_what_fits_and_writes_it_down(place, tmp_path):
     )
     weights = sum(f.stat().st_size for f in (place / "model").glob("*.safetensors"))
     assert found["train"]["terms"]["model weights"] == pytest.approx(weights, rel=0.05)
-
-
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change(place):
@@ -320,20 +180,6 @@ def test_a_plan_that_does_not_fit_says_what_to_change(place):
         (("--model", "/nowhere"), 1, "found no config.json"),
     ],
 )
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
-
-
 def test_bad_inputs_of_plan_are_one_plain_message(place, words, code, text):
     result = run(place, *words)
     assert result.exit_code == code
@@ -356,20 +202,6 @@ def gpt2(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", ["sae info", "plan", "precompute", "train"])
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
-
-
 def test_gpt2_goes_through_every_command(gpt2, tmp_path, monkeypatch, command):
     from command_line import run, usual
 
@@ -385,20 +217,6 @@ def test_gpt2_goes_through_every_command(gpt2, tmp_path, monkeypatch, command):
     assert done.exception is None
 
 
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
-    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
-
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
-
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
-    assert peak(replace(model, window=512), setup) == peak(model, setup)
-    assert peak(replace(model, window=100), setup) > peak(model, setup)
-    forward = peak(model, replace(setup, forward=True))
-    assert forward < peak(model, replace(setup, grad_checkpoint=True))
-
-
 def test_what_a_published_config_leaves_out_is_the_models_own_default(tmp_path):
     """Gemma 3's has neither the vocabulary nor the heads, on either level."""
     from fpo_mlx.model.load import load_model
@@ -411,3 +229,17 @@ def test_what_a_published_config_leaves_out_is_the_models_own_default(tmp_path):
     left_out = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     config = {k: v for k, v in whole.items() if k not in left_out}
     assert shape_of(model, config, share_prompt=True) == wanted
+
+
+def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
+    model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
+    tiles = replace(TILES, cache=1 << 30)
+
+    def peak(model, setup, tiles=TILES):
+        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
+
+    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
+    assert peak(replace(model, window=512), setup) == peak(model, setup)
+    assert peak(replace(model, window=100), setup) > peak(model, setup)
+    forward = peak(model, replace(setup, forward=True))
+    assert forward < peak(model, replace(setup, grad_checkpoint=True))
