@@ -9,6 +9,7 @@ import click
 from fpo_mlx.cli.help import Group
 from fpo_mlx.cli.options import (
     PATH,
+    READ,
     backend_option,
     claims,
     device_option,
@@ -56,7 +57,9 @@ def info(folder, json_path) -> None:
 @click.argument("folder", type=PATH)
 @preset_option
 @settings(DataConfig, ReferenceConfig)
-@click.option("--adapter-path", "adapter", help="SFT adapter that belongs to the reference.")
+@click.option(
+    "--adapter-path", "adapter", type=READ, help="SFT adapter that belongs to the reference."
+)
 @backend_option
 @device_option
 @click.option(

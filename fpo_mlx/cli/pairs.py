@@ -9,6 +9,7 @@ import click
 from fpo_mlx.cli.help import Group
 from fpo_mlx.cli.options import (
     PATH,
+    READ,
     claims,
     json_option,
     overwrite_option,
@@ -96,7 +97,9 @@ def judge(candidates, config, output, against, json_path, **values) -> None:
 @pairs.command()
 @click.argument("candidates", type=PATH)
 @click.option("--verdicts", type=PATH, multiple=True, help="File of verdicts; repeatable.")
-@click.option("--reward", help="Judge by this reward first: FILE.py:FUNCTION or an example's name.")
+@click.option(
+    "--reward", type=READ, help="Judge by this reward first: FILE.py:FUNCTION or an example's name."
+)
 @section_options(BuildConfig)
 @click.option(
     "--output", type=PATH, default="pairs", show_default=True, help="Folder to write the pairs to."

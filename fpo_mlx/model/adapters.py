@@ -268,11 +268,13 @@ def update(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
     model.update(tree_unflatten(list(weights.items())))
 
 
-def export_peft(source: Path, target: Path, base: str) -> int:
+def export_peft(
+    source: Path, target: Path, base: str, check: Callable[[], object] = lambda: None
+) -> int:
     """Write an adapter folder as PEFT loads it, whole or not at all; the number of layers.
 
-    base: what the configuration says of the base model. Raises: ModelError for layers that PEFT
-    has no file form for.
+    base: what the configuration says of the base model; check: as
+    `files.atomic_folder` has it. Raises: ModelError for layers that PEFT has no file form for.
     """
     found = read_adapter(source)
     if found.peft:
@@ -296,7 +298,7 @@ def export_peft(source: Path, target: Path, base: str) -> int:
         kind=found.kind, rank=found.rank, scale=found.scale, dropout=found.dropout,
         paths=[path for path in theirs.values() if path], base=base,
     )  # fmt: skip
-    with files.atomic_folder(target) as folder:
+    with files.atomic_folder(target, check) as folder:
         whole = {name: mx.contiguous(array) for name, array in tensors.items()}
         mx.save_safetensors(str(folder / PEFT_WEIGHTS), whole, metadata={"format": "pt"})
         files.write_json(folder / CONFIG, config)

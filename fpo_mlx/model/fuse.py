@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def fuse(
     upload_repo: str | None = None,
     trust_remote_code: bool = False,
     scale: float = 1.0,
+    check: Callable[[], object] = lambda: None,
 ) -> FuseReport:
     """Fuse, and write a model folder whole or not at all.
 
@@ -63,7 +65,8 @@ def fuse(
     adapters to weights widened to float32 and stores `dtype` (default: the base's own).
     keep_bits: bits of the layers that have adapters, in place of the base's. chat_template: takes
     the place of the base's; default: the one beside the adapters, where training had another.
-    scale: part of the adapter's change that is taken (`adapters.fill`).
+    scale: part of the adapter's change that is taken (`adapters.fill`). check: called just before
+    the folder is put in its place (`files.atomic_folder`).
 
     Raises: ModelError for a model or adapter that cannot be read, ConfigError for an export that
     cannot be made; nothing is written then.
@@ -87,7 +90,7 @@ def fuse(
     if dequantize or dtype:
         cast_floats(base, DTYPES[dtype] if dtype else own)
     template = _template(chat_template, adapter_path)
-    with files.atomic_folder(save_path) as folder:
+    with files.atomic_folder(save_path, check) as folder:
         _save(folder, path, base, config)
         said = _put_template(folder, *template) if template else ""
         if gguf_path and export:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +58,17 @@ def fuse(
 
     if not config.reference.model:
         raise ConfigError("--model is missing. Wanted the model that the adapter was trained on.")
-    read = [*config.reads(), resolve_model(config.reference.model), adapter_path, verify]
-    claim_folder(save_path, "--save-path", MODEL, inputs=read, overwrite=overwrite)
+    made = MODEL if gguf_path is None else replace(
+        MODEL, names=f"{MODEL.names}|{re.escape(gguf_path)}"
+    )  # fmt: skip
+
+    def claim(*more: str | Path | None) -> Path:
+        inputs = [*config.reads(), adapter_path, verify, *more]
+        return claim_folder(save_path, "--save-path", made, inputs=inputs, overwrite=overwrite)
+
+    save_path = claim()  # before a download
+    base = resolve_model(config.reference.model)
+    claim(base)
     if target_kl is not None:
         scale = _scale_within(config, adapter_path, verify, target_kl, scale, say)
     report = fusing.fuse(
@@ -72,6 +83,7 @@ def fuse(
         upload_repo=None if verify else upload_repo,
         trust_remote_code=config.reference.trust_remote_code,
         scale=scale,
+        check=partial(claim, base),
     )
     for line in said_of(report):
         say(line)

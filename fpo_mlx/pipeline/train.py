@@ -62,6 +62,8 @@ def train(
             trainer.resume()
             say(f"resumed after iteration {trainer.progress.iteration}")
         else:
+            if trainer.ranks.first:  # again: hours may lie between
+                claim_place(config)
             out.start(ready.record, ready.template)
         begun = trainer.progress.iteration
         yield from trainer.run()
@@ -135,13 +137,12 @@ def _splits(job: Job) -> tuple[str, ...]:
 
 def claim_place(config: RunConfig) -> None:
     """Raises: ConfigError where the run would write over anything but itself."""
-    t = config.train
+    t, flag, inputs = config.train, "--adapter-path", config.reads()
     if t.resume:
-        outputs.refuse_inputs(Path(t.adapter_path), "--adapter-path", config.reads())
-        return
-    outputs.claim_folder(
-        Path(t.adapter_path), "--adapter-path", RUN, inputs=config.reads(), overwrite=t.overwrite
-    )
+        outputs.refuse_inputs(Path(t.adapter_path), flag, inputs, RUN)
+        outputs.refuse_links(Path(t.adapter_path), flag, RUN)
+    else:
+        outputs.claim_folder(t.adapter_path, flag, RUN, inputs=inputs, overwrite=t.overwrite)
 
 
 def _compare_peaks(out: Folder, predicted: float, say: Say) -> None:
