@@ -15,6 +15,7 @@ from fpo_mlx.cli.options import (
     device_option,
     gather,
     json_option,
+    overwrite_json_option,
     overwrite_option,
     preset_option,
     settings,
@@ -93,7 +94,7 @@ def verify(folder, adapter, backend, device, sample, tolerance, json_path, **val
 @click.argument("parts", nargs=-1, required=True, type=PATH)
 @click.option("--output", type=PATH, required=True, help="Cache folder to write to or extend.")
 @json_option
-@overwrite_option
+@overwrite_json_option
 @claims(json_path="--json")
 def merge(parts, output, json_path) -> None:
     """Join the parts that several processes or machines made.

@@ -64,6 +64,9 @@ csv_option = click.option("--csv", "csv_path", type=PATH, help="Write the result
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace what an earlier command wrote there."
 )
+overwrite_json_option = click.option(
+    "--overwrite", is_flag=True, help="Replace the file of --json; all else goes on where it is."
+)
 backend_option = click.option(
     "--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True,
     help="What runs the reference model.",
@@ -169,15 +172,14 @@ def claims(*, grows: Mapping[str, str] | None = None, **flags: str) -> Callable:
     """The files that a command's options name (parameter=flag) are claimed before it runs.
 
     grows: those that are appended to, which may be there and may not be read by the command.
-    Stands next to the function. The command needs an --overwrite, which the function gets if it
-    asks for it.
+    Stands next to the function, which gets the command's --overwrite if it asks for it.
     """
 
     def decorate(command: Callable) -> Callable:
         asks = "overwrite" in inspect.signature(command).parameters
 
         @functools.wraps(command)
-        def claimed(*args: Any, overwrite: bool | None, **values: Any) -> Any:
+        def claimed(*args: Any, overwrite: bool | None = None, **values: Any) -> Any:
             places = {flag: values[name] for name, flag in flags.items()}
             read = _read_by({**flags, **(grows or {})})
             claim = functools.partial(outputs.claim_files, inputs=read, overwrite=bool(overwrite))

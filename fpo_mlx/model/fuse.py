@@ -17,7 +17,7 @@ from fpo_mlx.errors import ConfigError
 from fpo_mlx.model import adapters, gguf_file
 from fpo_mlx.model.load import dequantize as dequantize_layers
 from fpo_mlx.model.load import read_model
-from fpo_mlx.model.rounding import Kept, change_of, kept_of, rounded_to
+from fpo_mlx.model.rounding import Kept, change_of, is_plain, kept_of, rounded_to
 from fpo_mlx.model.trees import arrays_of, cast_floats, float_dtype
 from fpo_mlx.storage import files
 
@@ -33,7 +33,8 @@ BESIDE = (
 @dataclass(frozen=True)
 class FuseReport:
     """kept: of the adapters' change after rounding, where layers are quantised; template: which
-    chat template the folder has ("" for the base's)."""
+    chat template the folder has ("" for the base's); unreached: adapted layers that keep the base's
+    bits in spite of keep_bits."""
 
     path: Path
     fused_layers: int
@@ -42,6 +43,7 @@ class FuseReport:
     uploaded: str | None = None
     kept: Kept | None = None
     template: str = ""
+    unreached: int = 0
 
 
 def fuse(
@@ -85,7 +87,12 @@ def fuse(
         config.pop("quantization", None)
         config.pop("quantization_config", None)
         cast_floats(base, mx.float32)
+    if export:
+        gguf_file.their_names(export, dict(arrays_of(base.parameters())))
     adapters.load(base, adapter_path, scale=scale)
+    unreached = 0 if keep_bits is None else sum(
+        "lora_a" in module and not is_plain(module) for _, module in base.named_modules()
+    )  # fmt: skip
     count, kept = fuse_layers(base, config, dequantize=dequantize, keep_bits=keep_bits)
     if dequantize or dtype:
         cast_floats(base, DTYPES[dtype] if dtype else own)
@@ -98,7 +105,7 @@ def fuse(
     if upload_repo:
         upload(save_path, upload_repo)
     gguf = save_path / gguf_path if gguf_path else None
-    return FuseReport(save_path, count, stays, gguf, upload_repo, kept, said)
+    return FuseReport(save_path, count, stays, gguf, upload_repo, kept, said, unreached)
 
 
 def upload(folder: Path, repo: str) -> None:
@@ -173,7 +180,7 @@ def fuse_layers(
             new = rounded_to(base, change, keep_bits)
             if isinstance(new, nn.QuantizedLinear):
                 sums.append(kept_of(base, change, new))
-                if keep_bits:
+                if new.bits != base.bits:
                     own = {"group_size": new.group_size, "bits": new.bits}
                     config["quantization"][name] = own
         fused.append((name, _typed_as(base, new)))

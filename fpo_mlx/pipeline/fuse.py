@@ -104,11 +104,17 @@ def said_of(report: FuseReport) -> list[str]:
         bits = " and ".join(map(str, kept.bits))
         way = (
             "" if kept.error < TOLERABLE
-            else "; --keep-bits 8 keeps the adapted layers at 8 bits, --dequantize keeps all of it"
+            else "; --keep-bits 8 keeps the adapted layers at 8 bits, "
+            "--dequantize --dtype float32 keeps all of it"
         )  # fmt: skip
         lines.append(
             f"rounding to {bits} bits left {kept.share:.0%} of the adapters' change, with an error "
             f"{kept.error:.2f} times its size{way}"
+        )
+    if report.unreached:
+        lines.append(
+            f"--keep-bits does not reach {report.unreached} adapted embeddings or blocks of "
+            "experts: they have the base's bits"
         )
     return lines
 

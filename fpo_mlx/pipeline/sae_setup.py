@@ -72,8 +72,11 @@ def check(config: SaeTrainConfig) -> None:
 
 def claim(config: SaeTrainConfig) -> None:
     """Raises: ConfigError where the run would write over anything but itself."""
+    from fpo_mlx.saetrain.state import run_folder
+
     inputs = (config.model, config.data, config.chat_template)
     if config.resume:
+        run_folder(Path(config.output)).check_begun()
         outputs.refuse_inputs(Path(config.output), "--output", inputs, RUN)
         outputs.refuse_links(Path(config.output), "--output", RUN)
     else:

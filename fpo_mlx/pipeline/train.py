@@ -102,7 +102,7 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     job = open_job(config, say=say)
     splits = read_splits(config, job.tokenizer, _splits(job), say, doctor=True)
     pairs, valid = splits["train"], splits.get("valid", [])
-    record = run_record(job, data.data_fingerprint(pairs))
+    record = run_record(job, data.data_fingerprint(pairs), data.data_fingerprint(valid))
     if t.resume and ranks.first:
         check_resumable(place, record)
     outline = outline_of(job, say)  # refuses adapters out of reach
@@ -203,7 +203,7 @@ def _announce(trainer: Trainer, say: Say) -> None:
     )
 
 
-def run_record(job: Job, data_fingerprint: str) -> dict[str, Any]:
+def run_record(job: Job, data_fingerprint: str, valid: str) -> dict[str, Any]:
     """What run.json holds: settings, versions, fingerprints. No environment, no tokens."""
     from importlib.metadata import version
 
@@ -215,6 +215,7 @@ def run_record(job: Job, data_fingerprint: str) -> dict[str, Any]:
             "adapter": job.identity.adapter,
             "tokenizer": job.identity.tokenizer,
             "data": data_fingerprint,
+            "valid": valid,
             "saes": [list(sae) for sae in job.identity.saes],
             "named_features": weights_fingerprint(job.feature_weights),
         },

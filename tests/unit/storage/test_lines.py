@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -58,3 +59,19 @@ def test_half_a_surrogate_pair_is_written_and_comes_back():
 def test_what_is_no_object_is_named_with_its_place(line):
     with pytest.raises(DataError, match="a.jsonl:3"):
         decode(line, "a.jsonl:3")
+
+
+def test_zeros_that_a_crash_left_at_the_end_are_cut(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + bytes(100))
+    assert written(path, [{"b": 2}]) == b'{"a": 1}\n{"b": 2}\n'
+
+
+def test_a_last_line_of_somebody_else_is_refused_with_the_file_and_nothing_stays_open(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"my notes")
+    before = len(os.listdir("/dev/fd"))
+    with pytest.raises(FpoError, match=r"a\.jsonl: its last line is no record: b'my notes'"):
+        LineWriter(path)
+    assert len(os.listdir("/dev/fd")) == before
+    assert path.read_bytes() == b"my notes"
