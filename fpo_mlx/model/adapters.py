@@ -285,7 +285,7 @@ def export_peft(
         raise ModelError(f"{found.weights} cannot be read as safetensors: {error}") from error
     paths = sorted({name.rpartition(".")[0] for name in weights})
     theirs = {path: peft_path(path) for path in paths}
-    if odd := [p for p in paths if theirs[p] is None or weights[f"{p}.lora_a"].ndim != 2]:
+    if odd := [p for p in paths if theirs[p] is None or not _two_dimensional(weights, p)]:
         raise ModelError(
             f"{source}: PEFT's files have no form for an adapter of {odd[0]} ({len(odd)} of "
             f"{len(paths)} layers). Fuse it: `fpo-mlx fuse --dequantize`."
@@ -303,6 +303,10 @@ def export_peft(
         mx.save_safetensors(str(folder / PEFT_WEIGHTS), whole, metadata={"format": "pt"})
         files.write_json(folder / CONFIG, config)
     return len(paths)
+
+
+def _two_dimensional(weights: Mapping[str, mx.array], path: str) -> bool:
+    return f"{path}.lora_a" in weights and weights[f"{path}.lora_a"].ndim == 2
 
 
 def save(path: Path, weights: Mapping[str, mx.array]) -> None:

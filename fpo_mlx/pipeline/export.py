@@ -18,7 +18,7 @@ PEFT = Made(
 
 
 def export(adapter_path: Path, output: Path, *, base: str | None, overwrite: bool) -> int:
-    """Write adapters as PEFT, transformers and vLLM load them; the number of adapted layers.
+    """Write adapters as PEFT loads them; the number of adapted layers.
 
     base: hub id of the base model, for PEFT's own look-ups (default: what training was given).
     Raises: ConfigError where the place would lose something, ModelError for an adapter that cannot

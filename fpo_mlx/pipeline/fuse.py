@@ -19,11 +19,9 @@ from fpo_mlx.storage.outputs import MODEL, claim_folder
 
 if TYPE_CHECKING:
     from fpo_mlx.model.fuse import FuseReport
+    from fpo_mlx.train.metrics import ScoredPairs
 
 TOLERABLE = 0.2  # error of the rounding over the size of the change
-
-if TYPE_CHECKING:
-    from fpo_mlx.train.metrics import ScoredPairs
 
 
 @dataclass(frozen=True)
