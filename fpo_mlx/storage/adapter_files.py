@@ -87,7 +87,8 @@ def read_adapter(folder: Path) -> AdapterFile:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ModelError(
             f"{path}: not an adapter configuration that can be read ({error!r}). Wanted what "
-            "mlx-lm (lora_parameters with rank and scale, num_layers) or PEFT (r, lora_alpha) writes."
+            "mlx-lm (lora_parameters with rank and scale, num_layers) or PEFT (r, lora_alpha) "
+            "writes."
         ) from error
 
 

@@ -27,6 +27,7 @@ def made(tmp_path_factory):
     write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
     lines(root / "data/train.jsonl", *ROWS)
     lines(root / "words.jsonl", *({"text": f"word {n}"} for n in range(4)))
+    lines(root / "prompts.jsonl", *({"prompt": f"word {n}"} for n in range(4)))
     np.save(root / "x.npy", np.zeros((2, tiny_models.HIDDEN), np.float32))
     rest = {"tokens": 3, "finish": "stop", "logp": -1.0, "seed": 0, "temp": 1.0, "model": "m"}
     sides = [{"text": text, **rest} for text in ("Yes.", "No, no.")]
@@ -127,8 +128,8 @@ FILES = {
     "cache list": (lambda p: ["cache", "list", "--folder", p], "--json", "ref/manifest.json"),
     "cache export": (lambda p: ["cache", "export", p / "ref"], "--output", "ref/manifest.json"),
     "pairs generate": (
-        lambda p: ["pairs", "generate", "--model", p / "model", "--prompts", p / "words.jsonl"],
-        "--output", "words.jsonl",
+        lambda p: ["pairs", "generate", "--model", p / "model", "--prompts", p / "prompts.jsonl"],
+        "--output", "prompts.jsonl",
     ),
     "pairs judge": (
         lambda p: ["pairs", "judge", p / "candidates.jsonl", "--reward", "length"], "--output",
@@ -213,6 +214,8 @@ FOREIGN_FOLDERS = {
     "a link to a folder": lambda p, t: link(t / "out", notes(t / "real")),
     "the folder around everything": lambda p, t: t,
 }  # fmt: skip
+# they go on with what is theirs, and name the place alone
+OTHER_RULE = ("precompute", "cache merge", "pairs generate", "pairs judge", "pairs rate")
 WHOLE = ("fuse", "export", "convert", "sae convert", "check --fix", "pairs build")
 
 
@@ -221,7 +224,8 @@ WHOLE = ("fuse", "export", "convert", "sae convert", "check --fix", "pairs build
 def test_a_folder_that_holds_other_things_is_not_written_to(place, tmp_path, name, content):
     words, flag, _ = FOLDERS[name]
     there = FOREIGN_FOLDERS[content](place, tmp_path)
-    refused_and_untouched([*words(place), flag, there], tmp_path, f"{name} on {content}")
+    said = [there.name] if name in OTHER_RULE else [flag, there.name]
+    refused_and_untouched([*words(place), flag, there], tmp_path, f"{name} on {content}", *said)
 
 
 @pytest.mark.parametrize("name", [n for n, (_, _, reads) in FOLDERS.items() if reads])
@@ -251,7 +255,8 @@ FOREIGN_FILES = {
 def test_a_file_that_is_there_is_not_written_over(place, tmp_path, name, content):
     words, flag, _ = FILES[name]
     there = FOREIGN_FILES[content](place, tmp_path)
-    refused_and_untouched([*words(place), flag, there], tmp_path, f"{name} on {content}")
+    said = [there.name] if name in OTHER_RULE else [flag, there.name]
+    refused_and_untouched([*words(place), flag, there], tmp_path, f"{name} on {content}", *said)
 
 
 @pytest.mark.parametrize("name", [n for n, (_, _, reads) in FILES.items() if reads])
