@@ -1,0 +1,214 @@
+"""What does each method's reward cost? True reward against drift, along every run's checkpoints.
+
+    python scripts/studies/frontier.py --model M --sae S            everything; again to go on
+    python scripts/studies/frontier.py --model M --sae S --minutes 60   begin nothing later
+    python scripts/studies/frontier.py --list                       what is there, what is left
+
+In the manner of DPO's sentiment experiment (arXiv 2305.18290, section 6.1): the base answers 400
+prompts of the project's own four times; a reward that is known (VADER's sentiment, or how plain an
+answer is) picks the best and the worst of each; every method trains on these pairs. Checkpoints,
+and parts of an adapter's change, are measured on 256 held-out prompts with two sampled answers
+each: reward, KL from the base on these answers, what changed on prompts about other things.
+
+Everything lies in --work; results/frontier-REWARD.json and .md are written anew after each cell.
+Needs `pip install vaderSentiment textstat`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import frontier_rewards as known
+import frontier_show
+from texts import ROOT, shared
+
+from fpo_mlx import machine
+from fpo_mlx.storage import files
+
+RESULTS = ROOT / "scripts" / "studies" / "results"
+UPDATES, CHECKPOINTS = 200, (25, 50, 100, 200)
+PARTS = (0.1, 0.25, 0.5)  # of the last checkpoint's change
+METHODS = {
+    "dpo": ("--objective", "dpo"),
+    "fpo drift .2": ("--target-drift", "0.2"),
+    "fpo drift .1": ("--target-drift", "0.1"),
+    "simpo": ("--objective", "simpo"),
+    "tdpo2": ("--objective", "tdpo2"),
+    "fpo": (),
+    "fpo drift .3": ("--target-drift", "0.3"),
+    "simpo-kl": ("--objective", "simpo-kl"),
+    "dpo + nll": ("--objective", "dpo", "--nll-weight", "1"),
+    "fpo activations": ("--constraint", "activations"),
+}
+SCALED = ("dpo", "fpo drift .2", "fpo")
+RATES = (5e-5, 2e-5, 1e-4)  # the first is tried by all; the others are the tuning budget
+
+
+@dataclass(frozen=True)
+class Cell:
+    method: str
+    rate: float
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.method.replace(' ', '-')}-lr{self.rate:.0e}-s{self.seed}"
+
+
+def cells(seeds: int) -> Iterator[Cell]:
+    """The most telling first: all methods once, the strongest rival and ours on all seeds."""
+    first = [Cell(m, RATES[0], 0) for m in METHODS]
+    main = [Cell(m, RATES[0], s) for s in range(1, seeds) for m in list(METHODS)[:2]]
+    tuning = [Cell(m, rate, 0) for rate in RATES[1:] for m in METHODS]
+    rest = [Cell(m, rate, s) for s in range(1, seeds) for rate in RATES for m in METHODS]
+    yield from dict.fromkeys([*first[:2], *main, *first[2:], *tuning, *rest])
+
+
+def main() -> int:
+    o = parse()
+    machine.set_up()
+    work = o.work / o.reward
+    todo = [c for c in cells(o.seeds) if not (work / "cells" / c.id / "points.json").is_file()]
+    if o.list:
+        print(*(f"{'open' if c in todo else 'kept'}  {c.id}" for c in cells(o.seeds)), sep="\n")
+        return 0
+    started = time.monotonic()
+    data = make_pairs(o, work)
+    meter = None
+    for cell in todo:
+        if o.minutes and time.monotonic() - started > 60 * o.minutes:
+            break
+        meter = meter or open_meter(o, work)
+        began = time.monotonic()
+        measure(cell, meter, train(cell, o, data, work), work)
+        say(f"{cell.id}: {time.monotonic() - began:.0f} s")
+        frontier_show.write(work, RESULTS / f"frontier-{o.reward}")
+    frontier_show.write(work, RESULTS / f"frontier-{o.reward}")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    saes = sorted(shared("sae").glob("smollm2-*jumprelu"))
+    parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--sae", type=Path, default=saes[0] if saes else None, help="its SAE")
+    parser.add_argument("--reward", choices=list(known.REWARDS), default="sentiment")
+    parser.add_argument("--work", type=Path, default=ROOT / ".frontier", help="all that is made")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, help="begin no cell after so many")
+    parser.add_argument("--list", action="store_true")
+    return parser.parse_args()
+
+
+def make_pairs(o: argparse.Namespace, work: Path) -> Path:
+    """The base's own answers, best against worst."""
+    from fpo_mlx import pipeline
+    from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig
+
+    prompts, candidates = o.work / "prompts.txt", o.work / "candidates.jsonl"
+    verdicts, pairs = work / "verdicts.jsonl", work / "pairs"
+    if (pairs / "pairs.json").is_file():
+        return pairs
+    files.write_text(prompts, "".join(f"{p}\n" for p in known.training_prompts()))
+    settings = GenerateConfig(model=str(o.model), prompts=str(prompts), n=4, max_tokens=32, seed=1)
+    say(f"pairs generate: {pipeline.pairs_generate(settings, output=candidates, say=say)}")
+    reward = f"{Path(known.__file__).resolve()}:{o.reward}"
+    pipeline.pairs_judge(
+        JudgeConfig(reward=reward), candidates=candidates, output=verdicts, say=say
+    )
+    pipeline.pairs_build(
+        BuildConfig(keep_cut=True, valid_share=0.05, seed=0, force=True),
+        candidates=candidates, verdicts=[verdicts], output=pairs, say=say,
+    )  # fmt: skip
+    return pairs
+
+
+def train(cell: Cell, o: argparse.Namespace, data: Path, work: Path) -> Path:
+    """One `fpo-mlx train` of UPDATES updates of two pairs; a run that was stopped goes on."""
+    out = work / "cells" / cell.id / "adapters"
+    words = {
+        "model": o.model, "sae": o.sae, "data": data, "adapter-path": out, "seed": cell.seed,
+        "learning-rate": cell.rate, "batch-size": 2, "iters": UPDATES, "save-every": 25,
+        "steps-per-report": 10, "steps-per-eval": 10_000, "val-batches": 0,
+        "max-logp-drop": 1e9,  # the guard is not what is compared
+    }  # fmt: skip
+    flags = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+    one = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    if (out / "checkpoint").is_dir():
+        flags.append("--resume")
+    elif out.is_dir():
+        shutil.rmtree(out)  # of a run that was killed before its first checkpoint
+    done = subprocess.run(
+        [sys.executable, "-m", "fpo_mlx", "train", *flags, *METHODS[cell.method], "--no-check-sae"],
+        env={**os.environ, **one, "FPO_MLX_CACHE": str(o.work / "cache")},
+        stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    files.write_text(work / "cells" / cell.id / "train.log", done.stdout)
+    if done.returncode not in (0, 4):  # 4: the guard; what was saved until then is measured
+        raise SystemExit(f"{cell.id}: train ended with {done.returncode}:\n{done.stdout[-2000:]}")
+    return out
+
+
+def open_meter(o: argparse.Namespace, work: Path) -> Any:
+    from frontier_points import Meter
+
+    from fpo_mlx import read_sae
+
+    meter = Meter(o.model, read_sae(o.sae), o.reward)
+    if not (work / "base.json").is_file():
+        files.write_json(work / "base.json", meter.point(None))
+    return meter
+
+
+def measure(cell: Cell, meter: Any, adapters: Path, work: Path) -> None:
+    """Every checkpoint, and parts of the last; each point is kept as soon as it is there."""
+    place = work / "cells" / cell.id
+    wanted = [(update, 1.0) for update in CHECKPOINTS]
+    if cell.method in SCALED:
+        wanted += [(UPDATES, part) for part in PARTS]
+    points = []
+    for update, part in wanted:
+        path = place / f"point-{update}-{part:g}.json"
+        weights = adapters / f"{update:07d}_adapters.safetensors"
+        if not path.is_file() and weights.is_file():
+            folder = as_adapter(adapters, weights, place / "at")
+            point = meter.point(folder, part)
+            say(f"  {cell.id} at {update} x {part:g}: {brief(point)}")
+            files.write_json(path, {"update": update, "part": part} | point)
+        if path.is_file():
+            points.append(json.loads(path.read_text(encoding="utf-8")))
+    about = {"method": cell.method, "rate": cell.rate, "seed": cell.seed}
+    files.write_json(place / "points.json", {**about, "points": points})
+
+
+def as_adapter(run: Path, weights: Path, folder: Path) -> Path:
+    """A checkpoint as an adapter folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run / "adapter_config.json", folder / "adapter_config.json")
+    shutil.copyfile(weights, folder / "adapters.safetensors")
+    return folder
+
+
+def brief(point: dict[str, Any]) -> str:
+    names: Sequence[str] = ("reward", "kl", "unrelated_drift", "greedy_agreement")
+    return "  ".join(f"{name} {point[name]:.3f}" for name in names)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

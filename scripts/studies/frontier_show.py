@@ -1,0 +1,161 @@
+"""Tables and figures of the frontier study, from the points in its work folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fpo_mlx.storage import files
+
+RIVAL, OURS = "dpo scaled", ("fpo drift .1", "fpo drift .2", "fpo drift .3", "fpo", "fpo scaled")
+LEVELS = (1.0, 3.0, 10.0)  # nats per answer
+RESAMPLES = 2000
+SHOWN = (
+    "reward", "kl", "unrelated_drift", "greedy_agreement", "base_nats_per_token", "tokens",
+    "distinct_2", "sums", "formats",
+)  # fmt: skip
+
+
+def write(work: Path, to: Path) -> None:
+    """to: path without its suffix; .json and .md, and .svg where matplotlib is there."""
+    runs = [json.loads(p.read_text()) for p in sorted(work.glob("cells/*/points.json"))]
+    if not runs:
+        return
+    base = json.loads((work / "base.json").read_text())
+    found = lines_of(runs)
+    compared = [row for name in OURS if name in found for row in against(found, name)]
+    to.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(to.with_suffix(".json"), {"base": base, "runs": runs, "compared": compared})
+    files.write_text(to.with_suffix(".md"), markdown(work.name, base, runs, compared))
+    with suppress(ImportError):
+        draw(found, base, to.with_suffix(".svg"))
+
+
+Line = list[Mapping[str, Any]]  # points of one run, by KL
+
+
+def lines_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Line]]:
+    """Per method and seed the points of its better learning rate (the higher area on seed 0)."""
+    split: dict[str, dict[float, dict[int, Line]]] = {}
+    for run in runs:
+        whole = [p for p in run["points"] if p["part"] == 1.0]
+        parts = [p for p in run["points"] if p["part"] != 1.0 or p["update"] == 200]
+        names = {run["method"]: whole}
+        if len(parts) > 1:
+            names[f"{run['method']} scaled"] = parts
+        for name, points in names.items():
+            line = sorted(points, key=lambda p: p["kl"])
+            split.setdefault(name, {}).setdefault(run["rate"], {})[run["seed"]] = line
+    return {name: max(rates.values(), key=_area) for name, rates in split.items()}
+
+
+def _area(seeds: Mapping[int, Line]) -> float:
+    """Mean reward over LEVELS on seed 0, for the choice of a learning rate."""
+    if 0 not in seeds:
+        return -np.inf
+    found = [at(seeds[0], level) for level in LEVELS]
+    return float(np.mean([f.mean() if f is not None else -1.0 for f in found]))
+
+
+def at(line: Line, kl: float, name: str = "reward/of_prompts") -> np.ndarray | None:
+    """A figure per prompt where the run has this KL, between its points by log KL; None outside."""
+    line = [p for p in line if p["kl"] > 0]
+    for a, b in zip(line, line[1:], strict=False):
+        if a["kl"] <= kl <= b["kl"]:
+            part = np.log(kl / a["kl"]) / max(np.log(b["kl"] / a["kl"]), 1e-9)
+            first, second = (np.atleast_1d(np.array(p[name], dtype=float)) for p in (a, b))
+            return first + part * (second - first)
+    return None
+
+
+def against(found: Mapping[str, Mapping[int, Line]], name: str) -> list[dict[str, Any]]:
+    """Reward above RIVAL's at equal KL, same seeds and prompts; 95 % bootstrap over both."""
+    rows = []
+    for level in LEVELS:
+        both = [
+            (at(found[name][seed], level), at(found[RIVAL][seed], level))
+            for seed in sorted(set(found[name]) & set(found.get(RIVAL, {})))
+        ]
+        gaps = np.array(
+            [ours - theirs for ours, theirs in both if not (ours is None or theirs is None)]
+        )
+        if len(gaps):
+            low, high = interval(gaps)
+            rows.append(
+                {"method": name, "rival": RIVAL, "kl": level, "seeds": len(gaps),
+                 "gap": float(gaps.mean()), "low": low, "high": high}
+            )  # fmt: skip
+    return rows
+
+
+def interval(gaps: np.ndarray) -> tuple[float, float]:
+    """gaps: [seeds, prompts]; both are drawn anew."""
+    rng = np.random.default_rng(0)
+    seeds = rng.integers(0, len(gaps), (RESAMPLES, len(gaps)))
+    prompts = rng.integers(0, gaps.shape[1], (RESAMPLES, gaps.shape[1]))
+    means = [gaps[s][:, p].mean() for s, p in zip(seeds, prompts, strict=True)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def markdown(
+    reward: str, base: Mapping[str, Any], runs: Sequence[Mapping[str, Any]],
+    compared: Sequence[Mapping[str, Any]],
+) -> str:  # fmt: skip
+    lines = [
+        f"# Reward against drift: {reward}", "",
+        "Written by `scripts/studies/frontier.py`; do not edit. kl: nats per sampled answer; "
+        "drift, agreement: on prompts about other things; base_nats_per_token: of the base, for the "
+        "sampled answers.", "",
+        f"| method | rate | seed | update | part | {' | '.join(SHOWN)} |",
+        "|---|---|---|---|---|" + "---|" * len(SHOWN),
+        f"| base | | | | | {' | '.join(f'{base[n]:.3f}' for n in SHOWN)} |",
+    ]  # fmt: skip
+    for run in runs:
+        for p in run["points"]:
+            figures = " | ".join(f"{p[name]:.3f}" for name in SHOWN)
+            lines.append(
+                f"| {run['method']} | {run['rate']:.0e} | {run['seed']} | {p['update']} | "
+                f"{p['part']:g} | {figures} |"
+            )
+    lines += ["", "## At equal KL", "", "| method | over | KL | seeds | reward above | 95 % |"]
+    lines += ["|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r['method']} | {r['rival']} | {r['kl']:g} | {r['seeds']} | {r['gap']:+.3f} | "
+        f"{r['low']:+.3f} to {r['high']:+.3f} |"
+        for r in compared
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: Mapping[str, Mapping[int, Line]], base: Mapping[str, Any], path: Path) -> None:
+    """Reward against KL, and against what changed elsewhere; a line is the mean over the seeds."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "frontier"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for number, (name, seeds) in enumerate(found.items()):
+        colour, style = f"C{number % 10}", "-" if number < 10 else "--"
+        first = next(iter(seeds.values()))
+        for axis, of in zip(axes, ("kl", "unrelated_drift"), strict=True):
+            for line in seeds.values():
+                axis.plot(
+                    [p[of] for p in line], [p["reward"] for p in line], style, color=colour,
+                    marker=".", linewidth=1, label=name if line is first else "",
+                )  # fmt: skip
+    for axis, label in zip(axes, ("KL, nats per answer", "drift on other prompts"), strict=True):
+        axis.axhline(base["reward"], color="grey", linewidth=0.7)
+        axis.set(xscale="log", xlabel=label)
+    axes[0].set_ylabel("reward")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)

@@ -1,0 +1,92 @@
+"""The frontier study: its rewards, its meter on a tiny model, and what its comparison computes."""
+
+from __future__ import annotations
+
+import frontier_rewards as known
+import frontier_show as show
+import numpy as np
+import pytest
+import tiny_models
+from command_line import BLOCK, random_sae
+
+mx = pytest.importorskip("mlx.core")
+
+from helpers import random_adapters  # noqa: E402
+
+from fpo_mlx.model import adapters  # noqa: E402
+
+
+def test_no_thing_of_a_held_out_prompt_is_in_a_training_prompt():
+    assert len(set(known.training_prompts())) == 400
+    assert len(set(known.held_out_prompts())) == 256
+    assert not set(known.ALL[-known.HELD_OUT :]) & set(known.ALL[: -known.HELD_OUT])
+
+
+def test_answers_elsewhere_are_counted_by_hand():
+    sums = [want if i % 2 else f"It is 1{want}." for i, (_, want) in enumerate(known.SUMS)]
+    assert known.right_sums(sums) == 0.5
+    lists = ["- a\n- b\n- c", *["- a\n- b\n", "a\n- b\n- c\n- d"] * 9, "none"]
+    assert known.right_formats(lists) == pytest.approx(10 / 20)
+
+
+def open_meter(monkeypatch, tmp_path):
+    import frontier_points as points
+
+    for name, few in (("UNRELATED", known.UNRELATED[:3]), ("SUMS", known.SUMS[:2])):
+        monkeypatch.setattr(known, name, few)
+    monkeypatch.setattr(known, "FORMATS", known.FORMATS[:2])
+    monkeypatch.setattr(known, "held_out_prompts", lambda: ["Why?", "How so?"] * 2)
+    monkeypatch.setattr(known, "REWARDS", {"letters": lambda prompt, answer: len(answer)})
+    model = tiny_models.tiny_llama(tmp_path / "model", tokenizer=True)
+    return points.Meter(model, random_sae(32, BLOCK), "letters")
+
+
+def test_the_base_is_where_the_base_is_and_so_is_an_adapter_taken_by_no_part(monkeypatch, tmp_path):
+    meter = open_meter(monkeypatch, tmp_path)
+    base = meter.point(None)
+    folder = adapter(tmp_path)
+    nothing, whole = meter.point(folder, 0.0), meter.point(folder)
+    for point in (base, nothing):
+        assert point["kl"] == pytest.approx(0, abs=1e-3)
+        assert point["unrelated_drift"] == pytest.approx(0, abs=1e-5)
+        assert point["greedy_agreement"] == 1
+    assert nothing["reward"] == base["reward"]
+    assert whole["kl"] > 0.1
+    assert whole["unrelated_drift"] > 1e-3
+
+
+def adapter(tmp_path):
+    """Random adapters on both blocks."""
+    from fpo_mlx.model.load import load_model
+    from fpo_mlx.storage import files
+
+    loaded = load_model(tmp_path / "model")
+    _, keys = adapters.adapted_paths(loaded.model, None, 1, None)
+    spec = adapters.AdapterSpec("lora", 2, 4, 2.0, 0.0, keys)
+    adapters.attach(loaded.model, spec)
+    values = {k: mx.array(v) for k, v in random_adapters(loaded.model, 0.3).items()}
+    adapters.save(tmp_path / "adapter" / "adapters.safetensors", values)
+    files.write_json(tmp_path / "adapter" / "adapter_config.json", spec.as_config("model"))
+    return tmp_path / "adapter"
+
+
+def line(*points):
+    return [
+        {"kl": kl, "reward": r, "reward/of_prompts": [r, r + 1.0], "part": 1.0} for kl, r in points
+    ]
+
+
+def test_between_two_points_a_figure_goes_by_the_logarithm_of_the_kl():
+    run = line((1.0, 0.0), (4.0, 1.0), (16.0, 5.0))
+    np.testing.assert_allclose(show.at(run, 2.0), [0.5, 1.5])
+    np.testing.assert_allclose(show.at(run, 16.0), [5.0, 6.0])
+    assert show.at(run, 0.5) is None
+    assert show.at(run, 20.0) is None
+
+
+def test_the_gap_at_equal_kl_is_ours_less_the_rivals_of_the_same_seed():
+    ours = {0: line((0.5, 1.0), (20.0, 1.0)), 1: line((0.5, 3.0), (20.0, 3.0))}
+    theirs = {0: line((0.5, 0.5), (2.0, 0.5)), 1: line((0.5, 0.0), (2.0, 0.0))}
+    rows = show.against({"fpo": ours, show.RIVAL: theirs}, "fpo")
+    assert [(r["kl"], r["seeds"], r["gap"]) for r in rows] == [(1.0, 2, 1.75)]
+    assert (rows[0]["low"], rows[0]["high"]) == (0.5, 3.0)
