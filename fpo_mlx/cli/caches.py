@@ -9,11 +9,13 @@ import click
 from fpo_mlx.cli.help import Group
 from fpo_mlx.cli.options import (
     PATH,
+    READ,
     backend_option,
     claims,
     device_option,
     gather,
     json_option,
+    overwrite_json_option,
     overwrite_option,
     preset_option,
     settings,
@@ -56,7 +58,9 @@ def info(folder, json_path) -> None:
 @click.argument("folder", type=PATH)
 @preset_option
 @settings(DataConfig, ReferenceConfig)
-@click.option("--adapter-path", "adapter", help="SFT adapter that belongs to the reference.")
+@click.option(
+    "--adapter-path", "adapter", type=READ, help="SFT adapter that belongs to the reference."
+)
 @backend_option
 @device_option
 @click.option(
@@ -90,7 +94,7 @@ def verify(folder, adapter, backend, device, sample, tolerance, json_path, **val
 @click.argument("parts", nargs=-1, required=True, type=PATH)
 @click.option("--output", type=PATH, required=True, help="Cache folder to write to or extend.")
 @json_option
-@overwrite_option
+@overwrite_json_option
 @claims(json_path="--json")
 def merge(parts, output, json_path) -> None:
     """Join the parts that several processes or machines made.

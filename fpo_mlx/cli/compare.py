@@ -14,6 +14,7 @@ import click
 from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
     PATH,
+    READ,
     adapter_scale_option,
     claims,
     gather,
@@ -33,7 +34,9 @@ NARROWEST = 28  # columns that are narrower than this stand below each other
 
 @click.command(cls=Command)
 @settings("model", "trust_remote_code", DataConfig, "init_adapter")
-@click.option("--adapter-path", multiple=True, help="Adapter to answer with; repeatable.")
+@click.option(
+    "--adapter-path", type=READ, multiple=True, help="Adapter to answer with; repeatable."
+)
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeatable.")
 @click.option(
     "--prompts", "prompts_file", type=PATH,

@@ -9,6 +9,7 @@ import click
 from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
     PATH,
+    READ,
     backend_option,
     claims,
     device_option,
@@ -76,7 +77,9 @@ def check(fix, json_path, overwrite, **values) -> None:
 @preset_option
 @settings(DataConfig, ReferenceConfig, "project_out")
 @click.option("--output", type=PATH, help="Cache folder (default: one under the user cache).")
-@click.option("--adapter-path", "adapter", help="SFT adapter that belongs to the reference.")
+@click.option(
+    "--adapter-path", "adapter", type=READ, help="SFT adapter that belongs to the reference."
+)
 @backend_option
 @device_option
 @click.option(

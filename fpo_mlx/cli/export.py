@@ -18,9 +18,9 @@ from fpo_mlx.cli.options import PATH, overwrite_option
 @click.option("--base", help="Hub id of the base model to write down.  [default: the run's]")
 @overwrite_option
 def export(adapter_path: Path, output: Path, base: str | None, overwrite: bool) -> None:
-    """Write adapters as PEFT and vLLM read them.
+    """Write adapters as PEFT reads them.
 
-    llama.cpp's convert_lora_to_gguf.py reads them, too.
+    Without --base the configuration names the base by its hub id, or by its folder's bare name.
 
     \b
     Example:

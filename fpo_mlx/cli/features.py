@@ -12,6 +12,7 @@ import click
 from fpo_mlx.cli.help import Group
 from fpo_mlx.cli.options import (
     PATH,
+    READ,
     claims,
     csv_option,
     gather,
@@ -39,7 +40,7 @@ examples_option = click.option(
 @click.group(cls=Group, invoke_without_command=True)
 @preset_option
 @settings(DataConfig, ReferenceConfig, Objective, "init_adapter", "reference")
-@click.option("--adapter-path", help="Adapter whose changes are looked at.")
+@click.option("--adapter-path", type=READ, help="Adapter whose changes are looked at.")
 @click.option(
     "--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True,
     help="Part of the data to look at.",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
+import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,20 +15,36 @@ from typing import Any
 import click
 
 from fpo_mlx.cli.help import GENERAL, Grouped
+from fpo_mlx.cli.show import say
 from fpo_mlx.config import (
     PRESETS,
     SECTIONS,
     RunConfig,
     Sampling,
+    default_of,
     load_config,
     load_section,
     named,
+    options,
     read_yaml,
 )
-from fpo_mlx.errors import FpoError
+from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.storage import files, outputs
 
-PATH = click.Path(path_type=Path)
+
+class Place(click.Path):
+    """A place on disk; ~ is spelled out where the shell did not."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class PlaceOrName(click.types.StringParamType):
+    """What a command reads, on disk or on the hub."""
+
+
+PATH, READ = Place(path_type=Path), PlaceOrName()
+CLAIM = "fpo_mlx.claim"  # of a click context: claims files for the running command
 SILENT = (None, (), "", False, dataclasses.MISSING)  # defaults that say nothing in a help text
 
 config_option = click.option(
@@ -45,6 +63,9 @@ adapter_scale_option = click.option(
 csv_option = click.option("--csv", "csv_path", type=PATH, help="Write the result here as CSV.")
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace what an earlier command wrote there."
+)
+overwrite_json_option = click.option(
+    "--overwrite", is_flag=True, help="Replace the file of --json; all else goes on where it is."
 )
 backend_option = click.option(
     "--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True,
@@ -115,12 +136,14 @@ def _option(field: dataclasses.Field, hint: Any) -> Callable:
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return click.option(name, field.name, type=click.Choice(arguments), help=help, **place)
+    if field.metadata["path"]:
+        place["type"] = READ
     if typing.get_origin(hint) is tuple:
         return click.option(name, field.name, multiple=True, help=help, **place)
     if hint is dict:
         return click.option(name, field.name, type=JsonObject(), help=help, **place)
     kind = next((a for a in arguments if a is not type(None)), hint)
-    return click.option(name, field.name, type=kind, help=help, **place)
+    return click.option(name, field.name, help=help, **{"type": kind, **place})
 
 
 def sampling_options(command: Callable) -> Callable:
@@ -149,18 +172,19 @@ def claims(*, grows: Mapping[str, str] | None = None, **flags: str) -> Callable:
     """The files that a command's options name (parameter=flag) are claimed before it runs.
 
     grows: those that are appended to, which may be there and may not be read by the command.
-    Stands next to the function. The command needs an --overwrite, which the function gets if it
-    asks for it.
+    Stands next to the function, which gets the command's --overwrite if it asks for it.
     """
 
     def decorate(command: Callable) -> Callable:
         asks = "overwrite" in inspect.signature(command).parameters
 
         @functools.wraps(command)
-        def claimed(*args: Any, overwrite: bool | None, **values: Any) -> Any:
+        def claimed(*args: Any, overwrite: bool | None = None, **values: Any) -> Any:
             places = {flag: values[name] for name, flag in flags.items()}
             read = _read_by({**flags, **(grows or {})})
-            outputs.claim_files(places, inputs=read, overwrite=bool(overwrite))
+            claim = functools.partial(outputs.claim_files, inputs=read, overwrite=bool(overwrite))
+            claim(places)
+            click.get_current_context().meta[CLAIM] = claim
             for name, flag in (grows or {}).items():
                 outputs.refuse_inputs(Path(values[name]), flag, read)
             if asks:
@@ -173,15 +197,26 @@ def claims(*, grows: Mapping[str, str] | None = None, **flags: str) -> Callable:
 
 
 def _read_by(written: Mapping[str, str]) -> list[str | Path]:
-    """Whatever the options of the running command, and its YAML file, name on this disk."""
-    context = click.get_current_context()
-    found: list[str | Path] = []
-    for name, value in context.params.items():
-        if name not in written:
-            found += [v for v in _each(value) if isinstance(v, str | Path)]
-    if path := context.params.get("config"):
-        found += [v for value in read_yaml(path).values() for v in _each(value) if type(v) is str]
-    return found
+    """Whatever the options of the running command, and its YAML file, name on this disk.
+
+    What was not given is what YAML says, or the setting's default.
+    """
+    context, known = click.get_current_context(), options()
+    path = context.params.get("config")
+    given, found = read_yaml(path) if path else {}, []
+    for param in context.command.params:
+        name = param.name or ""
+        if name in written or not isinstance(param.type, Place | PlaceOrName):
+            continue
+        value = context.params.get(name) or given.get(name)
+        if not value and name in known and known[name].metadata["path"]:
+            value = default_of(known[name])
+        found += [v for v in _each(value) if isinstance(v, str | Path)]
+    for name, value in given.items():
+        if name not in known or known[name].metadata["path"]:
+            found += [v for v in _each(value) if type(v) is str]
+    # FILE.py:FUNCTION of --reward names a file
+    return [*found, *(v.rpartition(":")[0] for v in found if type(v) is str and ":" in v)]
 
 
 def _each(value: Any) -> Sequence[Any]:
@@ -189,11 +224,30 @@ def _each(value: Any) -> Sequence[Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Raises FpoError when the place that the user named cannot be written to."""
+    """Where the place was taken since the command claimed it, a free name beside it is written.
+
+    Raises: FpoError when the place that the user named cannot be written to.
+    """
+    context = click.get_current_context(silent=True)
+    claim = context.meta.get(CLAIM) if context else None
+    beside = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2))
+    name = next(
+        name for name in itertools.chain([path], beside) if claim is None or _free(name, claim)
+    )
+    if name != path:
+        say(f"{path} was written by another meanwhile, and is kept: the result is in {name}")
     try:
-        files.write_text(path, text)
+        files.write_text(name, text)
     except OSError as error:
-        raise FpoError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise FpoError(f"{name} cannot be written: {error.strerror or error}.") from error
+
+
+def _free(place: Path, claim: Callable[[dict[str, Path]], None]) -> bool:
+    try:
+        claim({"": place})
+    except ConfigError:
+        return False
+    return True
 
 
 def write_json(path: Path | None, value: Any) -> None:

@@ -9,8 +9,10 @@ import click
 from fpo_mlx.cli.help import Group
 from fpo_mlx.cli.options import (
     PATH,
+    READ,
     claims,
     json_option,
+    overwrite_json_option,
     overwrite_option,
     section_options,
     write_json,
@@ -37,7 +39,7 @@ def pairs() -> None:
     "--output", type=PATH, default="candidates.jsonl", show_default=True, help="File to write to."
 )
 @json_option
-@overwrite_option
+@overwrite_json_option
 @claims(json_path="--json", grows={"output": "--output"})
 def generate(config, output, json_path, **values) -> None:
     """Answer every prompt several times. A run that was stopped goes on where it was.
@@ -70,7 +72,7 @@ def generate(config, output, json_path, **values) -> None:
 )
 @click.option("--against", type=PATH, help="A person's votes to compare the judge with.")
 @json_option
-@overwrite_option
+@overwrite_json_option
 @claims(json_path="--json", grows={"output": "--output"})
 def judge(candidates, config, output, against, json_path, **values) -> None:
     """Let a model, an endpoint or a reward function say which answers are better.
@@ -97,7 +99,9 @@ def judge(candidates, config, output, against, json_path, **values) -> None:
 @pairs.command()
 @click.argument("candidates", type=PATH)
 @click.option("--verdicts", type=PATH, multiple=True, help="File of verdicts; repeatable.")
-@click.option("--reward", help="Judge by this reward first: FILE.py:FUNCTION or an example's name.")
+@click.option(
+    "--reward", type=READ, help="Judge by this reward first: FILE.py:FUNCTION or an example's name."
+)
 @section_options(BuildConfig)
 @click.option(
     "--output", type=PATH, default="pairs", show_default=True, help="Folder to write the pairs to."
@@ -153,7 +157,6 @@ def build(candidates, verdicts, reward, config, output, json_path, overwrite, **
     "--port", type=click.IntRange(0, 65535), default=0, help="Port of the page.  [default: any]"
 )
 @click.option("--browser/--no-browser", default=True, help="Open the page.  [default: on]")
-@overwrite_option
 @claims(grows={"output": "--output"})
 def rate(candidates, output, per_prompt, seed, port, browser) -> None:
     """Choose the better answers yourself, on a page in your browser.

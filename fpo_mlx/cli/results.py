@@ -11,6 +11,7 @@ import click
 from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
     PATH,
+    READ,
     adapter_scale_option,
     claims,
     csv_option,
@@ -41,7 +42,10 @@ SHOWN = (  # rows of the table of several models; --json and --csv have every me
 @preset_option
 @settings(DataConfig, ReferenceConfig, Objective, "init_adapter", "reference")
 @click.option(
-    "--adapter-path", multiple=True, help="Adapter to judge; repeatable (default: the base alone)."
+    "--adapter-path",
+    type=READ,
+    multiple=True,
+    help="Adapter to judge; repeatable (default: the base alone).",
 )
 @click.option(
     "--split",
@@ -141,7 +145,7 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
 
 @click.command(cls=Command)
 @settings("model", "trust_remote_code", "chat_template")
-@click.option("--adapter-path", help="Adapter folder. [default: adapters]")
+@click.option("--adapter-path", type=READ, help="Adapter folder. [default: adapters]")
 @click.option(
     "--save-path", type=PATH, default="fused_model", show_default=True, help="Folder to write."
 )
@@ -162,7 +166,9 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
     help="Name of the GGUF file. [default: ggml-model-f16.gguf; --dtype sets the type]",
 )
 @click.option("--upload-repo", help="Hub repository to upload the fused model to.")
-@click.option("--verify", metavar="DATA", help="Compare margin and accuracy before and after.")
+@click.option(
+    "--verify", type=READ, metavar="DATA", help="Compare margin and accuracy before and after."
+)
 @click.option(
     "--target-kl", type=float,
     help="Take the largest part of the adapter whose KL on the pairs of --verify, nats per "
@@ -208,7 +214,9 @@ def fuse(
 
 
 @click.command(cls=Command)
-@click.option("--hf-path", required=True, help="Hub id or folder of the model to convert.")
+@click.option(
+    "--hf-path", type=READ, required=True, help="Hub id or folder of the model to convert."
+)
 @click.option(
     "--mlx-path", type=PATH, default="mlx_model", show_default=True, help="Folder to write."
 )

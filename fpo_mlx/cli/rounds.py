@@ -8,7 +8,13 @@ from pathlib import Path
 import click
 
 from fpo_mlx.cli.help import Command
-from fpo_mlx.cli.options import claims, config_option, json_option, overwrite_option, write_json
+from fpo_mlx.cli.options import (
+    claims,
+    config_option,
+    json_option,
+    overwrite_json_option,
+    write_json,
+)
 from fpo_mlx.cli.show import say, table
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pairs.settings import RoundsConfig, load
@@ -17,7 +23,7 @@ from fpo_mlx.pairs.settings import RoundsConfig, load
 @click.command(cls=Command)
 @config_option
 @json_option
-@overwrite_option
+@overwrite_json_option
 @claims(json_path="--json")
 def rounds(config, json_path) -> None:
     """Answer, judge, build and train, round after round.

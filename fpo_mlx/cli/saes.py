@@ -7,6 +7,7 @@ import click
 from fpo_mlx.cli.help import Group
 from fpo_mlx.cli.options import (
     PATH,
+    READ,
     READING,
     claims,
     gather,
@@ -53,7 +54,7 @@ def list_(model, json_path) -> None:
 
 
 @sae.command()
-@click.argument("spec")
+@click.argument("spec", type=READ)
 @settings("model", "layer", "site", *READING)
 @json_option
 @overwrite_option
@@ -75,7 +76,7 @@ def info(spec, json_path, **values) -> None:
 
 
 @sae.command()
-@click.argument("spec")
+@click.argument("spec", type=READ)
 @click.option("--output", type=PATH, required=True, help="Folder to write.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16", "int8"]), default="float32",
@@ -120,7 +121,9 @@ def encode(input, output, **values) -> None:
 
 @sae.command()
 @settings(DataConfig, "model", "sae", "layer", "site", *READING, "trust_remote_code")
-@click.option("--adapter-path", help="Adapter that belongs to the model that is looked at.")
+@click.option(
+    "--adapter-path", type=READ, help="Adapter that belongs to the model that is looked at."
+)
 @click.option(
     "--sequences", type=click.IntRange(min=1), default=64, show_default=True,
     help="Answers, chats or texts to look at, spread evenly over the data.",

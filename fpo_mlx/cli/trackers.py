@@ -84,12 +84,16 @@ class _TensorBoard:
             raise ConfigError(
                 '--report-to tensorboard: run `pip install "fpo-mlx[tensorboard]"`.'
             ) from error
-        self._writer = SummaryWriter(f"{config.train.adapter_path}/tensorboard/{project}")
+        self._folder = f"{config.train.adapter_path}/tensorboard/{project}"
+        self._open, self._writer = SummaryWriter, None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        if self._writer is None:  # its folder comes after the run has claimed the one around it
+            self._writer = self._open(self._folder)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -35,7 +35,7 @@ def train(**values) -> None:
 
     config = gather(values)
     if is_first():
-        claim_place(config)  # before a tracker makes its folder there
+        claim_place(config)  # before a tracker begins
     trackers_of = config.train.report_to if is_first() else None  # of several processes
     show = Progress()
     with trackers.tracking(trackers_of, config.train.project_name, config) as track:

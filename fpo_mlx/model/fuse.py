@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fpo_mlx.errors import ConfigError
 from fpo_mlx.model import adapters, gguf_file
 from fpo_mlx.model.load import dequantize as dequantize_layers
 from fpo_mlx.model.load import read_model
-from fpo_mlx.model.rounding import Kept, change_of, kept_of, rounded_to
+from fpo_mlx.model.rounding import Kept, change_of, is_plain, kept_of, rounded_to
 from fpo_mlx.model.trees import arrays_of, cast_floats, float_dtype
 from fpo_mlx.storage import files
 
@@ -32,7 +33,8 @@ BESIDE = (
 @dataclass(frozen=True)
 class FuseReport:
     """kept: of the adapters' change after rounding, where layers are quantised; template: which
-    chat template the folder has ("" for the base's)."""
+    chat template the folder has ("" for the base's); unreached: adapted layers that keep the base's
+    bits in spite of keep_bits."""
 
     path: Path
     fused_layers: int
@@ -41,6 +43,7 @@ class FuseReport:
     uploaded: str | None = None
     kept: Kept | None = None
     template: str = ""
+    unreached: int = 0
 
 
 def fuse(
@@ -56,6 +59,7 @@ def fuse(
     upload_repo: str | None = None,
     trust_remote_code: bool = False,
     scale: float = 1.0,
+    check: Callable[[], object] = lambda: None,
 ) -> FuseReport:
     """Fuse, and write a model folder whole or not at all.
 
@@ -63,7 +67,8 @@ def fuse(
     adapters to weights widened to float32 and stores `dtype` (default: the base's own).
     keep_bits: bits of the layers that have adapters, in place of the base's. chat_template: takes
     the place of the base's; default: the one beside the adapters, where training had another.
-    scale: part of the adapter's change that is taken (`adapters.fill`).
+    scale: part of the adapter's change that is taken (`adapters.fill`). check: called just before
+    the folder is put in its place (`files.atomic_folder`).
 
     Raises: ModelError for a model or adapter that cannot be read, ConfigError for an export that
     cannot be made; nothing is written then.
@@ -82,12 +87,17 @@ def fuse(
         config.pop("quantization", None)
         config.pop("quantization_config", None)
         cast_floats(base, mx.float32)
+    if export:
+        gguf_file.their_names(export, dict(arrays_of(base.parameters())))
     adapters.load(base, adapter_path, scale=scale)
+    unreached = 0 if keep_bits is None else sum(
+        "lora_a" in module and not is_plain(module) for _, module in base.named_modules()
+    )  # fmt: skip
     count, kept = fuse_layers(base, config, dequantize=dequantize, keep_bits=keep_bits)
     if dequantize or dtype:
         cast_floats(base, DTYPES[dtype] if dtype else own)
     template = _template(chat_template, adapter_path)
-    with files.atomic_folder(save_path) as folder:
+    with files.atomic_folder(save_path, check) as folder:
         _save(folder, path, base, config)
         said = _put_template(folder, *template) if template else ""
         if gguf_path and export:
@@ -95,7 +105,7 @@ def fuse(
     if upload_repo:
         upload(save_path, upload_repo)
     gguf = save_path / gguf_path if gguf_path else None
-    return FuseReport(save_path, count, stays, gguf, upload_repo, kept, said)
+    return FuseReport(save_path, count, stays, gguf, upload_repo, kept, said, unreached)
 
 
 def upload(folder: Path, repo: str) -> None:
@@ -170,7 +180,7 @@ def fuse_layers(
             new = rounded_to(base, change, keep_bits)
             if isinstance(new, nn.QuantizedLinear):
                 sums.append(kept_of(base, change, new))
-                if keep_bits:
+                if new.bits != base.bits:
                     own = {"group_size": new.group_size, "bits": new.bits}
                     config["quantization"][name] = own
         fused.append((name, _typed_as(base, new)))

@@ -6,7 +6,7 @@ from Hugging Face's weights is said where it is done.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,13 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
 }
+_WANTED = (
+    "num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size",
+    "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
 FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # llama.cpp's numbers
 _LARGEST = 65504.0  # of float16
-_ROPE_PARTS = ("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor")
+_THETA = {"gemma3_text": 1e6}  # mlx-lm's defaults; elsewhere 10000
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,9 @@ def prepare(folder: Path, config: Mapping[str, Any], kind: str) -> Export:
     if model_type not in ARCHITECTURES:
         raise _no(f"a {model_type}", f"wanted one of {', '.join(ARCHITECTURES)}")
     config = {**_hub_config(folder), **config}
+    wanted = [*_WANTED, *(["head_dim"] if model_type.startswith(("gemma", "qwen3")) else [])]
+    if lacking := [name for name in wanted if config.get(name) is None]:
+        raise _no(f"a config.json without {', '.join(lacking)}", "wanted its values, not defaults")
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     rope = _rope(config)
@@ -94,7 +101,8 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         new = new["full_attention"]
     old = config.get("rope_scaling") or {}
     given = {**new, **old}
-    theta = config.get("rope_theta") or new.get("rope_theta") or 10000.0
+    theta = config.get("rope_theta") or new.get("rope_theta")
+    theta = theta or _THETA.get(config["model_type"], 10000.0)
     kind = given.get("rope_type") or given.get("type") or "default"
     return {**given, "theta": float(theta), "kind": kind}
 
@@ -106,6 +114,10 @@ def _check(config: Mapping[str, Any], head_dim: int, rope: Mapping[str, Any]) ->
         raise _no(f"rope scaling {rope['kind']}", "wanted none, linear or llama3's")
     if config.get("use_sliding_window"):
         raise _no("a sliding window in use", f"wanted a {model_type} without one")
+    if model_type not in ("gemma2", "gemma3_text") and "sliding_attention" in (
+        config.get("layer_types") or ()
+    ):
+        raise _no("layers of sliding attention", f"wanted a {model_type} without them")
     scalar = config.get("query_pre_attn_scalar")
     if model_type.startswith("gemma") and scalar not in (None, head_dim):
         raise _no(f"query_pre_attn_scalar {scalar}", f"llama.cpp takes the head's {head_dim}")
@@ -135,21 +147,32 @@ def write(path: Path, export: Export, weights: Mapping[str, mx.array], folder: P
     writer = gguf.GGUFWriter(path, export.architecture)
     _metadata(writer, export)
     _put_vocabulary(writer, export.vocabulary)
-    blocks = int(export.config["num_hidden_layers"])
-    architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == export.architecture)
-    names = gguf.get_tensor_name_map(architecture, blocks)
-    if (factors := rope_factors(export.rope, export.head_dim)) is not None:
-        writer.add_tensor("rope_freqs.weight", factors)
-    for name, array in weights.items():
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if theirs is None:
-            raise _no(f"the tensor {name}", f"llama.cpp's {export.architecture} has none such")
-        values = _as_theirs(name, np.array(array.astype(mx.float32)), export)
-        _add(writer, theirs, values, export.kind)
+    factors = rope_factors(export.rope, export.head_dim)
+    if factors is not None:
+        _announce(writer, "rope_freqs.weight", factors.shape, "float32")
+    for name, theirs in their_names(export, weights).items():
+        _announce(writer, theirs, weights[name].shape, export.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for name, array in weights.items():  # one at a time: never all of them twice in memory
+        values = _as_theirs(name, np.array(array.astype(mx.float32)), export)
+        writer.write_tensor_data(_stored(name, values, export.kind))
     writer.close()
+
+
+def their_names(export: Export, names: Iterable[str]) -> dict[str, str]:
+    """llama.cpp's name of each of mlx-lm's tensors. Raises: ConfigError where it has none such."""
+    import gguf
+
+    architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == export.architecture)
+    known = gguf.get_tensor_name_map(architecture, int(export.config["num_hidden_layers"]))
+    found = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+    if lacking := [name for name, theirs in found.items() if theirs is None]:
+        raise _no(f"the tensor {lacking[0]}", f"llama.cpp's {export.architecture} has none such")
+    return {name: theirs for name, theirs in found.items() if theirs is not None}
 
 
 def _as_theirs(name: str, values: np.ndarray, export: Export) -> np.ndarray:
@@ -188,20 +211,36 @@ def rope_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray | None:
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
-def _add(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
+def _dtype(shape: Sequence[int], kind: str) -> str:
+    """Vectors are always float32."""
+    return "float32" if len(shape) == 1 else kind
+
+
+def _announce(writer: Any, name: str, shape: Sequence[int], kind: str) -> None:
+    """Say what a tensor will be like."""
     import gguf
 
-    if values.ndim == 1 or kind == "float32":
-        writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float32))
-    elif kind == "float16":
-        if np.abs(values).max(initial=0) > _LARGEST:
-            raise ConfigError(
-                f"--export-gguf: {name} has values that float16 cannot hold. Use --dtype bfloat16."
-            )
-        writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float16))
+    kind, size = _dtype(shape, kind), int(np.prod(shape))
+    if kind == "bfloat16":  # gguf takes it as bytes
+        bf16, inner = gguf.GGMLQuantizationType.BF16, (*shape[:-1], 2 * shape[-1])
+        writer.add_tensor_info(name, inner, np.dtype(np.uint8), 2 * size, raw_dtype=bf16)
     else:
-        bf16 = gguf.GGMLQuantizationType.BF16
-        writer.add_tensor(name, gguf.quants.quantize(values, bf16), raw_dtype=bf16)
+        dtype = np.dtype(kind)
+        writer.add_tensor_info(name, shape, dtype, size * dtype.itemsize)
+
+
+def _stored(name: str, values: np.ndarray, kind: str) -> np.ndarray:
+    """float32 values as they are stored. Raises: ConfigError for one that float16 cannot hold."""
+    import gguf
+
+    kind = _dtype(values.shape, kind)
+    if kind == "bfloat16":
+        return gguf.quants.quantize(values, gguf.GGMLQuantizationType.BF16)
+    if kind == "float16" and np.abs(values).max(initial=0) > _LARGEST:
+        raise ConfigError(
+            f"--export-gguf: {name} has values that float16 cannot hold. Use --dtype bfloat16."
+        )
+    return np.ascontiguousarray(values, dtype=np.dtype(kind))
 
 
 def _metadata(writer: Any, export: Export) -> None:
@@ -216,7 +255,7 @@ def _metadata(writer: Any, export: Export) -> None:
     writer.add_head_count_kv(export.heads[1])
     writer.add_key_length(export.head_dim)
     writer.add_value_length(export.head_dim)
-    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     writer.add_rope_freq_base(rope["theta"])
     writer.add_rope_dimension_count(export.head_dim)
     if rope["kind"] == "linear":
@@ -248,5 +287,6 @@ def _put_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     for name, i in vocabulary.ids.items():
         getattr(writer, f"add_{name}_token_id")(i)
     writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
     if vocabulary.template:
         writer.add_chat_template(vocabulary.template)

@@ -15,6 +15,7 @@ from typing import Any
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.storage import files
 
+MARK = "\u2581"  # sentencepiece's, in the place of a space
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # llama.cpp knows a pre-tokenizer by name; these are the regular expressions that each stands for
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -37,6 +38,7 @@ class Vocabulary:
     merges: Sequence[str]
     space_prefix: bool
     add_bos: bool
+    add_eos: bool
     ids: Mapping[str, int]  # bos, eos, unk, pad
     template: str | None
 
@@ -68,22 +70,26 @@ def _byte_level(folder: Path, whole: Any, settings: Any, rows: int) -> Vocabular
     vocabulary = _by_id(model["vocab"], whole["added_tokens"], rows)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     return _vocabulary(
-        folder, whole, settings, model="gpt2", pre=_pre(whole["pre_tokenizer"]), merges=merges,
-        scores=None, space_prefix=False, vocabulary=vocabulary,
+        folder, whole, settings, model="gpt2", pre=_pre(whole["pre_tokenizer"], model),
+        merges=merges, scores=None, space_prefix=False, vocabulary=vocabulary,
     )  # fmt: skip
 
 
-def _pre(rule: Any) -> str:
+def _pre(rule: Any, model: Any) -> str:
     """llama.cpp's name of a pre-tokenizer."""
     parts = rule["pretokenizers"] if rule["type"] == "Sequence" else [rule]
     kinds = [part["type"] for part in parts]
     last = parts[-1]
-    if kinds == ["ByteLevel"] and last.get("use_regex", True) and not last.get("add_prefix_space"):
+    words = last.get("use_regex", True) and not last.get("add_prefix_space")
+    if kinds == ["ByteLevel"] and words:
         return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and words:
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
         name = _SPLITS.get(parts[0]["pattern"].get("Regex", ""))
+        whole_words = bool(model.get("ignore_merges"))  # llama.cpp has it for Llama 3 alone
+        if name and whole_words != (name == "llama-bpe"):
+            raise _no(f"{name}'s pre-tokenizer with ignore_merges {str(whole_words).lower()}")
         if name and parts[0].get("behavior") == "Isolated":
             return name
     raise _no(f"a pre-tokenizer that llama.cpp has no name for here ({', '.join(kinds)})")
@@ -91,7 +97,8 @@ def _pre(rule: Any) -> str:
 
 def _sentencepiece(folder: Path, whole: Any, settings: Any, rows: int) -> Vocabulary:
     model = whole["model"]
-    if not model.get("byte_fallback") or "\u2581" not in str(whole.get("normalizer")):
+    marks = _space_prefix(whole)
+    if not model.get("byte_fallback") or marks is None:
         raise _no("a BPE tokenizer that is neither byte-level nor sentencepiece's")
     vocabulary = _by_id(model["vocab"], whole["added_tokens"], rows)
     pieces = folder / "tokenizer.model"
@@ -102,11 +109,30 @@ def _sentencepiece(folder: Path, whole: Any, settings: Any, rows: int) -> Vocabu
             types[i] = BYTE
         elif token == model.get("unk_token"):
             types[i] = UNKNOWN
-    scores = [known.get(t, 0.0) if types[i] == NORMAL else 0.0 for i, t in enumerate(tokens)]
+    never = min(known.values(), default=0.0) - 1  # pieces that no merge makes
+    scores = [
+        known.get(t, never) if types[i] == NORMAL else -1000.0 if types[i] == USER else 0.0
+        for i, t in enumerate(tokens)
+    ]
+    for i, kind in enumerate(types):
+        if kind == USER:  # looked for before spaces become marks
+            tokens[i] = tokens[i].replace(MARK, " ")
     return _vocabulary(
         folder, whole, settings, model="llama", pre="default", merges=(), scores=scores,
-        space_prefix="Prepend" in str(whole["normalizer"]), vocabulary=vocabulary,
+        space_prefix=marks, vocabulary=vocabulary,
     )  # fmt: skip
+
+
+def _space_prefix(whole: Any) -> bool | None:
+    """Whether a text gets a space before its first word; None where spaces become no marks."""
+    if MARK in str(whole.get("normalizer")):
+        return "Prepend" in str(whole["normalizer"])
+    rule = whole.get("pre_tokenizer") or {}
+    if rule.get("type") != "Metaspace" or rule.get("replacement") != MARK:
+        return None
+    if rule.get("split", True):
+        raise _no("a Metaspace pre-tokenizer that splits at every space")
+    return rule.get("prepend_scheme", "always") != "never"
 
 
 def _ranks(merges: Sequence[Any]) -> dict[str, float]:
@@ -156,17 +182,49 @@ def _by_id(
     vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]], rows: int
 ) -> tuple[list[str], list[int]]:
     """Texts and types of all ids; rows of the model without a token are unused."""
-    highest = max([*vocabulary.values(), *(token["id"] for token in added)])
-    size = max(rows, highest + 1)
-    if highest >= rows:
+    beyond = {token["content"] for token in added if token["id"] >= rows}
+    own = {text: i for text, i in vocabulary.items() if text not in beyond}
+    if (highest := max(own.values())) >= rows:
         raise _no(f"token ids up to {highest} with an embedding of {rows} rows")
-    tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
-    for text, i in vocabulary.items():
+    tokens, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
+    for text, i in own.items():
         tokens[i], types[i] = text, NORMAL
     for token in added:
+        if token["content"] in beyond:  # Gemma 3's <image_soft_token>: a text model has no row
+            continue
         i = token["id"]
         tokens[i], types[i] = token["content"], CONTROL if token.get("special") else USER
     return tokens, types
+
+
+def _special_ids(folder: Path, settings: Any, tokens: Sequence[str]) -> dict[str, int]:
+    """Ids of bos, eos, unk and pad, from the first file that names each.
+
+    Raises: ConfigError without an eos: nothing would end an answer.
+    """
+    others = ("special_tokens_map", "generation_config", "config")
+    places = [settings, *(_object(folder / f"{name}.json") for name in others)]
+    ids = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        for place in places:
+            token = place.get(f"{name}_token")
+            text = token.get("content") if isinstance(token, dict) else token
+            number = place.get(f"{name}_token_id")
+            number = number[0] if isinstance(number, list) and number else number
+            if text in tokens:
+                ids[name] = tokens.index(text)
+            elif isinstance(number, int) and 0 <= number < len(tokens):
+                ids[name] = number
+            if name in ids:
+                break
+    if "eos" not in ids:
+        raise _no("a tokenizer without an end-of-text token (eos_token)")
+    return ids
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = files.parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _vocabulary(
@@ -178,12 +236,7 @@ def _vocabulary(
     **parts: Any,
 ) -> Vocabulary:
     tokens, types = vocabulary
-    ids = {}
-    for name in ("bos", "eos", "unk", "pad"):
-        token = settings.get(f"{name}_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        if text in tokens:
-            ids[name] = tokens.index(text)
+    ids = _special_ids(folder, settings, tokens)
     template = folder / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.is_file() else None
     added_by_default = settings.get("add_bos_token")
@@ -192,5 +245,6 @@ def _vocabulary(
         added_by_default = bool(special) and special in str(whole.get("post_processor"))
     return Vocabulary(
         tokens=tokens, types=types, ids=ids, add_bos=bool(added_by_default),
+        add_eos=bool(settings.get("add_eos_token")),
         template=text or settings.get("chat_template"), **parts,
     )  # fmt: skip

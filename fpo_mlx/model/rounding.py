@@ -44,9 +44,14 @@ def plain_weight(layer: Any) -> mx.array:
     ).astype(mx.float32)  # fmt: skip
 
 
+def is_plain(adapted: Any) -> bool:
+    """Whether it is a single linear layer that is adapted; no embedding, no block of experts."""
+    return "linear" in adapted and adapted.lora_a.ndim == 2
+
+
 def change_of(adapted: Any) -> mx.array | None:
     """What a LoRA or DoRA layer adds to its weight, [out, in] in float32; None for other kinds."""
-    if "linear" not in adapted or adapted.lora_a.ndim != 2:
+    if not is_plain(adapted):
         return None
     delta = (adapted.scale * adapted.lora_b.T.astype(mx.float32)) @ adapted.lora_a.T.astype(
         mx.float32
@@ -67,7 +72,7 @@ def rounded_to(base: Any, change: mx.array, bits: int | None) -> Any:
         layer.bias = base.bias
     if not isinstance(base, nn.QuantizedLinear):
         return layer
-    if bits is not None:
+    if bits is not None and bits > base.bits:  # a mixed model has layers of more bits already
         return nn.QuantizedLinear.from_linear(layer, base.group_size, bits, mode="affine")
     return nn.QuantizedLinear.from_linear(layer, base.group_size, base.bits, mode=base.mode)
 

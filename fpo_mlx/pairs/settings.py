@@ -17,17 +17,23 @@ from fpo_mlx.errors import ConfigError
 T = TypeVar("T")
 
 
-def _opt(default: Any, help: str, group: str = "answers", first: bool = True) -> Any:
-    return setting(default, help, group, first=first)
+def _opt(
+    default: Any, help: str, group: str = "answers", first: bool = True, path: bool = False
+) -> Any:
+    return setting(default, help, group, first=first, path=path)
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """What is answered, by whom and how."""
 
-    model: str = _opt("", "model folder or hub id that answers")
-    adapter_path: str | None = _opt(None, "adapter to answer with (default: the base alone)")
-    prompts: str = _opt("", "file of prompts: one per line, or .jsonl objects with a `prompt`")
+    model: str = _opt("", "model folder or hub id that answers", path=True)
+    adapter_path: str | None = _opt(
+        None, "adapter to answer with (default: the base alone)", path=True
+    )
+    prompts: str = _opt(
+        "", "file of prompts: one per line, or .jsonl objects with a `prompt`", path=True
+    )
     n: int = _opt(4, "answers per prompt")
     max_tokens: int = _opt(256, "longest answer, in tokens")
     temp: float = _opt(1.0, "temperature of the answers")
@@ -35,7 +41,9 @@ class GenerateConfig:
     rows: int = _opt(32, "answers in work at once")
     max_seq_length: int = _opt(2048, "longest prompt + answer, in tokens")
     score_in_prompt: float | None = _opt(None, "score to ask for, after --reward-augmented pairs")
-    chat_template: str | None = _opt(None, "file with a chat template, in place of the model's")
+    chat_template: str | None = _opt(
+        None, "file with a chat template, in place of the model's", path=True
+    )
     trust_remote_code: bool = _opt(False, "let the model folder run its own Python code", "safety")
 
     def __post_init__(self) -> None:
@@ -55,11 +63,13 @@ class GenerateConfig:
 class JudgeConfig:
     """Who judges, and what is compared."""
 
-    judge: str | None = _opt(None, "model folder or hub id that judges")
+    judge: str | None = _opt(None, "model folder or hub id that judges", path=True)
     judge_url: str | None = _opt(None, "endpoint that speaks OpenAI's chat API, up to /v1")
     judge_model: str | None = _opt(None, "name of the endpoint's model")
     reward: str | None = _opt(
-        None, "FILE.py:FUNCTION(prompt, answer), an example's name, or a .json of features data"
+        None,
+        "FILE.py:FUNCTION(prompt, answer), an example's name, or a .json of features data",
+        path=True,
     )
     criteria: str | None = _opt(None, "text file that says what a better answer is")
     compare: Literal["all", "neighbours"] = _opt("all", "pairs of a prompt's answers to compare")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from fpo_mlx import __version__, data
@@ -19,7 +20,7 @@ from fpo_mlx.storage import files, outputs, paths
 from fpo_mlx.storage.hub import resolve_model
 
 REPORTS_KEPT = 20  # of older checks
-CLEAN = outputs.Made("a set of checked rows", r"(train|valid|test)\.jsonl")
+CLEAN = outputs.Made("a set of checked rows", r"(train|valid|test)\.jsonl", whole=True)
 
 
 def check(
@@ -39,8 +40,10 @@ def check(
     d, ref = config.data, config.reference
     if not d.data:
         raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
-    if fix is not None:
-        outputs.claim_folder(fix, "--fix", CLEAN, inputs=config.reads(), overwrite=overwrite)
+    claim = partial(
+        outputs.claim_folder, flag="--fix", made=CLEAN, inputs=config.reads(), overwrite=overwrite
+    )
+    fix = None if fix is None else claim(fix)
     tokenizer = None
     if ref.model:
         tokenizer = open_tokenizer(config, resolve_model(ref.model), say)
@@ -60,8 +63,11 @@ def check(
         progress or Ticker(say, "checked"),
         keep_clean=fix is not None,
     )
-    for path in data.write_clean(report.clean, fix) if fix is not None else ():
-        say(f"wrote {path}")
+    if fix is not None:
+        with files.atomic_folder(fix, partial(claim, fix)) as work:
+            written = data.write_clean(report.clean, work)
+        for path in written:
+            say(f"wrote {fix / path.name}")
     if kept is not None and sum(split.rows for split in report.splits.values()) >= KEPT_FROM:
         _keep(kept, report)
     return report

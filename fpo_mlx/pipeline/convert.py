@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 
 from fpo_mlx.errors import ModelError
@@ -29,11 +30,15 @@ def convert(
     """
     from mlx_lm.convert import convert as mlx_convert
 
+    def claim(*inputs: str | Path) -> Path:
+        return outputs.claim_folder(
+            mlx_path, "--mlx-path", outputs.MODEL, inputs=inputs, overwrite=overwrite
+        )
+
+    mlx_path = claim(hf_path)  # before a download
     source = resolve_model(hf_path)
-    outputs.claim_folder(
-        mlx_path, "--mlx-path", outputs.MODEL, inputs=[source], overwrite=overwrite
-    )
-    with files.atomic_folder(mlx_path) as folder:
+    claim(source)
+    with files.atomic_folder(mlx_path, partial(claim, source)) as folder:
         folder.rmdir()  # mlx-lm makes it itself, and refuses one that is there
         try:
             with contextlib.redirect_stdout(sys.stderr):

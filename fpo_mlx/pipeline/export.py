@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from fpo_mlx.storage import files
@@ -10,14 +11,14 @@ from fpo_mlx.storage.outputs import Made, claim_folder
 
 PEFT = Made(
     "a PEFT adapter",
-    r"adapter_config\.json|adapter_model\.safetensors|README\.md",
+    r"adapter_config\.json|adapter_model\.safetensors",
     whole=True,
     mark=PEFT_WEIGHTS,
 )
 
 
 def export(adapter_path: Path, output: Path, *, base: str | None, overwrite: bool) -> int:
-    """Write adapters as PEFT, transformers and vLLM load them; the number of adapted layers.
+    """Write adapters as PEFT loads them; the number of adapted layers.
 
     base: hub id of the base model, for PEFT's own look-ups (default: what training was given).
     Raises: ConfigError where the place would lose something, ModelError for an adapter that cannot
@@ -25,8 +26,11 @@ def export(adapter_path: Path, output: Path, *, base: str | None, overwrite: boo
     """
     from fpo_mlx.model import adapters
 
-    claim_folder(output, "--output", PEFT, inputs=[adapter_path], overwrite=overwrite)
+    claim = partial(
+        claim_folder, output, "--output", PEFT, inputs=[adapter_path], overwrite=overwrite
+    )
+    output = claim()
     if base is None and (adapter_path / CONFIG).is_file():
         about = files.parse_json((adapter_path / CONFIG).read_text(encoding="utf-8"))
         base = about.get("model") if isinstance(about, dict) else None
-    return adapters.export_peft(adapter_path, output, public_name(base) if base else "")
+    return adapters.export_peft(adapter_path, output, public_name(base) if base else "", claim)

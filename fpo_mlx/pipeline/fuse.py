@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,9 @@ from fpo_mlx.storage.outputs import MODEL, claim_folder
 
 if TYPE_CHECKING:
     from fpo_mlx.model.fuse import FuseReport
+    from fpo_mlx.train.metrics import ScoredPairs
 
 TOLERABLE = 0.2  # error of the rounding over the size of the change
-
-if TYPE_CHECKING:
-    from fpo_mlx.train.metrics import ScoredPairs
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,17 @@ def fuse(
 
     if not config.reference.model:
         raise ConfigError("--model is missing. Wanted the model that the adapter was trained on.")
-    read = [*config.reads(), resolve_model(config.reference.model), adapter_path, verify]
-    claim_folder(save_path, "--save-path", MODEL, inputs=read, overwrite=overwrite)
+    made = MODEL if gguf_path is None else replace(
+        MODEL, names=f"{MODEL.names}|{re.escape(gguf_path)}"
+    )  # fmt: skip
+
+    def claim(*more: str | Path | None) -> Path:
+        inputs = [*config.reads(), adapter_path, verify, *more]
+        return claim_folder(save_path, "--save-path", made, inputs=inputs, overwrite=overwrite)
+
+    save_path = claim()  # before a download
+    base = resolve_model(config.reference.model)
+    claim(base)
     if target_kl is not None:
         scale = _scale_within(config, adapter_path, verify, target_kl, scale, say)
     report = fusing.fuse(
@@ -72,6 +81,7 @@ def fuse(
         upload_repo=None if verify else upload_repo,
         trust_remote_code=config.reference.trust_remote_code,
         scale=scale,
+        check=partial(claim, base),
     )
     for line in said_of(report):
         say(line)
@@ -92,11 +102,17 @@ def said_of(report: FuseReport) -> list[str]:
         bits = " and ".join(map(str, kept.bits))
         way = (
             "" if kept.error < TOLERABLE
-            else "; --keep-bits 8 keeps the adapted layers at 8 bits, --dequantize keeps all of it"
+            else "; --keep-bits 8 keeps the adapted layers at 8 bits, "
+            "--dequantize --dtype float32 keeps all of it"
         )  # fmt: skip
         lines.append(
             f"rounding to {bits} bits left {kept.share:.0%} of the adapters' change, with an error "
             f"{kept.error:.2f} times its size{way}"
+        )
+    if report.unreached:
+        lines.append(
+            f"--keep-bits does not reach {report.unreached} adapted embeddings or blocks of "
+            "experts: they have the base's bits"
         )
     return lines
 

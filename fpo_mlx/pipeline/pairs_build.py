@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ def pairs_build(
 
     Raises: ConfigError, DataError (fewer than 30 pairs among it); FpoError.
     """
-    claim_folder(output, "--output", MADE, inputs=[candidates, *verdicts], overwrite=overwrite)
+    inputs = [candidates, *verdicts]
+    claim = partial(claim_folder, output, "--output", MADE, inputs=inputs, overwrite=overwrite)
+    output = claim()
     found, left = open_candidates(candidates), Left()
     known = _read(verdicts, settings)
     judges = _judges(known, found)
@@ -85,7 +88,7 @@ def pairs_build(
             f"{len(pairs)} pairs from {len(found)} prompts are too few to learn from ({why}). "
             f"Wanted {FEWEST}: answer more prompts, judge more of them, or write them with --force."
         )
-    _write(pairs, settings, report, output)
+    _write(pairs, settings, report, output, claim)
     _check(output, say)
     return report
 
@@ -157,11 +160,14 @@ def _report(
     )  # fmt: skip
 
 
-def _write(pairs: Sequence[Pair], settings: BuildConfig, report: BuildReport, output: Path) -> None:
+def _write(
+    pairs: Sequence[Pair], settings: BuildConfig, report: BuildReport, output: Path,
+    claim: Callable[[], object],
+) -> None:  # fmt: skip
     splits = choose.split_of(
         (pair.id for pair in pairs), settings.valid_share, settings.test_share, settings.seed
     )
-    with files.atomic_folder(output) as folder:
+    with files.atomic_folder(output, claim) as folder:
         for name, count in report.splits.items():
             if not count:
                 continue

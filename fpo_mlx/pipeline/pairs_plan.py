@@ -67,11 +67,11 @@ def pairs_plan(
     this machine lets MLX use.
     Raises: ConfigError, DataError, ModelError.
     """
-    from fpo_mlx.pipeline.plan import machine_memory
+    from fpo_mlx.machine import device
 
     if memory_gb is not None and memory_gb <= 0:
         raise ConfigError(f"--memory-gb {memory_gb:g}: wanted more than 0.")
-    memory = machine_memory() if memory_gb is None else memory_gb * 1e9
+    memory = device.memory() if memory_gb is None else memory_gb * 1e9
     path, lengths = prompt_lengths(settings)
     model, speed = _shape(path, settings.trust_remote_code), measure()
     batches = _batches(lengths, settings)

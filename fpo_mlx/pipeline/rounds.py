@@ -23,6 +23,7 @@ from fpo_mlx.pipeline.pairs_judge import pairs_judge
 from fpo_mlx.pipeline.train import train
 from fpo_mlx.records import ROUND_FILE
 from fpo_mlx.storage import files, lines, outputs
+from fpo_mlx.storage.runfolder import RUN
 
 DONE = ROUND_FILE
 ROUNDS = outputs.Made("rounds", r"round-\d+/|settings\.json", mark="settings.json")
@@ -81,8 +82,12 @@ def _same_settings(root: Path, settings: RoundsConfig) -> None:
     now, path = {**asdict(settings), "rounds": None}, root / "settings.json"
     if path.exists():
         before = files.parse_json(path.read_text(encoding="utf-8"))
-        if before != json.loads(json.dumps(now)):
-            changed = [k for k in now if not isinstance(before, dict) or before.get(k) != now[k]]
+        now = json.loads(json.dumps(now))
+        was = before if isinstance(before, dict) else {}
+        changed = [
+            k for k in {**now, **was} if k not in was or _one(k, was[k]) != _one(k, now.get(k))
+        ]
+        if changed:
             raise ConfigError(
                 f"{root} was begun with other settings ({', '.join(changed)}). Name another "
                 "output, or give the settings it was begun with."
@@ -91,6 +96,13 @@ def _same_settings(root: Path, settings: RoundsConfig) -> None:
         inputs = (settings.model, settings.prompts, settings.held_out)
         outputs.claim_folder(root, "output", ROUNDS, inputs=inputs)
         files.write_json(path, now)
+
+
+def _one(name: str, value: Any) -> Any:
+    """A setting's value; a place on disk under its real name, however it is spelled."""
+    if name in ("model", "prompts", "held_out", "output") and (found := outputs.existing([value])):
+        return str(found[0].resolve())
+    return value
 
 
 def _round(
@@ -146,8 +158,10 @@ def _answers(
 
 
 def _training(settings: RoundsConfig, data: Path, adapter: Path, start: Path | None) -> RunConfig:
+    from fpo_mlx.train.checkpoint import STATE
+
     given: dict[str, Any] = {**settings.train, "model": settings.model, "data": str(data)}
-    begun, saved = ((adapter / name).exists() for name in ("run.json", "checkpoint"))
+    begun, saved = ((adapter / name).is_file() for name in (RUN, STATE))
     given |= {"adapter_path": str(adapter), "resume": saved, "overwrite": begun and not saved}
     given |= {"init_adapter": str(start)} if start else {}
     return load_config(given)

@@ -29,11 +29,11 @@ MOST_POSITIONS = 20_000_000  # that are tokenized where the budget is a time
 RUN = outputs.Made(
     "an SAE and its run",
     r"cfg\.json|sae_weights\.safetensors|README\.md|run\.json|checkpoint\.safetensors|"
-    r"metrics\.jsonl|\.export/",
+    r"metrics\.jsonl",
     mark="run.json",
     ways="--resume goes on with it; ",
 )
-STORE = outputs.Made("stored activations", r"rows\.npy|store\.json")
+STORE = outputs.Made("stored activations", r"rows\.npy|store\.json", mark=rows.STORE_ABOUT)
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,13 @@ def check(config: SaeTrainConfig) -> None:
 
 def claim(config: SaeTrainConfig) -> None:
     """Raises: ConfigError where the run would write over anything but itself."""
+    from fpo_mlx.saetrain.state import run_folder
+
     inputs = (config.model, config.data, config.chat_template)
     if config.resume:
-        outputs.refuse_inputs(Path(config.output), "--output", inputs)
+        run_folder(Path(config.output)).check_begun()
+        outputs.refuse_inputs(Path(config.output), "--output", inputs, RUN)
+        outputs.refuse_links(Path(config.output), "--output", RUN)
     else:
         outputs.claim_folder(
             Path(config.output), "--output", RUN, inputs=inputs, overwrite=config.overwrite

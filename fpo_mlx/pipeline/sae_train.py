@@ -81,6 +81,7 @@ def _begun(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, Pl
     source, stored = _source(setup, say)
     current = _fresh(setup, source)
     plan = _plan(setup, source, current, stored, say)
+    claim(setup.config)  # again: hours may lie between
     finish.clear(folder)
     _write_run(folder, _record(setup), plan)
     return source, current, plan

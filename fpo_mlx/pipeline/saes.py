@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,15 @@ def sae_convert(
     say: Say,
 ) -> ConvertReport:
     """Write an SAE in SAELens' layout; --layer and --site correct what its metadata says."""
-    claim_folder(output, "--output", SAE, inputs=[spec, *config.reads()], overwrite=overwrite)
+    inputs = [spec, *config.reads()]
+    claim = partial(claim_folder, output, "--output", SAE, inputs=inputs, overwrite=overwrite)
+    output = claim()
     sae, ref = read_sae(spec, config, say), config.reference
     if ref.layer is not None or ref.site is not None:
         sae = replace(sae, site=resolve_site(sae, ref.layer, ref.site))
     for note in sae.notes:
         say(note)
-    return write_saelens(sae, output, dtype)
+    return write_saelens(sae, output, dtype, claim)
 
 
 def sae_encode(config: RunConfig, *, input: Path, output: Path, say: Say) -> tuple[int, int]:

@@ -77,6 +77,8 @@ def _train(
             trainer.resume()
             say(f"resumed after iteration {trainer.progress.iteration}")
         else:
+            if trainer.ranks.first:  # again: hours may lie between
+                claim_place(config)
             out.start(ready.record, ready.template)
         begun = trainer.progress.iteration
         yield from trainer.run()
@@ -115,7 +117,7 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     job = open_job(config, say=say, projected=True)
     splits = read_splits(config, job.tokenizer, _splits(job), say, doctor=True)
     pairs, valid = splits["train"], splits.get("valid", [])
-    record = run_record(job, data.data_fingerprint(pairs))
+    record = run_record(job, data.data_fingerprint(pairs), data.data_fingerprint(valid))
     if t.resume and ranks.first:
         check_resumable(place, record)
     outline = outline_of(job, say)  # refuses adapters out of reach
@@ -151,13 +153,12 @@ def _splits(job: Job) -> tuple[str, ...]:
 
 def claim_place(config: RunConfig) -> None:
     """Raises: ConfigError where the run would write over anything but itself."""
-    t = config.train
+    t, flag, inputs = config.train, "--adapter-path", config.reads()
     if t.resume:
-        outputs.refuse_inputs(Path(t.adapter_path), "--adapter-path", config.reads())
-        return
-    outputs.claim_folder(
-        Path(t.adapter_path), "--adapter-path", RUN, inputs=config.reads(), overwrite=t.overwrite
-    )
+        outputs.refuse_inputs(Path(t.adapter_path), flag, inputs, RUN)
+        outputs.refuse_links(Path(t.adapter_path), flag, RUN)
+    else:
+        outputs.claim_folder(t.adapter_path, flag, RUN, inputs=inputs, overwrite=t.overwrite)
 
 
 def _compare_peaks(out: Folder, predicted: float, say: Say) -> None:
@@ -221,7 +222,7 @@ def _announce(trainer: Trainer, say: Say) -> None:
     )
 
 
-def run_record(job: Job, data_fingerprint: str) -> dict[str, Any]:
+def run_record(job: Job, data_fingerprint: str, valid: str) -> dict[str, Any]:
     """What run.json holds: settings, versions, fingerprints. No environment, no tokens."""
     from importlib.metadata import version
 
@@ -233,6 +234,7 @@ def run_record(job: Job, data_fingerprint: str) -> dict[str, Any]:
             "adapter": job.identity.adapter,
             "tokenizer": job.identity.tokenizer,
             "data": data_fingerprint,
+            "valid": valid,
             "saes": [list(sae) for sae in job.identity.saes],
             "named_features": weights_fingerprint(job.feature_weights),
             "projected": job.identity.projected,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fpo_mlx.errors import ModelError
-from fpo_mlx.storage.adapter_files import deciding, read_adapter
+from fpo_mlx.storage.adapter_files import deciding, is_peft, read_adapter
 from fpo_mlx.storage.files import listed, parse_json
 from fpo_mlx.storage.tensors import read_header
 
@@ -83,7 +83,7 @@ def adapter_fingerprint(folder: str | Path | None) -> str:
         return "none"
     folder = Path(folder)
     config = _read_json(folder / "adapter_config.json")
-    if "peft_type" in config:
+    if is_peft(config):
         found = read_adapter(folder)
         return _digest(folder, deciding(found), [found.weights])
     lora = config.get("lora_parameters") or {}

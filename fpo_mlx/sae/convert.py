@@ -8,6 +8,7 @@ scale), every vector float32; SAELens stops at the unknown tensors.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,12 +62,17 @@ class ConvertReport:
     size: int  # bytes of the weight file
 
 
-def write_saelens(sae: SaeWeights, folder: Path, dtype: SaeDtype = "float32") -> ConvertReport:
+def write_saelens(
+    sae: SaeWeights,
+    folder: Path,
+    dtype: SaeDtype = "float32",
+    check: Callable[[], object] = lambda: None,
+) -> ConvertReport:
     """Write `sae` so that SAELens 6 loads it (not "int8") and encodes the same.
 
-    The folder is written whole or not at all; an older SAE there is replaced. Raises SaeError if
-    SAELens has no such form, a weight does not fit the dtype, or the folder holds something else;
-    FpoError if it cannot be written.
+    The folder is written whole or not at all, and what is there is replaced: whoever names it asks
+    `storage.outputs` first, and by check (`files.atomic_folder`) again. Raises SaeError if SAELens
+    has no such form or a weight does not fit the dtype; FpoError if it cannot be written.
     """
     if dtype not in (*_STORED, "int8"):
         raise SaeError(f"dtype {dtype!r}; wanted float32, float16, bfloat16 or int8.")
@@ -74,20 +80,10 @@ def write_saelens(sae: SaeWeights, folder: Path, dtype: SaeDtype = "float32") ->
     tensors, subtracts = _tensors(sae)
     config = _config(sae, dtype, subtracts)
     stored = _quantized(tensors) if dtype == "int8" else _cast(tensors, dtype, sae.source)
-    _check_place(folder)
-    with files.atomic_folder(folder) as work:  # weights and configuration change together
+    with files.atomic_folder(folder, check) as work:  # weights and configuration change together
         size = write_safetensors(work / WEIGHTS, stored)
         files.write_bytes(work / CONFIG, json.dumps(config, indent=1).encode())
     return ConvertReport(folder, config["architecture"], dtype, size)
-
-
-def _check_place(folder: Path) -> None:
-    others = [p.name for p in files.listed(folder) if p.name not in (WEIGHTS, CONFIG)]
-    if others:
-        raise SaeError(
-            f"{folder} holds other files ({', '.join(others[:3])}), and writing an SAE replaces "
-            "the folder. Name a new folder."
-        )
 
 
 def _refuse(sae: SaeWeights) -> None:

@@ -25,7 +25,7 @@ from fpo_mlx.storage.runfolder import METRICS, RUN
 
 CHUNK = 1024
 CONFIG, WEIGHTS, CARD = "cfg.json", "sae_weights.safetensors", "README.md"
-EXPORT = ".export"  # where the SAE is put together
+EXPORT = f"{files.TEMPORARY}0-sae"  # where the SAE is put together
 LOCK = "writer.lock"  # held while a run writes
 
 

@@ -7,7 +7,6 @@ and `.lora_B.weight` [out, r]; the layer adds alpha / r (with rsLoRA alpha / sqr
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -78,7 +77,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         config = files.parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise TypeError("no JSON object")
-        if "peft_type" in config or ("r" in config and "lora_alpha" in config):
+        if is_peft(config):
             return _read_peft(folder, config)
         return _read_mlx(folder, config)
     except FileNotFoundError as error:
@@ -86,7 +85,16 @@ def read_adapter(folder: Path) -> AdapterFile:
             raise
         raise ModelError(_nothing_there(folder)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ModelError(f"{path}: not an adapter configuration ({error!r})") from error
+        raise ModelError(
+            f"{path}: not an adapter configuration that can be read ({error!r}). Wanted what "
+            "mlx-lm (lora_parameters with rank and scale, num_layers) or PEFT (r, lora_alpha) "
+            "writes."
+        ) from error
+
+
+def is_peft(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter's configuration is PEFT's; its oldest versions name no type."""
+    return "peft_type" in config or ("r" in config and "lora_alpha" in config)
 
 
 def _nothing_there(folder: Path) -> str:
@@ -182,6 +190,11 @@ def _peft_layers(
     for path, names in parts.items():
         rank = int(shapes[names["lora_a"]][0])
         alpha = float(next((alphas[k] for k in alphas if _is_of(k, path)), config["lora_alpha"]))
+        if not math.isfinite(alpha) or alpha == 0:
+            raise ModelError(
+                f"{name} whose lora_alpha of {path} is {alpha:g}: it changes nothing, or has no "
+                "number. Wanted another than 0."
+            )
         under = math.sqrt(rank) if config.get("use_rslora") else rank
         layers[path] = PeftLayer(names, rank, alpha / under)
     return layers
@@ -189,7 +202,10 @@ def _peft_layers(
 
 def _is_of(pattern: str, path: str) -> bool:
     """PEFT's rule: a pattern names the end of a module's path."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    except re.error as error:
+        raise ValueError(f"alpha_pattern {pattern!r}: {error}") from error
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
@@ -268,4 +284,4 @@ def public_name(model: str) -> str:
 def deciding(adapter: AdapterFile) -> dict[str, Any]:
     """What of a PEFT configuration decides the numbers, for a fingerprint."""
     scales = {path: layer.scale for path, layer in adapter.layers.items()}
-    return {"form": "peft", "kind": adapter.kind, "scales": json.loads(json.dumps(scales))}
+    return {"form": "peft", "kind": adapter.kind, "scales": scales}

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, check: Callable[[], object] = lambda: None) -> Iterator[Path]:
     """An empty folder to fill; it takes the place of `path` in one step, all or nothing.
 
+    check: called just before that step; what it raises keeps `path` as it is.
     What a killed process left beside `path` is cleared. Raises: FpoError when the system does not
     let it be written, or another process is writing it.
     """
@@ -82,6 +83,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 work.mkdir()
                 yield work
                 sync_tree(work)
+                check()
                 put_in_place(work, target)
                 sync_folder(target.parent)
             finally:

@@ -28,7 +28,11 @@ class LineWriter:
             self._lock = locks.acquire(self._lock_path, path)
             try:
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-                os.lseek(self._file, _mend(self._file), os.SEEK_SET)
+                try:
+                    os.lseek(self._file, _mend(self._file, path), os.SEEK_SET)
+                except BaseException:
+                    os.close(self._file)
+                    raise
             except BaseException:
                 locks.release(self._lock_path, self._lock)
                 raise
@@ -118,7 +122,7 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _mend(file: int) -> int:
+def _mend(file: int, path: Path) -> int:
     """Cut the part of a line at the end, or end it where it is whole; where to write next."""
     size = os.fstat(file).st_size
     start, pieces = size, [b""]  # the last one first
@@ -132,7 +136,11 @@ def _mend(file: int) -> int:
     if _is_json(rest):
         os.pwrite(file, b"\n", size)
         return size + 1
-    if not rest.lstrip().startswith(b"{"):  # no writer of ours began it
-        raise FpoError(f"a last line that is no record: {rest[:40]!r}. Name another file.")
+    # a crashed disk leaves zeros; with anything else, no writer of ours began it
+    if rest.strip(b"\0") and not rest.lstrip().startswith(b"{"):
+        raise FpoError(
+            f"{path}: its last line is no record: {rest[:40]!r}. Name another file, or end that "
+            "line."
+        )
     os.ftruncate(file, size - len(rest))
     return size - len(rest)

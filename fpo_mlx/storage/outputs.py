@@ -7,6 +7,7 @@ or not, under whatever spelling: links, hard links, letter case, a folder around
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +18,10 @@ from typing import Any
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.storage.files import TEMPORARY
 
-# what the system or a killed run leaves, and nobody misses
-LEFTOVER = re.compile(
-    r"\.DS_Store|\._.*|\.localized|Thumbs\.db|.*\.lock|tensorboard|\.export|"
-    + re.escape(TEMPORARY)
-    + r"\d+-.*"
-)
+# what the system leaves beside any file, and nobody misses
+SYSTEM = re.compile(r"\.DS_Store|\._.*|\.localized|Thumbs\.db")
+# the same of a killed run of ours; counts only where nothing but what is written is lost
+KILLED = re.compile(r"(train|writer)\.lock|\..*\.lock|" + re.escape(TEMPORARY) + r"\d+-.*")
 # of a training run's folder, what a later command reads; results may stand beside it
 RUN_FILES = re.compile(
     r".*adapters\.safetensors|adapter_model\..*|adapter_config\.json|run\.json|metrics\.jsonl"
@@ -38,9 +37,10 @@ Place = str | Path | None
 class Made:
     """What a command makes of a folder.
 
-    names: a pattern that all its entries match; whole: the folder is replaced as one, so that
-    entries of other names would be lost; mark: the file without which it is none; ways: what else
-    there is to do about an older one.
+    names: a pattern that all its entries match, folders with a slash; whole: the folder is replaced
+    as one, so that entries of other names would be lost; mark: the file without which it is none;
+    ways: what else there is to do about an older one; texts: of files with a common name, a pattern
+    that the whole text of ours matches.
     """
 
     what: str  # "a training run"
@@ -48,43 +48,56 @@ class Made:
     whole: bool = False
     mark: str | None = None
     ways: str = ""
+    texts: tuple[tuple[str, str], ...] = ()
 
-    def foreign(self, there: Sequence[str]) -> list[str]:
+    def named(self, name: str) -> bool:
+        return re.fullmatch(self.names, name) is not None
+
+    def marked(self, there: Sequence[str]) -> bool:
+        return self.mark is None or self.mark in there
+
+    def foreign(self, folder: Path, there: Sequence[str]) -> list[str]:
         """Those of the names in a folder that this command did not write."""
-        if self.mark is not None and self.mark not in there:
+        if not self.marked(there):
             return list(there)
-        return [name for name in there if not re.fullmatch(self.names, name)]
+        other = [name for name, text in self.texts if not _is_text(folder / name, text)]
+        return [name for name in there if name in other or not self.named(name)]
 
 
 MODEL = Made(
     "a model folder",
-    r"config\.json|generation_config\.json|.*\.safetensors(\.index\.json)?|.*\.gguf|README\.md|"
-    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
-    r".*\.jinja|chat_template.*|.*\.tiktoken|(modeling|configuration|tokenization)_.*\.py",
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|"
+    r"model\.safetensors\.index\.json|ggml-model-(f16|bf16|f32)\.gguf|README\.md|"
+    r"tokenizer(_config)?\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)|"
+    r"(modeling|configuration|tokenization)_\w+\.py",
     whole=True,
     mark="config.json",
+    texts=(("README.md", r"---\n((?!---).*\n)*library_name: mlx\n((?!---).*\n)*---\s*"),),
 )
 
 
 def claim_file(
-    place: Path, flag: str, *, inputs: Iterable[Place] = (), overwrite: bool = False
-) -> None:
-    """Raises: ConfigError where writing this file would lose something. Touches nothing.
+    place: str | Path, flag: str, *, inputs: Iterable[Place] = (), overwrite: bool = False
+) -> Path:
+    """The place, ~ spelled out. Touches nothing.
 
     A pipe or a device is always free. flag: the option that named it, for the message.
+    Raises: ConfigError where writing this file would lose something.
     """
     place = Path(place).expanduser()
     refuse_inputs(place, flag, inputs)
     if place.is_dir():
         raise ConfigError(f"{flag} {place}: this is a folder. Wanted the name of a file.")
     if not place.is_file() or not place.stat().st_size:
-        return
+        return place
     if not overwrite:
         raise ConfigError(
             f"{flag} {place}: a file of {place.stat().st_size} bytes is there already. "
             "--overwrite replaces it; or name another place."
         )
     _refuse_parts(place, flag, inputs)
+    return place
 
 
 def claim_files(
@@ -102,17 +115,26 @@ def claim_files(
 
 
 def claim_folder(
-    place: Path, flag: str, made: Made, *, inputs: Iterable[Place] = (), overwrite: bool = False
-) -> None:
-    """Raises: ConfigError where writing this folder would lose something. Touches nothing."""
+    place: str | Path,
+    flag: str,
+    made: Made,
+    *,
+    inputs: Iterable[Place] = (),
+    overwrite: bool = False,
+) -> Path:
+    """The place, ~ spelled out. Touches nothing.
+
+    Where long work lies between this and the writing, it is asked again just before that.
+    Raises: ConfigError where writing this folder would lose something.
+    """
     place, inputs = Path(place).expanduser(), list(inputs)
-    refuse_inputs(place, flag, inputs)
+    refuse_inputs(place, flag, inputs, made)
     if place.exists() and not place.is_dir():
         raise ConfigError(f"{flag} {place}: this is a file. Wanted the name of a folder.")
-    there = contents(place)
+    there = contents(place, made.whole)
     if not there:
-        return
-    foreign = made.foreign(there)
+        return place
+    foreign = made.foreign(place, there)
     if foreign and made.whole:
         raise ConfigError(
             f"{flag} {place}: holds {_list(foreign)}, which {made.what} does not have, and the "
@@ -124,8 +146,29 @@ def claim_folder(
             f"{flag} {place}: holds {old}. {made.ways if not foreign else ''}--overwrite replaces "
             f"{made.what} there; or name a new folder."
         )
+    if not made.marked(there) and (taken := [name for name in there if made.named(name)]):
+        raise ConfigError(
+            f"{flag} {place}: holds {_list(taken)}, which would be replaced, and no {made.mark}: "
+            f"it is not of {made.what}. Name a new folder."
+        )
     if foreign:
         _refuse_parts(place, flag, inputs)
+    refuse_links(place, flag, made)
+    return place
+
+
+def refuse_links(place: Path, flag: str, made: Made) -> None:
+    """Raises: ConfigError for links in a folder that would be written through, or emptied."""
+    for path in () if made.whole or not place.is_dir() else sorted(place.iterdir()):
+        if not (made.named(path.name) or made.named(path.name + "/")):
+            continue
+        inner = sorted(path.rglob("*")) if _is_folder(path) else ()
+        if links := [p for p in (path, *inner) if p.is_symlink()]:
+            raise ConfigError(
+                f"{flag} {place}: {links[0].relative_to(place)} in it is a link to "
+                f"{os.readlink(links[0])}, which would be written to. Name a new folder, or put a "
+                "copy in the link's place."
+            )
 
 
 def of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,15 +176,27 @@ def of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in HOW_BEGUN}
 
 
-def contents(folder: Path) -> list[str]:
+def contents(folder: Path, whole: bool = False) -> list[str]:
     """The names in a folder, without what the system or a killed run left; [] where there is none.
 
-    A folder's name ends with a slash.
+    A folder's name ends with a slash. whole: the folder is replaced as one.
     """
-    if not folder.is_dir():
-        return []
-    there = sorted(folder.iterdir())
-    return [p.name + "/" * _is_folder(p) for p in there if not LEFTOVER.fullmatch(p.name)]
+
+    def counts(path: Path) -> bool:
+        if SYSTEM.fullmatch(path.name):
+            return path.is_dir()
+        return whole or not KILLED.fullmatch(path.name)
+
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [p.name + "/" * _is_folder(p) for p in there if counts(p)]
+
+
+def _is_text(path: Path, pattern: str) -> bool:
+    """Whether the whole text of a file matches."""
+    try:
+        return re.fullmatch(pattern, path.read_text(encoding="utf-8")) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _is_folder(path: Path) -> bool:
@@ -153,8 +208,13 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def refuse_inputs(place: Path, flag: str, inputs: Iterable[Place]) -> None:
-    """Raises: ConfigError where the place is what is read, or a folder around it."""
+def refuse_inputs(
+    place: Path, flag: str, inputs: Iterable[Place], made: Made | None = None
+) -> None:
+    """Raises: ConfigError where the place is what is read, or a folder around it.
+
+    made: in a folder that is not replaced as one, what bears none of its names may be read.
+    """
     for source in existing(inputs):
         if not _plain(source):
             continue
@@ -162,7 +222,8 @@ def refuse_inputs(place: Path, flag: str, inputs: Iterable[Place]) -> None:
             raise ConfigError(
                 f"{flag} {place}: this is {source}, which the command reads. Name another place."
             )
-        if place.is_dir() and any(_same(place, parent) for parent in _parents(source)):
+        way = _way_into(place, source) if place.is_dir() else None
+        if way and (made is None or made.whole or made.named(way[0]) or made.named(way[0] + "/")):
             raise ConfigError(
                 f"{flag} {place}: {source}, which the command reads, lies in it. "
                 "Name another place."

@@ -55,6 +55,14 @@ class RunFolder:
         if path.exists():
             os.truncate(path, min(length, path.stat().st_size))
 
+    def check_begun(self) -> None:
+        """Raises: ConfigError where there is nothing to go on with."""
+        if not (self.path / self.state).is_file() or not self.record.is_file():
+            raise ConfigError(
+                f"--resume: {self.path} holds no checkpoint. Start without --resume, or give the "
+                f"{self.flag} of the run to continue."
+            )
+
     def check_resumable(
         self,
         run: Mapping[str, Any],
@@ -63,22 +71,18 @@ class RunFolder:
     ) -> dict[str, Any]:
         """The record of the run that is here.
 
-        may_change: settings that are not compared; every fingerprint is. defaults: of settings;
-        one that an older version did not have yet was at its default.
+        may_change: settings that are not compared; every fingerprint is that an older version had,
+        too. defaults: of settings; one that it did not have yet was at its default.
         Raises: ConfigError naming the settings that would make this another run, ModelError.
         """
-        if not (self.path / self.state).is_file() or not self.record.is_file():
-            raise ConfigError(
-                f"--resume: {self.path} holds no checkpoint. Start without --resume, or give the "
-                f"{self.flag} of the run to continue."
-            )
+        self.check_begun()
         before, now = self._read_record(), json.loads(json.dumps(dict(run)))  # tuples become lists
         usual = {"settings": json.loads(json.dumps(dict(defaults or {}))), "fingerprints": {}}
         faults = [
             f"  {section}.{name}: was {old!r}, now {new!r}"
             for section, given in usual.items()
             for name in sorted(set(before[section]) | set(now[section]))
-            if (section == "fingerprints" or name not in may_change)
+            if (name in before[section] if section == "fingerprints" else name not in may_change)
             and (old := before[section].get(name, given.get(name)))
             != (new := now[section].get(name))
         ]

@@ -15,9 +15,8 @@ checkpoint/state.safetensors                adapters, optimizer, reference adapt
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -128,12 +127,15 @@ class AdapterFolder:
         (self.path / STATE).unlink(missing_ok=True)  # first: half a folder must not be resumed
         for old in (*self.path.glob("*_adapters.safetensors"), self.path / METRICS):
             old.unlink(missing_ok=True)
-        for folder in ("checkpoint", "best"):
-            shutil.rmtree(self.path / folder, ignore_errors=True)
-        (self.path / TEMPLATE).unlink(missing_ok=True)
+        best = self.path / "best"
+        for old in (best / adapters.WEIGHTS, best / adapters.CONFIG, self.path / TEMPLATE):
+            old.unlink(missing_ok=True)
+        for folder in (best, (self.path / STATE).parent):
+            with suppress(OSError):  # not there, or it holds things of others
+                folder.rmdir()
+        self.run.write_record(run)  # the folder's mark, before anything else is in it
         if template is not None:
             files.write_text(self.path / TEMPLATE, template)
-        self.run.write_record(run)
 
     def note(self, parts: Mapping[str, Any]) -> None:
         """Add parts to run.json; what it says of the start stays, also when the run was resumed."""

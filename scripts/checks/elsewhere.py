@@ -112,11 +112,11 @@ def check(name: str, base: Path, work: Path, readers: dict[str, Path]) -> int:
     adapter = make_adapter(base, work / "adapter")
     want, greedy, ids = here(base, adapter)
     fuse(str(base), adapter, work / "fused", dtype="float32", gguf_path="model.gguf")
-    if not (work / "peft").exists():
-        adapters.export_peft(adapter, work / "peft", "owner/name")
+    adapters.export_peft(adapter, work / "peft", "owner/name")
     fused = str(work / "fused")
     words = (json.dumps(ids), str(STEPS), PROMPT)
     found = {"mlx-lm": here(work / "fused", None)[:2]}
+    found["PEFT's, read here"] = here(base, work / "peft")[:2]
     for reader in ("transformers 4.51.3", "transformers 5"):
         found[reader] = told(readers[reader], TRANSFORMERS, fused, fused, *words, ids=ids)
     peft = (str(work / "peft"), str(base), *words)
@@ -156,8 +156,10 @@ def make_adapter(base: Path, folder: Path) -> Path:
 
 
 def here(folder: Path, adapter: Path | None) -> tuple[np.ndarray, list[int], list[int]]:
-    """Last logits, greedy tokens and prompt ids by mlx-lm."""
-    model, tokenizer = utils.load(str(folder), adapter_path=str(adapter) if adapter else None)[:2]
+    """Last logits, greedy tokens and prompt ids by mlx-lm; adapter: of mlx-lm's or PEFT's kind."""
+    model, tokenizer = utils.load(str(folder))[:2]
+    if adapter:
+        adapters.load(model, adapter)
     ids = list(tokenizer.encode(PROMPT, add_special_tokens=False))
     out: list[int] = []
     first = None
@@ -199,7 +201,8 @@ def llama_cpp(
     gap = max(abs(entry["logprob"] - logps[entry["id"]]) for entry in top)
     # the server lists half a character's tokens as one, so some of `greedy` are not in its list
     listed, left = [token["id"] for token in tokens], iter(greedy)
-    return float(gap), bool(listed) and all(token in left for token in listed)
+    whole = len(listed) >= STEPS // 2 and listed[0] == greedy[0]
+    return float(gap), whole and all(token in left for token in listed)
 
 
 if __name__ == "__main__":

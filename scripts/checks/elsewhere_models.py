@@ -34,6 +34,7 @@ def split_tokenizer(folder: Path, digits: str) -> None:
     path = folder / "tokenizer.json"
     whole = json.loads(path.read_text())
     rule = {"Regex": LETTERS + r"|\p{N}" + digits + TAIL}
+    whole["model"]["ignore_merges"] = digits == "{1,3}"  # as Llama 3 has it, and Qwen not
     whole["pre_tokenizer"] = {
         "type": "Sequence",
         "pretokenizers": [

@@ -110,8 +110,8 @@ def markdown(
     lines = [
         f"# Reward against drift: {reward}", "",
         "Written by `scripts/studies/frontier.py`; do not edit. kl: nats per sampled answer; "
-        "drift, agreement: on prompts about other things; base_nats_per_token: of the base, for the "
-        "sampled answers.", "",
+        "drift, agreement: on prompts about other things; base_nats_per_token: of the base, for "
+        "the sampled answers.", "",
         f"| method | rate | seed | update | part | {' | '.join(SHOWN)} |",
         "|---|---|---|---|---|" + "---|" * len(SHOWN),
         f"| base | | | | | {' | '.join(f'{base[n]:.3f}' for n in SHOWN)} |",

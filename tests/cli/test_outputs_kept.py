@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ def made(tmp_path_factory):
     write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
     lines(root / "data/train.jsonl", *ROWS)
     lines(root / "words.jsonl", *({"text": f"word {n}"} for n in range(4)))
+    lines(root / "prompts.jsonl", *({"prompt": f"word {n}"} for n in range(4)))
     np.save(root / "x.npy", np.zeros((2, tiny_models.HIDDEN), np.float32))
     rest = {"tokens": 3, "finish": "stop", "logp": -1.0, "seed": 0, "temp": 1.0, "model": "m"}
     sides = [{"text": text, **rest} for text in ("Yes.", "No, no.")]
@@ -134,8 +136,8 @@ FILES = {
     "cache list": (lambda p: ["cache", "list", "--folder", p], "--json", "ref/manifest.json"),
     "cache export": (lambda p: ["cache", "export", p / "ref"], "--output", "ref/manifest.json"),
     "pairs generate": (
-        lambda p: ["pairs", "generate", "--model", p / "model", "--prompts", p / "words.jsonl"],
-        "--output", "words.jsonl",
+        lambda p: ["pairs", "generate", "--model", p / "model", "--prompts", p / "prompts.jsonl"],
+        "--output", "prompts.jsonl",
     ),
     "pairs judge": (
         lambda p: ["pairs", "judge", p / "candidates.jsonl", "--reward", "length"], "--output",
@@ -166,12 +168,16 @@ def state(top: Path) -> dict[str, str]:
     return found
 
 
-def refused_and_untouched(words, top: Path, name: str) -> None:
+def refused_and_untouched(words, top: Path, name: str, *said: object, new: Path | None = None):
+    """said: parts of the message; new: a file that appears meanwhile, with "mine" in it."""
     before = state(top)
     done = run(*words)
     assert isinstance(done.exception, SystemExit), (name, done.exception)
     assert done.exit_code in (1, 2, 3), (name, done.output)
     assert "Traceback" not in done.output
+    for part in said:
+        assert str(part) in done.stderr, (name, done.stderr)
+    assert new is None or new.read_text() == "mine", name
     after = {path: digest for path, digest in state(top).items() if path in before}
     assert after == before, name
 
@@ -216,7 +222,9 @@ FOREIGN_FOLDERS = {
     "a link to a folder": lambda p, t: link(t / "out", notes(t / "real")),
     "the folder around everything": lambda p, t: t,
 }  # fmt: skip
-OVERWRITE_TOO = ("a file", "the folder around everything")
+# they go on with what is theirs, and name the place alone
+OTHER_RULE = ("precompute", "cache merge", "pairs generate", "pairs judge", "pairs rate")
+WHOLE = ("fuse", "export", "convert", "sae convert", "check --fix", "pairs build")
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -224,7 +232,8 @@ OVERWRITE_TOO = ("a file", "the folder around everything")
 def test_a_folder_that_holds_other_things_is_not_written_to(place, tmp_path, name, content):
     words, flag, _ = FOLDERS[name]
     there = FOREIGN_FOLDERS[content](place, tmp_path)
-    refused_and_untouched([*words(place), flag, there], tmp_path, f"{name} on {content}")
+    said = [there.name] if name in OTHER_RULE else [flag, there.name]
+    refused_and_untouched([*words(place), flag, there], tmp_path, f"{name} on {content}", *said)
 
 
 @pytest.mark.parametrize("name", [n for n, (_, _, reads) in FOLDERS.items() if reads])
@@ -233,9 +242,11 @@ def test_what_a_command_reads_is_never_its_folder(place, tmp_path, name):
     words, flag, reads = FOLDERS[name]
     own = place / reads
     more = [] if name in ("precompute", "cache merge") else ["--overwrite"]
-    names = (own, link(tmp_path / "link", own), own / ".." / own.name, Path("in") / reads, place)
+    names = (own, link(tmp_path / "link", own), own / ".." / own.name, Path("in") / reads)
     for there in names:
         refused_and_untouched([*words(place), flag, there, *more], tmp_path, f"{name}: {there}")
+    if name in WHOLE:  # others could be written beside what is read
+        refused_and_untouched([*words(place), flag, place, *more], tmp_path, f"{name}: around")
 
 
 FOREIGN_FILES = {
@@ -252,7 +263,8 @@ FOREIGN_FILES = {
 def test_a_file_that_is_there_is_not_written_over(place, tmp_path, name, content):
     words, flag, _ = FILES[name]
     there = FOREIGN_FILES[content](place, tmp_path)
-    refused_and_untouched([*words(place), flag, there], tmp_path, f"{name} on {content}")
+    said = [there.name] if name in OTHER_RULE else [flag, there.name]
+    refused_and_untouched([*words(place), flag, there], tmp_path, f"{name} on {content}", *said)
 
 
 @pytest.mark.parametrize("name", [n for n, (_, _, reads) in FILES.items() if reads])
@@ -281,6 +293,108 @@ def test_overwrite_replaces_an_older_run_and_keeps_what_is_not_of_a_run(place, t
     assert done.exit_code == 0, done.stderr
     assert (out / "adapters.safetensors").read_bytes() != old
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_leaves_what_is_not_of_a_run_in_the_folders_of_a_run(place, tmp_path):
+    out = another_run(place, tmp_path / "out")
+    for folder in ("best", "checkpoint"):
+        (out / folder).mkdir(exist_ok=True)
+        (out / folder / "mine.bin").write_text("mine")
+    words = [*_train(place), "--reference", place / "ref", "--adapter-path", out, "--overwrite"]
+    done = run(*words)
+    assert done.exit_code == 0, done.stderr
+    assert all((out / folder / "mine.bin").exists() for folder in ("best", "checkpoint"))
+
+
+@pytest.mark.parametrize("how", ["--overwrite", "--resume"])
+def test_a_link_within_a_run_is_not_written_through(place, tmp_path, how):
+    out = another_run(place, tmp_path / "out")
+    (out / "adapters.safetensors").unlink()
+    link(out / "adapters.safetensors", place / "run/adapters.safetensors")
+    words = [*_train(place), "--iters", 2, "--reference", place / "ref", "--adapter-path", out, how]
+    refused_and_untouched(words, tmp_path, how, "adapters.safetensors", "link")
+
+
+def test_a_demo_takes_no_data_folder_that_it_did_not_make(place, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(place / "data", out / "data")
+    words = ["demo", "--output", out, "--overwrite"]
+    refused_and_untouched(words, tmp_path, "demo", "--output", "data/", "Name a new folder")
+
+
+def test_what_appears_while_a_command_works_is_not_written_over(place, tmp_path, monkeypatch):
+    """Hours lie between the first look and the writing."""
+    from fpo_mlx.model import adapters, fuse
+
+    trains = importlib.import_module("fpo_mlx.pipeline.train")
+
+    def meanwhile(module, name, path):
+        real = getattr(module, name)
+
+        def does(*args, **values):
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.write_text("mine")
+            return real(*args, **values)
+
+        monkeypatch.setattr(module, name, does)
+
+    meanwhile(trains, "reference_of", tmp_path / "out/best/adapters.safetensors")
+    refused_and_untouched(
+        [*_train(place), "--adapter-path", tmp_path / "out"], tmp_path, "train", "best/",
+        new=tmp_path / "out/best/adapters.safetensors",
+    )  # fmt: skip
+    meanwhile(fuse, "fuse_layers", tmp_path / "fused/model.safetensors")
+    words = ["fuse", "--model", place / "model", "--adapter-path", place / "run"]
+    refused_and_untouched(
+        [*words, "--save-path", tmp_path / "fused"], tmp_path, "fuse", "model.safetensors",
+        new=tmp_path / "fused/model.safetensors",
+    )  # fmt: skip
+    meanwhile(adapters, "peft_config", tmp_path / "peft/mine.txt")
+    words = ["export", "--adapter-path", place / "run", "--output", tmp_path / "peft"]
+    refused_and_untouched(words, tmp_path, "export", "mine.txt", new=tmp_path / "peft/mine.txt")
+
+
+def test_a_result_whose_place_was_taken_meanwhile_goes_beside_it(place, tmp_path, monkeypatch):
+    from fpo_mlx import pipeline
+
+    real, out = pipeline.sae_info, tmp_path / "out.json"
+
+    def meanwhile(*args, **values):
+        out.write_text("mine")
+        return real(*args, **values)
+
+    monkeypatch.setattr(pipeline, "sae_info", meanwhile)
+    done = run("sae", "info", place / "sae", "--json", out)
+    assert done.exit_code == 0, done.stderr
+    assert out.read_text() == "mine"
+    assert json.loads((tmp_path / "out-2.json").read_text())["features"]
+    assert "out-2.json" in done.stderr
+
+
+def test_an_option_that_was_not_given_still_names_what_is_read(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "adapters")
+    words = ["fuse", "--model", place / "model", "--save-path", tmp_path / "fused"]
+    place_ = tmp_path / "adapters/adapters.safetensors"
+    refused_and_untouched(
+        [*words, "--json", place_, "--overwrite"], tmp_path, "fuse", "--json", place_
+    )
+
+
+def test_a_word_that_is_no_place_is_not_taken_for_one(place, tmp_path):
+    lines(tmp_path / "train/scores.json", {"mine": 1})  # `--split train`
+    words = ["evaluate", *_with_adapter(place), "--reference", place / "ref", "--samples", 0]
+    out = tmp_path / "train/scores.json"
+    assert run(*words, "--json", out).exit_code == 2
+    done = run(*words, "--json", out, "--overwrite")
+    assert done.exit_code == 0, done.stderr
+
+
+def test_checked_rows_are_one_set_and_not_two(place, tmp_path):
+    lines(tmp_path / "clean/valid.jsonl", *ROWS)
+    lines(tmp_path / "clean/train.jsonl", *ROWS)
+    done = run("check", "--data", place / "data", "--fix", tmp_path / "clean", "--overwrite")
+    assert done.exit_code == 0, done.stderr
+    assert [p.name for p in (tmp_path / "clean").iterdir()] == ["train.jsonl"]
 
 
 def test_results_in_the_folder_of_their_run_can_be_replaced(place, tmp_path):

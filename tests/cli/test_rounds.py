@@ -14,6 +14,9 @@ pytest.importorskip("mlx.core")
 from command_line import refused, run  # noqa: E402
 from evaluated import own_cache, place  # noqa: E402, F401
 
+from fpo_mlx.pairs.settings import RoundsConfig  # noqa: E402
+from fpo_mlx.pipeline.rounds import _training  # noqa: E402
+
 
 def write(place, root, **changes):
     for name, count in (("prompts", 12), ("held-out", 6)):
@@ -113,3 +116,15 @@ def test_other_settings_are_not_mixed_into_a_run(place, tmp_path, monkeypatch):
     assert run("rounds", "-c", write(place, tmp_path, rounds=1)).exit_code == 0
     changed = write(place, tmp_path, rounds=1, generate={"n": 2, "max_tokens": 6})
     refused(run("rounds", "-c", changed), 2, "begun with other settings (generate)")
+
+
+def test_a_round_that_was_killed_before_its_first_state_trains_anew(tmp_path):
+    settings = RoundsConfig(model="m", prompts="p", held_out="h", output=str(tmp_path))
+    adapter = tmp_path / "adapters"
+    (adapter / "checkpoint").mkdir(parents=True)
+    (adapter / "run.json").write_text("{}")
+    begun = _training(settings, tmp_path, adapter, None).train
+    assert (begun.resume, begun.overwrite) == (False, True)
+    (adapter / "checkpoint/state.safetensors").touch()
+    saved = _training(settings, tmp_path, adapter, None).train
+    assert (saved.resume, saved.overwrite) == (True, False)

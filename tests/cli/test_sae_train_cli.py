@@ -270,7 +270,7 @@ def test_a_run_clears_what_a_killed_one_left(llama, corpus, tmp_path):
     dead += [acts / f".tmp-1-{name}" for name in ("rows.npy", "store.json")]
     for path in (*dead, out / ".tmp-1-mine.txt"):
         path.write_text("half")
-    for folder in (out / ".tmp-1-.export", out / ".export"):  # .export: killed while moving it
+    for folder in (out / ".tmp-1-.tmp-0-sae", out / ".tmp-0-sae"):  # killed while moving it
         folder.mkdir()
         (folder / "README.md").write_text("half")
         dead.append(folder)

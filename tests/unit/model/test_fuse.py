@@ -19,6 +19,7 @@ from fpo_mlx.errors import ConfigError, ModelError  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.model.fuse import fuse  # noqa: E402
 from fpo_mlx.model.load import read_model  # noqa: E402
+from fpo_mlx.model.rounding import rounded_to  # noqa: E402
 
 TOKENS = [5, 17, 250, 3, 99, 42]
 PAIRS = random_pairs(SIZES[:4])
@@ -285,3 +286,11 @@ def test_fusing_prints_nothing(made, tmp_path, capsys):
     folder, adapter = made["llama", "lora"]
     fuse(str(folder), adapter, tmp_path / "fused")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("bits", "wanted"), [(5, 8), (8, 8)])
+def test_keep_bits_never_lowers_the_bits_of_a_mixed_model(bits, wanted):
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(64, 64, bias=False), 32, 8)
+    assert rounded_to(layer, mx.zeros((64, 64)), bits).bits == wanted
+    low = nn.QuantizedLinear.from_linear(nn.Linear(64, 64, bias=False), 32, 4)
+    assert rounded_to(low, mx.zeros((64, 64)), bits).bits == bits

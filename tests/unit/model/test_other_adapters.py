@@ -212,3 +212,42 @@ def test_mlx_lm_itself_reads_what_is_made_of_a_peft_adapter(folder, tmp_path):
     (tmp_path / "own/adapter_config.json").write_text(json.dumps(spec.as_config("m")))
     theirs = utils.load(str(folder), adapter_path=str(tmp_path / "own"))[0]
     np.testing.assert_allclose(logits_of(theirs, TOKENS), oracle(folder, wanted), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"lora_alpha": 0}, "lora_alpha of .* is 0"),
+        ({"alpha_pattern": {"down_proj": 0}}, "lora_alpha of .*down_proj is 0"),
+        ({"alpha_pattern": {"(": 2}}, r"alpha_pattern '\('.*Wanted what mlx-lm"),
+    ],
+)
+def test_a_peft_configuration_that_gives_no_scale_is_named(folder, tmp_path, config, said):
+    wanted = load_file(folder / "model.safetensors")
+    if "alpha_pattern" in config:
+        peft(tmp_path / "p", wanted)
+        place = tmp_path / "p/adapter_config.json"
+        place.write_text(json.dumps(json.loads(place.read_text()) | config))
+    else:
+        peft(tmp_path / "p", wanted, **config)
+    with pytest.raises(ModelError, match=said):
+        read_adapter(tmp_path / "p")
+
+
+def test_pefts_oldest_configuration_is_its_own_in_the_fingerprint_too(folder, tmp_path):
+    """It names no peft_type."""
+    peft(tmp_path / "p", load_file(folder / "model.safetensors"))
+    place = tmp_path / "p/adapter_config.json"
+    config = json.loads(place.read_text())
+    want = adapter_fingerprint(tmp_path / "p")
+    place.write_text(json.dumps({k: v for k, v in config.items() if k != "peft_type"}))
+    assert adapter_fingerprint(tmp_path / "p") == want
+
+
+def test_an_export_of_tensors_that_are_no_pair_is_refused(folder, tmp_path):
+    spec = adapters.AdapterSpec("lora", 1, 4, 1.0, 0.0, PATHS)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(spec.as_config("m")))
+    adapters.save(tmp_path / "a/adapters.safetensors", {f"{PATHS[0]}.lora_b": mx.zeros((4, 8))})
+    with pytest.raises(ModelError, match="no form for an adapter of"):
+        adapters.export_peft(tmp_path / "a", tmp_path / "out", "b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import pytest
@@ -69,3 +70,19 @@ def test_a_cut_line_of_many_megabytes_is_mended_in_time_that_grows_with_its_leng
     LineWriter(path).close()
     assert time.process_time() - begun < 1
     assert path.read_bytes() == b'{"a": 1}\n'
+
+
+def test_zeros_that_a_crash_left_at_the_end_are_cut(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + bytes(100))
+    assert written(path, [{"b": 2}]) == b'{"a": 1}\n{"b": 2}\n'
+
+
+def test_a_last_line_of_somebody_else_is_refused_with_the_file_and_nothing_stays_open(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"my notes")
+    before = len(os.listdir("/dev/fd"))
+    with pytest.raises(FpoError, match=r"a\.jsonl: its last line is no record: b'my notes'"):
+        LineWriter(path)
+    assert len(os.listdir("/dev/fd")) == before
+    assert path.read_bytes() == b"my notes"

@@ -12,8 +12,8 @@ import pytest
 from tiny_models import tiny_llama
 
 from fpo_mlx.data import read
+from fpo_mlx.pipeline.saes import SAE
 from fpo_mlx.reference import weights
-from fpo_mlx.sae import convert
 from fpo_mlx.sae import files as sae_files
 from fpo_mlx.storage import files, limits, outputs
 
@@ -52,7 +52,7 @@ def test_a_folder_that_lies_below_a_dot_folder_is_listed(tmp_path):
 def test_fuse_and_sae_convert_take_a_folder_with_only_litter_for_an_empty_one(tmp_path):
     litter(tmp_path / "new", "config.json")
     outputs.claim_folder(tmp_path / "new", "--save-path", outputs.MODEL)
-    convert._check_place(tmp_path / "new")
+    outputs.claim_folder(tmp_path / "new", "--output", SAE)
 
 
 def test_a_model_whose_weights_are_not_named_model_reads_as_without_litter(tmp_path):

@@ -7,6 +7,8 @@ import os
 import pytest
 
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.pipeline.train import RUN as TRAIN
+from fpo_mlx.storage import outputs
 from fpo_mlx.storage.outputs import Made, claim_file, claim_files, claim_folder
 
 RUN = Made("a run", r"run\.json|best/", ways="--resume goes on with it; ")
@@ -32,6 +34,85 @@ def test_what_the_system_or_a_killed_run_left_is_nothing(tmp_path):
     for name in (".DS_Store", "train.lock", ".tmp-123-run.json"):
         file(tmp_path / name)
     claim_folder(tmp_path, "--to", RUN)
+
+
+USERS = (
+    "uv.lock",
+    "poetry.lock",
+    "tensorboard/events",
+    "._mine/notes",
+    ".DS_Store/notes",
+    "train.lock",
+)
+
+
+@pytest.mark.parametrize("name", USERS)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_replaced_as_one_holds_nothing_of_anyone(tmp_path, name, overwrite):
+    file(tmp_path / "out" / name)
+    with pytest.raises(ConfigError, match=f"holds {name.split('/')[0]}.*Name a new folder"):
+        claim_folder(tmp_path / "out", "--to", outputs.MODEL, overwrite=overwrite)
+
+
+def test_what_finder_leaves_is_nothing_in_any_folder(tmp_path):
+    for name in (".DS_Store", "._config.json", ".localized"):
+        file(tmp_path / name)
+    claim_folder(tmp_path, "--to", outputs.MODEL)
+
+
+MINE = ("tokenizer-experiments/a", "model-Q4_K_M.gguf", "README.md", "adapters.safetensors")
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_of_a_model_folder_only_what_is_written_there_can_be_replaced(tmp_path, name):
+    file(tmp_path / "config.json")
+    file(tmp_path / "model-00001-of-00002.safetensors")
+    file(tmp_path / "ggml-model-f16.gguf")
+    file(tmp_path / "README.md", "---\nlanguage: en\nlibrary_name: mlx\n---\n")
+    claim_folder(tmp_path, "--to", outputs.MODEL, overwrite=True)
+    file(tmp_path / name)
+    with pytest.raises(ConfigError, match=f"holds {name.split('/')[0]}.*Name a new folder"):
+        claim_folder(tmp_path, "--to", outputs.MODEL, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["run.json", "best/adapters.safetensors", "best"])
+def test_a_link_within_a_folder_that_is_written_into_is_refused(tmp_path, name):
+    """Written through it, the bytes would land in another's folder."""
+    file(tmp_path / "out/run.json")
+    other = file(tmp_path / "other/adapters.safetensors")
+    link = tmp_path / "out" / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(other.parent if name == "best" else other)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=f"{name}.* link|holds (a run|best)"):
+            claim_folder(tmp_path / "out", "--to", RUN, overwrite=overwrite)
+    assert other.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["best/x.bin", "checkpoint/my.ckpt", "metrics.jsonl"])
+def test_names_of_a_run_without_its_mark_are_somebody_elses(tmp_path, name):
+    """Its names are common ones: `best/`, `checkpoint/`."""
+    file(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"no run\.json.*Name a new folder"):
+        claim_folder(tmp_path, "--to", TRAIN, overwrite=True)
+
+
+def test_the_place_that_was_claimed_is_the_place_that_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert claim_folder("~/a", "--to", RUN) == tmp_path / "a"
+    assert claim_file("~/a.json", "--json") == tmp_path / "a.json"
+
+
+@pytest.mark.parametrize("name", ["run.json", "best/adapters.safetensors"])
+def test_a_folder_that_is_written_into_may_hold_what_is_read_beside_its_own_names(tmp_path, name):
+    file(tmp_path / "out/run.json")
+    ref = file(tmp_path / "out/ref/manifest.json").parent
+    claim_folder(tmp_path / "out", "--to", RUN, inputs=[ref], overwrite=True)
+    with pytest.raises(ConfigError, match="which the command reads"):
+        claim_folder(
+            tmp_path / "out", "--to", RUN, inputs=[file(tmp_path / "out" / name)], overwrite=True
+        )
 
 
 def test_a_file_that_is_there_needs_overwrite(tmp_path):

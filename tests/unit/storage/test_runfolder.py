@@ -68,3 +68,11 @@ def test_a_folder_without_a_checkpoint_or_with_a_damaged_record_is_refused(folde
     (folder.path / "checkpoint" / "state").unlink()
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         folder.check_resumable(RECORD, ())
+
+
+def test_what_an_older_version_took_no_fingerprint_of_is_not_compared(folder):
+    newer = {**RECORD, "fingerprints": {"data": "x", "valid": "v"}}
+    assert folder.check_resumable(newer, ()) == RECORD
+    folder.write_record(newer)
+    other = {**RECORD, "fingerprints": {"data": "x", "valid": "w"}}
+    assert "fingerprints.valid: was 'v', now 'w'" in refusal(folder, other, ())
