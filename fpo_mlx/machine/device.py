@@ -151,7 +151,7 @@ def resident(share: float, processes: int = 1) -> Iterator[None]:
     share: of Metal's recommended working set, 0 for none; divided by the processes of a launcher
     that may run on one machine. Does nothing without Metal.
     """
-    if here().kind != "metal" or backend() != "metal" or share == 0:
+    if share == 0 or here().kind != "metal" or backend() != "metal":
         yield
         return
     import mlx.core as mx

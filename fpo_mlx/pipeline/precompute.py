@@ -57,7 +57,8 @@ def precompute(
     splits = read_splits(config, job.tokenizer, names, say, doctor=True)
     pairs = [pair for name in names for pair in splits[name]]
     folder = output or default_cache(job.identity)
-    with machine.resident(config.reference.wired_share, find_share(os.environ).world):
+    share = config.reference.wired_share if backend == "mlx" else 0.0
+    with machine.resident(share, find_share(os.environ).world):
         store = fill_cache(job, pairs, folder=folder, say=say, progress=progress)
     left_out = ()
     if keep_features is not None:

@@ -69,16 +69,8 @@ def install(wheel: Path, scratch: Path, installer: str) -> tuple[Path, Path]:
         return bin / "fpo-mlx", bin / "python"
     if installer == "uv":
         places = {"UV_TOOL_DIR": str(scratch / "uv"), "UV_TOOL_BIN_DIR": str(scratch / "bin")}
-        call(
-            "uv",
-            "tool",
-            "install",
-            "--python",
-            sys.executable,
-            f"{wheel}[cpu]",
-            cwd=scratch,
-            **places,
-        )
+        words = ("uv", "tool", "install", "--python", sys.executable, f"{wheel}[cpu]")
+        call(*words, cwd=scratch, **places)
         return scratch / "bin" / "fpo-mlx", scratch / "uv" / "fpo-mlx" / "bin" / "python"
     places = {"PIPX_HOME": str(scratch / "pipx"), "PIPX_BIN_DIR": str(scratch / "bin")}
     call("pipx", "install", "--python", sys.executable, f"{wheel}[cpu]", cwd=scratch, **places)

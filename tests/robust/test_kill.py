@@ -39,7 +39,7 @@ def test_a_command_that_writes_in_place_is_caught(tmp_path):
         "from contextlib import contextmanager\n"
         "from fpo_mlx.storage import files\n"
         "@contextmanager\n"
-        "def in_place(path):\n"
+        "def in_place(path, check=None):\n"
         "    path.mkdir(parents=True, exist_ok=True)\n"
         "    yield path\n"
         "files.atomic_folder = in_place\n"
