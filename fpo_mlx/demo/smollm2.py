@@ -7,7 +7,6 @@ layout that `mlx_lm.load` and transformers both read: float32, and 4-bit (mlx-lm
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import shutil
@@ -18,6 +17,7 @@ import venv
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,14 @@ def download(into: Path, say: Say = lambda text: None) -> Path:
     return wheels[0]
 
 
+def _has_pip() -> bool:
+    """By the path alone: setuptools' hook warns where pip is asked for after distutils."""
+    return PathFinder.find_spec("pip") is not None
+
+
 def _python_with_pip(into: Path) -> str:
     """This Python, or where it has no pip (uv makes such environments) one made for the moment."""
-    if importlib.util.find_spec("pip") is not None:
+    if _has_pip():
         return sys.executable
     place = into / "with-pip"
     with contextlib.suppress(subprocess.CalledProcessError, OSError):  # then pip's absence is told

