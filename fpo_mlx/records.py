@@ -223,3 +223,17 @@ class SaeWeights:
                     rows = array[at : at + HASHED_ROWS]
                     digest.update(np.ascontiguousarray(rows, dtype="<f4").data)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class FusedForm:
+    """How a fused folder holds the weights of base + adapter."""
+
+    dequantize: bool = False
+    keep_bits: int | None = None  # of the layers that have adapters, in place of the base's
+    dtype: str | None = None  # of float weights; None: the base's own
+    gguf_path: str | None = None  # bare name of a GGUF that is written as well
+    scale: float = 1.0  # part of the adapter's change that is taken
+
+
+AS_BASE = FusedForm()  # bits and types of the base, the whole of the adapter

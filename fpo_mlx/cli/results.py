@@ -28,6 +28,7 @@ from fpo_mlx.cli.options import (
 from fpo_mlx.cli.show import Bar, listing, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.records import FusedForm
 
 GGUF_NAMES = {None: "f16", "float16": "f16", "float32": "f32", "bfloat16": "bf16"}
 SHOWN = (  # rows of the table of several models; --json and --csv have every metric
@@ -192,12 +193,15 @@ def fuse(
     if gguf_path and not export_gguf:
         raise ConfigError(f"--gguf-path {gguf_path}: nothing is exported without --export-gguf.")
     config = gather(values)
+    form = FusedForm(
+        dequantize, int(keep_bits) if keep_bits else None, dtype,
+        (gguf_path or f"ggml-model-{GGUF_NAMES[dtype]}.gguf") if export_gguf else None,
+        adapter_scale,
+    )  # fmt: skip
     result = pipeline.fuse(
-        config, adapter_path=adapter_path or config.train.adapter_path, save_path=save_path,
-        scale=adapter_scale, target_kl=target_kl,
-        dequantize=dequantize, keep_bits=int(keep_bits) if keep_bits else None, dtype=dtype,
-        gguf_path=(gguf_path or f"ggml-model-{GGUF_NAMES[dtype]}.gguf") if export_gguf else None,
-        upload_repo=upload_repo, verify=verify, overwrite=overwrite, say=say,
+        config, form, adapter_path=adapter_path or config.train.adapter_path,
+        save_path=save_path, target_kl=target_kl, upload_repo=upload_repo, verify=verify,
+        overwrite=overwrite, say=say,
     )  # fmt: skip
     report = result.report
     written: dict[str, Any] = {"path": str(report.path), "fused_layers": report.fused_layers}

@@ -22,7 +22,7 @@ from fpo_mlx.storage import files, outputs
 
 HERE = Path(__file__).parent
 DATA, SAE = HERE / "data", HERE / "sae"
-TRAIN_PAIRS = 120  # of the 226, so that the demo ends within minutes on two cores
+TRAIN_PAIRS = 80  # of the 226, so that the demo ends within minutes on two cores
 SETTINGS = {
     "batch_size": 1,
     "epochs": 1.0,
@@ -133,8 +133,7 @@ def run(
         files.write_text(adapters / "evaluate.json", files.json_text(judged.as_dict()))
     with way.part("fuse"):
         pipeline.fuse(
-            config, adapter_path=str(adapters), save_path=fused, dequantize=False, dtype=None,
-            gguf_path=None, upload_repo=None, verify=None, overwrite=overwrite, say=say,
+            config, adapter_path=str(adapters), save_path=fused, overwrite=overwrite, say=say
         )  # fmt: skip
     with way.part("answer"):
         before, after = (answer(folder, QUESTION) for folder in (model, fused))

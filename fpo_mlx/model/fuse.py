@@ -19,6 +19,7 @@ from fpo_mlx.model.load import dequantize as dequantize_layers
 from fpo_mlx.model.load import read_model
 from fpo_mlx.model.rounding import Kept, change_of, is_plain, kept_of, rounded_to
 from fpo_mlx.model.trees import arrays_of, cast_floats, float_dtype
+from fpo_mlx.records import AS_BASE, FusedForm
 from fpo_mlx.storage import files
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -50,62 +51,76 @@ def fuse(
     model: str,
     adapter_path: Path,
     save_path: Path,
+    form: FusedForm = AS_BASE,
     *,
-    dequantize: bool = False,
-    keep_bits: int | None = None,
-    dtype: str | None = None,
-    gguf_path: str | None = None,
     chat_template: Path | None = None,
     upload_repo: str | None = None,
     trust_remote_code: bool = False,
-    scale: float = 1.0,
     check: Callable[[], object] = lambda: None,
 ) -> FuseReport:
     """Fuse, and write a model folder whole or not at all.
 
-    A quantised base stays quantised, layer by layer as it was, unless `dequantize`; that adds the
-    adapters to weights widened to float32 and stores `dtype` (default: the base's own).
-    keep_bits: bits of the layers that have adapters, in place of the base's. chat_template: takes
-    the place of the base's; default: the one beside the adapters, where training had another.
-    scale: part of the adapter's change that is taken (`adapters.fill`). check: called just before
-    the folder is put in its place (`files.atomic_folder`).
+    A quantised base stays quantised, layer by layer as it was, unless `form.dequantize`; that adds
+    the adapters to weights widened to float32 and stores `form.dtype`. chat_template: takes the
+    place of the base's; default: the one beside the adapters, where training had another. check:
+    called just before the folder is put in its place (`files.atomic_folder`).
 
     Raises: ModelError for a model or adapter that cannot be read, ConfigError for an export that
     cannot be made; nothing is written then.
     """
     loaded = read_model(model, trust_remote_code=trust_remote_code)
     base, config, path = loaded.model, loaded.config, loaded.path
-    stays = "quantization" in config and not dequantize
-    _check_bits(config, keep_bits, dequantize)
-    export = None
-    if gguf_path:
-        _check_gguf(gguf_path, stays)
-        export = gguf_file.prepare(path, config, gguf_file.file_type(dtype))
+    export = _checked(form, path, config)
+    quantized, gguf = "quantization" in config and not form.dequantize, form.gguf_path
+    count, kept, unreached = _add(base, config, adapter_path, form, export)
+    template = _template(chat_template, adapter_path)
+    with files.atomic_folder(save_path, check) as folder:
+        _save(folder, path, base, config)
+        said = _put_template(folder, *template) if template else ""
+        if gguf and export:
+            gguf_file.write(folder / gguf, export, dict(arrays_of(base.parameters())), folder)
+    if upload_repo:
+        upload(save_path, upload_repo)
+    place = save_path / gguf if gguf else None
+    return FuseReport(save_path, count, quantized, place, upload_repo, kept, said, unreached)
+
+
+def _checked(form: FusedForm, path: Path, config: dict[str, Any]) -> gguf_file.Export | None:
+    """What a GGUF needs, if one is wanted. Raises: ConfigError where the base has no such form."""
+    _check_bits(config, form.keep_bits, form.dequantize)
+    if not form.gguf_path:
+        return None
+    _check_gguf(form.gguf_path, "quantization" in config and not form.dequantize)
+    return gguf_file.prepare(path, config, gguf_file.file_type(form.dtype))
+
+
+def _add(
+    base: nn.Module,
+    config: dict[str, Any],
+    adapter_path: Path,
+    form: FusedForm,
+    export: gguf_file.Export | None,
+) -> tuple[int, Kept | None, int]:
+    """Put the adapters into `base`, and its new form into `config`.
+
+    Returns: `fuse_layers`' count and rounding, and how many layers keep_bits does not reach.
+    """
     own = float_dtype(base)
-    if dequantize:
+    if form.dequantize:
         dequantize_layers(base)
         config.pop("quantization", None)
         config.pop("quantization_config", None)
         cast_floats(base, mx.float32)
     if export:
         gguf_file.their_names(export, dict(arrays_of(base.parameters())))
-    adapters.load(base, adapter_path, scale=scale)
-    unreached = 0 if keep_bits is None else sum(
+    adapters.load(base, adapter_path, scale=form.scale)
+    unreached = 0 if form.keep_bits is None else sum(
         "lora_a" in module and not is_plain(module) for _, module in base.named_modules()
     )  # fmt: skip
-    count, kept = fuse_layers(base, config, dequantize=dequantize, keep_bits=keep_bits)
-    if dequantize or dtype:
-        cast_floats(base, DTYPES[dtype] if dtype else own)
-    template = _template(chat_template, adapter_path)
-    with files.atomic_folder(save_path, check) as folder:
-        _save(folder, path, base, config)
-        said = _put_template(folder, *template) if template else ""
-        if gguf_path and export:
-            gguf_file.write(folder / gguf_path, export, dict(arrays_of(base.parameters())), folder)
-    if upload_repo:
-        upload(save_path, upload_repo)
-    gguf = save_path / gguf_path if gguf_path else None
-    return FuseReport(save_path, count, stays, gguf, upload_repo, kept, said, unreached)
+    count, kept = fuse_layers(base, config, dequantize=form.dequantize, keep_bits=form.keep_bits)
+    if form.dequantize or form.dtype:
+        cast_floats(base, DTYPES[form.dtype] if form.dtype else own)
+    return count, kept, unreached
 
 
 def upload(folder: Path, repo: str) -> None:

@@ -14,8 +14,9 @@ from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
+from fpo_mlx.records import AS_BASE, FusedForm
 from fpo_mlx.storage.hub import resolve_model
-from fpo_mlx.storage.outputs import MODEL, claim_folder
+from fpo_mlx.storage.outputs import MODEL, Made, claim_folder
 
 if TYPE_CHECKING:
     from fpo_mlx.model.fuse import FuseReport
@@ -33,64 +34,59 @@ class FuseResult:
 
 def fuse(
     config: RunConfig,
+    form: FusedForm = AS_BASE,
     *,
     adapter_path: str,
     save_path: Path,
-    scale: float = 1.0,
     target_kl: float | None = None,
-    dequantize: bool,
-    keep_bits: int | None = None,
-    dtype: str | None,
-    gguf_path: str | None,
-    upload_repo: str | None,
-    verify: str | None,
+    upload_repo: str | None = None,
+    verify: str | None = None,
     overwrite: bool = False,
     say: Say,
 ) -> FuseResult:
     """Fuse adapters into a model folder; `verify` names data to compare before and after on.
 
-    scale: part of the adapter's change that is taken; target_kl: in its place, the largest part
-    whose KL on those pairs is within so many nats per rejected answer.
+    target_kl: in place of `form.scale`, the largest part of the adapter whose KL on those pairs is
+    within so many nats per rejected answer.
     """
     from fpo_mlx.model import fuse as fusing
 
     if not config.reference.model:
         raise ConfigError("--model is missing. Wanted the model that the adapter was trained on.")
-    made = MODEL if gguf_path is None else replace(
-        MODEL, names=f"{MODEL.names}|{re.escape(gguf_path)}"
-    )  # fmt: skip
 
     def claim(*more: str | Path | None) -> Path:
         inputs = [*config.reads(), adapter_path, verify, *more]
+        made = _made(form)
         return claim_folder(save_path, "--save-path", made, inputs=inputs, overwrite=overwrite)
 
     save_path = claim()  # before a download
     base = resolve_model(config.reference.model)
     claim(base)
     if target_kl is not None:
-        scale = _scale_within(config, adapter_path, verify, target_kl, scale, say)
+        scale = _scale_within(config, adapter_path, verify, target_kl, form.scale, say)
+        form = replace(form, scale=scale)
+    template = config.data.chat_template
     report = fusing.fuse(
-        config.reference.model,
-        Path(adapter_path),
-        save_path,
-        dequantize=dequantize,
-        keep_bits=keep_bits,
-        dtype=dtype,
-        gguf_path=gguf_path,
-        chat_template=Path(template) if (template := config.data.chat_template) else None,
+        config.reference.model, Path(adapter_path), save_path, form,
+        chat_template=Path(template) if template else None,
         upload_repo=None if verify else upload_repo,
-        trust_remote_code=config.reference.trust_remote_code,
-        scale=scale,
-        check=partial(claim, base),
-    )
+        trust_remote_code=config.reference.trust_remote_code, check=partial(claim, base),
+    )  # fmt: skip
     for line in said_of(report):
         say(line)
     if not verify:
         return FuseResult(report)
-    before, after = _compare_fused(config, adapter_path, scale, save_path, verify, say)
+    before, after = _compare_fused(config, adapter_path, form.scale, save_path, verify, say)
     if upload_repo:
         fusing.upload(save_path, upload_repo)
     return FuseResult(replace(report, uploaded=upload_repo), before, after)
+
+
+def _made(form: FusedForm) -> Made:
+    """The files of a fused folder, with the GGUF's name if there is one."""
+    if form.gguf_path is None:
+        return MODEL
+    return replace(MODEL, names=f"{MODEL.names}|{re.escape(form.gguf_path)}")
 
 
 def said_of(report: FuseReport) -> list[str]:

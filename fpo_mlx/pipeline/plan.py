@@ -12,8 +12,10 @@ from fpo_mlx.cache import CacheIdentity
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.machine import device
+from fpo_mlx.machine import fits as fitting
 from fpo_mlx.machine import memory as model_of
-from fpo_mlx.machine.memory import Case, Lengths, ModelShape, SaeShape, Setup, Term, Tiles
+from fpo_mlx.machine.fits import Case
+from fpo_mlx.machine.memory import Lengths, ModelShape, SaeShape, Setup, Term, Tiles
 from fpo_mlx.pipeline.job import Job, Say, need_model, open_saes, open_tokenizer, read_pairs
 from fpo_mlx.pipeline.policy import Outline, outline_of, put_adapters
 from fpo_mlx.records import SaeWeights, TokenPair
@@ -130,7 +132,7 @@ def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None
     )  # fmt: skip
     tiles = Tiles.of(device.here())
     saes = tuple(_sae_shape(sae) for sae in job.saes) if o.pooled else ()
-    return Case(shape, saes, setup, tiles, model_of.heaviest(lengths))
+    return Case(shape, saes, setup, tiles, fitting.heaviest(lengths))
 
 
 def _sae_shape(sae: SaeWeights) -> SaeShape:
@@ -245,8 +247,8 @@ def _precompute_plan(
 def _advice(case: Case, memory: float, fits: bool) -> list[str]:
     """What to change until it fits; what more would fit where it does."""
     if fits:
-        most = model_of.largest_micro_batch(case, memory)
-        longest = model_of.longest_sequence(case, memory)
+        most = fitting.largest_micro_batch(case, memory)
+        longest = fitting.longest_sequence(case, memory)
         return [
             f"largest --micro-batch-size that fits: {most} (an update has "
             f"{case.setup.batch_size} pairs)",
@@ -254,7 +256,7 @@ def _advice(case: Case, memory: float, fits: bool) -> list[str]:
             f"{longest} tokens, half of them prompt",
         ]
     lines = []
-    for name, way in model_of.changes(case):
+    for name, way in fitting.changes(case):
         lines.append(f"{name}: {way.peak / 1e9:.2f} GB{', fits' if way.peak <= memory else ''}")
         if way.peak <= memory:
             return lines

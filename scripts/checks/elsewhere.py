@@ -32,6 +32,7 @@ from mlx_lm import utils  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.model.fuse import fuse  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
+from fpo_mlx.records import FusedForm  # noqa: E402
 
 ENVIRONMENTS = {  # name -> (packages, whether torch is borrowed from this interpreter)
     "transformers 4.51.3": (("transformers==4.51.3", "huggingface_hub<1", "tokenizers<0.22"), True),
@@ -111,7 +112,7 @@ def check(name: str, base: Path, work: Path, readers: dict[str, Path]) -> int:
     work.mkdir(parents=True, exist_ok=True)
     adapter = make_adapter(base, work / "adapter")
     want, greedy, ids = here(base, adapter)
-    fuse(str(base), adapter, work / "fused", dtype="float32", gguf_path="model.gguf")
+    fuse(str(base), adapter, work / "fused", FusedForm(dtype="float32", gguf_path="model.gguf"))
     adapters.export_peft(adapter, work / "peft", "owner/name")
     fused = str(work / "fused")
     words = (json.dumps(ids), str(STEPS), PROMPT)

@@ -13,7 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fpo_mlx.machine import device
-from fpo_mlx.machine.memory import Case, Lengths, ModelShape, SaeShape, Setup, Tiles
+from fpo_mlx.machine.fits import Case
+from fpo_mlx.machine.memory import Lengths, ModelShape, SaeShape, Setup, Tiles
 
 BITS = 4.5  # of a weight: 4, and scales and biases of groups of 64
 MACS = {8: 5.7e9, 16: 11.5e9, 36: 29e9}  # GB of memory -> bytes that Metal recommends at most

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpo_mlx.machine import memory
-from fpo_mlx.machine.memory import Case, Lengths, ModelShape, Pass, SaeShape, Setup, Tiles
+from fpo_mlx.machine import fits, memory
+from fpo_mlx.machine.fits import Case
+from fpo_mlx.machine.memory import Lengths, ModelShape, Pass, SaeShape, Setup, Tiles
 
 MODEL = ModelShape(
     blocks=30, hidden=576, heads=9, kv_heads=3, head_dim=64, inner=1536, vocab=49152,
@@ -84,34 +85,34 @@ def test_what_saves_memory_is_predicted_to_save_it(pair, micro, optimizer):
     case = replace(CASE, setup=setup, lengths=(pair,))
     more = replace(case, setup=replace(setup, micro_batch_size=micro + 1))
     assert memory.total(case.terms()) <= more.peak
-    assert memory.fewer(case, 4).peak < case.peak
+    assert fits.fewer(case, 4).peak < case.peak
     assert case.cut(64).peak <= case.peak
     assert memory.total(memory.precompute_terms(MODEL, (SAE,), TILES, pair)) < case.peak
 
 
 def test_the_largest_settings_that_fit_do_fit_and_the_next_do_not():
     case = replace(CASE, setup=replace(SETUP, batch_size=16))
-    most = memory.largest_micro_batch(case, 2e9)
+    most = fits.largest_micro_batch(case, 2e9)
     peak = [
         replace(case, setup=replace(case.setup, micro_batch_size=n)).peak for n in (most, most + 1)
     ]
     assert peak[0] <= 2e9 < peak[1]
-    assert memory.largest_micro_batch(case, 100e9) == 16  # no more than an update has
-    longest = memory.longest_sequence(CASE, 2e9)
+    assert fits.largest_micro_batch(case, 100e9) == 16  # no more than an update has
+    longest = fits.longest_sequence(CASE, 2e9)
     peak = [
         replace(CASE, lengths=(Lengths(n // 2, n - n // 2, n - n // 2),)).peak
         for n in (longest, longest + 2)
     ]
     assert peak[0] <= 2e9 < peak[1]
-    assert memory.longest_sequence(CASE, 0.5e9) == 0  # not even the weights
+    assert fits.longest_sequence(CASE, 0.5e9) == 0  # not even the weights
 
 
 def test_advice_begins_with_what_changes_no_result():
     case = replace(CASE, setup=replace(SETUP, micro_batch_size=4, batch_size=4))
-    names = [name for name, _ in memory.changes(case)]
+    names = [name for name, _ in fits.changes(case)]
     assert names[0].startswith("--micro-batch-size 1")
     assert names[1].startswith("--grad-checkpoint")
-    peaks = [way.peak for _, way in memory.changes(case)]
+    peaks = [way.peak for _, way in fits.changes(case)]
     assert all(peak < case.peak for peak in peaks)
 
 

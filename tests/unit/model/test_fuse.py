@@ -20,6 +20,7 @@ from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.model.fuse import fuse  # noqa: E402
 from fpo_mlx.model.load import read_model  # noqa: E402
 from fpo_mlx.model.rounding import rounded_to  # noqa: E402
+from fpo_mlx.records import FusedForm  # noqa: E402
 
 TOKENS = [5, 17, 250, 3, 99, 42]
 PAIRS = random_pairs(SIZES[:4])
@@ -69,7 +70,7 @@ def weights_of(folder) -> dict[str, np.ndarray]:
 def test_a_part_of_an_adapter_is_that_part_of_its_change(made, tmp_path, part):
     folder, adapter = made["llama", "lora"]
     fuse(str(folder), adapter, tmp_path / "whole")
-    fuse(str(folder), adapter, tmp_path / "part", scale=part)
+    fuse(str(folder), adapter, tmp_path / "part", FusedForm(scale=part))
     base, whole, some = (weights_of(p) for p in (folder, tmp_path / "whole", tmp_path / "part"))
     assert max(np.abs(whole[name] - base[name]).max() for name in base) > 1e-2
     for name, array in some.items():
@@ -99,7 +100,7 @@ def test_of_a_dora_nothing_is_the_base_and_one_the_adapter_and_the_magnitudes_go
 @pytest.mark.parametrize("bits", [4, 8])
 def test_dequantising_loses_nothing_of_the_adapted_model(made, tmp_path, bits, kind):
     folder, adapter = made[f"{bits} bits", kind]
-    report = fuse(str(folder), adapter, tmp_path / "fused", dequantize=True)
+    report = fuse(str(folder), adapter, tmp_path / "fused", FusedForm(dequantize=True))
     assert not report.quantized
     assert "quantization" not in json.loads((tmp_path / "fused/config.json").read_text())
     got = logits_of(utils.load(str(tmp_path / "fused"))[0], TOKENS)
@@ -152,7 +153,7 @@ def test_dora_on_layers_whose_bits_mlx_lm_cannot_read_is_refused(made, tmp_path,
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_stored_dtype_can_be_chosen(made, tmp_path, dtype):
     folder, adapter = made["llama", "lora"]
-    fuse(str(folder), adapter, tmp_path / "fused", dtype=dtype)
+    fuse(str(folder), adapter, tmp_path / "fused", FusedForm(dtype=dtype))
     weights = mx.load(str(tmp_path / "fused/model.safetensors"))
     assert {str(v.dtype) for v in weights.values()} == {f"mlx.core.{dtype}"}
 
@@ -196,7 +197,7 @@ def test_an_impossible_gguf_is_refused_before_anything_is_written(
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(utils, "save_model", lambda *a, **k: pytest.fail("something was written"))
     with pytest.raises(ConfigError, match=message):
-        fuse(str(folder), adapter, tmp_path / "fused", gguf_path="model.gguf")
+        fuse(str(folder), adapter, tmp_path / "fused", FusedForm(gguf_path="model.gguf"))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -204,7 +205,7 @@ def test_an_impossible_gguf_is_refused_before_anything_is_written(
 def test_a_gguf_is_written_into_the_fused_folder_under_a_name_of_its_own(made, tmp_path, name):
     folder, adapter = made["llama", "lora"]
     with pytest.raises(ConfigError, match="--gguf-path .* bare name"):
-        fuse(str(folder), adapter, tmp_path / "fused", gguf_path=name)
+        fuse(str(folder), adapter, tmp_path / "fused", FusedForm(gguf_path=name))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,7 +247,7 @@ def test_more_bits_keep_more_of_the_change(made, tmp_path):
     scale = json.loads((adapter / "adapter_config.json").read_text())["lora_parameters"]["scale"]
     kept = {}
     for bits in (None, 8):
-        report = fuse(str(folder), adapter, tmp_path / str(bits), keep_bits=bits)
+        report = fuse(str(folder), adapter, tmp_path / str(bits), FusedForm(keep_bits=bits))
         along = off = size = 0.0
         plain = [mx.load(str(f / "model.safetensors")) for f in (folder, tmp_path / str(bits))]
         for name in [n[:-7] for n in tensors if n.endswith("lora_a")]:
@@ -269,7 +270,7 @@ def test_more_bits_keep_more_of_the_change(made, tmp_path):
     assert {m.bits for _, m in model.named_modules() if isinstance(m, nn.QuantizedLinear)} == {4, 8}
     for wrong, base in ((4, "4 bits"), (8, "llama")):
         with pytest.raises(ConfigError, match="--keep-bits"):
-            fuse(str(made[base, "lora"][0]), adapter, tmp_path / "no", keep_bits=wrong)
+            fuse(str(made[base, "lora"][0]), adapter, tmp_path / "no", FusedForm(keep_bits=wrong))
 
 
 def test_a_folder_that_is_no_model_or_no_adapter_is_a_plain_error(made, tmp_path):
