@@ -14,11 +14,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
-CONTEXT = multiprocessing.get_context("forkserver")
+FORKS = sys.platform.startswith("linux")  # on a Mac Metal does not survive it: a Python each
+CONTEXT = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 CONTEXT.set_forkserver_preload(["forked_imports"])
 # what libraries read when they are imported
 QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -28,14 +29,15 @@ QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALL
 class Forked:
     """One that was started, and the files of its stdout and stderr."""
 
-    process: ForkServerProcess
+    process: BaseProcess
     out: Path
     err: Path
 
     def end(self, timeout: float) -> tuple[int | None, str, str]:
-        """(exit code, or less the signal; stdout; stderr) when it has ended."""
+        """(exit code, or less the signal; stdout; stderr); killed if it has not ended by then."""
         self.process.join(timeout)
         if self.process.exitcode is None:
+            self.kill()
             raise TimeoutError(f"still running after {timeout} s: {self.err.read_text()}")
         return self.process.exitcode, self.out.read_text(), self.err.read_text()
 
@@ -51,18 +53,21 @@ def start(words: Sequence[object], folder: Path, environment: Mapping[str, str])
     return Forked(_started(words, environment, os.devnull, out, err), out, err)
 
 
-def start_at(terminal: str, words: Sequence[object], environment: Mapping[str, str]):
+def start_at(terminal: str, words: Sequence[object], environment: Mapping[str, str]) -> BaseProcess:
     """The same at a terminal, such as /dev/pts/3."""
     return _started(words, environment, terminal, terminal, terminal)
 
 
-def _started(words: Sequence[object], environment: Mapping[str, str], *files: str | Path):
+def _started(
+    words: Sequence[object], environment: Mapping[str, str], *files: str | Path
+) -> BaseProcess:
     plain = [str(word) for word in words]
     process = CONTEXT.Process(
         target=_run, args=(plain, dict(environment), [str(file) for file in files])
     )
-    with mock.patch.dict(os.environ, {**QUIET, "PYTHONPATH": os.pathsep.join(sys.path)}):
-        forkserver.ensure_running()  # it looks for what it imports by PYTHONPATH alone
+    if FORKS:
+        with mock.patch.dict(os.environ, {**QUIET, "PYTHONPATH": os.pathsep.join(sys.path)}):
+            forkserver.ensure_running()  # it looks for what it imports by PYTHONPATH alone
     process.start()
     return process
 
