@@ -18,6 +18,7 @@ from fpo_mlx.cli.options import (
     gather,
     json_option,
     overwrite_option,
+    pairs_looked_at,
     preset_option,
     settings,
     write_csv,
@@ -41,11 +42,7 @@ examples_option = click.option(
 @preset_option
 @settings(DataConfig, ReferenceConfig, Objective, "init_adapter", "reference")
 @click.option("--adapter-path", type=READ, help="Adapter whose changes are looked at.")
-@click.option(
-    "--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True,
-    help="Part of the data to look at.",
-)  # fmt: skip
-@click.option("--limit", type=click.IntRange(min=1), help="Look at this many pairs.")
+@pairs_looked_at("valid")
 @click.option(
     "--top", type=click.IntRange(min=1), default=20, show_default=True, help="Features to show."
 )

@@ -14,6 +14,7 @@ from fpo_mlx.cli.options import (
     gather,
     json_option,
     overwrite_option,
+    pairs_looked_at,
     settings,
     write_csv,
     write_json,
@@ -27,11 +28,7 @@ SHARE = click.FloatRange(0, 1, min_open=True)
 
 @click.command("data", cls=Command)
 @settings(DataConfig, ReferenceConfig, "top_k", "init_adapter", "reference")
-@click.option(
-    "--split", type=click.Choice(["train", "valid", "test"]), default="train", show_default=True,
-    help="Part of the data to look at.",
-)  # fmt: skip
-@click.option("--limit", type=click.IntRange(min=1), help="Look at this many pairs.")
+@pairs_looked_at("train")
 @click.option(
     "--rate", type=SHARE, default=0.05, show_default=True,
     help="Rate of false discoveries among the features that are shown.",

@@ -146,6 +146,19 @@ def _option(field: dataclasses.Field, hint: Any) -> Callable:
     return click.option(name, field.name, help=help, **{"type": kind, **place})
 
 
+def pairs_looked_at(split: str) -> Callable:
+    """--split, of this default, and --limit: the pairs of --data that a command looks at."""
+
+    def decorate(command: Callable) -> Callable:
+        limit = click.option("--limit", type=click.IntRange(min=1), help="Look at this many pairs.")
+        return click.option(
+            "--split", type=click.Choice(["train", "valid", "test"]), default=split,
+            show_default=True, help="Part of the data to look at.",
+        )(limit(command))  # fmt: skip
+
+    return decorate
+
+
 def sampling_options(command: Callable) -> Callable:
     """--max-tokens, --temp and --seed of sampled answers."""
     hints = typing.get_type_hints(Sampling)

@@ -104,13 +104,26 @@ def evaluate(
         raise SaeError("there is no answer to look at. Give --data with rows that fit.")
     loss = None
     if not no_loss:
-        losses = [clean, 0.0, 0.0]
+        losses = [0.0, 0.0]
         for done, passage in enumerate(passages, start=1):
-            for i, splice in enumerate(_splices(sae, sums[0], ablation), start=1):
+            for i, splice in enumerate(_splices(sae, sums[0], ablation)):
                 losses[i] -= _run(policy, passage, splice)[0]
             progress(len(passages) + 2 * done, total)
-        clean, spliced, ablated = (ce / sums[0].tokens for ce in losses)
+        clean, spliced, ablated = (ce / sums[0].tokens for ce in (clean, *losses))
         loss = LossFigures(clean, spliced, ablated, ablation)
+    return _report(policy, sae, len(passages), sums, loss, no_fvu, no_loss)
+
+
+def _report(
+    policy: Policy,
+    sae: SaeWeights,
+    passages: int,
+    sums: Sequence[fit.FitSums],
+    loss: LossFigures | None,
+    no_fvu: str,
+    no_loss: str,
+) -> FitReport:
+    """The figures of these sums, the neighbouring places among them, and what looks wrong."""
     figures, stated = fit.figures(sums[0], no_fvu), fit.stated_l0(sae)
     fvus = [fit.figures(part).fvu for part in sums[1:]]
     elsewhere = {
@@ -124,7 +137,7 @@ def evaluate(
     )  # fmt: skip
     there = {name: pair[0] for name, pair in elsewhere.items()}
     return FitReport(
-        str(policy.sites[0]), len(passages), figures, loss, no_loss, stated, there, warnings
+        str(policy.sites[0]), passages, figures, loss, no_loss, stated, there, warnings
     )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fpo_mlx.errors import DataError
 from fpo_mlx.pairs.records import (
@@ -19,6 +19,8 @@ from fpo_mlx.pairs.records import (
 )
 from fpo_mlx.pairs.summary import JudgeSummary, summarise
 from fpo_mlx.storage import lines
+
+Record = TypeVar("Record", Candidates, Verdict)
 
 # "refused" lines stop the commands that read them; "lost" ones are read and make no pair; "note"
 # says what a reader may not expect. The most severe first.
@@ -51,10 +53,24 @@ class Kind:
 class _Found:
     counts: Counter[str] = field(default_factory=Counter)
     firsts: dict[str, str] = field(default_factory=dict)
+    lines: int = 0
 
     def add(self, kind: str, where: str, what: str) -> None:
         self.counts[kind] += 1
         self.firsts.setdefault(kind, f"{where}: {what}")
+
+    def records(
+        self, path: Path, parse: Callable[[Any, str], Record]
+    ) -> Iterator[tuple[str, Record]]:
+        """Where it stands and what it says, of each line that can be read; the rest is noted."""
+        for number, _, line in lines.read_lines(path):
+            self.lines, where = self.lines + 1, f"{path.name}:{number}"
+            try:
+                one = parse(lines.decode(line, where), where)
+            except DataError as error:
+                self.add("no such line", where, str(error).removeprefix(f"{where}: "))
+            else:
+                yield where, one
 
     def kinds(self) -> tuple[Kind, ...]:
         return tuple(
@@ -109,14 +125,8 @@ def pairs_check(candidates: Path | None, verdicts: Sequence[Path]) -> list[FileC
 
 
 def _candidates(path: Path, tokens: dict[str, list[int]]) -> FileCheck:
-    found, figures, count = _Found(), Counter(), 0
-    for number, _, line in lines.read_lines(path):
-        count, where = count + 1, f"{path.name}:{number}"
-        try:
-            one = parse_candidates(lines.decode(line, where), where)
-        except DataError as error:
-            found.add("no such line", where, str(error).removeprefix(f"{where}: "))
-            continue
+    found, figures = _Found(), Counter()
+    for where, one in found.records(path, parse_candidates):
         if one.id in tokens:
             found.add("prompt again", where, f"id {one.id} stood above; this line counts")
         tokens[one.id] = [answer.tokens for answer in one.candidates]
@@ -126,7 +136,8 @@ def _candidates(path: Path, tokens: dict[str, list[int]]) -> FileCheck:
         figures["tokens"] += sum(answer.tokens for answer in one.candidates)
         figures["cut"] += sum(answer.finish == "length" for answer in one.candidates)
         figures["of persons"] += sum(answer.model == HUMAN for answer in one.candidates)
-    return FileCheck(str(path), "candidates", count, found.kinds(), _means(figures, len(tokens)))
+    means = _means(figures, len(tokens))
+    return FileCheck(str(path), "candidates", found.lines, found.kinds(), means)
 
 
 def _means(figures: Counter[str], prompts: int) -> dict[str, float]:
@@ -158,16 +169,10 @@ def _of_candidates(one: Candidates) -> Iterator[tuple[str, str]]:
 
 
 def _verdicts(path: Path, tokens: dict[str, list[int]] | None) -> FileCheck:
-    found, count = _Found(), 0
+    found = _Found()
     known: dict[tuple[str, int, int, str, str], Verdict] = {}
     places: dict[tuple[str, int, int, str], str] = {}
-    for number, _, line in lines.read_lines(path):
-        count, where = count + 1, f"{path.name}:{number}"
-        try:
-            one = parse_verdict(lines.decode(line, where), where)
-        except DataError as error:
-            found.add("no such line", where, str(error).removeprefix(f"{where}: "))
-            continue
+    for where, one in found.records(path, parse_verdict):
         if one.key in known:
             found.add("verdict again", where, f"{one.judge} said it above; this line counts")
         known[one.key] = replace(one, raw="")
@@ -181,7 +186,7 @@ def _verdicts(path: Path, tokens: dict[str, list[int]] | None) -> FileCheck:
             found.add("one order only", places[key], f"{key[3]} judged {orders.pop()} alone")
     lengths = tokens or {}
     judges = summarise(known.values(), lambda id: lengths.get(id, []))
-    return FileCheck(str(path), "verdicts", count, found.kinds(), judges=judges)
+    return FileCheck(str(path), "verdicts", found.lines, found.kinds(), judges=judges)
 
 
 def _unknown(one: Verdict, tokens: dict[str, list[int]]) -> tuple[str, str] | None:

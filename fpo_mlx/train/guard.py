@@ -50,29 +50,15 @@ def first_step(
         )
     if not (np.isfinite(values["loss"]).all() and math.isfinite(grad_norm)):
         return Verdict()  # `divergence` speaks of it
-    want, _ = closed_form(refs, values, o)
-    gap, apart = gaps(values, refs, o)
-    bound *= HALF_WIDER if half else 1.0
-    advice = "Run `fpo-mlx precompute` with this model and adapter, or drop --reference."
-    if gap > bound:
-        ln_2 = abs(want.mean() - math.log(2)) < 1e-6
-        return Verdict(
-            f"step 0: the policy is not the reference. Their margins differ by up to {gap:.3g} "
-            f"nats per token, wanted less than {bound:g} (--max-start-gap): the loss would start "
-            f"at {values['loss'].mean():.4f}, not at {want.mean():.4f}{' (ln 2)' if ln_2 else ''}. "
-            f"{advice}"
-        )
-    if apart > bound:
-        return Verdict(
-            f"step 0: the policy is not the reference. Their log-probs differ by up to {apart:.3g} "
-            f"nats per token, wanted less than {bound:g} (--max-start-gap). {advice}"
-        )
+    if reason := _another_model(values, refs, o, bound * (HALF_WIDER if half else 1.0)):
+        return Verdict(reason)
     if (wrong := _miscalculated(values, refs, o)) > 0.0:
         return Verdict(
             f"step 0: the loss is not what the objective makes of its log-probs: it is off by "
             f"{wrong:.3g}. This is a fault of fpo-mlx or of the MLX installed here; run "
             "`fpo-mlx doctor` and report it."
         )
+    gap, _ = gaps(values, refs, o)
     if gap > TOLD:
         note = (
             f"step 0: |u| / beta is off by {gap:.2g} nats per token; the reference was computed "
@@ -80,6 +66,25 @@ def first_step(
         )
         return Verdict(notes=(note,))
     return Verdict()
+
+
+def _another_model(
+    values: Mapping[str, np.ndarray], refs: Sequence[PairScore], o: Objective, bound: float
+) -> str | None:
+    """What says that the reference is not the model that is trained; None where nothing does."""
+    gap, apart = gaps(values, refs, o)
+    if not (gap > bound or apart > bound):
+        return None
+    kind, found = ("margins", gap) if gap > bound else ("log-probs", apart)
+    text = (
+        f"step 0: the policy is not the reference. Their {kind} differ by up to {found:.3g} nats "
+        f"per token, wanted less than {bound:g} (--max-start-gap)"
+    )
+    if gap > bound:
+        want = closed_form(refs, values, o)[0].mean()
+        named = " (ln 2)" if abs(want - math.log(2)) < 1e-6 else ""
+        text += f": the loss would start at {values['loss'].mean():.4f}, not at {want:.4f}{named}"
+    return f"{text}. Run `fpo-mlx precompute` with this model and adapter, or drop --reference."
 
 
 def _satisfied(values: Mapping[str, np.ndarray], o: Objective) -> bool:

@@ -16,24 +16,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from find_features import text_sets
-from texts import ROOT, is_list, rows, shared, write_rows
+from texts import ROOT, begin, is_list, rows, say, study_parser, write_rows
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import Sampling, load_config
 from fpo_mlx.data.feature_files import write_weights
-from fpo_mlx.demo import smollm2
 from fpo_mlx.judge.feature_report import auc
 from fpo_mlx.storage import files
 
-RESULT = ROOT / "scripts" / "results" / "control.json"
+RESULT = ROOT / "scripts" / "studies" / "results" / "control.json"
 KINDS = ("free", "held", "others")
 UNRELATED = 0.1  # from 1/2: the AUC of a feature that does not tell lists from prose
 MEASURED = (
@@ -43,15 +39,8 @@ POINTS = 0.05  # what may be lost: 5 points
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path)
-    parser.add_argument(
-        "--sae", type=Path, default=shared("sae", "smollm2-135m-instruct-l27-4k-topk")
-    )
-    parser.add_argument("--data", type=Path, default=shared("data"))
-    parser.add_argument("--work", type=Path, default=ROOT / "control-work")
+    parser = study_parser(__doc__, "control-work")
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iters", type=int, default=150, help="updates of one pair")
     parser.add_argument("--train-pairs", type=int, default=150, help="the first of the file")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
@@ -68,12 +57,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     machine.set_up()
     o = parse()
-    model = o.model or smollm2.fetch(say=say).full
-    settings = {k: str(v) for k, v in vars(o).items() if k not in ("work", "output", "seeds")}
-    steps = Steps(o.work, settings)
+    model, steps = begin(o)
     data = split(o)
     base = {
-        "model": str(model), "sae": (str(o.sae),), "data": str(data),
+        "model": model, "sae": (str(o.sae),), "data": str(data),
         "max_seq_length": o.max_seq_length, "reference": str(o.work / "reference"),
     }  # fmt: skip
     weights = {"held": o.work / "weights.csv", "others": o.work / "others.csv"}
@@ -92,34 +79,14 @@ def main() -> None:
                 f"answers-{kind}-{seed}", lambda f=folder, s=seed: answers(o, base, f, s)
             )
             runs.append({"kind": kind, "seed": seed, **judged, **sampled})
-    said = {k: v.name if isinstance(v, Path) else v for k, v in vars(o).items() if k in settings}
+    said = {
+        k: v.name if isinstance(v, Path) else v for k, v in vars(o).items() if k in steps.settings
+    }
     said |= {"model": Path(model).name, "seeds": o.seeds}
     result = {"settings": said, "features": found, "others": others, "runs": runs}
     result["verdict"] = verdict(runs)
     files.write_json(o.output, result)
     print(json.dumps(result["verdict"], indent=2))
-
-
-class Steps:
-    """Runs each named step once; its result outlives a killed process."""
-
-    def __init__(self, work: Path, settings: dict[str, str]) -> None:
-        self.folder = work / "steps"
-        known = self.folder / "settings.json"
-        if known.exists() and json.loads(known.read_text()) != settings:
-            raise SystemExit(f"{work} was begun with other settings; give another --work.")
-        files.write_json(known, settings)
-
-    def __call__(self, name: str, run: Callable[[], Any]) -> Any:
-        path = self.folder / f"{name}.json"
-        if path.exists():
-            return json.loads(path.read_text())
-        say(f"--- {name}")
-        start = time.perf_counter()
-        value = run()
-        files.write_json(path, value)
-        say(f"--- {name}: {time.perf_counter() - start:.0f} s")
-        return value
 
 
 def split(o: argparse.Namespace) -> Path:
@@ -277,10 +244,6 @@ def _interval(values: np.ndarray) -> list[float]:
     rng, means = np.random.default_rng(0), values.mean(axis=0)
     picks = rng.integers(0, len(means), size=(2000, len(means)))
     return [float(v) for v in np.percentile(means[picks].mean(axis=1), [2.5, 97.5])]
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

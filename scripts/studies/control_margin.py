@@ -22,12 +22,11 @@ from typing import Any
 
 import control
 import numpy as np
-from control import Steps, judge, say
-from texts import ROOT, is_list, rows, shared, write_rows
+from control import judge
+from texts import ROOT, begin, is_list, rows, say, study_parser, write_rows
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import Sampling, load_config
-from fpo_mlx.demo import smollm2
 from fpo_mlx.storage import files
 
 KINDS: dict[str, tuple[str | None, str | None]] = {  # setting, whose features
@@ -42,16 +41,9 @@ OFFER = re.compile(r"(\?|let me know[^.!?]*[.!]|feel free[^.!?]*[.!])\s*$", re.I
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path)
-    parser.add_argument(
-        "--sae", type=Path, default=shared("sae", "smollm2-135m-instruct-l27-4k-topk")
-    )
-    parser.add_argument("--data", type=Path, default=shared("data"))
-    parser.add_argument("--work", type=Path, default=ROOT / "control-margin-work")
+    parser = study_parser(__doc__, "control-margin-work")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--behaviour", choices=["list", "offer"], default="list")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iters", type=int, default=400, help="updates of one pair")
     parser.add_argument("--checkpoints", type=int, default=4)
     parser.add_argument("--train-pairs", type=int, default=400)
@@ -74,12 +66,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     machine.set_up()
     o = parse()
-    model = o.model or smollm2.fetch(say=say).full
-    kept_out = ("work", "output", "seeds")
-    steps = Steps(o.work, {k: str(v) for k, v in vars(o).items() if k not in kept_out})
+    model, steps = begin(o)
     data = control.split(o)
     base = {
-        "model": str(model), "sae": (str(o.sae),), "data": str(data),
+        "model": model, "sae": (str(o.sae),), "data": str(data),
         "max_seq_length": o.max_seq_length,
     }  # fmt: skip
     files_of = {"own": o.work / "own.csv", "others": o.work / "others.csv"}

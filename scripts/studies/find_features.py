@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from texts import is_list, rows, shared, write_rows
+from texts import SAE, is_list, rows, say, shared, write_rows
 
 from fpo_mlx import pipeline
 from fpo_mlx.config import load_config
@@ -44,9 +44,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", type=Path)
-    parser.add_argument(
-        "--sae", type=Path, default=shared("sae", "smollm2-135m-instruct-l27-4k-topk")
-    )
+    parser.add_argument("--sae", type=Path, default=SAE)
     parser.add_argument("--data", type=Path, default=shared("data", "train.jsonl"))
     parser.add_argument("--texts", type=int, default=40, help="of each kind")
     parser.add_argument("--examples", type=int, default=3, help="contexts; 0 saves a pass")
@@ -69,10 +67,6 @@ def main() -> int:
     held = options.texts // 4
     print(f"best feature on {held} + {held} held-out texts: AUC {best:.3f}, wanted {WANTED}")
     return 0 if best >= WANTED else 1
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from fpo_mlx import __version__
 from fpo_mlx.demo import run as demo
 from fpo_mlx.demo import smollm2
 
-RESULTS = rc.ROOT / "scripts" / "results" / "reproduce"
+RESULTS = rc.ROOT / "scripts" / "studies" / "results" / "reproduce"
 
 
 def main(words: Sequence[str] | None = None) -> int:

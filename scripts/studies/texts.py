@@ -1,11 +1,18 @@
-"""Shared by the scripts on feature control: preference pairs, and what a bullet list is."""
+"""Shared by the studies: their options, steps that outlive a kill, pairs, what a bullet list is."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from fpo_mlx.demo import smollm2
+from fpo_mlx.storage import files
 
 ROOT = Path(__file__).resolve().parents[2]
 ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s+\S", re.MULTILINE)
@@ -31,3 +38,50 @@ def write_rows(path: Path, content: list[dict[str, Any]]) -> Path:
 def shared(*parts: str) -> Path:
     """A place in the folder `shared` beside the checkout, where there is one."""
     return ROOT.parent.joinpath("shared", *parts)
+
+
+SAE = shared("sae", "smollm2-135m-instruct-l27-4k-topk")
+
+
+def study_parser(doc: str | None, work: str) -> argparse.ArgumentParser:
+    """The options that every study of steps has; `work` is the folder of what is finished."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="SmolLM2-135M-Instruct, if not given")
+    parser.add_argument("--sae", type=Path, default=SAE)
+    parser.add_argument("--data", type=Path, default=shared("data"))
+    parser.add_argument("--work", type=Path, default=ROOT / work)
+    parser.add_argument("--seeds", type=int, default=3)
+    return parser
+
+
+def begin(o: argparse.Namespace) -> tuple[str, Steps]:
+    """The folder of the model, and the steps of this study; more seeds go on with them."""
+    apart = ("work", "output", "seeds")
+    steps = Steps(o.work, {k: str(v) for k, v in vars(o).items() if k not in apart})
+    return str(o.model or smollm2.fetch(say=say).full), steps
+
+
+class Steps:
+    """Runs each named step once; its result outlives a killed process."""
+
+    def __init__(self, work: Path, settings: dict[str, str]) -> None:
+        self.folder, self.settings = work / "steps", settings
+        known = self.folder / "settings.json"
+        if known.exists() and json.loads(known.read_text()) != settings:
+            raise SystemExit(f"{work} was begun with other settings; give another --work.")
+        files.write_json(known, settings)
+
+    def __call__(self, name: str, run: Callable[[], Any]) -> Any:
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        say(f"--- {name}")
+        start = time.perf_counter()
+        value = run()
+        files.write_json(path, value)
+        say(f"--- {name}: {time.perf_counter() - start:.0f} s")
+        return value
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from control import Steps
-from texts import ROOT, rows, shared, write_rows
+from texts import ROOT, begin, rows, say, study_parser, write_rows
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import load_config
-from fpo_mlx.demo import smollm2
 from fpo_mlx.judge.feature_report import auc
 from fpo_mlx.judge.lessons import PairFeatures, pair_features
 from fpo_mlx.judge.logistic import SparseRows, held_out_logits, sigmoid
@@ -32,17 +29,10 @@ from fpo_mlx.storage import files
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path)
-    parser.add_argument(
-        "--sae", type=Path, default=shared("sae", "smollm2-135m-instruct-l27-4k-topk")
-    )
-    parser.add_argument("--data", type=Path, default=shared("data"))
+    parser = study_parser(__doc__, "wrong-labels-work")
     parser.add_argument("--reference", type=Path, help="cache of precompute; filled where it lacks")
-    parser.add_argument("--work", type=Path, default=ROOT / "wrong-labels-work")
     parser.add_argument("--output", type=Path, help="result; default: results/wrong_labels.json")
     parser.add_argument("--share", type=float, default=0.1)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--iters", type=int, default=300, help="updates of one pair")
     parser.add_argument("--max-seq-length", type=int, default=1024)
@@ -52,11 +42,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     machine.set_up()
     o = parse()
-    model = o.model or smollm2.fetch(say=say).full
-    settings = {k: str(v) for k, v in vars(o).items() if k not in ("work", "output", "seeds")}
-    steps = Steps(o.work, settings)
+    model, steps = begin(o)
     base = {
-        "model": str(model), "sae": (str(o.sae),), "data": str(o.data),
+        "model": model, "sae": (str(o.sae),), "data": str(o.data),
         "max_seq_length": o.max_seq_length, "reference": str(o.reference or o.work / "reference"),
     }  # fmt: skip
     result: dict[str, Any] = {"share": o.share, "seeds": []}
@@ -148,10 +136,6 @@ def train(
     names = ("rewards/accuracies", "rewards/margins", "logps_per_token/chosen_change")
     left = int(sum(w for i, w in enumerate(wrong) if i not in gone))
     return {"rows": len(kept), "wrong": left} | {name: report.summary[name] for name in names}
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

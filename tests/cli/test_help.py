@@ -137,7 +137,7 @@ def test_groups_stand_in_one_order():
     assert found == ["Options", *(group for group in capital if group in found), "General"]
 
 
-COMMAND = (sys.executable, "-m", "fpo_mlx")
+COMMAND = ("-m", "fpo_mlx")
 
 
 def test_there_are_colours_on_a_terminal_and_none_in_a_pipe():
@@ -146,7 +146,7 @@ def test_there_are_colours_on_a_terminal_and_none_in_a_pipe():
     assert "\x1b[" in coloured
     plain = re.sub(r"\x1b\[[\d;]*m", "", coloured).replace("\r\n", "\n")
     piped = subprocess.run(
-        [*COMMAND, "plan", "--help"],
+        [sys.executable, *COMMAND, "plan", "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,

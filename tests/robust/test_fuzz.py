@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
+from launchers import environment
 
 pytest.importorskip("mlx.core")
 
@@ -28,25 +28,30 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "checks" / "fuzz.py"
 DEEP = "[" * 20000
 
 
-def test_a_short_fuzz_of_every_reader_finds_no_fault():
-    words = [sys.executable, SCRIPT, "--inputs", "1500", "--seed", "3"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^1[45]\d\d inputs, 0 faults, seed 3", done.stdout, re.MULTILINE)
-
-
-def test_the_fuzzer_sees_a_foreign_exception():
-    broken = (
+def fuzz(folder: Path, *words: str, first: str = "") -> tuple[int | None, str, str]:
+    """(exit code, stdout, stderr) of the script with these words."""
+    code = (
+        f"{first}\n"
         "import sys, runpy\n"
-        "from fpo_mlx.storage import hub\n"
-        "hub.read_config = lambda folder: {}['x']\n"
-        "sys.argv = ['fuzz.py', '--inputs', '20', '--only', 'model config.json']\n"
+        f"sys.argv = ['fuzz.py', *{words!r}]\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "20 inputs, 20 faults" in done.stdout
-    assert "model config.json: KeyError" in done.stdout
+    return forked.start(["-c", code], folder, environment()).end(300)
+
+
+def test_a_short_fuzz_of_every_reader_finds_no_fault(tmp_path):
+    code, out, err = fuzz(tmp_path, "--inputs", "1500", "--seed", "3")
+    assert code == 0, out + err
+    assert re.search(r"^1[45]\d\d inputs, 0 faults, seed 3", out, re.MULTILINE)
+
+
+def test_the_fuzzer_sees_a_foreign_exception(tmp_path):
+    broken = "from fpo_mlx.storage import hub\nhub.read_config = lambda folder: {}['x']"
+    words = ("--inputs", "20", "--only", "model config.json")
+    code, out, _ = fuzz(tmp_path, *words, first=broken)
+    assert code == 1
+    assert "20 inputs, 20 faults" in out
+    assert "model config.json: KeyError" in out
 
 
 @pytest.mark.parametrize("text", ["3", "[]", '{"text_config": 4.5}', DEEP, "{"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,10 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
+from forked import QUIET, Forked
 
 ROOT = Path(__file__).resolve().parents[2]
-QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -33,8 +35,16 @@ def free_ports(n: int) -> list[int]:
 
 
 def launch(words: list[object], **more: str) -> subprocess.CompletedProcess:
-    """Run to the end; stdin stays open, for mlx.launch spins on one that is not."""
+    """Run to the end.
+
+    stdin stays open and is full: mlx.launch hands it on, and keeps a processor busy with asking
+    as long as it could write more to one of its processes, or where its own stdin is closed.
+    """
     reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
     try:
         return subprocess.run(
             [str(word) for word in words], stdin=reader, env=environment(**more),
@@ -57,24 +67,23 @@ def mlx_launch(n: int, *words: object) -> list[object]:
     ]  # fmt: skip
 
 
-def start_ring(codes: list[list[object]], hosts: Path) -> list[subprocess.Popen]:
+def start_ring(codes: list[list[object]], hosts: Path) -> list[Forked]:
     """A ring of processes without a launcher, so that none ends the others; words of each."""
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(codes))]))
     return [
-        subprocess.Popen(
-            [sys.executable, *(str(word) for word in words)], text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=environment(MLX_RANK=str(rank), MLX_HOSTFILE=str(hosts)),
+        forked.start(
+            words,
+            hosts.with_name(f"{hosts.stem}-{rank}"),
+            environment(MLX_RANK=str(rank), MLX_HOSTFILE=str(hosts)),
         )
         for rank, words in enumerate(codes)
-    ]  # fmt: skip
+    ]
 
 
-def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:
+def finish(processes: list[Forked], timeout: float = 240) -> list[tuple[int | None, str, str]]:
     """(exit code, stdout, stderr) of each; none is left running."""
     try:
-        texts = [process.communicate(timeout=timeout) for process in processes]
+        return [process.end(timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]

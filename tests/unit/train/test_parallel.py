@@ -101,8 +101,9 @@ def test_two_processes_with_a_pair_each_train_as_one_with_two(place, two, tmp_pa
 
 def test_two_processes_find_the_alpha_of_one(place, tmp_path):
     words = ["--target-drift", 0.05, "--iters", 6]
-    done = launch(mlx_launch(2, *train(place, tmp_path / "two", *words)))
-    assert done.returncode == 0, done.stderr
+    both = [["-m", "fpo_mlx", *train(place, tmp_path / "two", *words)]] * 2
+    done = finish(start_ring(both, tmp_path / "hosts.json"))
+    assert [result[0] for result in done] == [0, 0], done
     assert run(*train(place, tmp_path / "one", *words)).exit_code == 0
     alphas = [
         [x["alpha"] for x in log_of(tmp_path / name) if x["kind"] == "train"]
@@ -146,15 +147,14 @@ def test_a_signal_to_one_process_stops_all_after_the_same_update(place, tmp_path
 
 def test_a_process_that_hangs_ends_the_run_when_the_patience_ends(place, tmp_path):
     code = FAULTY.format(when=ASKED + 3, fault=HANG)
-    words = [["-c", code, *train(place, tmp_path / "out", "--peer-timeout", 3)]] * 2
+    words = [["-c", code, *train(place, tmp_path / "out", "--peer-timeout", 2)]] * 2
     first, second = start_ring(words, tmp_path / "hosts.json")
     try:
         ((code, _, said),) = finish([first])
     finally:
         second.kill()
-        second.communicate()
     assert code == 1
-    assert "heard nothing from the others for 3 seconds (--peer-timeout)" in said
+    assert "heard nothing from the others for 2 seconds (--peer-timeout)" in said
 
 
 def test_settings_that_several_processes_cannot_share_are_plain_errors(tmp_path):
