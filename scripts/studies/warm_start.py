@@ -3,10 +3,10 @@
     python scripts/studies/warm_start.py --init SAE [--model M] [--data D] [--seeds 3]
 
 Trains SAEs on one model and site with several budgets of tokens, from random weights (cold) and
-from --init (warm), each a whole schedule of its own, and keeps the FVU, L0 and dead features on held-out
-text. Without --init an SAE is trained first, on the block
-before (--start-layer), with --start-tokens: a near place stands in for a near model. Each cell is
-kept in --work, so a stopped run goes on.
+from --init (warm), each a whole schedule of its own, and keeps the FVU, L0 and dead features on
+held-out text. Without --init an SAE is trained first, on the block before (--start-layer), with
+--start-tokens: a near place stands in for a near model. Each cell is kept in --work, so a stopped
+run goes on.
 """
 
 from __future__ import annotations
