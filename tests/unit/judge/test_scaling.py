@@ -27,8 +27,9 @@ def test_one_token_by_hand():
     """d = (2, 0), b = (1, 1). After: h = (7, 1), f = 3, recon (6, 0), error 0.
 
     Before: f = 1 and h = (5, 1), so recon (2, 0), error (2, 0). unit = 9 * 4 = 36 and
-    beta(y) = 3 * 2 * y_0 / 36 = y_0 / 6. kept = 1 * 3 / 9, claimed 2/3; hidden = 2/6; real = (7 - 5)/6 = 1/3, half of
-    what is claimed each; nu_error = (1/3) / 1; nu_reconstruction = (2/6) / (6/6).
+    beta(y) = 3 * 2 * y_0 / 36 = y_0 / 6. kept = 1 * 3 / 9, claimed 2/3; hidden = 2/6;
+    real = (7 - 5) / 6 = 1/3: half of what is claimed each; nu_error = (1/3) / 1;
+    nu_reconstruction = (2/6) / (6/6).
     """
     sums = Scaling(sae_of([[2, 0], [0, 1]], [1, 1]), [0])
     before, after = np.array([[5.0, 1.0]]), np.array([[7.0, 1.0]])
