@@ -100,11 +100,10 @@ class Scaling:
         ratios = _ratio(error[other], 1 + error[strong]), _ratio(recon[other], recon[strong])
         if abs(claimed) < SMALL:
             return Scaled(name, float(claimed), None, None, None, *ratios, "small")
-        shares = {"real": real, "hidden": hidden, "elsewhere": elsewhere}
-        shares = {kind: float(value / claimed) for kind, value in shares.items()}
-        verdict = "hidden" if shares["hidden"] > shares["elsewhere"] else "elsewhere"
-        verdict = "real" if shares["real"] >= REAL else verdict
-        return Scaled(name, float(claimed), *shares.values(), *ratios, verdict)
+        real, hidden, elsewhere = (float(part / claimed) for part in (real, hidden, elsewhere))
+        verdict = "hidden" if hidden > elsewhere else "elsewhere"
+        verdict = "real" if real >= REAL else verdict
+        return Scaled(name, float(claimed), real, hidden, elsewhere, *ratios, verdict)
 
 
 def _ratio(over: float, under: float) -> float | None:
