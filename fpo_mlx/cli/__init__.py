@@ -14,6 +14,7 @@ from fpo_mlx.cli.data import check, precompute
 from fpo_mlx.cli.export import export
 from fpo_mlx.cli.features import features
 from fpo_mlx.cli.features_data import data as features_data
+from fpo_mlx.cli.features_show import show as features_show
 from fpo_mlx.cli.help import CONTEXT, Group
 from fpo_mlx.cli.machine import demo, doctor
 from fpo_mlx.cli.pairs import pairs
@@ -122,3 +123,4 @@ for _stage, _commands in THE_WAY.items():
         main.add_command(_command, panel=_stage)
 sae.add_command(train_sae)
 features.add_command(features_data)
+features.add_command(features_show)

@@ -28,6 +28,7 @@ from fpo_mlx.cli.show import Bar, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.judge import SORTS
+from fpo_mlx.judge.scaling import in_words
 
 labels_option = click.option(
     "--labels", type=PATH, help="What features mean: JSON, YAML or CSV, or Neuronpedia's export."
@@ -52,12 +53,16 @@ examples_option = click.option(
 )  # fmt: skip
 @examples_option
 @labels_option
+@click.option(
+    "--scaling", is_flag=True,
+    help="Test by latent scaling which features really moved; runs both models once more.",
+)  # fmt: skip
 @json_option
 @csv_option
 @overwrite_option
 @claims(json_path="--json", csv_path="--csv")
 def features(
-    adapter_path, split, limit, top, sort, examples, labels, json_path, csv_path, **values
+    adapter_path, split, limit, top, sort, examples, labels, scaling, json_path, csv_path, **values
 ) -> None:
     """Say which SAE features an adapter moved, and where they fire.
 
@@ -73,15 +78,17 @@ def features(
         raise ConfigError("--adapter-path is missing: without one no feature has moved.")
     report = pipeline.features(
         gather(values), adapter_path=adapter_path, split=split, limit=limit, top=top, sort=sort,
-        examples=examples, labels=labels, say=say, progress=Bar("reference"),
+        examples=examples, labels=labels, scaling=scaling, say=say, progress=Bar("reference"),
     )  # fmt: skip
     write_json(json_path, report.as_dict())
     write_csv(csv_path, report.rows())
     columns = ("chosen before", "after", "rejected before", "after", "change", "effect", "of D")
-    rows: list[list[Any]] = [["feature", *columns, "label"]]
+    rows: list[list[Any]] = [["feature", *columns, *(["moved"] if scaling else []), "label"]]
     for c in report.changes:
         figures = (c.chosen_before, c.chosen_after, c.rejected_before, c.rejected_after, c.change)
         cells = [f"{v:.4g}" for v in figures] + [f"{c.effect_size:.2f}", f"{c.share_of_d:.1%}"]
+        if c.scaling is not None:
+            cells.append(in_words(c.scaling))
         rows.append([_name(c.sae, c.feature), *cells, c.label or c.link])
     click.echo(f"{report.pairs} pairs, mean D {', '.join(f'{d:.4g}' for d in report.distance)}")
     table(rows)

@@ -35,6 +35,31 @@ class SaeTrainConfig:
         first=True,
     )
     site: str = setting("resid_post", "site within the block", "model and SAE")
+    init: str | None = setting(
+        None,
+        "SAE to start from (folder, file or hub id), in place of random weights",
+        "model and SAE",
+        first=True,
+        path=True,
+        by_content=True,
+    )
+    sae_format: str | None = setting(
+        None, "family of --init's files (default: recognised)", "model and SAE", sae_files=True
+    )
+    sae_k: int | None = setting(
+        None, "k of a top-k --init whose files do not hold it", "model and SAE", sae_files=True
+    )
+    norm_scaling_factor: float | None = setting(
+        None, "scale of --init's inputs, where its files do not hold it", "model and SAE",
+        sae_files=True,
+    )  # fmt: skip
+    llama_scope_gate: Literal["authors", "saelens"] = setting(
+        "authors", "how --init is gated, if it is a Llama Scope", "model and SAE", sae_files=True
+    )
+    allow_pickle: bool = setting(
+        False, "read --init from .pt files; only tensors are read", "safety", sae_files=True,
+        may_change=True,
+    )  # fmt: skip
     data_kind: Literal["auto", "text", "chat", "pairs"] = setting(
         "auto", "what the rows are", "data"
     )
@@ -134,6 +159,10 @@ class SaeTrainConfig:
         ]
         if not 0 <= self.held_out < 1:
             faults.append(f"--held-out {self.held_out}: wanted a share from 0 to below 1.")
+        readings = ("sae_format", "sae_k", "norm_scaling_factor")
+        if self.init is None and any(getattr(self, name) is not None for name in readings):
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in readings)
+            faults.append(f"{names} say how --init is read; --init is missing.")
         if self.resume and self.overwrite:
             faults.append("--resume and --overwrite exclude each other; give one.")
         if self.seed < 0:

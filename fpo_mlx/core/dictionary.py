@@ -240,7 +240,7 @@ def add_parts(parts: Sequence[Parts]) -> Parts:
     return Parts(grads, loss, l0, aux, fired, least)
 
 
-B1, B2, EPSILON = 0.9, 0.999, 1e-8
+B1, B2, EPSILON, TINY = 0.9, 0.999, 1e-8, 1e-30
 THRESHOLD_RATE = 10.0  # times the learning rate: a threshold has far to go, on a log scale
 
 
@@ -259,7 +259,8 @@ def _decoder_step(w, g, m, v, rate, fix1, fix2):
     Not compiled as a whole: MLX's CPU compiler is slow where a column meets a matrix.
     """
     w, m, v = _step(w, g - mx.einsum("fd,fd->f", g, w)[:, None] * w, m, v, rate, fix1, fix2)
-    return w * mx.rsqrt(mx.einsum("fd,fd->f", w, w))[:, None], m, v
+    square = mx.maximum(mx.einsum("fd,fd->f", w, w), TINY)  # a row of zeros has no direction
+    return w * mx.rsqrt(square)[:, None], m, v
 
 
 def adam_step(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx.judge import Sort
+from fpo_mlx.judge.scaling import Scaled
 
 CANDIDATES = 100  # features that the first step of `find` keeps
 
@@ -42,6 +43,7 @@ class Change:
     label: str = ""
     link: str = ""
     contexts: Sequence[Context] = field(default=())
+    scaling: Scaled | None = None  # where it was asked for
 
     def as_dict(self) -> dict[str, Any]:
         tokens = list(dict.fromkeys(context.token for context in self.contexts))

@@ -10,8 +10,9 @@ import numpy as np
 
 from fpo_mlx.core import features as F
 from fpo_mlx.judge.feature_report import Context, Tally, TextActivations
+from fpo_mlx.judge.scaling import Scaled, Scaling
 from fpo_mlx.model.policy import Policy
-from fpo_mlx.records import Passage
+from fpo_mlx.records import Passage, SaeWeights
 from fpo_mlx.train.metrics import ScoredPairs
 from fpo_mlx.train.scoring import Scorer
 
@@ -48,9 +49,26 @@ def pair_texts(data: ScoredPairs) -> Iterator[Passage]:
 
 def activations(policy: Policy, encoder: F.Encoder, site: int, text: Passage) -> np.ndarray:
     """Of every response position: [n, F] float32."""
-    rows = policy.answer_rows(text.prompt, text.response).tapped[site]
+    return encoded(encoder, policy.answer_rows(text.prompt, text.response).tapped[site])
+
+
+def encoded(encoder: F.Encoder, rows: mx.array) -> np.ndarray:
+    """rows: [n, D] of the site -> activations [n, F] float32."""
     parts = [F.encode(encoder, rows[i : i + ROWS]) for i in range(0, rows.shape[0], ROWS)]
     return np.array(mx.concatenate(parts))
+
+
+def scaled(
+    policies: tuple[Policy, Policy], encoder: F.Encoder, site: int, sae: SaeWeights,
+    texts: Iterator[Passage], features: Sequence[int],
+) -> list[Scaled]:  # fmt: skip
+    """Latent scaling of features between two models (before, after), at the response positions."""
+    sums = Scaling(sae, features)
+    for text in texts:
+        rows = [p.answer_rows(text.prompt, text.response).tapped[site] for p in policies]
+        acts = [encoded(encoder, one) for one in rows]
+        sums.add([np.array(one.astype(mx.float32)) for one in rows], acts)
+    return sums.results()
 
 
 def read_texts(
@@ -87,12 +105,12 @@ def contexts(
                 if len(heap) > count:
                     heapq.heappop(heap)
     return {
-        feature: [_context(value, at, text, decode) for value, _, at, text in sorted(heap)[::-1]]
+        feature: [context_of(value, at, text, decode) for value, _, at, text in sorted(heap)[::-1]]
         for feature, heap in best.items()
     }
 
 
-def _context(value: float, at: int, text: Passage, decode: Decode) -> Context:
+def context_of(value: float, at: int, text: Passage, decode: Decode) -> Context:
     """at: number of the response position; the token there is the one before what it predicts."""
     tokens = [*text.prompt.tolist(), *text.response.tolist()]
     place = len(text.prompt) - 1 + at

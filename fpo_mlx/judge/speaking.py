@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,7 +49,11 @@ def steering(w_dec: np.ndarray, site: Site, asked: Mapping[int, float | None]) -
 
 
 class Speaker:
-    """A model with, perhaps, one SAE's site tapped. One object per model: the tap changes it."""
+    """A model with, perhaps, one SAE's site tapped. One object per model: the tap changes it.
+
+    Keys and values stay between two prompts: of one that begins as the last one did (the next turn
+    of a conversation) only what is new is run.
+    """
 
     def __init__(
         self,
@@ -56,9 +61,13 @@ class Speaker:
         site: Site | None = None,
         encoder: F.Encoder | None = None,
         norm_eps: float = 1e-6,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """tell: hears, once, why a conversation has to be run anew."""
         self.model, self._site, self._encoder, self._eps = model, site, encoder, norm_eps
         self._tap = Tap(*tap_point(blocks_of(model)[site.layer], site)) if site else None
+        self._kept: tuple[list[Any], list[int]] | None = None  # caches, the tokens that they hold
+        self._tell: Callable[[str], None] | None = tell
 
     def steer(self, change: Change | None) -> None:
         """Raises: ModelError where the tapped tensor is not all that is read of the site."""
@@ -67,6 +76,7 @@ class Speaker:
         if change is not None:
             refuse_splice(self._site)
         self._tap.lasting[:] = [] if change is None else [change]
+        self._kept = None  # of other activations from here on
 
     def speak(
         self, prompt: np.ndarray, settings: Sampling, end: Collection[int], *, show: int = 0
@@ -86,14 +96,22 @@ class Speaker:
             keys = slots.position_keys(key, np.array([next(positions)]))
             return slots.draw(logprobs, keys, settings.temp)
 
+        caches, known = self._begun(prompt.tolist())
+
         def tokens() -> Iterator[Spoken]:
             steps = generate_step(
-                mx.array(prompt), self.model, max_tokens=settings.max_tokens, sampler=sampler
-            )
+                mx.array(prompt[known:]), self.model, max_tokens=settings.max_tokens,
+                sampler=sampler, prompt_cache=caches,
+            )  # fmt: skip
+            held = prompt.tolist()
             for number, (token, _) in enumerate(steps):
+                held.append(int(token))  # it has been run when it comes
+                self._kept = (caches, held)
                 yield Spoken(int(token), self._strongest(rows[number], show) if show else ())
                 if int(token) in end:
                     return
+                self._kept = None  # until the next one stands: a step may break off
+            self._kept = (caches, held)
 
         if not show or self._tap is None:
             yield from tokens()
@@ -101,6 +119,38 @@ class Speaker:
         with self._tap.recording() as recorded:
             seen = recorded
             yield from tokens()
+
+    def _begun(self, prompt: list[int]) -> tuple[list[Any], int]:
+        """(caches, how many tokens of the prompt they hold): as many as it shares with the last.
+
+        A cache that cannot be cut back (a window that is full, a recurrent state) serves only
+        where nothing of it has to go.
+        """
+        with leaning_on("mlx-lm", "its caches, which a conversation keeps"):
+            from mlx_lm.models.cache import (
+                can_trim_prompt_cache,
+                make_prompt_cache,
+                trim_prompt_cache,
+            )
+
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            caches, held = kept
+            pairs = zip(held, prompt[:-1], strict=False)  # the last one is run: it predicts
+            shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+            shared = min(len(held), len(prompt) - 1) if shared is None else shared
+            surplus = len(held) - shared
+            if surplus == 0 or (shared and can_trim_prompt_cache(caches)):
+                if surplus:
+                    trim_prompt_cache(caches, surplus)
+                return caches, shared
+            if shared and self._tell is not None:
+                self._tell(
+                    "this model's cache cannot be cut back, so each turn runs the whole "
+                    "conversation anew (slower; the answers are the same)"
+                )
+                self._tell = None
+        return make_prompt_cache(self.model), 0
 
     def _strongest(self, row: mx.array, count: int) -> tuple[tuple[int, float], ...]:
         assert self._encoder is not None

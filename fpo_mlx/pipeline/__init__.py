@@ -16,6 +16,8 @@ from fpo_mlx.pipeline.evaluate import evaluate as evaluate
 from fpo_mlx.pipeline.evaluate import evaluate_all as evaluate_all
 from fpo_mlx.pipeline.evaluate import open_scorer as open_scorer
 from fpo_mlx.pipeline.export import export as export
+from fpo_mlx.pipeline.feature_page import FeaturePage as FeaturePage
+from fpo_mlx.pipeline.feature_page import feature_page as feature_page
 from fpo_mlx.pipeline.features import FeatureReport as FeatureReport
 from fpo_mlx.pipeline.features import features as features
 from fpo_mlx.pipeline.features import find_features as find_features

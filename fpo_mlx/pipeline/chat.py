@@ -124,7 +124,7 @@ def open_chat(
         site = sae.site if sae else None
         encoder = encoder_of(sae) if sae else None
         eps = float((about.get("text_config") or about).get("rms_norm_eps") or 1e-6)
-        speakers[name] = Speaker(model, site, encoder, eps)
+        speakers[name] = Speaker(model, site, encoder, eps, say)
     chat = Chat(tokenizer, speakers, sae, known, system)
     chat.reset()
     chat.steer(steer)

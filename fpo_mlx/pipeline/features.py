@@ -13,8 +13,18 @@ from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge.feature_report import Change, Found, Sort, TextActivations
+from fpo_mlx.judge.scaling import Scaling
 from fpo_mlx.pipeline.evaluate import open_scorer
-from fpo_mlx.pipeline.job import Say, need_model, open_job, open_saes, open_tokenizer, read_pairs
+from fpo_mlx.pipeline.job import (
+    Job,
+    Say,
+    need_model,
+    open_job,
+    open_saes,
+    open_tokenizer,
+    read_pairs,
+    read_sae,
+)
 from fpo_mlx.pipeline.origins import warn_of_other_model
 from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
@@ -48,6 +58,7 @@ class FeatureReport:
         for row in rows:
             row["tokens"] = " ".join(map(repr, row["tokens"]))
             del row["contexts"]
+            row |= row.pop("scaling") or {}
         return rows
 
 
@@ -61,13 +72,16 @@ def features(
     sort: Sort = "share_of_d",
     examples: int = 3,
     labels: Path | None = None,
+    scaling: bool = False,
     say: Say,
     progress: OnFill = lambda _: None,
     count: Callable[[int], None] = lambda _: None,
 ) -> FeatureReport:
     """What an adapter did to the SAE's features on a split, against the cached reference.
 
-    limit: pairs to look at; examples: contexts of each feature, found in a second pass; 0 for none.
+    limit: pairs to look at; examples: contexts of each feature, found in a second pass; 0 for none;
+    scaling: ask of each feature whether it is the stream that moved (`judge.scaling`), for which
+    both models are in memory and run once more.
     """
     from fpo_mlx.judge import feature_scan
     from fpo_mlx.model.adapters import read_spec
@@ -76,18 +90,29 @@ def features(
     read_spec(Path(adapter_path))  # before the long part
     job = open_job(config, say=say, need_sae=True)
     known = read_labels(labels, len(job.saes)) if labels else ({},) * len(job.saes)
+    whole = [read_sae(spec, config, say) for spec in config.reference.sae] if scaling else []
+    for sae in whole:
+        Scaling(sae, ())  # refuses, before the long part
     warn_of_other_model([adapter_path], config.reference.model, job.model_path, say)
     pairs = read_pairs(job, split, say)[:limit]
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     scorer = open_scorer(job, adapter_path, measure_kl=False, say=say)
     tallies = feature_scan.tally(scorer, data, count)
     changes: list[Change] = []
+    before: Policy | None = None
     for i, (sae, one) in enumerate(zip(job.saes, tallies, strict=True)):
         found = one.changes(top, sort, sae=i)
         shown = feature_scan.contexts(
             scorer.policy, scorer.encoders[i], i, feature_scan.pair_texts(data) if examples else (),
             [change.feature for change in found], examples, job.tokenizer.decode,
         )  # fmt: skip
+        if scaling:
+            before = before or _before(job, say)
+            tested = feature_scan.scaled(
+                (before, scorer.policy), scorer.encoders[i], i, whole[i],
+                feature_scan.pair_texts(data), [change.feature for change in found],
+            )  # fmt: skip
+            found = [replace(c, scaling=t) for c, t in zip(found, tested, strict=True)]
         changes += [
             replace(
                 change,
@@ -99,6 +124,16 @@ def features(
         ]
     distance = [float(one.distance.sum() / one.responses) for one in tallies]
     return FeatureReport(changes, distance, len(pairs), adapter_path)
+
+
+def _before(job: Job, say: Say) -> Policy:
+    """The reference as a model, its SAEs' sites tapped."""
+    from fpo_mlx.model.open import open_model
+    from fpo_mlx.model.policy import Policy
+
+    trusted = job.config.reference.trust_remote_code
+    loaded = open_model(job.model_path, adapter=job.adapter, trust_remote_code=trusted, say=say)
+    return Policy(loaded.model, loaded.config, [sae.site for sae in job.saes if sae.site])
 
 
 def find_features(

@@ -10,7 +10,7 @@ from typing import Any
 
 from fpo_mlx import data
 from fpo_mlx.cache import CacheIdentity
-from fpo_mlx.config import RunConfig
+from fpo_mlx.config import ReferenceConfig, RunConfig, SaeTrainConfig
 from fpo_mlx.data.feature_files import Weights, read_weights
 from fpo_mlx.data.tokenizer import ChatTokenizer, load_tokenizer
 from fpo_mlx.errors import ConfigError, SaeError
@@ -187,15 +187,21 @@ def open_saes(
 
 def read_sae(spec: str, config: RunConfig, say: Say, *, decoder: bool = True) -> SaeWeights:
     """One SAE, fetched if need be, as the settings say that its files are to be read."""
-    ref = config.reference
+    return read_sae_as(spec, config.reference, say, decoder=decoder)
+
+
+def read_sae_as(
+    spec: str, files: ReferenceConfig | SaeTrainConfig, say: Say, *, decoder: bool = True
+) -> SaeWeights:
+    """The same, by whichever settings say how SAE files are read."""
     return load_sae(
-        resolve(spec, allow_pickle=ref.allow_pickle, report=say),
-        format=ref.sae_format,
-        allow_pickle=ref.allow_pickle,
+        resolve(spec, allow_pickle=files.allow_pickle, report=say),
+        format=files.sae_format,
+        allow_pickle=files.allow_pickle,
         decoder=decoder,
-        k=ref.sae_k,
-        llama_scope_gate=ref.llama_scope_gate,
-        norm_scaling_factor=ref.norm_scaling_factor,
+        k=files.sae_k,
+        llama_scope_gate=files.llama_scope_gate,
+        norm_scaling_factor=files.norm_scaling_factor,
         name=spec,
     )
 

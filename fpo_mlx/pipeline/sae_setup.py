@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING
 from fpo_mlx import data
 from fpo_mlx.config import SaeTrainConfig
 from fpo_mlx.data.tokenizer import load_tokenizer
-from fpo_mlx.errors import ConfigError
-from fpo_mlx.pipeline.job import Say
+from fpo_mlx.errors import ConfigError, SaeError
+from fpo_mlx.pipeline.job import Say, read_sae_as
 from fpo_mlx.pipeline.prepared import longest
-from fpo_mlx.records import SITE_KINDS, Site
+from fpo_mlx.records import SITE_KINDS, SaeWeights, Site
 from fpo_mlx.reference import weights
 from fpo_mlx.saetrain import rows, texts
 from fpo_mlx.saetrain import sizes as sizing
@@ -50,6 +51,7 @@ class Setup:
     reader: Reader
     fingerprints: dict[str, str]
     seconds_a_row: float  # measured
+    init: SaeWeights | None = None  # that the training starts from
 
     @property
     def positions(self) -> int:
@@ -74,7 +76,7 @@ def claim(config: SaeTrainConfig) -> None:
     """Raises: ConfigError where the run would write over anything but itself."""
     from fpo_mlx.saetrain.state import run_folder
 
-    inputs = (config.model, config.data, config.chat_template)
+    inputs = (config.model, config.data, config.chat_template, config.init)
     if config.resume:
         run_folder(Path(config.output)).check_begun()
         outputs.refuse_inputs(Path(config.output), "--output", inputs, RUN)
@@ -91,10 +93,13 @@ def claim(config: SaeTrainConfig) -> None:
 def open_setup(config: SaeTrainConfig, say: Say) -> Setup:
     """Tokens first: a fault in the data should not wait for the model."""
     from fpo_mlx.model.open import open_model
+    from fpo_mlx.saetrain import warm
     from fpo_mlx.saetrain.activations import OUTLIER, norm_limit, open_reader
 
     path = resolve_model(config.model)
     model_config = read_config(path)
+    init = _init(config, say) if config.init else None
+    config = config if init is None else _settled(config, init)
     layer = sizing.sizes(config, model_config, int(model_config["hidden_size"])).layer
     site = Site(layer, config.site)  # type: ignore[arg-type]
     documents = _documents(config, path, say)
@@ -113,18 +118,66 @@ def open_setup(config: SaeTrainConfig, say: Say) -> Setup:
         f"out are first positions and norms above {limit:.4g} ({OUTLIER:.0f} medians)"
     )
     _warn_of_few(config, held_out, say)
+    hidden = sample.shape[1]
+    if init is not None:
+        if init.d_in != hidden:
+            raise SaeError(
+                f"--init {config.init}: reads vectors of {init.d_in}, but at the {site} this model "
+                f"has {hidden}. Start from an SAE of a model of this width."
+            )
+        config = replace(config, k=config.k or warm.target_l0(init, sample))
     fingerprints = {
         "model": weights.model_fingerprint(path),
         "data": documents.fingerprint(),
         "norm_limit": repr(limit),
     }
-    hidden = sample.shape[1]
+    if init is not None:
+        fingerprints["init"] = _fingerprint(init)
     return Setup(
         config, Path(config.model).name, site, hidden,
         sizing.sizes(config, model_config, hidden), tuple(train), tuple(held_out),
         replace(reader, limit=limit), fingerprints,
-        seconds / max(sum(len(d.tokens) for d in train[:CALIBRATION]), 1),
+        seconds / max(sum(len(d.tokens) for d in train[:CALIBRATION]), 1), init,
     )  # fmt: skip
+
+
+def _init(config: SaeTrainConfig, say: Say) -> SaeWeights:
+    """The SAE to start from. Raises: SaeError where this training cannot go on with it."""
+    from fpo_mlx.saetrain import warm
+
+    assert config.init is not None
+    sae = read_sae_as(config.init, config, say)
+    warm.check(sae, config.architecture)
+    if config.width not in (None, sae.n_features):
+        raise SaeError(
+            f"--init {config.init}: has {sae.n_features} features, and --width is {config.width}. "
+            "Leave --width out."
+        )
+    if sae.site is not None and sae.site.kind != config.site:
+        raise SaeError(
+            f"--init {config.init}: reads the {sae.site}, and --site is {config.site}. Give "
+            f"--site {sae.site.kind}, or start from another SAE."
+        )
+    of = f" of {sae.model_name}" if sae.model_name else ""
+    say(f"starts from {config.init}: {sae.n_features} features on {sae.site or 'a site'}{of}")
+    return sae
+
+
+def _settled(config: SaeTrainConfig, init: SaeWeights) -> SaeTrainConfig:
+    """What is not given is the SAE's own."""
+    layer = config.layer
+    if layer is None and init.site is not None:
+        layer = init.site.layer
+    return replace(config, layer=layer, width=init.n_features, k=config.k or init.k)
+
+
+def _fingerprint(sae: SaeWeights) -> str:
+    """sha256 over all that the first state is made of."""
+    digest = hashlib.sha256(sae.fingerprint().encode())
+    for array in (sae.w_dec, sae.b_dec):
+        assert array is not None
+        digest.update(array.astype("<f4").tobytes())
+    return digest.hexdigest()
 
 
 def _documents(config: SaeTrainConfig, model: Path, say: Say) -> texts.Documents:

@@ -20,6 +20,8 @@ from fpo_mlx.saetrain import sizes as sizing
 from fpo_mlx.storage import locks, outputs
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fpo_mlx.judge.sae_fit import LossFigures
     from fpo_mlx.saetrain.finish import Figures
     from fpo_mlx.saetrain.state import State
@@ -76,11 +78,14 @@ def sae_train(
 
 def _begun(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, Plan]:
     """A new run in `folder`; an older one is removed once this one is known to be possible."""
-    from fpo_mlx.saetrain import finish
+    from fpo_mlx.saetrain import finish, trainer
 
     source, stored = _source(setup, say)
-    current = _fresh(setup, source)
+    sample = _sample(setup, source)
+    current = _start(setup, sample)
     plan = _plan(setup, source, current, stored, say)
+    if setup.init is not None:
+        trainer.warm(current, _rule(setup), plan, sample)
     claim(setup.config)  # again: hours may lie between
     finish.clear(folder)
     _write_run(folder, _record(setup), plan)
@@ -192,15 +197,20 @@ def _rule(setup: Setup) -> Any:
     )
 
 
-def _fresh(setup: Setup, source: rows.Source) -> State:
+def _sample(setup: Setup, source: rows.Source) -> np.ndarray:
+    """Rows [n, D] that the start is fitted to; the chunk they are from is let go of."""
     import numpy as np
-
-    from fpo_mlx.saetrain import state
 
     first = source.chunk(0)
     order = np.random.default_rng([setup.config.seed, 5]).permutation(len(first))
-    sample = np.array(first[np.sort(order[:START_ROWS])])
-    del first  # a chunk of its own size, which the fitting below need not hold
+    return np.array(first[np.sort(order[:START_ROWS])])
+
+
+def _start(setup: Setup, sample: np.ndarray) -> State:
+    from fpo_mlx.saetrain import state, warm
+
+    if setup.init is not None:
+        return warm.started(setup.init, sample, _rule(setup))
     return state.fresh(sample, _rule(setup), seed=setup.config.seed, centre=setup.config.centre)
 
 
@@ -298,6 +308,10 @@ def _finish(
         "tokens trained on": tokens,
         "passes": f"{tokens / max(setup.positions, 1):.2f}",
     }  # fmt: skip
+    if config.init:
+        facts["started from"] = config.init if not Path(config.init).exists() else (
+            Path(config.init).name
+        )  # fmt: skip
     finish.write(folder, sae, finish.card(sae, figures, facts, loss and loss.recovered))
     if repo:
         finish.upload(folder, repo)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fpo_mlx import __version__
 from fpo_mlx.errors import ConfigError
@@ -11,7 +12,7 @@ from fpo_mlx.report import findings, rounds, samples, tables
 from fpo_mlx.report.plots import COLOURS, draw_all
 from fpo_mlx.report.read import Run
 
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATES = Path(__file__).parent
 
 
 def render(runs: Sequence[Run], made: str = "") -> str:
@@ -19,19 +20,11 @@ def render(runs: Sequence[Run], made: str = "") -> str:
 
     Raises: ConfigError where matplotlib or jinja2 is not installed.
     """
+    template = environment().get_template("report.html")
     try:
-        import jinja2
-
         plots = draw_all(runs)
     except ImportError as error:
-        raise ConfigError(
-            f"a report needs {error.name}, which is not installed here: run "
-            f"`pip install {error.name}`."
-        ) from error
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+        raise _lacking(error) from error
     given, rest = tables.settings(runs)
     evaluation, figures = tables.evaluation(runs)
     return template.render(
@@ -52,4 +45,22 @@ def render(runs: Sequence[Run], made: str = "") -> str:
         given=given,
         rest=rest,
         fingerprints=tables.fingerprints(runs),
+    )
+
+
+def environment() -> Any:
+    """The templates of this folder, everything escaped. Raises: ConfigError without jinja2."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise _lacking(error) from error
+    return jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+    )  # fmt: skip
+
+
+def _lacking(error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"a report needs {error.name}, which is not installed here: run `pip install {error.name}`."
     )

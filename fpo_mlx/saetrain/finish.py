@@ -50,20 +50,21 @@ def finished(
     """
     p = {name: np.array(value) for name, value in run.params.items()}
     b_dec = p["b_dec"] / run.scale + run.centre
+    lengths = np.float32(1) if run.lengths is None else run.lengths  # of the decoder rows, [F]
     threshold = None
     if rule.architecture == "jumprelu":
-        threshold = np.exp(p["log_threshold"]) / run.scale
+        threshold = np.exp(p["log_threshold"]) / run.scale / lengths
     elif rule.architecture == "batchtopk":
         bound = batch_threshold(run, rule, sample) if len(sample) else run.threshold
         threshold = np.full(len(p["b_enc"]), bound / run.scale)
     return SaeWeights(
         activation="topk" if rule.architecture == "topk" else "jumprelu",
-        w_enc=np.ascontiguousarray(p["w_enc"].T),
-        b_enc=(p["b_enc"] / run.scale).astype(np.float32),
+        w_enc=np.ascontiguousarray(p["w_enc"].T / lengths),
+        b_enc=(p["b_enc"] / run.scale / lengths).astype(np.float32),
         b_in=b_dec.astype(np.float32),
         threshold=None if threshold is None else threshold.astype(np.float32),
         k=rule.k if rule.architecture == "topk" else None,
-        w_dec=p["w_dec"],
+        w_dec=p["w_dec"] if run.lengths is None else p["w_dec"] * run.lengths[:, None],
         b_dec=b_dec.astype(np.float32),
         site=site,
         model_name=model_name,

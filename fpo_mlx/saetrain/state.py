@@ -37,6 +37,8 @@ class State:
     l0: float = 0.0  # running mean
     metrics_bytes: int = 0
     window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # since the last report
+    warmed: int = 0  # gradients that the moments hold from before the first step
+    lengths: np.ndarray | None = None  # float32 [F], of the decoder rows as written; None: 1
 
 
 def centre_of(rows: np.ndarray, kind: str, steps: int = 20) -> np.ndarray:
@@ -59,7 +61,7 @@ def fresh(rows: np.ndarray, rule: Rule, *, seed: int, centre: str) -> State:
     """
     n_features, rng = rule.groups[-1], np.random.default_rng([seed, 4])
     point = centre_of(rows, centre)
-    scale = float(1 / np.sqrt(np.square(rows - rows.mean(axis=0), dtype=np.float64).mean()))
+    scale = scale_of(rows)
     w_dec = rng.standard_normal((n_features, rows.shape[1]), dtype=np.float32)
     w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
     params = {
@@ -77,9 +79,21 @@ def fresh(rows: np.ndarray, rule: Rule, *, seed: int, centre: str) -> State:
     bound = max(float(mx.take_along_axis(flat, index, axis=-1).min()), 1e-3)
     if rule.architecture == "jumprelu":
         params["log_threshold"] = mx.full(n_features, float(np.log(bound)))
+    begun = standing(params, point, scale, l0=float(rule.k))
+    begun.threshold = bound
+    return begun
+
+
+def standing(params: Arrays, centre: np.ndarray, scale: float, *, l0: float) -> State:
+    """Before the first step: moments of nothing, every feature just used."""
     first, second = ({name: mx.zeros_like(v) for name, v in params.items()} for _ in range(2))
-    unused = np.zeros(n_features, dtype=np.int64)
-    return State(params, first, second, unused, point, scale, threshold=bound, l0=float(rule.k))
+    unused = np.zeros(params["b_enc"].shape[0], dtype=np.int64)
+    return State(params, first, second, unused, centre, scale, l0=l0)
+
+
+def scale_of(rows: np.ndarray) -> float:
+    """What brings raw rows [n, D] to a variance of 1."""
+    return float(1 / np.sqrt(np.square(rows - rows.mean(axis=0), dtype=np.float64).mean()))
 
 
 def _gain(params: Arrays, inputs: mx.array, k: int) -> mx.array:
@@ -97,6 +111,8 @@ def save(folder: Path, state: State) -> None:
     for section in _SECTIONS:
         arrays |= {f"{section}.{name}": value for name, value in getattr(state, section).items()}
     arrays |= {"unused": mx.array(state.unused), "centre": mx.array(state.centre)}
+    if state.lengths is not None:
+        arrays["lengths"] = mx.array(state.lengths)
     numbers = {
         "scale": state.scale,
         "step": state.step,
@@ -105,6 +121,7 @@ def save(folder: Path, state: State) -> None:
         "l0": state.l0,
         "metrics_bytes": state.metrics_bytes,
         "window": state.window,
+        "warmed": state.warmed,
     }
     with files.atomic_path(folder / STATE) as temporary:
         mx.save_safetensors(str(temporary), arrays, metadata={"state": json.dumps(numbers)})
@@ -121,7 +138,8 @@ def load(folder: Path) -> State:
         )
         numbers["position"] = Position(**numbers["position"])
         unused, centre = np.array(arrays["unused"]), np.array(arrays["centre"])
-        return State(params, first, second, unused, centre, **numbers)
+        lengths = np.array(arrays["lengths"]) if "lengths" in arrays else None
+        return State(params, first, second, unused, centre, **numbers, lengths=lengths)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder / STATE} cannot be read ({error}). Start anew without --resume."

@@ -104,6 +104,38 @@ def train(
 
 def step(state: State, rule: Rule, plan: Plan, rows: np.ndarray) -> tuple[float, float]:
     """One update on raw rows [batch, D]. Returns (loss, L0)."""
+    done = _measured(state, rule, plan, rows)
+    moved = dictionary.adam_step(
+        state.params, done.grads, state.first, state.second, plan.rate(state.step),
+        state.warmed + state.step + 1,
+    )  # fmt: skip
+    mx.eval(moved)
+    state.params, state.first, state.second = moved
+    state.unused += len(rows)
+    state.unused[np.array(done.fired)] = 0
+    _remember(state, done)
+    state.step += 1
+    return float(done.loss), float(done.l0)
+
+
+def warm(state: State, rule: Rule, plan: Plan, rows: np.ndarray) -> None:
+    """Adam's moments from gradients on raw rows [n, D], batch by batch; no weight moves.
+
+    An SAE that is there should not be spoiled by the first updates of a cold optimizer, which have
+    the full rate in every weight whatever its gradient.
+    """
+    for at in range(0, len(rows) - plan.batch + 1, plan.batch):
+        grads = _measured(state, rule, plan, rows[at : at + plan.batch]).grads
+        state.warmed += 1
+        _, *moments = dictionary.adam_step(
+            state.params, grads, state.first, state.second, 0.0, state.warmed
+        )
+        mx.eval(moments)
+        state.first, state.second = moments
+
+
+def _measured(state: State, rule: Rule, plan: Plan, rows: np.ndarray) -> Parts:
+    """Loss and gradient of a batch of raw rows [n, D], in micro-batches."""
     x = (mx.array(rows) - mx.array(state.centre)) * state.scale
     pull = mx.array(2 * L0_WEIGHT * (state.l0 / rule.k - 1) / rule.k)
     dead = dead_list(state.unused, plan.dead_after)
@@ -113,17 +145,7 @@ def step(state: State, rule: Rule, plan: Plan, rows: np.ndarray) -> tuple[float,
         part = dictionary.gradients(rule, state.params, chunk, 1 / len(rows), pull, dead)
         mx.eval(part.grads, part.loss, part.l0, part.fired, part.threshold)
         parts.append(part)
-    done = dictionary.add_parts(parts)
-    moved = dictionary.adam_step(
-        state.params, done.grads, state.first, state.second, plan.rate(state.step), state.step + 1
-    )
-    mx.eval(moved)
-    state.params, state.first, state.second = moved
-    state.unused += len(rows)
-    state.unused[np.array(done.fired)] = 0
-    _remember(state, done)
-    state.step += 1
-    return float(done.loss), float(done.l0)
+    return dictionary.add_parts(parts)
 
 
 def dead_list(unused: np.ndarray, after: int) -> mx.array | None:

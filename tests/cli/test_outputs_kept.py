@@ -66,6 +66,10 @@ def _lessons(p):
     return ["features", "data", *usual(p), "--reference", p / "ref"]
 
 
+def _show(p):
+    return ["features", "show", 3, *usual(p)]
+
+
 def _train(p):
     return ["train", *usual(p), "--top-k", 5, "--iters", 1]
 
@@ -101,6 +105,8 @@ FILES = {
     "features --csv": (lambda p: ["features", *_with_adapter(p)], "--csv", "model/config.json"),
     "features find --output": (_find, "--output", "words.jsonl"),
     "features find --json": (_find, "--json", "words.jsonl"),
+    "features show --output": (_show, "--output", "data/train.jsonl"),
+    "features show --json": (_show, "--json", "sae/cfg.json"),
     "features data --json": (_lessons, "--json", "data/train.jsonl"),
     "features data --csv": (_lessons, "--csv", "sae/cfg.json"),
     "features data --save-reward": (_lessons, "--save-reward", "model/config.json"),

@@ -19,8 +19,9 @@ from fpo_mlx.errors import FpoError  # noqa: E402
 from fpo_mlx.judge.sae_fit import LossFigures  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy  # noqa: E402
-from fpo_mlx.records import Site, TokenPair  # noqa: E402
+from fpo_mlx.records import SaeWeights, Site, TokenPair  # noqa: E402
 from fpo_mlx.sae import load_sae  # noqa: E402
+from fpo_mlx.sae.convert import write_saelens  # noqa: E402
 from fpo_mlx.saetrain import activations, finish, texts  # noqa: E402
 from fpo_mlx.saetrain.sizes import learning_rate, sizes, steps_in_time  # noqa: E402
 from fpo_mlx.storage import locks  # noqa: E402
@@ -125,6 +126,56 @@ def test_a_resumed_command_ends_with_the_same_bytes(llama, corpus, tmp_path, arc
     other = run(*words, "--output", outs[1], "--resume", "--seed", 1)
     assert other.exit_code == 2
     assert "seed: was 0, now 1" in other.output
+
+
+def test_a_run_starts_from_an_sae_and_resumes_by_its_content(llama, corpus, tmp_path):
+    old = tmp_path / "old"
+    assert run("--model", llama, "--data", corpus, "--output", old, *QUICK).exit_code == 0
+    words = ("--model", llama, "--data", corpus, "--init", old, "--training-tokens", 640,
+             "--batch-size", 64, "--save-every", 5)  # fmt: skip
+    done = run(*words, "--output", tmp_path / "straight")
+    assert done.exit_code == 0, done.output
+    sae = load_sae(tmp_path / "straight")
+    assert (sae.k, sae.n_features, sae.site) == (6, 64, Site(2))  # the old one's own
+    assert "| started from | old |" in (tmp_path / "straight" / "README.md").read_text()
+    first = json.loads((tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()[0])
+    cold = json.loads((old / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] < cold["loss"]
+    stopped_after(7, *words, "--output", tmp_path / "cut")
+    old.rename(tmp_path / "moved")
+    words = ("--init", tmp_path / "moved", *words[:4], *words[6:])
+    done = run(*words, "--output", tmp_path / "cut", "--resume")
+    assert done.exit_code == 0, done.output
+    made = [(tmp_path / name / finish.WEIGHTS).read_bytes() for name in ("straight", "cut")]
+    assert made[0] == made[1]
+
+
+def test_what_does_not_agree_with_the_sae_to_start_from_is_one_plain_message(
+    llama, corpus, tmp_path
+):
+    rng = np.random.default_rng(0)
+    for width, name in ((32, "fits"), (16, "narrow")):
+        rows = rng.standard_normal((64, width)).astype(np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        sae = SaeWeights(
+            "topk", rows.T.copy(), np.zeros(64, np.float32), k=6, w_dec=rows,
+            b_dec=np.zeros(width, np.float32), site=Site(1),
+        )  # fmt: skip
+        write_saelens(sae, tmp_path / name)
+    common = ("--model", llama, "--data", corpus, "--output", tmp_path / "o", "--training-tokens",
+              640, "--batch-size", 64)  # fmt: skip
+    for name, more, part in (
+        ("narrow", (), "reads vectors of 16, but"),
+        ("fits", ("--architecture", "jumprelu"), "Give --architecture topk"),
+        ("fits", ("--width", 128), "has 64 features, and --width is 128"),
+        ("fits", ("--site", "mlp_out"), "Give --site resid_post"),
+    ):
+        done = run(*common, "--init", tmp_path / name, *more)
+        assert done.exit_code in (1, 2), done.output
+        assert part in done.output
+    done = run(*common, "--sae-k", 3)
+    assert "--init is missing" in done.output
+    assert not (tmp_path / "o" / "cfg.json").exists()
 
 
 def test_activations_are_those_of_the_whole_model(llama, tokenizer, corpus):

@@ -207,6 +207,24 @@ def mlx_lm_answers_one_prompt_step_by_step() -> None:
     assert 0 <= int(token) < 40
 
 
+@contract
+def mlx_lm_caches_are_cut_back_and_gone_on_with() -> None:
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models import cache
+
+    pick, model = (lambda logprobs: mx.argmax(logprobs, axis=-1)), small_llama()
+    caches = cache.make_prompt_cache(model)
+    list(generate_step(mx.array([1, 2]), model, max_tokens=3, sampler=pick, prompt_cache=caches))
+    assert [one.offset for one in caches] == [5, 5]  # every token that came has been run
+    assert cache.can_trim_prompt_cache(caches)
+    assert cache.trim_prompt_cache(caches, 2) == 2
+    assert caches[0].offset == 3
+    full = cache.RotatingKVCache(max_size=2)
+    full.update_and_fetch(mx.zeros((1, 1, 3, 4)), mx.zeros((1, 1, 3, 4)))
+    assert not cache.can_trim_prompt_cache([full])
+
+
 # transformers
 
 

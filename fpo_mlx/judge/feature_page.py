@@ -1,0 +1,152 @@
+"""What one feature is: where it fires, what it writes, what is like it. Pure, but for `watch`."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from fpo_mlx.core import features as F
+from fpo_mlx.judge.feature_report import Context
+from fpo_mlx.judge.feature_scan import activations, context_of
+from fpo_mlx.model.heads import find_backbone
+from fpo_mlx.model.policy import Policy
+from fpo_mlx.records import Passage, Site
+
+BINS = 20  # of the histogram
+WRITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # what the head can read
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One feature on some texts under one model. values: per text its activations [n]."""
+
+    values: list[np.ndarray]
+    contexts: list[Context]
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Figures of `Seen`. counts: of the active positions, in BINS equal bins from 0 to `top`."""
+
+    tokens: int
+    density: float  # share of the positions at which it is active
+    texts: float  # share of the texts in which it is, anywhere
+    mean_active: float  # mean of |activation| where it is active
+    largest: float
+    chosen: float  # mean over chosen answers of the mean in an answer
+    rejected: float
+    counts: list[int]
+    top: float
+
+
+def watch(
+    policy: Policy,
+    encoder: F.Encoder,
+    texts: Iterable[Passage],
+    feature: int,
+    count: int,
+    decode: Decode,
+) -> Seen:
+    """One pass: every activation, and the `count` texts in which it fires most."""
+    values: list[np.ndarray] = []
+    best: list[tuple[float, int, int, Passage]] = []
+    for number, text in enumerate(texts):
+        own = activations(policy, encoder, 0, text)[:, feature]
+        values.append(own)
+        at = int(np.abs(own).argmax())
+        if own[at] and count:
+            heapq.heappush(best, (float(abs(own[at])), -number, at, text))
+            if len(best) > count:
+                heapq.heappop(best)
+    shown = [context_of(value, at, text, decode) for value, _, at, text in sorted(best)[::-1]]
+    return Seen(values, shown)
+
+
+def activity(seen: Seen, top: float) -> Activity:
+    """Texts are chosen, rejected, chosen, … of pairs. top: of the histogram, shared by models."""
+    every = np.abs(np.concatenate(seen.values))
+    active = every[every > 0]
+    means = np.array([one.mean() for one in seen.values])
+    counts, _ = np.histogram(active, bins=BINS, range=(0.0, top or 1.0))
+    return Activity(
+        tokens=len(every),
+        density=float(len(active) / len(every)),
+        texts=float(np.mean([bool(one.any()) for one in seen.values])),
+        mean_active=float(active.mean()) if len(active) else 0.0,
+        largest=float(every.max()),
+        chosen=float(means[0::2].mean()),
+        rejected=float(means[1::2].mean()),
+        counts=counts.tolist(),
+        top=top,
+    )
+
+
+def moved(before: Seen, after: Seen) -> tuple[float, float]:
+    """(mean change of a response's mean, paired Cohen's d); d is 0 where nothing varies."""
+    change = np.array(
+        [b.mean() - a.mean() for a, b in zip(before.values, after.values, strict=True)]
+    )
+    spread = change.std(ddof=1) if len(change) > 1 else 0.0
+    return float(change.mean()), float(change.mean() / spread) if spread > 1e-12 else 0.0
+
+
+def similar(w_dec: np.ndarray, feature: int, count: int) -> list[tuple[int, float]]:
+    """The features whose decoder rows lie closest to this one's, by cosine. w_dec: [F, D]."""
+    lengths = np.linalg.norm(w_dec, axis=1)
+    products = w_dec @ w_dec[feature]
+    below = lengths * lengths[feature]
+    cosines = np.divide(products, below, out=np.zeros_like(products), where=below > 0)
+    cosines[feature] = -2.0
+    order = np.argsort(-cosines, kind="stable")[: min(count, len(cosines) - 1)]
+    return [(int(i), float(cosines[i])) for i in order]
+
+
+def logit_weights(policy: Policy, site: Site, row: np.ndarray) -> np.ndarray | None:
+    """What one unit of a decoder row [D] adds to each logit on the direct path to the head, [V].
+
+    The final norm's gain is in it, its division by the length is not (as Neuronpedia and SAELens
+    show it). None where the site does not write into the stream, which alone the head reads.
+    """
+    if site.kind not in WRITES:
+        return None
+    gain, centred = _final_gain(policy.model, len(row))
+    direction = row - row.mean() if centred else row
+    rows = mx.array(np.stack([direction * gain, np.zeros_like(row)])).astype(policy.dtype)
+    logits = np.array(policy.head(rows).astype(mx.float32))
+    return logits[0] - logits[1]
+
+
+def _final_gain(model: nn.Module, width: int) -> tuple[np.ndarray, bool]:
+    """(gain [D] of the norm before the head, whether it takes the mean out).
+
+    Asked of the norm itself by rows of +1 and -1, since some models keep the gain as 1 + weight.
+    """
+    norms = [
+        module
+        for module in find_backbone(model).children().values()
+        if isinstance(module, nn.Module)
+        and isinstance(module.get("weight"), mx.array)
+        and module["weight"].shape == (width,)
+    ]
+    if not norms:
+        return np.ones(width, np.float32), False
+    signs = mx.array(np.where(np.arange(width) % 2, -1.0, 1.0).astype(np.float32))[None]
+    both = norms[-1](mx.concatenate([signs, -signs])).astype(mx.float32)
+    gain = (both[0] - both[1]) / 2 * signs[0]
+    return np.array(gain), isinstance(norms[-1], nn.LayerNorm)
+
+
+def extremes(
+    weights: np.ndarray, count: int, decode: Decode
+) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+    """(tokens that are promoted most, those that are suppressed most), each with its weight."""
+    order = np.argsort(-weights, kind="stable")
+    picked = order[:count], order[::-1][:count]
+    up, down = ([(decode([int(i)]), float(weights[i])) for i in one] for one in picked)
+    return up, down

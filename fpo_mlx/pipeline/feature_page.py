@@ -1,0 +1,149 @@
+"""`features show`: one feature's page."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fpo_mlx.config import RunConfig
+from fpo_mlx.data.feature_files import read_labels
+from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.judge.feature_report import Context
+from fpo_mlx.judge.scaling import Scaled
+from fpo_mlx.pipeline.features import link
+from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs, read_sae
+from fpo_mlx.pipeline.origins import warn_of_other_model
+from fpo_mlx.records import Passage, SaeWeights, result_file
+from fpo_mlx.storage import files
+
+if TYPE_CHECKING:
+    from fpo_mlx.judge.feature_page import Activity
+    from fpo_mlx.model.policy import Policy
+
+TOKENS, NEIGHBOURS = 10, 10
+
+
+@dataclass(frozen=True)
+class FeaturePage:
+    """before: the reference; after and what follows it: with an adapter."""
+
+    feature: int
+    sae: str
+    site: str
+    model: str
+    label: str
+    link: str
+    pairs: int
+    split: str
+    before: Activity
+    contexts: list[Context]  # under the adapter where there is one
+    similar: list[tuple[int, float, str]]  # feature, cosine, label
+    promoted: list[tuple[str, float]] = field(default_factory=list)  # empty: not a stream's site
+    suppressed: list[tuple[str, float]] = field(default_factory=list)
+    adapter_path: str | None = None
+    after: Activity | None = None
+    change: float | None = None
+    effect_size: float | None = None
+    scaling: Scaled | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return result_file("features show", asdict(self))
+
+
+def feature_page(
+    config: RunConfig,
+    feature: int,
+    *,
+    adapter_path: str | None = None,
+    split: str = "valid",
+    limit: int | None = None,
+    examples: int = 8,
+    labels: Path | None = None,
+    output: Path | None = None,
+    say: Say,
+) -> FeaturePage:
+    """What a feature does on a split's answers, and what an adapter did to it. output: of a page.
+
+    Raises: ConfigError for several SAEs or a feature that there is not; DataError without pairs.
+    """
+    from fpo_mlx import report
+    from fpo_mlx.model.adapters import read_spec
+
+    if len(config.reference.sae) != 1:
+        raise ConfigError(f"features show needs one --sae; found {len(config.reference.sae)}.")
+    if adapter_path:
+        read_spec(Path(adapter_path))  # before the long part
+    job = open_job(config, say=say, need_sae=True)
+    sae = job.saes[0]
+    if not 0 <= feature < sae.n_features:
+        raise ConfigError(f"feature {feature}: the SAE has features 0 to {sae.n_features - 1}.")
+    known = read_labels(labels)[0] if labels else {}
+    if adapter_path:
+        warn_of_other_model([adapter_path], config.reference.model, job.model_path, say)
+    pairs = read_pairs(job, split, say)[:limit]
+    if not pairs:
+        raise DataError(f"--split {split}: no pairs to look at.")
+    texts = [
+        Passage(pair.prompt, response, f"pair {pair.index}, {side}")
+        for pair in pairs
+        for side, response in zip(("chosen", "rejected"), pair.responses, strict=True)
+    ]
+    whole = read_sae(config.reference.sae[0], config, say)
+    page = _page(job, whole, feature, texts, adapter_path, examples, known, split, say)
+    if output is not None:
+        files.write_text(output, report.render_feature(page.as_dict()))
+    return page
+
+
+def _page(
+    job: Job, whole: SaeWeights, feature: int, texts: list[Passage], adapter: str | None,
+    examples: int, known: dict[int, str], split: str, say: Say,
+) -> FeaturePage:  # fmt: skip
+    import numpy as np
+
+    from fpo_mlx.judge import feature_page as pages
+    from fpo_mlx.judge import feature_scan
+    from fpo_mlx.model.reader import encoder_of
+
+    sae, decode = job.saes[0], job.tokenizer.decode
+    assert sae.site is not None
+    encoder = encoder_of(sae)
+    before = _policy(job, str(job.adapter) if job.adapter else None, say)
+    seen = pages.watch(before, encoder, texts, feature, 0 if adapter else examples, decode)
+    more: dict[str, Any] = {}
+    models = [seen]
+    if adapter:
+        after = _policy(job, adapter, say)
+        models.append(pages.watch(after, encoder, texts, feature, examples, decode))
+        change, effect = pages.moved(*models)
+        more = {"adapter_path": adapter, "change": change, "effect_size": effect}
+        if whole.w_dec is not None and not whole.transcoder and whole.normalize == "none":
+            (more["scaling"],) = feature_scan.scaled(
+                (before, after), encoder, 0, whole, iter(texts), [feature]
+            )
+    top = max(float(np.abs(v).max()) for one in models for v in one.values)
+    figures = [pages.activity(one, top) for one in models]
+    near: list[tuple[int, float, str]] = []
+    if whole.w_dec is not None:
+        near = [
+            (i, c, known.get(i, "")) for i, c in pages.similar(whole.w_dec, feature, NEIGHBOURS)
+        ]
+        fits = not whole.transcoder and whole.w_dec.shape[1] == whole.d_in
+        weights = pages.logit_weights(before, sae.site, whole.w_dec[feature]) if fits else None
+        if weights is not None:
+            more["promoted"], more["suppressed"] = pages.extremes(weights, TOKENS, decode)
+    return FeaturePage(
+        feature, job.config.reference.sae[0], str(sae.site), job.model_path.name,
+        known.get(feature, ""), link(sae, feature), len(texts) // 2, split, figures[0],
+        models[-1].contexts, near, after=figures[1] if adapter else None, **more,
+    )  # fmt: skip
+
+
+def _policy(job: Job, adapter: str | None, say: Say) -> Policy:
+    from fpo_mlx.model.open import open_model
+    from fpo_mlx.model.policy import Policy
+
+    trusted = job.config.reference.trust_remote_code
+    loaded = open_model(job.model_path, adapter=adapter, trust_remote_code=trusted, say=say)
+    return Policy(loaded.model, loaded.config, [sae.site for sae in job.saes if sae.site])
