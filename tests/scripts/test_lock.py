@@ -72,7 +72,8 @@ def test_an_update_says_what_became_of_each_package():
     assert lock.changes(new, new) == []
     marked = new.replace("c==1", "c==1 ; python_version < '3.13'")
     assert lock.changes(new, marked) == ["c 1: other hashes or markers"]
-    assert lock.changes(new, "a==1\nb==2\nc==1\n") == ["d 5 -> (gone)"]
+    fewer = new.replace("d==5\n", "")
+    assert lock.changes(new, fewer) == ["d 5 -> (gone)"]
 
 
 def test_the_newest_run_lifts_every_upper_bound_and_no_other():
