@@ -49,8 +49,8 @@ class Case:
             shutil.copytree(self.before, self.target)
 
 
-def build_place(root: Path) -> None:
-    """Two models, adapters, SAEs, pairs and a reference cache; called in a child process."""
+def build_place(root: Path, plan: list[Case]) -> None:
+    """What these cases read: a model, SAEs, pairs, and what commands make of them, in a child."""
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     import tiny_models
     from helpers import random_sae
@@ -59,7 +59,9 @@ def build_place(root: Path) -> None:
     from fpo_mlx.records import Site
     from fpo_mlx.sae.convert import write_saelens
 
-    tiny_models.tiny_llama(root / "model", tokenizer=True, num_hidden_layers=2)
+    made = needed(root, plan)
+    if any(f"{root}/model" in words for words in (*made, *(case.words for case in plan))):
+        tiny_models.tiny_llama(root / "model", tokenizer=True, num_hidden_layers=2)
     for name, seed in (("sae", 1), ("sae2", 2)):
         write_saelens(_with_decoder(random_sae("topk", 32, Site(1), seed)), root / name)
     rows = [
@@ -72,24 +74,39 @@ def build_place(root: Path) -> None:
         (root / name / "train.jsonl").write_text(text)
         valid = {**rows[0], "prompt": "Held out?"}
         (root / name / "valid.jsonl").write_text(json.dumps(valid) + "\n")
-    for words in (
-        ["precompute", *_usual(root), "--output", f"{root}/ref"],
-        ["precompute", *_usual(root, data="part"), "--output", f"{root}/ref-part"],
-        ["train", *_training(root), "--iters", "2", "--seed", "9", "--adapter-path", f"{root}/a"],
-        ["train", *_training(root), "--iters", "2", "--seed", "8", "-c", f"{root}/rank4.yaml",
-         "--adapter-path", f"{root}/b"],
-        ["train", *_training(root), "--iters", "3", "--adapter-path", f"{root}/stage/adapters"],
-        ["fuse", "--model", f"{root}/model", "--adapter-path", f"{root}/a", "--save-path",
-         f"{root}/fused"],
-        ["sae", "convert", f"{root}/sae", "--output", f"{root}/made"],
-        ["pairs", "generate", *_answering(root), "--output", f"{root}/candidates.jsonl"],
-        ["pairs", "judge", f"{root}/candidates.jsonl", "--reward", "brevity", "--output",
-         f"{root}/{VERDICTS}"],
-    ):  # fmt: skip
-        (root / "prompts.txt").write_text("".join(f"Question {n}?\n" for n in range(40)))
-        (root / "rank4.yaml").write_text("lora_parameters: {rank: 4, scale: 3.0}\n")
+    (root / "prompts.txt").write_text("".join(f"Question {n}?\n" for n in range(40)))
+    (root / "rank4.yaml").write_text("lora_parameters: {rank: 4, scale: 3.0}\n")
+    for words in made:
         main(words, standalone_mode=False)
-    shutil.move(root / "stage" / "adapters", root / "half")
+    if (root / "stage" / "adapters").exists():
+        shutil.move(root / "stage" / "adapters", root / "half")
+
+
+def needed(root: Path, plan: list[Case]) -> list[list[str]]:
+    """The commands whose results these cases read, and those whose results these commands read."""
+    train = ["train", *_training(root), "--iters"]
+    makers = {
+        "ref": ["precompute", *_usual(root), "--output", f"{root}/ref"],
+        "ref-part": ["precompute", *_usual(root, data="part"), "--output", f"{root}/ref-part"],
+        "a": [*train, "2", "--seed", "9", "--adapter-path", f"{root}/a"],
+        "b": [*train, "2", "--seed", "8", "-c", f"{root}/rank4.yaml", "--adapter-path",
+              f"{root}/b"],
+        "half": [*train, "3", "--adapter-path", f"{root}/stage/adapters"],
+        "fused": ["fuse", "--model", f"{root}/model", "--adapter-path", f"{root}/a", "--save-path",
+                  f"{root}/fused"],
+        "made": ["sae", "convert", f"{root}/sae", "--output", f"{root}/made"],
+        "candidates.jsonl": ["pairs", "generate", *_answering(root), "--output",
+                             f"{root}/candidates.jsonl"],
+        VERDICTS: ["pairs", "judge", f"{root}/candidates.jsonl", "--reward", "brevity", "--output",
+                   f"{root}/{VERDICTS}"],
+    }  # fmt: skip
+    read = {word for case in plan for word in (*case.words, str(case.before))}
+    found: list[list[str]] = []
+    for name, words in reversed(makers.items()):
+        if f"{root}/{name}" in read:
+            found.insert(0, words)
+            read.update(words)
+    return found
 
 
 def _with_decoder(sae: Any) -> Any:

@@ -34,8 +34,8 @@ from kill_cases import Case, digest, finished, tree  # noqa: E402
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 HEAVY = (
-    "mlx_lm.convert", "mlx_lm.models.llama", "transformers.models.llama.modeling_llama",
-    "fpo_mlx.judge.evaluate", "fpo_mlx.model.fuse", "fpo_mlx.pipeline.pairs_judge",
+    "mlx_lm.convert", "mlx_lm.models.llama", "transformers.models.auto.tokenization_auto",
+    "fpo_mlx.cli", "fpo_mlx.judge.evaluate", "fpo_mlx.model.fuse", "fpo_mlx.pipeline.pairs_judge",
     "fpo_mlx.reference.mlx_backend", "fpo_mlx.train.trainer",
 )  # fmt: skip
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
@@ -227,11 +227,11 @@ def preload() -> None:
 def run(root: Path, kills: int, signals: int, seed: int, only: list[str]) -> list[Tally]:
     chance, log = random.Random(seed), root / "log"
     os.environ["FPO_MLX_CACHE"] = str(root / "user-cache")
-    code = ended(fork(lambda: kill_cases.build_place(root), log))
+    plan = [case for case in kill_cases.cases(root) if not only or case.name in only]
+    code = ended(fork(lambda: kill_cases.build_place(root, plan), log))
     if code:
         sys.exit(f"the place cannot be built:\n{log.read_text()[-3000:]}")
     tallies = []
-    plan = [case for case in kill_cases.cases(root) if not only or case.name in only]
     for i, case in enumerate(plan):
         reference_run(case, root)
         tally = Tally(case.name)
