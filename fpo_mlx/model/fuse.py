@@ -1,4 +1,4 @@
-"""Adapters into weights: a folder that mlx_lm.load, transformers, LM Studio and llama.cpp read."""
+"""Adapters into weights: a folder that mlx_lm.load, transformers and llama.cpp's converter read."""
 
 from __future__ import annotations
 

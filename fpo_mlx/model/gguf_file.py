@@ -69,6 +69,8 @@ def prepare(folder: Path, config: Mapping[str, Any], args: Any, kind: str) -> Ex
     model_type = config["model_type"]
     if model_type not in ARCHITECTURES:
         raise _no(f"a {model_type}", f"wanted one of {', '.join(ARCHITECTURES)}")
+    if args is None:
+        raise _no("a model without arguments", "wanted them as mlx-lm keeps them")
     own = {name: value for name, value in vars(args).items() if value is not None}
     config = {**_hub_config(folder), **config, **own}
     if lacking := [name for name in _WANTED if config.get(name) is None]:

@@ -12,9 +12,9 @@ import mlx.nn as nn
 
 @dataclass(frozen=True)
 class Kept:
-    """Over all fused layers of less than float32. bits: quantised, or 16. change: D = fused - base weights before rounding.
+    """Over all fused layers of less than float32. D: fused - base weights before rounding.
 
-    share: <E, D> / <D, D> of the change E after rounding; error: |E - D| / |D|.
+    bits: of quantised layers, or 16; share: <E, D> / <D, D> of the change E after rounding; error: |E - D| / |D|.
     """
 
     share: float

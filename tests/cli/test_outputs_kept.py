@@ -33,6 +33,9 @@ def made(tmp_path_factory):
     sides = [{"text": text, **rest} for text in ("Yes.", "No, no.")]
     lines(root / "candidates.jsonl", {"id": "1", "prompt": "Why?", "candidates": sides})
     os.environ["FPO_MLX_CACHE"] = str(root / "user-cache")
+    judged = ["--reward", "length", "--output", root / "verdicts.jsonl"]
+    done = run("pairs", "judge", root / "candidates.jsonl", *judged)
+    assert done.exit_code == 0, done.stderr
     done = run("precompute", *usual(root), "--output", root / "ref")
     assert done.exit_code == 0, done.stderr
     done = train(root, root / "run", "--iters", 1, "--reference", root / "ref")
@@ -88,7 +91,7 @@ FOLDERS = {  # command -> (its words without the place, the option of the place,
     "precompute": (lambda p: ["precompute", *usual(p)], "--output", "model"),
     "cache merge": (lambda p: ["cache", "merge", p / "ref"], "--output", "ref"),
     "pairs build": (
-        lambda p: ["pairs", "build", p / "candidates.jsonl", "--verdicts", p / "candidates.jsonl"],
+        lambda p: ["pairs", "build", p / "candidates.jsonl", "--verdicts", p / "verdicts.jsonl"],
         "--output", "data",
     ),
     "features data": (lambda p: [*_lessons(p), "--select", 2], "--output", "data"),
@@ -148,7 +151,7 @@ FILES = {
         "candidates.jsonl",
     ),
     "pairs build --json": (
-        lambda p: ["pairs", "build", p / "candidates.jsonl", "--verdicts", p / "candidates.jsonl"],
+        lambda p: ["pairs", "build", p / "candidates.jsonl", "--verdicts", p / "verdicts.jsonl"],
         "--json", "candidates.jsonl",
     ),
     "doctor": (lambda p: ["doctor", "--no-hub"], "--json", None),
@@ -247,6 +250,20 @@ def test_what_a_command_reads_is_never_its_folder(place, tmp_path, name):
         refused_and_untouched([*words(place), flag, there, *more], tmp_path, f"{name}: {there}")
     if name in WHOLE:  # others could be written beside what is read
         refused_and_untouched([*words(place), flag, place, *more], tmp_path, f"{name}: around")
+
+
+# one fetches a model, one waits for its user: tests/unit/demo and test_pairs_rate run them whole
+ALONE = ("demo", "pairs rate")
+
+
+@pytest.mark.parametrize("name", [n for n in (*FOLDERS, *FILES) if n not in ALONE])
+def test_the_same_call_with_an_empty_place_is_done(place, tmp_path, name):
+    """So that no call above is refused for another reason than its place."""
+    words, flag, _ = (FOLDERS | FILES)[name]
+    there = tmp_path / ("out" if name in FOLDERS else "out.json")
+    done = run(*words(place), flag, there)
+    assert done.exit_code == 0, (done.exception, done.stderr)
+    assert there.exists()
 
 
 FOREIGN_FILES = {

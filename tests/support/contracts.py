@@ -106,10 +106,18 @@ def mlx_lm_loads_and_saves_models_under_these_arguments() -> None:
 @contract
 def mlx_lm_converts_under_these_arguments() -> None:
     from mlx_lm.convert import convert
-    from mlx_lm.gguf import convert_to_gguf
 
     takes(convert, "quantize", "q_group_size", "q_bits", "dtype", "trust_remote_code")
-    assert len(inspect.signature(convert_to_gguf).parameters) == 4
+
+
+@contract
+def mlx_lms_models_keep_their_arguments() -> None:
+    from mlx_lm.models import gemma3_text, llama, qwen2
+
+    for module in (llama, qwen2, gemma3_text):
+        fields = module.ModelArgs.__dataclass_fields__
+        assert {"rope_theta", "rope_scaling", "rms_norm_eps", "num_key_value_heads"} <= set(fields)
+        assert "self.args = args" in inspect.getsource(module.Model.__init__)
 
 
 @contract
