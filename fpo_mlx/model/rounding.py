@@ -14,7 +14,8 @@ import mlx.nn as nn
 class Kept:
     """Over all fused layers of less than float32. D: fused - base weights before rounding.
 
-    bits: of quantised layers, or 16; share: <E, D> / <D, D> of the change E after rounding; error: |E - D| / |D|.
+    bits: of quantised layers, or 16; share: <E, D> / <D, D> of the change E after rounding;
+    error: |E - D| / |D|.
     """
 
     share: float
