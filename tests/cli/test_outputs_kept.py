@@ -33,7 +33,7 @@ def made(tmp_path_factory):
     sides = [{"text": text, **rest} for text in ("Yes.", "No, no.")]
     lines(root / "candidates.jsonl", {"id": "1", "prompt": "Why?", "candidates": sides})
     os.environ["FPO_MLX_CACHE"] = str(root / "user-cache")
-    judged = ["--reward", "length", "--output", root / "verdicts.jsonl"]
+    judged = ["--reward", "brevity", "--output", root / "verdicts.jsonl"]
     done = run("pairs", "judge", root / "candidates.jsonl", *judged)
     assert done.exit_code == 0, done.stderr
     done = run("precompute", *usual(root), "--output", root / "ref")
@@ -143,7 +143,7 @@ FILES = {
         "--output", "prompts.jsonl",
     ),
     "pairs judge": (
-        lambda p: ["pairs", "judge", p / "candidates.jsonl", "--reward", "length"], "--output",
+        lambda p: ["pairs", "judge", p / "candidates.jsonl", "--reward", "brevity"], "--output",
         "candidates.jsonl",
     ),
     "pairs rate": (
