@@ -25,7 +25,9 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("kept")
     tiny_models.tiny_llama(root / "model", tokenizer=True)
     write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
-    lines(root / "data/train.jsonl", *ROWS)
+    more = ({**ROWS[0], "prompt": f"Which is {n}?"} for n in range(20))
+    lines(root / "data/train.jsonl", *ROWS, *more)
+    lines(root / "others.jsonl", *({"text": f"Quite another thing, {n}."} for n in range(4)))
     lines(root / "words.jsonl", *({"text": f"word {n}"} for n in range(4)))
     lines(root / "prompts.jsonl", *({"prompt": f"word {n}"} for n in range(4)))
     np.save(root / "x.npy", np.zeros((2, tiny_models.HIDDEN), np.float32))
@@ -57,16 +59,21 @@ def _with_adapter(p):
 
 
 def _sae_train(p):
-    return ["sae", "train", "--model", p / "model", "--data", p / "words.jsonl", "--layer", 1]
+    few = ["--training-tokens", 64, "--batch-size", 4, "--width", 64, "--k", 6]
+    return ["sae", "train", "--model", p / "model", "--data", p / "words.jsonl", "--layer", 1, *few]
 
 
 def _find(p):
-    texts = ["--positive", p / "words.jsonl", "--negative", p / "words.jsonl"]
+    texts = ["--positive", p / "words.jsonl", "--negative", p / "others.jsonl"]
     return ["features", "find", "--model", p / "model", "--sae", p / "sae", *texts]
 
 
 def _lessons(p):
     return ["features", "data", *usual(p), "--reference", p / "ref"]
+
+
+def _build(p):
+    return ["pairs", "build", p / "candidates.jsonl", "--verdicts", p / "verdicts.jsonl", "--force"]
 
 
 def _train(p):
@@ -91,7 +98,7 @@ FOLDERS = {  # command -> (its words without the place, the option of the place,
     "precompute": (lambda p: ["precompute", *usual(p)], "--output", "model"),
     "cache merge": (lambda p: ["cache", "merge", p / "ref"], "--output", "ref"),
     "pairs build": (
-        lambda p: ["pairs", "build", p / "candidates.jsonl", "--verdicts", p / "verdicts.jsonl"],
+        _build,
         "--output", "data",
     ),
     "features data": (lambda p: [*_lessons(p), "--select", 2], "--output", "data"),
@@ -151,7 +158,7 @@ FILES = {
         "candidates.jsonl",
     ),
     "pairs build --json": (
-        lambda p: ["pairs", "build", p / "candidates.jsonl", "--verdicts", p / "verdicts.jsonl"],
+        _build,
         "--json", "candidates.jsonl",
     ),
     "doctor": (lambda p: ["doctor", "--no-hub"], "--json", None),
