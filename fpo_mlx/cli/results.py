@@ -182,7 +182,7 @@ def fuse(
     adapter_path, save_path, adapter_scale, dequantize, keep_bits, dtype, export_gguf, gguf_path,
     upload_repo, verify, target_kl, json_path, overwrite, **values,
 ) -> None:  # fmt: skip
-    """Fuse adapters into the model, for mlx_lm.generate and LM Studio.
+    """Fuse adapters into the model, for mlx_lm.generate and transformers.
 
     \b
     Example:

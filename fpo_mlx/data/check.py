@@ -21,7 +21,7 @@ from fpo_mlx.data.findings import (
     repeats,
     seen,
 )
-from fpo_mlx.data.inspect import inspect
+from fpo_mlx.data.inspect import Inspected, inspect
 from fpo_mlx.data.read import SPLITS
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns
 from fpo_mlx.data.tokenize import Tokenizer, truncate_pairs
@@ -91,13 +91,14 @@ def check_data(
     columns: Columns = DEFAULT_COLUMNS,
     progress: Callable[[int], None] | None = None,
     keep_clean: bool = True,
+    each: Callable[[str, Inspected], None] = lambda *_: None,
 ) -> CheckReport:
     """Check every row by itself and against all others.
 
     splits: rows as `read_raw` (or, one by one, `iterate_raw`) gives them, by split name. Without a
     tokenizer the checks of the chat template and of lengths in tokens are left out; without
     max_seq_length, those of cuts. progress: called with the number of rows done. keep_clean: keep
-    the records of the clean set.
+    the records of the clean set. each: called with the split and every row that was looked at.
 
     Never raises for bad rows: they are findings.
     """
@@ -108,6 +109,7 @@ def check_data(
     done = 0
     for name, rows in usable.items():
         for item in inspect(splits[name], name, tokenizer, columns):
+            each(name, item)
             findings += item.findings
             if item.row is not None:
                 rows.append(seen(item.row, item.pair))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
@@ -21,7 +22,7 @@ import numpy as np
 from fpo_mlx import __version__
 from fpo_mlx.data import token_store
 from fpo_mlx.data.findings import Finding, Kind, Seen, by_kind, length_bias, repeats, seen
-from fpo_mlx.data.inspect import inspect
+from fpo_mlx.data.inspect import Inspected, inspect
 from fpo_mlx.data.messages import RowFault
 from fpo_mlx.data.read import AUTO_SPLITS, HubSplits, content_key, iterate_raw
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns
@@ -78,11 +79,8 @@ def prepare(
     Raises DataError (no rows, or rows that cannot be used: all of them are named) and FpoError
     (no such source or split).
     """
-    folder = None
-    if store is not None:
-        parts = [token_store.FORMAT, __version__, content_key(source, split, hub), split]
-        parts += [tokenizer.encoding_key(), vars(columns)]
-        folder = store / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    folder = None if store is None else _place(source, split, tokenizer, columns, hub, store)
+    if folder is not None:
         kept = token_store.load(folder)
         if kept is not None:
             return _prepared(split, kept)
@@ -95,6 +93,42 @@ def prepare(
         sink.seek(0)
         tokens = np.frombuffer(sink.read(), dtype="<i4")
     return Prepared(split, token_store.pairs_of(tokens, made.places), made.topics, made.kinds)
+
+
+@contextmanager
+def keeping(
+    source: str | Path,
+    split: str,
+    tokenizer: KeyedTokenizer,
+    columns: Columns = DEFAULT_COLUMNS,
+    hub: HubSplits = AUTO_SPLITS,
+    *,
+    store: Path,
+) -> Iterator[Callable[[Inspected], None]]:
+    """Takes the rows that another reads of a split, and keeps them in `store` as `prepare` would.
+
+    Nothing is kept of a split with rows that cannot be used, or that was read in part.
+    """
+    folder = _place(source, split, tokenizer, columns, hub, store)
+    with SpooledTemporaryFile(max_size=IN_MEMORY) as sink:
+        rows = _Gathered(split, sink)
+        yield rows.take
+        if not rows.faults and len(rows.places) >= KEPT_FROM and not folder.exists():
+            _kept(folder, sink, rows.made())
+
+
+def _place(
+    source: str | Path,
+    split: str,
+    tokenizer: KeyedTokenizer,
+    columns: Columns,
+    hub: HubSplits,
+    store: Path,
+) -> Path:
+    """The folder of a split's tokens, named by all that decides them."""
+    parts = [token_store.FORMAT, __version__, content_key(source, split, hub), split]
+    parts += [tokenizer.encoding_key(), vars(columns)]
+    return store / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def _kept(folder: Path, sink: IO[bytes], made: _Made) -> Stored | None:
@@ -127,36 +161,50 @@ def _made(
     sink: IO[bytes],
     progress: Progress | None,
 ) -> _Made:
-    """From the rows. The tokens go to `sink`, so that the pairs need not hold them twice."""
-    rows = iterate_raw(source, split, hub)
-    places: list[token_store.Place] = []
-    known: list[Seen] = []
-    findings: list[Finding] = []
-    faults: list[tuple[str, RowFault]] = []
-    done = at = 0
-    for item in inspect(rows, split, tokenizer, columns):
-        done += 1
+    """From the rows."""
+    found = _Gathered(split, sink)
+    for item in inspect(iterate_raw(source, split, hub), split, tokenizer, columns):
+        found.take(item)
         if progress is not None:
-            progress(done)
+            progress(found.done)
+    if found.faults:
+        raise _refusal(found.faults, found.done, f"{source} ({split})")
+    return found.made()
+
+
+class _Gathered:
+    """Row by row. The tokens go to `sink`, so that the pairs need not hold them twice."""
+
+    def __init__(self, split: str, sink: IO[bytes]) -> None:
+        self.done = self._at = 0
+        self.places: list[token_store.Place] = []
+        self.faults: list[tuple[str, RowFault]] = []
+        self._split, self._sink = split, sink
+        self._known: list[Seen] = []
+        self._findings: list[Finding] = []
+
+    def take(self, item: Inspected) -> None:
+        self.done += 1
         if item.row is None or item.pair is None:
             if item.fault is not None:
-                faults.append((item.raw.where, item.fault))
-            continue
-        if faults:
-            continue  # only what else is wrong is wanted now
-        findings += item.findings
-        known.append(seen(item.row, item.pair))
+                self.faults.append((item.raw.where, item.fault))
+            return
+        if self.faults:
+            return  # only what else is wrong is wanted now
+        self._findings += item.findings
+        self._known.append(seen(item.row, item.pair))
         parts = (item.pair.prompt, item.pair.chosen, item.pair.rejected)
         for part in parts:
-            sink.write(part.astype("<i4").tobytes())
+            self._sink.write(part.astype("<i4").tobytes())
         sizes = len(parts[0]), len(parts[1]), len(parts[2])
-        places.append((at, *sizes, item.raw.where, item.pair.facts))
-        at += sum(map(len, parts))
-    if faults:
-        raise _refusal(faults, done, f"{source} ({split})")
-    findings += repeats(split, known)
-    findings += length_bias(split, [row.lengths for row in known])
-    return _Made(places, [row.topic for row in known], tuple(by_kind(findings)))
+        self.places.append((self._at, *sizes, item.raw.where, item.pair.facts))
+        self._at += sum(sizes)
+
+    def made(self) -> _Made:
+        """All of the split, with what only the whole shows."""
+        findings = [*self._findings, *repeats(self._split, self._known)]
+        findings += length_bias(self._split, [row.lengths for row in self._known])
+        return _Made(self.places, [row.topic for row in self._known], tuple(by_kind(findings)))
 
 
 def _refusal(faults: list[tuple[str, RowFault]], rows: int, source: str) -> DataError:

@@ -1,4 +1,4 @@
-"""Adapters into weights: a folder that mlx_lm.load, transformers, LM Studio and llama.cpp read."""
+"""Adapters into weights: a folder that mlx_lm.load, transformers and llama.cpp's converter read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fpo_mlx.errors import ConfigError
 from fpo_mlx.model import adapters, gguf_file
 from fpo_mlx.model.load import dequantize as dequantize_layers
 from fpo_mlx.model.load import read_model
-from fpo_mlx.model.rounding import Kept, change_of, is_plain, kept_of, rounded_to
+from fpo_mlx.model.rounding import Kept, change_of, is_plain, is_rounded, kept_of, rounded_to
 from fpo_mlx.model.trees import arrays_of, cast_floats, float_dtype
 from fpo_mlx.records import AS_BASE, FusedForm
 from fpo_mlx.storage import files
@@ -33,7 +33,7 @@ BESIDE = (
 
 @dataclass(frozen=True)
 class FuseReport:
-    """kept: of the adapters' change after rounding, where layers are quantised; template: which
+    """kept: of the adapters' change after rounding to fewer than 32 bits; template: which
     chat template the folder has ("" for the base's); unreached: adapted layers that keep the base's
     bits in spite of keep_bits."""
 
@@ -70,7 +70,7 @@ def fuse(
     """
     loaded = read_model(model, trust_remote_code=trust_remote_code)
     base, config, path = loaded.model, loaded.config, loaded.path
-    export = _checked(form, path, config)
+    export = _checked(form, path, config, base)
     quantized, gguf = "quantization" in config and not form.dequantize, form.gguf_path
     count, kept, unreached = _add(base, config, adapter_path, form, export)
     template = _template(chat_template, adapter_path)
@@ -85,13 +85,16 @@ def fuse(
     return FuseReport(save_path, count, quantized, place, upload_repo, kept, said, unreached)
 
 
-def _checked(form: FusedForm, path: Path, config: dict[str, Any]) -> gguf_file.Export | None:
+def _checked(
+    form: FusedForm, path: Path, config: dict[str, Any], base: nn.Module
+) -> gguf_file.Export | None:
     """What a GGUF needs, if one is wanted. Raises: ConfigError where the base has no such form."""
     _check_bits(config, form.keep_bits, form.dequantize)
     if not form.gguf_path:
         return None
     _check_gguf(form.gguf_path, "quantization" in config and not form.dequantize)
-    return gguf_file.prepare(path, config, gguf_file.file_type(form.dtype))
+    args = getattr(base, "args", None)
+    return gguf_file.prepare(path, config, args, gguf_file.file_type(form.dtype))
 
 
 def _add(
@@ -117,9 +120,12 @@ def _add(
     unreached = 0 if form.keep_bits is None else sum(
         "lora_a" in module and not is_plain(module) for _, module in base.named_modules()
     )  # fmt: skip
-    count, kept = fuse_layers(base, config, dequantize=form.dequantize, keep_bits=form.keep_bits)
-    if form.dequantize or form.dtype:
-        cast_floats(base, DTYPES[form.dtype] if form.dtype else own)
+    stored = DTYPES[form.dtype] if form.dtype else own if form.dequantize else None
+    count, kept = fuse_layers(
+        base, config, dequantize=form.dequantize, keep_bits=form.keep_bits, stored=stored
+    )
+    if stored is not None:
+        cast_floats(base, stored)
     return count, kept, unreached
 
 
@@ -177,9 +183,11 @@ def fuse_layers(
     *,
     dequantize: bool = False,
     keep_bits: int | None = None,
+    stored: mx.Dtype | None = None,
 ) -> tuple[int, Kept | None]:
     """Replace every adapted layer by one of base + adapter, of its types.
 
+    stored: of the floats; default: those of the layer's base.
     Returns: how many there were, and what rounding left of their change (None without rounding).
     keep_bits is written into `config` for the layers concerned.
     """
@@ -193,22 +201,27 @@ def fuse_layers(
             new: nn.Module = module.fuse(dequantize=dequantize)
         else:
             new = rounded_to(base, change, keep_bits)
-            if isinstance(new, nn.QuantizedLinear):
-                sums.append(kept_of(base, change, new))
-                if new.bits != base.bits:
-                    own = {"group_size": new.group_size, "bits": new.bits}
-                    config["quantization"][name] = own
-        fused.append((name, _typed_as(base, new)))
+            if isinstance(new, nn.QuantizedLinear) and new.bits != base.bits:
+                own = {"group_size": new.group_size, "bits": new.bits}
+                config["quantization"][name] = own
+        new = _typed_as(base, new, stored)
+        if change is not None and is_rounded(new):
+            sums.append(kept_of(base, change, new))
+        fused.append((name, new))
     if fused:
         model.update_modules(tree_unflatten(fused))
     return len(fused), Kept.of(sums)
 
 
-def _typed_as(base: nn.Module, fused: nn.Module) -> nn.Module:
-    """The fused layer in its base's float type: DoRA's magnitudes are float32, and so its sum."""
-    types = {
-        v.dtype for _, v in arrays_of(base.parameters()) if mx.issubdtype(v.dtype, mx.floating)
-    }
+def _typed_as(base: nn.Module, fused: nn.Module, stored: mx.Dtype | None) -> nn.Module:
+    """The fused layer in that float type, or its base's: the sum is made in float32."""
+    types = (
+        {stored}
+        if stored is not None
+        else {
+            v.dtype for _, v in arrays_of(base.parameters()) if mx.issubdtype(v.dtype, mx.floating)
+        }
+    )
     if len(types) == 1:  # mxfp4 has none: its scales are integers
         cast_floats(fused, types.pop())
     return fused

@@ -33,12 +33,12 @@ _WANTED = (
 )  # fmt: skip
 FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # llama.cpp's numbers
 _LARGEST = 65504.0  # of float16
-_THETA = {"gemma3_text": 1e6}  # mlx-lm's defaults; elsewhere 10000
 
 
 @dataclass(frozen=True)
 class Export:
-    """All but the tensors. heads: (query, key/value)."""
+    """All but the tensors. config: what mlx-lm computes with, over config.json's other entries;
+    heads: (query, key/value)."""
 
     architecture: str
     kind: str  # dtype of the matrices
@@ -54,9 +54,10 @@ def file_type(dtype: str | None) -> str:
     return dtype or "float16"
 
 
-def prepare(folder: Path, config: Mapping[str, Any], kind: str) -> Export:
+def prepare(folder: Path, config: Mapping[str, Any], args: Any, kind: str) -> Export:
     """Check that this model can be written, before anything is. folder: the base model's.
 
+    args: of the loaded model, mlx-lm's dataclass; its values are written, with its defaults.
     Raises: ConfigError naming what GGUF or llama.cpp has no form for.
     """
     try:
@@ -68,13 +69,15 @@ def prepare(folder: Path, config: Mapping[str, Any], kind: str) -> Export:
     model_type = config["model_type"]
     if model_type not in ARCHITECTURES:
         raise _no(f"a {model_type}", f"wanted one of {', '.join(ARCHITECTURES)}")
-    config = {**_hub_config(folder), **config}
-    wanted = [*_WANTED, *(["head_dim"] if model_type.startswith(("gemma", "qwen3")) else [])]
-    if lacking := [name for name in wanted if config.get(name) is None]:
+    if args is None:
+        raise _no("a model without arguments", "wanted them as mlx-lm keeps them")
+    own = {name: value for name, value in vars(args).items() if value is not None}
+    config = {**_hub_config(folder), **config, **own}
+    if lacking := [name for name in _WANTED if config.get(name) is None]:
         raise _no(f"a config.json without {', '.join(lacking)}", "wanted its values, not defaults")
     heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    rope = _rope(config)
+    head_dim = int(own.get("head_dim") or config["hidden_size"] // heads)
+    rope = _rope(config, own)
     _check(config, head_dim, rope)
     vocabulary = read_vocabulary(folder, int(config["vocab_size"]))
     groups = int(config.get("num_key_value_heads") or heads)
@@ -94,17 +97,22 @@ def _hub_config(folder: Path) -> dict[str, Any]:
     return files.parse_json((folder / "config.json").read_text(encoding="utf-8"))
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """theta, type and factors, from transformers 4's or 5's way to write them."""
-    new = config.get("rope_parameters") or {}
-    if "full_attention" in new:  # one block for each kind of attention
-        new = new["full_attention"]
-    old = config.get("rope_scaling") or {}
-    given = {**new, **old}
-    theta = config.get("rope_theta") or new.get("rope_theta")
-    theta = theta or _THETA.get(config["model_type"], 10000.0)
+def _rope(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """theta, kind and factors that mlx-lm rotates by. own: its arguments.
+
+    Raises: ConfigError where config.json, in transformers 5's way, has others that mlx-lm left.
+    """
+    theta, given = float(own["rope_theta"]), own.get("rope_scaling") or {}
     kind = given.get("rope_type") or given.get("type") or "default"
-    return {**given, "theta": float(theta), "kind": kind}
+    new = config.get("rope_parameters") or {}
+    new = new.get("full_attention", new)  # one block for each kind of attention
+    said = float(new.get("rope_theta") or theta), new.get("rope_type") or kind
+    if said != (theta, kind):
+        raise _no(
+            f"rope_parameters of theta {said[0]:g} ({said[1]}) where mlx-lm computes with "
+            f"{theta:g} ({kind})", "wanted one of them in config.json, as rope_theta",
+        )  # fmt: skip
+    return {**given, "theta": theta, "kind": kind}
 
 
 def _check(config: Mapping[str, Any], head_dim: int, rope: Mapping[str, Any]) -> None:
@@ -123,13 +131,13 @@ def _check(config: Mapping[str, Any], head_dim: int, rope: Mapping[str, Any]) ->
         raise _no(f"query_pre_attn_scalar {scalar}", f"llama.cpp takes the head's {head_dim}")
     if model_type == "gemma3_text":
         local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
-        base = config.get("rope_local_base_freq") or local.get("rope_theta") or 10000.0
+        base = {config["rope_local_base_freq"], local.get("rope_theta") or 10000.0}
         kinds = config.get("layer_types") or ()
-        period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        period = config["sliding_window_pattern"]
         odd = [
             i for i, kind in enumerate(kinds) if (kind == "full_attention") != ((i + 1) % 6 == 0)
         ]
-        if base != 10000.0 or period != 6 or odd:
+        if base != {10000.0} or period != 6 or odd:
             raise _no("another pattern of windows than Gemma 3's", "every sixth block sees all")
 
 

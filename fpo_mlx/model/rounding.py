@@ -1,4 +1,4 @@
-"""What rounding to few bits leaves of an adapter's change."""
+"""What rounding to few bits, or to half precision, leaves of an adapter's change."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import mlx.nn as nn
 
 @dataclass(frozen=True)
 class Kept:
-    """Over all fused layers that are quantised. change: D = fused - base weights before rounding.
+    """Over all fused layers of less than float32. D: fused - base weights before rounding.
 
-    share: <E, D> / <D, D> of the change E after rounding; error: |E - D| / |D|.
+    bits: of quantised layers, or 16; share: <E, D> / <D, D> of the change E after rounding;
+    error: |E - D| / |D|.
     """
 
     share: float
@@ -77,6 +78,11 @@ def rounded_to(base: Any, change: mx.array, bits: int | None) -> Any:
     return nn.QuantizedLinear.from_linear(layer, base.group_size, base.bits, mode=base.mode)
 
 
+def is_rounded(fused: Any) -> bool:
+    """Whether the weight is stored in fewer than 32 bits."""
+    return isinstance(fused, nn.QuantizedLinear) or fused.weight.dtype != mx.float32
+
+
 def kept_of(base: Any, change: mx.array, fused: Any) -> tuple[float, float, float, int]:
     """(<E, D>, |E - D|^2, |D|^2, bits) of one layer."""
     after = plain_weight(fused) - plain_weight(base)
@@ -84,4 +90,4 @@ def kept_of(base: Any, change: mx.array, fused: Any) -> tuple[float, float, floa
     sums = [(after * change).sum(), (off * off).sum(), (change * change).sum()]
     mx.eval(sums)
     along, error, size = (float(value) for value in sums)
-    return along, error, size, fused.bits
+    return along, error, size, fused.bits if isinstance(fused, nn.QuantizedLinear) else 16

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 from fpo_mlx import __version__, data
 from fpo_mlx.config import RunConfig
-from fpo_mlx.data.prepare import KEPT_FROM
+from fpo_mlx.data.prepare import KEPT_FROM, keeping
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, open_tokenizer
-from fpo_mlx.pipeline.prepared import Ticker, longest
+from fpo_mlx.pipeline.prepared import Ticker, longest, token_folder
 from fpo_mlx.storage import files, outputs, paths
 from fpo_mlx.storage.hub import resolve_model
 
@@ -34,7 +34,8 @@ def check(
     """Check every row of every split; `fix` names a folder for the rows that are good.
 
     Without a model the checks of the template and of lengths in tokens are left out. The report of
-    a large set is kept by content, and read when the same is asked again.
+    a large set is kept by content, and read when the same is asked again; so are its tokens, which
+    `train` and `precompute` read.
     Raises: ConfigError without data, or when `fix` would lose something (`storage.outputs`).
     """
     d, ref = config.data, config.reference
@@ -55,14 +56,22 @@ def check(
     kept = None if fix is not None else _place(config, names, tokenizer, limit)
     if kept is not None and (before := _read(kept)) is not None:
         return before
-    report = data.check_data(
-        {name: data.iterate_raw(d.data, name, hub) for name in names},
-        tokenizer,
-        limit,
-        columns(config),
-        progress or Ticker(say, "checked"),
-        keep_clean=fix is not None,
-    )
+    with ExitStack() as stack:
+        takes = {} if tokenizer is None else {
+            name: stack.enter_context(
+                keeping(d.data, name, tokenizer, columns(config), hub, store=token_folder())
+            )
+            for name in names
+        }  # fmt: skip
+        report = data.check_data(
+            {name: data.iterate_raw(d.data, name, hub) for name in names},
+            tokenizer,
+            limit,
+            columns(config),
+            progress or Ticker(say, "checked"),
+            keep_clean=fix is not None,
+            each=lambda name, item: takes[name](item) if takes else None,
+        )
     if fix is not None:
         with files.atomic_folder(fix, partial(claim, fix)) as work:
             written = data.write_clean(report.clean, work)

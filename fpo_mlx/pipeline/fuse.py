@@ -96,11 +96,9 @@ def said_of(report: FuseReport) -> list[str]:
         lines.append(f"the folder has {report.template}, not the base's")
     if (kept := report.kept) is not None:
         bits = " and ".join(map(str, kept.bits))
-        way = (
-            "" if kept.error < TOLERABLE
-            else "; --keep-bits 8 keeps the adapted layers at 8 bits, "
-            "--dequantize --dtype float32 keeps all of it"
-        )  # fmt: skip
+        more = "" if max(kept.bits) > 8 else "--keep-bits 8 keeps the adapted layers at 8 bits, "
+        whole = "" if kept.bits == (16,) else "--dequantize "
+        way = "" if kept.error < TOLERABLE else f"; {more}{whole}--dtype float32 keeps all of it"
         lines.append(
             f"rounding to {bits} bits left {kept.share:.0%} of the adapters' change, with an error "
             f"{kept.error:.2f} times its size{way}"

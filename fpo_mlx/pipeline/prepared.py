@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fpo_mlx import data
@@ -65,8 +66,13 @@ def read_splits(
 def _one(config: RunConfig, tokenizer: ChatTokenizer, name: str, say: Say) -> Prepared:
     return prepare(
         config.data.data, name, tokenizer, columns(config), hub_splits(config),
-        store=paths.cache_root() / "tokens", progress=Ticker(say, f"{name}: tokenized"),
+        store=token_folder(), progress=Ticker(say, f"{name}: tokenized"),
     )  # fmt: skip
+
+
+def token_folder() -> Path:
+    """Where tokenized pairs are kept by content."""
+    return paths.cache_root() / "tokens"
 
 
 def _kinds(splits: dict[str, Prepared]) -> list[Kind]:

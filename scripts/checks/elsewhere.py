@@ -2,12 +2,14 @@
 
 Usage: elsewhere.py --model SMOLLM2 [--work FOLDER] [--only NAME,NAME]
 Makes an environment each for transformers 4.51.3, transformers 5 with PEFT, and llama.cpp
-(xllamacpp) in WORK/venvs, random adapters for SmolLM2 and for tiny models like Llama 3, Qwen 3 and
-Gemma 2, fuses and exports them, and has every reader give the logits behind one prompt and twelve
+(xllamacpp) in WORK/venvs, random adapters for SmolLM2 and for the tiny models of elsewhere_models,
+fuses and exports them, and has every reader give the logits behind one prompt and twelve
 greedy tokens. Prints the largest difference to mlx-lm with the adapters; exit code 1 if one
 exceeds 1e-4, or another token is chosen. llama.cpp tells log-probs of the ten likeliest tokens;
 its server sums the softmax over the vocabulary in float32, so all of them are off by one constant
 (1.7e-4 for SmolLM2's 49,152 tokens): they are compared to the likeliest one's, as logits would be.
+An adapter that PEFT itself made and saved is read here, and compared with PEFT's own logits.
+--peft-fixture FOLDER writes such an adapter of the suite's tiny Llama, with its logits, and ends.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -28,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support"), str(Path(__file__).parent)]
 
 import mlx.core as mx  # noqa: E402
+import tiny_models  # noqa: E402
 from elsewhere_models import MAKERS  # noqa: E402
 from mlx_lm import utils  # noqa: E402
 
@@ -42,6 +46,7 @@ ENVIRONMENTS = {  # name -> (packages, whether torch is borrowed from this inter
     "llama.cpp": (("xllamacpp", "numpy"), False),
 }
 PROMPT, STEPS, TOLERANCE = "The capital of France is", 12, 1e-4
+FIXED = [5, 17, 250, 3, 99, 42]  # tokens of the fixture
 
 TRANSFORMERS = """
 import json, sys, torch
@@ -63,6 +68,25 @@ tokens = AutoTokenizer.from_pretrained(base)
 print(json.dumps({"logits": logits.tolist(), "greedy": out,
                   "ids": tokens(sys.argv[5], add_special_tokens=False)["input_ids"]}))
 """
+PEFT_MAKES = """
+import json, sys, torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+base, out, ids, last, name = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), *sys.argv[4:6]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32,
+    attn_implementation="eager")
+config = LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "down_proj"], lora_dropout=0.0,
+    layers_to_transform=[int(last) - 1, int(last)], task_type="CAUSAL_LM")
+torch.manual_seed(0)
+model = get_peft_model(model, config).eval()
+for key, value in model.named_parameters():
+    if "lora_B" in key: torch.nn.init.normal_(value, std=0.05)
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+model.peft_config["default"].base_model_name_or_path = name
+model.save_pretrained(out)
+print(json.dumps(logits.tolist()))
+"""
 LLAMA_CPP = """
 import json, sys, xllamacpp as x
 p = x.CommonParams(); p.model.path = sys.argv[1]; p.n_ctx = 256; p.warmup = False
@@ -83,14 +107,35 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="SmolLM2 as an MLX folder of float32")
     parser.add_argument("--work", type=Path, default=Path(".elsewhere"))
     parser.add_argument("--only", default="", help="names of models, with commas")
+    parser.add_argument("--peft-fixture", type=Path, help="write PEFT's adapter there, and end")
     options = parser.parse_args()
     work = options.work.resolve()
+    if options.peft_fixture:
+        return peft_fixture(options.peft_fixture, work)
     readers = {name: environment(work / "venvs", name) for name in ENVIRONMENTS}
     faults = 0
     for name in options.only.split(",") if options.only else ["smollm2", *MAKERS]:
         base = options.model if name == "smollm2" else MAKERS[name](work / name / "base")
         faults += check(name, Path(base), work / name, readers)
     return min(faults, 1)
+
+
+def peft_fixture(folder: Path, work: Path) -> int:
+    """An adapter of `tiny_llama` that PEFT made, and logits.json with PEFT's answer to FIXED."""
+    base = tiny_models.tiny_llama(work / "tiny-llama")
+    logits = made_by_peft(environment(work / "venvs", "transformers 5"), base, folder, FIXED)
+    about = {"tokens": FIXED, "logits": [round(float(x), 6) for x in logits]}
+    (folder / "logits.json").write_text(json.dumps(about) + "\n")
+    (folder / "README.md").unlink()  # an empty form of PEFT's
+    return 0
+
+
+def made_by_peft(python: Path, base: Path, folder: Path, ids: list[int]) -> np.ndarray:
+    """Have PEFT make a LoRA of the last two blocks, alpha 10 of rank 4; its last logits."""
+    last = json.loads((base / "config.json").read_text())["num_hidden_layers"] - 1
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run: it shall not be read as this one
+    words = (str(base), str(folder), json.dumps(ids), str(last), base.name)
+    return np.array(json.loads(run(python, PEFT_MAKES, *words).splitlines()[-1]))
 
 
 def environment(root: Path, name: str) -> Path:
@@ -115,11 +160,12 @@ def check(name: str, base: Path, work: Path, readers: dict[str, Path]) -> int:
     adapter = make_adapter(base, work / "adapter")
     want, greedy, ids = here(base, adapter)
     fuse(str(base), adapter, work / "fused", FusedForm(dtype="float32", gguf_path="model.gguf"))
+    shutil.rmtree(work / "peft", ignore_errors=True)
     adapters.export_peft(adapter, work / "peft", "owner/name")
     fused = str(work / "fused")
     words = (json.dumps(ids), str(STEPS), PROMPT)
     found = {"mlx-lm": here(work / "fused", None)[:2]}
-    found["PEFT's, read here"] = here(base, work / "peft")[:2]
+    found["our PEFT, read here"] = here(base, work / "peft")[:2]
     for reader in ("transformers 4.51.3", "transformers 5"):
         found[reader] = told(readers[reader], TRANSFORMERS, fused, fused, *words, ids=ids)
     peft = (str(work / "peft"), str(base), *words)
@@ -128,6 +174,10 @@ def check(name: str, base: Path, work: Path, readers: dict[str, Path]) -> int:
     for reader, (logits, answer) in found.items():
         gap = float(np.abs(logits - want).max())
         faults += say(name, reader, gap, answer == greedy)
+    theirs = made_by_peft(readers["transformers 5"], base, work / "made-by-peft", ids)
+    read = here(base, work / "made-by-peft")[0]
+    same = int(read.argmax()) == int(theirs.argmax())
+    faults += say(name, "PEFT's, read here", float(np.abs(read - theirs).max()), same)
     gap, same = llama_cpp(readers["llama.cpp"], work / "fused", want, greedy)
     return faults + say(name, "llama.cpp", gap, same)
 

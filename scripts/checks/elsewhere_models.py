@@ -1,4 +1,4 @@
-"""Tiny random models like Llama 3, Qwen 3 and Gemma 2, with tokenizers of their kinds.
+"""Tiny random models like Llama 3, Mistral, Qwen 2 and 3, Gemma 2 and 3, with such tokenizers.
 
 Their config.json is written as the hub's are (rope_theta, rope_scaling), which both transformers 4
 and 5 read.
@@ -50,16 +50,23 @@ def split_tokenizer(folder: Path, digits: str) -> None:
     place.write_text(json.dumps(config))
 
 
-def gemma_tokenizer(folder: Path) -> None:
-    """Sentencepiece as Gemma's tokenizer.json has it: byte fallback, no space put in front."""
+def piece_tokenizer(folder: Path, prefix: bool = False) -> None:
+    """Sentencepiece as Gemma's tokenizer.json has it: byte fallback, no space put in front.
+
+    prefix: with a space in front, as Llama 2 and Mistral have it.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    marks = normalizers.Replace(" ", "\u2581")
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("\u2581"), marks]) if prefix else marks
+    )
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + ([decoders.Strip(" ", 1, 0)] if prefix else [])
     )
     trainer = trainers.BpeTrainer(
         vocab_size=318, special_tokens=[*special, *pieces], show_progress=False,
@@ -70,6 +77,8 @@ def gemma_tokenizer(folder: Path) -> None:
     for i, piece in enumerate(pieces):
         whole["model"]["vocab"][piece] = len(special) + i
     (folder / "tokenizer.json").write_text(json.dumps(whole))
+    for name in ("chat_template.jinja", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     config = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -97,12 +106,41 @@ def qwen3(folder: Path) -> Path:
     return _as_on_the_hub(folder)
 
 
-def gemma2(folder: Path) -> Path:
-    tiny_models.tiny_gemma2(folder, tokenizer=True, **SIZE, query_pre_attn_scalar=32)
-    for name in ("chat_template.jinja", "special_tokens_map.json"):
-        (folder / name).unlink(missing_ok=True)
-    gemma_tokenizer(folder)
+def qwen2(folder: Path) -> Path:
+    tiny_models.tiny_qwen2(folder, tokenizer=True, **SIZE)
+    split_tokenizer(folder, "")
+    return _as_on_the_hub(folder, rope_theta=40000.0)
+
+
+def mistral(folder: Path) -> Path:
+    """Heads larger than hidden / heads, as Mistral Nemo has them."""
+    tiny_models.tiny_mistral(folder, tokenizer=True, **SIZE | {"head_dim": 64})
+    piece_tokenizer(folder, prefix=True)
     return _as_on_the_hub(folder)
 
 
-MAKERS = {"llama3": llama3, "qwen3": qwen3, "gemma2": gemma2}
+def gemma2(folder: Path) -> Path:
+    tiny_models.tiny_gemma2(folder, tokenizer=True, **SIZE, query_pre_attn_scalar=32)
+    piece_tokenizer(folder)
+    return _as_on_the_hub(folder)
+
+
+def gemma3(folder: Path) -> Path:
+    """Seven blocks, of which the sixth sees all."""
+    kinds = ["full_attention" if block == 5 else "sliding_attention" for block in range(7)]
+    rope = {
+        "full_attention": {"rope_type": "default", "rope_theta": 40000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    tiny_models.tiny_gemma3_text(
+        folder, tokenizer=True, **SIZE, query_pre_attn_scalar=32, num_hidden_layers=7,
+        layer_types=kinds, rope_parameters=rope,
+    )  # fmt: skip
+    piece_tokenizer(folder)
+    return _as_on_the_hub(folder, rope_theta=40000.0, sliding_window_pattern=6)
+
+
+MAKERS = {
+    "llama3": llama3, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "gemma2": gemma2,
+    "gemma3": gemma3,
+}  # fmt: skip

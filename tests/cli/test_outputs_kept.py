@@ -25,7 +25,9 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("kept")
     tiny_models.tiny_llama(root / "model", tokenizer=True)
     write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
-    lines(root / "data/train.jsonl", *ROWS)
+    more = ({**ROWS[0], "prompt": f"Which is {n}?"} for n in range(20))
+    lines(root / "data/train.jsonl", *ROWS, *more)
+    lines(root / "others.jsonl", *({"text": f"Quite another thing, {n}."} for n in range(4)))
     lines(root / "words.jsonl", *({"text": f"word {n}"} for n in range(4)))
     lines(root / "prompts.jsonl", *({"prompt": f"word {n}"} for n in range(4)))
     np.save(root / "x.npy", np.zeros((2, tiny_models.HIDDEN), np.float32))
@@ -33,6 +35,9 @@ def made(tmp_path_factory):
     sides = [{"text": text, **rest} for text in ("Yes.", "No, no.")]
     lines(root / "candidates.jsonl", {"id": "1", "prompt": "Why?", "candidates": sides})
     os.environ["FPO_MLX_CACHE"] = str(root / "user-cache")
+    judged = ["--reward", "brevity", "--output", root / "verdicts.jsonl"]
+    done = run("pairs", "judge", root / "candidates.jsonl", *judged)
+    assert done.exit_code == 0, done.stderr
     done = run("precompute", *usual(root), "--output", root / "ref")
     assert done.exit_code == 0, done.stderr
     done = train(root, root / "run", "--iters", 1, "--reference", root / "ref")
@@ -54,11 +59,12 @@ def _with_adapter(p):
 
 
 def _sae_train(p):
-    return ["sae", "train", "--model", p / "model", "--data", p / "words.jsonl", "--layer", 1]
+    few = ["--training-tokens", 64, "--batch-size", 4, "--width", 64, "--k", 6]
+    return ["sae", "train", "--model", p / "model", "--data", p / "words.jsonl", "--layer", 1, *few]
 
 
 def _find(p):
-    texts = ["--positive", p / "words.jsonl", "--negative", p / "words.jsonl"]
+    texts = ["--positive", p / "words.jsonl", "--negative", p / "others.jsonl"]
     return ["features", "find", "--model", p / "model", "--sae", p / "sae", *texts]
 
 
@@ -68,6 +74,10 @@ def _lessons(p):
 
 def _show(p):
     return ["features", "show", 3, *usual(p)]
+
+
+def _build(p):
+    return ["pairs", "build", p / "candidates.jsonl", "--verdicts", p / "verdicts.jsonl", "--force"]
 
 
 def _train(p):
@@ -92,7 +102,7 @@ FOLDERS = {  # command -> (its words without the place, the option of the place,
     "precompute": (lambda p: ["precompute", *usual(p)], "--output", "model"),
     "cache merge": (lambda p: ["cache", "merge", p / "ref"], "--output", "ref"),
     "pairs build": (
-        lambda p: ["pairs", "build", p / "candidates.jsonl", "--verdicts", p / "candidates.jsonl"],
+        _build,
         "--output", "data",
     ),
     "features data": (lambda p: [*_lessons(p), "--select", 2], "--output", "data"),
@@ -146,7 +156,7 @@ FILES = {
         "--output", "prompts.jsonl",
     ),
     "pairs judge": (
-        lambda p: ["pairs", "judge", p / "candidates.jsonl", "--reward", "length"], "--output",
+        lambda p: ["pairs", "judge", p / "candidates.jsonl", "--reward", "brevity"], "--output",
         "candidates.jsonl",
     ),
     "pairs rate": (
@@ -154,7 +164,7 @@ FILES = {
         "candidates.jsonl",
     ),
     "pairs build --json": (
-        lambda p: ["pairs", "build", p / "candidates.jsonl", "--verdicts", p / "candidates.jsonl"],
+        _build,
         "--json", "candidates.jsonl",
     ),
     "doctor": (lambda p: ["doctor", "--no-hub"], "--json", None),
@@ -253,6 +263,20 @@ def test_what_a_command_reads_is_never_its_folder(place, tmp_path, name):
         refused_and_untouched([*words(place), flag, there, *more], tmp_path, f"{name}: {there}")
     if name in WHOLE:  # others could be written beside what is read
         refused_and_untouched([*words(place), flag, place, *more], tmp_path, f"{name}: around")
+
+
+# one fetches a model, one waits for its user: tests/unit/demo and test_pairs_rate run them whole
+ALONE = ("demo", "pairs rate")
+
+
+@pytest.mark.parametrize("name", [n for n in (*FOLDERS, *FILES) if n not in ALONE])
+def test_the_same_call_with_an_empty_place_is_done(place, tmp_path, name):
+    """So that no call above is refused for another reason than its place."""
+    words, flag, _ = (FOLDERS | FILES)[name]
+    there = tmp_path / ("out" if name in FOLDERS else "out.json")
+    done = run(*words(place), flag, there)
+    assert done.exit_code == 0, (done.exception, done.stderr)
+    assert there.exists()
 
 
 FOREIGN_FILES = {

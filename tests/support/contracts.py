@@ -113,6 +113,16 @@ def mlx_lm_converts_under_these_arguments() -> None:
 
 
 @contract
+def mlx_lms_models_keep_their_arguments() -> None:
+    from mlx_lm.models import gemma3_text, llama, qwen2
+
+    for module in (llama, qwen2, gemma3_text):
+        fields = module.ModelArgs.__dataclass_fields__
+        assert {"rope_theta", "rope_scaling", "rms_norm_eps", "num_key_value_heads"} <= set(fields)
+        assert "self.args = args" in inspect.getsource(module.Model.__init__)
+
+
+@contract
 def mlx_lm_answers_as_any_user_calls_it() -> None:
     from mlx_lm import generate, load
 

@@ -136,3 +136,29 @@ def test_the_longest_unused_go_first_and_the_newest_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
     token_store.prune(tmp_path, keep=tmp_path / "new", most=50)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_rows_that_a_check_reads_are_kept_as_prepare_keeps_them(tmp_path, tokenizer, counted):
+    from fpo_mlx.config import load_config
+    from fpo_mlx.pipeline.check import check
+    from fpo_mlx.pipeline.prepared import token_folder
+
+    folder = build_tiny_tokenizer(tmp_path / "model")
+    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 300}')
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(path.read_text() + '{"prompt": "Q"}\n')
+    for source in (path, bad):
+        check(load_config({"model": str(folder), "data": str(source)}), fix=None, say=str)
+    kept = prepare(path, "train", load_tokenizer(folder), store=token_folder())
+    assert not counted
+    want = prepare(path, "train", load_tokenizer(folder))
+    assert plain(kept) == plain(want)
+    assert (kept.kinds, kept.topics) == (want.kinds, want.topics)
+    assert len(list(token_folder().iterdir())) == 1  # nothing of a set with a row of no use
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))

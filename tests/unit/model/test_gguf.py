@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
+from elsewhere_models import MAKERS
 
 mx = pytest.importorskip("mlx.core")
 gguf = pytest.importorskip("gguf")
 
+from helpers import random_adapters  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
+
 from fpo_mlx.errors import ConfigError  # noqa: E402
-from fpo_mlx.model import gguf_file, gguf_vocab  # noqa: E402
+from fpo_mlx.model import adapters, gguf_file, gguf_vocab  # noqa: E402
+from fpo_mlx.model.fuse import fuse  # noqa: E402
+from fpo_mlx.model.load import load_model  # noqa: E402
+from fpo_mlx.records import FusedForm  # noqa: E402
 
 LLAMA3 = next(text for text, name in gguf_vocab._SPLITS.items() if name == "llama-bpe")
 
@@ -128,3 +136,136 @@ def test_a_file_that_was_written_reads_back(tmp_path, kind):
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_array_equal(values.reshape(wanted[name].shape), wanted[name])
     assert reader.get_field("tokenizer.ggml.eos_token_id").contents() == 1
+
+
+LAYER = {  # Hugging Face's name within a block -> llama.cpp's, by its own documentation
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+}  # fmt: skip
+NORMS = {
+    "llama": {"post_attention_layernorm": "ffn_norm"},
+    "gemma": {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}  # fmt: skip
+WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+SHAPES = {  # kind -> (architecture, heads, head size, theta)
+    "llama3": ("llama", 2, 32, 10000.0), "mistral": ("llama", 2, 64, 10000.0),
+    "qwen2": ("qwen2", 2, 32, 40000.0), "qwen3": ("qwen3", 2, 32, 10000.0),
+    "gemma2": ("gemma2", 2, 32, 10000.0), "gemma3": ("gemma3", 2, 32, 40000.0),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def written(request, tmp_path_factory):
+    """(kind, base, fused folder, reader of its GGUF) of a tiny model with random adapters."""
+    root = tmp_path_factory.mktemp(request.param)
+    base = MAKERS[request.param](root / "base")
+    model = load_model(base).model
+    last = len(model.layers) - 1
+    n, paths = adapters.adapted_paths(model, 2, last, ["self_attn.q_proj", "mlp.down_proj"])
+    spec = adapters.AdapterSpec("lora", n, 4, 2.0, 0.0, paths)
+    adapters.attach(model, spec)
+    (root / "adapter").mkdir()
+    values = {k: mx.array(v) for k, v in random_adapters(model).items()}
+    adapters.save(root / "adapter/adapters.safetensors", values)
+    (root / "adapter/adapter_config.json").write_text(json.dumps(spec.as_config("m")))
+    form = FusedForm(dtype="float32", gguf_path="m.gguf")
+    fuse(str(base), root / "adapter", root / "fused", form)
+    return request.param, base, root / "fused", gguf.GGUFReader(root / "fused/m.gguf")
+
+
+def _llama_cpps(name, gemma):
+    path, kind = name.rpartition(".")[::2]
+    if path in WHOLE:
+        return f"{WHOLE[path]}.{kind}"
+    block, inner = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path).groups()
+    return f"blk.{block}.{(LAYER | NORMS['gemma' if gemma else 'llama'])[inner]}.{kind}"
+
+
+def test_every_tensor_of_the_fused_folder_stands_in_its_gguf_bit_for_bit(written):
+    kind, _, fused, reader = written
+    found = {t.name: np.array(t.data) for t in reader.tensors}
+    _, heads, head_dim, _ = SHAPES[kind]
+    groups = 1
+    found.pop("rope_freqs.weight", None)
+    for name, want in load_file(fused / "model.safetensors").items():
+        got = found.pop(_llama_cpps(name, kind.startswith("gemma")))
+        if kind.startswith("gemma") and "norm" in name:
+            want = want + np.float32(1)  # mlx-lm adds it when it computes
+        for part, n in (("q_proj", heads), ("k_proj", groups)):
+            if part in name and SHAPES[kind][0] == "llama":
+                got = np.stack(  # row 2 i + s of each head was row s half + i
+                    [got[h * head_dim + (r % (head_dim // 2)) * 2 + r // (head_dim // 2)]
+                     for h in range(n) for r in range(head_dim)]
+                )  # fmt: skip
+        assert got.dtype == want.dtype == np.float32
+        np.testing.assert_array_equal(got, want, err_msg=name)
+    assert not found
+
+
+def test_a_gguf_says_what_mlx_lm_computes_with(written):
+    kind, base, _, reader = written
+    arch, heads, head_dim, theta = SHAPES[kind]
+    args = load_model(base).model.args
+
+    def said(name):
+        return reader.get_field(f"{arch}.{name}").contents()
+
+    assert reader.get_field("general.architecture").contents() == arch
+    assert said("attention.head_count") == heads
+    assert said("attention.head_count_kv") == 1
+    assert said("attention.key_length") == said("rope.dimension_count") == head_dim
+    assert said("rope.freq_base") == args.rope_theta == theta
+    assert said("attention.layer_norm_rms_epsilon") == pytest.approx(args.rms_norm_eps, rel=1e-6)
+
+
+def test_a_ggufs_vocabulary_is_the_tokenizers(written):
+    kind, base, _, reader = written
+    whole = json.loads((base / "tokenizer.json").read_text())
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    special = {t["id"]: t["content"] for t in whole["added_tokens"]}
+    byid = {i: text for text, i in whole["model"]["vocab"].items()} | special
+
+    def said(name):
+        field = reader.get_field(f"tokenizer.ggml.{name}")
+        return None if field is None else field.contents()
+
+    tokens, types = said("tokens"), said("token_type")
+    assert len(tokens) == len(types) == 320
+    assert {i: tokens[i] for i in byid} == byid
+    assert tokens[said("eos_token_id")] == settings["eos_token"]
+    pieces = said("model") == "llama"
+    assert pieces == (kind in ("mistral", "gemma2", "gemma3"))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in whole["model"]["merges"]]
+    for i, text in byid.items():
+        want = 3 if i in special else 6 if pieces and re.fullmatch("<0x..>", text) else 1
+        assert types[i] == (2 if text == "<unk>" else want), text
+    assert all(types[i] == 5 for i in range(320) if i not in byid)
+    if not pieces:
+        assert said("merges") == merges
+        return
+    scores = said("scores")
+    ranks = {m.replace(" ", ""): -rank for rank, m in reversed([*enumerate(merges, 1)])}
+    normal = [i for i in byid if types[i] == 1]
+    assert [scores[i] for i in normal if byid[i] in ranks] == [
+        ranks[byid[i]] for i in normal if byid[i] in ranks
+    ]
+    unmade = {scores[i] for i in normal if byid[i] not in ranks}
+    assert all(score < min(ranks.values()) for score in unmade)
+    assert bool(said("add_space_prefix")) == (kind == "mistral")
+
+
+def test_a_rotary_base_that_mlx_lm_does_not_read_is_refused(tmp_path):
+    """transformers 5 writes it where mlx-lm's Llama does not look."""
+    base = MAKERS["qwen2"](tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    del config["rope_theta"]
+    rope = {"rope_theta": 40000.0, "rope_type": "default"}
+    (base / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    loaded = load_model(base)
+    with pytest.raises(ConfigError, match=r"theta 40000 .* mlx-lm computes with 1e\+06"):
+        gguf_file.prepare(base, loaded.config, loaded.model.args, "float32")

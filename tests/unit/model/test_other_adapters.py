@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,3 +252,17 @@ def test_an_export_of_tensors_that_are_no_pair_is_refused(folder, tmp_path):
     adapters.save(tmp_path / "a/adapters.safetensors", {f"{PATHS[0]}.lora_b": mx.zeros((4, 8))})
     with pytest.raises(ModelError, match="no form for an adapter of"):
         adapters.export_peft(tmp_path / "a", tmp_path / "out", "b")
+
+
+def test_an_adapter_that_peft_made_gives_pefts_own_logits(folder):
+    """fixtures/peft: by `scripts/checks/elsewhere.py --peft-fixture`, alpha 10 of rank 4."""
+    place = Path(__file__).with_name("fixtures") / "peft"
+    about = json.loads((place / "logits.json").read_text())
+    model = load_model(folder).model
+    base = logits_of(model, about["tokens"])[..., -1, :]
+    spec = adapters.load(model, place)
+    model.eval()
+    assert (spec.rank, spec.scale) == (4, 2.5)
+    got = logits_of(model, about["tokens"])[..., -1, :]
+    np.testing.assert_allclose(got.squeeze(), about["logits"], atol=1e-4)
+    assert np.abs(base - got).max() > 0.05

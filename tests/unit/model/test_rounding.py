@@ -1,0 +1,80 @@
+"""What is left of an adapter's change in the stored weights, by its definition in numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+import mlx.nn as nn  # noqa: E402
+from mlx_lm.tuner.lora import LoRALinear  # noqa: E402
+
+from fpo_mlx.model.fuse import FuseReport, fuse_layers  # noqa: E402
+from fpo_mlx.model.rounding import Kept  # noqa: E402
+from fpo_mlx.pipeline.fuse import said_of  # noqa: E402
+
+
+class One(nn.Module):
+    """One adapted layer, base weight of some type and a small change."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        rng = np.random.default_rng(0)
+        base = nn.Linear(64, 32, bias=False)
+        base.weight = mx.array(rng.normal(size=(32, 64)).astype(np.float32)).astype(dtype)
+        self.layer = LoRALinear.from_base(base, r=4, scale=2.0)
+        self.layer.lora_a = mx.array(rng.normal(size=(64, 4)).astype(np.float32) * 0.03)
+        self.layer.lora_b = mx.array(rng.normal(size=(4, 32)).astype(np.float32) * 0.03)
+
+
+def _numbers(array):
+    return np.array(array.astype(mx.float32), np.float64)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+@pytest.mark.parametrize("base", ["bfloat16", "float32"])
+def test_what_half_precision_costs_is_measured(base, stored):
+    model = One(getattr(mx, base))
+    before = _numbers(model.layer.linear.weight)
+    change = 2 * (_numbers(model.layer.lora_a) @ _numbers(model.layer.lora_b)).T
+    count, kept = fuse_layers(model, {}, stored=getattr(mx, stored))
+    after = _numbers(model.layer.weight) - before
+    assert (count, str(model.layer.weight.dtype)) == (1, f"mlx.core.{stored}")
+    assert kept is not None
+    assert kept.bits == (16,)
+    assert kept.share == pytest.approx((after * change).sum() / (change**2).sum(), rel=1e-4)
+    error = np.linalg.norm(after - change) / np.linalg.norm(change)
+    assert kept.error == pytest.approx(error, rel=1e-4)
+    assert error > (0.3 if stored == "bfloat16" else 0.03)  # no little thing
+
+
+def test_float32_loses_nothing_of_a_bfloat16_base():
+    """The sum is not rounded to the base's type on its way."""
+    model = One(mx.bfloat16)
+    want = _numbers(model.layer.linear.weight)
+    want += 2 * (_numbers(model.layer.lora_a) @ _numbers(model.layer.lora_b)).T
+    _, kept = fuse_layers(model, {}, stored=mx.float32)
+    assert kept is None
+    np.testing.assert_allclose(_numbers(model.layer.weight), want, atol=1e-6)
+
+
+def test_a_base_of_half_precision_is_measured_without_being_asked():
+    kept = fuse_layers(One(mx.bfloat16), {})[1]
+    assert kept is not None
+    assert kept.bits == (16,)
+
+
+@pytest.mark.parametrize(
+    ("bits", "error", "way"),
+    [
+        ((4,), 0.5, "; --keep-bits 8 keeps the adapted layers at 8 bits, --dequantize --dtype "
+         "float32 keeps all of it"),
+        ((16,), 0.5, "; --dtype float32 keeps all of it"),
+        ((16,), 0.1, ""),
+    ],
+)  # fmt: skip
+def test_fusing_says_what_rounding_left_and_the_way_around_it(tmp_path, bits, error, way):
+    report = FuseReport(tmp_path, 1, bits == (4,), kept=Kept(0.9, error, bits))
+    said = f"rounding to {bits[0]} bits left 90% of the adapters' change, with an error "
+    assert said_of(report) == [f"{said}{error:.2f} times its size{way}"]
