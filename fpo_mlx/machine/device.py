@@ -84,8 +84,8 @@ def using(record: Device) -> Iterator[Device]:
     _chosen.append(record)
     try:
         yield record
-    finally:
-        _chosen.remove(record)
+    finally:  # by identity: an equal record may lie below
+        del _chosen[max(at for at, one in enumerate(_chosen) if one is record)]
 
 
 def _find() -> Device:

@@ -146,3 +146,14 @@ def test_a_record_is_chosen_for_both_kinds():
         assert device.here() is small
     here = device.here()
     assert (here.kind, here.widen, here.fold) == ("cpu", True, True)
+
+
+def test_a_record_that_equals_another_below_is_the_one_that_goes():
+    """CPU in GPU in CPU: what lies in the middle is in force again afterwards."""
+    middle = device.gpu("metal", 5e9)
+    with device.using(device.here()), device.using(middle):
+        with device.using(replace(device.here())):
+            pass
+        with device.using(device.cpu()), device.using(replace(device.cpu())):
+            pass
+        assert device.here() is middle
