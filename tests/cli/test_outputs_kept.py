@@ -152,6 +152,7 @@ FILES = {
         "--json", "candidates.jsonl",
     ),
     "doctor": (lambda p: ["doctor", "--no-hub"], "--json", None),
+    "doctor --device-check": (lambda p: ["doctor", "--device-check"], "--json", None),
 }  # fmt: skip
 
 
