@@ -99,6 +99,12 @@ class SaeTrainConfig:
         0.1, "of JumpReLU's gradient, in units of the scaled activations", "schedule"
     )
     memory_gb: float = setting(2.0, "bound of the activations in memory", "memory")
+    wired_share: float = setting(
+        0.75,
+        "part of Metal's working set that stays wired while it trains; 0 for none",
+        "memory",
+        may_change=True,
+    )
     store: str | None = setting(
         None,
         "folder to keep the activations in, and to read them from",
@@ -127,13 +133,15 @@ class SaeTrainConfig:
         faults = [
             f"--{f.name.replace('_', '-')} {value}: wanted more than 0."
             for f in dataclasses.fields(self)
-            if f.name not in ("layer", "seed", "held_out")
+            if f.name not in ("layer", "seed", "held_out", "wired_share")
             and isinstance(value := getattr(self, f.name), int | float)
             and not isinstance(value, bool)
             and not value > 0
         ]
         if not 0 <= self.held_out < 1:
             faults.append(f"--held-out {self.held_out}: wanted a share from 0 to below 1.")
+        if not 0 <= self.wired_share <= 1:
+            faults.append(f"--wired-share {self.wired_share:g}: wanted 0 to 1.")
         if self.resume and self.overwrite:
             faults.append("--resume and --overwrite exclude each other; give one.")
         if self.seed < 0:
