@@ -22,14 +22,14 @@ from pathlib import Path
 HIDDEN = 16
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=60_000)
     parser.add_argument("--tokenizer", type=Path, required=True, help="model folder, tokenizer's")
     parser.add_argument("--commands", default="check,plan,train")
     parser.add_argument("--runs", type=int, default=2, help="the first is cold")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     data, model = args.work / "pairs.jsonl", args.work / "model"
     if not data.exists():
         make_pairs(data, args.pairs)
@@ -102,8 +102,8 @@ def made_up_reference(data: Path, model: Path) -> None:
     """The default reference cache of these pairs, without running a model (in a child: memory)."""
     code = (
         "import sys\n"
-        "from dataclasses import replace\n"
         "from fpo_mlx import cache\n"
+        "from fpo_mlx.cache.identity import Provenance\n"
         "from fpo_mlx.config import load_config\n"
         "from fpo_mlx.pipeline.job import open_job, read_pairs\n"
         "from fpo_mlx.pipeline.store import default_cache\n"
@@ -114,8 +114,9 @@ def made_up_reference(data: Path, model: Path) -> None:
         "pairs = read_pairs(job, 'train', say)\n"
         "one = lambda y: ResponseScore(-10.8 * len(y), len(y))\n"
         "score = lambda group: [tuple(one(y) for y in p.responses) for p in group]\n"
-        "identity = replace(job.identity, backend='mlx', dtype='float32')\n"
-        "cache.fill_shared(default_cache(job.identity), identity, pairs, score, rank=0, world=1)\n"
+        "made = Provenance('float32', 'mlx')\n"
+        "folder = default_cache(job.identity)\n"
+        "cache.fill_shared(folder, job.identity, pairs, score, rank=0, world=1, made=made)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(data), str(model)], check=True)
 
@@ -132,9 +133,10 @@ def measure(command: str, data: Path, model: Path, work: Path) -> tuple[float, f
         begun = time.perf_counter()
         child = subprocess.Popen(line, stdout=log, stderr=log)
         _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)  # it was waited for, past its object
     seconds, cpu = time.perf_counter() - begun, usage.ru_utime + usage.ru_stime
     unit = 1 if sys.platform == "darwin" else 1024
-    return seconds, cpu, usage.ru_maxrss * unit, os.waitstatus_to_exitcode(status)
+    return seconds, cpu, usage.ru_maxrss * unit, child.returncode
 
 
 if __name__ == "__main__":
