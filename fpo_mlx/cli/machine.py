@@ -20,24 +20,39 @@ from fpo_mlx.cli.options import (
     write_json,
     write_text,
 )
-from fpo_mlx.cli.show import Whole, number, printable, table
+from fpo_mlx.cli.show import Whole, number, printable, result, table
+from fpo_mlx.storage import outputs
 
 if TYPE_CHECKING:
     from fpo_mlx.demo.run import DemoReport
 
+CHECKED = "device-check.json"  # where the result of a device check goes
+
 
 @click.command(cls=Command)
 @click.option("--hub/--no-hub", default=True, help="Try whether the model hub answers.")
+@click.option(
+    "--device-check", is_flag=True,
+    help="Instead, try every kernel, the start of training, times and memory on this device: about "
+    f"3 minutes on a GPU, nothing is downloaded. Writes {CHECKED} unless --json names a file.",
+)  # fmt: skip
+@click.option("--small", is_flag=True, help="Of --device-check: tiny shapes, in seconds.")
 @json_option
 @overwrite_option
 @claims(json_path="--json")
-def doctor(hub, json_path) -> None:
+def doctor(hub, device_check, small, json_path, overwrite) -> None:
     """Say what this machine is, and what will stand in the way.
 
     \b
     Example:
       fpo-mlx doctor --json machine.json
+      fpo-mlx doctor --device-check
     """
+    if device_check:
+        _check_device(json_path, small, overwrite)
+        return
+    if small:
+        raise click.UsageError("--small belongs to --device-check.")
     from fpo_mlx.pipeline.doctor import examine
 
     findings = examine() if hub else examine(hub_seconds=0)
@@ -46,6 +61,24 @@ def doctor(hub, json_path) -> None:
     for finding in findings:
         if finding.advice:
             click.echo(f"{finding.topic}: {finding.advice}")
+
+
+def _check_device(json_path: Path | None, small: bool, overwrite: bool) -> None:
+    """One line per finding, one file; exit code 1 where something is wrong."""
+    place = json_path or Path(CHECKED)
+    outputs.claim_files({"--json": place}, overwrite=overwrite)
+    from fpo_mlx.pipeline.device_check import NO_GPU, check_device
+
+    found = check_device(
+        small=small, show=lambda line: result(f"{line.verdict:<5}  {line.name}: {line.text}")
+    )
+    write_json(place, found.as_dict())
+    wrong = f"{found.wrong} WRONG" if found.wrong else "nothing wrong"
+    result(f"{found.machine['device']}: {wrong}; {found.seconds:.0f} s; written to {place}")
+    if not found.gpu:
+        result(NO_GPU)
+    if found.wrong:
+        raise click.exceptions.Exit(1)
 
 
 @click.command(cls=Command)

@@ -124,6 +124,12 @@ class SaeTrainConfig:
         0.1, "of JumpReLU's gradient, in units of the scaled activations", "schedule"
     )
     memory_gb: float = setting(2.0, "bound of the activations in memory", "memory")
+    wired_share: float = setting(
+        0.75,
+        "part of Metal's working set that stays wired while it trains; 0 for none",
+        "memory",
+        may_change=True,
+    )
     store: str | None = setting(
         None,
         "folder to keep the activations in, and to read them from",
@@ -152,7 +158,7 @@ class SaeTrainConfig:
         faults = [
             f"--{f.name.replace('_', '-')} {value}: wanted more than 0."
             for f in dataclasses.fields(self)
-            if f.name not in ("layer", "seed", "held_out")
+            if f.name not in ("layer", "seed", "held_out", "wired_share")
             and isinstance(value := getattr(self, f.name), int | float)
             and not isinstance(value, bool)
             and not value > 0
@@ -163,6 +169,8 @@ class SaeTrainConfig:
         if self.init is None and any(getattr(self, name) is not None for name in readings):
             names = ", ".join(f"--{name.replace('_', '-')}" for name in readings)
             faults.append(f"{names} say how --init is read; --init is missing.")
+        if not 0 <= self.wired_share <= 1:
+            faults.append(f"--wired-share {self.wired_share:g}: wanted 0 to 1.")
         if self.resume and self.overwrite:
             faults.append("--resume and --overwrite exclude each other; give one.")
         if self.seed < 0:

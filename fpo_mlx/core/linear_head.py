@@ -87,10 +87,11 @@ class LinearHead:
     def __call__(self, rows: mx.array) -> mx.array:
         """rows: [r, D] -> logits [r, V], in the wider dtype of rows and matrix."""
         logits = self._multiply(rows, transpose=True)
-        if self.bias is not None:
-            logits = logits + self.bias
-        if self.scale != 1.0:
-            logits = logits * self.scale
+        return self.finished(logits if self.bias is None else logits + self.bias)
+
+    def finished(self, products: mx.array) -> mx.array:
+        """Scale and cap, of products with the matrix that have their bias. Any shape."""
+        logits = products if self.scale == 1.0 else products * self.scale
         return _capped(logits, self.cap) if self.cap else logits
 
     def back(self, slopes: mx.array, logits: mx.array) -> mx.array:

@@ -11,11 +11,12 @@ Source: the online softmax of Milakov & Gimelshein (2018, arXiv 1805.02867).
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from fpo_mlx.core import whole_rows
+from fpo_mlx.core import whole_rows, wide_tiles
 from fpo_mlx.core.exponential import exp_below
 from fpo_mlx.core.linear_head import LinearHead
 from fpo_mlx.machine import device
@@ -40,7 +41,7 @@ def tiled_logps(
     """
     values, slopes, squares = [], [], []
     plan = _Plan.of(head, rows.shape[0])
-    one_chunk = _chunk if plan.fold else whole_rows.chunk
+    one_chunk = _chunk if plan.way is None else plan.way.chunk
     rows, targets = plan.filled(rows.astype(mx.float32)), plan.filled(targets)
     for part in plan.chunks:
         some = rows[part]
@@ -73,7 +74,7 @@ def tiled_logps_and_kl(
     """
     values, slopes, squares = [], [], []
     plan = _Plan.of(head, rows.shape[0])
-    one_chunk = _chunk_with_kl if plan.fold else whole_rows.chunk_with_kl
+    one_chunk = _chunk_with_kl if plan.way is None else plan.way.chunk_with_kl
     rows, ref_rows = (plan.filled(array.astype(mx.float32)) for array in (rows, ref_rows))
     targets = plan.filled(targets)
     for part in plan.chunks:
@@ -94,22 +95,22 @@ class _Plan(NamedTuple):
     """How the rows are cut here: few of them with all logits, or more, a tile of logits each."""
 
     head: LinearHead  # what is widened once for all chunks is
-    fold: bool
+    way: ModuleType | None  # a GPU's, that takes a chunk; None: tiles are folded
     rows: int
     chunks: list[slice]
     filler: int  # rows at the end that nobody asked for: chunks of few sizes use buffers again
 
     @classmethod
     def of(cls, head: LinearHead, rows: int) -> _Plan:
-        """A half-precision matrix is folded everywhere: only a tile of it is widened at once."""
+        """Of a half-precision matrix only a tile is widened at once."""
         here = device.here()
-        fold = here.fold or head.half
+        way = None if here.fold else wide_tiles if head.half else whole_rows
         step, filler = here.vocab_rows, -rows % here.bucket
-        if not fold:
+        if way is whole_rows:
             step = here.row_elements // head.vocab_size
             step = max(1, step - step % here.bucket)
         chunks = [slice(start, start + step) for start in range(0, rows + filler, step)]
-        return cls(head if head.half else head.widened(), fold, rows, chunks, filler)
+        return cls(head if head.half else head.widened(), way, rows, chunks, filler)
 
     def filled(self, array: mx.array) -> mx.array:
         if not self.filler:

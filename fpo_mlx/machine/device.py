@@ -32,6 +32,7 @@ class Device:
     vocab_columns: int  # of a tile, where it is folded
     vocab_rows: int  # at once
     row_elements: int  # logits at once, where rows are whole
+    wide_elements: int  # of a half-precision head's matrix that is widened at once
     pool_rows: int  # at once
     pool_elements: int  # activations at once
     top_elements: int  # the same where each tile's own top k is looked for
@@ -51,8 +52,8 @@ def cpu(streams: int = 1) -> Device:
     """Tiles of a few MiB; the products of a BLAS are float32 only."""
     return Device(
         "cpu", widen=True, fold=True, vocab_columns=2048, vocab_rows=512, row_elements=1 << 23,
-        pool_rows=1024, pool_elements=1 << 18, top_elements=1 << 20, plain_exp=False,
-        sparse_decode=True, streams=streams, bucket=1, ahead=10, cache_limit=None,
+        wide_elements=1 << 23, pool_rows=1024, pool_elements=1 << 18, top_elements=1 << 20,
+        plain_exp=False, sparse_decode=True, streams=streams, bucket=1, ahead=10, cache_limit=None,
     )  # fmt: skip
 
 
@@ -61,8 +62,8 @@ def gpu(kind: Literal["metal", "cuda"], memory: float) -> Device:
     tile = int(min(max(memory * TILE_SHARE, SMALL), LARGE)) // 4
     return Device(
         kind, widen=False, fold=False, vocab_columns=32768, vocab_rows=1024, row_elements=tile,
-        pool_rows=4096, pool_elements=tile, top_elements=tile, plain_exp=True,
-        sparse_decode=False, streams=1, bucket=32, ahead=4,
+        wide_elements=tile * 5 // 2, pool_rows=4096, pool_elements=tile, top_elements=tile,
+        plain_exp=True, sparse_decode=False, streams=1, bucket=32, ahead=4,
         cache_limit=int(min(memory * CACHE_SHARE, MOST_CACHE)),
     )  # fmt: skip
 
@@ -84,8 +85,8 @@ def using(record: Device) -> Iterator[Device]:
     _chosen.append(record)
     try:
         yield record
-    finally:
-        _chosen.remove(record)
+    finally:  # by identity: an equal record may lie below
+        del _chosen[max(at for at, one in enumerate(_chosen) if one is record)]
 
 
 def _find() -> Device:

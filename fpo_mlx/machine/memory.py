@@ -55,6 +55,7 @@ class ModelShape:
     shares_prompt: bool = True
     fused_attention: bool = False  # a kernel that never writes the scores
     window: int | None = None  # positions beyond it need a mask array, which no kernel fuses
+    half_head: bool = False  # logits come from a plain matrix of fewer than 32 bits
 
     @property
     def query(self) -> int:
@@ -88,13 +89,14 @@ class Tiles:
     ahead: int = 10  # alive at once: the device allocates for operations that still wait
     row_elements: int | None = None  # logits of whole rows at once; None: tiles are folded
     cache: int = 0  # bytes of freed buffers that are kept
+    wide_elements: int = 0  # of a half-precision head that is widened at once
 
     @staticmethod
     def of(here: Device) -> Tiles:
         whole = None if here.fold else here.row_elements
         return Tiles(
             here.vocab_columns, here.vocab_rows, here.pool_elements, here.ahead, whole,
-            here.cache_limit or 0,
+            here.cache_limit or 0, here.wide_elements,
         )  # fmt: skip
 
 
@@ -267,12 +269,22 @@ def _head(model: ModelShape, tiles: Tiles, rows: int, *, grad: bool, kl: bool) -
     """The loss: a few tiles of logits, and the rows' gradients."""
     slopes = rows * model.hidden * FLOAT * (3 if grad else 0)
     sides = KL_TILES if kl else 1.0
+    if tiles.row_elements is not None and model.half_head:
+        return _wide_head(model, tiles, min(rows, tiles.vocab_rows), sides, grad) + sides * slopes
     if tiles.row_elements is not None:
         tile, arrays = min(rows * model.vocab, tiles.row_elements), WHOLE_ARRAYS
     else:
         tile = min(rows, tiles.vocab_rows) * tiles.vocab_columns
         arrays = min(tiles.ahead, TILE_ARRAYS * model.vocab / tiles.vocab_columns)
     return sides * (FLOAT * arrays * tile + slopes)
+
+
+def _wide_head(model: ModelShape, tiles: Tiles, rows: int, sides: float, grad: bool) -> float:
+    """Of `core.wide_tiles`: one tile of the matrix in float32, its logits, every tile's pull."""
+    count = -(-model.vocab * model.hidden // tiles.wide_elements)
+    columns = -(-model.vocab // count)
+    pulls = count * rows * model.hidden if grad else 0
+    return FLOAT * (columns * model.hidden + sides * (WHOLE_ARRAYS * rows * columns + pulls))
 
 
 def _pool(sae: SaeShape, tiles: Tiles, rows: int, responses: int) -> float:

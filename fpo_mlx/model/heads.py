@@ -112,6 +112,14 @@ def vocab_size(model: nn.Module, config: Mapping[str, Any]) -> int:
     return int(stated or getattr(getattr(model, "args", None), "vocab_size", None) or 0)
 
 
+def half_head(model: nn.Module, config: Mapping[str, Any]) -> bool:
+    """Whether the logits come from a plain matrix of fewer than 32 bits a value."""
+    vocab = vocab_size(model, config)
+    outputs = [m for _, m in model.named_modules() if _is_output(m, vocab)]
+    outputs.sort(key=lambda m: isinstance(m, EMBEDDINGS))  # output layers first
+    return bool(outputs) and "scales" not in outputs[0] and outputs[0]["weight"].dtype != mx.float32
+
+
 def _is_output(module: Any, vocab: int) -> bool:
     """Whether it has one row for each entry of the vocabulary."""
     return type(module) in (*EMBEDDINGS, *LINEARS) and module["weight"].shape[0] == vocab

@@ -24,6 +24,7 @@ from fpo_mlx.storage.paths import cache_root
 Level = Literal["ok", "note", "problem"]
 GB = 1e9
 PACKAGES = ("fpo-mlx", "mlx", "mlx-lm", "numpy", "transformers", "safetensors", "datasets")
+BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")  # builds of one library file
 OPTIONAL = ("torch", "matplotlib", "wandb", "tensorboardX")
 HUB = "https://huggingface.co"
 SLOW_GFLOPS = 20.0  # one core with OpenBLAS reaches 100 or more, the reference BLAS 2 to 5
@@ -122,6 +123,11 @@ def device() -> list[Finding]:
 def _how_to_get_mlx() -> str:
     if sys.platform == "darwin":
         return "pip install mlx, with a Python for arm64 on macOS 14 or newer"
+    if any(_version(name) for name in BACKENDS if "cuda" in name):
+        return (
+            "MLX's CUDA build needs an NVIDIA card and its driver (does nvidia-smi answer?). "
+            "Without one: a new environment with pip install 'mlx[cpu]'"
+        )
     return (
         "pip install 'mlx[cpu]', or 'mlx[cuda13]' for an NVIDIA card with its driver; one of them "
         "in an environment, not both"
@@ -147,12 +153,14 @@ def platform_of() -> list[Finding]:
             if rosetta
             else "an Intel Mac; MLX runs on Apple silicon only"
         )
-        advice = "Install a Python for arm64 (python.org, uv, Homebrew in /opt/homebrew)."
-        found.append(Finding("platform", text, "problem", advice if rosetta else ""))
+        advice = "Train on a Mac with Apple silicon, or on Linux."
+        if rosetta:
+            advice = "Install a Python for arm64 (python.org, uv, Homebrew in /opt/homebrew)."
+        found.append(Finding("platform", text, "problem", advice))
     elif sys.platform == "darwin" and int(platform.mac_ver()[0].partition(".")[0] or 14) < 14:
         text = f"macOS {platform.mac_ver()[0]}; MLX needs 14 or newer"
         found.append(Finding("platform", text, "problem", "Update macOS."))
-    backends = [name for name in ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13") if _version(name)]
+    backends = [name for name in BACKENDS if _version(name)]
     if len(backends) > 1:
         text = f"{' and '.join(backends)} are both installed and overwrite each other's library"
         advice = "Make a new environment with one of the extras cpu, cuda12 and cuda13."

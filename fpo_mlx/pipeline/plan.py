@@ -143,7 +143,7 @@ def _sae_shape(sae: SaeWeights) -> SaeShape:
 
 def shape_of(model: Any, config: Mapping[str, Any], *, share_prompt: bool) -> ModelShape:
     """Of a model of mlx-lm without adapters, whose weights need not have been read."""
-    from fpo_mlx.model.heads import vocab_size
+    from fpo_mlx.model.heads import half_head, vocab_size
     from fpo_mlx.model.policy import plain_caches
     from fpo_mlx.model.trees import arrays_of, blocks_of, float_dtype, value_count
 
@@ -174,6 +174,7 @@ def shape_of(model: Any, config: Mapping[str, Any], *, share_prompt: bool) -> Mo
         shares_prompt=share_prompt and plain_caches(model) > 0,
         fused_attention=here.gpu and fuses_attention(blocks[0], head_dim),
         window=int(stated.get("sliding_window") or 0) or None,
+        half_head=not here.widen and half_head(model, stated),
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fpo_mlx import __version__
 from fpo_mlx.config import SaeTrainConfig, default_of, named, options
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.machine import device
 from fpo_mlx.pipeline.job import Say
 from fpo_mlx.pipeline.sae_setup import CALIBRATION, Setup, check, claim, open_setup
 from fpo_mlx.pipeline.train import InstallStop
@@ -71,8 +72,9 @@ def sae_train(
             f"{config.architecture} of {setup.sizes.width} features, k {setup.sizes.k}, on the "
             f"{setup.site}: {plan.steps} updates of {plan.batch} tokens"
         )
-        for each in trainer.train(source, current, rule, plan, folder, install_stop()):
-            report(each)
+        with device.resident(config.wired_share):
+            for each in trainer.train(source, current, rule, plan, folder, install_stop()):
+                report(each)
         return _finish(setup, source, current, plan, upload_repo, say)
 
 

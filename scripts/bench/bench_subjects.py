@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from bench_measure import Local
 from mlx.utils import tree_flatten
@@ -21,6 +19,7 @@ from fpo_mlx.model import adapters
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy
 from fpo_mlx.model.reader import encoder_of
+from fpo_mlx.pipeline.device_check import speed
 from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
 from fpo_mlx.train.checkpoint import AdapterFolder
 from fpo_mlx.train.metrics import ScoredPairs
@@ -66,16 +65,11 @@ def open_world(path: Path, sae_layer: int | None = None) -> World:
     n, keys = adapters.adapted_paths(loaded.model, min(LAYERS, site.layer + 1), site.layer, None)
     mx.random.seed(0)
     adapters.attach(loaded.model, adapters.AdapterSpec("lora", n, RANK, SCALE, 0.0, keys))
-    _mlx_lm_lora_layers(other.model, min(LAYERS, last + 1))
+    lora = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
+    speed.mlx_lm_lora(other.model, min(LAYERS, last + 1), lora)
     policy = Policy(loaded.model, loaded.config, [site])
     first = site.layer + 1 - n
     return World(Path(path), loaded.config, policy, other.model, site, first, weights)
-
-
-def _mlx_lm_lora_layers(model: nn.Module, layers: int) -> None:
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
-    linear_to_lora_layers(model, layers, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
 
 
 def nbytes(tree: Any) -> int:
@@ -173,32 +167,10 @@ def our_step(
 
 
 def sft_step(world: World, pair: TokenPair, name: str = "mlx-lm sft") -> Local:
-    """mlx-lm's own step: its batches, its loss, compiled as its trainer compiles it."""
-    from mlx_lm.tuner.trainer import default_loss, iterate_batches
-
-    sequences = [
-        (np.concatenate([pair.prompt, response]).tolist(), len(pair.prompt))
-        for response in pair.responses
-    ]
-    batch = next(iterate_batches(sequences, 2, 8192))
-    model, optimizer = world.sft, optim.Adam(learning_rate=RATE)
-    optimizer.init(model.trainable_parameters())
-    loss_and_grad = nn.value_and_grad(model, default_loss)
-    state = [model.state, optimizer.state, mx.random.state]
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-        (loss, count), gradient = loss_and_grad(model, tokens, lengths)
-        optimizer.update(model, gradient)
-        return loss, count
-
-    def run() -> None:
-        model.train()
-        loss, count = step(*batch)
-        mx.eval(state, loss, count)
-
-    resident = nbytes(optimizer.state) + nbytes(model.trainable_parameters())
-    return Local(name, run, world.weights + resident)
+    """mlx-lm's own step, as the device check takes it."""
+    optimizer_state = 2 * nbytes(world.sft.trainable_parameters())
+    resident = optimizer_state + nbytes(world.sft.trainable_parameters())
+    return Local(name, speed.sft_step(world.sft, pair), world.weights + resident)
 
 
 def bare_forward(

@@ -432,6 +432,37 @@ def test_doctor_says_what_is_here_without_the_network(tmp_path):
     assert "hub" not in topics
 
 
+def test_the_device_check_prints_a_line_each_writes_one_file_and_exits_by_it(tmp_path, monkeypatch):
+    from fpo_mlx.pipeline import device_check
+    from fpo_mlx.pipeline.device_check.lines import Line
+
+    found = [Line("kernels", "KL", 1e-6, 1e-4), Line("speed", "FPO", 2.0, unit="s")]
+
+    def check(*, small, show):
+        for line in found:
+            show(line)
+        return device_check.Checked({"device": "M9"}, tuple(found), "small", False, 3.0)
+
+    monkeypatch.setattr(device_check, "check_device", check)
+    monkeypatch.chdir(tmp_path)
+    done = run("doctor", "--device-check", "--small")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [
+        "ok     KL: 1e-06 (at most 0.0001)",
+        "seen   FPO: 2 s",
+        "M9: nothing wrong; 3 s; written to device-check.json",
+        device_check.NO_GPU,
+    ]
+    told = json.loads((tmp_path / "device-check.json").read_text())
+    assert [line["verdict"] for line in told["findings"]] == ["ok", "seen"]
+    refused(run("doctor", "--device-check"), 2, "device-check.json", "--overwrite")
+    found[0] = Line("kernels", "KL", 1.0, 1e-4)
+    done = run("doctor", "--device-check", "--overwrite")
+    assert done.exit_code == 1
+    assert "1 WRONG" in done.stdout
+    assert run("doctor", "--small").exit_code == 2
+
+
 def test_a_json_file_that_cannot_be_written_is_an_error_without_traceback(place, tmp_path):
     (tmp_path / "file").write_text("")
     result = run("sae", "info", place / "sae", "--json", tmp_path / "file" / "x.json")

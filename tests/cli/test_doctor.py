@@ -114,3 +114,101 @@ def test_a_full_disk_is_a_problem(monkeypatch):
     usage = doctor.shutil.disk_usage("/")._replace(free=10**9)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
     assert doctor.disk().level == "problem"
+
+
+# What another machine would say.
+
+
+def on_a_mac(monkeypatch, *, machine="arm64", macos="15.1", translated=""):
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    monkeypatch.setattr(doctor.platform, "machine", lambda: machine)
+    monkeypatch.setattr(doctor.platform, "mac_ver", lambda: (macos, ("", "", ""), machine))
+    answer = doctor.subprocess.CompletedProcess([], 0, stdout=translated, stderr="")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: answer)
+
+
+def installed(monkeypatch, *names):
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.32.4" if name in names else None)
+
+
+@pytest.mark.parametrize(
+    ("translated", "said", "advice"),
+    [
+        ("1\n", "under Rosetta", "Python for arm64"),
+        ("", "an Intel Mac", "Apple silicon, or on Linux"),
+    ],
+)
+def test_an_intel_python_is_a_problem_told_apart_by_rosetta(monkeypatch, translated, said, advice):
+    on_a_mac(monkeypatch, machine="x86_64", translated=translated)
+    installed(monkeypatch)
+    (found,) = doctor.platform_of()
+    assert (found.topic, found.level) == ("platform", "problem")
+    assert said in found.text
+    assert advice in found.advice
+
+
+def test_where_sysctl_is_missing_nothing_is_said_of_rosetta(monkeypatch):
+    def absent(*_, **__):
+        raise FileNotFoundError("sysctl")
+
+    monkeypatch.setattr(doctor.subprocess, "run", absent)
+    assert not doctor._translated()
+
+
+@pytest.mark.parametrize(("macos", "problems"), [("13.7", 1), ("14.0", 0), ("26.2", 0), ("", 0)])
+def test_macos_below_14_is_a_problem(monkeypatch, macos, problems):
+    on_a_mac(monkeypatch, macos=macos)
+    installed(monkeypatch)
+    found = doctor.platform_of()
+    assert [finding.advice for finding in found] == ["Update macOS."] * problems
+
+
+def test_two_backends_in_one_environment_are_a_problem_and_one_is_none(monkeypatch):
+    monkeypatch.setattr(doctor.sys, "platform", "linux")
+    installed(monkeypatch, "mlx", "mlx-cuda-13")
+    assert doctor.platform_of() == []
+    installed(monkeypatch, "mlx", "mlx-cpu", "mlx-cuda-13")
+    (found,) = doctor.platform_of()
+    assert found.level == "problem"
+    assert "mlx-cpu and mlx-cuda-13" in found.text
+    assert "new environment" in found.advice
+
+
+def test_a_version_that_nobody_tried_is_a_note_with_the_range_that_was(monkeypatch):
+    untried = [
+        doctor.upstream.Tested("mlx", "9.9", ">=0.32,<0.34", inside=False),
+        doctor.upstream.Tested("click", "99", "<9", inside=False),
+    ]
+    monkeypatch.setattr(doctor.upstream, "outside", lambda: untried)
+    found = by_topic(doctor.versions())
+    assert found["mlx"].level == found["click"].level == "note"
+    assert "9.9, which nobody tried" in found["mlx"].text
+    assert "pip install 'mlx>=0.32,<0.34'" in found["mlx"].advice
+    assert found["mlx-lm"].level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("package", "advice"),
+    [
+        ("mlx-cuda-13", "needs an NVIDIA card and its driver"),
+        ("mlx-cpu", "pip install 'mlx[cpu]', or"),
+    ],
+)
+def test_mlx_that_cannot_be_imported_says_what_is_missing(monkeypatch, package, advice):
+    """A CUDA build without a driver fails where its library is loaded."""
+    monkeypatch.setattr(doctor.sys, "platform", "linux")
+    monkeypatch.setitem(doctor.sys.modules, "mlx.core", None)
+    installed(monkeypatch, "mlx", package)
+    (found,) = doctor.device()
+    assert (found.topic, found.level) == ("device", "problem")
+    assert "cannot be imported" in found.text
+    assert advice in found.advice
+
+
+def test_a_cuda_card_is_named_with_its_own_memory(monkeypatch):
+    card = {"device_name": "H100", "architecture": "sm_90", "total_memory": 80e9}
+    monkeypatch.setattr(doctor.machine, "backend", lambda: "cuda")
+    monkeypatch.setattr(doctor.machine, "info", lambda: card)
+    found = by_topic(doctor.device())
+    assert found["device"].text == "H100 through CUDA (sm_90)"
+    assert found["memory"].text == "80.0 GB on the card"

@@ -168,6 +168,7 @@ FILES = {
         "--json", "candidates.jsonl",
     ),
     "doctor": (lambda p: ["doctor", "--no-hub"], "--json", None),
+    "doctor --device-check": (lambda p: ["doctor", "--device-check"], "--json", None),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from fpo_mlx.config import SaeTrainConfig, load_section  # noqa: E402
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
 from fpo_mlx.errors import FpoError  # noqa: E402
 from fpo_mlx.judge.sae_fit import LossFigures  # noqa: E402
+from fpo_mlx.machine import device  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy  # noqa: E402
 from fpo_mlx.records import SaeWeights, Site, TokenPair  # noqa: E402
@@ -57,6 +59,28 @@ def corpus(tmp_path):
 
 def run(*words):
     return CliRunner().invoke(main, ["sae", "train", *map(str, words)])
+
+
+def test_training_keeps_its_share_wired_and_only_while_it_trains(
+    llama, corpus, tmp_path, monkeypatch
+):
+    """What the share does is device.resident's, tested there."""
+    seen = []
+
+    @contextmanager
+    def resident(share):
+        seen.append(share)
+        yield
+        seen.append("given back")
+
+    monkeypatch.setattr(device, "resident", resident)
+    base = ("--model", llama, "--data", corpus, *QUICK)
+    assert run(*base, "--output", tmp_path / "a").exit_code == 0
+    assert run(*base, "--output", tmp_path / "b", "--wired-share", 0).exit_code == 0
+    assert seen == [0.75, "given back", 0.0, "given back"]
+    refused = run(*base, "--output", tmp_path / "c", "--wired-share", 1.5)
+    assert refused.exit_code == 1
+    assert "--wired-share 1.5: wanted 0 to 1" in refused.output
 
 
 def test_one_command_makes_an_sae_that_reads_its_model(llama, corpus, tmp_path):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from helpers import open_trainer, random_pairs
+from helpers import K, open_trainer, random_pairs
 from mlx_lm import utils
 from tiny_models import MAKERS
 
+from fpo_mlx.config import PRESETS, Objective
 from fpo_mlx.machine import device
 from fpo_mlx.model import adapters
 from fpo_mlx.model.trees import arrays_of, cast_floats
@@ -26,8 +27,8 @@ WIDE = {
     "qwen3_moe": {"hidden_size": 64, "moe_intermediate_size": 32},
     "gpt_oss": {"hidden_size": 64, "intermediate_size": 64},
 }
-# A GPU's record, with so few logits at once that there are several chunks.
-RECORD = replace(device.gpu("metal", 8e9), row_elements=8 * 300, bucket=4)
+# A GPU's record, with so few logits at once that there are several chunks and tiles.
+RECORD = replace(device.gpu("metal", 8e9), row_elements=8 * 300, wide_elements=100 * 32, bucket=4)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,19 @@ CASES = [
     Case("gpt_oss", weights="mxfp4", kind="dora"),
     Case("llama", "plain", "float32", micro=2),
 ]
+
+
+# Everything with everything; the presets of a case share its trainer.
+FULL = [
+    Case(maker, weights, dtype, kind, micro)
+    for maker in ("llama", "gemma2", "qwen3_moe", "gpt_oss")
+    for weights, dtype in (
+        ("plain", "float32"), ("plain", "bfloat16"), ("affine", "bfloat16"), ("affine", "float16"),
+        ("mxfp4", "bfloat16"),
+    )
+    for kind in ("lora", "dora")
+    for micro in (1, 2)
+]  # fmt: skip
 
 
 def model_folder(root: Path, case: Case) -> Path:
@@ -115,6 +129,14 @@ def start_of(trainer: Trainer) -> Start:
         gap, apart, float(np.max(sides)), float(seen["loss"].mean()),
         float(guard.closed_form(refs, seen, o)[0].mean()), guard.gaps(seen, refs, o)[0],
     )  # fmt: skip
+
+
+def start_with(trainer: Trainer, preset: str) -> Start:
+    """The same trainer's start under another objective. Its own has to pool features."""
+    scorer = trainer.scorer
+    scorer.objective = Objective(**{**PRESETS[preset], "top_k": K})
+    scorer.measure_kl = scorer.objective.constraint == "kl"
+    return start_of(trainer)
 
 
 def gradient_of(trainer: Trainer, indices) -> np.ndarray:

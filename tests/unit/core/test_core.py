@@ -127,6 +127,9 @@ LINEAR = {
     "bias": LinearHead(WEIGHT, bias=WEIGHT.sum(axis=1)),
     "scale and soft-cap": LinearHead(WEIGHT, scale=0.5, cap=3.0),
     "bfloat16": LinearHead(WEIGHT.astype(mx.bfloat16)),
+    "bfloat16, bias and soft-cap": LinearHead(
+        WEIGHT.astype(mx.bfloat16), bias=WEIGHT.sum(axis=1), scale=0.5, cap=3.0
+    ),
 }
 
 
@@ -141,9 +144,29 @@ def test_log_probs_do_not_depend_on_the_tiles_of_the_vocabulary(monkeypatch, nam
 @pytest.mark.parametrize("name", list(LINEAR))
 @pytest.mark.parametrize("elements", [1, 3 * V, 1 << 20])
 def test_whole_rows_give_what_tiles_give(monkeypatch, name, elements):
-    """A GPU's way, chunks filled up to four rows; a half-precision matrix is folded there too."""
-    sizes(monkeypatch, fold=False, row_elements=elements, bucket=4, vocab_columns=10)
+    """A GPU's way, chunks filled up to four rows; a half-precision matrix goes by its own."""
+    sizes(monkeypatch, fold=False, row_elements=elements, bucket=4)
     of_tiles_and_rows(name)
+
+
+@pytest.mark.parametrize("name", [name for name in LINEAR if "bfloat16" in name])
+@pytest.mark.parametrize(("wide", "rows"), [(10 * D, 3), (10 * D, R), (V * D, 4), (1 << 20, R)])
+def test_wide_tiles_of_a_half_precision_matrix_give_what_its_float32_form_gives(
+    monkeypatch, name, wide, rows
+):
+    """Four tiles, and one; the rows whole and in chunks."""
+    sizes(monkeypatch, fold=False, wide_elements=wide, vocab_rows=rows, bucket=1)
+    of_tiles_and_rows(name)
+
+
+def test_log_collisions_go_over_all_wide_tiles(monkeypatch):
+    head = LINEAR["bfloat16"]
+    p = np.array(mx.softmax(ROWS @ head.weight.astype(mx.float32).T, axis=-1), np.float64)
+    sizes(monkeypatch, fold=False, wide_elements=10 * D)
+    for ref in (None, REF):
+        got = logprobs.token_values(ROWS, TARGETS, head, V, ref_hidden=ref, collisions=True)
+        found = np.array(got.log_collisions)
+        np.testing.assert_allclose(found, np.log((p**2).sum(-1)), rtol=1e-4)
 
 
 def of_tiles_and_rows(name):
@@ -167,7 +190,7 @@ def of_tiles_and_rows(name):
         _, got_slope = slope(rows, head)
         _, want_slope = slope(rows, lambda x: wide(x.astype(mx.float32)))
         a, b = (np.array(x.astype(mx.float32)) for x in (got_slope, want_slope))
-        np.testing.assert_allclose(a, b, atol=0.05 if name == "bfloat16" else 2e-5)
+        np.testing.assert_allclose(a, b, atol=0.05 if "bfloat16" in name else 2e-5)
         on, off, want = (
             function(rows, head),
             function(rows, head, False),
@@ -178,10 +201,11 @@ def of_tiles_and_rows(name):
             np.testing.assert_allclose(np.array(a), np.array(c), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["plain", "bfloat16"])
 @pytest.mark.parametrize("fold", [True, False])
-def test_the_kl_of_a_policy_from_itself_is_exactly_nothing(monkeypatch, fold):
-    sizes(monkeypatch, vocab_columns=5, fold=fold)
-    _, kl = logprobs.token_logps_and_kl(ROWS, ROWS, TARGETS, LINEAR["plain"], V)
+def test_the_kl_of_a_policy_from_itself_is_exactly_nothing(monkeypatch, fold, name):
+    sizes(monkeypatch, vocab_columns=5, fold=fold, wide_elements=5 * D)
+    _, kl = logprobs.token_logps_and_kl(ROWS, ROWS, TARGETS, LINEAR[name], V)
     np.testing.assert_array_equal(np.array(kl), 0)
 
 

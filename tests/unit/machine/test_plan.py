@@ -54,6 +54,19 @@ def test_peaks_that_were_measured_are_predicted_within_15_percent(pair, again, m
     assert memory.total(terms) == pytest.approx(measured, rel=0.15)
 
 
+def test_a_head_in_half_precision_counts_one_wide_tile_by_hand():
+    """V = 10, D = 2, 8 values of the matrix at once: 3 tiles of 4 columns, for 4 of the 5 rows.
+
+    The tile 8 values, its logits three times 16, the pulls of three tiles 24; slopes as ever.
+    """
+    small = ModelShape(1, 2, 0, 0, 0, 4, 10, 0, 100, 2, half_head=True)
+    tiles = Tiles(2048, 4, 1 << 21, row_elements=40, wide_elements=8)
+    assert memory._head(small, tiles, 5, grad=False, kl=False) == 4 * (8 + 48)
+    assert memory._head(small, tiles, 5, grad=True, kl=False) == 4 * (8 + 48 + 24) + 120
+    packed = replace(small, half_head=False)
+    assert memory._head(packed, tiles, 5, grad=False, kl=False) == 4 * 3 * 40
+
+
 def test_measured_peaks_of_tdpo2_a_wide_sae_and_precompute_are_predicted_too():
     pair = Lengths(76, 154, 77)
     kl = memory.train_terms(MODEL, (), replace(SETUP, kl=True), TILES, pair)

@@ -9,11 +9,10 @@ import gpu_path
 import numpy as np
 import pytest
 from gpu_path import CASES, RECORD, Case, cosine, gradient_of, open_case, start_of
-from helpers import K
 
-from fpo_mlx.config import PRESETS, Objective
+from fpo_mlx.config import PRESETS
 from fpo_mlx.machine import device
-from fpo_mlx.model.heads import ReplayedHead
+from fpo_mlx.model.heads import ReplayedHead, half_head
 from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.pipeline.plan import fuses_attention
 from fpo_mlx.train.optimizer import trainable_count
@@ -38,13 +37,16 @@ def test_a_run_starts_where_its_objective_says(root, forced, case):
     assert start.distance <= (1e-8 if case.dtype == "float32" else 1e-3)
 
 
-def test_every_preset_starts_where_its_closed_form_says(root, forced):
-    case = Case("llama", "plain", "float32")
-    trainer = open_case(root, case)
-    for name, choices in PRESETS.items():
-        trainer.scorer.objective = Objective(**{**choices, "top_k": K})
-        trainer.scorer.measure_kl = trainer.scorer.objective.constraint == "kl"
-        assert start_of(trainer).holds("float32"), name
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    [("plain", "float32"), ("affine", "bfloat16"), ("affine", "float16")],
+)
+def test_every_preset_starts_where_its_closed_form_says(root, forced, weights, dtype):
+    """In half precision too, in micro batches whose shapes differ from the reference's."""
+    trainer = open_case(root, Case(weights=weights, dtype=dtype, micro=2))
+    for preset in PRESETS:
+        start = gpu_path.start_with(trainer, preset)
+        assert start.holds(dtype), (preset, start)
 
 
 @pytest.mark.parametrize("weights", ["affine", "mxfp4"])
@@ -92,6 +94,19 @@ def test_parameters_are_counted_as_values_not_as_packed_words(root, forced):
         for weights in ("plain", "affine")
     )
     assert plain == packed
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype", "half"),
+    [("plain", "bfloat16", True), ("affine", "bfloat16", False), ("plain", "float32", False)],
+)
+def test_plan_reads_from_the_model_whether_its_head_is_widened_by_tiles(
+    root, forced, weights, dtype, half
+):
+    trainer = open_case(root, Case(weights=weights, dtype=dtype))
+    config = {"vocab_size": trainer.scorer.policy.vocab_size}
+    assert half_head(trainer.model, config) is half
+    assert trainer.scorer.policy.head.half is half
 
 
 @pytest.mark.parametrize(("maker", "fused"), [("llama", True), ("gemma2", False)])
@@ -146,3 +161,14 @@ def test_a_record_is_chosen_for_both_kinds():
         assert device.here() is small
     here = device.here()
     assert (here.kind, here.widen, here.fold) == ("cpu", True, True)
+
+
+def test_a_record_that_equals_another_below_is_the_one_that_goes():
+    """CPU in GPU in CPU: what lies in the middle is in force again afterwards."""
+    middle = device.gpu("metal", 5e9)
+    with device.using(device.here()), device.using(middle):
+        with device.using(replace(device.here())):
+            pass
+        with device.using(device.cpu()), device.using(replace(device.cpu())):
+            pass
+        assert device.here() is middle
