@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -64,7 +65,7 @@ def updates() -> Iterator[Line]:
 def _forward(size: Size, packing: Packing, dtype: str) -> float:
     """Final hidden rows against the same weights in float32 on the CPU."""
     config = models.llama(size, 2, min(size.vocab, VOCAB))
-    model = models.make(config, getattr(mx, dtype), packing)
+    model: Any = models.make(config, getattr(mx, dtype), packing)
     tokens = mx.array(models.random_pairs([(64, 1, 1)], config["vocab_size"], 1)[0].prompt[None])
     got = np.array(model.model(tokens).astype(mx.float32))
     with _widened(config, model, packing) as wide:
@@ -73,7 +74,7 @@ def _forward(size: Size, packing: Packing, dtype: str) -> float:
 
 
 @contextmanager
-def _widened(config: dict, model: nn.Module, packing: Packing) -> Iterator[nn.Module]:
+def _widened(config: dict, model: nn.Module, packing: Packing) -> Iterator[Any]:
     """The same stored numbers as the CPU takes them."""
     with on_cpu():
         wide = models.again(config, model, packing)
