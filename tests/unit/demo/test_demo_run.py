@@ -129,7 +129,7 @@ def test_answers_of_any_length_leave_fifteen_lines(words, tmp_path):
 
 
 def test_a_terminal_sees_a_bar_with_the_time_that_is_left(place, tmp_path):
-    text, code = on_a_terminal(sys.executable, "-c", SMALL.format(root=str(place)), tmp_path / "d")
+    text, code = on_a_terminal("-c", SMALL.format(root=str(place)), tmp_path / "d")
     assert code == 0, text
     assert re.search(r"\d+% \|.*\| \d\d:\d\d, about (\d\d:\d\d|\?) left", text)
     assert text.rstrip().endswith("fpo-mlx report my-adapters")
