@@ -27,6 +27,12 @@ TOOLS := .venv-tools/bin
 # Small matrices: a second thread costs more than it gives.
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
 
+# What the lock has versions for.
+CHECK = -c 'import platform, sys; \
+	v = sys.version_info; old = v < (3, 11) or v >= (3, 15); \
+	sys.exit("Python 3.11 to 3.14 is needed, found %d.%d: make clean, make PYTHON=python3.12" % v[:2] if old else \
+	sys.platform == "darwin" and platform.machine() != "arm64" and "a Python for arm64 is needed (Apple silicon, no Rosetta): MLX has no other build")'
+
 .DELETE_ON_ERROR:
 .PHONY: demo test check lint docs bench clean lock test-newest test-lowest
 
@@ -54,6 +60,7 @@ lock: $(TOOLS)/uv
 
 # An environment of its own each time: what was left in it from last week would hide a fault.
 test-newest test-lowest: test-%: $(TOOLS)/uv
+	$(PYTHON) $(CHECK)
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/python scripts/make/lock.py $* --uv $< --output .venv-$*/requirements.txt
 	.venv-$*/bin/python -m pip install -r .venv-$*/requirements.txt
@@ -62,8 +69,8 @@ test-newest test-lowest: test-%: $(TOOLS)/uv
 	$(ONE_THREAD) .venv-$*/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 $(PACKAGE): pyproject.toml $(LOCK)
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) $(CHECK)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --require-hashes -r $(LOCK)
 	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
 	touch $@

@@ -47,11 +47,12 @@ class Main(Group):
         except ImportError as error:
             from fpo_mlx.machine import upstream
 
-            plain = upstream.plain(error)
-            if plain is not None:
+            name = (error.name or "").partition(".")[0]
+            if "libmlx" in str(error):  # mlx is there, the part that computes is not
+                name = "mlx"
+            elif (plain := upstream.plain(error)) is not None:
                 click.echo(f"fpo-mlx: {plain}", err=True)
                 ctx.exit(plain.exit_code)
-            name = (error.name or "").partition(".")[0]
             if name not in ("mlx", "mlx_lm"):
                 raise
             click.echo(

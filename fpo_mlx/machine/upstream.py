@@ -25,7 +25,7 @@ class Tested:
 
     package: str
     installed: str
-    range: str  # as pip takes it: ">=5.7,<5.25"
+    range: str  # as pip takes it: ">=5.21,<5.25"
     inside: bool
 
 

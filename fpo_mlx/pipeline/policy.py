@@ -90,7 +90,7 @@ def open_policy(
         projections=job.projections,
     )
     if ref.share_prompt and not policy.shares_prompt:
-        say("this model's caches are not plain keys and values: prompts run twice a pair")
+        say("this model's caches are not plain keys and values: prompts run twice per pair")
     encoders = [encoder_of(sae) for sae in (job.saes if o.pooled else ())]
     scorer = Scorer(policy, encoders, o, feature_weights=job.feature_weights)
     return scorer, spec.as_config(ref.model)

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -25,7 +26,8 @@ BUILD = ("setuptools>=77",)  # of the editable install, which is built in the sa
 # What torch brings that is alike on all machines; torch itself is not, see the Makefile.
 OF_TORCH = ("networkx>=3", "sympy>=1.13")
 KINDS = ("lock", "newest", "lowest")
-BOUNDED = re.compile(r'"([A-Za-z0-9._-]+(?:\[\w+\])?)>=[^",;]+,<[^";]+((?:;[^"]*)?)"')
+UPPER = re.compile(r",\s*<[^,;]+")
+ENTRY = re.compile(r"^([A-Za-z0-9._-]+)==\S+.*?(?=^[A-Za-z0-9]|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def versions(text: str) -> dict[str, list[str]]:
@@ -36,20 +38,33 @@ def versions(text: str) -> dict[str, list[str]]:
     return found
 
 
+def entries_of(text: str) -> dict[str, list[str]]:
+    """Name -> its entries as they stand, markers and hashes with them."""
+    found: dict[str, list[str]] = {}
+    for match in ENTRY.finditer(text):
+        found.setdefault(match[1], []).append(" ".join(match[0].split()))
+    return found
+
+
 def changes(old: str, new: str) -> list[str]:
-    """One line per package whose versions are others in `new`."""
+    """One line per package whose versions, hashes or markers are others in `new`."""
     before, after = versions(old), versions(new)
+    was, now = entries_of(old), entries_of(new)
     lines = []
     for name in sorted(before | after):
         a, b = before.get(name, []), after.get(name, [])
         if sorted(a) != sorted(b):
             lines.append(f"{name} {', '.join(a) or '(new)'} -> {', '.join(b) or '(gone)'}")
+        elif sorted(was[name]) != sorted(now[name]):
+            lines.append(f"{name} {', '.join(b)}: other hashes or markers")
     return lines
 
 
 def unbounded(pyproject: str) -> list[str]:
-    """The requirements that have an upper bound, without any bound: uv lets them override."""
-    return [f"{name}{marker}" for name, marker in BOUNDED.findall(pyproject)]
+    """The requirements of a CPU that have an upper bound, without it: uv lets them override."""
+    project = tomllib.loads(pyproject)["project"]
+    texts = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+    return [UPPER.sub("", text) for text in texts if UPPER.search(text)]
 
 
 def compile_with(uv: str, kind: str, index: str, output: Path, beside: Path) -> None:
@@ -95,10 +110,11 @@ def main() -> None:
         beside.write_text("\n".join(names) + "\n", encoding="utf-8")
         compile_with(args.uv, args.kind, args.index, new, beside)
         text = new.read_text(encoding="utf-8")
-    part = output.with_name(output.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(output)
     lines = changes(old, text)
+    if text != old:  # else `make` would install it all again
+        part = output.with_name(output.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(output)
     print("\n".join(lines) if lines else "nothing changed")
     print(f"{output.name}: {len(versions(text))} packages, {len(lines)} changed")
 

@@ -11,6 +11,8 @@ import pytest
 import tiny_models
 from command_line import BLOCK, ROWS, lines, random_sae, refused, run, train, usual  # noqa: E402, F401
 
+from fpo_mlx import cli
+from fpo_mlx.errors import FpoError
 from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.sae.encode import encode
 
@@ -44,6 +46,14 @@ def own_cache_and_signals(tmp_path, monkeypatch):
 
 def test_an_unknown_flag_is_a_usage_error():
     refused(run("train", "--learning-rat", "1"), 2, "No such option", "--learning-rat")
+
+
+def test_mlx_without_the_part_that_computes_says_what_to_install(monkeypatch):
+    def gone(*_):
+        raise ImportError("libmlx.so: cannot open shared object file", name="core")
+
+    monkeypatch.setattr(cli.Group, "invoke", gone)
+    refused(run("convert"), FpoError.exit_code, "needs the package mlx", "pip install")
 
 
 def test_an_unknown_command_is_a_usage_error():

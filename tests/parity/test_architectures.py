@@ -84,7 +84,7 @@ def test_a_model_that_takes_the_plain_path_trains_on_it_and_says_so_once(tmp_pat
         main, ["train", *places, *flags, "--adapter-path", str(tmp_path / "a")]
     )
     assert out.exit_code == 0, out.output
-    assert out.output.count("prompts run twice a pair") == 1
+    assert out.output.count("prompts run twice per pair") == 1
     assert (tmp_path / "a" / "adapters.safetensors").is_file()
 
 

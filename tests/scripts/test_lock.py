@@ -67,12 +67,26 @@ def test_the_supported_pythons_begin_where_pyproject_does():
 def test_an_update_says_what_became_of_each_package():
     old = "a==1 \\\n    --hash=sha256:00\nb==1 ; python_version < '3.12'\nb==2\nc==1\n"
     new = "a==1 \\\n    --hash=sha256:11\nb==2\nd==5\nc==1\n"
-    assert lock.changes(old, new) == ["b 1, 2 -> 2", "d (new) -> 5"]
-    assert lock.changes(new, "a==1\nb==2\nc==1\n") == ["d 5 -> (gone)"]
+    said = ["a 1: other hashes or markers", "b 1, 2 -> 2", "d (new) -> 5"]
+    assert lock.changes(old, new) == said
+    assert lock.changes(new, new) == []
+    marked = new.replace("c==1", "c==1 ; python_version < '3.13'")
+    assert lock.changes(new, marked) == ["c 1: other hashes or markers"]
+    fewer = new.replace("d==5\n", "")
+    assert lock.changes(new, fewer) == ["d 5 -> (gone)"]
 
 
 def test_the_newest_run_lifts_every_upper_bound_and_no_other():
     lifted = {Requirement(text).name for text in lock.unbounded(PYPROJECT)}
     bounded = {r.name for r in wanted() if any(s.operator == "<" for s in r.specifier)}
     assert lifted == bounded == {"mlx", "mlx-lm", "transformers"}
-    assert all(not Requirement(text).specifier for text in lock.unbounded(PYPROJECT))
+    assert all(
+        [s.operator for s in Requirement(text).specifier] == [">="]
+        for text in lock.unbounded(PYPROJECT)
+    )
+
+
+def test_the_newest_run_asks_for_one_backend_of_mlx_alone():
+    """An override holds for every `mlx`: two backends in one environment overwrite each other."""
+    extras = {e for text in lock.unbounded(PYPROJECT) for e in Requirement(text).extras}
+    assert extras <= {"cpu"}
