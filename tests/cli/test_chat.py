@@ -6,10 +6,9 @@ import os
 import pty
 import re
 import select
-import subprocess
-import sys
 import time
 
+import forked
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -132,12 +131,9 @@ def test_a_feature_that_the_sae_does_not_have_is_refused(place):
 
 def test_a_person_at_a_terminal_asks_steers_and_leaves(place):
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "fpo_mlx", "chat", "--model", place / "model", "--sae",
-               place / "sae", "--max-tokens", "4", "--temp", "0"]  # fmt: skip
-    process = subprocess.Popen(
-        [str(word) for word in command], stdin=theirs, stdout=theirs, stderr=theirs
-    )
-    os.close(theirs)
+    command = ["-m", "fpo_mlx", "chat", "--model", place / "model", "--sae", place / "sae"]
+    command += ["--max-tokens", "4", "--temp", "0"]
+    process = forked.start_at(os.ttyname(theirs), command, os.environ)
     written = b""
 
     def until(wanted: bytes) -> bytes:
@@ -162,5 +158,7 @@ def test_a_person_at_a_terminal_asks_steers_and_leaves(place):
     os.write(ours, b"/steer 99=1\n")
     assert b"0 to 47" in until(b"> "), "a slip does not end the conversation"
     os.write(ours, b"/quit\n")
-    assert process.wait(60) == 0
+    process.join(60)
+    os.close(theirs)
+    assert process.exitcode == 0
     os.close(ours)

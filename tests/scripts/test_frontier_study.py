@@ -13,6 +13,7 @@ mx = pytest.importorskip("mlx.core")
 
 from helpers import random_adapters  # noqa: E402
 
+from fpo_mlx.config import Sampling  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 
 
@@ -35,6 +36,8 @@ def open_meter(monkeypatch, tmp_path):
     for name, few in (("UNRELATED", known.UNRELATED[:3]), ("SUMS", known.SUMS[:2])):
         monkeypatch.setattr(known, name, few)
     monkeypatch.setattr(known, "FORMATS", known.FORMATS[:2])
+    monkeypatch.setattr(points, "TOKENS", 8)
+    monkeypatch.setattr(points, "GREEDY", Sampling(max_tokens=6, temp=0.0))
     monkeypatch.setattr(known, "held_out_prompts", lambda: ["Why?", "How so?"] * 2)
     monkeypatch.setattr(known, "REWARDS", {"letters": lambda prompt, answer: len(answer)})
     model = tiny_models.tiny_llama(tmp_path / "model", tokenizer=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,6 @@ pytest.importorskip("torch")  # makes the tiny model
 import reproduce
 import reproduce_cells as rc
 import reproduce_show
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -232,13 +228,9 @@ def test_an_ablation_stands_beside_fpo_of_its_own_seeds():
     assert "does not cost accuracy: does not hold. With 0.600, without 0.700." in page
 
 
-def test_the_list_runs_nothing(tmp_path):
+def test_the_list_runs_nothing(tmp_path, capsys):
     words = ["--smoke", "--list", "--work", str(tmp_path), "--only", "fpo", "--only", "base"]
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "studies" / "reproduce.py", *words],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["to", "do", "base", "base.s0", "to", "do", "method", "fpo.s0"]
+    assert reproduce.main(words) == 0
+    shown = capsys.readouterr().out.split()
+    assert shown == ["to", "do", "base", "base.s0", "to", "do", "method", "fpo.s0"]
     assert not (tmp_path / "smoke" / "cells").exists()

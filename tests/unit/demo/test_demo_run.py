@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ VALID = 6  # held-out pairs of the tiny demo
 
 # The demo with another model, SAE and fewer pairs; nothing else is changed.
 SMALL = """
-import sys
+import dataclasses, sys
 from pathlib import Path
 from fpo_mlx.demo import run, smollm2
 root = Path({root!r})
@@ -31,6 +32,7 @@ smollm2.fetch = lambda wheel, say: smollm2.Folders(root / "model", root / "model
 run.SAE = root / "sae"
 run.DATA = root / "data"
 run.SETTINGS |= {{"top_k": 5, "steps_per_report": 2}}
+run.ANSWER = dataclasses.replace(run.ANSWER, max_tokens=24)
 from fpo_mlx.cli import main
 main(["demo", "--output", sys.argv[1]])
 """
@@ -42,18 +44,21 @@ def place(tmp_path_factory):
     tiny_models.tiny_llama(root / "model", tokenizer=True)
     write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
     for name, count in (("train", 4), ("valid", VALID)):
-        rows = (demo.DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        lines(root / "data" / f"{name}.jsonl", *map(json.loads, rows))
+        rows = (demo.DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        shortest = sorted(rows, key=len)[:count]  # a byte is a token here
+        lines(root / "data" / f"{name}.jsonl", *map(json.loads, shortest))
     return root
 
 
 @pytest.fixture(scope="module")
 def small(place):
     folders = smollm2.Folders(place / "model", place / "model")
+    answer = replace(demo.ANSWER, max_tokens=24)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(smollm2, "fetch", lambda wheel, say: folders)
         patch.setattr(demo, "SAE", place / "sae")
         patch.setattr(demo, "DATA", place / "data")
+        patch.setattr(demo, "ANSWER", answer)
         patch.setitem(demo.SETTINGS, "top_k", 5)
         patch.chdir(place)
         patch.setenv("COLUMNS", "80")

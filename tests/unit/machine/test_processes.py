@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from command_line import ROWS, lines, random_sae
+from command_line import ROWS, lines, random_sae, run
 from launchers import launch, mlx_launch
 
 from fpo_mlx import cache
@@ -48,8 +48,8 @@ def same_keyed_content(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_two_launched_processes_precompute_the_cache_of_one(place, tmp_path, backend):
-    alone = launch([sys.executable, "-m", "fpo_mlx", *precompute(place, tmp_path / "one", backend)])
-    assert alone.returncode == 0, alone.stderr
+    alone = run(*precompute(place, tmp_path / "one", backend))
+    assert alone.exit_code == 0, alone.stderr
     words = precompute(place, tmp_path / "two", backend)
     if backend == "mlx":
         both = launch(mlx_launch(2, *words))

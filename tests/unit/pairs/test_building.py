@@ -267,11 +267,11 @@ def test_sixty_thousand_candidates_start_within_five_seconds_and_are_not_in_memo
     """Issue 18, must show 7: 15,000 prompts of 4 answers of 1,200 letters, 75 MB."""
     chance = random.Random(0)
     words = [f"word{n}" for n in range(500)]
+    texts = [" ".join(chance.choices(words, k=180)) for _ in range(400)]
     with open(tmp_path / "c.jsonl", "w") as out:
         for n in range(15_000):
             answers = [
-                {"text": " ".join(chance.choices(words, k=180)), "tokens": 180, "finish": "stop"}
-                for _ in range(4)
+                {"text": text, "tokens": 180, "finish": "stop"} for text in chance.sample(texts, 4)
             ]
             row = {"id": f"{n:016x}", "prompt": f"Question {n}?", "candidates": answers}
             out.write(json.dumps(row) + "\n")
