@@ -191,17 +191,17 @@ def read_sae(spec: str, config: RunConfig, say: Say, *, decoder: bool = True) ->
 
 
 def read_sae_as(
-    spec: str, files: ReferenceConfig | SaeTrainConfig, say: Say, *, decoder: bool = True
+    spec: str, reference: ReferenceConfig | SaeTrainConfig, say: Say, *, decoder: bool = True
 ) -> SaeWeights:
     """The same, by whichever settings say how SAE files are read."""
     return load_sae(
-        resolve(spec, allow_pickle=files.allow_pickle, report=say),
-        format=files.sae_format,
-        allow_pickle=files.allow_pickle,
+        resolve(spec, allow_pickle=reference.allow_pickle, report=say),
+        format=reference.sae_format,
+        allow_pickle=reference.allow_pickle,
         decoder=decoder,
-        k=files.sae_k,
-        llama_scope_gate=files.llama_scope_gate,
-        norm_scaling_factor=files.norm_scaling_factor,
+        k=reference.sae_k,
+        llama_scope_gate=reference.llama_scope_gate,
+        norm_scaling_factor=reference.norm_scaling_factor,
         name=spec,
     )
 

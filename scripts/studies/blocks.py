@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from control import Steps
-from texts import ROOT, rows, shared, write_rows
+from texts import ROOT, Steps, rows, shared, write_rows
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import SaeTrainConfig, load_config

@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from control import Steps
-from texts import ROOT, shared
+from texts import ROOT, Steps, shared
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import SaeTrainConfig

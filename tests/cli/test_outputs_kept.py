@@ -73,7 +73,7 @@ def _lessons(p):
 
 
 def _show(p):
-    return ["features", "show", 3, *usual(p)]
+    return ["features", "show", 3, *usual(p), "--split", "train"]
 
 
 def _build(p):

@@ -79,7 +79,7 @@ def test_training_keeps_its_share_wired_and_only_while_it_trains(
     assert run(*base, "--output", tmp_path / "b", "--wired-share", 0).exit_code == 0
     assert seen == [0.75, "given back", 0.0, "given back"]
     refused = run(*base, "--output", tmp_path / "c", "--wired-share", 1.5)
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "--wired-share 1.5: wanted 0 to 1" in refused.output
 
 

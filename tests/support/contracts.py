@@ -113,9 +113,24 @@ def mlx_lm_converts_under_these_arguments() -> None:
 
 
 @contract
-def mlx_lms_models_keep_their_arguments() -> None:
-    from mlx_lm.models import gemma3_text, llama, qwen2
+def mlx_lm_trains_on_sequences_so() -> None:
+    from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
+    takes(iterate_batches, "dataset", "batch_size", "max_seq_length")
+    takes(default_loss, "model", "batch", "lengths")
+    tokens, lengths = next(iterate_batches([([1, 2, 3, 4], 2)], 1, 8))
+    assert tokens[0, :4].tolist() == [1, 2, 3, 4]
+    assert tuple(lengths.shape) == (1, 2)
+    loss, count = default_loss(small_llama(), tokens, lengths)
+    assert loss.shape == ()
+    assert 1 <= count.item() <= 3
+
+
+@contract
+def mlx_lms_models_keep_their_arguments() -> None:
+    from mlx_lm.models import gemma2, gemma3_text, llama, qwen2
+
+    assert {"attn_logit_softcapping"} <= set(gemma2.ModelArgs.__dataclass_fields__)
     for module in (llama, qwen2, gemma3_text):
         fields = module.ModelArgs.__dataclass_fields__
         assert {"rope_theta", "rope_scaling", "rms_norm_eps", "num_key_value_heads"} <= set(fields)

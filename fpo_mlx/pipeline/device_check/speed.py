@@ -16,6 +16,7 @@ import numpy as np
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.machine import device, memory
 from fpo_mlx.machine.memory import Lengths, ModelShape, SaeShape, Setup, Tiles
+from fpo_mlx.machine.upstream import leaning_on
 from fpo_mlx.model import adapters
 from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.pipeline.device_check import models
@@ -105,7 +106,8 @@ def mlx_lm_lora(model: nn.Module, layers: int, config: Mapping[str, Any]) -> Non
 
 def sft_step(model: nn.Module, pair: TokenPair) -> Step:
     """mlx-lm's own step on both responses: its batch, its loss, compiled as it compiles them."""
-    from mlx_lm.tuner.trainer import default_loss, iterate_batches
+    with leaning_on("mlx-lm", "its step of supervised training"):
+        from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
     sequences = [
         (np.concatenate([pair.prompt, response]).tolist(), len(pair.prompt))
