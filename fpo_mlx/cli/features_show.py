@@ -15,6 +15,7 @@ from fpo_mlx.cli.options import (
     gather,
     json_option,
     overwrite_option,
+    pairs_looked_at,
     settings,
     write_json,
 )
@@ -29,11 +30,7 @@ BAR = 30  # characters of the longest
 @click.argument("feature", type=click.IntRange(min=0))
 @settings(DataConfig, ReferenceConfig, "init_adapter")
 @click.option("--adapter-path", type=READ, help="Adapter: what did training do to the feature?")
-@click.option(
-    "--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True,
-    help="Part of the data to look at.",
-)  # fmt: skip
-@click.option("--limit", type=click.IntRange(min=1), help="Look at this many pairs.")
+@pairs_looked_at("valid")
 @click.option(
     "--examples", type=click.IntRange(min=0), default=8, show_default=True,
     help="Texts to show, those in which it fires most.",

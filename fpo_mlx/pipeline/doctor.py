@@ -14,12 +14,16 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fpo_mlx import __version__
 from fpo_mlx.machine import blas, upstream
 from fpo_mlx.machine import device as machine
 from fpo_mlx.storage.paths import cache_root
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
 
 Level = Literal["ok", "note", "problem"]
 GB = 1e9
@@ -182,14 +186,21 @@ def gflops(size: int = 1024, repeats: int = 3) -> float:
     """Measured speed of a float32 product of two [size, size] matrices on MLX's default device."""
     import mlx.core as mx
 
-    a = mx.random.normal((size, size))
+    return product_rate(size, repeats, mx.float32) / 1e9
+
+
+def product_rate(n: int, repeats: int, dtype: mx.Dtype) -> float:
+    """FLOP/s of the best of some [n, n] products."""
+    import mlx.core as mx
+
+    a = mx.random.normal((n, n)).astype(dtype)
     mx.eval(a @ a)
     best = float("inf")
     for _ in range(repeats):
-        start = time.perf_counter()
+        started = time.perf_counter()
         mx.eval(a @ a)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best
 
 
 def hub(seconds: float) -> Finding:

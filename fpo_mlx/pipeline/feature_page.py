@@ -11,7 +11,7 @@ from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge.feature_report import Context
 from fpo_mlx.judge.scaling import Scaled
-from fpo_mlx.pipeline.features import link
+from fpo_mlx.pipeline.features import link, open_policy
 from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs, read_sae
 from fpo_mlx.pipeline.origins import warn_of_other_model
 from fpo_mlx.records import Passage, SaeWeights, result_file
@@ -19,7 +19,6 @@ from fpo_mlx.storage import files
 
 if TYPE_CHECKING:
     from fpo_mlx.judge.feature_page import Activity
-    from fpo_mlx.model.policy import Policy
 
 TOKENS, NEIGHBOURS = 10, 10
 
@@ -109,12 +108,12 @@ def _page(
     sae, decode = job.saes[0], job.tokenizer.decode
     assert sae.site is not None
     encoder = encoder_of(sae)
-    before = _policy(job, str(job.adapter) if job.adapter else None, say)
+    before = open_policy(job, job.adapter, say)
     seen = pages.watch(before, encoder, texts, feature, 0 if adapter else examples, decode)
     more: dict[str, Any] = {}
     models = [seen]
     if adapter:
-        after = _policy(job, adapter, say)
+        after = open_policy(job, adapter, say)
         models.append(pages.watch(after, encoder, texts, feature, examples, decode))
         change, effect = pages.moved(*models)
         more = {"adapter_path": adapter, "change": change, "effect_size": effect}
@@ -138,12 +137,3 @@ def _page(
         known.get(feature, ""), link(sae, feature), len(texts) // 2, split, figures[0],
         models[-1].contexts, near, after=figures[1] if adapter else None, **more,
     )  # fmt: skip
-
-
-def _policy(job: Job, adapter: str | None, say: Say) -> Policy:
-    from fpo_mlx.model.open import open_model
-    from fpo_mlx.model.policy import Policy
-
-    trusted = job.config.reference.trust_remote_code
-    loaded = open_model(job.model_path, adapter=adapter, trust_remote_code=trusted, say=say)
-    return Policy(loaded.model, loaded.config, [sae.site for sae in job.saes if sae.site])

@@ -107,7 +107,7 @@ def features(
             [change.feature for change in found], examples, job.tokenizer.decode,
         )  # fmt: skip
         if scaling:
-            before = before or _before(job, say)
+            before = before or open_policy(job, job.adapter, say)
             tested = feature_scan.scaled(
                 (before, scorer.policy), scorer.encoders[i], i, whole[i],
                 feature_scan.pair_texts(data), [change.feature for change in found],
@@ -126,13 +126,13 @@ def features(
     return FeatureReport(changes, distance, len(pairs), adapter_path)
 
 
-def _before(job: Job, say: Say) -> Policy:
-    """The reference as a model, its SAEs' sites tapped."""
+def open_policy(job: Job, adapter: str | Path | None, say: Say) -> Policy:
+    """The job's model with this adapter, its SAEs' sites tapped."""
     from fpo_mlx.model.open import open_model
     from fpo_mlx.model.policy import Policy
 
     trusted = job.config.reference.trust_remote_code
-    loaded = open_model(job.model_path, adapter=job.adapter, trust_remote_code=trusted, say=say)
+    loaded = open_model(job.model_path, adapter=adapter, trust_remote_code=trusted, say=say)
     return Policy(loaded.model, loaded.config, [sae.site for sae in job.saes if sae.site])
 
 

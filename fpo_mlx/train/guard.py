@@ -50,7 +50,10 @@ def first_step(
         )
     if not (np.isfinite(values["loss"]).all() and math.isfinite(grad_norm)):
         return Verdict()  # `divergence` speaks of it
-    if reason := _another_model(values, refs, o, bound * (HALF_WIDER if half else 1.0)):
+    gap, apart = gaps(values, refs, o)
+    bound *= HALF_WIDER if half else 1.0
+    if gap > bound or apart > bound:
+        reason = _another_model(values, closed_form(refs, values, o)[0].mean(), gap, apart, bound)
         return Verdict(reason)
     if (wrong := _miscalculated(values, refs, o)) > 0.0:
         return Verdict(
@@ -58,7 +61,6 @@ def first_step(
             f"{wrong:.3g}. This is a fault of fpo-mlx or of the MLX installed here; run "
             "`fpo-mlx doctor` and report it."
         )
-    gap, _ = gaps(values, refs, o)
     if gap > TOLD:
         note = (
             f"step 0: |u| / beta is off by {gap:.2g} nats per token; the reference was computed "
@@ -69,19 +71,15 @@ def first_step(
 
 
 def _another_model(
-    values: Mapping[str, np.ndarray], refs: Sequence[PairScore], o: Objective, bound: float
-) -> str | None:
-    """What says that the reference is not the model that is trained; None where nothing does."""
-    gap, apart = gaps(values, refs, o)
-    if not (gap > bound or apart > bound):
-        return None
+    values: Mapping[str, np.ndarray], want: float, gap: float, apart: float, bound: float
+) -> str:
+    """What says that the reference is not the model that is trained. want: the loss it begins at"""
     kind, found = ("margins", gap) if gap > bound else ("log-probs", apart)
     text = (
         f"step 0: the policy is not the reference. Their {kind} differ by up to {found:.3g} nats "
         f"per token, wanted less than {bound:g} (--max-start-gap)"
     )
     if gap > bound:
-        want = closed_form(refs, values, o)[0].mean()
         named = " (ln 2)" if abs(want - math.log(2)) < 1e-6 else ""
         text += f": the loss would start at {values['loss'].mean():.4f}, not at {want:.4f}{named}"
     return f"{text}. Run `fpo-mlx precompute` with this model and adapter, or drop --reference."

@@ -60,16 +60,8 @@ def make(
     config: dict[str, Any], dtype: mx.Dtype, packing: Packing | None = None, seed: int = 0
 ) -> nn.Module:
     """A frozen mlx-lm model of random weights, made a matrix at a time."""
-    with leaning_on("mlx-lm", "how it makes a model of a configuration"):
-        from mlx_lm.models import gemma2 as gemma2_code
-        from mlx_lm.models import llama as llama_code
-
-        code: Any = {"llama": llama_code, "gemma2": gemma2_code}[config["model_type"]]
-        mx.random.seed(seed)
-        model = code.Model(code.ModelArgs.from_dict(config))
-    cast_floats(model, dtype)
-    if packing is not None:
-        nn.quantize(model, group_size=GROUPS[packing], bits=4, mode=packing)
+    mx.random.seed(seed)
+    model = _built(config, packing, dtype)
     for _, array in arrays_of(model.parameters()):
         mx.eval(array)
     model.freeze()
@@ -79,18 +71,28 @@ def make(
 
 def again(config: dict[str, Any], model: nn.Module, packing: Packing | None = None) -> nn.Module:
     """A second model around the same arrays."""
+    other = _built(config, packing)
+    other.update(model.parameters())
+    other.freeze()
+    other.eval()
+    return other
+
+
+def _built(
+    config: dict[str, Any], packing: Packing | None, dtype: mx.Dtype | None = None
+) -> nn.Module:
+    """mlx-lm's model of a configuration, its layers packed; nothing is computed yet."""
     with leaning_on("mlx-lm", "how it makes a model of a configuration"):
         from mlx_lm.models import gemma2 as gemma2_code
         from mlx_lm.models import llama as llama_code
 
         code: Any = {"llama": llama_code, "gemma2": gemma2_code}[config["model_type"]]
-        other = code.Model(code.ModelArgs.from_dict(config))
+        model = code.Model(code.ModelArgs.from_dict(config))
+    if dtype is not None:
+        cast_floats(model, dtype)
     if packing is not None:
-        nn.quantize(other, group_size=GROUPS[packing], bits=4, mode=packing)
-    other.update(model.parameters())
-    other.freeze()
-    other.eval()
-    return other
+        nn.quantize(model, group_size=GROUPS[packing], bits=4, mode=packing)
+    return model
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from fpo_mlx.pipeline.device_check import models
 from fpo_mlx.pipeline.device_check.lines import Line
 from fpo_mlx.pipeline.device_check.models import World
 from fpo_mlx.pipeline.device_check.places import Size, under_test
+from fpo_mlx.pipeline.doctor import product_rate
 from fpo_mlx.pipeline.plan import shape_of
 from fpo_mlx.records import TokenPair
 from fpo_mlx.train.gradients import GRADIENTS, Ground
@@ -148,23 +149,11 @@ def timed(steps: Mapping[str, Step], rounds: int) -> dict[str, float]:
 
 
 def _rate(size: Size, shape: ModelShape, world: World, seconds: float) -> Iterator[Line]:
-    bound = product_rate(size.square)
+    bound = product_rate(size.square, 5, mx.bfloat16)
     yield Line("speed", f"product of bfloat16, {size.square} square", bound / 1e12, unit="TFLOP/s")
     setup, lengths, saes = _setup(world)
     work = memory.train_flops(shape, saes, setup, lengths)
     yield Line("speed", "FPO's share of that rate", work / seconds / bound)
-
-
-def product_rate(n: int, repeats: int = 5) -> float:
-    """FLOP/s of the best of some [n, n] products in bfloat16."""
-    a = mx.random.normal((n, n)).astype(mx.bfloat16)
-    mx.eval(a @ a)
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        mx.eval(a @ a)
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best
 
 
 def _setup(world: World) -> tuple[Setup, Lengths, list[SaeShape]]:
