@@ -82,12 +82,13 @@ def open_cache(
     Raises CacheMismatch when it was made for something else, FpoError when a shard is damaged.
     """
     folder = Path(folder)
-    if (folder / MANIFEST).exists() or not create:
+    # listed once: another process may write the manifest at any moment
+    names = [path.name for path in folder.iterdir()] if create and folder.exists() else []
+    if MANIFEST in names or not create:
         found, first = read_manifest(folder)
         check_same(folder, found, identity, allow)
         return ReferenceCache(folder, found, identity, made or first)
-    others = [] if not folder.exists() else [p.name for p in folder.iterdir() if _foreign(p.name)]
-    if others:
+    if others := list(filter(_foreign, names)):
         raise CacheMismatch(
             f"{folder} holds other files ({', '.join(sorted(others)[:3])}) and no {MANIFEST}. "
             "Name an empty or a new folder for the reference cache."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import threading
 from pathlib import Path
 
@@ -72,6 +73,20 @@ def test_threads_that_run_at_once_and_wait_for_each_other(tmp_path):
         thread.join(timeout=30)
     assert not any(thread.is_alive() for thread in threads)
     assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
+
+
+def test_a_manifest_that_another_process_writes_meanwhile_is_read(tmp_path, monkeypatch):
+    filled(tmp_path / "one", make_pairs(2), shard_pairs=2)
+    folder, listed = tmp_path / "many", Path.iterdir
+    folder.mkdir()
+
+    def late(path):
+        if path == folder:
+            shutil.copy(tmp_path / "one" / "manifest.json", folder)
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    assert rc.open_cache(folder, IDENTITY, create=True).identity == IDENTITY
 
 
 def in_process(folder: Path, rank: int) -> None:
