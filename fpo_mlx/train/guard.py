@@ -70,6 +70,19 @@ def first_step(
     return Verdict()
 
 
+def one_length(grad_norm: float, config: TrainConfig) -> str | None:
+    """A note where clipping leaves of each update's only pair no more than a direction."""
+    pairs, bound = config.batch_size * config.grad_accumulation_steps, config.max_grad_norm
+    if pairs > 1 or not bound or grad_norm <= bound:
+        return None
+    return (
+        f"one pair per update, and its gradient of norm {grad_norm:.3g} is clipped to "
+        f"{bound:g} (--max-grad-norm): what the objective weighs a pair by (its margin, label "
+        "smoothing, agreement, weight) changes nothing. Several pairs per update (--batch-size "
+        "4), or --max-grad-norm 0, let it count"
+    )
+
+
 def _another_model(
     values: Mapping[str, np.ndarray], want: float, gap: float, apart: float, bound: float
 ) -> str:
@@ -215,8 +228,11 @@ def _against_margins(o: Objective) -> str:
 def _against_falling(o: Objective) -> str:
     """For a chosen response that dies: what keeps it alive."""
     if not o.nll_weight:
+        # as much as the preference weighs a token at u = 0: more, and only the likelihood is learnt
+        weight = o.preference_weight * o.beta / 2 if o.length_normalize else 1.0
         return (
-            "Give --nll-weight 1, which keeps the chosen response alive, or lower --learning-rate"
+            f"Give --nll-weight {weight:.3g}, which keeps the chosen response alive, or lower "
+            "--learning-rate"
         )
     return f"Lower --learning-rate, or raise --nll-weight above {o.nll_weight:g}"
 

@@ -7,9 +7,11 @@
 Collapse: SimPO and FPO without its constraint, with and without --nll-weight, at a learning rate
 at which they were seen to destroy the answers. Labels: a fifth of the training pairs turned round
 (others for every seed); DPO, the same smoothed, the same robust, and ada-dpo, judged on pairs that
-were left as they are. Three seeds each. Every cell is one `fpo-mlx train` and one `fpo-mlx
-evaluate` in processes of their own, kept in --work; results/remedies.json and .md are written anew
-after each. Intervals: 95 %, bootstrap over seeds and, within each, over held-out pairs.
+were left as they are. Four pairs per update there: a clipped gradient of one pair has one length
+whatever the loss weighs it by, and all four methods are the same. Three seeds each. Every cell is
+one `fpo-mlx train` and one `fpo-mlx evaluate` in processes of their own, kept in --work;
+results/remedies.json and .md are written anew after each. Intervals: 95 %, bootstrap over seeds
+and, within each, over held-out pairs.
 """
 
 from __future__ import annotations
@@ -34,14 +36,17 @@ from fpo_mlx.storage.files import write_json, write_text
 
 RESULTS = rc.ROOT / "scripts" / "studies" / "results"
 FLIPPED = 0.2  # share of the training pairs whose labels are turned round
+LABELS_RATE = 5e-5  # half as many updates as of the other study, and about as far
 FREE = ("--constraint", "none")
 ALIVE = ("--nll-weight", "1")
+GENTLE = ("--nll-weight", "0.05")  # beside fpo's slope of beta / 2 what 1 is beside SimPO's
 DOUBT = ("--objective", "dpo", "--label-smoothing", str(FLIPPED))
 COLLAPSE = {
     "simpo": ("--objective", "simpo"),
     "simpo + nll": ("--objective", "simpo", *ALIVE),
     "fpo free": FREE,
     "fpo free + nll": (*FREE, *ALIVE),
+    "fpo free + nll 0.05": (*FREE, *GENTLE),
 }
 NOISE = {
     "dpo": ("--objective", "dpo"),
@@ -103,7 +108,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=demo.DATA, help="folder with train.jsonl and valid.jsonl")
     add("--train-pairs", type=int, default=80, help="the shortest of train.jsonl")
     add("--held-out", type=int, default=30, help="the shortest of valid.jsonl or test.jsonl")
-    add("--updates", type=int, default=rc.Plan.updates, help="of one pair each")
+    add("--updates", type=int, default=rc.Plan.updates, help="of one pair; half of four (labels)")
     add("--learning-rate", type=float, default=rc.Plan.learning_rate)
     add("--max-seq-length", type=int, default=96, help="keeps a cell short; answers are cut")
     add("--seeds", type=int, default=3)
@@ -140,7 +145,8 @@ def data_plan(plan: rc.Plan, group: str, seed: int, options: argparse.Namespace)
         rows[i] |= {"chosen": rows[i]["rejected"], "rejected": rows[i]["chosen"]}
     write_rows(folder / "train.jsonl", rows)
     write_rows(folder / "test.jsonl", read_rows(plan.data / "test.jsonl"))
-    return replace(plan, data=folder)
+    updates = max(1, options.updates // 2)
+    return replace(plan, data=folder, batch_size=4, updates=updates, learning_rate=LABELS_RATE)
 
 
 def shortest(path: Path, count: int) -> list[dict[str, Any]]:
@@ -212,6 +218,8 @@ def write(output: Path, plan: rc.Plan, work: Sequence, plans: Mapping) -> None:
         "model": plan.model.name, "sae": plan.sae, "updates": plan.updates,
         "learning_rate": plan.learning_rate, "max_seq_length": plan.max_seq_length,
         "train_pairs": counts["train"], "held_out_pairs": counts["test"], "flipped": FLIPPED,
+        "labels_updates": max(1, plan.updates // 2), "labels_batch_size": 4,
+        "labels_learning_rate": LABELS_RATE,
         "cells_left": len(work) - len(cells),
     }  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,9 @@ def test_each_kind_of_divergence_has_its_reason(seen, grad_norm, reason):
 @pytest.mark.parametrize(
     ("seen", "changes", "remedy"),
     [
-        (values(change=(-6.0, -6.0)), {}, "Give --nll-weight 1"),
+        (values(change=(-6.0, -6.0)), {}, "Give --nll-weight 0.05"),  # beta / 2
+        (values(change=(-6.0, -6.0)), {"beta": 2.0}, "Give --nll-weight 1,"),
+        (values(change=(-6.0, -6.0)), {"length_normalize": False}, "Give --nll-weight 1,"),
         (values(change=(-6.0, -6.0)), {"nll_weight": 0.1}, "raise --nll-weight above 0.1"),
         (values(u=(9.0, 9.0)), {"constraint": "none"}, "--constraint features or kl, or take"),
         (values(u=(9.0, 9.0)), {"alpha": 0.2}, "raise --alpha above 0.2, or take --link ipo"),
@@ -77,6 +79,26 @@ def test_a_divergence_names_the_remedy_that_fits_it(seen, changes, remedy):
     found = guard.divergence(seen, 1.0, CONFIG, dataclasses.replace(FPO, **changes))
     assert found is not None
     assert remedy in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "grad_norm", "told"),
+    [
+        ({}, 16.0, True),
+        ({}, 0.9, False),  # not clipped
+        ({"max_grad_norm": 0}, 16.0, False),
+        ({"batch_size": 2}, 16.0, False),  # two pairs keep their weights beside each other
+        ({"grad_accumulation_steps": 2}, 16.0, False),
+    ],
+)
+def test_a_clipped_gradient_of_one_pair_is_said_to_forget_the_pairs_weight(
+    changes, grad_norm, told
+):
+    config = TrainConfig(**{"batch_size": 1, **changes})
+    note = guard.one_length(grad_norm, config)
+    assert (note is not None) == told
+    if note:
+        assert "norm 16 is clipped to 1 (--max-grad-norm)" in note
 
 
 def test_a_margin_of_sums_is_not_bounded_a_token():
