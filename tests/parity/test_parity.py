@@ -32,6 +32,25 @@ def folders(tmp_path_factory):
     return {name: make(root / name) for name, make in makers.items()}
 
 
+@pytest.fixture(scope="module")
+def truth(folders):
+    """The oracle's (sides, LoRA parameters) per (family, taps), scored once for all objectives."""
+    kept: dict = {}
+
+    def of(family, key, saes, values, pairs):
+        if (family, key) not in kept:
+            model = oracle.load_oracle(folders[family])
+            lora = oracle.attach_lora(model, values, scale=2.0)
+            kept[family, key] = oracle.scored(model, pairs, taps=saes), lora
+        sides, lora = kept[family, key]
+        assert set(lora) == set(values)
+        for name, array in values.items():
+            np.testing.assert_array_equal(lora[name].detach().numpy(), array.astype(np.float64))
+        return sides, lora
+
+    return of
+
+
 LN2 = math.log(2)
 FIRST = {  # losses at policy = reference that no pair can change
     "fpo": LN2, "dpo": LN2, "tdpo1": LN2, "tdpo2": LN2,
@@ -85,7 +104,9 @@ def setup_of(o: Objective) -> oracle.Setup:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize(("preset", "changes", "activation"), CASES)
-def test_losses_and_every_gradient_equal_the_oracle(folders, family, preset, changes, activation):
+def test_losses_and_every_gradient_equal_the_oracle(
+    folders, truth, family, preset, changes, activation
+):
     objective = Objective(**{**PRESETS[preset], "top_k": K, **changes})
     sae = random_sae(activation, 32, Site(1))
     saes = [sae] if objective.pooled else []
@@ -95,10 +116,8 @@ def test_losses_and_every_gradient_equal_the_oracle(folders, family, preset, cha
     scorer, values = scorer_with_lora(folders[family], objective, saes)
     (losses, u, chosen, rejected), measures, grads = losses_and_grads(scorer, values, pairs)
 
-    model = oracle.load_oracle(folders[family])
-    lora = oracle.attach_lora(model, values, scale=2.0)
-    setup = setup_of(objective)
-    want, want_grads = oracle.loss_and_grads(model, lora, pairs, setup, taps=saes)
+    sides, lora = truth(family, activation if saes else None, saes, values, pairs)
+    want, want_grads = oracle.of_scored(sides, lora, pairs, setup_of(objective), taps=saes)
 
     def column(name):
         return np.array([row[name] for row in want])

@@ -162,6 +162,9 @@ class Scored:
         return Scored(self.token_logps.detach(), self.log_probs.detach(), pooled)
 
 
+Sides = tuple[tuple[Scored, Scored], tuple[Scored, Scored]]  # policy's and reference's
+
+
 def score_response(
     model: Any, prompt: Tokens, response: Tokens, taps: Sequence[Tap] = ()
 ) -> Scored:
@@ -406,6 +409,28 @@ def objective(
     return {"loss": loss, "u": u, "delta": delta, "gamma": gamma} | parts
 
 
+def scored(
+    model: Any,
+    pairs: Sequence[TokenPair],
+    taps: Sequence[Tap] = (),
+    reference: Callable[[Tokens, Tokens], Scored] | None = None,
+) -> list[Sides]:
+    """Per pair (chosen, rejected) of the policy, with their graph, and of the reference."""
+
+    def score_reference(prompt: Tokens, response: Tokens) -> Scored:
+        if reference is not None:
+            return reference(prompt, response).detached()
+        with torch.no_grad(), adapters_off(model):
+            return score_response(model, prompt, response, taps)
+
+    found = []
+    for pair in pairs:
+        chosen, rejected = (score_response(model, pair.prompt, y, taps) for y in pair.responses)
+        ref_chosen, ref_rejected = (score_reference(pair.prompt, y) for y in pair.responses)
+        found.append(((chosen, rejected), (ref_chosen, ref_rejected)))
+    return found
+
+
 def loss_and_grads(
     model: Any,
     adapters: Mapping[str, torch.nn.Parameter],
@@ -415,23 +440,26 @@ def loss_and_grads(
     reference: Callable[[Tokens, Tokens], Scored] | None = None,
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
     """Every pair's parts, and the gradient of the mean loss by every LoRA matrix."""
+    return of_scored(scored(model, pairs, taps, reference), adapters, pairs, setup, taps)
+
+
+def of_scored(
+    sides: Sequence[Sides],
+    adapters: Mapping[str, torch.nn.Parameter],
+    pairs: Sequence[TokenPair],
+    setup: Setup,
+    taps: Sequence[Tap] = (),
+) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """`loss_and_grads` of what `scored` gave; its graph stays, so that other setups may follow."""
     signed = ("abstopk", "identity")
     magnitude = [isinstance(tap, Site) or tap.activation in signed for tap in taps]
-
-    def score_reference(prompt: Tokens, response: Tokens) -> Scored:
-        if reference is not None:
-            return reference(prompt, response).detached()
-        with torch.no_grad(), adapters_off(model):
-            return score_response(model, prompt, response, taps)
-
     results = []
     total = torch.zeros((), dtype=F64)
-    for pair in pairs:
-        chosen, rejected = (score_response(model, pair.prompt, y, taps) for y in pair.responses)
-        ref_chosen, ref_rejected = (score_reference(pair.prompt, y) for y in pair.responses)
-        sides = (chosen, rejected), (ref_chosen, ref_rejected)
-        parts = objective(setup, *sides, magnitude, pair.facts)
+    for pair, both in zip(pairs, sides, strict=True):
+        parts = objective(setup, *both, magnitude, pair.facts)
         total = total + parts["loss"] / len(pairs)
         results.append({name: value.item() for name, value in parts.items()})
-    found = torch.autograd.grad(total, list(adapters.values()), materialize_grads=True)
+    found = torch.autograd.grad(
+        total, list(adapters.values()), materialize_grads=True, retain_graph=True
+    )
     return results, {name: grad.numpy() for name, grad in zip(adapters, found, strict=True)}

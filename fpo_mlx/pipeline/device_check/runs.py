@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,10 @@ def backbones(size: Size) -> Iterator[Line]:
             yield Line("kernels", name, _forward(size, packing, dtype), bound)
 
 
-def starts(size: Size) -> Iterator[Line]:
+def starts(size: Size, dtypes: Sequence[str] = ("bfloat16", "float16")) -> Iterator[Line]:
     """Before any update, in both half precisions."""
     with device.using(under_test()):
-        for dtype in ("bfloat16", "float16"):
+        for dtype in dtypes:
             yield from _start(size, dtype)
 
 

@@ -54,7 +54,7 @@ def start(rule: Rule, sample: np.ndarray) -> state.State:
 def test_known_sparse_factors_are_found(architecture):
     true, data = factors(30_000)
     run, rule = start(small(architecture), data[:4096]), small(architecture)
-    plan = Plan(700, 512, 512, 3e-3, 0, 10_000)
+    plan = Plan(350, 512, 512, 6e-3, 0, 10_000)
     last = list(trainer.train(rows.from_array(data), run, rule, plan))[-1]
     cosines = (true @ np.array(run.params["w_dec"]).T).max(axis=1)
     assert cosines.mean() >= 0.95

@@ -151,7 +151,7 @@ def trained(architecture: str, data: np.ndarray, steps: int) -> tuple[SaeWeights
 def test_an_sae_of_a_near_model_needs_few_updates_to_fit_again(architecture):
     """The same factors, their directions turned a little, as a tuned model's might be."""
     data = factors(20_000)[1]
-    sae, rule = trained(architecture, data, 400)
+    sae, rule = trained(architecture, data, 250)
     turn = np.eye(64) + 0.03 * np.random.default_rng(5).standard_normal((64, 64))
     other = (data @ turn).astype(np.float32)
     plan = Plan(40, 512, 512, 3e-3, 0, 10_000)
