@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -90,23 +92,41 @@ def make(
     settings: dict[str, Any],
     for_mlx: dict[str, Any] | None = None,
 ) -> Path:
+    """A process makes each model once; another folder of the same gets a copy of its files."""
+    said = json.dumps([model_type, seed, tokenizer, settings, for_mlx], sort_keys=True)
+    if said not in _made:
+        place = Path(tempfile.mkdtemp(prefix="tiny-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        _make(place, model_type, seed, tokenizer, settings, for_mlx or {})
+        _made[said] = place
+    return Path(shutil.copytree(_made[said], folder, dirs_exist_ok=True))
+
+
+_made: dict[str, Path] = {}
+
+
+def _make(
+    folder: Path,
+    model_type: str,
+    seed: int,
+    tokenizer: bool,
+    settings: dict[str, Any],
+    for_mlx: dict[str, Any],
+) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(model_type, **settings)
     with torch.random.fork_rng():  # what is not drawn below: decay rates of recurrent blocks
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _randomise(model, seed)
     model.save_pretrained(folder)
-    _write_mlx_keys(folder, for_mlx or {})
+    _write_mlx_keys(folder, for_mlx)
     if tokenizer:
         from tiny_tokenizer import build_tiny_tokenizer
 
         build_tiny_tokenizer(folder)
-    return folder
 
 
 def _randomise(model: Any, seed: int) -> None:

@@ -142,7 +142,7 @@ def test_pairs_are_learned_without_a_backward_pass(llama, tmp_path, preset):
         pair.chosen[:], pair.rejected[:] = rng.integers(3, 150, 4), rng.integers(150, 300, 4)
     settings = {**FORWARD, "max_grad_norm": 1.0, "learning_rate": 0.1}
     trainer = open_trainer(
-        llama, tmp_path, pairs, preset=preset, batch_size=4, iters=60, steps_per_report=60,
+        llama, tmp_path, pairs, preset=preset, batch_size=4, iters=30, steps_per_report=30,
         objective={"beta": 1.0, "alpha": 0.01}, max_logp_drop=1e9, **settings,
     )  # fmt: skip
     before = trainer._measure(trainer.train)["loss"].mean()
