@@ -14,8 +14,8 @@ TORCH_lowest ?= torch==$(shell sed -n 's/^torch = \["torch>=\(.*\)"\]$$/\1/p' py
 PIP_TORCH ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-# Two processes suit the smallest machine; each takes up to a gigabyte.
-TEST_JOBS ?= 2
+# One more than the smallest machine has cores: each waits for its streams now and then. Up to a gigabyte each.
+TEST_JOBS ?= 3
 PYTEST_ARGS ?=
 UV ?= uv>=0.9
 
