@@ -60,7 +60,7 @@ def encoded(encoder: F.Encoder, rows: mx.array) -> np.ndarray:
 
 def scaled(
     policies: tuple[Policy, Policy], encoder: F.Encoder, site: int, sae: SaeWeights,
-    texts: Iterator[Passage], features: Sequence[int],
+    texts: Sequence[Passage], features: Sequence[int],
 ) -> list[Scaled]:  # fmt: skip
     """Latent scaling of features between two models (before, after), at the response positions."""
     sums = Scaling(sae, features)

@@ -34,6 +34,7 @@ from fpo_mlx.storage.hub import read_config, resolve_model
 if TYPE_CHECKING:
     from fpo_mlx.core.features import Encoder
     from fpo_mlx.model.policy import Policy
+    from fpo_mlx.train.scoring import Scorer
 
 NEURONPEDIA = "https://www.neuronpedia.org"
 
@@ -98,32 +99,52 @@ def features(
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     scorer = open_scorer(job, adapter_path, measure_kl=False, say=say)
     tallies = feature_scan.tally(scorer, data, count)
-    changes: list[Change] = []
-    before: Policy | None = None
-    for i, (sae, one) in enumerate(zip(job.saes, tallies, strict=True)):
-        found = one.changes(top, sort, sae=i)
-        shown = feature_scan.contexts(
-            scorer.policy, scorer.encoders[i], i, feature_scan.pair_texts(data) if examples else (),
-            [change.feature for change in found], examples, job.tokenizer.decode,
-        )  # fmt: skip
-        if scaling:
-            before = before or open_policy(job, job.adapter, say)
-            tested = feature_scan.scaled(
-                (before, scorer.policy), scorer.encoders[i], i, whole[i],
-                feature_scan.pair_texts(data), [change.feature for change in found],
-            )  # fmt: skip
-            found = [replace(c, scaling=t) for c, t in zip(found, tested, strict=True)]
-        changes += [
-            replace(
-                change,
-                label=known[i].get(change.feature, ""),
-                link=link(sae, change.feature),
-                contexts=shown[change.feature],
-            )
-            for change in found
-        ]
+    texts = list(feature_scan.pair_texts(data))
+    found = [one.changes(top, sort, sae=i) for i, one in enumerate(tallies)]
+    if scaling:
+        found = _with_scaling(found, job, scorer, whole, texts, say)
+    found = _with_contexts(found, scorer, texts if examples else (), examples, job)
+    changes = [
+        replace(one, label=names.get(one.feature, ""), link=link(sae, one.feature))
+        for of_sae, names, sae in zip(found, known, job.saes, strict=True)
+        for one in of_sae
+    ]
     distance = [float(one.distance.sum() / one.responses) for one in tallies]
     return FeatureReport(changes, distance, len(pairs), adapter_path)
+
+
+def _with_scaling(
+    found: list[list[Change]], job: Job, scorer: Scorer, whole: Sequence[SaeWeights],
+    texts: Sequence[Passage], say: Say,
+) -> list[list[Change]]:  # fmt: skip
+    """Of each feature whether it is the stream that moved; both models are in memory."""
+    from fpo_mlx.judge import feature_scan
+
+    both = open_policy(job, job.adapter, say), scorer.policy
+    tested = [
+        feature_scan.scaled(both, encoder, i, whole[i], texts, [c.feature for c in found[i]])
+        for i, encoder in enumerate(scorer.encoders)
+    ]
+    return [
+        [replace(change, scaling=own) for change, own in zip(*of_sae, strict=True)]
+        for of_sae in zip(found, tested, strict=True)
+    ]
+
+
+def _with_contexts(
+    found: list[list[Change]], scorer: Scorer, texts: Sequence[Passage], examples: int, job: Job
+) -> list[list[Change]]:
+    """Where each feature fires most."""
+    from fpo_mlx.judge import feature_scan
+
+    out = []
+    for i, of_sae in enumerate(found):
+        shown = feature_scan.contexts(
+            scorer.policy, scorer.encoders[i], i, texts, [c.feature for c in of_sae], examples,
+            job.tokenizer.decode,
+        )  # fmt: skip
+        out.append([replace(c, contexts=shown[c.feature]) for c in of_sae])
+    return out
 
 
 def open_policy(job: Job, adapter: str | Path | None, say: Say) -> Policy:
