@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from fpo_mlx.errors import ModelError
 
 OURS = "fpo-mlx"
+WORKSHOP = {"dev", "docs"}  # extras of those who work on fpo-mlx: nothing of them runs in it
 LEANED_ON = {"mlx": "mlx", "mlx_lm": "mlx-lm", "transformers": "transformers"}  # module -> package
 
 
@@ -30,7 +31,7 @@ class Tested:
 
 
 def tested() -> list[Tested]:
-    """Of every package that fpo-mlx requires, its extras' included, as far as it is installed."""
+    """Of every package that fpo-mlx runs with, its extras' included, as far as it is installed."""
     found: dict[str, Tested] = {}
     for requirement in _requirements():
         version = _version(requirement.name)
@@ -88,8 +89,8 @@ def _requirements() -> list[Requirement]:
     except importlib.metadata.PackageNotFoundError:  # run from its source
         return []
     found = [Requirement(text) for text in texts]
-    extras = importlib.metadata.metadata(OURS).get_all("Provides-Extra") or []
-    where = [{"extra": extra} for extra in ("", *extras)]
+    extras = set(importlib.metadata.metadata(OURS).get_all("Provides-Extra") or [])
+    where = [{"extra": extra} for extra in sorted({"", *extras} - WORKSHOP)]
     return [r for r in found if r.marker is None or any(map(r.marker.evaluate, where))]
 
 

@@ -255,6 +255,13 @@ def test_the_ranges_are_those_of_pyproject():
         assert any(text.startswith(one.name) for text in texts), one
 
 
+def test_what_only_builds_or_tests_it_is_no_users_concern():
+    """A new environment's old setuptools was noted by the doctor, though nothing runs with it."""
+    names = {one.name for one in upstream._requirements()}
+    assert {"mlx-lm", "numpy", "torch"} <= names
+    assert not names & {"setuptools", "pytest", "ruff", "mkdocs-material"}
+
+
 @pytest.mark.parametrize(
     ("version", "inside"),
     [("0.32.2", True), ("0.32.9", True), ("0.33.0", False), ("0.32.1", False)],
