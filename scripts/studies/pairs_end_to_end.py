@@ -58,9 +58,9 @@ MORE = (
 ALL = THINGS + MORE
 FORMS = ("Write one sentence about {}.", "What do you think of {}?")
 HELD_OUT = 42  # the last things; they are asked about in the first form
-TOKENS, N = 40, 4
+TOKENS, N, HELD_N = 32, 4, 2  # HELD_N: answers to a held-out prompt
 HIGH, LOW = 0.9, -0.5  # scores that are asked for
-TRAIN = {"batch_size": 1, "epochs": 1.0, "learning_rate": 1e-4, "feature_scale": "raw"}
+TRAIN = {"batch_size": 1, "epochs": 1.5, "learning_rate": 1e-4, "feature_scale": "raw"}
 QUIET = {"steps_per_eval": 100_000, "val_batches": 0, "save_every": 100_000}
 RESULTS = ROOT / "scripts" / "studies" / "results" / "pairs-end-to-end"
 PARTS = ("one", "augmented", "two", "longer")
@@ -97,7 +97,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=PARTS)
     parser.add_argument("--rate", type=float, default=TRAIN["learning_rate"])
-    parser.add_argument("--prompts", type=int, default=80, help="training prompts, of 80")
+    parser.add_argument("--prompts", type=int, default=60, help="training prompts, of 80")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="held-out ones, of 42")
     parser.add_argument("--minutes", type=float, help="begin no part after so many")
     return parser.parse_args(words)
@@ -169,13 +169,13 @@ def first_answers(o: argparse.Namespace, seed: int) -> Path:
 
 def answer(
     o: argparse.Namespace, out: Path, source: Path, adapter: Path | None, seed: int,
-    score: float | None = None,
+    score: float | None = None, n: int = N,
 ) -> None:  # fmt: skip
     from fpo_mlx import pipeline
     from fpo_mlx.pairs.settings import GenerateConfig
 
     settings = GenerateConfig(
-        model=str(o.model), adapter_path=adapter and str(adapter), prompts=str(source), n=N,
+        model=str(o.model), adapter_path=adapter and str(adapter), prompts=str(source), n=n,
         max_tokens=TOKENS, seed=seed, score_in_prompt=score,
     )  # fmt: skip
     pipeline.pairs_generate(settings, output=out, say=say)
@@ -245,7 +245,7 @@ def held(
     from fpo_mlx.pairs.records import open_candidates
 
     asked = [FORMS[0].format(thing) for thing in ALL[-HELD_OUT:]][: o.held_out]
-    answer(o, out, prompts(o.work / "held-out.txt", asked), adapter, seed, score)
+    answer(o, out, prompts(o.work / "held-out.txt", asked), adapter, seed, score, HELD_N)
     found = {one.prompt.text: one.candidates for one in open_candidates(out)}
     answers = [answer for text in asked for answer in found[text]]
     return {

