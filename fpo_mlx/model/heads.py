@@ -27,20 +27,19 @@ class ReplayedHead:
     """
 
     def __init__(self, model: nn.Module, backbone: nn.Module) -> None:
-        self._model, self._replay = model, None
-
-        def call(original, *args, **kwargs):
-            return original(*args, **kwargs) if self._replay is None else self._replay
-
-        swap_call(backbone, call)
+        self._model = model
+        # not on self: the backbone's class would hold this object, and it the model, in a cycle
+        self._replay: list[mx.array] = []
+        replay = self._replay
+        swap_call(backbone, lambda original, *a, **k: replay[0] if replay else original(*a, **k))
 
     def __call__(self, rows: mx.array) -> mx.array:
         """rows: [r, D] -> logits [r, V]."""
-        self._replay = rows[None]
+        self._replay.append(rows[None])
         try:
             return self._model(mx.zeros((1, rows.shape[0]), dtype=mx.int32))[0]
         finally:
-            self._replay = None
+            self._replay.clear()
 
 
 def find_backbone(model: nn.Module) -> nn.Module:

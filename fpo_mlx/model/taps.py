@@ -6,8 +6,10 @@ paths and isinstance stay as they were, so adapters keep mlx-lm's names.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -179,8 +181,10 @@ def checkpoint_block(block: nn.Module) -> None:
     Where the block has dropout, the second pass draws the numbers of the first, and leaves no trace
     in the generator.
     """
+    owner = weakref.ref(block)  # its class holds `call`: a cycle would keep the weights
 
     def call(original, *args, **kwargs):
+        block = cast(nn.Module, owner())
         given = leaves_of((args, kwargs))
         cache = next((leaf for leaf in given if isinstance(leaf, PrefixCache)), None)
         arrays = [leaf for leaf in given if isinstance(leaf, mx.array)]

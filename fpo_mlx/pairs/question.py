@@ -15,6 +15,7 @@ from fpo_mlx.pairs.records import Candidates, Verdict
 
 LETTERS = ("A", "B")
 LEAST_MASS = 0.1  # of both letters together; below it the judge has said something else
+AT_ONCE = {"enable_thinking": False}  # for the template of a judge that would think before it says
 END = "Reply with one letter, A or B, and nothing else."
 
 

@@ -44,6 +44,9 @@ class GenerateConfig:
     chat_template: str | None = _opt(
         None, "file with a chat template, in place of the model's", path=True
     )
+    chat_template_args: dict = _opt(
+        {}, 'variables of the chat template, as JSON: {"enable_thinking": false}'
+    )
     trust_remote_code: bool = _opt(False, "let the model folder run its own Python code", "safety")
 
     def __post_init__(self) -> None:

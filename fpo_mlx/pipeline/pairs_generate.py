@@ -95,6 +95,7 @@ def _tokenizer(path: Path, settings: GenerateConfig) -> ChatTokenizer:
     return load_tokenizer(
         path, trust_remote_code=settings.trust_remote_code,
         chat_template=Path(settings.chat_template) if settings.chat_template else None,
+        template_kwargs=settings.chat_template_args,
     )  # fmt: skip
 
 

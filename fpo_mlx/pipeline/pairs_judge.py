@@ -201,7 +201,9 @@ def _by_model(
 
     path = resolve_model(str(settings.judge))
     _warn_of_kin(path, found, say)
-    tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(
+        path, template_kwargs=question.AT_ONCE, trust_remote_code=settings.trust_remote_code
+    )
     letters = [_spellings(tokenizer, letter) for letter in question.LETTERS]
     model = load_model(path, trust_remote_code=settings.trust_remote_code).model
 

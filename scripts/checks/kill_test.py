@@ -2,6 +2,7 @@
 
     python scripts/checks/kill_test.py                    220 SIGKILLs and 16 Ctrl-C / SIGTERM
     python scripts/checks/kill_test.py --kills 24 --signals 2 --seed 5
+    python scripts/checks/kill_test.py --kills 5 --answer-with models/smollm2
 
 A tiny model is built in a temporary folder. This process imports everything once and forks a child
 for each attempt (MLX survives a fork as long as the parent has computed nothing with it). Half of
@@ -9,6 +10,8 @@ the kills come at a random moment, half right before a random one of the command
 operations (open for writing, rename, remove, mkdir, …). After each kill every file must be the
 old or the new one; then the command runs again (`train` with --resume), must end with 0, and its
 files must be those of a run that nobody killed. Exits 1 on any fault.
+With --answer-with, `pairs generate` alone with this real model: a file of 8 prompts with 4 answers
+of at most 24 tokens, whose writer is killed and begun again as often as --kills says.
 """
 
 from __future__ import annotations
@@ -250,17 +253,52 @@ def run(root: Path, kills: int, signals: int, seed: int, only: list[str]) -> lis
     return tallies
 
 
+def kill_answers(root: Path, model: str, kills: int, chance: random.Random) -> bool:
+    """Whether a file whose writer was killed again and again is that of an undisturbed one."""
+    prompts, log = root / "prompts.txt", root / "log"
+    prompts.write_text("".join(f"Say in one sentence what the number {n} is.\n" for n in range(8)))
+    ask = ["pairs", "generate", "--model", model, "--prompts", str(prompts), "--n", "4"]
+    ask += ["--max-tokens", "24", "--rows", "8", "--output"]  # few rows: lines come one by one
+    whole, broken = root / "whole.jsonl", root / "broken.jsonl"
+    began = time.perf_counter()
+    if code := ended(fork(command([*ask, str(whole)], root), log)):
+        sys.exit(f"it does not work at all (exit {code}):\n{log.read_text()[-3000:]}")
+    seconds, there, same = time.perf_counter() - began, [], True
+    while len(there) < kills or broken.exists():
+        pid = fork(command([*ask, str(broken)], root), log)
+        if len(there) < kills:
+            time.sleep(chance.uniform(0, seconds / 2))
+            os.kill(pid, signal.SIGKILL)
+        if code := ended(pid):
+            there.append(broken.read_bytes().count(b"\n") if broken.exists() else 0)
+            if code != -signal.SIGKILL:
+                sys.exit(f"the rerun ended with {code}:\n{log.read_text()[-3000:]}")
+        else:  # at its end: if kills are left, the next run begins a new file
+            same &= broken.read_bytes() == whole.read_bytes()
+            broken.unlink()
+    print(
+        f"pairs generate with {model}: {len(there)} kills, prompts on disk after each: "
+        f"{', '.join(map(str, there))}; {whole.stat().st_size} bytes, "
+        f"{'the same as' if same else 'NOT those of'} an undisturbed run"
+    )
+    return same
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=220)
     parser.add_argument("--signals", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", default=[], help="name of a command; repeatable")
+    parser.add_argument("--answer-with", help="folder of a real model for `pairs generate` alone")
     options = parser.parse_args()
     preload()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="kill-") as folder:
         root = Path(folder).resolve()
+        if options.answer_with:
+            model, chance = str(Path(options.answer_with).resolve()), random.Random(options.seed)
+            sys.exit(not kill_answers(root, model, options.kills, chance))
         tallies = run(root, options.kills, options.signals, options.seed, options.only)
     print(
         f"{'command':<20} {'kills':>6} {'by time':>8} {'by step':>8} {'survived':>9} {'faults':>7}"

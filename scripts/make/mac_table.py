@@ -1,4 +1,5 @@
-"""The table of docs/memory.md: what trains on Macs of 8, 16 and 36 GB, by the formulas of `plan`.
+"""Tables by the formulas of `plan`: what trains on Macs of 8, 16 and 36 GB (docs/memory.md), and
+which judge fits there (docs/pairs.md).
 
     python scripts/make/mac_table.py
 
@@ -12,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fpo_mlx.machine import device
+from fpo_mlx.machine import answering, device
 from fpo_mlx.machine.fits import Case
-from fpo_mlx.machine.memory import Lengths, ModelShape, SaeShape, Setup, Tiles
+from fpo_mlx.machine.memory import Lengths, ModelShape, SaeShape, Setup, Tiles, total
 
 BITS = 4.5  # of a weight: 4, and scales and biases of groups of 64
 MACS = {8: 5.7e9, 16: 11.5e9, 36: 29e9}  # GB of memory -> bytes that Metal recommends at most
@@ -36,6 +37,15 @@ MODELS = {
     "Gemma-2-2b": shape(26, 2304, 8, 4, 256, 9216, 256000, tied=True, fused=False),
     "Llama-3.1-8B": shape(32, 4096, 32, 8, 128, 14336, 128256, tied=False),
 }
+
+JUDGES = {
+    "Qwen3-4B": MODELS["Qwen3-4B"],
+    "Llama-3.1-8B": MODELS["Llama-3.1-8B"],
+    "Qwen3-8B": shape(36, 4096, 32, 8, 128, 12288, 151936, tied=False),
+    "Qwen3-14B": shape(40, 5120, 40, 8, 128, 17408, 151936, tied=False),
+    "Qwen3-32B": shape(64, 5120, 64, 8, 128, 25600, 151936, tied=False),
+}
+QUESTIONS = (1024, 4096)  # tokens: criteria, conversation and two answers
 
 
 def case(model: ModelShape, tokens: int, mac: float, checkpoint: bool) -> Case:
@@ -66,5 +76,16 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def judges() -> str:
+    head = ["weights", *(f"question of {n:,} tokens" for n in QUESTIONS), "fits into a Mac of"]
+    lines = [f"| judge, 4 bits | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for name, model in JUDGES.items():
+        peaks = [total(answering.judge_terms(model, n)) for n in QUESTIONS]
+        smallest = next((f"{gb} GB" for gb, most in MACS.items() if peaks[-1] <= most), "none")
+        sizes = " | ".join(f"{size / 1e9:.1f} GB" for size in (model.weights, *peaks))
+        lines.append(f"| {name} | {sizes} | {smallest} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), judges(), sep="\n\n")

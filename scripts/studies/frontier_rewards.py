@@ -8,14 +8,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pairs_end_to_end import THINGS, sentiment
+from pairs_end_to_end import MORE, THINGS, sentiment
 
-MORE = (
-    "an attic", "a bakery", "the post office", "a hedgehog", "cooking for friends", "a toothache",
-    "a rowing boat", "the harvest", "a candle", "an elevator", "ice on the road", "a choir",
-    "a garden fence", "the lighthouse", "an umbrella stand", "a hot afternoon", "the newspaper",
-    "a stray cat", "a wooden bridge", "hay fever", "a pair of boots", "the last page",
-)  # fmt: skip
 FORMS = (
     "Write one sentence about {}.", "What do you think of {}?", "Describe {} to a friend.",
     "Begin a short story about {}.", "Tell me something about {}.", "How does {} make you feel?",

@@ -1,12 +1,21 @@
 """From prompts to a better model with a reward that is known: mean reward before and after.
 
-    python scripts/studies/pairs_end_to_end.py --model M --sae S --work out --seeds 0,1,2
-    python scripts/studies/pairs_end_to_end.py --model M --sae S --work out --rounds 2
+    python scripts/studies/pairs_end_to_end.py --model M --sae S       all; again to go on
+    python scripts/studies/pairs_end_to_end.py --minutes 60            begin no part later
+    python scripts/studies/pairs_end_to_end.py --parts one,augmented   some of it
 
-Per seed: answers to the training prompts, judged by the sentiment of VADER (package
-vaderSentiment, Hutto and Gilbert 2014), built into pairs, FPO trained on them; then held-out
-prompts answered by the base and by what was tuned, with the same noise. A run that was stopped goes
-on where it was. Intervals: 95 % bootstrap over held-out prompts, all answers of a prompt together.
+Answers to training prompts, judged by the sentiment of VADER (package vaderSentiment, Hutto and
+Gilbert 2014), built into pairs, FPO trained on them; then prompts on other things answered by the
+base and by what was tuned, with the same noise. Parts, each once per seed:
+
+    one         one round
+    augmented   the same answers built with --reward-augmented; base and tuned model are asked for a
+                high and for a low score
+    two         a second round, of the answers of the first round's model
+    longer      one round with the updates of two: are new answers worth more than more updates?
+
+Everything lies in --work, results/pairs-end-to-end.json and .md are written anew after each part.
+Intervals: 95 % bootstrap over the held-out prompts, all seeds' answers to a prompt together.
 """
 
 from __future__ import annotations
@@ -14,12 +23,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from texts import ROOT, SAE, Steps, say
 
 from fpo_mlx import machine
+from fpo_mlx.records import PAIRS_FILE
 from fpo_mlx.storage import files
 
 THINGS = (
@@ -36,115 +49,211 @@ THINGS = (
     "a football match", "a letter from the bank", "snow", "a small kitchen", "cleaning windows",
     "a wedding", "the dark", "a ferry", "a chess game", "a bad dream", "painting a wall", "bees",
 )  # fmt: skip
-HELD_OUT = 20  # the last of them
-TOKENS, N = 40, 4
-TRAIN = {"batch_size": 1, "epochs": 2.0, "learning_rate": 5e-5, "feature_scale": "raw"}
+MORE = (
+    "an attic", "a bakery", "the post office", "a hedgehog", "cooking for friends", "a toothache",
+    "a rowing boat", "the harvest", "a candle", "an elevator", "ice on the road", "a choir",
+    "a garden fence", "the lighthouse", "an umbrella stand", "a hot afternoon", "the newspaper",
+    "a stray cat", "a wooden bridge", "hay fever", "a pair of boots", "the last page",
+)  # fmt: skip
+ALL = THINGS + MORE
+FORMS = ("Write one sentence about {}.", "What do you think of {}?")
+HELD_OUT = 42  # the last things; they are asked about in the first form
+TOKENS, N, HELD_N = 32, 4, 2  # HELD_N: answers to a held-out prompt
+HIGH, LOW = 0.9, -0.5  # scores that are asked for
+TRAIN = {"batch_size": 1, "epochs": 1.5, "learning_rate": 1e-4, "feature_scale": "raw"}
 QUIET = {"steps_per_eval": 100_000, "val_batches": 0, "save_every": 100_000}
+RESULTS = ROOT / "scripts" / "studies" / "results" / "pairs-end-to-end"
+PARTS = ("one", "augmented", "two", "longer")
+NOISE = 1000  # between the seeds of two rounds
+RESAMPLES = 2000
+REWARD = f"{Path(__file__).resolve()}:sentiment"
 
 
-def main() -> int:
-    o = parse()
+def main(words: Sequence[str] | None = None) -> int:
+    o = parse(words)
     machine.set_up()
-    results = [one for seed in o.seeds.split(",") for one in run(o, int(seed))]
-    files.write_json(o.work / "results.json", {"summary": summary(results), "runs": results})
-    print(json.dumps(summary(results), indent=2))
+    settings = ("model", "sae", "prompts", "held_out", "rate")
+    steps = Steps(o.work, {name: str(getattr(o, name)) for name in settings})
+    begun, records = time.monotonic(), []
+    seeds = [int(seed) for seed in o.seeds.split(",")]
+    for part, seed in ((part, seed) for part in PARTS if part in o.parts for seed in seeds):
+        if o.minutes and time.monotonic() - begun > 60 * o.minutes:
+            say(f"stopped before {part}, seed {seed}; the same command goes on")
+            break
+        records.append(steps(f"{part}-{seed}", lambda p=part, s=seed: RUN[p](o, s)))
+        write(records, o.output)
+    print(o.output.with_suffix(".md").read_text())
     return 0
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--sae", required=True, help="its SAE")
-    parser.add_argument("--work", type=Path, required=True, help="folder of everything made")
+    parser.add_argument("--sae", default=SAE, help="its SAE")
+    parser.add_argument("--work", type=Path, default=ROOT / "pairs-end-to-end")
+    parser.add_argument("--output", type=Path, help="results, without a suffix", default=RESULTS)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--prompts", type=int, default=len(THINGS) - HELD_OUT)
-    return parser.parse_args()
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=PARTS)
+    parser.add_argument("--rate", type=float, default=TRAIN["learning_rate"])
+    parser.add_argument("--prompts", type=int, default=60, help="training prompts, of 80")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="held-out ones, of 42")
+    parser.add_argument("--minutes", type=float, help="begin no part after so many")
+    return parser.parse_args(words)
 
 
-def run(o: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
-    """One record a round."""
-    reward = f"{Path(__file__).resolve()}:sentiment"
-    place = o.work / f"seed-{seed}"
-    train = prompts(place / "train.txt", THINGS[:-HELD_OUT][: o.prompts])
-    held_out = prompts(place / "held-out.txt", THINGS[-HELD_OUT:])
-    before = held(o, place / "base.jsonl", held_out, None, seed)
-    adapter, out = None, []
-    for number in range(1, o.rounds + 1):
-        folder = place / f"round-{number}"
-        answer(o, folder / "candidates.jsonl", train, adapter, seed + 1000 * number)
-        built = build(folder, reward, seed)
-        adapter = tune(o, folder, adapter, seed)
-        after = held(o, folder / "held-out.jsonl", held_out, adapter, seed)
-        gain = after.mean(axis=1) - before.mean(axis=1)
-        out.append(
-            {"seed": seed, "round": number, "pairs": built["pairs"], "before": float(before.mean()),
-             "after": float(after.mean()), "gain": float(gain.mean()), "of_prompts": gain.tolist()}
-        )  # fmt: skip
-        say(f"seed {seed}, round {number}: {out[-1]['before']:.3f} -> {out[-1]['after']:.3f}")
-    return out
+def one(o: argparse.Namespace, seed: int) -> dict[str, Any]:
+    adapter = first_round(o, seed)
+    return before_and_after(o, "one", seed, adapter.parent / "pairs", adapter)
 
 
-def prompts(path: Path, things: tuple[str, ...]) -> Path:
-    files.write_text(path, "".join(f"Write one sentence about {thing}.\n" for thing in things))
+def first_round(o: argparse.Namespace, seed: int) -> Path:
+    folder = first_answers(o, seed)
+    return tune(o, folder, build(folder, "pairs", seed), seed)
+
+
+def two(o: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The second round starts from the first one's adapter, which is its reference too."""
+    start, folder = first_round(o, seed), of_seed(o, seed) / "two"
+    answer(o, folder / "candidates.jsonl", training(o), start, seed + NOISE)
+    adapter = tune(o, folder, build(folder, "pairs", seed), seed, start=start)
+    return before_and_after(o, "two", seed, folder / "pairs", adapter)
+
+
+def longer(o: argparse.Namespace, seed: int) -> dict[str, Any]:
+    folder = first_answers(o, seed)
+    pairs = build(folder, "pairs", seed)
+    adapter = tune(o, folder, pairs, seed, name="adapters-longer", passes=2)
+    return before_and_after(o, "longer", seed, pairs, adapter)
+
+
+def augmented(o: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The base asked the same two ways is the control: what the sentence does untrained."""
+    folder = first_answers(o, seed)
+    pairs = build(folder, "augmented", seed, reward_augmented=True)
+    adapter = tune(o, folder, pairs, seed)
+    found: dict[str, Any] = {"part": "augmented", "seed": seed, "pairs": about(pairs)["pairs"]}
+    for who, taken in (("base", None), ("tuned", adapter)):
+        for way, score in (("high", HIGH), ("low", LOW)):
+            out = folder / f"{who}-asked-{way}.jsonl"
+            found[f"{who} {way}"] = held(o, out, taken, seed, score)
+    return found
+
+
+RUN: dict[str, Callable[[argparse.Namespace, int], dict[str, Any]]] = {
+    "one": one, "augmented": augmented, "two": two, "longer": longer,
+}  # fmt: skip
+
+
+def of_seed(o: argparse.Namespace, seed: int) -> Path:
+    return o.work / f"seed-{seed}"
+
+
+def training(o: argparse.Namespace) -> Path:
+    wanted = [form.format(thing) for thing in ALL[:-HELD_OUT] for form in FORMS][: o.prompts]
+    return prompts(o.work / "train.txt", wanted)
+
+
+def prompts(path: Path, texts: Sequence[str]) -> Path:
+    files.write_text(path, "".join(f"{text}\n" for text in texts))
     return path
 
 
-def answer(o: argparse.Namespace, out: Path, source: Path, adapter: Any, seed: int) -> None:
+def first_answers(o: argparse.Namespace, seed: int) -> Path:
+    """The base's answers to the training prompts; what is there is not made again."""
+    folder = of_seed(o, seed) / "one"
+    answer(o, folder / "candidates.jsonl", training(o), None, seed)
+    return folder
+
+
+def answer(
+    o: argparse.Namespace, out: Path, source: Path, adapter: Path | None, seed: int,
+    score: float | None = None, n: int = N,
+) -> None:  # fmt: skip
     from fpo_mlx import pipeline
     from fpo_mlx.pairs.settings import GenerateConfig
 
     settings = GenerateConfig(
-        model=o.model, adapter_path=adapter and str(adapter), prompts=str(source), n=N,
-        max_tokens=TOKENS, seed=seed,
+        model=str(o.model), adapter_path=adapter and str(adapter), prompts=str(source), n=n,
+        max_tokens=TOKENS, seed=seed, score_in_prompt=score,
     )  # fmt: skip
     pipeline.pairs_generate(settings, output=out, say=say)
 
 
-def build(folder: Path, reward: str, seed: int) -> dict[str, Any]:
-    """Cut answers are kept: with so few tokens nearly all are cut, before and after alike."""
+def build(folder: Path, name: str, seed: int, *, reward_augmented: bool = False) -> Path:
+    """Cut answers are kept: with so few tokens many are cut, before and after alike."""
     from fpo_mlx import pipeline
     from fpo_mlx.pairs.settings import BuildConfig, JudgeConfig
 
     candidates, verdicts = folder / "candidates.jsonl", folder / "verdicts.jsonl"
-    about = folder / "pairs" / "pairs.json"
-    if not about.exists():
-        pipeline.pairs_judge(
-            JudgeConfig(reward=reward), candidates=candidates, output=verdicts, say=say
-        )
+    if not (folder / name / PAIRS_FILE).exists():
+        reward = JudgeConfig(reward=REWARD)
+        pipeline.pairs_judge(reward, candidates=candidates, output=verdicts, say=say)
         pipeline.pairs_build(
-            BuildConfig(keep_cut=True, valid_share=0.0, seed=seed, force=True),
-            candidates=candidates, verdicts=[verdicts], output=folder / "pairs", say=say,
+            BuildConfig(
+                keep_cut=True, valid_share=0.0, seed=seed, force=True,
+                reward_augmented=reward_augmented,
+            ),
+            candidates=candidates, verdicts=[verdicts], output=folder / name, say=say,
         )  # fmt: skip
-    return json.loads(about.read_text())
+    return folder / name
 
 
-def tune(o: argparse.Namespace, folder: Path, start: Any, seed: int) -> Path:
+def about(pairs: Path) -> dict[str, Any]:
+    return json.loads((pairs / PAIRS_FILE).read_text())
+
+
+def tune(
+    o: argparse.Namespace, folder: Path, pairs: Path, seed: int, *, start: Path | None = None,
+    name: str = "", passes: int = 1,
+) -> Path:  # fmt: skip
+    """FPO on the pairs; the reference is what answered: the base, or `start`."""
     from fpo_mlx import pipeline
     from fpo_mlx.config import load_config
 
-    adapter = folder / "adapters"
+    adapter = folder / (name or f"adapters-{pairs.name}")
+    reference = folder / f"reference-{pairs.name}"
     if not (adapter / "adapters.safetensors").exists():
-        flags = {"model": o.model, "sae": (o.sae,), "data": str(folder / "pairs"), "seed": seed}
-        flags |= {"adapter_path": str(adapter), "reference": str(folder / "reference")}
+        flags = {"model": str(o.model), "sae": (str(o.sae),), "data": str(pairs), "seed": seed}
+        flags |= {"adapter_path": str(adapter), "reference": str(reference)}
         flags |= {"init_adapter": str(start)} if start else {}
+        flags |= {"learning_rate": o.rate, "epochs": passes * TRAIN["epochs"]}
         flags["overwrite"] = (adapter / "run.json").exists()  # a killed run saved nothing yet
         config = load_config(TRAIN | QUIET | flags)
-        pipeline.precompute(config, output=folder / "reference", say=say)
+        pipeline.precompute(config, output=reference, say=say)
         for _ in pipeline.train(config, say=say):
             pass
     return adapter
 
 
-def held(o: argparse.Namespace, out: Path, source: Path, adapter: Any, seed: int) -> np.ndarray:
-    """Reward of every held-out answer: [prompts, N], prompts in the order of their ids."""
+def before_and_after(
+    o: argparse.Namespace, part: str, seed: int, pairs: Path, adapter: Path
+) -> dict[str, Any]:
+    place = of_seed(o, seed)
+    return {
+        "part": part, "seed": seed, "pairs": about(pairs)["pairs"],
+        "before": held(o, place / "base.jsonl", None, seed),
+        "after": held(o, place / f"{part}.jsonl", adapter, seed),
+    }  # fmt: skip
+
+
+def held(
+    o: argparse.Namespace, out: Path, adapter: Path | None, seed: int, score: float | None = None
+) -> dict[str, Any]:
+    """Per held-out prompt the mean reward of its answers, in the order of the prompts."""
     from fpo_mlx.pairs.records import open_candidates
 
-    answer(o, out, source, adapter, seed)
-    found = sorted(open_candidates(out), key=lambda one: one.id)
-    return np.array([[sentiment("", c.text) for c in one.candidates] for one in found])
+    asked = [FORMS[0].format(thing) for thing in ALL[-HELD_OUT:]][: o.held_out]
+    answer(o, out, prompts(o.work / "held-out.txt", asked), adapter, seed, score, HELD_N)
+    found = {one.prompt.text: one.candidates for one in open_candidates(out)}
+    answers = [answer for text in asked for answer in found[text]]
+    return {
+        "reward": [float(np.mean([sentiment(t, c.text) for c in found[t]])) for t in asked],
+        "tokens": float(np.mean([c.tokens for c in answers])),
+        "cut": float(np.mean([c.finish == "length" for c in answers])),
+        "different": len({c.text for c in answers}) / len(answers),
+    }
 
 
 def sentiment(prompt: str, answer: str) -> float:
@@ -159,26 +268,71 @@ def sentiment(prompt: str, answer: str) -> float:
 _KEPT: dict[str, Any] = {}
 
 
-def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per round: means over seeds, and the gain's interval over held-out prompts."""
-    rng, out = np.random.default_rng(0), {}
-    for number in sorted({r["round"] for r in results}):
-        runs = [r for r in results if r["round"] == number]
-        gains = np.array([r["of_prompts"] for r in runs]).mean(axis=0)
-        picks = rng.integers(0, len(gains), size=(2000, len(gains)))
-        low, high = np.percentile(gains[picks].mean(axis=1), [2.5, 97.5])
-        out[f"round {number}"] = {
-            "seeds": [r["seed"] for r in runs],
-            "before": float(np.mean([r["before"] for r in runs])),
-            "after": float(np.mean([r["after"] for r in runs])),
-            "gain": float(gains.mean()), "gain/ci95": [float(low), float(high)],
-            "gain of each seed": [r["gain"] for r in runs],
-        }  # fmt: skip
-    return out
+def write(records: Sequence[dict[str, Any]], to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    found = summary(records)
+    files.write_json(to.with_suffix(".json"), {"summary": found, "records": list(records)})
+    files.write_text(to.with_suffix(".md"), markdown(found))
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per comparison: the mean reward of both sides and their difference."""
+    by = {part: {r["seed"]: r for r in records if r["part"] == part} for part in PARTS}
+    rows = [
+        compare(f"{part}: after against before", by[part], "before", "after")
+        for part in ("one", "two", "longer")
+    ]
+    for other in ("one", "longer"):
+        both = {s: (by[other][s], by["two"][s]) for s in by["two"] if s in by[other]}
+        joined = {s: {"before": a["after"], "after": b["after"]} for s, (a, b) in both.items()}
+        rows.append(compare(f"two against {other}", joined, "before", "after"))
+    for who in ("base", "tuned"):
+        name = f"augmented: {who} asked for {HIGH} against {LOW}"
+        rows.append(compare(name, by["augmented"], f"{who} low", f"{who} high"))
+    return [row for row in rows if row]
+
+
+def compare(
+    name: str, of_seeds: dict[int, dict[str, Any]], before: str, after: str
+) -> dict[str, Any] | None:
+    if not of_seeds:
+        return None
+    seeds = sorted(of_seeds)
+    sides = {
+        side: np.array([of_seeds[s][side]["reward"] for s in seeds]) for side in (before, after)
+    }
+    gains = sides[after] - sides[before]
+    of_prompts = gains.mean(axis=0)
+    picks = np.random.default_rng(0).integers(0, len(of_prompts), size=(RESAMPLES, len(of_prompts)))
+    low, high = np.percentile(of_prompts[picks].mean(axis=1), [2.5, 97.5])
+    row = {
+        "what": name, "seeds": seeds, "from": float(sides[before].mean()),
+        "to": float(sides[after].mean()), "gain": float(gains.mean()),
+        "interval": [float(low), float(high)], "of seeds": gains.mean(axis=1).tolist(),
+    }  # fmt: skip
+    for key in ("tokens", "cut", "different"):
+        row[key] = [
+            float(np.mean([of_seeds[s][side][key] for s in seeds])) for side in (before, after)
+        ]
+    return row
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| what | seeds | mean reward from | to | difference (95 %) | of each seed | tokens |"
+        " different answers |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["interval"]
+        of_seeds = ", ".join(f"{gain:+.3f}" for gain in row["of seeds"])
+        lines.append(
+            f"| {row['what']} | {len(row['seeds'])} | {row['from']:.3f} | {row['to']:.3f} |"
+            f" {row['gain']:+.3f} [{low:+.3f}, {high:+.3f}] | {of_seeds} |"
+            f" {row['tokens'][0]:.0f} → {row['tokens'][1]:.0f} |"
+            f" {row['different'][0]:.0%} → {row['different'][1]:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

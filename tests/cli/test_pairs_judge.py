@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ mx = pytest.importorskip("mlx.core")
 from command_line import refused, run  # noqa: E402
 from evaluated import own_cache, place  # noqa: E402, F401
 from judges import candidates, graded  # noqa: E402
+from tiny_tokenizer import CHATML, build_tiny_tokenizer  # noqa: E402
 
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
 from fpo_mlx.judge.choice import letter_masses  # noqa: E402
@@ -55,6 +57,33 @@ def test_both_orders_are_judged_by_what_the_model_would_say_next(place, tmp_path
     before = out.read_bytes()
     assert "0 verdicts, 6 were there already" in run("pairs", "judge", source, *words).stdout
     assert out.read_bytes() == before
+
+
+THINKS = CHATML.replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}",
+)
+
+
+def test_a_judge_whose_template_lets_it_think_first_is_asked_for_the_letter_at_once(
+    place, tmp_path, monkeypatch
+):
+    """Qwen3's writes an empty thought where it is told not to think; else the letter comes late."""
+    folder = shutil.copytree(place / "model", tmp_path / "thinker")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    build_tiny_tokenizer(folder, THINKS)
+    asked = []
+    monkeypatch.setattr(
+        "fpo_mlx.judge.choice.letter_masses",
+        lambda model, tokens, letters: asked.append(tokens) or [1, 0],
+    )
+    source = candidates(tmp_path / "c.jsonl", graded(2))
+    done = run("pairs", "judge", source, "--judge", folder, "--output", tmp_path / "v")
+    assert done.exit_code == 0, done.stderr
+    end = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    tokenizer = load_tokenizer(folder)
+    assert [tokenizer.decode(tokens).endswith(end) for tokens in asked] == [True] * 4
 
 
 def test_a_model_that_says_neither_letter_labels_nothing(place, tmp_path, monkeypatch):

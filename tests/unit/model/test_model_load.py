@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import tiny_models
@@ -20,6 +23,7 @@ from fpo_mlx.errors import ModelError, SaeError  # noqa: E402
 from fpo_mlx.model.heads import ReplayedHead, find_backbone, find_head, split  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy, plain_caches  # noqa: E402
+from fpo_mlx.model.trees import arrays_of  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
 
 FAMILIES = list(tiny_models.MAKERS)
@@ -74,6 +78,26 @@ def test_head_of_backbone_is_the_model(folders, family):
     some = mx.array([17, 3, 3])
     np.testing.assert_allclose(np.array(head(hidden[some])), want[[17, 3, 3]], atol=1e-5)
     np.testing.assert_array_equal(np.array(loaded.model(tokens))[0], want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_a_policy_that_is_let_go_gives_its_models_memory_back_at_once(
+    folders, family, grad_checkpoint
+):
+    """A cycle held it until Python looked for cycles: the reference's weights through training."""
+    loaded = load_model(folders(family))
+    policy = Policy(loaded.model, loaded.config, [Site(1)], grad_checkpoint=grad_checkpoint)
+    mx.eval(policy.rows(PAIRS[:1]).hidden)
+    # mlx-lm's experts share one activation, which is a module without weights
+    modules = [weakref.ref(m) for _, m in loaded.model.named_modules() if arrays_of(m.parameters())]
+    gc.collect()
+    gc.disable()
+    try:
+        del loaded, policy
+        assert not any(module() is not None for module in modules)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
