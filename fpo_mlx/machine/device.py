@@ -42,6 +42,7 @@ class Device:
     bucket: int  # sequences are padded to a multiple of it, so that freed buffers fit again
     ahead: int  # tiles that are allocated before the first is done
     cache_limit: int | None  # freed buffers that are kept; None: as MLX has it
+    buffer_limit: int | None = None  # of one array, where there is such a limit
 
     @property
     def gpu(self) -> bool:
@@ -57,14 +58,14 @@ def cpu(streams: int = 1) -> Device:
     )  # fmt: skip
 
 
-def gpu(kind: Literal["metal", "cuda"], memory: float) -> Device:
+def gpu(kind: Literal["metal", "cuda"], memory: float, buffer_limit: int | None = None) -> Device:
     """Tiles of a 64th of the memory, 16 to 256 MiB. memory: bytes that MLX may use."""
     tile = int(min(max(memory * TILE_SHARE, SMALL), LARGE)) // 4
     return Device(
         kind, widen=False, fold=False, vocab_columns=32768, vocab_rows=1024, row_elements=tile,
         wide_elements=tile * 5 // 2, pool_rows=4096, pool_elements=tile, top_elements=tile,
         plain_exp=True, sparse_decode=False, streams=1, bucket=32, ahead=4,
-        cache_limit=int(min(memory * CACHE_SHARE, MOST_CACHE)),
+        cache_limit=int(min(memory * CACHE_SHARE, MOST_CACHE)), buffer_limit=buffer_limit,
     )  # fmt: skip
 
 
@@ -91,7 +92,10 @@ def using(record: Device) -> Iterator[Device]:
 
 def _find() -> Device:
     kind = backend()
-    return cpu(_cpu_streams()) if kind == "cpu" else gpu(kind, memory())
+    if kind == "cpu":
+        return cpu(_cpu_streams())
+    largest = info().get("max_buffer_length") if kind == "metal" else None
+    return gpu(kind, memory(), int(largest) if largest else None)
 
 
 @cache
