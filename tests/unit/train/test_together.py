@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import gpu_path
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from gpu_path import RECORD, Case, open_case
@@ -15,6 +16,7 @@ from tiny_models import MAKERS
 from fpo_mlx.machine import device
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy, _by_pair
+from fpo_mlx.pipeline.device_check.launches import launches
 from fpo_mlx.records import Site
 
 # A prompt of one token leaves nothing to share; windows of 6 are crossed by both responses.
@@ -93,6 +95,24 @@ def test_every_architecture_gives_the_same_rows(maker, tmp_path):
         assert [shape[0] for shape in calls] == [4, 4]
         assert all(shape[1] % RECORD.bucket == 0 for shape in calls)
     assert not policy.shares_prompt or policy._row_axes
+
+
+def test_four_pairs_are_launched_as_one(root):
+    """Counted in the graph of loss and gradient: 1.1 times one pair's, where apart it is four."""
+    counts = []
+    for record, pairs in ((RECORD, 1), (RECORD, 4), (APART, 4)):
+        with device.using(replace(device.gpu("metal", 16e9), together=record.together)):
+            trainer = open_case(root, Case("llama", "plain", "float32"))
+            some = trainer.train.take(range(pairs))
+
+            def loss(some=some, scorer=trainer.scorer):
+                return scorer.losses(some.pairs, some.refs, grad=True)[0].losses.sum()
+
+            value, gradient = nn.value_and_grad(trainer.model, loss)()
+            counts.append(launches(value, *(g for _, g in gpu_path.arrays_of(gradient))))
+    one, together, apart = counts
+    assert together <= 1.1 * one
+    assert apart >= 3.5 * one
 
 
 def test_rows_go_back_to_the_order_of_the_pairs():
