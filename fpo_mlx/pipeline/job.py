@@ -131,7 +131,12 @@ def open_projections(
             f"--project-out {path}: --sae is missing. Wanted the SAE whose features it names."
         )
     saes = [
-        at_site(read_sae(spec, config, lambda _: None), config, model_config, lambda _: None)
+        at_site(
+            read_sae(spec, config, lambda _: None, on_disk=True),
+            config,
+            model_config,
+            lambda _: None,
+        )
         for spec in ref.sae
     ]
     named = read_weights(path, [sae.n_features for sae in saes], "--project-out")

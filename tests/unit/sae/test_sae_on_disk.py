@@ -131,6 +131,20 @@ def test_a_damaged_archive_is_refused_from_the_disk_too(tmp_path: Path):
         load_sae(place, on_disk=True)
 
 
+@pytest.mark.parametrize("key", [3, [4, 1], slice(2, 5), (slice(1, 9), slice(2, 4))])
+@pytest.mark.parametrize("turned", [False, True])
+def test_blocks_of_a_scaled_matrix_are_those_of_the_array(turned: bool, key):
+    raw = np.random.default_rng(11).standard_normal((12, 5)).astype(np.float32)
+    wide, high = np.arange(1, 6, dtype=np.float32), np.arange(1, 13, dtype=np.float32)[:, None]
+    plain = raw * wide / high * np.float32(0.5)
+    made = stored.Stored.of(raw, lambda values: values) * wide / high * np.float32(0.5)
+    if turned:
+        plain, made = plain.T, made.T
+    np.testing.assert_array_equal(made[key], plain[key])
+    np.testing.assert_array_equal(np.array(made), plain)
+    np.testing.assert_array_equal(np.eye(len(plain), dtype=np.float32) @ made, plain)
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_lengths_of_rows_are_the_same_to_the_bit_by_blocks(turned: bool, monkeypatch):
     """They go into fingerprints, so a cache must be found again."""
