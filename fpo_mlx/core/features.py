@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
+from fpo_mlx.core.parts import Parts, rows_at
 from fpo_mlx.core.selection import GROUP, largest
 from fpo_mlx.machine import device
 
@@ -30,7 +32,7 @@ class Encoder:
     """
 
     activation: str
-    w_enc: mx.array | None  # [F, D_in]; None: of the kind "identity"
+    w_enc: mx.array | Parts | None  # [F, D_in]; None: of the kind "identity"
     b_enc: mx.array  # [F]
     b_in: mx.array | None = None  # [D_in]
     threshold: mx.array | None = None  # [F], 0 or more
@@ -52,7 +54,7 @@ class Encoder:
 
     def columns(self, indices: mx.array) -> Encoder:
         """The same encoder, of the features `indices` only (token gates must be given)."""
-        return self._some(lambda array: mx.take(array, indices, axis=0), self.k)
+        return self._some(lambda array: rows_at(array, indices), self.k)
 
     def tile(self, features: slice) -> Encoder:
         """The same encoder, of consecutive features; of whole groups, if it has groups."""
@@ -61,7 +63,7 @@ class Encoder:
             k = len(range(*features.indices(self.n_features))) * k // self.n_features
         return self._some(lambda array: array[features], k)
 
-    def _some(self, pick: Callable[[mx.array], mx.array], k: int) -> Encoder:
+    def _some(self, pick: Callable[[Any], mx.array], k: int) -> Encoder:
         arrays = {name: getattr(self, name) for name in PER_FEATURE}
         some = {name: None if a is None else pick(a) for name, a in arrays.items()}
         return replace(self, k=k, **some)
@@ -91,6 +93,10 @@ def products(encoder: Encoder, inputs: mx.array) -> tuple[mx.array, mx.array]:
         assert encoder.inputs is not None
         pre = mx.take(inputs, encoder.inputs, axis=-1) + encoder.b_enc
         return pre, pre
+    if isinstance(encoder.w_enc, Parts):
+        tiles = [products(encoder.tile(own), inputs) for own in encoder.w_enc.slices()]
+        raw, pre = (mx.concatenate(list(both), axis=-1) for both in zip(*tiles, strict=True))
+        return raw, pre
     if encoder.activation != "gated":
         pre = mx.addmm(encoder.b_enc, inputs, encoder.w_enc.T)
         return pre, pre
@@ -193,12 +199,22 @@ def pool(
 
 
 def _tiles(encoder: Encoder, n_rows: int, elements: int) -> list[slice]:
-    """The features in pieces of about `elements` activations; groups stay whole."""
+    """The features in pieces of about `elements` activations; groups stay whole.
+
+    An encoder of several arrays is cut where they are, so that none of them is copied.
+    """
     size = max(LEAST_TILE, elements // n_rows // GROUP * GROUP)
     if encoder.activation == "groupmax":
         group = encoder.n_features // encoder.k
         size = max(1, size // group) * group
-    return [slice(at, at + size) for at in range(0, encoder.n_features, size)]
+    parts = [slice(0, encoder.n_features)]
+    if isinstance(encoder.w_enc, Parts):
+        parts = encoder.w_enc.slices()
+    return [
+        slice(at, min(at + size, part.stop))
+        for part in parts
+        for at in range(part.start, part.stop, size)
+    ]
 
 
 def _pool_tiles(

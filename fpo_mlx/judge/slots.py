@@ -17,6 +17,7 @@ import numpy as np
 
 from fpo_mlx.config import Sampling
 from fpo_mlx.core.logprobs import log_softmax, pick
+from fpo_mlx.model import policy
 from fpo_mlx.model.policy import plain_caches
 from fpo_mlx.model.taps import PrefixCache
 
@@ -69,18 +70,15 @@ class _Row:
 
 
 def mask_axes(model: nn.Module) -> int:
-    """Axes that the model wants a mask of rows to have: 4, or 5 (Gemma 2 splits its heads).
+    """`policy.mask_axes` of rows of which each has its own next token; 0 where they cannot run."""
+    count = plain_caches(model)
+    if not count:
+        return 0
 
-    0 where it cannot run rows of their own offsets at all. Found out by shapes; nothing is run.
-    """
-    for axes in (4, 5) if plain_caches(model) else ():
-        caches = [RowCache(3, COLUMNS, axes) for _ in range(plain_caches(model))]
-        try:
-            model(mx.zeros((3, 1), dtype=mx.int32), cache=caches)
-        except (ValueError, TypeError, AttributeError):  # of code that expects another cache
-            continue
-        return axes
-    return 0
+    def caches(axes: int) -> list[RowCache]:
+        return [RowCache(3, COLUMNS, axes) for _ in range(count)]
+
+    return policy.mask_axes(model, mx.zeros((3, 1), dtype=mx.int32), caches)
 
 
 def noise_key(noise: Sequence[int]) -> np.ndarray:

@@ -39,9 +39,11 @@ class Device:
     plain_exp: bool  # MLX's own exp is the fast one
     sparse_decode: bool  # a dictionary is decoded from its k gathered rows
     streams: int  # side by side
+    together: bool  # several short pairs in one pass, padded; else one after the other
     bucket: int  # sequences are padded to a multiple of it, so that freed buffers fit again
     ahead: int  # tiles that are allocated before the first is done
     cache_limit: int | None  # freed buffers that are kept; None: as MLX has it
+    buffer_limit: int | None = None  # of one array, where there is such a limit
 
     @property
     def gpu(self) -> bool:
@@ -53,18 +55,19 @@ def cpu(streams: int = 1) -> Device:
     return Device(
         "cpu", widen=True, fold=True, vocab_columns=2048, vocab_rows=512, row_elements=1 << 23,
         wide_elements=1 << 23, pool_rows=1024, pool_elements=1 << 18, top_elements=1 << 20,
-        plain_exp=False, sparse_decode=True, streams=streams, bucket=1, ahead=10, cache_limit=None,
+        plain_exp=False, sparse_decode=True, streams=streams, together=False, bucket=1, ahead=10,
+        cache_limit=None,
     )  # fmt: skip
 
 
-def gpu(kind: Literal["metal", "cuda"], memory: float) -> Device:
+def gpu(kind: Literal["metal", "cuda"], memory: float, buffer_limit: int | None = None) -> Device:
     """Tiles of a 64th of the memory, 16 to 256 MiB. memory: bytes that MLX may use."""
     tile = int(min(max(memory * TILE_SHARE, SMALL), LARGE)) // 4
     return Device(
         kind, widen=False, fold=False, vocab_columns=32768, vocab_rows=1024, row_elements=tile,
         wide_elements=tile * 5 // 2, pool_rows=4096, pool_elements=tile, top_elements=tile,
-        plain_exp=True, sparse_decode=False, streams=1, bucket=32, ahead=4,
-        cache_limit=int(min(memory * CACHE_SHARE, MOST_CACHE)),
+        plain_exp=True, sparse_decode=False, streams=1, together=True, bucket=32, ahead=4,
+        cache_limit=int(min(memory * CACHE_SHARE, MOST_CACHE)), buffer_limit=buffer_limit,
     )  # fmt: skip
 
 
@@ -91,7 +94,10 @@ def using(record: Device) -> Iterator[Device]:
 
 def _find() -> Device:
     kind = backend()
-    return cpu(_cpu_streams()) if kind == "cpu" else gpu(kind, memory())
+    if kind == "cpu":
+        return cpu(_cpu_streams())
+    largest = info().get("max_buffer_length") if kind == "metal" else None
+    return gpu(kind, memory(), int(largest) if largest else None)
 
 
 @cache

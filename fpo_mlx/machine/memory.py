@@ -90,13 +90,14 @@ class Tiles:
     row_elements: int | None = None  # logits of whole rows at once; None: tiles are folded
     cache: int = 0  # bytes of freed buffers that are kept
     wide_elements: int = 0  # of a half-precision head that is widened at once
+    together: bool = False  # the pairs of a micro batch in one pass
 
     @staticmethod
     def of(here: Device) -> Tiles:
         whole = None if here.fold else here.row_elements
         return Tiles(
             here.vocab_columns, here.vocab_rows, here.pool_elements, here.ahead, whole,
-            here.cache_limit or 0, here.wide_elements,
+            here.cache_limit or 0, here.wide_elements, here.together,
         )  # fmt: skip
 
 
@@ -154,6 +155,7 @@ class Pass:
     n: int
     new: int
     seen: int
+    masked: bool = False  # by an array of each sequence's own, which may write the scores out
 
     @property
     def tokens(self) -> int:
@@ -170,11 +172,19 @@ def passes(lengths: Lengths, *, share_prompt: bool) -> list[Pass]:
     return [Pass(1, p + first, p + first), Pass(1, second, p + second)]
 
 
+def _calls(model: ModelShape, setup: Setup, tiles: Tiles, lengths: Lengths) -> list[Pass]:
+    """Those of a micro batch: pairs one after the other, or all of them in the passes of one."""
+    calls, n = passes(lengths, share_prompt=model.shares_prompt), setup.micro_batch_size
+    if n == 1 or not (tiles.together and model.shares_prompt):
+        return calls * n
+    return [Pass(n * one.n, one.new, one.seen, one.new < one.seen) for one in calls]
+
+
 def train_terms(
     model: ModelShape, saes: Sequence[SaeShape], setup: Setup, tiles: Tiles, lengths: Lengths
 ) -> list[Term]:
     """Peak memory of one update whose pairs have these lengths, largest first."""
-    calls = passes(lengths, share_prompt=model.shares_prompt) * setup.micro_batch_size
+    calls = _calls(model, setup, tiles, lengths)
     rows = lengths.rows * setup.micro_batch_size
     state = FLOAT * setup.adapter_parameters
     gradients = 2 if setup.batch_size > setup.micro_batch_size else 1
@@ -251,7 +261,8 @@ def _forward(model: ModelShape, call: Pass) -> float:
 
 
 def _scores(model: ModelShape, call: Pass) -> float:
-    if model.fused_attention and not (model.window and call.seen > model.window):
+    windowed = bool(model.window) and call.seen > model.window
+    if model.fused_attention and not windowed and not call.masked:
         return 0.0
     return model.value_bytes * model.heads * call.n * call.new * call.seen
 

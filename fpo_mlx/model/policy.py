@@ -2,13 +2,15 @@
 
 Chosen and rejected share their prompt. Where the model's caches are plain keys and values, the
 prompt runs once and both responses continue from its keys and values; otherwise whole sequences
-run side by side. The results are equal (a test holds it).
+run side by side. Where launches count, the pairs of a micro batch share these passes. The results
+are equal (a test holds it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -124,8 +126,11 @@ class Policy:
 
     def rows(self, pairs: Sequence[TokenPair]) -> Rows:
         """Hidden rows at the response positions of all pairs, in `Layout` order."""
-        parts = [self._shared(pair) for pair in pairs] if self.shares_prompt else None
-        parts = parts or [self._side_by_side(pairs)]
+        if not self.shares_prompt:
+            return self._side_by_side(pairs)
+        if len(pairs) > 1 and device.here().together and self._row_axes:
+            return self._together(pairs)
+        parts = [self._shared(pair) for pair in pairs]
         tapped = zip(*(part.tapped for part in parts), strict=True)
         return Rows(
             mx.concatenate([part.hidden for part in parts]),
@@ -174,6 +179,50 @@ class Policy:
             tuple(
                 mx.concatenate([a, b]) for a, b in zip(chosen.tapped, rejected.tapped, strict=True)
             ),
+        )
+
+    @cached_property
+    def _row_axes(self) -> int:
+        """`mask_axes` of rows behind prefixes of several lengths."""
+        tokens, padding = mx.zeros((3, 2), mx.int32), mx.array([0, 1, 1])
+        before = [PrefixCache() for _ in range(self._caches)]
+        self.backbone(tokens, cache=before)
+
+        def caches(axes: int) -> list[PrefixCache]:
+            return [PrefixCache(cache.own, padding, axes) for cache in before]
+
+        return mask_axes(self.backbone, tokens, caches)
+
+    def _together(self, pairs: Sequence[TokenPair]) -> Rows:
+        """`_shared` of several pairs in two passes in all, padded on the right.
+
+        The prompts' keys and values end in the same column, where the rejected responses go on.
+        """
+        before = np.array([len(pair.prompt) - 1 for pair in pairs])
+        caches = [PrefixCache() for _ in range(self._caches)]
+        whole = [np.concatenate([pair.prompt, pair.chosen[:-1]]) for pair in pairs]
+        spans = [(int(n), len(pair.chosen)) for n, pair in zip(before, pairs, strict=True)]
+        chosen = self._run(pad(whole), spans, caches)
+        padding = bucketed(int(before.max())) - before
+        columns = mx.array(np.arange(padding[0] + before[0])[None] - padding[:, None])
+        columns = mx.maximum(columns, 0)[:, None, :, None]  # [B, 1, P, 1]
+        gaps = mx.array(padding.astype(np.int32))
+        again = [
+            PrefixCache(tuple(_along(array, columns) for array in cache.own), gaps, self._row_axes)
+            if cache.own and before.any()
+            else PrefixCache()
+            for cache in caches
+        ]
+        tails = [np.concatenate([pair.prompt[-1:], pair.rejected[:-1]]) for pair in pairs]
+        rejected = self._run(pad(tails), [(0, len(tail)) for tail in tails], again)
+        order = mx.array(_by_pair(pairs))
+
+        def sorted_rows(first: mx.array, second: mx.array) -> mx.array:
+            return mx.take(mx.concatenate([first, second]), order, axis=0)
+
+        return Rows(
+            sorted_rows(chosen.hidden, rejected.hidden),
+            tuple(map(sorted_rows, chosen.tapped, rejected.tapped)),
         )
 
     def _side_by_side(self, pairs: Sequence[TokenPair]) -> Rows:
@@ -233,11 +282,49 @@ def pad(sequences: Sequence[np.ndarray]) -> mx.array:
 
     On a GPU to a multiple of the device's bucket: arrays of few sizes use freed buffers again.
     """
-    longest, bucket = max(map(len, sequences)), device.here().bucket
-    out = np.zeros((len(sequences), -(-longest // bucket) * bucket), dtype=np.int32)
+    out = np.zeros((len(sequences), bucketed(max(map(len, sequences)))), dtype=np.int32)
     for row, tokens in zip(out, sequences, strict=True):
         row[: len(tokens)] = tokens
     return mx.array(out)
+
+
+def bucketed(length: int) -> int:
+    """The next multiple of the device's bucket."""
+    bucket = device.here().bucket
+    return -(-length // bucket) * bucket
+
+
+def _along(array: mx.array, columns: mx.array) -> mx.array:
+    """Each row's own columns. array: [B, heads, L, d], columns: [B, 1, P, 1] -> [B, heads, P, d]"""
+    b, heads, _, width = array.shape
+    index = mx.broadcast_to(columns, (b, heads, columns.shape[2], width))
+    return mx.take_along_axis(array, index, axis=2)
+
+
+def _by_pair(pairs: Sequence[TokenPair]) -> np.ndarray:
+    """Where c0, r0, c1, r1, … lie among all chosen rows and then all rejected: int32 [R]."""
+    sizes = np.array([[len(side) for side in pair.responses] for pair in pairs])  # [B, 2]
+    starts = np.cumsum(sizes.T.ravel()) - sizes.T.ravel()
+    starts = starts.reshape(2, -1).T.ravel()  # of c0, r0, c1, …
+    parts = [at + np.arange(n) for at, n in zip(starts, sizes.ravel(), strict=True)]
+    return np.concatenate(parts).astype(np.int32)
+
+
+def mask_axes(
+    model: Callable[..., object], tokens: mx.array, caches: Callable[[int], Sequence[object]]
+) -> int:
+    """Axes that the model wants a mask of rows to have: 4, or 5 (Gemma 2 splits its heads).
+
+    0 where it cannot run rows of their own offsets at all. Found out by shapes; nothing is run.
+    tokens: three rows; caches: to try, with masks of so many axes.
+    """
+    for axes in (4, 5):
+        try:
+            model(tokens, cache=caches(axes))
+        except (ValueError, TypeError, AttributeError):  # of code that expects another cache
+            continue
+        return axes
+    return 0
 
 
 def plain_caches(model: nn.Module) -> int:

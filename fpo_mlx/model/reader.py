@@ -14,14 +14,21 @@ import numpy as np
 
 from fpo_mlx.core import features as F
 from fpo_mlx.core.logprobs import token_logps
+from fpo_mlx.core.parts import Parts
+from fpo_mlx.machine import device
 from fpo_mlx.model.policy import Layout, Policy, Rows
 from fpo_mlx.records import PairScore, ResponseScore, SaeWeights, SparseFeatures, TokenPair
 
 ENCODER_ARRAYS = ("b_enc", "b_in", "threshold", "gate_scale", "gate_bias", "act_scale")
+FILLED = 1 << 22  # values of a matrix that are read at once: 16 MiB
 
 
 def encoder_of(sae: SaeWeights) -> F.Encoder:
-    """Arrays of the SAE's encoder on the default device, float32."""
+    """Arrays of the SAE's encoder on the default device, float32.
+
+    A matrix that lies on the disk goes straight into them, block by block; one that a buffer of the
+    device does not hold goes into several.
+    """
     given = {name: getattr(sae, name) for name in ENCODER_ARRAYS}
     arrays: dict[str, Any] = {k: None if a is None else mx.array(a) for k, a in given.items()}
     if arrays["threshold"] is not None:  # below 0 it would be the ReLU's: the same function
@@ -29,12 +36,35 @@ def encoder_of(sae: SaeWeights) -> F.Encoder:
     plain = sae.activation == "identity"  # its matrix changes nothing
     return F.Encoder(
         activation=sae.activation,
-        w_enc=None if plain else mx.array(np.ascontiguousarray(sae.w_enc.T)),
+        w_enc=None if plain else _matrix(sae),
         inputs=mx.arange(sae.n_features) if plain else None,
         k=sae.k or 0,
         normalize=sae.normalize,
         **arrays,
     )
+
+
+def _matrix(sae: SaeWeights) -> mx.array | Parts:
+    """w_enc as rows [F, D_in]; groups of features stay in one array."""
+    limit, n = device.here().buffer_limit, sae.n_features
+    group = n // sae.k if sae.k and sae.activation == "groupmax" else 1
+    most = n if limit is None else max(limit // (4 * sae.d_in * group), 1) * group
+    found = [_filled(sae.w_enc, at, min(at + most, n)) for at in range(0, n, most)]
+    return found[0] if len(found) == 1 else Parts(found)
+
+
+def _filled(w_enc: np.ndarray, first: int, last: int) -> mx.array:
+    """The features from first to last. MLX writes into the one array that it keeps."""
+    rows = max(FILLED // w_enc.shape[0], 1)
+    if last - first <= rows:
+        return mx.array(np.ascontiguousarray(w_enc[:, first:last].T))
+    filled = mx.zeros((last - first, w_enc.shape[0]))
+    mx.eval(filled)
+    for at in range(first, last, rows):
+        own = slice(at, min(at + rows, last))
+        filled[at - first : own.stop - first] = mx.array(np.ascontiguousarray(w_enc[:, own].T))
+        mx.eval(filled)
+    return filled
 
 
 class Reader:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -204,7 +204,7 @@ def checkpoint_block(block: nn.Module) -> None:
 
         def run(parameters, held, *rest):
             block.update(parameters)
-            fresh, rest = PrefixCache(held[0]), iter(rest)
+            fresh, rest = cache.like(held[0]) if cache else PrefixCache(), iter(rest)
             fresh.own = held[1]
 
             def put(leaf):
@@ -234,12 +234,27 @@ class PrefixCache:
 
     Nothing is written in place, so gradients flow through both. mlx-lm's attention modules call
     `update_and_fetch`, `offset` and `make_mask`, the part of its cache protocol kept here.
+
+    Rows whose prefixes differ in length have them flush with what follows: `padding` [B] counts the
+    columns before each, which no token looks at, and `axes` are those that the model's masks have.
     """
 
-    def __init__(self, prefix: tuple[mx.array, ...] = ()) -> None:
+    def __init__(
+        self,
+        prefix: tuple[mx.array, ...] = (),
+        padding: mx.array | None = None,
+        axes: int = 4,
+    ) -> None:
         self.prefix = prefix  # () or keys and values, [1 or B, heads, P, d]
         self.own: tuple[mx.array, ...] = ()  # of this call, [B, heads, L, d]
-        self.offset = prefix[0].shape[2] if prefix else 0  # position of the next token
+        self.padding, self.axes = padding, axes
+        self.width = prefix[0].shape[2] if prefix else 0
+        # position of the next token; of each row's
+        self.offset: Any = self.width if padding is None else self.width - padding
+
+    def like(self, prefix: tuple[mx.array, ...]) -> PrefixCache:
+        """Another one behind the same rows, with these arrays."""
+        return PrefixCache(prefix, self.padding, self.axes)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
         self.own = (keys, values)
@@ -255,9 +270,16 @@ class PrefixCache:
         )
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None):
-        """None, "causal", or a boolean [n, P + n] where a window or the caller asks for one."""
+        """None, "causal", or a boolean [n, P + n] where a window or the caller asks for one.
+
+        Of rows with padding a boolean [B, 1, n, P + n], or with one axis more.
+        """
         from mlx_lm.models.base import create_causal_mask
 
+        if self.padding is not None:
+            mask = create_causal_mask(n, self.width, window_size=window_size)
+            first = self.padding.reshape(-1, *[1] * (self.axes - 1))
+            return mask & (mx.arange(self.width + n) >= first)
         if window_size is not None and self.offset + n > window_size:
             return create_causal_mask(n, self.offset, window_size=window_size)
         if return_array:

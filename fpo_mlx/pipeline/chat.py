@@ -112,9 +112,10 @@ def open_chat(
     warn_of_other_model([config.train.init_adapter, *adapter_paths], ref.model, path, say)
     about, sae = read_config(path), None
     if len(ref.sae) == 1:
-        sae = at_site(read_sae(ref.sae[0], config, say), config, about, say)
+        sae = at_site(read_sae(ref.sae[0], config, say, on_disk=True), config, about, say)
     known = read_labels(labels)[0] if labels else {}
     base = {BASE: config.train.init_adapter} if beside_base or not adapter_paths else {}
+    encoder = encoder_of(sae) if sae else None
     speakers = {}
     for name, adapter in {**base, **{shown_name(p): p for p in adapter_paths}}.items():
         model = open_model(
@@ -122,7 +123,6 @@ def open_chat(
             trust_remote_code=ref.trust_remote_code, say=say,
         ).model  # fmt: skip
         site = sae.site if sae else None
-        encoder = encoder_of(sae) if sae else None
         eps = float((about.get("text_config") or about).get("rms_norm_eps") or 1e-6)
         speakers[name] = Speaker(model, site, encoder, eps, say)
     chat = Chat(tokenizer, speakers, sae, known, system)

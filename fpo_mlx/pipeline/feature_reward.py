@@ -100,7 +100,10 @@ def open_reward(
     folder = resolve_model(reward.model)
     config = load_config({"model": str(folder)})
     saes = [
-        replace(read_sae(spec, config, say, decoder=False), site=Site(layer, kind))  # type: ignore
+        replace(
+            read_sae(spec, config, say, decoder=False, on_disk=True),
+            site=Site(layer, kind),  # type: ignore
+        )
         for spec, _, layer, kind in reward.saes
     ]
     check_same(reward, path, model_fingerprint(folder), [sae.fingerprint() for sae in saes])

@@ -131,7 +131,12 @@ def open_projections(
             f"--project-out {path}: --sae is missing. Wanted the SAE whose features it names."
         )
     saes = [
-        at_site(read_sae(spec, config, lambda _: None), config, model_config, lambda _: None)
+        at_site(
+            read_sae(spec, config, lambda _: None, on_disk=True),
+            config,
+            model_config,
+            lambda _: None,
+        )
         for spec in ref.sae
     ]
     named = read_weights(path, [sae.n_features for sae in saes], "--project-out")
@@ -171,7 +176,7 @@ def open_saes(
         raise ConfigError("--layer speaks of one SAE; with several, their own metadata decides.")
     opened = []
     for spec in ref.sae:
-        sae = read_sae(spec, config, say, decoder=False)
+        sae = read_sae(spec, config, say, decoder=False, on_disk=True)
         for note in sae.notes:
             say(f"{spec}: {note}")
         opened.append(at_site(sae, config, model_config, say))
@@ -185,13 +190,20 @@ def open_saes(
     return tuple(opened)
 
 
-def read_sae(spec: str, config: RunConfig, say: Say, *, decoder: bool = True) -> SaeWeights:
+def read_sae(
+    spec: str, config: RunConfig, say: Say, *, decoder: bool = True, on_disk: bool = False
+) -> SaeWeights:
     """One SAE, fetched if need be, as the settings say that its files are to be read."""
-    return read_sae_as(spec, config.reference, say, decoder=decoder)
+    return read_sae_as(spec, config.reference, say, decoder=decoder, on_disk=on_disk)
 
 
 def read_sae_as(
-    spec: str, reference: ReferenceConfig | SaeTrainConfig, say: Say, *, decoder: bool = True
+    spec: str,
+    reference: ReferenceConfig | SaeTrainConfig,
+    say: Say,
+    *,
+    decoder: bool = True,
+    on_disk: bool = False,
 ) -> SaeWeights:
     """The same, by whichever settings say how SAE files are read."""
     return load_sae(
@@ -199,6 +211,7 @@ def read_sae_as(
         format=reference.sae_format,
         allow_pickle=reference.allow_pickle,
         decoder=decoder,
+        on_disk=on_disk,
         k=reference.sae_k,
         llama_scope_gate=reference.llama_scope_gate,
         norm_scaling_factor=reference.norm_scaling_factor,

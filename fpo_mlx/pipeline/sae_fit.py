@@ -86,13 +86,14 @@ def quick_check(
 ) -> Iterator[str]:
     """L0 and FVU of each SAE, by its name, on the beginnings of 32 answers; then its warnings.
 
-    The SAEs are read once more, with their decoders, which the reference pass does without.
+    The SAEs are read once more from their files, tile by tile, with their decoders, which the
+    reference pass does without.
     """
     if not saes or not pairs:
         return
     rows = engine.activations(beginnings(pairs))
     for (spec, half), x in zip(saes.items(), rows, strict=True):
-        sae = replace(read_sae(spec, config, lambda _: None), site=half.site)
+        sae = replace(read_sae(spec, config, lambda _: None, on_disk=True), site=half.site)
         found = fit.figures(fit.measure(sae, x), fit.reconstructs(sae))
         fvu = f"FVU {found.fvu:.3f}" if found.fvu is not None else f"no FVU: {found.why_not}"
         yield f"{spec}: L0 {found.l0:.1f}, {fvu} ({found.tokens} tokens; --no-check-sae: no look)"

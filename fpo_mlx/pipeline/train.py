@@ -99,10 +99,7 @@ class _Ready:
 
 
 def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress: OnFill) -> _Ready:
-    """Everything that can be refused is refused before the reference runs.
-
-    The SAEs' numpy arrays end with this function: the encoders on the device are the only copy.
-    """
+    """Everything that can be refused is refused before the reference runs."""
     from fpo_mlx.train.checkpoint import AdapterFolder, NoFolder, check_resumable
     from fpo_mlx.train.metrics import ScoredPairs
     from fpo_mlx.train.optimizer import make_optimizer

@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 
 from fpo_mlx.errors import SaeError
-from fpo_mlx.sae.tensorfile import TensorFile, widen_bfloat16
+from fpo_mlx.sae.tensorfile import TensorFile, place_in_zip, widen_bfloat16
 from fpo_mlx.sae.torchfile import open_torch
 from fpo_mlx.storage.tensors import Tensor, read_header
 
@@ -78,7 +78,9 @@ def open_npz(path: Path) -> TensorFile:
             }
     except UNREADABLE as error:
         raise _unreadable(path, "an .npz archive", error) from error
-    return TensorFile(path, shapes, lambda name: _npz_array(path, name))
+    return TensorFile(
+        path, shapes, lambda name: _npz_array(path, name), mapped=lambda name: _npz_map(path, name)
+    )
 
 
 def _npy_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
@@ -113,6 +115,23 @@ def _npz_array(path: Path, name: str) -> np.ndarray:
         raise _unreadable(path, "an .npz archive of plain arrays", error) from error
 
 
+def _npz_map(path: Path, name: str) -> np.ndarray | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_room(archive, f"{name}.npy")
+            with archive.open(f"{name}.npy") as stream:
+                shape, fortran, dtype = _npy_header(stream)
+                header = stream.tell()
+            start = place_in_zip(path, archive, f"{name}.npy")
+        plain = dtype.kind == "f" and dtype.isnative and math.prod(shape) > 0
+        if start is None or not plain:
+            return None
+        order = "F" if fortran else "C"
+        return np.memmap(path, dtype, "r", offset=start + header, shape=shape, order=order)
+    except UNREADABLE as error:
+        raise _unreadable(path, "an .npz archive of plain arrays", error) from error
+
+
 def open_safetensors(path: Path) -> TensorFile:
     """safetensors, bfloat16 included. Every extent is checked against the file before any read."""
     try:
@@ -133,7 +152,14 @@ def open_safetensors(path: Path) -> TensorFile:
             array = widen_bfloat16(array)
         return array.reshape(tensor.shape)
 
-    return TensorFile(path, shapes, fetch)
+    def mapped(name: str) -> np.ndarray | None:
+        tensor = header.tensors[name]
+        dtype = np.dtype(SAFETENSORS_DTYPES[tensor.dtype])
+        if not tensor.size:
+            return None
+        return np.memmap(path, dtype, "r", offset=tensor.start, shape=tensor.shape)
+
+    return TensorFile(path, shapes, fetch, mapped=mapped)
 
 
 def _check_extent(path: Path, name: str, tensor: Tensor, size: int, first: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights
 from fpo_mlx.sae.registry import facts
+from fpo_mlx.sae.stored import all_finite, by_rows
 from fpo_mlx.sae.tensorfile import TensorFile
 from fpo_mlx.storage.files import parse_json
 
@@ -27,6 +28,7 @@ class LoadOptions:
     llama_scope_gate: Literal["authors", "saelens"] = "authors"
     norm_scaling_factor: float | None = None  # inputs are multiplied by it
     name: str = ""  # the name the user gave (hub id, release): read together with the path
+    on_disk: bool = False  # matrices stay in their file
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def transposed(array: np.ndarray) -> np.ndarray:
 
 def matrix(source: Source, *names: str) -> np.ndarray:
     """A two-dimensional tensor, under the first of `names` that the file has."""
-    array = source.tensors.first(*names)
+    array = source.tensors.first(*names, stay=source.options.on_disk)
     scale = source.tensors.get(f"{names[0]}_scale")
     if scale is not None:  # our own 8-bit variant: one scale per feature
         array = array * scale
@@ -136,7 +138,8 @@ def matrix(source: Source, *names: str) -> np.ndarray:
 
 def decoder_norms(w_dec: np.ndarray) -> np.ndarray:
     """Euclidean length of each feature's decoder row, [F], from w_dec [F, D_out]."""
-    return np.linalg.norm(w_dec, axis=1).astype(np.float32)
+    parts = [np.linalg.norm(rows, axis=1) for rows in by_rows(w_dec)]
+    return np.concatenate(parts).astype(np.float32)
 
 
 def inverse(norms: np.ndarray) -> np.ndarray:
@@ -184,7 +187,7 @@ def _check_array(where: str, name: str, array: np.ndarray | None, shape: tuple[i
             f"{where}: {name} has shape {list(array.shape)}; wanted {list(shape)}. "
             "The file is damaged, or was read as the wrong format (see --sae-format)."
         )
-    if array.dtype != np.float32 or not np.isfinite(array).all():
+    if array.dtype != np.float32 or not all_finite(array):
         raise SaeError(f"{where}: {name} is {array.dtype} or not finite; wanted finite float32.")
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights
 
 _ROWS = 2048  # rows at a time, so that intermediates stay small
+_OF_FEATURES = ("b_enc", "threshold", "gate_scale", "gate_bias", "act_scale")
 
 
 def encode(sae: SaeWeights, x: np.ndarray) -> np.ndarray:
@@ -19,8 +23,62 @@ def encode(sae: SaeWeights, x: np.ndarray) -> np.ndarray:
     acts = np.empty((len(x), sae.n_features), dtype=np.float32)
     for start in range(0, len(x), _ROWS):
         rows = slice(start, start + _ROWS)
-        acts[rows] = _encode_rows(sae, x[rows])
+        for tile, part in encode_tiles(sae, x[rows], sae.n_features):
+            acts[rows, tile] = part
     return acts
+
+
+def encode_tiles(sae: SaeWeights, x: np.ndarray, width: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """The same, about `width` features at a time and each tile of the encoder read once.
+
+    Yields which features, and their activations [N, width].
+    """
+    x = normalized(sae, _checked(sae, x))
+    x = x if sae.b_in is None else x - sae.b_in
+    group = sae.n_features // sae.k if sae.k and sae.activation == "groupmax" else 1
+    step = max(width // group, 1) * group
+    tiles = [slice(at, at + step) for at in range(0, sae.n_features, step)]
+    if sae.activation in ("topk", "abstopk") and len(tiles) > 1:
+        yield from _top_tiles(sae, x, tiles)
+        return
+    for tile in tiles:
+        own = _tile(sae, tile)
+        acts = _activated(own, x @ own.w_enc)
+        yield tile, acts if own.act_scale is None else acts * own.act_scale
+
+
+def _tile(sae: SaeWeights, tile: slice) -> SaeWeights:
+    """The encoder of consecutive features; of whole groups, if it has groups."""
+    vectors = {name: getattr(sae, name) for name in _OF_FEATURES}
+    some = {name: None if a is None else a[tile] for name, a in vectors.items()}
+    k, count = sae.k, len(range(*tile.indices(sae.n_features)))
+    if sae.activation == "groupmax" and k:
+        k = count * k // sae.n_features
+    return replace(sae, w_enc=sae.w_enc[:, tile], k=k, **some)
+
+
+def _top_tiles(
+    sae: SaeWeights, x: np.ndarray, tiles: list[slice]
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Top-k over all features: the best so far are carried from tile to tile."""
+    assert sae.k is not None
+    signed, rows = sae.activation == "abstopk", np.arange(len(x))[:, None]
+    best, places = np.empty((len(x), 0), np.float32), np.empty((len(x), 0), np.int64)
+    for tile in tiles:
+        pre = x @ sae.w_enc[:, tile] + sae.b_enc[tile]
+        own = _largest(np.abs(pre) if signed else pre, sae.k)
+        best = np.concatenate([best, pre[rows, own]], axis=1)
+        places = np.concatenate([places, own + tile.start], axis=1)
+        kept = _largest(np.abs(best) if signed else best, sae.k)
+        best, places = best[rows, kept], places[rows, kept]
+    acts = best if signed else np.maximum(best, 0)
+    acts = acts if sae.act_scale is None else acts * sae.act_scale[places]
+    for tile in tiles:
+        row, column = np.nonzero((places >= tile.start) & (places < tile.stop))
+        width = len(range(*tile.indices(sae.n_features)))
+        part = np.zeros((len(x), width), np.float32)
+        part[row, places[row, column] - tile.start] = acts[row, column]
+        yield tile, part
 
 
 def decode(sae: SaeWeights, acts: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -30,7 +88,12 @@ def decode(sae: SaeWeights, acts: np.ndarray, x: np.ndarray) -> np.ndarray:
     """
     if sae.w_dec is None or sae.b_dec is None:
         raise SaeError(f"{sae.source}: has no decoder, so nothing can be reconstructed.")
-    recon = acts.astype(np.float32, copy=False) @ sae.w_dec + sae.b_dec  # [N, D_out]
+    return restored(sae, acts.astype(np.float32, copy=False) @ sae.w_dec, x)
+
+
+def restored(sae: SaeWeights, decoded: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """What `decode` makes of acts @ w_dec [N, D_out]."""
+    recon = decoded + sae.b_dec
     if sae.transcoder or (sae.normalize == "none" and not sae.centred):
         return recon
     x = _checked(sae, x)
@@ -66,13 +129,6 @@ def _checked(sae: SaeWeights, x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _encode_rows(sae: SaeWeights, x: np.ndarray) -> np.ndarray:
-    x = normalized(sae, x)
-    raw = (x if sae.b_in is None else x - sae.b_in) @ sae.w_enc  # [n, F]
-    acts = _activated(sae, raw)
-    return acts if sae.act_scale is None else acts * sae.act_scale
-
-
 def _activated(sae: SaeWeights, raw: np.ndarray) -> np.ndarray:
     if sae.activation == "gated":
         assert sae.gate_bias is not None
@@ -93,10 +149,16 @@ def _activated(sae: SaeWeights, raw: np.ndarray) -> np.ndarray:
 
 def _keep_largest(values: np.ndarray, rank: np.ndarray, k: int) -> np.ndarray:
     """values [n, F] where `rank` is among the k largest of its row, 0 elsewhere."""
-    top = np.argpartition(rank, -k, axis=1)[:, -k:]  # [n, k]
+    top = _largest(rank, k)
     kept = np.zeros_like(values)
     np.put_along_axis(kept, top, np.take_along_axis(values, top, axis=1), axis=1)
     return kept
+
+
+def _largest(rank: np.ndarray, k: int) -> np.ndarray:
+    """Where the k largest of each row are, [n, min(k, width)]."""
+    k = min(k, rank.shape[1])
+    return np.argpartition(rank, -k, axis=1)[:, -k:]
 
 
 def _group_max(values: np.ndarray, groups: int) -> np.ndarray:

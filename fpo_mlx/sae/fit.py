@@ -19,9 +19,10 @@ import numpy as np
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights
-from fpo_mlx.sae.encode import decode, encode
+from fpo_mlx.sae.encode import encode_tiles, restored
 
 ALIKE = 1e-12  # of sum |x|^2: below it the variance is what rounding leaves of equal vectors
+_ROWS = 2048  # looked at together
 _ELEMENTS = 1 << 24  # activations alive at once: 64 MiB in float32
 
 
@@ -75,15 +76,15 @@ def reconstructs(sae: SaeWeights) -> str:
 def measure(sae: SaeWeights, x: np.ndarray) -> FitSums:
     """The sums over x [N, D_in]. Raises SaeError for another width or values that are not finite.
 
-    Works through a bounded number of rows at a time, whatever F is.
+    Works through a bounded number of rows and features at a time; each tile of the SAE is read
+    once for all of these rows, so that its matrices may lie on the disk.
     """
     if not np.isfinite(x).all():
         raise SaeError(
             f"{sae.source or 'SAE'}: the model's activations at the {sae.site} are not all finite. "
             "The model, or its adapter, is damaged."
         )
-    step = max(1, _ELEMENTS // sae.n_features)
-    parts = [_measure(sae, x[at : at + step]) for at in range(0, max(len(x), 1), step)]
+    parts = [_measure(sae, x[at : at + _ROWS]) for at in range(0, max(len(x), 1), _ROWS)]
     total = parts[0]
     for part in parts[1:]:
         total = total + part
@@ -91,14 +92,17 @@ def measure(sae: SaeWeights, x: np.ndarray) -> FitSums:
 
 
 def _measure(sae: SaeWeights, x: np.ndarray) -> FitSums:
-    acts = encode(sae, x)
-    wide = x.astype(np.float64)
-    sums = FitSums(
-        len(x), (acts != 0).sum(axis=0).astype(np.float64), wide.sum(axis=0), _dot(wide, wide)
-    )
-    if reconstructs(sae):
+    w_dec = None if reconstructs(sae) else sae.w_dec
+    active, wide = np.zeros(sae.n_features), x.astype(np.float64)
+    decoded = np.zeros((len(x), 0 if w_dec is None else w_dec.shape[1]), np.float32)
+    for tile, acts in encode_tiles(sae, x, _ELEMENTS // max(len(x), 1)):
+        active[tile] = (acts != 0).sum(axis=0)
+        if w_dec is not None:
+            decoded += acts @ w_dec[tile]
+    sums = FitSums(len(x), active, wide.sum(axis=0), _dot(wide, wide))
+    if w_dec is None:
         return sums
-    r = decode(sae, acts, x).astype(np.float64)  # [n, D]
+    r = restored(sae, decoded, x).astype(np.float64)  # [n, D]
     error = wide - r
     return FitSums(
         sums.tokens, sums.active, sums.x, sums.xx,

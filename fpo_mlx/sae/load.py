@@ -78,6 +78,7 @@ def load_sae(
     format: str | None = None,
     allow_pickle: bool = False,
     decoder: bool = True,
+    on_disk: bool = False,
     k: int | None = None,
     llama_scope_gate: Literal["authors", "saelens"] = "authors",
     norm_scaling_factor: float | None = None,
@@ -87,14 +88,17 @@ def load_sae(
 
     path: its folder or weight file; a folder that holds exactly one SAE further down will do.
     format: one of FORMATS, to skip the recognition. allow_pickle: read .pt files, tensors only.
-    decoder: False leaves w_dec out. k: where the files do not say it. llama_scope_gate:
-    "saelens" leaves the decoder norm out of Llama Scope's gate, as SAELens does.
+    decoder: False leaves w_dec out. on_disk: the matrices stay in the file and are read by blocks
+    (`stored.Stored`), so that loading takes no memory. k: where the files do not say it.
+    llama_scope_gate: "saelens" leaves the decoder norm out of Llama Scope's gate, as SAELens does.
     norm_scaling_factor: the scale of the inputs in training, where the files do not hold it.
     name: the name the user gave (hub id), searched for layer, site and k beside the path.
 
     Raises SaeError for a file that is missing, damaged, of no known family, or refused.
     """
-    options = LoadOptions(allow_pickle, decoder, k, llama_scope_gate, norm_scaling_factor, name)
+    options = LoadOptions(
+        allow_pickle, decoder, k, llama_scope_gate, norm_scaling_factor, name, on_disk
+    )
     source = _open(Path(path), options)
     family = _recognise(source, format)
     _refuse_idle(family, source)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx.errors import SaeError
-from fpo_mlx.sae.tensorfile import TensorFile, widen_bfloat16
+from fpo_mlx.sae.tensorfile import TensorFile, place_in_zip, widen_bfloat16
 
 _STORAGES = {
     "DoubleStorage": "<f8",
@@ -124,7 +124,13 @@ def open_torch(path: Path) -> TensorFile:
     beside = {**outer, **root}
     extras = {str(k): v for k, v in beside.items() if not isinstance(v, _Tensor)}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return TensorFile(path, shapes, lambda name: _values(path, archive, tensors[name]), extras)
+    return TensorFile(
+        path,
+        shapes,
+        lambda name: _values(path, archive, tensors[name]),
+        extras,
+        lambda name: _mapped(path, archive, tensors[name]),
+    )
 
 
 def _tensors(root: dict[Any, Any]) -> dict[str, _Tensor]:
@@ -175,17 +181,42 @@ def _values(path: Path, folder: str, tensor: _Tensor) -> np.ndarray:
             raw = _stored(path, archive, f"{folder}data/{tensor.key}", None)
     except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
         raise SaeError(f"{path} is damaged: {error}. Download it again.") from error
-    bits = np.dtype("<u2" if tensor.dtype == "bfloat16" else tensor.dtype)
+    bits = _bits(tensor)
+    flat = np.frombuffer(raw, dtype=bits, count=len(raw) // bits.itemsize)
+    array = np.array(_view(path, flat, tensor))  # a copy: independent of the storage's extents
+    return widen_bfloat16(array) if tensor.dtype == "bfloat16" else array
+
+
+def _mapped(path: Path, folder: str, tensor: _Tensor) -> np.ndarray | None:
+    """The same values, bfloat16 as its bits, still in the file."""
+    entry = f"{folder}data/{tensor.key}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            start, size = place_in_zip(path, archive, entry), archive.getinfo(entry).file_size
+    except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
+        raise SaeError(f"{path} is damaged: {error}. Download it again.") from error
+    bits = _bits(tensor)
+    if start is None or not math.prod(tensor.shape) or size < bits.itemsize:
+        return None
+    flat = np.memmap(path, bits, "r", offset=start, shape=(size // bits.itemsize,))
+    return _view(path, flat, tensor)
+
+
+def _bits(tensor: _Tensor) -> np.dtype:
+    return np.dtype("<u2" if tensor.dtype == "bfloat16" else tensor.dtype)
+
+
+def _view(path: Path, flat: np.ndarray, tensor: _Tensor) -> np.ndarray:
+    """The tensor within its storage `flat`. Raises: SaeError where it reaches beyond."""
+    size = flat.dtype.itemsize
     last = tensor.offset + sum(
         (n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)
     )
-    if math.prod(tensor.shape) and (last + 1) * bits.itemsize > len(raw):
+    if math.prod(tensor.shape) and last + 1 > len(flat):
         raise SaeError(
             f"{path} is damaged: a tensor of shape {list(tensor.shape)} needs "
-            f"{(last + 1) * bits.itemsize} bytes, its storage has {len(raw)}. Download it again."
+            f"{(last + 1) * size} bytes, its storage has {len(flat) * size}. Download it again."
         )
-    flat = np.frombuffer(raw, dtype=bits, count=len(raw) // bits.itemsize)[tensor.offset :]
-    strides = tuple(stride * bits.itemsize for stride in tensor.strides)
-    array = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
-    array = np.array(array)  # a copy: independent of the storage's extents
-    return widen_bfloat16(array) if tensor.dtype == "bfloat16" else array
+    strides = tuple(stride * size for stride in tensor.strides)
+    own = flat[tensor.offset :]
+    return np.lib.stride_tricks.as_strided(own, tensor.shape, strides, writeable=False)

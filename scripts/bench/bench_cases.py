@@ -234,6 +234,7 @@ def precision(plan: Plan) -> bm.Result:
     rows, means = world.policy.rows([pair]).tapped[0], Layout.of([pair]).means()
     wanted, _ = F.pool(exact, rows, means)
     top = F.top_indices(wanted, 50)
+    assert isinstance(exact.w_enc, mx.array)
     packed = mx.quantize(exact.w_enc, 64, 8)
     matrices = {
         "float16": exact.w_enc.astype(mx.float16),

@@ -2,9 +2,9 @@
 
     python scripts/checks/buffers.py [--updates 500] [--limit-mb 1]
 
-Prints the most that MLX kept of freed buffers and by how much active memory grew, for training,
-measuring (as `evaluate` does) and the reference pass. Exits with 1 where the limit was passed or
-memory grew by more than 2 %.
+Prints the most that MLX kept of freed buffers and by how much active memory grew, for what
+`precompute`, `evaluate` (with its KL) and `train` do with each pair; all run on the same pairs of
+random lengths. Exits with 1 where the limit was passed or memory grew by more than 2 %.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
@@ -25,11 +26,17 @@ machine.set_up()  # before anything imports MLX
 
 import mlx.core as mx
 import numpy as np
-from gpu_path import RECORD, Case, open_case
-from helpers import random_pairs
+from gpu_path import RECORD, Case, model_folder, open_case
+from helpers import random_pairs, random_sae
 
+from fpo_mlx import cache
+from fpo_mlx.judge.evaluate import evaluate
 from fpo_mlx.machine import device
-from fpo_mlx.train.metrics import ScoredPairs, measure
+from fpo_mlx.records import PairScore, Site, TokenPair
+from fpo_mlx.reference.mlx_backend import MlxBackend
+from fpo_mlx.train.metrics import ScoredPairs
+
+CASE = Case("llama", "plain", "float32")
 
 
 @dataclass(frozen=True)
@@ -39,28 +46,33 @@ class Seen:
 
 
 def watch(root: Path, updates: int, limit: int) -> dict[str, Seen]:
-    """Training, measuring and the reference pass, one pair of other lengths each time."""
+    """By command; every step is a pair of other lengths."""
     rng = np.random.default_rng(0)
     sizes = [tuple(int(n) for n in rng.integers(2, 60, 3)) for _ in range(updates)]
+    pairs, refs = random_pairs(sizes, seed=1), []
     before = mx.set_cache_limit(limit)
     try:
         with device.using(replace(RECORD, cache_limit=limit)):
-            trainer = open_case(root, Case("llama", "plain", "float32"))
-            pairs = random_pairs(sizes, seed=1)
-            refs = []
-            reference = _follow(
-                refs.extend(trainer.scorer.reader.scores([pair])) or device.tidy() for pair in pairs
-            )
+            precompute = _watched(lambda: refs.extend(_precompute(root, pairs)))
+            trainer = open_case(root, CASE)
             trainer.train = ScoredPairs(pairs, refs)
-            return {
-                "reference": reference,
-                "measure": _follow(
-                    measure(trainer.scorer, trainer.train, positions=[i]) for i in range(updates)
-                ),
-                "train": _follow(_update(trainer, i) for i in range(updates)),
-            }
+            trainer.scorer.measure_kl = True
+            judged = _watched(lambda: evaluate(trainer.scorer, trainer.train))
+            trainer.scorer.measure_kl = False
+            trained = _follow(_update(trainer, i) for i in range(updates))
+        return {"precompute": precompute, "evaluate": judged, "train": trained}
     finally:
         mx.set_cache_limit(before)
+
+
+def _precompute(root: Path, pairs: list[TokenPair]) -> list[PairScore]:
+    """Into a cache on the disk, by shards, and out of it again."""
+    saes = [random_sae("topk", 32, Site(1))]
+    engine = MlxBackend(model_folder(root, CASE), saes=saes)
+    identity = cache.CacheIdentity("m", "t", saes=((saes[0].fingerprint(), str(saes[0].site)),))
+    store = cache.open_cache(root / "reference", identity, create=True)
+    cache.fill(store, pairs, engine.score)
+    return [(store.get(pair.keys[0]), store.get(pair.keys[1])) for pair in pairs]
 
 
 def _update(trainer, number: int) -> None:
@@ -68,11 +80,25 @@ def _update(trainer, number: int) -> None:
     trainer._apply(gradient, mx.array(1.0))
 
 
+def _watched(run: Callable[[], object]) -> Seen:
+    """Looks where the code itself tidies up: after every pair."""
+    seen, tidy = [], device.tidy
+
+    def look() -> None:
+        tidy()
+        seen.append((mx.get_cache_memory(), mx.get_active_memory()))
+
+    with patch.object(device, "tidy", look):
+        run()
+    return _seen(seen)
+
+
 def _follow(steps: Iterable[object]) -> Seen:
-    cached, active = [], []
-    for _ in steps:
-        cached.append(mx.get_cache_memory())
-        active.append(mx.get_active_memory())
+    return _seen([(mx.get_cache_memory(), mx.get_active_memory()) for _ in steps])
+
+
+def _seen(figures: list[tuple[int, int]]) -> Seen:
+    cached, active = zip(*figures, strict=True)
     tenth = max(1, len(active) // 10)
     first = max(active[tenth : 2 * tenth])  # the optimizer's state is there by then
     return Seen(max(cached), max(active[-tenth:]) / first - 1)

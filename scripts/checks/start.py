@@ -3,7 +3,7 @@
     python scripts/checks/start.py [--full] [--only gemma2-affine]
 
 --full: every kind of model, weights, dtype, adapter and micro batch under every preset, some 1,000
-starts; --only: cases whose name holds this.
+starts; --only: cases in whose name this regular expression is found.
 
 Prints |u| / beta per token without and with gradient, relative D, and the first training loss
 beside its closed form. Exits with 1 where a bound of tests/support/gpu_path.py does not hold.
@@ -12,6 +12,7 @@ beside its closed form. Exits with 1 where a bound of tests/support/gpu_path.py 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from fpo_mlx.machine import device
 def starts(root: Path, full: bool, only: str) -> Iterator[tuple[Case, Start]]:
     """The cases and what was seen of each."""
     for case in FULL if full else CASES:
-        if only not in str(case):
+        if not re.search(only, str(case)):
             continue
         trainer = open_case(root, case)
         if not full:

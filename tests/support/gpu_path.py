@@ -60,7 +60,8 @@ CASES = [
 ]
 
 
-# Everything with everything; the presets of a case share its trainer.
+# Everything with everything; the presets of a case share its trainer. MLX's CPU build multiplies
+# experts that are not packed in float32 only, so they are left out in bfloat16.
 FULL = [
     Case(maker, weights, dtype, kind, micro)
     for maker in ("llama", "gemma2", "qwen3_moe", "gpt_oss")
@@ -70,6 +71,7 @@ FULL = [
     )
     for kind in ("lora", "dora")
     for micro in (1, 2)
+    if not (maker in WIDE and (weights, dtype) == ("plain", "bfloat16"))
 ]  # fmt: skip
 
 

@@ -250,11 +250,12 @@ def _fold_centring(sae: SaeWeights, config: dict[str, Any]) -> tuple[SaeWeights,
     writes = sae.site is not None and sae.site.kind in _WRITTEN
     if not settings.get("center_writing_weights") or sae.normalize != "none" or not writes:
         return sae, ()
-    shift = 0 if sae.b_in is None else sae.b_in @ sae.w_enc  # [F]
+    w_enc = np.asarray(sae.w_enc)  # a small model's
+    shift = 0 if sae.b_in is None else sae.b_in @ w_enc  # [F]
     gate_scale = 1 if sae.gate_scale is None else sae.gate_scale
     return replace(
         sae,
-        w_enc=sae.w_enc - sae.w_enc.mean(axis=0, dtype=np.float64).astype(np.float32),
+        w_enc=w_enc - w_enc.mean(axis=0, dtype=np.float64).astype(np.float32),
         b_in=None,
         centred=True,
         b_enc=sae.b_enc - shift * gate_scale,

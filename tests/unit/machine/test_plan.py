@@ -35,6 +35,18 @@ def test_the_backbone_is_called_as_the_policy_calls_it():
     assert memory.passes(Lengths(1, 4, 4), share_prompt=True) == [Pass(1, 4, 4)] * 2
 
 
+def test_a_gpus_micro_batch_is_one_pass_with_masks_of_its_own():
+    """Every pair's block is in work at once, and the rejected responses may write their scores."""
+    setup, tiles = replace(SETUP, micro_batch_size=3), replace(TILES, together=True)
+    apart = memory._calls(MODEL, setup, TILES, PAIR)
+    assert apart == [Pass(1, 345, 345), Pass(1, 70, 325)] * 3
+    calls = memory._calls(MODEL, setup, tiles, PAIR)
+    assert calls == [Pass(3, 345, 345), Pass(3, 70, 325, masked=True)]
+    assert memory._calls(MODEL, SETUP, tiles, PAIR) == memory.passes(PAIR, share_prompt=True)
+    fused = replace(MODEL, fused_attention=True)
+    assert [memory._scores(fused, call) for call in calls] == [0, 4 * fused.heads * 3 * 70 * 325]
+
+
 @pytest.mark.parametrize(
     ("pair", "again", "micro", "measured"),
     [
