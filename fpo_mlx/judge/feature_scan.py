@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -60,7 +60,7 @@ def encoded(encoder: F.Encoder, rows: mx.array) -> np.ndarray:
 
 def scaled(
     policies: tuple[Policy, Policy], encoder: F.Encoder, site: int, sae: SaeWeights,
-    texts: Sequence[Passage], features: Sequence[int],
+    texts: Iterable[Passage], features: Sequence[int],
 ) -> list[Scaled]:  # fmt: skip
     """Latent scaling of features between two models (before, after), at the response positions."""
     sums = Scaling(sae, features)
