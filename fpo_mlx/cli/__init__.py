@@ -49,17 +49,20 @@ class Main(Group):
             from fpo_mlx.machine import upstream
 
             name = (error.name or "").partition(".")[0]
-            if "libmlx" in str(error):  # mlx is there, the part that computes is not
-                name = "mlx"
-            elif (plain := upstream.plain(error)) is not None:
+            torch = (
+                "Without it only the torch backend works (`fpo-mlx precompute --backend torch`)."
+            )
+            if (why := upstream.unloadable(error)) is not None:
+                click.echo(f"fpo-mlx: {why} {torch}", err=True)
+                ctx.exit(FpoError.exit_code)
+            if (plain := upstream.plain(error)) is not None:
                 click.echo(f"fpo-mlx: {plain}", err=True)
                 ctx.exit(plain.exit_code)
             if name not in ("mlx", "mlx_lm"):
                 raise
             click.echo(
                 f"fpo-mlx: this command needs the package {name}, which is not installed here. "
-                f"Install it with `{_how_to_install()}`; without it only the torch backend works "
-                "(`fpo-mlx precompute --backend torch`).",
+                f"Install it with `{_how_to_install()}`. {torch}",
                 err=True,
             )
             ctx.exit(FpoError.exit_code)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -17,6 +19,7 @@ from fpo_mlx.errors import ModelError
 
 OURS = "fpo-mlx"
 WORKSHOP = {"dev", "docs"}  # extras of those who work on fpo-mlx: nothing of them runs in it
+BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")  # builds of one library file
 LEANED_ON = {"mlx": "mlx", "mlx_lm": "mlx-lm", "transformers": "transformers"}  # module -> package
 
 
@@ -34,11 +37,11 @@ def tested() -> list[Tested]:
     """Of every package that fpo-mlx runs with, its extras' included, as far as it is installed."""
     found: dict[str, Tested] = {}
     for requirement in _requirements():
-        version = _version(requirement.name)
-        if version and requirement.specifier and requirement.name not in found:
-            inside = requirement.specifier.contains(version, prereleases=True)
+        installed = version(requirement.name)
+        if installed and requirement.specifier and requirement.name not in found:
+            inside = requirement.specifier.contains(installed, prereleases=True)
             text = ",".join(sorted(map(str, requirement.specifier), reverse=True))
-            found[requirement.name] = Tested(requirement.name, version, text, inside)
+            found[requirement.name] = Tested(requirement.name, installed, text, inside)
     return list(found.values())
 
 
@@ -65,6 +68,31 @@ def plain(error: ImportError) -> ModelError | None:
     if package is None or importlib.util.find_spec(top) is None:  # it is not there at all
         return None
     return changed(package, f"the module {module}", error)
+
+
+def unloadable(error: ImportError) -> str | None:
+    """Why MLX, which is installed, does not load here, and what to do; None for other imports.
+
+    Its library is missing, or one that it needs: the driver's, on a machine without a card.
+    """
+    if "libmlx" not in str(error) and Path(error.path or "").parent.name != "mlx":
+        return None
+    return f"MLX cannot be imported: {error}. {how_to_get_mlx()}."
+
+
+def how_to_get_mlx() -> str:
+    """For this machine and what is installed on it."""
+    if sys.platform == "darwin":
+        return "pip install mlx, with a Python for arm64 on macOS 14 or newer"
+    if any(version(name) for name in BACKENDS if "cuda" in name):
+        return (
+            "MLX's CUDA build needs an NVIDIA card and its driver (does nvidia-smi answer?). "
+            "Without one: a new environment with pip install 'mlx[cpu]'"
+        )
+    return (
+        "pip install 'mlx[cpu]', or 'mlx[cuda13]' for an NVIDIA card with its driver; one of them "
+        "in an environment, not both"
+    )
 
 
 @contextmanager
@@ -94,7 +122,8 @@ def _requirements() -> list[Requirement]:
     return [r for r in found if r.marker is None or any(map(r.marker.evaluate, where))]
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The installed one's."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 Level = Literal["ok", "note", "problem"]
 GB = 1e9
 PACKAGES = ("fpo-mlx", "mlx", "mlx-lm", "numpy", "transformers", "safetensors", "datasets")
-BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")  # builds of one library file
 OPTIONAL = ("torch", "matplotlib", "wandb", "tensorboardX")
 HUB = "https://huggingface.co"
 SLOW_GFLOPS = 20.0  # one core with OpenBLAS reaches 100 or more, the reference BLAS 2 to 5
@@ -72,14 +70,14 @@ def versions() -> list[Finding]:
     }
     found = [Finding("python", f"{platform.python_version()} on {platform.platform()}")]
     for name in PACKAGES:
-        version = __version__ if name == "fpo-mlx" else _version(name)  # of this code
+        version = __version__ if name == "fpo-mlx" else upstream.version(name)  # of this code
         if version:
             found.append(untried.get(name) or Finding(name, version))
         else:
             found.append(Finding(name, "not installed", "problem", f"pip install {name}"))
     found += [finding for name, finding in untried.items() if name not in PACKAGES]
-    present = [f"{name} {version}" for name in OPTIONAL if (version := _version(name))]
-    absent = [name for name in OPTIONAL if not _version(name)]
+    present = [f"{name} {version}" for name in OPTIONAL if (version := upstream.version(name))]
+    absent = [name for name in OPTIONAL if not upstream.version(name)]
     text = ", ".join(present) or "none"
     if absent:
         text += f" (not installed, only some commands use them: {', '.join(absent)})"
@@ -101,7 +99,7 @@ def device() -> list[Finding]:
         import mlx.core as mx
     except ImportError as e:
         text = f"MLX cannot be imported: {e}"
-        return [Finding("device", text, "problem", _how_to_get_mlx())]
+        return [Finding("device", text, "problem", upstream.how_to_get_mlx())]
     if machine.backend() == "cuda":
         return _cuda_card()
     if not mx.metal.is_available():
@@ -122,20 +120,6 @@ def device() -> list[Finding]:
         Finding("memory", f"{total / GB:.1f} GB unified"),
         _wired_limit(limit, total),
     ]
-
-
-def _how_to_get_mlx() -> str:
-    if sys.platform == "darwin":
-        return "pip install mlx, with a Python for arm64 on macOS 14 or newer"
-    if any(_version(name) for name in BACKENDS if "cuda" in name):
-        return (
-            "MLX's CUDA build needs an NVIDIA card and its driver (does nvidia-smi answer?). "
-            "Without one: a new environment with pip install 'mlx[cpu]'"
-        )
-    return (
-        "pip install 'mlx[cpu]', or 'mlx[cuda13]' for an NVIDIA card with its driver; one of them "
-        "in an environment, not both"
-    )
 
 
 def _cuda_card() -> list[Finding]:
@@ -164,7 +148,7 @@ def platform_of() -> list[Finding]:
     elif sys.platform == "darwin" and int(platform.mac_ver()[0].partition(".")[0] or 14) < 14:
         text = f"macOS {platform.mac_ver()[0]}; MLX needs 14 or newer"
         found.append(Finding("platform", text, "problem", "Update macOS."))
-    backends = [name for name in BACKENDS if _version(name)]
+    backends = [name for name in upstream.BACKENDS if upstream.version(name)]
     if len(backends) > 1:
         text = f"{' and '.join(backends)} are both installed and overwrite each other's library"
         advice = "Make a new environment with one of the extras cpu, cuda12 and cuda13."
@@ -280,13 +264,6 @@ def folder_size(folder: Path) -> int:
             except OSError:  # removed while we look
                 continue
     return total
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _wired_limit(limit: float, total: float) -> Finding:

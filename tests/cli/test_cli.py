@@ -13,6 +13,7 @@ from command_line import BLOCK, ROWS, lines, random_sae, refused, run, train, us
 
 from fpo_mlx import cli
 from fpo_mlx.errors import FpoError
+from fpo_mlx.machine import upstream
 from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.sae.encode import encode
 
@@ -48,12 +49,25 @@ def test_an_unknown_flag_is_a_usage_error():
     refused(run("train", "--learning-rat", "1"), 2, "No such option", "--learning-rat")
 
 
-def test_mlx_without_the_part_that_computes_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize(
+    ("library", "installed", "advice"),
+    [
+        ("libmlx.so", "mlx", "pip install 'mlx[cpu]'"),
+        ("libcuda.so.1", "mlx-cuda-13", "needs an NVIDIA card and its driver"),
+    ],
+)
+def test_an_mlx_that_does_not_load_says_what_it_lacks(monkeypatch, library, installed, advice):
+    """As Python raises it: by the name `core`, with the path of MLX's own module."""
+
     def gone(*_):
-        raise ImportError("libmlx.so: cannot open shared object file", name="core")
+        text = f"{library}: cannot open shared object file: No such file or directory"
+        raise ImportError(text, name="core", path="/site-packages/mlx/core.cpython-311.so")
 
     monkeypatch.setattr(cli.Group, "invoke", gone)
-    refused(run("convert"), FpoError.exit_code, "needs the package mlx", "pip install")
+    monkeypatch.setattr(upstream, "version", lambda name: "1" if name == installed else None)
+    monkeypatch.setattr(upstream.sys, "platform", "linux")
+    parts = f"MLX cannot be imported: {library}", advice, "--backend torch"
+    refused(run("convert"), FpoError.exit_code, *parts)
 
 
 def test_an_unknown_command_is_a_usage_error():

@@ -128,7 +128,9 @@ def on_a_mac(monkeypatch, *, machine="arm64", macos="15.1", translated=""):
 
 
 def installed(monkeypatch, *names):
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.32.4" if name in names else None)
+    monkeypatch.setattr(
+        doctor.upstream, "version", lambda name: "0.32.4" if name in names else None
+    )
 
 
 @pytest.mark.parametrize(

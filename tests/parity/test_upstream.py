@@ -242,7 +242,7 @@ def versions(monkeypatch) -> dict[str, str]:
         upstream, "_requirements", lambda: [upstream.Requirement(line) for line in lines]
     )
     installed = {"mlx-lm": "0.32.2", "numpy": "2.4.0", "mlx": "9.0"}
-    monkeypatch.setattr(upstream, "_version", installed.get)
+    monkeypatch.setattr(upstream, "version", installed.get)
     return installed
 
 
