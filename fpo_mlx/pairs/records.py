@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +194,9 @@ def read_verdicts(path: Path) -> dict[tuple[str, int, int, str, str], Verdict]:
     found: dict[tuple[str, int, int, str, str], Verdict] = {}
     for number, _, line in lines.read_lines(path):
         where = f"{path.name}:{number}"
-        verdict = parse_verdict(lines.decode(line, where), where)
-        found[verdict.key] = replace(verdict, raw="")  # what is not needed stays on disk
+        record = lines.decode(line, where) | {"raw": ""}  # what is not needed stays on disk
+        verdict = parse_verdict(record, where)
+        found[verdict.key] = verdict
     return found
 
 

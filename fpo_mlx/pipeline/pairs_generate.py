@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,9 +101,11 @@ def _tokenizer(path: Path, settings: GenerateConfig) -> ChatTokenizer:
 def prompt_lengths(settings: GenerateConfig) -> tuple[Path, list[int]]:
     """The model's folder, and the tokens of each prompt. Raises: as `pairs_generate` does."""
     path = _inputs(settings)
-    tokenizer = _tokenizer(path, settings)
-    found = (_waiting(p, tokenizer, settings) for p in _asked(settings))
-    return path, list({one.id: len(one.tokens) for one in found}.values())
+    tokenizer, lengths = _tokenizer(path, settings), {}
+    for window in asking.windows(_asked(settings), WINDOW):
+        found = _waiting(_rendered(window, tokenizer), set(), tokenizer, settings)
+        lengths |= {one.id: len(one.tokens) for one in found}
+    return path, list(lengths.values())
 
 
 def _asked(settings: GenerateConfig) -> Iterator[Prompt]:
@@ -118,31 +119,44 @@ def _all(
 ) -> Iterator[Candidates]:
     seen: set[str] = set()
     for window in asking.windows(_asked(settings), WINDOW):
-        waiting = []
-        for prompt in window:
-            one = _waiting(prompt, tokenizer, settings)
-            if one.id not in seen:
-                seen.add(one.id)
-                waiting.append(dataclasses.replace(one, known=one.id in done))
+        rendered = _rendered(window, tokenizer)
+        new = {id: found for id, found in rendered.items() if id not in seen}
+        seen |= new.keys()
+        if new.keys() <= done:
+            continue  # nothing of it is tokenized: a run that goes on starts at once
+        waiting = _waiting(new, done, tokenizer, settings)
         yield from answer_window(model, tokenizer, settings, waiting)
     if seen <= done:
         say("every prompt has its candidates already")
 
 
-def _waiting(prompt: Prompt, tokenizer: ChatTokenizer, settings: GenerateConfig) -> _Waiting:
+def _rendered(window: Sequence[Prompt], tokenizer: ChatTokenizer) -> dict[str, tuple[Prompt, str]]:
+    """By id each prompt and its text as the model gets it; the first of equal ones."""
+    found: dict[str, tuple[Prompt, str]] = {}
+    for prompt in window:
+        text = tokenizer.render(prompt.turns, prompt.tools, prompt=True)
+        found.setdefault(prompt_id(text), (prompt, text))
+    return found
+
+
+def _waiting(
+    rendered: dict[str, tuple[Prompt, str]], done: set[str], tokenizer: ChatTokenizer,
+    settings: GenerateConfig,
+) -> list[_Waiting]:  # fmt: skip
     import numpy as np
 
-    tokens = np.array(tokenizer.prompt_tokens(prompt.turns, prompt.tools), dtype=np.int32)
     room = settings.max_seq_length - settings.max_tokens
-    if not 1 <= len(tokens) <= room:
-        raise DataError(
-            f"a prompt has {len(tokens)} tokens, and --max-seq-length {settings.max_seq_length} "
-            f"with --max-tokens {settings.max_tokens} leaves room for {room}: "
-            f"{prompt.text[:80]!r}. Shorten it, or change these settings."
-        )
-    return _Waiting(
-        prompt_id(tokenizer.render(prompt.turns, prompt.tools, prompt=True)), prompt, tokens
-    )
+    encoded = tokenizer.encode([text for _, text in rendered.values()])
+    found = []
+    for (id, (prompt, _)), tokens in zip(rendered.items(), encoded, strict=True):
+        if not 1 <= len(tokens) <= room:
+            raise DataError(
+                f"a prompt has {len(tokens)} tokens, and --max-seq-length "
+                f"{settings.max_seq_length} with --max-tokens {settings.max_tokens} leaves room "
+                f"for {room}: {prompt.text[:80]!r}. Shorten it, or change these settings."
+            )
+        found.append(_Waiting(id, prompt, np.array(tokens, dtype=np.int32), id in done))
+    return found
 
 
 def answer_window(

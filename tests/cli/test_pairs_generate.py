@@ -49,6 +49,17 @@ def test_every_prompt_gets_n_answers_with_what_made_them(place, prompts, tmp_pat
     assert "27 answers to 9 prompts" in done.stdout
 
 
+def test_of_prompts_that_all_have_their_answers_none_is_tokenized(
+    place, prompts, tmp_path, monkeypatch
+):
+    assert generate(place, prompts, tmp_path / "c.jsonl").exit_code == 0
+    refuse = lambda *_: pytest.fail("a prompt was tokenized")  # noqa: E731
+    monkeypatch.setattr("fpo_mlx.data.tokenizer.ChatTokenizer.encode", refuse)
+    done = generate(place, prompts, tmp_path / "c.jsonl")
+    assert done.exit_code == 0, done.stderr
+    assert "0 answers to 0 prompts" in done.stdout
+
+
 def test_a_run_cut_at_any_place_goes_on_to_the_same_file(place, prompts, tmp_path):
     out = tmp_path / "c.jsonl"
     assert generate(place, prompts, out).exit_code == 0
