@@ -26,7 +26,7 @@ FEATURE_VECTORS = 20  # of length F, for each response
 KL_TILES = 2.0  # times the tiles of logits, where the reference's are there too
 # of the heaviest block's kept arrays: temporaries of the pass in work, without and with
 # gradient checkpointing, where several blocks are made again at once
-WORK, WORK_AGAIN = 1.15, 4.0
+WORK, WORK_AGAIN = 1.15, 3.0
 # of a pair and of each of its two rows in the cache's index, beside its tokens: Python's objects.
 # Estimated from their fields; scripts/bench/data_side.py measures what all pairs hold
 PAIR_BYTES, ROW_BYTES = 800.0, 350.0
