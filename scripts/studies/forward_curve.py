@@ -72,7 +72,7 @@ def train_words(
     settings = {
         "model": model, "sae": demo.SAE, "data": demo.DATA, "reference": o.work / "reference",
         "adapter-path": out, "feature-scale": "raw", "batch-size": 1, "iters": updates,
-        "steps-per-report": max(1, updates // 16), "steps-per-eval": max(1, updates // 8),
+        "steps-per-report": max(1, updates // 16), "steps-per-eval": max(1, updates // 4),
         "val-batches": -1, "save-every": max(1, updates // 4),
     }  # fmt: skip
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
