@@ -50,7 +50,7 @@ def sample_all(
 
     Many at once where the model keeps plain keys and values, else one after the other.
     """
-    if slots.mask_axes(model):
+    if slots.row_axes(model):
         yield from slots.answers(model, asked, settings, end, rows=rows, entropies=entropies)
         return
     for i in slots.work_order(asked):

@@ -17,8 +17,7 @@ import numpy as np
 
 from fpo_mlx.config import Sampling
 from fpo_mlx.core.logprobs import log_softmax, pick
-from fpo_mlx.model import policy
-from fpo_mlx.model.policy import plain_caches
+from fpo_mlx.model.policy import mask_axes, plain_caches
 from fpo_mlx.model.taps import PrefixCache
 
 ROWS = 32  # answers at once
@@ -69,16 +68,15 @@ class _Row:
         return Answer(np.asarray(prompt, np.int32), tokens, entropies, finished, self.logp)
 
 
-def mask_axes(model: nn.Module) -> int:
+def row_axes(model: nn.Module) -> int:
     """`policy.mask_axes` of rows of which each has its own next token; 0 where they cannot run."""
     count = plain_caches(model)
-    if not count:
-        return 0
 
-    def caches(axes: int) -> list[RowCache]:
-        return [RowCache(3, COLUMNS, axes) for _ in range(count)]
+    def attempt(rows: int, axes: int) -> None:
+        caches = [RowCache(rows, COLUMNS, axes) for _ in range(count)]
+        model(mx.zeros((rows, 1), dtype=mx.int32), cache=caches)
 
-    return policy.mask_axes(model, mx.zeros((3, 1), dtype=mx.int32), caches)
+    return mask_axes(attempt) if count else 0
 
 
 def noise_key(noise: Sequence[int]) -> np.ndarray:
@@ -235,7 +233,7 @@ class _Batch:
         rows: int, columns: int, entropies: bool,
     ) -> None:  # fmt: skip
         self._model, self._asked, self._settings, self._end = model, asked, settings, end
-        axes = mask_axes(model)
+        axes = row_axes(model)
         self._caches = [RowCache(rows, columns, axes) for _ in range(plain_caches(model))]
         self._rows: list[_Row | None] = [None] * rows
         self._tokens = mx.zeros((rows,), dtype=mx.int32)  # [B], the last of each row

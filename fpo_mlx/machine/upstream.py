@@ -75,7 +75,8 @@ def unloadable(error: ImportError) -> str | None:
 
     Its library is missing, or one that it needs: the driver's, on a machine without a card.
     """
-    if "libmlx" not in str(error) and Path(error.path or "").parent.name != "mlx":
+    ours = Path(error.path or "").parent.name == "mlx" and "import name" not in str(error)
+    if "libmlx" not in str(error) and not ours:  # a name that is gone is another fault
         return None
     return f"MLX cannot be imported: {error}. {how_to_get_mlx()}."
 

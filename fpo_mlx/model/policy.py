@@ -184,14 +184,21 @@ class Policy:
     @cached_property
     def _row_axes(self) -> int:
         """`mask_axes` of rows behind prefixes of several lengths."""
-        tokens, padding = mx.zeros((3, 2), mx.int32), mx.array([0, 1, 1])
-        before = [PrefixCache() for _ in range(self._caches)]
-        self.backbone(tokens, cache=before)
 
-        def caches(axes: int) -> list[PrefixCache]:
-            return [PrefixCache(cache.own, padding, axes) for cache in before]
+        def attempt(rows: int, axes: int) -> None:
+            tokens = mx.zeros((rows, 2), mx.int32)
+            padding = mx.minimum(mx.arange(rows), 1)
+            before = [PrefixCache() for _ in range(self._caches)]
+            self.backbone(tokens, cache=before)
+            after = [PrefixCache(cache.own, padding, axes) for cache in before]
+            self.backbone(tokens, cache=after)
 
-        return mask_axes(self.backbone, tokens, caches)
+        training = self.model.training
+        self.model.eval()  # a dropout would draw numbers here that a resumed run does not draw
+        try:
+            return mask_axes(attempt)
+        finally:
+            self.model.train(training)
 
     def _together(self, pairs: Sequence[TokenPair]) -> Rows:
         """`_shared` of several pairs in two passes in all, padded on the right.
@@ -310,17 +317,17 @@ def _by_pair(pairs: Sequence[TokenPair]) -> np.ndarray:
     return np.concatenate(parts).astype(np.int32)
 
 
-def mask_axes(
-    model: Callable[..., object], tokens: mx.array, caches: Callable[[int], Sequence[object]]
-) -> int:
-    """Axes that the model wants a mask of rows to have: 4, or 5 (Gemma 2 splits its heads).
+def mask_axes(attempt: Callable[[int, int], object]) -> int:
+    """Axes that a model wants a mask of rows to have: 4, or 5 (Gemma 2 splits its heads).
 
     0 where it cannot run rows of their own offsets at all. Found out by shapes; nothing is run.
-    tokens: three rows; caches: to try, with masks of so many axes.
+    attempt: (rows, axes) -> a pass with such masks. Two numbers of rows, since one of them may be
+    the number of heads, along which a mask of too few axes would be laid without an error.
     """
     for axes in (4, 5):
         try:
-            model(tokens, cache=caches(axes))
+            for rows in (3, 5):
+                attempt(rows, axes)
         except (ValueError, TypeError, AttributeError):  # of code that expects another cache
             continue
         return axes

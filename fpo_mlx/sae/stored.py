@@ -36,10 +36,6 @@ class Stored:
         return cast(np.ndarray, made)  # which it is in all that is asked of it
 
     @property
-    def size(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
     def T(self) -> Stored:  # noqa: N802 (numpy's name)
         return Stored(
             (self.shape[1], self.shape[0]), lambda a, b: self.read(b, a).T, not self.turned

@@ -97,10 +97,11 @@ def _widened(values: np.ndarray) -> np.ndarray:
 def place_in_zip(path: Path, archive: zipfile.ZipFile, name: str) -> int | None:
     """Offset in the file of an entry's bytes, once they have the sum that the archive states.
 
-    None: the entry is compressed. Raises what zipfile does for a damaged one.
+    None: the entry is compressed, or the archive's sizes of it disagree. Raises what zipfile does
+    for a damaged one.
     """
     entry = archive.getinfo(name)
-    if entry.compress_type != zipfile.ZIP_STORED:
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
         return None
     with archive.open(entry) as stream:
         while stream.read(READ_AT_ONCE):

@@ -70,10 +70,13 @@ def first_step(
     return Verdict()
 
 
-def one_length(grad_norm: float, config: TrainConfig) -> str | None:
-    """A note where clipping leaves of each update's only pair no more than a direction."""
+def one_length(grad_norm: float, config: TrainConfig, o: Objective) -> str | None:
+    """A note where clipping leaves of each update's only pair no more than a direction.
+
+    A likelihood term has a direction of its own, so there the weights still count.
+    """
     pairs, bound = config.batch_size * config.grad_accumulation_steps, config.max_grad_norm
-    if pairs > 1 or not bound or grad_norm <= bound:
+    if pairs > 1 or not bound or grad_norm <= bound or o.nll_weight:
         return None
     return (
         f"one pair per update, and its gradient of norm {grad_norm:.3g} is clipped to "
@@ -228,10 +231,12 @@ def _against_margins(o: Objective) -> str:
 def _against_falling(o: Objective) -> str:
     """For a chosen response that dies: what keeps it alive."""
     if not o.nll_weight:
-        # as much as the preference weighs a token at u = 0: more, and only the likelihood is learnt
-        weight = o.preference_weight * o.beta / 2 if o.length_normalize else 1.0
+        size = ""
+        if o.link == "sigmoid":
+            # as much as the preference weighs a token at u = 0: more, and little else is learnt
+            size = f" {o.preference_weight * o.beta / 2 if o.length_normalize else 1.0:.3g}"
         return (
-            f"Give --nll-weight {weight:.3g}, which keeps the chosen response alive, or lower "
+            f"Give --nll-weight{size}, which keeps the chosen response alive, or lower "
             "--learning-rate"
         )
     return f"Lower --learning-rate, or raise --nll-weight above {o.nll_weight:g}"

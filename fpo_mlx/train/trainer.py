@@ -234,7 +234,7 @@ class Trainer:
         rounded = half and not self.config.lora["dropout"]
         dtype = str(self.scorer.policy.dtype).split(".")[-1]
         noise = guard.noise(seen, first.refs, o, dtype) if rounded else None
-        more = (noise, guard.one_length(grad_norm, self.config))
+        more = (noise, guard.one_length(grad_norm, self.config, o))
         return [*verdict.notes, *(note for note in more if note)]
 
     def _diverge(self, iteration: int, trouble: guard.Trouble) -> NoReturn:

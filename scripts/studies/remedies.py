@@ -91,8 +91,8 @@ def main(words: Sequence[str] | None = None) -> int:
         longest = max(longest, time.monotonic() - began)
         say(f"{group} {cell.id}: {note or record['status']} in {time.monotonic() - began:.0f} s")
         failed += record is None
-        write(options.output, plan, work, plans)
-    write(options.output, plan, work, plans)
+        write(options, plan, work, plans)
+    write(options, plan, work, plans)
     return 1 if failed else 0
 
 
@@ -191,7 +191,7 @@ def interval(runs: Sequence[Sequence[float]], resamples: int = 2000) -> list[flo
     return [float(table.mean()), *(float(q) for q in np.percentile(means, [2.5, 97.5]))]
 
 
-def write(output: Path, plan: rc.Plan, work: Sequence, plans: Mapping) -> None:
+def write(o: argparse.Namespace, plan: rc.Plan, work: Sequence, plans: Mapping) -> None:
     cells, table = [], {}
     for group, cell in work:
         own = plans[group, cell.seed]
@@ -213,23 +213,27 @@ def write(output: Path, plan: rc.Plan, work: Sequence, plans: Mapping) -> None:
         }
         for (group, name), runs in table.items()
     ]  # fmt: skip
-    counts = {n: len(read_rows(plan.data / f"{n}.jsonl")) for n in ("train", "test")}
+    judged = {len(seen["kl"]) for runs in table.values() for _, seen in runs}  # too long: left out
+    said = ("train_pairs", "held_out", "updates", "learning_rate", "max_seq_length", "seeds")
+    flags = [f"--{name.replace('_', '-')} {getattr(o, name)}" for name in said]
     facts = {
+        "command": " ".join(["python scripts/studies/remedies.py", *flags]),
         "model": plan.model.name, "sae": plan.sae, "updates": plan.updates,
         "learning_rate": plan.learning_rate, "max_seq_length": plan.max_seq_length,
-        "train_pairs": counts["train"], "held_out_pairs": counts["test"], "flipped": FLIPPED,
+        "train_pairs": len(read_rows(plan.data / "train.jsonl")),
+        "held_out_pairs": max(judged, default=0), "flipped": FLIPPED,
         "labels_updates": max(1, plan.updates // 2), "labels_batch_size": 4,
         "labels_learning_rate": LABELS_RATE,
         "cells_left": len(work) - len(cells),
     }  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "remedies.json", {"facts": facts, "table": rows, "cells": cells})
-    write_text(output / "remedies.md", markdown(facts, rows))
+    o.output.mkdir(parents=True, exist_ok=True)
+    write_json(o.output / "remedies.json", {"facts": facts, "table": rows, "cells": cells})
+    write_text(o.output / "remedies.md", markdown(facts, rows))
 
 
 def markdown(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    said = ", ".join(f"{name} {value}" for name, value in facts.items())
-    lines = ["# Remedies", "", f"`python scripts/studies/remedies.py`: {said}.", ""]
+    said = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "command")
+    lines = ["# Remedies", "", f"`{facts['command']}`: {said}.", ""]
     names = ("accuracy", "chosen_change", "rejected_change", "kl")
     for group in STUDIES:
         lines += [f"## {group}", "", f"| method | seeds | diverged | {' | '.join(names)} |"]

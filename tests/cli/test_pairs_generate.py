@@ -142,7 +142,7 @@ def test_a_model_of_other_caches_answers_one_after_the_other(tmp_path, prompts, 
 
     tiny_models.tiny_llama(tmp_path / "model", tokenizer=True)
     assert generate(tmp_path, prompts, tmp_path / "a.jsonl").exit_code == 0
-    monkeypatch.setattr(slots, "mask_axes", lambda model: 0)
+    monkeypatch.setattr(slots, "row_axes", lambda model: 0)
     assert generate(tmp_path, prompts, tmp_path / "b.jsonl").exit_code == 0
     for one, two in zip(*(records(tmp_path / f"{n}.jsonl") for n in "ab"), strict=True):
         assert [c["text"] for c in one["candidates"]] == [c["text"] for c in two["candidates"]]

@@ -255,6 +255,13 @@ def test_the_ranges_are_those_of_pyproject():
         assert any(text.startswith(one.name) for text in texts), one
 
 
+def test_a_name_that_is_gone_from_mlx_is_no_mlx_that_does_not_load():
+    with pytest.raises(ImportError) as caught:
+        exec("from mlx.core import a_name_that_is_gone")
+    assert upstream.unloadable(caught.value) is None
+    assert "has changed what fpo-mlx uses" in str(upstream.plain(caught.value))
+
+
 def test_what_only_builds_or_tests_it_is_no_users_concern():
     """A new environment's old setuptools was noted by the doctor, though nothing runs with it."""
     names = {one.name for one in upstream._requirements()}

@@ -220,7 +220,7 @@ def test_prompts_sampled_together_give_the_answers_of_each_alone(model, monkeypa
     end = {ids(model, settings, prompts)[1][6]}  # one ends early, and leaves the batch
     monkeypatch.setattr(sampling, "WINDOW", 3)  # a whole group and the rest
     together = list(sampling.sample(model, prompts, settings, end))
-    monkeypatch.setattr(slots, "mask_axes", lambda model: 0)
+    monkeypatch.setattr(slots, "row_axes", lambda model: 0)
     alone = list(sampling.sample(model, prompts, settings, end))
     assert len({len(answer.tokens) for answer in alone}) > 1
     for a, b in zip(together, alone, strict=True):

@@ -69,6 +69,7 @@ def test_each_kind_of_divergence_has_its_reason(seen, grad_norm, reason):
         (values(change=(-6.0, -6.0)), {}, "Give --nll-weight 0.05"),  # beta / 2
         (values(change=(-6.0, -6.0)), {"beta": 2.0}, "Give --nll-weight 1,"),
         (values(change=(-6.0, -6.0)), {"length_normalize": False}, "Give --nll-weight 1,"),
+        (values(change=(-6.0, -6.0)), {"link": "ipo"}, "Give --nll-weight, which"),
         (values(change=(-6.0, -6.0)), {"nll_weight": 0.1}, "raise --nll-weight above 0.1"),
         (values(u=(9.0, 9.0)), {"constraint": "none"}, "--constraint features or kl, or take"),
         (values(u=(9.0, 9.0)), {"alpha": 0.2}, "raise --alpha above 0.2, or take --link ipo"),
@@ -95,7 +96,8 @@ def test_a_clipped_gradient_of_one_pair_is_said_to_forget_the_pairs_weight(
     changes, grad_norm, told
 ):
     config = TrainConfig(**{"batch_size": 1, **changes})
-    note = guard.one_length(grad_norm, config)
+    note = guard.one_length(grad_norm, config, FPO)
+    assert guard.one_length(grad_norm, config, dataclasses.replace(FPO, nll_weight=0.05)) is None
     assert (note is not None) == told
     if note:
         assert "norm 16 is clipped to 1 (--max-grad-norm)" in note

@@ -13,6 +13,7 @@ from gpu_path import RECORD, Case, open_case
 from helpers import random_pairs
 from tiny_models import MAKERS
 
+from fpo_mlx.judge.slots import row_axes
 from fpo_mlx.machine import device
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy, _by_pair
@@ -127,3 +128,32 @@ def test_on_a_cpu_pairs_run_one_after_the_other(root):
         calls = calls_of(policy)
         mx.eval(policy.rows(random_pairs(SIZES)).hidden)
     assert [shape[0] for shape in calls] == [1] * 8
+
+
+def test_heads_as_many_as_the_rows_of_a_trial_do_not_hide_what_masks_a_model_wants(root):
+    """Three key heads beside three rows: masks of too few axes were laid along the heads."""
+    folder = MAKERS["gemma2"](root / "three", hidden_size=48, num_attention_heads=6,
+                              num_key_value_heads=3)  # fmt: skip
+    loaded = load_model(folder)
+    policy = Policy(loaded.model, loaded.config, [Site(1)])
+    assert policy._row_axes == 5
+    assert row_axes(loaded.model) == 5
+    pairs = random_pairs(SIZES[:3])
+    with device.using(APART):
+        want = [np.array(policy.rows([pair]).hidden) for pair in pairs]
+    with device.using(RECORD):
+        got = np.array(policy.rows(pairs).hidden)
+    np.testing.assert_allclose(got, np.concatenate(want), atol=1e-4 * np.abs(got).max())
+
+
+def test_looking_for_the_masks_draws_no_number_of_the_dropout(root):
+    """A resumed run looks anew, and would go on from another place of the generator."""
+    with device.using(RECORD):
+        trainer = open_case(root, Case("llama", "plain", "float32", micro=2), dropout=0.5)
+        policy = trainer.scorer.policy
+        policy.__dict__.pop("_row_axes", None)
+        policy.model.train()
+        before = mx.random.state[0].tolist()
+        assert policy._row_axes == 4
+        assert mx.random.state[0].tolist() == before
+        assert policy.model.training
