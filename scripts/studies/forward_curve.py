@@ -29,6 +29,7 @@ RESULTS = rc.ROOT / "scripts" / "studies" / "results"
 SGD = ("--gradient", "forward", "--optimizer", "sgd", "--max-grad-norm", "0")
 CURVES = {
     "backward, adam 5e-5": ("--learning-rate", "5e-5"),
+    "forward, sgd 3e-4": (*SGD, "--learning-rate", "3e-4"),
     "forward, sgd 3e-3": (*SGD, "--learning-rate", "3e-3"),
     "forward, adam 5e-5": ("--gradient", "forward", "--learning-rate", "5e-5"),
     "forward, sgd 3e-2": (*SGD, "--learning-rate", "3e-2"),
