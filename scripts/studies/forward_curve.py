@@ -32,7 +32,6 @@ CURVES = {
     "forward, sgd 3e-4": (*SGD, "--learning-rate", "3e-4"),
     "forward, sgd 3e-3": (*SGD, "--learning-rate", "3e-3"),
     "forward, adam 5e-5": ("--gradient", "forward", "--learning-rate", "5e-5"),
-    "forward, sgd 3e-2": (*SGD, "--learning-rate", "3e-2"),
 }
 SHORTER = 4  # backpropagation gets a quarter of the updates; it is done by then
 
