@@ -14,7 +14,8 @@ TORCH_lowest ?= torch==$(shell sed -n 's/^torch = \["torch>=\(.*\)"\]$$/\1/p' py
 PIP_TORCH ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-# One more than the smallest machine has cores: each waits for its streams now and then. Up to a gigabyte each.
+# One more than the smallest machine has cores, as each waits for its streams now and then; each
+# takes up to a gigabyte.
 TEST_JOBS ?= 3
 PYTEST_ARGS ?=
 UV ?= uv>=0.9

@@ -212,6 +212,11 @@ class SaeWeights:
     def n_features(self) -> int:
         return self.w_enc.shape[1]
 
+    @property
+    def group(self) -> int:
+        """Neighbouring features of which one alone fires: groupmax; 1 elsewhere."""
+        return self.n_features // self.k if self.k and self.activation == "groupmax" else 1
+
     def fingerprint(self) -> str:
         """sha256 over everything that changes `encode` (not the decoder, not the metadata)."""
         digest = hashlib.sha256(f"{self.activation}|{self.k}|{self.normalize}".encode())

@@ -37,41 +37,41 @@ class Main(Group):
         try:
             return super().invoke(ctx)
         except FpoError as error:
-            click.echo(f"fpo-mlx: {error}", err=True)
-            ctx.exit(error.exit_code)
+            _end(ctx, error)
         except OSError as error:  # a full disk, a read-only folder: the user's to mend
-            plain = unwritable(error.filename or "the output", error)
-            if plain is None:
-                raise
-            click.echo(f"fpo-mlx: {plain}", err=True)
-            ctx.exit(plain.exit_code)
+            _end(ctx, unwritable(error.filename or "the output", error))
+            raise
         except ImportError as error:
-            from fpo_mlx.machine import upstream
-
-            name = (error.name or "").partition(".")[0]
-            torch = (
-                "Without it only the torch backend works (`fpo-mlx precompute --backend torch`)."
-            )
-            if (why := upstream.unloadable(error)) is not None:
-                click.echo(f"fpo-mlx: {why} {torch}", err=True)
-                ctx.exit(FpoError.exit_code)
-            if (plain := upstream.plain(error)) is not None:
-                click.echo(f"fpo-mlx: {plain}", err=True)
-                ctx.exit(plain.exit_code)
-            if name not in ("mlx", "mlx_lm"):
-                raise
-            click.echo(
-                f"fpo-mlx: this command needs the package {name}, which is not installed here. "
-                f"Install it with `{_how_to_install()}`. {torch}",
-                err=True,
-            )
-            ctx.exit(FpoError.exit_code)
+            _end(ctx, _not_imported(error))
+            raise
         except KeyboardInterrupt:
-            click.echo("fpo-mlx: interrupted", err=True)
-            ctx.exit(Interrupted("").exit_code)
+            _end(ctx, Interrupted("interrupted"))
         except (AttributeError, TypeError):  # a defect, which keeps its traceback: perhaps not ours
             _tell_versions()
             raise
+
+
+def _end(ctx: click.Context, error: FpoError | None) -> None:
+    """With its message and exit code, if it is one of those that are expected."""
+    if error is not None:
+        click.echo(f"fpo-mlx: {error}", err=True)
+        ctx.exit(error.exit_code)
+
+
+def _not_imported(error: ImportError) -> FpoError | None:
+    """What to say of a package that is missing, does not load or has changed."""
+    from fpo_mlx.machine import upstream
+
+    name = (error.name or "").partition(".")[0]
+    torch = "Without it only the torch backend works (`fpo-mlx precompute --backend torch`)."
+    if (why := upstream.unloadable(error)) is not None:
+        return FpoError(f"{why} {torch}")
+    if (plain := upstream.plain(error)) is not None or name not in ("mlx", "mlx_lm"):
+        return plain
+    return FpoError(
+        f"this command needs the package {name}, which is not installed here. "
+        f"Install it with `{_how_to_install()}`. {torch}"
+    )
 
 
 def _how_to_install() -> str:

@@ -205,10 +205,15 @@ class TrainConfig:
             )
         _check_lora(self.lora)
 
+    @property
+    def pairs_per_update(self) -> int:
+        """Of all processes together."""
+        return self.batch_size * self.grad_accumulation_steps
+
     def iterations(self, n_pairs: int) -> int:
         """Number of iterations for a training set of n_pairs."""
         if self.epochs is not None:
-            updates = math.ceil(n_pairs / (self.batch_size * self.grad_accumulation_steps))
+            updates = math.ceil(n_pairs / self.pairs_per_update)
             return max(1, math.ceil(self.epochs * updates) * self.grad_accumulation_steps)
         return 1000 if self.iters is None else self.iters
 

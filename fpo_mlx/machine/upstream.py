@@ -75,8 +75,9 @@ def unloadable(error: ImportError) -> str | None:
 
     Its library is missing, or one that it needs: the driver's, on a machine without a card.
     """
-    ours = Path(error.path or "").parent.name == "mlx" and "import name" not in str(error)
-    if "libmlx" not in str(error) and not ours:  # a name that is gone is another fault
+    within = Path(error.path or "").parent.name == "mlx"
+    gone = "import name" in str(error)  # a name that is gone is another fault
+    if "libmlx" not in str(error) and (gone or not within):
         return None
     return f"MLX cannot be imported: {error}. {how_to_get_mlx()}."
 

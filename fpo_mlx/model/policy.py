@@ -210,8 +210,9 @@ class Policy:
         whole = [np.concatenate([pair.prompt, pair.chosen[:-1]]) for pair in pairs]
         spans = [(int(n), len(pair.chosen)) for n, pair in zip(before, pairs, strict=True)]
         chosen = self._run(pad(whole), spans, caches)
-        padding = bucketed(int(before.max())) - before
-        columns = mx.array(np.arange(padding[0] + before[0])[None] - padding[:, None])
+        width = bucketed(int(before.max()))  # P
+        padding = width - before
+        columns = mx.array(np.arange(width)[None] - padding[:, None])
         columns = mx.maximum(columns, 0)[:, None, :, None]  # [B, 1, P, 1]
         gaps = mx.array(padding.astype(np.int32))
         again = [

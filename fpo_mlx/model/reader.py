@@ -47,8 +47,7 @@ def encoder_of(sae: SaeWeights) -> F.Encoder:
 def _matrix(sae: SaeWeights) -> mx.array | Parts:
     """w_enc as rows [F, D_in]; groups of features stay in one array."""
     limit, n = device.here().buffer_limit, sae.n_features
-    group = n // sae.k if sae.k and sae.activation == "groupmax" else 1
-    most = n if limit is None else max(limit // (4 * sae.d_in * group), 1) * group
+    most = n if limit is None else max(limit // (4 * sae.d_in * sae.group), 1) * sae.group
     found = [_filled(sae.w_enc, at, min(at + most, n)) for at in range(0, n, most)]
     return found[0] if len(found) == 1 else Parts(found)
 

@@ -115,15 +115,14 @@ def open_chat(
         sae = at_site(read_sae(ref.sae[0], config, say, on_disk=True), config, about, say)
     known = read_labels(labels)[0] if labels else {}
     base = {BASE: config.train.init_adapter} if beside_base or not adapter_paths else {}
-    encoder = encoder_of(sae) if sae else None
+    site, encoder = (sae.site, encoder_of(sae)) if sae else (None, None)
+    eps = float((about.get("text_config") or about).get("rms_norm_eps") or 1e-6)
     speakers = {}
     for name, adapter in {**base, **{shown_name(p): p for p in adapter_paths}}.items():
         model = open_model(
             path, adapter=adapter, scale=1.0 if name == BASE else scale,
             trust_remote_code=ref.trust_remote_code, say=say,
         ).model  # fmt: skip
-        site = sae.site if sae else None
-        eps = float((about.get("text_config") or about).get("rms_norm_eps") or 1e-6)
         speakers[name] = Speaker(model, site, encoder, eps, say)
     chat = Chat(tokenizer, speakers, sae, known, system)
     chat.reset()

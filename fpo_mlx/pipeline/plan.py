@@ -126,7 +126,7 @@ def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None
     setup = Setup(
         min(adapted), max(adapted),
         sum(array.size for _, array in adapters.parameters(model)),
-        t.optimizer, t.micro_batch_size, t.batch_size * t.grad_accumulation_steps,
+        t.optimizer, t.micro_batch_size, t.pairs_per_update,
         t.grad_checkpoint, o.constraint == "kl", o.stop_gradient, o.top_k,
         t.gradient == "forward",
     )  # fmt: skip

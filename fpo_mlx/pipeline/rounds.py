@@ -28,7 +28,6 @@ from fpo_mlx.storage.runfolder import RUN
 DONE = ROUND_FILE
 ROUNDS = outputs.Made("rounds", r"round-\d+/|settings\.json", mark="settings.json")
 DRIFT = "logps_per_token/chosen_change"
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -206,6 +205,8 @@ def _against(
     before: Path, after: Path, judge: JudgeConfig, folder: Path, say: Say
 ) -> tuple[float, tuple[float, float]]:
     """Win rate of `after` over `before`, answers with the same noise; its interval by prompt."""
+    from fpo_mlx.judge.evaluate import bootstrap_interval
+
     one, two = open_candidates(before), open_candidates(after)
     versus, shares = folder / "versus.jsonl", {}
     with lines.LineWriter(versus) as writer:
@@ -226,9 +227,7 @@ def _against(
     for name, share in shares.items():
         prompts.setdefault(name.rsplit("-", 1)[0], []).append(share)
     means = np.array([np.mean(found) for found in prompts.values()])
-    picks = np.random.default_rng(0).integers(0, len(means), size=(RESAMPLES, len(means)))
-    low, high = np.percentile(means[picks].mean(axis=1), [2.5, 97.5])
-    return float(means.mean()), (float(low), float(high))
+    return float(means.mean()), bootstrap_interval(means)
 
 
 def _end(one: Round, settings: RoundsConfig) -> str:

@@ -108,7 +108,7 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
 
     t, place = config.train, Path(config.train.adapter_path)
     make_optimizer(t)
-    ranks = open_ranks(pairs=t.batch_size * t.grad_accumulation_steps, patience=t.peer_timeout)
+    ranks = open_ranks(pairs=t.pairs_per_update, patience=t.peer_timeout)
     if ranks.first:
         claim_place(config)
     job = open_job(config, say=say, projected=True)

@@ -10,7 +10,7 @@ import numpy as np
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights
 
-_ROWS = 2048  # rows at a time, so that intermediates stay small
+ROWS = 2048  # rows at a time, so that intermediates stay small
 _OF_FEATURES = ("b_enc", "threshold", "gate_scale", "gate_bias", "act_scale")
 
 
@@ -21,8 +21,8 @@ def encode(sae: SaeWeights, x: np.ndarray) -> np.ndarray:
     """
     x = _checked(sae, x)
     acts = np.empty((len(x), sae.n_features), dtype=np.float32)
-    for start in range(0, len(x), _ROWS):
-        rows = slice(start, start + _ROWS)
+    for start in range(0, len(x), ROWS):
+        rows = slice(start, start + ROWS)
         for tile, part in encode_tiles(sae, x[rows], sae.n_features):
             acts[rows, tile] = part
     return acts
@@ -35,8 +35,7 @@ def encode_tiles(sae: SaeWeights, x: np.ndarray, width: int) -> Iterator[tuple[s
     """
     x = normalized(sae, _checked(sae, x))
     x = x if sae.b_in is None else x - sae.b_in
-    group = sae.n_features // sae.k if sae.k and sae.activation == "groupmax" else 1
-    step = max(width // group, 1) * group
+    step = max(width // sae.group, 1) * sae.group
     tiles = [slice(at, at + step) for at in range(0, sae.n_features, step)]
     if sae.activation in ("topk", "abstopk") and len(tiles) > 1:
         yield from _top_tiles(sae, x, tiles)
@@ -51,10 +50,10 @@ def _tile(sae: SaeWeights, tile: slice) -> SaeWeights:
     """The encoder of consecutive features; of whole groups, if it has groups."""
     vectors = {name: getattr(sae, name) for name in _OF_FEATURES}
     some = {name: None if a is None else a[tile] for name, a in vectors.items()}
-    k, count = sae.k, len(range(*tile.indices(sae.n_features)))
-    if sae.activation == "groupmax" and k:
-        k = count * k // sae.n_features
-    return replace(sae, w_enc=sae.w_enc[:, tile], k=k, **some)
+    w_enc, k = sae.w_enc[:, tile], sae.k
+    if sae.activation == "groupmax":
+        k = w_enc.shape[1] // sae.group
+    return replace(sae, w_enc=w_enc, k=k, **some)
 
 
 def _top_tiles(

@@ -19,10 +19,9 @@ import numpy as np
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights
-from fpo_mlx.sae.encode import encode_tiles, restored
+from fpo_mlx.sae.encode import ROWS, encode_tiles, restored
 
 ALIKE = 1e-12  # of sum |x|^2: below it the variance is what rounding leaves of equal vectors
-_ROWS = 2048  # looked at together
 _ELEMENTS = 1 << 24  # activations alive at once: 64 MiB in float32
 
 
@@ -84,7 +83,7 @@ def measure(sae: SaeWeights, x: np.ndarray) -> FitSums:
             f"{sae.source or 'SAE'}: the model's activations at the {sae.site} are not all finite. "
             "The model, or its adapter, is damaged."
         )
-    parts = [_measure(sae, x[at : at + _ROWS]) for at in range(0, max(len(x), 1), _ROWS)]
+    parts = [_measure(sae, x[at : at + ROWS]) for at in range(0, max(len(x), 1), ROWS)]
     total = parts[0]
     for part in parts[1:]:
         total = total + part

@@ -12,6 +12,8 @@ import math
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,16 @@ def _description(path: Path) -> tuple[Any, str]:
         ) from error
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The file as a zip. Raises: SaeError where it is none, or an entry of it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
+        raise SaeError(f"{path} is damaged: {error}. Download it again.") from error
+
+
 def _stored(path: Path, archive: zipfile.ZipFile, entry: str, limit: int | None) -> bytes:
     """An entry's bytes. torch never compresses; a compressed entry could be a bomb."""
     info = archive.getinfo(entry)
@@ -176,11 +188,8 @@ def _stored(path: Path, archive: zipfile.ZipFile, entry: str, limit: int | None)
 
 
 def _values(path: Path, folder: str, tensor: _Tensor) -> np.ndarray:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            raw = _stored(path, archive, f"{folder}data/{tensor.key}", None)
-    except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
-        raise SaeError(f"{path} is damaged: {error}. Download it again.") from error
+    with _opened(path) as archive:
+        raw = _stored(path, archive, f"{folder}data/{tensor.key}", None)
     bits = _bits(tensor)
     flat = np.frombuffer(raw, dtype=bits, count=len(raw) // bits.itemsize)
     array = np.array(_view(path, flat, tensor))  # a copy: independent of the storage's extents
@@ -190,11 +199,8 @@ def _values(path: Path, folder: str, tensor: _Tensor) -> np.ndarray:
 def _mapped(path: Path, folder: str, tensor: _Tensor) -> np.ndarray | None:
     """The same values, bfloat16 as its bits, still in the file."""
     entry = f"{folder}data/{tensor.key}"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            start, size = place_in_zip(path, archive, entry), archive.getinfo(entry).file_size
-    except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
-        raise SaeError(f"{path} is damaged: {error}. Download it again.") from error
+    with _opened(path) as archive:
+        start, size = place_in_zip(path, archive, entry), archive.getinfo(entry).file_size
     bits = _bits(tensor)
     if start is None or not math.prod(tensor.shape) or size < bits.itemsize:
         return None

@@ -75,8 +75,8 @@ def one_length(grad_norm: float, config: TrainConfig, o: Objective) -> str | Non
 
     A likelihood term has a direction of its own, so there the weights still count.
     """
-    pairs, bound = config.batch_size * config.grad_accumulation_steps, config.max_grad_norm
-    if pairs > 1 or not bound or grad_norm <= bound or o.nll_weight:
+    bound = config.max_grad_norm
+    if config.pairs_per_update > 1 or not bound or grad_norm <= bound or o.nll_weight:
         return None
     return (
         f"one pair per update, and its gradient of norm {grad_norm:.3g} is clipped to "

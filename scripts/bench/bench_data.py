@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 HIDDEN = 16
 
@@ -123,16 +124,36 @@ def made_up_reference(data: Path, model: Path) -> None:
 
 def measure(command: str, data: Path, model: Path, work: Path) -> tuple[float, float, int, int]:
     """(seconds, seconds of processor, bytes of peak resident memory, exit code) of one command."""
-    line = [sys.executable, "-m", "fpo_mlx", command, "--model", str(model), "--data", str(data)]
+    line = [command, "--model", str(model), "--data", str(data)]
     if command != "check":
         line += ["--objective", "dpo"]
     if command == "train":
         line += ["--iters", "1", "--batch-size", "1", "--max-start-gap", "1e9"]
         line += ["--adapter-path", str(work / "adapters")]
-    with (work / f"{command}.log").open("ab") as log:
+    return timed(line, work / f"{command}.log")
+
+
+def timed(
+    words: list[str], log: Path, grows: Path | None = None, **process: Any
+) -> tuple[float, float, int, int]:
+    """`measure` of fpo-mlx with these words; its output goes to the end of `log`.
+
+    grows: the file that ends it with its next line; None to let it end itself. process: what
+    `Popen` is told beside.
+    """
+    size = grows.stat().st_size if grows and grows.exists() else 0
+    with log.open("ab") as out:
         begun = time.perf_counter()
-        child = subprocess.Popen(line, stdout=log, stderr=log)
-        _, status, usage = os.wait4(child.pid, 0)
+        line = [sys.executable, "-m", "fpo_mlx", *words]
+        child = subprocess.Popen(line, stdout=out, stderr=out, **process)
+        while True:
+            done, status, usage = os.wait4(child.pid, os.WNOHANG if grows else 0)
+            if done:
+                break
+            if grows and grows.exists() and grows.stat().st_size > size:
+                child.kill()
+                grows = None
+            time.sleep(0.01)
         child.returncode = os.waitstatus_to_exitcode(status)  # it was waited for, past its object
     seconds, cpu = time.perf_counter() - begun, usage.ru_utime + usage.ru_stime
     unit = 1 if sys.platform == "darwin" else 1024

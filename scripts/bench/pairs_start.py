@@ -16,9 +16,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+
+from bench_data import timed
 
 ANSWERS = 4
 PAIRS = tuple(combinations(range(ANSWERS), 2))
@@ -53,7 +53,10 @@ def main(words: list[str] | None = None) -> None:
         "build, all of it": (["build", "all.jsonl", "--verdicts", "verdicts.jsonl"], None),
     }
     for name, (line, grows) in cases.items():
-        seconds, cpu, peak, code = measure(line, o.work, grows)
+        seconds, cpu, peak, code = timed(
+            ["pairs", *line], o.work / "log", o.work / grows if grows else None,
+            cwd=o.work, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
         end = "" if code in (0, -signal.SIGKILL) else f"  exit code {code}: {o.work}/log"
         print(f"{name:<20} {seconds:6.1f} s  {cpu:6.1f} s of CPU  {peak / 1e6:5.0f} MB{end}")
 
@@ -97,32 +100,6 @@ def verdict(id: str, a: int, b: int, texts: Sequence[str], judge: str) -> dict[s
     side = "tie" if x == y else "a" if x > y else "b"
     found = {"id": id, "a": a, "b": b, "order": "none", "verdict": side, "p": None, "score_a": x}
     return found | {"score_b": y, "judge": judge, "raw": "", "time": 1.0}
-
-
-def measure(words: list[str], work: Path, grows: str | None) -> tuple[float, float, float, int]:
-    """(seconds, seconds of processor, bytes of peak resident memory, exit code) of a command.
-
-    grows: the file that ends it with its next line; None to let it end itself.
-    """
-    line = [sys.executable, "-m", "fpo_mlx", "pairs", *words]
-    path = work / (grows or "")
-    size = path.stat().st_size if grows and path.exists() else 0
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with (work / "log").open("ab") as log:
-        begun = time.perf_counter()
-        child = subprocess.Popen(line, cwd=work, stdout=log, stderr=log, env=environment)
-        while True:
-            done, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if done:
-                break
-            if grows and path.exists() and path.stat().st_size > size:
-                child.kill()
-                grows = None
-            time.sleep(0.01)
-        child.returncode = os.waitstatus_to_exitcode(status)  # it was waited for, past its object
-    seconds, cpu = time.perf_counter() - begun, usage.ru_utime + usage.ru_stime
-    unit = 1 if sys.platform == "darwin" else 1024
-    return seconds, cpu, usage.ru_maxrss * unit, child.returncode
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ def main(words: Sequence[str] | None = None) -> int:
         updates = max(1, o.updates // SHORTER) if name.startswith("backward") else o.updates
         out = o.work / f"{name.replace(', ', '-').replace(' ', '-')}-{updates}"
         if not (out / "adapters.safetensors").exists():
-            words = train_words(o, model, out, updates, flags)
-            again = ["--resume"] if (out / "checkpoint").exists() else []
-            code = run([*words, *again], o.work / f"{out.name}.log")
+            line = train_words(o, model, out, updates, flags)
+            line += ["--resume"] if (out / "checkpoint").exists() else []
+            code = run(line, o.work / f"{out.name}.log")
             failed += code not in (0, rc.DIVERGED)
         if (out / "metrics.jsonl").is_file():
             curves[name] = curve(out)

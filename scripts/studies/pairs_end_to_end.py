@@ -65,7 +65,6 @@ QUIET = {"steps_per_eval": 100_000, "val_batches": 0, "save_every": 100_000}
 RESULTS = ROOT / "scripts" / "studies" / "results" / "pairs-end-to-end"
 PARTS = ("one", "augmented", "two", "longer")
 NOISE = 1000  # between the seeds of two rounds
-RESAMPLES = 2000
 REWARD = f"{Path(__file__).resolve()}:sentiment"
 
 
@@ -295,6 +294,8 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def compare(
     name: str, of_seeds: dict[int, dict[str, Any]], before: str, after: str
 ) -> dict[str, Any] | None:
+    from fpo_mlx.judge.evaluate import bootstrap_interval
+
     if not of_seeds:
         return None
     seeds = sorted(of_seeds)
@@ -303,12 +304,10 @@ def compare(
     }
     gains = sides[after] - sides[before]
     of_prompts = gains.mean(axis=0)
-    picks = np.random.default_rng(0).integers(0, len(of_prompts), size=(RESAMPLES, len(of_prompts)))
-    low, high = np.percentile(of_prompts[picks].mean(axis=1), [2.5, 97.5])
     row = {
         "what": name, "seeds": seeds, "from": float(sides[before].mean()),
         "to": float(sides[after].mean()), "gain": float(gains.mean()),
-        "interval": [float(low), float(high)], "of seeds": gains.mean(axis=1).tolist(),
+        "interval": list(bootstrap_interval(of_prompts)), "of seeds": gains.mean(axis=1).tolist(),
     }  # fmt: skip
     for key in ("tokens", "cut", "different"):
         row[key] = [

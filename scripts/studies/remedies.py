@@ -145,8 +145,12 @@ def data_plan(plan: rc.Plan, group: str, seed: int, options: argparse.Namespace)
         rows[i] |= {"chosen": rows[i]["rejected"], "rejected": rows[i]["chosen"]}
     write_rows(folder / "train.jsonl", rows)
     write_rows(folder / "test.jsonl", read_rows(plan.data / "test.jsonl"))
-    updates = max(1, options.updates // 2)
-    return replace(plan, data=folder, batch_size=4, updates=updates, learning_rate=LABELS_RATE)
+    return replace(of_labels(plan), data=folder)
+
+
+def of_labels(plan: rc.Plan) -> rc.Plan:
+    updates = max(1, plan.updates // 2)
+    return replace(plan, batch_size=4, updates=updates, learning_rate=LABELS_RATE)
 
 
 def shortest(path: Path, count: int) -> list[dict[str, Any]]:
@@ -213,6 +217,7 @@ def write(o: argparse.Namespace, plan: rc.Plan, work: Sequence, plans: Mapping) 
         }
         for (group, name), runs in table.items()
     ]  # fmt: skip
+    labels = of_labels(plan)
     judged = {len(seen["kl"]) for runs in table.values() for _, seen in runs}  # too long: left out
     said = ("train_pairs", "held_out", "updates", "learning_rate", "max_seq_length", "seeds")
     flags = [f"--{name.replace('_', '-')} {getattr(o, name)}" for name in said]
@@ -222,8 +227,8 @@ def write(o: argparse.Namespace, plan: rc.Plan, work: Sequence, plans: Mapping) 
         "learning_rate": plan.learning_rate, "max_seq_length": plan.max_seq_length,
         "train_pairs": len(read_rows(plan.data / "train.jsonl")),
         "held_out_pairs": max(judged, default=0), "flipped": FLIPPED,
-        "labels_updates": max(1, plan.updates // 2), "labels_batch_size": 4,
-        "labels_learning_rate": LABELS_RATE,
+        "labels_updates": labels.updates, "labels_batch_size": labels.batch_size,
+        "labels_learning_rate": labels.learning_rate,
         "cells_left": len(work) - len(cells),
     }  # fmt: skip
     o.output.mkdir(parents=True, exist_ok=True)
