@@ -116,7 +116,8 @@ def facts(name: str) -> Rule | None:
 
 def _has(text: str, name: str) -> bool:
     """Whether a path has this name, and not only one that begins or ends with it."""
-    return re.search(rf"(?:^|/){re.escape(name)}(?=$|[/|@])", text) is not None
+    pattern = rf"(?:^|/){re.escape(name)}(?=$|[/|@])"
+    return name in text and re.search(pattern, text) is not None  # most are not: no compilation
 
 
 def _rank(rule: Rule) -> int:

@@ -38,6 +38,7 @@ from kill_cases import Case, digest, finished, tree  # noqa: E402
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 HEAVY = (
     "mlx_lm.convert", "mlx_lm.models.llama", "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.configuration_llama",  # where torch is, half of a start
     "fpo_mlx.cli", "fpo_mlx.judge.evaluate", "fpo_mlx.model.fuse", "fpo_mlx.pipeline.pairs_judge",
     "fpo_mlx.reference.mlx_backend", "fpo_mlx.train.trainer",
 )  # fmt: skip

@@ -226,18 +226,19 @@ def settings_read(sources: dict[str, str]) -> set[str]:
     return outside
 
 
-SOURCES = {
-    str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8")
-    for path in PACKAGE.rglob("*.py")
-}
-
-
-READ = settings_read(SOURCES)
+@pytest.fixture(scope="module")
+def read():
+    return settings_read(
+        {
+            str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8")
+            for path in PACKAGE.rglob("*.py")
+        }
+    )
 
 
 @pytest.mark.parametrize("name", sorted(options()))
-def test_every_setting_is_read_outside_of_config(name):
-    assert name in READ
+def test_every_setting_is_read_outside_of_config(read, name):
+    assert name in read
 
 
 def test_a_setting_that_nothing_reads_is_found():

@@ -14,7 +14,7 @@ from fpo_mlx.data.prepare import KEPT_FROM, prepare
 from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import DataError
 
-ROWS = [{"prompt": f"Q{n}", "chosen": "A" * (n + 1), "rejected": "B"} for n in range(700)]
+ROWS = [{"prompt": f"Q{n}", "chosen": "A" * (n % 40 + 2), "rejected": "B"} for n in range(700)]
 
 
 @pytest.fixture(scope="module")
