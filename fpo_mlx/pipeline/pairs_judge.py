@@ -82,11 +82,12 @@ def pairs_judge(
             )  # fmt: skip
             tasks = [(a, b, order) for a, b in pairs for order in orders]
             tasks = [task for task in tasks if (one.id, *task, name) not in done]
-            made = judge(one, tasks) if tasks else iter(())
-            # what costs a request or a pass is kept at once, what costs nothing prompt by prompt
-            for group in [list(made)] if settings.reward else ([verdict] for verdict in made):
-                writer.append(*(verdict.as_dict() for verdict in group))
-                written += len(group)
+            if tasks:
+                made = judge(one, tasks)
+                # what costs a request or a pass is kept at once, what costs nothing by prompt
+                for group in [list(made)] if settings.reward else ([verdict] for verdict in made):
+                    writer.append(*(verdict.as_dict() for verdict in group))
+                    written += len(group)
             progress(number, len(found))
     votes = read_verdicts(against).values() if against else ()
     return JudgeReport(written, len(done), judges_of(output, found, votes))

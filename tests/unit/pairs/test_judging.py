@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections import Counter
@@ -322,3 +323,13 @@ def test_no_verdict_is_asked_for_twice(tmp_path):
         for one in (*again, *want):
             one.pop("time", None)
         assert again == want
+
+
+def test_prompts_that_are_judged_already_cost_no_wait_for_the_disk(tmp_path, monkeypatch):
+    """15,000 of them waited 19 s."""
+    spec = reward(tmp_path, "def score(prompt, answer):\n    return int(answer[-1])\n")
+    by_reward(tmp_path, spec, 4)
+    waits, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (waits.append(file), real(file)))
+    again = by_reward(tmp_path, spec, 4)
+    assert (again.written, again.before, waits) == (0, 12, [])
