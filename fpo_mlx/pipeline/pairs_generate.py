@@ -121,6 +121,11 @@ def _all(
     for window in asking.windows(_asked(settings), WINDOW):
         rendered = _rendered(window, tokenizer)
         new = {id: found for id, found in rendered.items() if id not in seen}
+        if done and not seen and not new.keys() & done:
+            say(
+                f"warning: of the {len(done)} prompts that are there none is among the first "
+                f"{len(new)}: other prompts, or another chat template, are answered anew beside them"
+            )
         seen |= new.keys()
         if new.keys() <= done:
             continue  # nothing of it is tokenized: a run that goes on starts at once

@@ -74,6 +74,20 @@ def test_a_run_cut_at_any_place_goes_on_to_the_same_file(place, prompts, tmp_pat
     assert "every prompt has its candidates already" in again.stderr
 
 
+def test_prompts_that_a_template_makes_new_are_told_before_they_are_answered(
+    place, prompts, tmp_path
+):
+    out = tmp_path / "c.jsonl"
+    template = tmp_path / "other.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}!{% endfor %}")
+    first = generate(place, prompts, out)
+    assert "of the" not in first.stderr
+    other = generate(place, prompts, out, "--chat-template", template)
+    assert other.exit_code == 0, other.stderr
+    assert "of the 9 prompts that are there none is among the first 9" in other.stderr
+    assert len(records(out)) == 18
+
+
 def test_answers_do_not_depend_on_how_many_are_in_work(place, prompts, tmp_path):
     for rows in (1, 5, 32):
         done = generate(place, prompts, tmp_path / f"{rows}.jsonl", "--rows", rows)
