@@ -124,7 +124,7 @@ def _all(
         if done and not seen and not new.keys() & done:
             say(
                 f"warning: of the {len(done)} prompts that are there none is among the first "
-                f"{len(new)}: other prompts, or another chat template, are answered anew beside them"
+                f"{len(new)}: other prompts, or another chat template, are answered beside them"
             )
         seen |= new.keys()
         if new.keys() <= done:
