@@ -25,7 +25,7 @@ VOCABULARY = 300
 
 
 @functools.cache
-def _tokenizer_json(vocabulary: int) -> str:
+def _tokenizer_json(vocabulary: int, lines: tuple[str, ...]) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -37,12 +37,15 @@ def _tokenizer_json(vocabulary: int) -> str:
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(LINES, trainer)
+    tokenizer.train_from_iterator(lines, trainer)
     return tokenizer.to_str()
 
 
 def build_tiny_tokenizer(
-    folder: Path, template: str | None = CHATML, vocabulary: int = VOCABULARY
+    folder: Path,
+    template: str | None = CHATML,
+    vocabulary: int = VOCABULARY,
+    lines: tuple[str, ...] = LINES,
 ) -> Path:
     """Save the tokenizer into folder (made if absent) as transformers and mlx-lm read it.
 
@@ -53,7 +56,7 @@ def build_tiny_tokenizer(
     from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_tokenizer_json(vocabulary)),
+        tokenizer_object=Tokenizer.from_str(_tokenizer_json(vocabulary, lines)),
         eos_token="<|im_end|>",
         bos_token="<|im_start|>",
         pad_token="<|endoftext|>",
