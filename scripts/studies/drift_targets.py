@@ -1,39 +1,49 @@
 """Does --target-drift hold what it names? One short training per cell, judged on held-out pairs.
 
-    python scripts/studies/drift_targets.py --data PAIRS --sae jumprelu=SAE1 --sae topk=SAE2
+    python scripts/studies/drift_targets.py --model smollm2=MODEL --sae smollm2/topk=SAE \\
+        --model small=small/model --sae small/topk=small/sae --data PAIRS
     python scripts/studies/drift_targets.py --list           # what there is, and what is kept
 
-A cell is an SAE, a target, a learning rate, a batch size and a seed. Each is one `fpo-mlx train`
-whose last validation gives the drift r of the rejected held-out answers: the root of the mean of
-their relative D. Cells that are kept in the results are not run again, so a stopped study goes on.
-The figures are in scripts/studies/results/drift_targets.json and .md.
+A cell is an SAE, a target, a learning rate, a batch size and a seed; target 0 is the control, the
+same training without a constraint. It says how far features move when nothing holds them, and a
+target above that is not run: no alpha reaches it. Each is one `fpo-mlx train` whose last validation
+gives the drift r of the rejected held-out answers: the root of the mean of their relative D. Cells
+that are kept in the results are not run again, so a stopped study goes on. The figures are in
+scripts/studies/results/drift_targets.json and .md. small_model.py makes the small model.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from texts import ROOT, rows, shared, write_rows
 
-from fpo_mlx.demo import smollm2
 from fpo_mlx.storage import files
 
 RESULTS = ROOT / "scripts" / "studies" / "results"
-PAIRS = {1: 80, 4: 160, 16: 320}  # pairs trained on, by batch size
+TARGETS = (0.1, 0.2, 0.05, 0.3)
+# updates by batch size, longest sequence in tokens: the small model has a small vocabulary
+UPDATES = {"smollm2": {1: 80, 4: 40, 16: 20}, "small": {1: 240, 4: 120, 16: 60}}
+LONGEST = {"smollm2": 192, "small": 320}
+HELD_OUT = 40
+Kept = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Cell:
+    """model and sae name what is trained; target 0: no constraint."""
+
+    model: str
     sae: str
     target: float
     learning_rate: float
@@ -43,37 +53,44 @@ class Cell:
     @property
     def id(self) -> str:
         rate = f"{self.learning_rate:.0e}"
-        return f"{self.sae}-r{self.target:g}-lr{rate}-b{self.batch_size}-s{self.seed}"
+        return f"{self.model}-{self.sae}-r{self.target:g}-lr{rate}-b{self.batch_size}-s{self.seed}"
+
+    @property
+    def control(self) -> Cell:
+        return replace(self, target=0.0)
 
 
 def cells(saes: Sequence[str], seeds: int) -> Iterator[Cell]:
-    """The most telling first: targets at the usual rate, then rates and batches, then seeds."""
-    first = saes[0]
-    some = [Cell(first, target, 2e-5, 1, 0) for target in (0.1, 0.2, 0.05, 0.3)]
-    some += [Cell(sae, 0.1, 2e-5, 1, 0) for sae in saes[1:]]
-    some += [Cell(first, 0.1, rate, 1, 0) for rate in (5e-5, 1e-5, 1e-4)]
-    some += [Cell(first, 0.1, 2e-5, size, 0) for size in (4, 16)]
-    product = itertools.product(range(seeds), saes, (0.05, 0.1, 0.2, 0.3), (1e-5, 2e-5, 1e-4))
-    some += [Cell(sae, target, rate, 1, seed) for seed, sae, target, rate in product]
-    yield from dict.fromkeys(some)
+    """Each control before what it is the control of; saes: "model/sae"."""
+    for number, name in enumerate(saes):
+        model, sae = name.split("/")
+        settings = [(2e-5, 1)] if model == "smollm2" else []
+        if model == "small" or not number:
+            settings += [(1e-4, 1), (5e-5, 1), (1e-5, 1), (2e-5, 4), (1e-4, 4), (1e-4, 16)]
+        for rate, size in settings:
+            for seed in range(seeds if model == "small" and size < 16 else 1):
+                for target in (0.0, *TARGETS):
+                    yield Cell(model, sae, target, rate, size, seed)
 
 
 def main() -> int:
     options = parse()
-    saes = dict(one.split("=", 1) for one in options.sae) or own_saes()
+    models, saes = (dict(one.split("=", 1) for one in given) for given in options.given)
     path = RESULTS / "drift_targets.json"
-    kept = json.loads(path.read_text()) if path.is_file() else {}
-    todo = [cell for cell in cells(list(saes), options.seeds) if cell.id not in kept]
+    kept: Kept = json.loads(path.read_text()) if path.is_file() else {}
+    plan = list(cells(list(saes), options.seeds))
     if options.list:
-        print(*(f"{'kept' if c.id in kept else 'open'}  {c.id}" for c in cells(list(saes), 3)))
+        print(*(f"{'kept' if c.id in kept else 'open'}  {c.id}" for c in plan))
         return 0
-    model = options.model or smollm2.fetch(say=print).full
     data = write_data(options.data, options.work)
     started = time.monotonic()
-    for cell in todo:
+    for cell in plan:
         if options.minutes and time.monotonic() - started > 60 * options.minutes:
             break
-        kept[cell.id] = asdict(cell) | run(cell, model, saes[cell.sae], data, options.work)
+        if cell.id in kept or out_of_reach(cell, kept):
+            continue
+        sae = saes[f"{cell.model}/{cell.sae}"]
+        kept[cell.id] = asdict(cell) | run(cell, models[cell.model], sae, data, options.work)
         print(cell.id, json.dumps(kept[cell.id]["held_out"]), flush=True)
         files.write_json(path, kept)
         files.write_text(path.with_suffix(".md"), markdown(kept))
@@ -85,24 +102,29 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=shared("data"))
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--sae", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--sae", action="append", default=[], metavar="MODEL/NAME=PATH")
     parser.add_argument("--work", type=Path, default=ROOT / ".drift-targets")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, help="begin no cell after so many")
     parser.add_argument("--list", action="store_true")
-    return parser.parse_args()
+    found = parser.parse_args()
+    found.given = (found.model, found.sae)
+    return found
 
 
-def own_saes() -> dict[str, str]:
-    return {p.name.rsplit("-", 1)[-1]: str(p) for p in sorted(shared("sae").glob("smollm2-*"))}
+def out_of_reach(cell: Cell, kept: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the control, free to move, stayed below the target."""
+    free = kept.get(cell.control.id)
+    return bool(cell.target and free) and free["held_out"]["drift"] < cell.target
 
 
 def write_data(source: Path, work: Path) -> Path:
-    """Pairs of some 190 tokens at most, so that a cell takes minutes."""
-    for name, count in (("train", 192), ("valid", 40)):
-        short = [row for row in rows(source / f"{name}.jsonl") if size(row) < 700]
-        write_rows(work / "data" / f"{name}.jsonl", short[:count])
+    """Pairs of some 190 tokens at most, so that a cell takes minutes; the last are held out."""
+    every = [*rows(source / "train.jsonl"), *rows(source / "valid.jsonl")]
+    short = [row for row in every if size(row) < 700]
+    write_rows(work / "data" / "train.jsonl", short[:-HELD_OUT])
+    write_rows(work / "data" / "valid.jsonl", short[-HELD_OUT:])
     return work / "data"
 
 
@@ -111,20 +133,21 @@ def size(row: Mapping[str, Any]) -> int:
     return len(json.dumps(row["prompt"])) + max(map(len, sides))
 
 
-def run(cell: Cell, model: Path, sae: str, data: Path, work: Path) -> dict[str, Any]:
-    """Train, and read the last validation and the reports of the second half."""
+def run(cell: Cell, model: str, sae: str, data: Path, work: Path) -> dict[str, Any]:
+    """Train, and read the last validation and the alphas on the way."""
     out = work / cell.id
     words = {
-        "model": model, "sae": sae, "data": data, "adapter-path": out, "max-seq-length": 192,
-        "target-drift": cell.target, "learning-rate": cell.learning_rate, "seed": cell.seed,
-        "batch-size": cell.batch_size, "iters": PAIRS[cell.batch_size] // cell.batch_size,
+        "model": model, "sae": sae, "data": data, "adapter-path": out, "seed": cell.seed,
+        "max-seq-length": LONGEST[cell.model], "learning-rate": cell.learning_rate,
+        "batch-size": cell.batch_size, "iters": UPDATES[cell.model][cell.batch_size],
         "steps-per-report": 5, "steps-per-eval": 10_000, "val-batches": -1, "save-every": 10_000,
+        **({"target-drift": cell.target} if cell.target else {"alpha": 0}),
     }  # fmt: skip
     flags = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
     begun = time.monotonic()
     one = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "fpo_mlx", "train", *flags, "--no-check-sae"],
+        [sys.executable, "-m", "fpo_mlx", "train", *flags, "--no-check-sae", "--overwrite"],
         env={**os.environ, **one, "FPO_MLX_CACHE": str(work / "cache")},
         capture_output=True,
         text=True,
@@ -133,7 +156,7 @@ def run(cell: Cell, model: Path, sae: str, data: Path, work: Path) -> dict[str, 
     return {
         "exit_code": done.returncode,  # 4: the guard stopped it
         "held_out": held_out(log),
-        "alphas": [entry["alpha"] for entry in log if entry["kind"] == "train"],
+        "alphas": [entry.get("alpha", 0.0) for entry in log if entry["kind"] == "train"],
         "seconds": time.monotonic() - begun,
     }
 
@@ -150,23 +173,40 @@ def held_out(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def markdown(kept: Mapping[str, Mapping[str, Any]]) -> str:
+    held = [c for c in kept.values() if c["target"]]
     lines = [
         "# Does --target-drift hold what it names?", "",
-        "Written by `scripts/studies/drift_targets.py`; do not edit. SmolLM2-135M in float32, SAEs "
-        "after block 27, 40 held-out pairs.", "",
-        "| SAE | target | learning rate | batch | seed | held-out drift | over target | margin | "
-        "accuracy | chosen, nats per token | alpha at the end | exit code |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "Written by `scripts/studies/drift_targets.py`; do not edit. SAEs after block "
+        f"27 of SmolLM2-135M (of 30), 3 of the small model (of 4); {HELD_OUT} held-out pairs. Free: "
+        "drift of the same training without a constraint; a target above it was not run.", "",
+        *(summary(model, [c for c in held if c["model"] == model]) for model in UPDATES), "",
+        "| model | SAE | learning rate | batch | seed | free | target | held-out drift | over target "
+        "| margin | accuracy | chosen, nats per token | alpha at the end | exit code |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for c in kept.values():
+    names = [field for field in Cell.__dataclass_fields__]
+    for c in held:
+        free = kept[Cell(**{name: c[name] for name in names}).control.id]["held_out"]["drift"]
         h = c["held_out"]
         lines.append(
-            f"| {c['sae']} | {c['target']:g} | {c['learning_rate']:.0e} | {c['batch_size']} | "
-            f"{c['seed']} | {h['drift']:.3f} | {h['drift'] / c['target']:.2f} | "
-            f"{h['margin']:.3f} | {h['accuracy']:.2f} | {h['chosen_change']:+.3f} | "
-            f"{c['alphas'][-1]:.3g} | {c['exit_code']} |"
+            f"| {c['model']} | {c['sae']} | {c['learning_rate']:.0e} | {c['batch_size']} | "
+            f"{c['seed']} | {free:.3f} | {c['target']:g} | {h['drift']:.3f} | "
+            f"{h['drift'] / c['target']:.2f} | {h['margin']:.3f} | {h['accuracy']:.2f} | "
+            f"{h['chosen_change']:+.3f} | {c['alphas'][-1]:.3g} | {c['exit_code']} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def summary(model: str, held: Sequence[Mapping[str, Any]]) -> str:
+    if not held:
+        return f"{model}: none run yet."
+    ratios = [c["held_out"]["drift"] / c["target"] for c in held]
+    near = sum(0.9 <= ratio <= 1.1 for ratio in ratios)
+    return (
+        f"{model}: {len(held)} runs, {near} within 10 % of the target, ratio {min(ratios):.2f} to "
+        f"{max(ratios):.2f}, median {statistics.median(ratios):.2f}; "
+        f"{sum(c['exit_code'] != 0 for c in held)} stopped by the guard."
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 from forked import QUIET, Forked
 
 ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_TORCH = Path(__file__).with_name("without_torch.py")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -63,7 +64,7 @@ def mlx_launch(n: int, *words: object) -> list[object]:
     start = min(free_ports(8))
     return [
         program, "-n", n, "--backend", "ring", "--starting-port", start,
-        "--python", sys.executable, "--", "-m", "fpo_mlx", *words,
+        "--python", sys.executable, "--", WITHOUT_TORCH, *words,
     ]  # fmt: skip
 
 

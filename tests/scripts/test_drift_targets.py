@@ -1,0 +1,43 @@
+"""scripts/studies/drift_targets.py: controls come first, and what they say of the targets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import drift_targets as dt
+import pytest
+
+
+def kept_of(cell, drift, code=0):
+    held = {"drift": drift, "margin": 0.2, "accuracy": 0.9, "chosen_change": -0.1}
+    return {cell.id: asdict(cell) | {"held_out": held, "alphas": [3.0, 2.0], "exit_code": code}}
+
+
+def test_every_target_comes_after_its_control_and_no_cell_twice():
+    plan = list(dt.cells(["smollm2/jumprelu", "smollm2/topk", "small/topk"], 3))
+    ids = [cell.id for cell in plan]
+    assert len(ids) == len(set(ids))
+    assert all(ids.index(cell.control.id) <= ids.index(cell.id) for cell in plan)
+    assert {cell.batch_size for cell in plan if cell.model == "small"} == {1, 4, 16}
+    assert {cell.seed for cell in plan if cell.model == "small"} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("free", "beyond"), [(0.09, True), (0.11, False)])
+def test_a_target_that_a_free_training_does_not_reach_is_not_run(free, beyond):
+    cell = dt.Cell("small", "topk", 0.1, 1e-4, 1, 0)
+    assert dt.out_of_reach(cell, {}) is False  # its control has not run yet
+    assert dt.out_of_reach(cell, kept_of(cell.control, free)) is beyond
+    assert dt.out_of_reach(cell.control, kept_of(cell.control, free)) is False
+
+
+def test_the_table_counts_what_is_near_its_target_and_what_was_stopped():
+    cells = [dt.Cell("small", "topk", target, 1e-4, 1, 0) for target in (0.0, 0.1, 0.2, 0.3)]
+    drifts, codes = (0.5, 0.105, 0.25, 0.27), (0, 0, 4, 0)
+    kept = {}
+    for cell, drift, code in zip(cells, drifts, codes, strict=True):
+        kept |= kept_of(cell, drift, code)
+    text = dt.markdown(kept)
+    assert "small: 3 runs, 2 within 10 % of the target, ratio 0.90 to 1.25, median 1.05; 1 " in text
+    row = "| small | topk | 1e-04 | 1 | 0 | 0.500 | 0.2 | 0.250 | 1.25 |"
+    assert row in text
+    assert "smollm2: none run yet." in text
