@@ -177,14 +177,14 @@ def markdown(kept: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "# Does --target-drift hold what it names?", "",
         "Written by `scripts/studies/drift_targets.py`; do not edit. SAEs after block "
-        f"27 of SmolLM2-135M (of 30), 3 of the small model (of 4); {HELD_OUT} held-out pairs. Free: "
-        "drift of the same training without a constraint; a target above it was not run.", "",
+        f"27 (of 30) of SmolLM2-135M, 3 (of 4) of the small model; {HELD_OUT} held-out pairs. "
+        "Free: drift of the same training without a constraint; a target above it was not run.", "",
         *(summary(model, [c for c in held if c["model"] == model]) for model in UPDATES), "",
-        "| model | SAE | learning rate | batch | seed | free | target | held-out drift | over target "
-        "| margin | accuracy | chosen, nats per token | alpha at the end | exit code |",
+        "| model | SAE | learning rate | batch | seed | free | target | held-out drift "
+        "| over target | margin | accuracy | chosen, nats per token | alpha at the end | exit code |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    names = [field for field in Cell.__dataclass_fields__]
+    names = list(Cell.__dataclass_fields__)
     for c in held:
         free = kept[Cell(**{name: c[name] for name in names}).control.id]["held_out"]["drift"]
         h = c["held_out"]
