@@ -181,7 +181,8 @@ def markdown(kept: Mapping[str, Mapping[str, Any]]) -> str:
         "Free: drift of the same training without a constraint; a target above it was not run.", "",
         *(summary(model, [c for c in held if c["model"] == model]) for model in UPDATES), "",
         "| model | SAE | learning rate | batch | seed | free | target | held-out drift "
-        "| over target | margin | accuracy | chosen, nats per token | alpha at the end | exit code |",
+        "| over target | margin | accuracy | chosen, nats per token | alpha at the end "
+        "| exit code |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     names = list(Cell.__dataclass_fields__)
