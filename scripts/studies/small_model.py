@@ -26,7 +26,13 @@ sys.path.append(str(ROOT / "tests" / "support"))
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
-from mlx.optimizers import AdamW, cosine_decay, join_schedules, linear_schedule  # noqa: E402
+from mlx.optimizers import (  # noqa: E402
+    AdamW,
+    clip_grad_norm,
+    cosine_decay,
+    join_schedules,
+    linear_schedule,
+)
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models.llama import Model, ModelArgs  # noqa: E402
 from tiny_tokenizer import build_tiny_tokenizer  # noqa: E402
@@ -40,14 +46,14 @@ CONFIG = {
     "max_position_embeddings": 1024, "rope_theta": 10_000.0, "tie_word_embeddings": True,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32",
 }  # fmt: skip
-WINDOW, BATCH, PEAK = 192, 4, 3e-3  # tokens of a row, rows of an update, learning rate
+WINDOW, BATCH, PEAK = 192, 4, 1e-3  # tokens of a row, rows of an update, learning rate
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chats", type=Path, default=shared("data", "chats.jsonl"))
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--updates", type=int, default=500)
+    parser.add_argument("--updates", type=int, default=700)
     parser.add_argument("--sae-tokens", type=int, default=400_000)
     o = parser.parse_args()
     chats = [row["messages"] for row in rows(o.chats)[:3000]]
@@ -63,7 +69,7 @@ def main() -> None:
 
 
 def train(chats: list, folder: Path, updates: int) -> None:
-    """A model from random weights; loss in nats per token of rows it has not seen before."""
+    """A model from random weights. Adam at thrice the rate, unclipped, stayed with word counts."""
     texts = tuple(turn["content"] for chat in chats[:2000] for turn in chat)
     build_tiny_tokenizer(folder, vocabulary=CONFIG["vocab_size"], lines=texts)
     mx.random.seed(0)
@@ -77,7 +83,7 @@ def train(chats: list, folder: Path, updates: int) -> None:
     step = nn.value_and_grad(model, loss)
     for number, tokens in zip(range(1, updates + 1), batches(chats, folder), strict=False):
         value, slopes = step(model, tokens)
-        optimizer.update(model, slopes)
+        optimizer.update(model, clip_grad_norm(slopes, 1.0)[0])
         mx.eval(model.parameters(), optimizer.state)
         if number % 20 == 0:
             say(f"update {number} of {updates}: {value.item():.3f} nats per token")

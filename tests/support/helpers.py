@@ -94,7 +94,7 @@ def open_trainer(
     keys: tuple[str, ...] = KEYS,
     **train: Any,
 ) -> Trainer:
-    """A trainer as the pipeline builds it: adapters on blocks 0 and 1 of 4, SAE after block 1."""
+    """A trainer as the pipeline builds it: adapters on blocks 0 and 1, SAE after block 1."""
     settings = {"seed": 3, "steps_per_report": 1, "learning_rate": 1e-2, "batch_size": 2}
     config = TrainConfig(**{**settings, **train})
     o = Objective(**{**PRESETS[preset], "top_k": K, **(objective or {})})

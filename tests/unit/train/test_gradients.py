@@ -27,7 +27,7 @@ FORWARD = {"gradient": "forward", "optimizer": "sgd", "max_grad_norm": 0.0}
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return tiny_models.tiny_llama(tmp_path_factory.mktemp("llama"))
+    return tiny_models.tiny_llama(tmp_path_factory.mktemp("llama"), num_hidden_layers=3)
 
 
 def ground_of(llama, out, **settings):

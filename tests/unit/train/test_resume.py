@@ -26,7 +26,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return tiny_models.tiny_llama(tmp_path_factory.mktemp("llama"))
+    return tiny_models.tiny_llama(tmp_path_factory.mktemp("llama"), num_hidden_layers=3)
 
 
 def open_run(llama, out, **changes):

@@ -26,7 +26,7 @@ PAIRS = random_pairs(SIZES)
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return tiny_models.tiny_llama(tmp_path_factory.mktemp("llama"))
+    return tiny_models.tiny_llama(tmp_path_factory.mktemp("llama"), num_hidden_layers=3)
 
 
 # Early stopping -----------------------------------------------------------------------------------
