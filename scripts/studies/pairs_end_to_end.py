@@ -32,6 +32,7 @@ import numpy as np
 from texts import ROOT, SAE, Steps, say
 
 from fpo_mlx import machine
+from fpo_mlx.errors import Diverged
 from fpo_mlx.records import PAIRS_FILE
 from fpo_mlx.storage import files
 
@@ -64,6 +65,7 @@ TRAIN = {"batch_size": 1, "epochs": 1.5, "learning_rate": 1e-4, "feature_scale":
 QUIET = {"steps_per_eval": 100_000, "val_batches": 0, "save_every": 100_000}
 RESULTS = ROOT / "scripts" / "studies" / "results" / "pairs-end-to-end"
 PARTS = ("one", "augmented", "two", "longer")
+STOPPED = "stopped-by-the-guard.txt"
 NOISE = 1000  # between the seeds of two rounds
 REWARD = f"{Path(__file__).resolve()}:sentiment"
 
@@ -221,8 +223,12 @@ def tune(
         flags["overwrite"] = (adapter / "run.json").exists()  # a killed run saved nothing yet
         config = load_config(TRAIN | QUIET | flags)
         pipeline.precompute(config, output=reference, say=say)
-        for _ in pipeline.train(config, say=say):
-            pass
+        try:
+            for _ in pipeline.train(config, say=say):
+                pass
+        except Diverged as stop:  # judged with the adapters from before it, and counted
+            files.write_text(adapter / STOPPED, f"{stop}\n")
+            say(str(stop))
     return adapter
 
 
@@ -232,6 +238,7 @@ def before_and_after(
     place = of_seed(o, seed)
     return {
         "part": part, "seed": seed, "pairs": about(pairs)["pairs"],
+        "stopped": (adapter / STOPPED).exists(),
         "before": held(o, place / "base.jsonl", None, seed),
         "after": held(o, place / f"{part}.jsonl", adapter, seed),
     }  # fmt: skip
@@ -283,7 +290,10 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     for other in ("one", "longer"):
         both = {s: (by[other][s], by["two"][s]) for s in by["two"] if s in by[other]}
-        joined = {s: {"before": a["after"], "after": b["after"]} for s, (a, b) in both.items()}
+        joined = {
+            s: {"before": a["after"], "after": b["after"], "stopped": b.get("stopped")}
+            for s, (a, b) in both.items()
+        }
         rows.append(compare(f"two against {other}", joined, "before", "after"))
     for who in ("base", "tuned"):
         name = f"augmented: {who} asked for {HIGH} against {LOW}"
@@ -309,6 +319,7 @@ def compare(
         "to": float(sides[after].mean()), "gain": float(gains.mean()),
         "interval": list(bootstrap_interval(of_prompts)), "of seeds": gains.mean(axis=1).tolist(),
     }  # fmt: skip
+    row["stopped"] = [s for s in seeds if of_seeds[s].get("stopped")]
     for key in ("tokens", "cut", "different"):
         row[key] = [
             float(np.mean([of_seeds[s][side][key] for s in seeds])) for side in (before, after)
@@ -319,8 +330,8 @@ def compare(
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| what | seeds | mean reward from | to | difference (95 %) | of each seed | tokens |"
-        " different answers |",
-        "|---|---|---|---|---|---|---|---|",
+        " different answers | seeds the guard stopped |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         low, high = row["interval"]
@@ -330,6 +341,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f" {row['gain']:+.3f} [{low:+.3f}, {high:+.3f}] | {of_seeds} |"
             f" {row['tokens'][0]:.0f} → {row['tokens'][1]:.0f} |"
             f" {row['different'][0]:.0%} → {row['different'][1]:.0%} |"
+            f" {', '.join(map(str, row['stopped'])) or 'none'} |"
         )
     return "\n".join(lines) + "\n"
 

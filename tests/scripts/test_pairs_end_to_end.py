@@ -12,6 +12,7 @@ from command_line import BLOCK, random_sae
 
 pytest.importorskip("mlx.core")
 
+from fpo_mlx.errors import Diverged  # noqa: E402
 from fpo_mlx.sae.convert import write_saelens  # noqa: E402
 
 
@@ -53,10 +54,36 @@ def test_every_part_is_made_once_and_a_second_start_makes_nothing(tmp_path, monk
     assert (tmp_path / "output.json").read_bytes() == before
 
 
-def test_a_gain_is_the_mean_over_seeds_and_its_interval_that_over_prompts_by_hand():
-    def side(*reward):
-        return {"reward": list(reward), "tokens": 3.0, "cut": 0.0, "different": 1.0}
+def test_a_training_that_the_guard_stops_is_judged_where_it_was_left_and_named(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / "seed-1"
 
+    def train(config, say):
+        kept = folder / "adapters-pairs"
+        kept.mkdir(parents=True)
+        (kept / "adapters.safetensors").touch()
+        raise Diverged("iteration 67: the margin is 70.8")
+        yield
+
+    monkeypatch.setattr("fpo_mlx.pipeline.precompute", lambda *_, **__: None)
+    monkeypatch.setattr("fpo_mlx.pipeline.train", train)
+    monkeypatch.setattr(study, "about", lambda pairs: {"pairs": 9})
+    monkeypatch.setattr(study, "held", lambda o, out, taken, seed: side(0.5, 0.7))
+    o = study.parse(["--model", "m", "--sae", "s", "--work", str(tmp_path)])
+    adapter = study.tune(o, folder, tmp_path / "pairs", 1)
+    assert (adapter / study.STOPPED).read_text() == "iteration 67: the margin is 70.8\n"
+    record = study.before_and_after(o, "two", 1, tmp_path / "pairs", adapter)
+    row = study.compare("two", {1: record, 2: {**record, "stopped": False}}, "before", "after")
+    assert row and row["stopped"] == [1]
+    assert study.markdown([row]).splitlines()[-1].endswith("| 1 |")
+
+
+def side(*reward):
+    return {"reward": list(reward), "tokens": 3.0, "cut": 0.0, "different": 1.0}
+
+
+def test_a_gain_is_the_mean_over_seeds_and_its_interval_that_over_prompts_by_hand():
     row = study.compare(
         "x", {0: {"a": side(0.0, 0.5), "b": side(1.0, 0.5)},
               1: {"a": side(0.0, 0.5), "b": side(0.5, 1.0)}}, "a", "b",
