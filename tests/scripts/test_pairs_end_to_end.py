@@ -75,7 +75,8 @@ def test_a_training_that_the_guard_stops_is_judged_where_it_was_left_and_named(
     assert (adapter / study.STOPPED).read_text() == "iteration 67: the margin is 70.8\n"
     record = study.before_and_after(o, "two", 1, tmp_path / "pairs", adapter)
     row = study.compare("two", {1: record, 2: {**record, "stopped": False}}, "before", "after")
-    assert row and row["stopped"] == [1]
+    assert row
+    assert row["stopped"] == [1]
     assert study.markdown([row]).splitlines()[-1].endswith("| 1 |")
 
 
