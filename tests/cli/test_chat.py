@@ -12,9 +12,9 @@ import forked
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 from command_line import FEATURES, random_sae, refused, run
 from evaluated import own_cache, place  # noqa: F401
+from steer_hook import steered_logits
 from tiny_make import for_transformers
 from tiny_models import HIDDEN
 
@@ -40,30 +40,13 @@ def test_steering_by_its_words():
 
 @pytest.mark.parametrize("asked", [{3: 4.0}, {7: None}, {3: -2.0, 7: None, 9: None, 11: 1.0}])
 def test_steered_logits_are_those_of_a_hook_on_the_transformers_model(place, asked):
-    from transformers import AutoModelForCausalLM
-
     sae = random_sae(HIDDEN)
     model = load_model(place / "model").model
     plain = np.array(model(mx.array(PROMPT[None]))[0])
     speaker = Speaker(model, sae.site, encoder_of(sae))
     speaker.steer(steering(sae.w_dec, sae.site, asked))
     ours = np.array(model(mx.array(PROMPT[None]))[0])
-    other = AutoModelForCausalLM.from_pretrained(for_transformers(place / "model")).eval()
-    rows = torch.tensor(sae.w_dec)
-
-    def hook(module, args, out):
-        h = out[0] if isinstance(out, tuple) else out
-        gone = [f for f, amount in asked.items() if amount is None]
-        if gone:  # least squares: what the directions can tell of h
-            w = rows[gone].double().T
-            h = h - (w @ torch.linalg.lstsq(w, h[0].double().T).solution).T[None].float()
-        for feature, amount in asked.items():
-            h = h + (amount or 0) * rows[feature]
-        return (h, *out[1:]) if isinstance(out, tuple) else h
-
-    other.model.layers[1].register_forward_hook(hook)
-    with torch.no_grad():
-        theirs = other(torch.tensor(PROMPT[None]).long()).logits[0].numpy()
+    theirs = steered_logits(for_transformers(place / "model"), 1, sae.w_dec, asked, PROMPT)
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
     assert np.abs(ours - plain).max() > 0.01
     speaker.steer(None)
