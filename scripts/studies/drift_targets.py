@@ -162,13 +162,22 @@ def run(cell: Cell, model: str, sae: str, data: Path, work: Path) -> dict[str, A
 
 
 def held_out(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    metrics = [entry for entry in log if entry["kind"] == "valid"][-1]["metrics"]
+    """Of the last validation; of the last reports of training where the guard came before it."""
+    last = max(n for n, entry in enumerate(log) if entry["kind"] == "valid")
+    found = [log[last]] if log[last]["iteration"] else log[last + 1 :][-4:]
+    mean = {
+        name: statistics.fmean(entry["metrics"][name] for entry in found)
+        for name in (
+            "drift/rejected", "drift/chosen", "rewards/margins", "rewards/accuracies",
+            "logps_per_token/chosen_change",
+        )
+    }  # fmt: skip
     return {
-        "drift": metrics["drift/rejected"] ** 0.5,
-        "drift_chosen": metrics["drift/chosen"] ** 0.5,
-        "margin": metrics["rewards/margins"] / 0.1,  # nats per token: beta is 0.1
-        "accuracy": metrics["rewards/accuracies"],
-        "chosen_change": metrics["logps_per_token/chosen_change"],
+        "drift": mean["drift/rejected"] ** 0.5,
+        "drift_chosen": mean["drift/chosen"] ** 0.5,
+        "margin": mean["rewards/margins"] / 0.1,  # nats per token: beta is 0.1
+        "accuracy": mean["rewards/accuracies"],
+        "chosen_change": mean["logps_per_token/chosen_change"],
     }
 
 

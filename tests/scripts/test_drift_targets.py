@@ -30,6 +30,19 @@ def test_a_target_that_a_free_training_does_not_reach_is_not_run(free, beyond):
     assert dt.out_of_reach(cell.control, kept_of(cell.control, free)) is False
 
 
+def test_a_run_that_the_guard_stopped_is_measured_where_it_was():
+    def entry(kind, iteration, drift):
+        metrics = {
+            "drift/rejected": drift, "drift/chosen": 0.04, "rewards/margins": 0.02,
+            "rewards/accuracies": 0.5, "logps_per_token/chosen_change": -0.1,
+        }  # fmt: skip
+        return {"kind": kind, "iteration": iteration, "metrics": metrics}
+
+    log = [entry("valid", 0, 0.0), *(entry("train", n, 0.1 * n) for n in range(1, 6))]
+    assert dt.held_out(log)["drift"] == pytest.approx(0.35**0.5)  # the mean of the last four
+    assert dt.held_out([*log, entry("valid", 5, 0.09)])["drift"] == pytest.approx(0.3)
+
+
 def test_the_table_counts_what_is_near_its_target_and_what_was_stopped():
     cells = [dt.Cell("small", "topk", target, 1e-4, 1, 0) for target in (0.0, 0.1, 0.2, 0.3)]
     drifts, codes = (0.5, 0.105, 0.25, 0.27), (0, 0, 4, 0)
