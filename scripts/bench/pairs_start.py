@@ -36,6 +36,11 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=15_000)
+    parser.add_argument(
+        "--without-torch",
+        action="store_true",
+        help="as where it is not installed: transformers imports it with a tokenizer",
+    )
     o = parser.parse_args(words)
     shutil.rmtree(o.work, ignore_errors=True)
     o.work.mkdir(parents=True)
@@ -52,10 +57,14 @@ def main(words: list[str] | None = None) -> None:
         "judge, the last": (["judge", "all.jsonl", *judge, "known.jsonl"], "known.jsonl"),
         "build, all of it": (["build", "all.jsonl", "--verdicts", "verdicts.jsonl"], None),
     }
+    path = str(ROOT)
+    if o.without_torch:
+        (o.work / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+        path = os.pathsep.join([path, str(o.work.resolve())])
     for name, (line, grows) in cases.items():
         seconds, cpu, peak, code = timed(
             ["pairs", *line], o.work / "log", o.work / grows if grows else None,
-            cwd=o.work, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            cwd=o.work, env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
         end = "" if code in (0, -signal.SIGKILL) else f"  exit code {code}: {o.work}/log"
         print(f"{name:<20} {seconds:6.1f} s  {cpu:6.1f} s of CPU  {peak / 1e6:5.0f} MB{end}")
