@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,10 @@ def made(tmp_path_factory):
     """A model, an SAE, pairs, a run, a cache and vectors; copied for every test."""
     root = tmp_path_factory.mktemp("kept")
     tiny_models.tiny_llama(root / "model", tokenizer=True)
-    write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
+    sae = random_sae(tiny_models.HIDDEN)
+    write_saelens(sae, root / "sae")
+    unit = sae.w_dec / np.linalg.norm(sae.w_dec, axis=1, keepdims=True)
+    write_saelens(replace(sae, activation="topk", k=6, w_dec=unit), root / "topk")
     more = ({**ROWS[0], "prompt": f"Which is {n}?"} for n in range(20))
     lines(root / "data/train.jsonl", *ROWS, *more)
     lines(root / "others.jsonl", *({"text": f"Quite another thing, {n}."} for n in range(4)))
@@ -65,6 +69,11 @@ def _sae_train(p):
     return ["sae", "train", "--model", p / "model", "--data", p / "words.jsonl", "--layer", 1, *few]
 
 
+def _warm(p):
+    few = ["--training-tokens", 64, "--batch-size", 4, "--init", p / "topk"]
+    return ["sae", "train", "--model", p / "model", "--data", p / "words.jsonl", *few]
+
+
 def _find(p):
     texts = ["--positive", p / "words.jsonl", "--negative", p / "others.jsonl"]
     return ["features", "find", "--model", p / "model", "--sae", p / "sae", *texts]
@@ -99,6 +108,7 @@ FOLDERS = {  # command -> (its words without the place, the option of the place,
     "convert": (lambda p: ["convert", "--hf-path", p / "model"], "--mlx-path", "model"),
     "sae convert": (lambda p: ["sae", "convert", p / "sae"], "--output", "sae"),
     "sae train": (_sae_train, "--output", "model"),
+    "sae train --init": (_warm, "--output", "topk"),
     "sae train --store": (lambda p: [*_sae_train(p), "--output", "new"], "--store", "model"),
     "check --fix": (lambda p: ["check", "--data", p / "data"], "--fix", "data"),
     "precompute": (lambda p: ["precompute", *usual(p)], "--output", "model"),
