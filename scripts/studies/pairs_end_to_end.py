@@ -82,7 +82,7 @@ def main(words: Sequence[str] | None = None) -> int:
             say(f"stopped before {part}, seed {seed}; the same command goes on")
             break
         records.append(steps(f"{part}-{seed}", lambda p=part, s=seed: RUN[p](o, s)))
-        write(records, o.output)
+        write(records, o.output, intro(o))
     print(o.output.with_suffix(".md").read_text())
     return 0
 
@@ -274,11 +274,20 @@ def sentiment(prompt: str, answer: str) -> float:
 _KEPT: dict[str, Any] = {}
 
 
-def write(records: Sequence[dict[str, Any]], to: Path) -> None:
+def intro(o: argparse.Namespace) -> str:
+    return (
+        "# From prompts to a better model\n\n`python scripts/studies/pairs_end_to_end.py --model "
+        f"{Path(o.model).name} --sae {Path(o.sae).name}`: {o.prompts} training prompts with {N} "
+        f"answers of {TOKENS} tokens, {o.held_out} held-out prompts with {HELD_N}, sentiment by "
+        f"VADER, FPO at {o.rate:g}, {TRAIN['epochs']:g} epochs.\n\n"
+    )
+
+
+def write(records: Sequence[dict[str, Any]], to: Path, head: str) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     found = summary(records)
     files.write_json(to.with_suffix(".json"), {"summary": found, "records": list(records)})
-    files.write_text(to.with_suffix(".md"), markdown(found))
+    files.write_text(to.with_suffix(".md"), head + markdown(found))
 
 
 def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
