@@ -189,7 +189,7 @@ def _is_exchange(turn: Any) -> bool:
 def scores_of(record: Mapping) -> tuple[float, float] | None:
     """(chosen's score, rejected's) where the row has both."""
     for names in SCORES:
-        if names[0] not in record:  # most rows have none of them
+        if names[0] not in record:  # most rows have no scores
             continue
         left, right = (_number(record.get(name)) for name in names)
         if left is not None and right is not None:

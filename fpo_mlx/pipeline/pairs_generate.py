@@ -123,8 +123,9 @@ def _all(
         new = {id: found for id, found in rendered.items() if id not in seen}
         if done and not seen and not new.keys() & done:
             say(
-                f"warning: of the {len(done)} prompts that are there none is among the first "
-                f"{len(new)}: other prompts, or another chat template, are answered beside them"
+                f"warning: none of the first {len(new)} prompts is among the {len(done)} that have "
+                "answers already. If they are the same prompts, the chat template, its arguments "
+                "or --score-in-prompt has changed, and they are answered again"
             )
         seen |= new.keys()
         if new.keys() <= done:

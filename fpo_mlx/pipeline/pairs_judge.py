@@ -82,12 +82,11 @@ def pairs_judge(
             )  # fmt: skip
             tasks = [(a, b, order) for a, b in pairs for order in orders]
             tasks = [task for task in tasks if (one.id, *task, name) not in done]
-            if tasks:
-                made = judge(one, tasks)
-                # what costs a request or a pass is kept at once, what costs nothing by prompt
-                for group in [list(made)] if settings.reward else ([verdict] for verdict in made):
-                    writer.append(*(verdict.as_dict() for verdict in group))
-                    written += len(group)
+            made = judge(one, tasks) if tasks else iter(())
+            # what a request or a question costs is kept at once, a reward's verdicts per prompt
+            for group in [list(made)] if settings.reward else ([verdict] for verdict in made):
+                writer.append(*(verdict.as_dict() for verdict in group))
+                written += len(group)
             progress(number, len(found))
     votes = read_verdicts(against).values() if against else ()
     return JudgeReport(written, len(done), judges_of(output, found, votes))

@@ -116,8 +116,9 @@ def facts(name: str) -> Rule | None:
 
 def _has(text: str, name: str) -> bool:
     """Whether a path has this name, and not only one that begins or ends with it."""
-    pattern = rf"(?:^|/){re.escape(name)}(?=$|[/|@])"
-    return name in text and re.search(pattern, text) is not None  # most are not: no compilation
+    if name not in text:
+        return False  # nearly always, and cheaper than a pattern
+    return re.search(rf"(?:^|/){re.escape(name)}(?=$|[/|@])", text) is not None
 
 
 def _rank(rule: Rule) -> int:

@@ -3,7 +3,7 @@
     python scripts/checks/steered.py --model FOLDER --sae SAE
 
 Three ways (a direction added, one taken out, both at once), features 0 to 5, all
-positions. Exits 1 where a logit is off by more than 1e-4 of the largest.
+positions. Exits 1 where a logit is off by more than 1e-4 of the largest, or none has moved.
 """
 
 from __future__ import annotations
@@ -47,17 +47,16 @@ def main() -> int:
     tokens = np.array(load_tokenizer(o.model).prompt_tokens(QUESTION), np.int32)
     plain = np.array(model(mx.array(tokens[None]))[0])
     speaker = Speaker(model, sae.site, encoder_of(sae))
-    worst = 0.0
+    right = True
     for asked in ({0: 40.0}, {1: None}, {2: -20.0, 3: None, 4: None, 5: 10.0}):
         speaker.steer(steering(sae.w_dec, sae.site, asked))
         ours = np.array(model(mx.array(tokens[None]))[0])
         theirs = steered_logits(o.model, sae.site.layer, sae.w_dec, asked, tokens)
         off, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()
-        worst = max(worst, off / largest)
-        print(
-            f"{asked}: off by {off:.2e} of {largest:.1f}, moved by {np.abs(ours - plain).max():.2f}"
-        )
-    return int(worst > BOUND)
+        moved = np.abs(ours - plain).max()
+        right &= bool(off <= BOUND * largest and moved > 0.01)  # False where one is not a number
+        print(f"{asked}: off by {off:.2e} of {largest:.1f}, moved by {moved:.2f}")
+    return int(not right)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python scripts/studies/drift_targets.py --model smollm2=MODEL --sae smollm2/topk=SAE \\
         --model small=small/model --sae small/topk=small/sae --data PAIRS
-    python scripts/studies/drift_targets.py --list           # what there is, and what is kept
+    python scripts/studies/drift_targets.py --sae … --list   # what there is, and what is kept
 
 A cell is an SAE, a target, a learning rate, a batch size and a seed; target 0 is the control, the
 same training without a constraint. It says how far features move when nothing holds them, and a
@@ -36,6 +36,7 @@ TARGETS = (0.1, 0.2, 0.05, 0.3)
 UPDATES = {"smollm2": {1: 80, 4: 40, 16: 20}, "small": {1: 240, 4: 120, 16: 60}}
 LONGEST = {"smollm2": 192, "small": 320}
 HELD_OUT = 40
+GUARD = 4  # the exit code of a run that the guard stopped
 Kept = dict[str, dict[str, Any]]
 
 
@@ -62,11 +63,13 @@ class Cell:
 
 def cells(saes: Sequence[str], seeds: int) -> Iterator[Cell]:
     """Each control before what it is the control of; saes: "model/sae"."""
-    for number, name in enumerate(saes):
+    seen = set()
+    for name in saes:
         model, sae = name.split("/")
         settings = [(2e-5, 1)] if model == "smollm2" else []
-        if model == "small" or not number:
+        if model == "small" or model not in seen:  # rates and batches: with one SAE
             settings += [(1e-4, 1), (5e-5, 1), (1e-5, 1), (2e-5, 4), (1e-4, 4), (1e-4, 16)]
+        seen.add(model)
         for rate, size in settings:
             for seed in range(seeds if model == "small" and size < 16 else 1):
                 for target in (0.0, *TARGETS):
@@ -75,13 +78,17 @@ def cells(saes: Sequence[str], seeds: int) -> Iterator[Cell]:
 
 def main() -> int:
     options = parse()
-    models, saes = (dict(one.split("=", 1) for one in given) for given in options.given)
+    models, saes = (dict(o.split("=", 1) for o in given) for given in (options.model, options.sae))
     path = RESULTS / "drift_targets.json"
     kept: Kept = json.loads(path.read_text()) if path.is_file() else {}
     plan = list(cells(list(saes), options.seeds))
     if options.list:
-        print(*(f"{'kept' if c.id in kept else 'open'}  {c.id}" for c in plan))
+        for cell in plan:
+            beyond = "out of reach" if out_of_reach(cell, kept) else "open"
+            print("kept" if cell.id in kept else beyond, cell.id)
         return 0
+    if missing := {name.split("/")[0] for name in saes} - set(models):
+        raise SystemExit(f"--model is missing for {', '.join(sorted(missing))}")
     data = write_data(options.data, options.work)
     started = time.monotonic()
     for cell in plan:
@@ -103,14 +110,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, default=shared("data"))
     parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH")
-    parser.add_argument("--sae", action="append", default=[], metavar="MODEL/NAME=PATH")
+    parser.add_argument("--sae", action="append", required=True, metavar="MODEL/NAME=PATH")
     parser.add_argument("--work", type=Path, default=ROOT / ".drift-targets")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, help="begin no cell after so many")
     parser.add_argument("--list", action="store_true")
-    found = parser.parse_args()
-    found.given = (found.model, found.sae)
-    return found
+    return parser.parse_args()
 
 
 def out_of_reach(cell: Cell, kept: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -140,7 +145,7 @@ def run(cell: Cell, model: str, sae: str, data: Path, work: Path) -> dict[str, A
         "model": model, "sae": sae, "data": data, "adapter-path": out, "seed": cell.seed,
         "max-seq-length": LONGEST[cell.model], "learning-rate": cell.learning_rate,
         "batch-size": cell.batch_size, "iters": UPDATES[cell.model][cell.batch_size],
-        "steps-per-report": 5, "steps-per-eval": 10_000, "val-batches": -1, "save-every": 10_000,
+        "steps-per-report": 1, "steps-per-eval": 10_000, "val-batches": -1, "save-every": 10_000,
         **({"target-drift": cell.target} if cell.target else {"alpha": 0}),
     }  # fmt: skip
     flags = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
@@ -152,9 +157,11 @@ def run(cell: Cell, model: str, sae: str, data: Path, work: Path) -> dict[str, A
         capture_output=True,
         text=True,
     )
+    if done.returncode not in (0, GUARD):
+        raise SystemExit(f"{cell.id} failed ({done.returncode}):\n{done.stderr[-2000:]}")
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
-        "exit_code": done.returncode,  # 4: the guard stopped it
+        "exit_code": done.returncode,
         "held_out": held_out(log),
         "alphas": [entry.get("alpha", 0.0) for entry in log if entry["kind"] == "train"],
         "seconds": time.monotonic() - begun,
@@ -164,7 +171,7 @@ def run(cell: Cell, model: str, sae: str, data: Path, work: Path) -> dict[str, A
 def held_out(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Of the last validation; of the last reports of training where the guard came before it."""
     last = max(n for n, entry in enumerate(log) if entry["kind"] == "valid")
-    found = [log[last]] if log[last]["iteration"] else log[last + 1 :][-4:]
+    found = [log[last]] if log[last]["iteration"] else log[last + 1 :][-20:]
     mean = {
         name: statistics.fmean(entry["metrics"][name] for entry in found)
         for name in (
@@ -215,7 +222,8 @@ def summary(model: str, held: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"{model}: {len(held)} runs, {near} within 10 % of the target, ratio {min(ratios):.2f} to "
         f"{max(ratios):.2f}, median {statistics.median(ratios):.2f}; "
-        f"{sum(c['exit_code'] != 0 for c in held)} stopped by the guard."
+        f"{sum(c['exit_code'] == GUARD for c in held)} stopped by the guard (their drift: of the "
+        "last 20 updates)."
     )
 
 

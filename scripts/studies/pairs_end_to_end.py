@@ -135,6 +135,7 @@ def augmented(o: argparse.Namespace, seed: int) -> dict[str, Any]:
     pairs = build(folder, "augmented", seed, reward_augmented=True)
     adapter = tune(o, folder, pairs, seed)
     found: dict[str, Any] = {"part": "augmented", "seed": seed, "pairs": about(pairs)["pairs"]}
+    found["stopped"] = (adapter / STOPPED).exists()
     for who, taken in (("base", None), ("tuned", adapter)):
         for way, score in (("high", HIGH), ("low", LOW)):
             out = folder / f"{who}-asked-{way}.jsonl"
@@ -227,6 +228,8 @@ def tune(
             for _ in pipeline.train(config, say=say):
                 pass
         except Diverged as stop:  # judged with the adapters from before it, and counted
+            if not (adapter / "adapters.safetensors").exists():
+                raise
             files.write_text(adapter / STOPPED, f"{stop}\n")
             say(str(stop))
     return adapter
@@ -300,7 +303,11 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for other in ("one", "longer"):
         both = {s: (by[other][s], by["two"][s]) for s in by["two"] if s in by[other]}
         joined = {
-            s: {"before": a["after"], "after": b["after"], "stopped": b.get("stopped")}
+            s: {
+                "before": a["after"],
+                "after": b["after"],
+                "stopped": a.get("stopped") or b.get("stopped"),
+            }
             for s, (a, b) in both.items()
         }
         rows.append(compare(f"two against {other}", joined, "before", "after"))

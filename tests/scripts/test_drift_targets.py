@@ -38,9 +38,9 @@ def test_a_run_that_the_guard_stopped_is_measured_where_it_was():
         }  # fmt: skip
         return {"kind": kind, "iteration": iteration, "metrics": metrics}
 
-    log = [entry("valid", 0, 0.0), *(entry("train", n, 0.1 * n) for n in range(1, 6))]
-    assert dt.held_out(log)["drift"] == pytest.approx(0.35**0.5)  # the mean of the last four
-    assert dt.held_out([*log, entry("valid", 5, 0.09)])["drift"] == pytest.approx(0.3)
+    log = [entry("valid", 0, 0.0), *(entry("train", n, 0.01 * n) for n in range(1, 26))]
+    assert dt.held_out(log)["drift"] == pytest.approx(0.155**0.5)  # of updates 6 to 25
+    assert dt.held_out([*log, entry("valid", 25, 0.09)])["drift"] == pytest.approx(0.3)
 
 
 def test_the_table_counts_what_is_near_its_target_and_what_was_stopped():

@@ -38,7 +38,9 @@ def built(tmp_path_factory):
     source = package.copy_of_checkout(root / "source")
     sdist = build(source, root / "dist", "sdist")
     with tarfile.open(sdist) as archive:
-        archive.extractall(root / "unpacked", filter="data")
+        # Python 3.11.2, which Debian 12 has, knows no filters; later ones want one named
+        how = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(root / "unpacked", **how)
     (unpacked,) = (root / "unpacked").iterdir()
     return source, sdist, build(unpacked, root / "dist", "wheel")
 

@@ -55,7 +55,7 @@ def test_two_launched_processes_precompute_the_cache_of_one(place, tmp_path, bac
         both = launch(mlx_launch(2, *words))
     else:
         runner = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        both = launch([*runner, "--nproc-per-node", 2, "-m", "fpo_mlx", *words])
+        both = launch([*runner, "--nproc-per-node", 2, "-m", "fpo_mlx", *words], torch=True)
     assert both.returncode == 0, both.stderr
     assert both.stdout.count(f"{PAIRS} pairs, {2 * PAIRS} rows in") == 1, both.stdout  # one speaks
     same_keyed_content(tmp_path / "one", tmp_path / "two")
