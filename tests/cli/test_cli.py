@@ -218,7 +218,7 @@ def test_training_evaluating_resuming_and_fusing_work_from_flags_alone(place, tm
     assert "resumed after iteration 2" in more.stderr
     judged = run(
         "evaluate", *usual(place), *reference, "--adapter-path", out, "--split", "valid",
-        "--top-k", 5, "--json", scores,
+        "--top-k", 5, "--max-tokens", 8, "--json", scores,
     )  # fmt: skip
     assert judged.exit_code == 0, judged.stderr
     assert json.loads(scores.read_text())["summary"]["n"] == 1

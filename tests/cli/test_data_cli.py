@@ -163,6 +163,7 @@ def test_an_adapter_of_another_model_is_named(place, tmp_path):
     adapter(place, tmp_path)
     said = f"the adapter {tmp_path / 'theirs'} was made for another model"
     words = ("evaluate", *usual, "--split", "train", "--adapter-path", tmp_path / "theirs")
+    words = (*words, "--samples", 0)
     assert said in run(*words, "--model", place / "model").stderr
     assert said not in run(*words, "--model", place / "other").stderr
 

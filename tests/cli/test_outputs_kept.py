@@ -64,6 +64,10 @@ def _with_adapter(p):
     return [*usual(p), "--top-k", 5, "--adapter-path", p / "run", "--split", "train"]
 
 
+def _evaluate(p):
+    return ["evaluate", *_with_adapter(p), "--samples", 0]
+
+
 def _sae_train(p):
     few = ["--training-tokens", 64, "--batch-size", 4, "--width", 64, "--k", 6]
     return ["sae", "train", "--model", p / "model", "--data", p / "words.jsonl", "--layer", 1, *few]
@@ -95,6 +99,7 @@ def _train(p):
     return ["train", *usual(p), "--top-k", 5, "--iters", 1]
 
 
+FEW = ("--max-tokens", 4)
 FOLDERS = {  # command -> (its words without the place, the option of the place, what it reads)
     "train": (_train, "--adapter-path", "model"),
     "train from an adapter": (
@@ -121,8 +126,8 @@ FOLDERS = {  # command -> (its words without the place, the option of the place,
     "demo": (lambda p: ["demo"], "--output", None),
 }  # fmt: skip
 FILES = {
-    "evaluate --json": (lambda p: ["evaluate", *_with_adapter(p)], "--json", "data/train.jsonl"),
-    "evaluate --csv": (lambda p: ["evaluate", *_with_adapter(p)], "--csv", "data/train.jsonl"),
+    "evaluate --json": (_evaluate, "--json", "data/train.jsonl"),
+    "evaluate --csv": (_evaluate, "--csv", "data/train.jsonl"),
     "features --json": (lambda p: ["features", *_with_adapter(p)], "--json", "model/config.json"),
     "features --csv": (lambda p: ["features", *_with_adapter(p)], "--csv", "model/config.json"),
     "features find --output": (_find, "--output", "words.jsonl"),
@@ -133,7 +138,8 @@ FILES = {
     "features data --csv": (_lessons, "--csv", "sae/cfg.json"),
     "features data --save-reward": (_lessons, "--save-reward", "model/config.json"),
     "compare --output": (
-        lambda p: ["compare", "--model", p / "model", "--adapter-path", p / "run", "--prompt", "a"],
+        lambda p: ["compare", "--model", p / "model", "--adapter-path", p / "run", "--prompt", "a",
+                   *FEW],
         "--output", "run/run.json",
     ),
     "report": (lambda p: ["report", p / "run"], "--output", "run/metrics.jsonl"),
@@ -164,7 +170,8 @@ FILES = {
     "cache list": (lambda p: ["cache", "list", "--folder", p], "--json", "ref/manifest.json"),
     "cache export": (lambda p: ["cache", "export", p / "ref"], "--output", "ref/manifest.json"),
     "pairs generate": (
-        lambda p: ["pairs", "generate", "--model", p / "model", "--prompts", p / "prompts.jsonl"],
+        lambda p: ["pairs", "generate", "--model", p / "model", "--prompts", p / "prompts.jsonl",
+                   *FEW],
         "--output", "prompts.jsonl",
     ),
     "pairs judge": (
@@ -427,7 +434,7 @@ def test_an_option_that_was_not_given_still_names_what_is_read(place, tmp_path):
 
 def test_a_word_that_is_no_place_is_not_taken_for_one(place, tmp_path):
     lines(tmp_path / "train/scores.json", {"mine": 1})  # `--split train`
-    words = ["evaluate", *_with_adapter(place), "--reference", place / "ref", "--samples", 0]
+    words = [*_evaluate(place), "--reference", place / "ref"]
     out = tmp_path / "train/scores.json"
     assert run(*words, "--json", out).exit_code == 2
     done = run(*words, "--json", out, "--overwrite")

@@ -215,6 +215,7 @@ def test_evaluate_judges_the_model_as_it_will_be_used(place, tmp_path):
     assert train(place, tmp_path / "run", *named).exit_code == 0
     (tmp_path / "run.yaml").write_text(f"project_out: {place / 'out.json'}\n")
     words = ["--top-k", 5, "--split", "train", "--adapter-path", tmp_path / "run"]
+    words += ["--samples", 2, "--max-tokens", 8]
     results = []
     for more in (["-c", tmp_path / "run.yaml"], []):
         out = tmp_path / f"{len(results)}.json"
