@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import forked
 import pytest
 from launchers import environment
 
@@ -26,7 +27,7 @@ files.atomic_folder = in_place
 """
 
 
-def kill_test(folder: Path, *words: str, first: str = "") -> tuple[int | None, str, str]:
+def kill_test(folder: Path, *words: str, first: str = "") -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of the script with these words."""
     code = (
         f"{first}\n"
@@ -34,7 +35,11 @@ def kill_test(folder: Path, *words: str, first: str = "") -> tuple[int | None, s
         f"sys.argv = ['kill_test.py', *{words!r}]\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
-    return forked.start(["-c", code], folder, environment()).end(500)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=folder,
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_killed_commands_leave_old_or_new_files_and_their_rerun_ends_the_same(tmp_path):
