@@ -74,7 +74,7 @@ def build_place(root: Path, plan: list[Case]) -> None:
         (root / name / "train.jsonl").write_text(text)
         valid = {**rows[0], "prompt": "Held out?"}
         (root / name / "valid.jsonl").write_text(json.dumps(valid) + "\n")
-    (root / "prompts.txt").write_text("".join(f"Question {n}?\n" for n in range(24)))
+    (root / "prompts.txt").write_text("".join(f"Question {n}?\n" for n in range(40)))
     (root / "rank4.yaml").write_text("lora_parameters: {rank: 4, scale: 3.0}\n")
     for words in made:
         main(words, standalone_mode=False)

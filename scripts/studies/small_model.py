@@ -10,7 +10,6 @@ its features are a trained model's and not those of random weights. Some 15 minu
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from mlx_lm.models.llama import Model, ModelArgs  # noqa: E402
 from tiny_tokenizer import build_tiny_tokenizer  # noqa: E402
 
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
+from fpo_mlx.storage import files  # noqa: E402
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 192,
@@ -87,11 +87,10 @@ def train(chats: list, folder: Path, updates: int) -> None:
         mx.eval(model.parameters(), optimizer.state)
         if number % 20 == 0:
             say(f"update {number} of {updates}: {value.item():.3f} nats per token")
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
+    files.write_json(folder / "config.json", CONFIG)
     weights = {k: v for k, v in tree_flatten(model.parameters()) if "rope" not in k}
-    half = folder / "half.safetensors"  # what is there under its name is whole
-    mx.save_safetensors(str(half), weights, {"format": "mlx"})
-    half.rename(folder / "model.safetensors")
+    with files.atomic_path(folder / "model.safetensors") as work:
+        mx.save_safetensors(str(work), weights, {"format": "mlx"})
 
 
 def loss(model: Model, tokens: mx.array) -> mx.array:
@@ -102,16 +101,13 @@ def loss(model: Model, tokens: mx.array) -> mx.array:
 def batches(chats: list, folder: Path) -> Iterator[mx.array]:
     """Rows of packed chats, again and again in another order: (BATCH, WINDOW + 1)."""
     tokenizer = load_tokenizer(folder)
-    stream = np.concatenate([tokenizer.text_tokens(render(chat)) for chat in chats])
+    texts = tokenizer.encode([tokenizer.render(chat, None, prompt=False) for chat in chats])
+    stream = np.concatenate(texts)
     count, rng = len(stream) // (WINDOW + 1), np.random.default_rng(0)
     packed = stream[: count * (WINDOW + 1)].reshape(count, WINDOW + 1)
     while True:
         for chosen in rng.permutation(count)[: count // BATCH * BATCH].reshape(-1, BATCH):
             yield mx.array(packed[chosen])
-
-
-def render(chat: list[dict[str, str]]) -> str:
-    return "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in chat)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ def kill_test(folder: Path, *words: str, first: str = "") -> tuple[int, str, str
 
 
 def test_killed_commands_leave_old_or_new_files_and_their_rerun_ends_the_same(tmp_path):
-    words = ["--kills", "18", "--signals", "2", "--seed", "4"]
+    words = ["--kills", "20", "--signals", "2", "--seed", "4"]
     names = ["precompute", "train", "sae convert", "pairs generate", "pairs judge"]
     code, out, err = kill_test(tmp_path, *words, *(w for name in names for w in ("--only", name)))
     assert code == 0, out + err
-    assert re.search(r"^survived 20 of 20,", out, re.MULTILINE)
+    assert re.search(r"^survived 22 of 22,", out, re.MULTILINE)
     assert re.search(r"^train, SIGTERM +1 ", out, re.MULTILINE)
 
 

@@ -78,15 +78,8 @@ def loss_of(pair: dict, setup: oracle.Setup) -> float:
 def test_the_losses_of_the_json_come_of_its_log_probs(place, tmp_path, preset, term):
     data = lines(tmp_path / "valid.jsonl", *({**r, **s} for r, s in zip(ROWS, SAYS, strict=True)))
     words = ["--split", "valid", "--top-k", K, "--adapter-path", place / "one"]
-    words += [
-        "--objective",
-        preset,
-        *WORDS.get(term, []),
-        "--samples",
-        0,
-        "--json",
-        tmp_path / "e.json",
-    ]
+    words += ["--objective", preset, *WORDS.get(term, []), "--json", tmp_path / "e.json"]
+    words += ["--samples", 0]
     done = run("evaluate", *usual(place, data=data.parent), *words)
     assert done.exit_code == 0, done.stderr
     assert "3 of 4 pairs bring" in done.stderr or term == "scores"

@@ -39,7 +39,7 @@ def test_a_run_starts_where_its_objective_says(root, forced, case):
 
 @pytest.mark.parametrize(
     ("weights", "dtype"),
-    [("plain", "float32"), ("affine", "bfloat16"), ("plain", "float16")],
+    [("plain", "float32"), ("affine", "bfloat16"), ("affine", "float16")],
 )
 def test_every_preset_starts_where_its_closed_form_says(root, forced, weights, dtype):
     """In half precision too, in micro batches whose shapes differ from the reference's."""
