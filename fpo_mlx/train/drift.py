@@ -11,8 +11,15 @@ A controller in logarithms: with e = ln(measured / wanted), measured a running m
 The first line is the integral part: it settles where measured = wanted, whatever the SAE's scale.
 The second answers at once, before the adapters have gone further. Below the target A falls only
 when the drift has stopped growing (the running mean is not above a slower one): else A would wind
-down during the whole way up, and the drift would shoot past. All figures are float64 and the same
-in every process, so a resumed run goes on to the bit.
+down during the whole way up, and the drift would shoot past.
+
+An optimizer that normalises its gradient (Adam) moves the features by its very steps, however large
+alpha is; a target below that is met by shorter steps alone. So alpha ends where the constraint at
+the target weighs PULL nats, more than all that a pair can gain, and A beyond it shortens the steps:
+
+    alpha = min(A, PULL / target) exp(clip(e, …))        step = min(1, PULL / (target A))
+
+All figures are float64 and the same in every process, so a resumed run goes on to the bit.
 """
 
 from __future__ import annotations
@@ -27,7 +34,9 @@ DECAY, SLOW = 0.9, 0.95  # of the running mean and of the slower one, per update
 GROWING = 1.15  # running mean over slower mean, above which the drift is still on its way
 INTEGRAL = 0.07  # I, per update
 S_BELOW, S_ABOVE = 3.0, math.log(5.0)  # alpha is at least a twentieth and at most five times A
-FIRST = {"drift": 30.0, "kl": 0.5}  # A before the first update
+FIRST = {"drift": 30.0, "kl": 0.5}  # A before the first update, where PULL allows it
+PULL = 1.0  # nats that the constraint weighs at the target, at most; a pair begins at ln 2
+SHORTEST = 0.01  # part of the optimizer's step that is taken at least
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,11 @@ class Controller:
     @staticmethod
     def for_drift(r: float) -> Controller:
         """Relative D is a square: features that move by r of their size have r^2."""
-        return Controller(r * r, FIRST["drift"])
+        return Controller(r * r, min(FIRST["drift"], PULL / (r * r)))
 
     @staticmethod
     def for_kl(nats: float) -> Controller:
-        return Controller(nats, FIRST["kl"])
+        return Controller(nats, min(FIRST["kl"], PULL / nats))
 
     @staticmethod
     def of(objective: Objective) -> Controller | None:
@@ -86,7 +95,13 @@ class Controller:
 
     @property
     def alpha(self) -> float:
-        return self.level * math.exp(min(max(self.error, -S_BELOW), S_ABOVE))
+        level = min(self.level, PULL / self.target)
+        return level * math.exp(min(max(self.error, -S_BELOW), S_ABOVE))
+
+    @property
+    def step(self) -> float:
+        """The part of the optimizer's step that is taken, 1 where alpha is enough."""
+        return min(1.0, PULL / (self.target * self.level))
 
     def after(self, value: float) -> Controller:
         """The controller after an update on pairs whose rejected responses measured `value`."""
@@ -95,7 +110,8 @@ class Controller:
         if seen.error < 0 and growing:
             return seen
         change = INTEGRAL * min(max(seen.error, -1.0), 1.0)
-        return replace(seen, level=seen.level * math.exp(change))
+        highest = PULL / (self.target * SHORTEST)
+        return replace(seen, level=min(seen.level * math.exp(change), highest))
 
     def saved(self) -> dict[str, float]:
         """As JSON holds it, to the bit."""

@@ -86,6 +86,17 @@ def one_length(grad_norm: float, config: TrainConfig, o: Objective) -> str | Non
     )
 
 
+def short_steps(o: Objective) -> str:
+    """What is said once where steps had to become shorter for the drift that was asked for."""
+    kl, drift = o.target_kl, o.target_drift
+    asked = f"--target-kl {kl:g}" if drift is None else f"--target-drift {drift:g}"
+    return (
+        f"{asked} is less than what the optimizer's steps cause by themselves: no alpha "
+        "holds it, so the steps are shortened (the learning rate that is shown is what is left). "
+        "A lower --learning-rate begins there; a larger target leaves more to learn"
+    )
+
+
 def _another_model(
     values: Mapping[str, np.ndarray], want: float, gap: float, apart: float, bound: float
 ) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.data import batches, pair_lengths
@@ -154,8 +155,7 @@ class Trainer:
                 self._window.add(values, tokens)
                 progress.skipped_in_a_row = 0
                 if self.drift is not None:
-                    figure = Controller.figure(self.scorer.objective)
-                    self._steer(self.drift.after(float(values[figure].mean())))
+                    self._drifted(self.drift, values)
                 progress.pairs += len(indices)
                 progress.tokens += tokens
             yield progress.iteration, grad_norm, skipped
@@ -166,6 +166,17 @@ class Trainer:
         if drift is not None:
             self.scorer.alpha = drift.alpha
             self.scorer.largest_pull = 0.5 * self.config.max_margin
+
+    def _drifted(self, drift: Controller, values: dict[str, np.ndarray]) -> None:
+        """Tell the controller what an update's pairs measured, and the user what it had to do."""
+        figure = Controller.figure(self.scorer.objective)
+        self._steer(drift.after(float(values[figure].mean())))
+        if self._part() < 1.0 and drift.step == 1.0:
+            self._window.notes.append(guard.short_steps(self.scorer.objective))
+
+    def _part(self) -> float:
+        """Of the optimizer's step, what the controller lets the adapters take."""
+        return 1.0 if self.drift is None else self.drift.step
 
     def _gradient(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
         """Mean gradient over the pairs, and their values in order: the same on every process."""
@@ -197,7 +208,11 @@ class Trainer:
         """Update the adapters, unless that makes one of them infinite: then the trouble."""
         self._good = dict(adapters.parameters(self.model))  # the guard let them pass
         before = self.optimizer.state
-        self.model.update(self._update(gradient, norm, self.model.trainable_parameters()))
+        parameters = self.model.trainable_parameters()
+        updated = self._update(gradient, norm, parameters)
+        if (step := self._part()) < 1.0:
+            updated = tree_map(lambda old, new: old + step * (new - old), parameters, updated)
+        self.model.update(updated)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         if _finite(self.model):
             return None
@@ -256,7 +271,7 @@ class Trainer:
             iteration=iteration,
             loss=means.pop("loss"),
             metrics=shown(means),
-            learning_rate=cast(float, self.optimizer.learning_rate.item()),
+            learning_rate=cast(float, self.optimizer.learning_rate.item()) * self._part(),
             grad_norm=grad_norm,
             pairs=self.progress.pairs,
             tokens_per_second=window.tokens / seconds,

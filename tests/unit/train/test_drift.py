@@ -6,11 +6,12 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 
 from fpo_mlx.config import PRESETS, Objective
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.train.drift import FIRST, INTEGRAL, S_ABOVE, S_BELOW, Controller
+from fpo_mlx.train.drift import FIRST, INTEGRAL, PULL, S_ABOVE, S_BELOW, SHORTEST, Controller
 
 
 def test_by_hand_at_the_target_alpha_stays_and_above_it_alpha_rises():
@@ -25,11 +26,12 @@ def test_by_hand_at_the_target_alpha_stays_and_above_it_alpha_rises():
 
 def test_the_running_mean_has_no_bias_towards_zero():
     drift = Controller.for_kl(5.0)
+    start = drift.alpha
     for _ in range(3):
         drift = drift.after(5.0)
     assert drift.fast.value == pytest.approx(5.0)
     assert drift.slow.value == pytest.approx(5.0)
-    assert drift.alpha == pytest.approx(FIRST["kl"])
+    assert drift.alpha == pytest.approx(start)
 
 
 def test_far_from_the_target_alpha_is_bounded_by_its_swing():
@@ -39,15 +41,21 @@ def test_far_from_the_target_alpha_is_bounded_by_its_swing():
 
 
 def test_the_level_does_not_wind_down_while_the_drift_still_grows():
-    drift = Controller.for_drift(0.3)
+    drift = start = Controller.for_drift(0.3)
     for n in range(1, 40):
         drift = drift.after((0.002 * n) ** 2)
     assert drift.fast.value < 0.3**2
-    assert drift.level > 0.35 * FIRST["drift"]  # winding down all the way would leave 0.065
+    assert drift.level > 0.35 * start.level  # winding down all the way would leave 0.065
     stuck = drift
     for _ in range(60):
         stuck = stuck.after(drift.fast.value)
     assert stuck.level < 0.3 * drift.level
+
+
+def test_at_the_start_the_constraint_weighs_no_more_at_the_target_than_at_any_time():
+    assert Controller.for_kl(1.0).alpha == FIRST["kl"]
+    assert Controller.for_kl(5.0).alpha == pytest.approx(PULL / 5.0)
+    assert Controller.for_drift(0.3).alpha == pytest.approx(PULL / 0.09)
 
 
 def test_nothing_moved_yet_leaves_alpha_where_it_began():
@@ -75,6 +83,47 @@ def plant(seed: int, rate: float, pull: float, target: float, updates: int = 140
 def test_it_settles_within_a_tenth_of_the_target_at_any_rate_and_pull(target, rate, pull):
     means = [plant(seed, rate, pull, target) for seed in range(8)]
     assert sum(means) / len(means) == pytest.approx(1.0, abs=0.1)
+
+
+def restless(rate: float, target: float, updates: int = 300) -> tuple[float, float, Controller]:
+    """(drift at the end over the target, what was learned, the controller) where steps are noise.
+
+    200 adapters move by their rate whatever the size of their gradient, as Adam's do: along the
+    pull, against the constraint, and by noise of twice the pull.
+    """
+    noise, drift = np.random.default_rng(0), Controller.for_drift(target)
+    x, seen = np.zeros(200), []
+    for _ in range(updates):
+        gradient = 0.01 + noise.normal(0, 0.02, 200) - drift.alpha * x / 200
+        x += drift.step * rate * np.tanh(gradient / 0.01)
+        drift = drift.after(float((x**2).mean()))
+        seen.append(float(np.sqrt((x**2).mean())) / target)
+    return sum(seen[-50:]) / 50, float(x.mean()), drift
+
+
+def test_a_target_below_what_the_steps_cause_is_met_by_smaller_steps():
+    drift, learned, controller = restless(rate=0.2, target=0.05)
+    assert drift == pytest.approx(1.0, abs=0.1)
+    assert learned > 0.1 * 0.05, "what the pairs teach is not drowned"
+    assert controller.step < 0.6
+    assert controller.alpha * controller.target == pytest.approx(PULL, rel=0.2)
+
+
+def test_a_target_that_alpha_can_hold_leaves_the_steps_whole():
+    drift, _, controller = restless(rate=0.01, target=0.1)
+    assert drift == pytest.approx(1.0, abs=0.1)
+    assert controller.step == 1.0
+
+
+def test_neither_alpha_nor_the_steps_wind_up_against_a_drift_that_nothing_moves():
+    drift = Controller.for_drift(0.1)
+    for _ in range(2000):
+        drift = drift.after(1.0)
+    assert drift.alpha == pytest.approx(5 * PULL / 0.01)
+    assert drift.step == pytest.approx(SHORTEST)
+    for _ in range(120):
+        drift = drift.after(1e-4)
+    assert drift.step == 1.0
 
 
 def test_a_saved_controller_goes_on_to_the_bit():
