@@ -6,47 +6,80 @@ change nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+
+from fpo_mlx.records import TokenPair
 
 # Pairs are sorted by length within pools of this many batches: little padding, and yet other
 # company for a pair in every epoch.
 POOL = 32
 
 
-def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+def epoch_batches(
+    lengths: np.ndarray, batch_size: int, seed: int, epoch: int, twins: np.ndarray | None = None
+) -> list[np.ndarray]:
     """The batches of one epoch, as indices into `lengths`.
 
-    lengths: [N], tokens of each pair. Returns ceil(N / batch_size) int64 arrays of at most
-    batch_size indices, ascending by length: every pair once, pairs of similar length together, the
-    batches in random order (one may be short). Equal arguments give equal batches, on any machine
-    and with any numpy.
+    lengths: [N], tokens of each pair. twins: of `mirrored`; such two stand next to each other, in
+    one batch where batch_size is even and all have a twin. Returns ceil(N / batch_size) int64
+    arrays of at most batch_size indices, ascending by length (of the first of two): every pair
+    once, pairs of similar length together, the batches in random order (one may be short). Equal
+    arguments give equal batches, on any machine and with any numpy.
     """
     lengths = np.asarray(lengths)
-    order = _shuffled(len(lengths), seed, epoch, 0)  # [N]
-    batches: list[np.ndarray] = []
-    for start in range(0, len(order), POOL * batch_size):
-        pool = order[start : start + POOL * batch_size]
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
+    sizes = np.ones(len(lengths), int) if twins is None else _sizes(twins)
+    dealt = np.flatnonzero(sizes)  # a pair, or the first of two
+    dealt = dealt[_shuffled(len(dealt), seed, epoch, 0)]
+    pools = (np.cumsum(sizes[dealt]) - sizes[dealt]) // (POOL * batch_size)
+    dealt = dealt[np.lexsort((lengths[dealt], pools))]
+    order = np.array([i for at in dealt for i in range(at, at + sizes[at])], int)
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     return [batches[at] for at in _shuffled(len(batches), seed, epoch, 1)]
 
 
+def _sizes(twins: np.ndarray) -> np.ndarray:
+    """How many pairs are dealt with each: [N] of 1, of 2 and then 0 for two that go together."""
+    sizes = np.ones(len(twins), int)
+    sizes[twins] = 2
+    sizes[1:][twins[:-1]] = 0
+    return sizes
+
+
+def mirrored(pairs: Sequence[TokenPair]) -> np.ndarray | None:
+    """[N] bool: a pair that the next one turns round; None where there is none.
+
+    Such rows come of `pairs build --reward-augmented`: one answer is better for one wanted score,
+    the other for the other. In one update what both say of the answers themselves cancels, and what
+    is left is the score.
+    """
+    twins = np.zeros(len(pairs), bool)
+    for i in range(1, len(pairs)):
+        one, two = pairs[i - 1], pairs[i]
+        twins[i - 1] = (
+            not (i > 1 and twins[i - 2])
+            and np.array_equal(one.chosen, two.rejected)
+            and np.array_equal(one.rejected, two.chosen)
+        )
+    return twins if twins.any() else None
+
+
 def batches(
-    lengths: np.ndarray, batch_size: int, seed: int, start: int = 0
-) -> Iterator[tuple[int, int, np.ndarray]]:
+    lengths: np.ndarray, batch_size: int, seed: int, start: int = 0,
+    twins: np.ndarray | None = None,
+) -> Iterator[tuple[int, int, np.ndarray]]:  # fmt: skip
     """Batches without end: (epoch, position, indices).
 
     position counts batches from 0 over all epochs; `start` is the first position to yield, so a
-    run that has done n updates goes on with start=n.
+    run that has done n updates goes on with start=n. twins: of `mirrored`.
     """
     each = batches_per_epoch(len(lengths), batch_size)
     if each == 0:
         raise ValueError("no pairs to make batches of")
     epoch, skip = divmod(start, each)
     while True:
-        for offset, indices in enumerate(epoch_batches(lengths, batch_size, seed, epoch)):
+        for offset, indices in enumerate(epoch_batches(lengths, batch_size, seed, epoch, twins)):
             if offset >= skip:
                 yield epoch, epoch * each + offset, indices
         epoch, skip = epoch + 1, 0

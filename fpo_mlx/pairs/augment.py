@@ -20,7 +20,7 @@ def with_score(prompt: Prompt, score: float) -> Prompt:
 
 
 def score_turns(turns: Turns, score: float) -> Turns:
-    sentence = SENTENCE.format(score=f"{score:.3g}")
+    sentence = SENTENCE.format(score=f"{score:.2g}")
     if turns[0]["role"] in ("system", "developer"):
         first = dict(turns[0]) | {"content": f"{turns[0]['content']}\n\n{sentence}"}
         return (first, *turns[1:])

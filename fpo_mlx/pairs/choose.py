@@ -139,15 +139,20 @@ def _edited(found: Candidates, label: Label, scores: dict[int, float]) -> Iterat
 
 
 def augmented(pair: Pair) -> Iterator[Pair]:
-    """Both rows of a scored pair (arXiv 2410.08067, eq. 6): the wanted score decides who wins."""
-    other = replace(
+    """Both rows of a scored pair (arXiv 2410.08067, section 3): the wanted score decides who wins.
+
+    Their scores say how far each answer is from what is asked for (the paper squares it), so that
+    the chosen one's is the higher in both; the true scores stand beside the wanted one.
+    """
+    own, other = pair.score_chosen, pair.score_rejected
+    missed = -abs(own - other)
+    turned = replace(
         pair, chosen=pair.rejected, rejected=pair.chosen, tokens=pair.tokens[::-1],
-        score_chosen=pair.score_rejected, score_rejected=pair.score_chosen,
     )  # fmt: skip
-    for one in (pair, other):
-        wanted = one.score_chosen
-        source = pair.source | {"wanted": wanted}
-        yield replace(one, prompt=score_turns(pair.prompt, wanted), source=source)
+    for one, scores in ((pair, [own, other]), (turned, [other, own])):
+        source = pair.source | {"wanted": scores[0], "scores": scores}
+        prompt = score_turns(pair.prompt, scores[0])
+        yield replace(one, prompt=prompt, score_chosen=0.0, score_rejected=missed, source=source)
 
 
 def balanced(pairs: Sequence[Pair], seed: int, left: Left) -> list[Pair]:

@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from fpo_mlx.config import TrainConfig
-from fpo_mlx.data import batches, pair_lengths
+from fpo_mlx.data import batches, mirrored, pair_lengths
 from fpo_mlx.errors import Diverged, Interrupted, ModelError
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.train import guard
@@ -134,7 +134,8 @@ class Trainer:
         progress, size = self.progress, self.config.batch_size
         update_pairs = size * self._step  # so accumulation changes nothing else
         done = progress.iteration // self._step
-        order = batches(pair_lengths(self.train.pairs), update_pairs, self.config.seed, done)
+        pairs, seed = self.train.pairs, self.config.seed
+        order = batches(pair_lengths(pairs), update_pairs, seed, done, mirrored(pairs))
         while progress.iteration < self.total:
             count = min(self._step, self.total - progress.iteration)
             indices = next(order)[2][: count * size]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpo_mlx.data import batches, batches_per_epoch, epoch_batches, micro_batches
+from fpo_mlx.data import batches, batches_per_epoch, epoch_batches, micro_batches, mirrored
+from fpo_mlx.records import TokenPair
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=80).map(np.array)
 SEED = st.integers(0, 2**40)
@@ -82,3 +83,39 @@ def test_no_pairs_give_no_batches():
     assert epoch_batches(np.array([], dtype=int), 4, 0, 0) == []
     with pytest.raises(ValueError, match="no pairs"):
         next(batches(np.array([], dtype=int), 4, 0))
+
+
+# Rows that turn each other round -----------------------------------------------------------------
+
+
+def pair(prompt, chosen, rejected):
+    return TokenPair(np.array(prompt), np.array(chosen), np.array(rejected), 0)
+
+
+def test_a_row_and_the_next_one_that_turns_it_round_are_twins():
+    plain, one, two = pair([1], [7], [8]), pair([1, 5], [2, 3], [4]), pair([1, 6], [4], [2, 3])
+    assert mirrored([plain, plain, one]) is None
+    assert mirrored([one, plain, two]) is None, "only neighbours"
+    assert mirrored([plain, one, two, plain]).tolist() == [False, True, False, False]
+    assert mirrored([one, two, one]).tolist() == [True, False, False], "each is in one pair of them"
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(1, 9), SEED, st.integers(0, 5))
+def test_with_twins_every_pair_comes_once_and_twins_follow_each_other(two, size, seed, epoch):
+    """two: for each that is dealt whether it has a twin; there is one that has."""
+    twins = np.array([flag for has in (*two, True) for flag in ([True, False] if has else [False])])
+    lengths = np.random.default_rng(seed).integers(1, 50, len(twins))
+    made = epoch_batches(lengths, size, seed, epoch, twins)
+    assert sorted(np.concatenate(made)) == list(range(len(twins)))
+    assert len(made) == batches_per_epoch(len(twins), size)
+    assert sum(len(batch) < size for batch in made) <= 1
+    for batch in made:
+        assert all(b == a + 1 for a, b in itertools.pairwise(batch) if twins[a])
+
+
+@given(st.integers(1, 40), st.sampled_from([2, 4, 8]), SEED)
+def test_where_all_have_a_twin_an_even_batch_never_parts_them(count, size, seed):
+    twins = np.tile([True, False], count)
+    lengths = np.random.default_rng(seed).integers(1, 50, 2 * count)
+    for batch in epoch_batches(lengths, size, seed, 0, twins):
+        assert all((at ^ 1) in batch for at in batch)

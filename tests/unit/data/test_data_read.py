@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fpo_mlx.data import HubSplits, find_splits, read_raw, read_split
@@ -176,6 +176,8 @@ def test_any_bytes_give_rows_or_a_data_error(tmp_path, content):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(st.integers(0, 300), st.binary(min_size=1, max_size=3))
+@example(0, b"BZh")  # the damage may be the mark of a packed file: no row to name
+@example(0, b"PK")
 def test_a_damaged_file_gives_rows_or_a_data_error(tmp_path, at, damage):
     content = lines(FEEDBACK, PAIR).encode()
     file = tmp_path / "train.jsonl"
@@ -183,6 +185,6 @@ def test_a_damaged_file_gives_rows_or_a_data_error(tmp_path, at, damage):
     try:
         rows = read_split(file)
     except DataError as error:
-        assert error.faults  # noqa: PT017
+        assert error.faults or str(file) in str(error)  # noqa: PT017
         return
     assert len(rows) == len(read_raw(file, "train"))

@@ -183,7 +183,11 @@ def test_reward_augmented_rows_ask_for_the_score_of_the_chosen_answer(tmp_path):
     for row in made:
         wanted = row["prompt"][0]["content"].removesuffix(".").split()[-1]
         assert row["chosen"][0]["content"].split()[-1] == wanted
-        assert row["score_chosen"] == float(wanted)
+        own, other = row["from"]["scores"]
+        assert row["from"]["wanted"] == own == float(wanted)
+        assert (row["score_chosen"], row["score_rejected"]) == (0.0, -abs(own - other))
+        assert own != other
+    assert "scores disagree" not in done.stderr
     assert [row["prompt"][0]["content"][-2] for row in made].count("2") == 60
 
 
