@@ -20,15 +20,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from frontier_rewards import held_out_prompts, training_prompts
-from pairs_end_to_end import QUIET, REWARD, about, compare, markdown, prompts, sentiment
+from pairs_end_to_end import (
+    QUIET,
+    REWARD,
+    TOKENS,
+    about,
+    answer,
+    compare,
+    markdown,
+    of_answers,
+    prompts,
+)  # fmt: skip
 from texts import ROOT, Steps, say
 
 from fpo_mlx import machine
 from fpo_mlx.storage import files
 
-TOKENS, N, HELD_N = 32, 4, 2  # HELD_N: answers to a held-out prompt
+HELD_N = 2  # answers to a held-out prompt
 HIGH, LOW = 0.9, -0.5  # scores that are asked for
 BUILD = {"margin": 0.9, "per_prompt": 2, "valid_share": 0.0, "keep_cut": True, "force": True}
 TRAIN = {
@@ -87,7 +96,7 @@ def pairs(o: argparse.Namespace) -> Path:
     if not made.is_dir():
         source = prompts(o.work / "prompts.txt", training_prompts()[: o.prompts])
         candidates = o.work / "candidates.jsonl"
-        answer(o, candidates, source, None, 1, None, N)
+        answer(o, candidates, source, None, seed=1)
         judge = JudgeConfig(reward=REWARD)
         pipeline.pairs_judge(judge, candidates=candidates, output=verdicts, say=say)
         pipeline.pairs_build(
@@ -117,34 +126,11 @@ def tune(o: argparse.Namespace, seed: int) -> Path:
 def ask(
     o: argparse.Namespace, who: str, adapter: Path | None, seed: int, way: str
 ) -> dict[str, Any]:
-    from fpo_mlx.pairs.records import open_candidates
-
     texts = held_out_prompts()[: o.held_out]
     out = o.work / f"{who}-{seed}-asked-{way}.jsonl"
-    answer(o, out, prompts(o.work / "held-out.txt", texts), adapter, seed, WAYS[way], HELD_N)
-    found = {one.prompt.text: one.candidates for one in open_candidates(out)}
-    answers = [one for text in texts for one in found[text]]
-    return {
-        "reward": [float(np.mean([sentiment(t, c.text) for c in found[t]])) for t in texts],
-        "tokens": float(np.mean([c.tokens for c in answers])),
-        "cut": float(np.mean([c.finish == "length" for c in answers])),
-        "different": len({c.text for c in answers}) / len(answers),
-        "examples": [c.text for c in answers[:: max(1, len(answers) // 6)]],
-    }
-
-
-def answer(
-    o: argparse.Namespace, out: Path, source: Path, adapter: Path | None, seed: int,
-    score: float | None, n: int,
-) -> None:  # fmt: skip
-    from fpo_mlx import pipeline
-    from fpo_mlx.pairs.settings import GenerateConfig
-
-    settings = GenerateConfig(
-        model=str(o.model), adapter_path=adapter and str(adapter), prompts=str(source), n=n,
-        max_tokens=TOKENS, seed=seed, score_in_prompt=score,
-    )  # fmt: skip
-    pipeline.pairs_generate(settings, output=out, say=say)
+    source = prompts(o.work / "held-out.txt", texts)
+    answer(o, out, source, adapter, seed, WAYS[way], HELD_N)
+    return of_answers(out, texts)
 
 
 def write(o: argparse.Namespace, found: dict[str, dict[int, dict[str, Any]]]) -> None:

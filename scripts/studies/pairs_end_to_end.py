@@ -2,17 +2,15 @@
 
     python scripts/studies/pairs_end_to_end.py --model M --sae S       all; again to go on
     python scripts/studies/pairs_end_to_end.py --minutes 60            begin no part later
-    python scripts/studies/pairs_end_to_end.py --parts one,augmented   some of it
+    python scripts/studies/pairs_end_to_end.py --parts one,two         some of it
 
 Answers to training prompts, judged by the sentiment of VADER (package vaderSentiment, Hutto and
 Gilbert 2014), built into pairs, FPO trained on them; then prompts on other things answered by the
 base and by what was tuned, with the same noise. Parts, each once per seed:
 
-    one         one round
-    augmented   the same answers built with --reward-augmented; base and tuned model are asked for a
-                high and for a low score
-    two         a second round, of the answers of the first round's model
-    longer      one round with the updates of two: are new answers worth more than more updates?
+    one      one round
+    two      a second round, of the answers of the first round's model
+    longer   one round with the updates of two: are new answers worth more than more updates?
 
 Everything lies in --work, results/pairs-end-to-end.json and .md are written anew after each part.
 Intervals: 95 % bootstrap over the held-out prompts, all seeds' answers to a prompt together.
@@ -60,11 +58,10 @@ ALL = THINGS + MORE
 FORMS = ("Write one sentence about {}.", "What do you think of {}?")
 HELD_OUT = 42  # the last things; they are asked about in the first form
 TOKENS, N, HELD_N = 32, 4, 2  # HELD_N: answers to a held-out prompt
-HIGH, LOW = 0.9, -0.5  # scores that are asked for
 TRAIN = {"batch_size": 1, "epochs": 1.5, "learning_rate": 1e-4, "feature_scale": "raw"}
 QUIET = {"steps_per_eval": 100_000, "val_batches": 0, "save_every": 100_000}
 RESULTS = ROOT / "scripts" / "studies" / "results" / "pairs-end-to-end"
-PARTS = ("one", "augmented", "two", "longer")
+PARTS = ("one", "two", "longer")
 STOPPED = "stopped-by-the-guard.txt"
 NOISE = 1000  # between the seeds of two rounds
 REWARD = f"{Path(__file__).resolve()}:sentiment"
@@ -129,22 +126,8 @@ def longer(o: argparse.Namespace, seed: int) -> dict[str, Any]:
     return before_and_after(o, "longer", seed, pairs, adapter)
 
 
-def augmented(o: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """The base asked the same two ways is the control: what the sentence does untrained."""
-    folder = first_answers(o, seed)
-    pairs = build(folder, "augmented", seed, reward_augmented=True)
-    adapter = tune(o, folder, pairs, seed)
-    found: dict[str, Any] = {"part": "augmented", "seed": seed, "pairs": about(pairs)["pairs"]}
-    found["stopped"] = (adapter / STOPPED).exists()
-    for who, taken in (("base", None), ("tuned", adapter)):
-        for way, score in (("high", HIGH), ("low", LOW)):
-            out = folder / f"{who}-asked-{way}.jsonl"
-            found[f"{who} {way}"] = held(o, out, taken, seed, score)
-    return found
-
-
 RUN: dict[str, Callable[[argparse.Namespace, int], dict[str, Any]]] = {
-    "one": one, "augmented": augmented, "two": two, "longer": longer,
+    "one": one, "two": two, "longer": longer,
 }  # fmt: skip
 
 
@@ -183,7 +166,7 @@ def answer(
     pipeline.pairs_generate(settings, output=out, say=say)
 
 
-def build(folder: Path, name: str, seed: int, *, reward_augmented: bool = False) -> Path:
+def build(folder: Path, name: str, seed: int) -> Path:
     """Cut answers are kept: with so few tokens many are cut, before and after alike."""
     from fpo_mlx import pipeline
     from fpo_mlx.pairs.settings import BuildConfig, JudgeConfig
@@ -193,10 +176,7 @@ def build(folder: Path, name: str, seed: int, *, reward_augmented: bool = False)
         reward = JudgeConfig(reward=REWARD)
         pipeline.pairs_judge(reward, candidates=candidates, output=verdicts, say=say)
         pipeline.pairs_build(
-            BuildConfig(
-                keep_cut=True, valid_share=0.0, seed=seed, force=True,
-                reward_augmented=reward_augmented,
-            ),
+            BuildConfig(keep_cut=True, valid_share=0.0, seed=seed, force=True),
             candidates=candidates, verdicts=[verdicts], output=folder / name, say=say,
         )  # fmt: skip
     return folder / name
@@ -247,15 +227,18 @@ def before_and_after(
     }  # fmt: skip
 
 
-def held(
-    o: argparse.Namespace, out: Path, adapter: Path | None, seed: int, score: float | None = None
-) -> dict[str, Any]:
-    """Per held-out prompt the mean reward of its answers, in the order of the prompts."""
+def held(o: argparse.Namespace, out: Path, adapter: Path | None, seed: int) -> dict[str, Any]:
+    """Rewards of the model's answers to the held-out prompts."""
+    asked = [FORMS[0].format(thing) for thing in ALL[-HELD_OUT:]][: o.held_out]
+    answer(o, out, prompts(o.work / "held-out.txt", asked), adapter, seed, n=HELD_N)
+    return of_answers(out, asked)
+
+
+def of_answers(path: Path, asked: Sequence[str]) -> dict[str, Any]:
+    """Per prompt the mean reward of its answers in this file, in the order of the prompts."""
     from fpo_mlx.pairs.records import open_candidates
 
-    asked = [FORMS[0].format(thing) for thing in ALL[-HELD_OUT:]][: o.held_out]
-    answer(o, out, prompts(o.work / "held-out.txt", asked), adapter, seed, score, HELD_N)
-    found = {one.prompt.text: one.candidates for one in open_candidates(out)}
+    found = {one.prompt.text: one.candidates for one in open_candidates(path)}
     answers = [answer for text in asked for answer in found[text]]
     return {
         "reward": [float(np.mean([sentiment(t, c.text) for c in found[t]])) for t in asked],
@@ -311,9 +294,6 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for s, (a, b) in both.items()
         }
         rows.append(compare(f"two against {other}", joined, "before", "after"))
-    for who in ("base", "tuned"):
-        name = f"augmented: {who} asked for {HIGH} against {LOW}"
-        rows.append(compare(name, by["augmented"], f"{who} low", f"{who} high"))
     return [row for row in rows if row]
 
 

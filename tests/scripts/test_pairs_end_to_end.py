@@ -38,16 +38,8 @@ def test_every_part_is_made_once_and_a_second_start_makes_nothing(tmp_path, monk
     found = json.loads((tmp_path / "output.json").read_text())
     assert [(r["part"], r["seed"]) for r in found["records"]] == [(part, 1) for part in study.PARTS]
     rows = {row["what"]: row for row in found["summary"]}
-    assert len(rows) == 7
+    assert len(rows) == 5
     assert rows["two against one"]["from"] == rows["one: after against before"]["to"]
-    asked = (tmp_path / "work/seed-1/one/tuned-asked-high.jsonl").read_text().splitlines()
-    made = [json.loads(line) for line in asked]
-    assert made[0]["prompt"][0]["content"] == f"Write an answer whose score is {study.HIGH}."
-    pairs = tmp_path / "work" / "seed-1" / "one"
-    plain, twice = (
-        (pairs / n / "train.jsonl").read_text().splitlines() for n in ("pairs", "augmented")
-    )
-    assert len(twice) == 2 * len(plain) > 0
     before = (tmp_path / "output.json").read_bytes()
     monkeypatch.setattr(study, "RUN", {})  # a part that ran again would not be found
     assert study.main(words) == 0
