@@ -27,8 +27,8 @@ from fpo_mlx.demo import smollm2
 from fpo_mlx.machine import blas
 
 NAMES = (
-    "main-256", "main-76", "main-512", "sae", "vocabulary", "pairs", "precompute", "length",
-    "precision", "profile",
+    "main-256", "main-76", "main-512", "sae", "control", "vocabulary", "pairs", "precompute",
+    "length", "precision", "profile",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from fpo_mlx import cache
 from fpo_mlx.cache.identity import CacheIdentity
+from fpo_mlx.config import Objective
 from fpo_mlx.core import features as F
 from fpo_mlx.core.logprobs import Head, token_logps
 from fpo_mlx.model.heads import find_backbone, find_head
@@ -24,6 +25,8 @@ from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Layout
 from fpo_mlx.model.reader import encoder_of
 from fpo_mlx.reference import open_backend
+from fpo_mlx.train.drift import PULL, Controller
+from fpo_mlx.train.scoring import Scorer
 
 Say = Callable[[str], None]
 LENGTHS = {"main-256": (256, 90, 70), "main-76": (76, 154, 77), "main-512": (512, 256, 256)}
@@ -226,6 +229,34 @@ def length(plan: Plan) -> bm.Result:
     return bm.Result("length", "FPO, time a token", rows, table, notes, checks)
 
 
+def control(plan: Plan) -> bm.Result:
+    """FPO with a given alpha against one that a controller finds, with whole and halved steps."""
+    world = plan.world
+    pair = bs.make_pair(*LENGTHS["main-76"], world.vocab)
+    sae = bs.random_sae(world, SMALL_SAE, pair)
+    refs = bs.score(world, [pair], sae)
+    given = Objective(alpha=30.0, feature_scale="reference")
+    found = Objective(target_drift=0.1)
+    whole = Controller.for_drift(0.1)
+    half = replace(whole, level=2 * PULL / whole.target)
+    subjects: list[bm.Subject] = [
+        bs.our_step(world, "", [pair], refs, name=name, drift=drift,
+                    scorer=Scorer(world.policy, [encoder_of(sae)], objective))
+        for name, objective, drift in (
+            ("alpha given", given, None),
+            ("alpha found", found, whole),
+            ("alpha found, steps halved", found, half),
+        )
+    ]  # fmt: skip
+    samples = plan.measure(subjects)
+    checks = [
+        bm.Check(f"{name} / alpha given, time", bm.time_ratio(samples, name, "alpha given"), 1.01)
+        for name in ("alpha found", "alpha found, steps halved")
+    ]
+    rows = bm.rows_of(samples, "alpha given")
+    return bm.Result("control", "alpha by a controller", rows, checks=checks)
+
+
 def precision(plan: Plan) -> bm.Result:
     """What the encoder's matrix may be kept in: pooled features against float32's."""
     world, table = plan.world, []
@@ -298,6 +329,7 @@ def profile(plan: Plan) -> bm.Result:
 CASES: dict[str, Callable[[Plan], bm.Result]] = {
     **{case: lambda plan, case=case: lengths(plan, case) for case in LENGTHS},
     "sae": sae_width,
+    "control": control,
     "vocabulary": vocabulary,
     "pairs": pairs_a_step,
     "precompute": precompute,

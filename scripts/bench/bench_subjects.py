@@ -22,6 +22,7 @@ from fpo_mlx.model.reader import encoder_of
 from fpo_mlx.pipeline.device_check import speed
 from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
 from fpo_mlx.train.checkpoint import AdapterFolder
+from fpo_mlx.train.drift import Controller
 from fpo_mlx.train.metrics import ScoredPairs
 from fpo_mlx.train.optimizer import gradient_norm
 from fpo_mlx.train.scoring import Scorer
@@ -144,10 +145,16 @@ def our_step(
     share: bool = True,
     micro: int = 1,
     name: str = "",
+    drift: Controller | None = None,
 ) -> Local:
-    """Gradient of all pairs and one update, as `Trainer` does it."""
+    """Gradient of all pairs and one update, as `Trainer` does it.
+
+    drift: the controller to begin with, where the scorer's objective has one.
+    """
     scorer = scorer or make_scorer(world, preset, sae)
     trainer = make_trainer(scorer, pairs, refs, micro)
+    if drift is not None:
+        trainer._steer(drift)
     everything = np.arange(len(pairs))
 
     def run() -> None:
@@ -155,7 +162,10 @@ def our_step(
         world.policy.shares_prompt = before and share
         trainer.model.train()
         try:
-            update(trainer, trainer._gradient(everything)[1])
+            values, gradient = trainer._gradient(everything)
+            update(trainer, gradient)
+            if trainer.drift is not None:
+                trainer._drifted(trainer.drift, values)
         finally:
             world.policy.shares_prompt = before
             trainer.model.eval()
