@@ -20,7 +20,9 @@ def with_score(prompt: Prompt, score: float) -> Prompt:
 
 
 def score_turns(turns: Turns, score: float) -> Turns:
-    sentence = SENTENCE.format(score=f"{score:.2g}")
+    """Two digits of the score: more of them are only more tokens that mean nothing."""
+    rounded = float(f"{score:.2g}") + 0.0  # no -0
+    sentence = SENTENCE.format(score=f"{rounded:g}")
     if turns[0]["role"] in ("system", "developer"):
         first = dict(turns[0]) | {"content": f"{turns[0]['content']}\n\n{sentence}"}
         return (first, *turns[1:])

@@ -128,11 +128,14 @@ def test_equal_and_nearly_equal_pairs_are_found():
 def test_the_wanted_score_stands_at_the_end_of_the_system_text():
     user = ({"role": "user", "content": "Q"},)
     assert score_turns(user, 0.51234)[0] == {
-        "role": "system", "content": "Write an answer whose score is 0.512."
+        "role": "system", "content": "Write an answer whose score is 0.51."
     }  # fmt: skip
     own = ({"role": "system", "content": "Be kind."}, *user)
     assert score_turns(own, 2.0)[0]["content"] == "Be kind.\n\nWrite an answer whose score is 2."
     assert score_turns(own, 2.0)[1:] == user
+    scores = {-0.5719: "-0.57", -0.0: "0", -0.001: "-0.001", 87.5: "88", 1234.0: "1200"}
+    for score, words in scores.items():
+        assert score_turns(user, score)[0]["content"].endswith(f" is {words}.")
 
 
 # The command --------------------------------------------------------------------------------------
