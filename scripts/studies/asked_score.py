@@ -41,8 +41,8 @@ HELD_N = 2  # answers to a held-out prompt
 HIGH, LOW = 0.9, -0.5  # scores that are asked for
 BUILD = {"margin": 0.9, "per_prompt": 2, "valid_share": 0.0, "keep_cut": True, "force": True}
 TRAIN = {
-    "objective": "dpo", "batch_size": 32, "micro_batch_size": 2, "epochs": 1, "learning_rate": 3e-4,
-    "nll_weight": 0.1, "max_logp_drop": 1e9, "steps_per_report": 1,
+    "objective": "dpo", "batch_size": 32, "micro_batch_size": 2, "epochs": 0.8, "learning_rate": 3e-4,
+    "max_logp_drop": 1e9, "steps_per_report": 1,
 }  # fmt: skip
 RESULTS = ROOT / "scripts" / "studies" / "results" / "asked-score"
 WAYS = {"high": HIGH, "low": LOW}
@@ -53,7 +53,8 @@ def main(words: Sequence[str] | None = None) -> int:
     machine.set_up()
     begun, seeds = time.monotonic(), [int(seed) for seed in o.seeds.split(",")]
     settings = ("model", "prompts", "held_out", "epochs", "rate")
-    steps = Steps(o.work, {name: str(getattr(o, name)) for name in settings})
+    fixed = {"train": str(TRAIN), "build": str(BUILD)}
+    steps = Steps(o.work, {name: str(getattr(o, name)) for name in settings} | fixed)
     found: dict[str, dict[int, dict[str, Any]]] = {"tuned": {}, "base": {}}
     for who, seed in ((who, seed) for who in found for seed in seeds):
         if o.minutes and time.monotonic() - begun > 60 * o.minutes:
@@ -143,8 +144,8 @@ def write(o: argparse.Namespace, found: dict[str, dict[int, dict[str, Any]]]) ->
     head = (
         f"# Asked for a score\n\n`python scripts/studies/asked_score.py --model "
         f"{Path(o.model).name}`: {made} pairs, scores at least {BUILD['margin']} apart, in two "
-        f"rows each; DPO at {o.rate:g} with a likelihood term of {TRAIN['nll_weight']:g}, "
-        f"{o.epochs:g} epochs of {TRAIN['batch_size']} rows an update; "
+        f"rows each; DPO at {o.rate:g}, {o.epochs:g} of an epoch, {TRAIN['batch_size']} rows an "
+        "update; "
         f"{o.held_out} held-out prompts with {HELD_N} answers of {TOKENS} tokens, sentiment by "
         "VADER.\n\n"
     )
