@@ -87,10 +87,12 @@ class Progress:
             self._advance(report.iteration)
             for warning in report.warnings:
                 self.say(f"warning: {warning}")
+            found = "" if report.alpha is None else f"  alpha {report.alpha:.3g}"
+            if report.part is not None and report.part < 1:
+                found += f"  step {report.part:.2f}"
             self.say(
-                f"{report.iteration:>6}  loss {report.loss:.4f}  {describe(report.metrics)}  "
-                f"{'' if report.alpha is None else f'alpha {report.alpha:.3g}  '}"
-                f"lr {report.learning_rate:.1e}  {report.tokens_per_second:.0f} tok/s  "
+                f"{report.iteration:>6}  loss {report.loss:.4f}  {describe(report.metrics)}{found}"
+                f"  lr {report.learning_rate:.1e}  {report.tokens_per_second:.0f} tok/s  "
                 f"peak {report.peak_memory_gb:.2f} GB"
             )
         elif isinstance(report, ValidReport):

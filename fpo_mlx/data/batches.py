@@ -48,11 +48,11 @@ def _sizes(twins: np.ndarray) -> np.ndarray:
 
 
 def mirrored(pairs: Sequence[TokenPair]) -> np.ndarray | None:
-    """[N] bool: a pair that the next one turns round; None where there is none.
+    """[N] bool: a pair that the next one turns round for another prompt; None where none is.
 
     Such rows come of `pairs build --reward-augmented`: one answer is better for one wanted score,
     the other for the other. In one update what both say of the answers themselves cancels, and what
-    is left is the score.
+    is left is what the prompts differ in. Answers that were cut to different lengths are no twins.
     """
     twins = np.zeros(len(pairs), bool)
     for i in range(1, len(pairs)):
@@ -61,6 +61,7 @@ def mirrored(pairs: Sequence[TokenPair]) -> np.ndarray | None:
             not (i > 1 and twins[i - 2])
             and np.array_equal(one.chosen, two.rejected)
             and np.array_equal(one.rejected, two.chosen)
+            and not np.array_equal(one.prompt, two.prompt)
         )
     return twins if twins.any() else None
 

@@ -146,13 +146,21 @@ def augmented(pair: Pair) -> Iterator[Pair]:
     """
     own, other = pair.score_chosen, pair.score_rejected
     missed = -abs(own - other)
+    source = {**pair.source, "chosen": pair.source["rejected"], "rejected": pair.source["chosen"]}
+    source["models"] = pair.source["models"][::-1]
     turned = replace(
-        pair, chosen=pair.rejected, rejected=pair.chosen, tokens=pair.tokens[::-1],
+        pair, chosen=pair.rejected, rejected=pair.chosen, tokens=pair.tokens[::-1], source=source,
     )  # fmt: skip
     for one, scores in ((pair, [own, other]), (turned, [other, own])):
-        source = pair.source | {"wanted": scores[0], "scores": scores}
+        told = one.source | {"wanted": scores[0], "scores": scores}
         prompt = score_turns(pair.prompt, scores[0])
-        yield replace(one, prompt=prompt, score_chosen=0.0, score_rejected=missed, source=source)
+        yield replace(one, prompt=prompt, score_chosen=0.0, score_rejected=missed, source=told)
+
+
+def asks_alike(pair: Pair) -> bool:
+    """Whether both rows would ask for the same score and want opposite answers for it."""
+    one, other = (score_turns(pair.prompt, s) for s in (pair.score_chosen, pair.score_rejected))
+    return one == other
 
 
 def balanced(pairs: Sequence[Pair], seed: int, left: Left) -> list[Pair]:

@@ -131,6 +131,8 @@ def _choose(
         for pair in choose.pairs_of(one, labels_of(of_it), settings, left):
             if not is_new((one.prompt.text, pair.chosen, pair.rejected)):
                 left.out("a double")
+            elif settings.reward_augmented and choose.asks_alike(pair):
+                left.out("scores alike in two digits")
             else:
                 pairs.append(pair)
     left.out("verdicts on prompts that are not among the candidates", len(verdicts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ def _with_old(settings: RoundsConfig, number: int, folder: Path) -> Path:
         old: list[bytes] = []
         for earlier in range(1, number):
             path = folder.parent / f"round-{earlier}" / "pairs" / "train.jsonl"
-            old += [line for _, _, line in lines.read_lines(path)]
+            old += _pairs([line for _, _, line in lines.read_lines(path)])
         kept = random.Random(number).sample(old, min(settings.keep_old, len(old)))
         with files.atomic_folder(data) as work:
             for part in files.listed(folder / "pairs", "*.jsonl"):
@@ -199,6 +199,12 @@ def _with_old(settings: RoundsConfig, number: int, folder: Path) -> Path:
             with open(work / "train.jsonl", "ab") as out:
                 out.writelines(kept)
     return data
+
+
+def _pairs(rows: Sequence[bytes]) -> list[bytes]:
+    """The lines of each pair: one, or the two of a reward-augmented one."""
+    size = 2 if rows and "wanted" in json.loads(rows[0]).get("from", {}) else 1
+    return [b"".join(rows[at : at + size]) for at in range(0, len(rows), size)]
 
 
 def _against(

@@ -15,9 +15,10 @@ down during the whole way up, and the drift would shoot past.
 
 An optimizer that normalises its gradient (Adam) moves the features by its very steps, however large
 alpha is; a target below that is met by shorter steps alone. So alpha ends where the constraint at
-the target weighs PULL nats, more than all that a pair can gain, and A beyond it shortens the steps:
+the target weighs PULL nats of the margin, more than the margin itself has, and A beyond that
+shortens the steps, as long as the drift does not fall by itself:
 
-    alpha = min(A, PULL / target) exp(clip(e, …))        step = min(1, PULL / (target A))
+    alpha = min(A, PULL / target) exp(clip(e, …))        part = PULL / (target A), 1 at most
 
 All figures are float64 and the same in every process, so a resumed run goes on to the bit.
 """
@@ -32,11 +33,16 @@ from fpo_mlx.config import Objective
 
 DECAY, SLOW = 0.9, 0.95  # of the running mean and of the slower one, per update
 GROWING = 1.15  # running mean over slower mean, above which the drift is still on its way
+FALLING = 1.01  # slower mean over running mean, above which it comes back by itself
+RETURNING = 0.1  # part of the integral by which steps become shorter meanwhile
 INTEGRAL = 0.07  # I, per update
 S_BELOW, S_ABOVE = 3.0, math.log(5.0)  # alpha is at least a twentieth and at most five times A
 FIRST = {"drift": 30.0, "kl": 0.5}  # A before the first update, where PULL allows it
-PULL = 1.0  # nats that the constraint weighs at the target, at most; a pair begins at ln 2
-SHORTEST = 0.01  # part of the optimizer's step that is taken at least
+# nats of the margin that the constraint weighs at the target, at most; margins reach some .5 where
+# they are per token, some 10 where they are sums over a response
+PULL = {"token": 1.0, "response": 30.0}
+SHORTEST = 0.1  # part of the optimizer's step that is taken at least
+TELL = 0.7  # part below which the user is told
 
 
 @dataclass(frozen=True)
@@ -62,25 +68,29 @@ class Controller:
 
     target: float  # of the measured figure: relative D, or nats per response
     level: float  # A
+    pull: float = PULL["token"]
     fast: Mean = Mean(DECAY)
     slow: Mean = Mean(SLOW)
+    shortest: float = 1.0  # smallest part so far
+
+    @staticmethod
+    def begin(kind: str, target: float, pull: float = PULL["token"]) -> Controller:
+        """kind: "drift" or "kl"; target: of the measured figure."""
+        return Controller(target, min(FIRST[kind], pull / target), pull)
 
     @staticmethod
     def for_drift(r: float) -> Controller:
         """Relative D is a square: features that move by r of their size have r^2."""
-        return Controller(r * r, min(FIRST["drift"], PULL / (r * r)))
-
-    @staticmethod
-    def for_kl(nats: float) -> Controller:
-        return Controller(nats, min(FIRST["kl"], PULL / nats))
+        return Controller.begin("drift", r * r)
 
     @staticmethod
     def of(objective: Objective) -> Controller | None:
         """The controller that an objective asks for, None where its alpha is given."""
+        pull = PULL["token" if objective.length_normalize else "response"]
         if objective.target_drift is not None:
-            return Controller.for_drift(objective.target_drift)
+            return Controller.begin("drift", objective.target_drift**2, pull)
         if objective.target_kl is not None:
-            return Controller.for_kl(objective.target_kl)
+            return Controller.begin("kl", objective.target_kl, pull)
         return None
 
     @staticmethod
@@ -95,37 +105,52 @@ class Controller:
 
     @property
     def alpha(self) -> float:
-        level = min(self.level, PULL / self.target)
+        level = min(self.level, self.pull / self.target)
         return level * math.exp(min(max(self.error, -S_BELOW), S_ABOVE))
 
     @property
-    def step(self) -> float:
-        """The part of the optimizer's step that is taken, 1 where alpha is enough."""
-        return min(1.0, PULL / (self.target * self.level))
+    def part(self) -> float:
+        """How much of the optimizer's step is taken, 1 where alpha is enough."""
+        return max(SHORTEST, min(1.0, self.pull / (self.target * self.level)))
+
+    @property
+    def told(self) -> bool:
+        """Whether steps have been so short that the user was told."""
+        return self.shortest < TELL
 
     def after(self, value: float) -> Controller:
         """The controller after an update on pairs whose rejected responses measured `value`."""
         seen = replace(self, fast=self.fast.after(value), slow=self.slow.after(value))
-        growing = seen.fast.value > GROWING * seen.slow.value
-        if seen.error < 0 and growing:
+        if seen.error < 0 and seen.fast.value > GROWING * seen.slow.value:
             return seen
         change = INTEGRAL * min(max(seen.error, -1.0), 1.0)
-        highest = PULL / (self.target * SHORTEST)
-        return replace(seen, level=min(seen.level * math.exp(change), highest))
+        falling = seen.slow.value > FALLING * seen.fast.value
+        if falling and seen.error > 0 and seen.level >= seen.pull / seen.target:
+            change *= RETURNING  # the way back needs its steps
+        level = seen.level * math.exp(change)
+        level = min(level, seen.pull / (seen.target * SHORTEST))
+        seen = replace(seen, level=level)
+        return replace(seen, shortest=min(seen.shortest, seen.part))
 
     def saved(self) -> dict[str, float]:
         """As JSON holds it, to the bit."""
         return {
-            "target": self.target, "level": self.level,
+            "target": self.target, "level": self.level, "shortest": self.shortest,
             "fast": self.fast.total, "fast_weight": self.fast.weight,
             "slow": self.slow.total, "slow_weight": self.slow.weight,
         }  # fmt: skip
 
     @staticmethod
-    def loaded(saved: Mapping[str, float]) -> Controller:
+    def loaded(saved: Mapping[str, float], objective: Objective) -> Controller:
+        """Of a state in which alpha had no bound yet, it gets one."""
+        begun = Controller.of(objective)
+        assert begun is not None, "a state with a controller has settings with a target"
+        bound = math.inf if "shortest" in saved else begun.pull / begun.target
         return Controller(
             saved["target"],
-            saved["level"],
+            min(saved["level"], bound),
+            begun.pull,
             Mean(DECAY, saved["fast"], saved["fast_weight"]),
             Mean(SLOW, saved["slow"], saved["slow_weight"]),
+            saved.get("shortest", 1.0),
         )

@@ -21,6 +21,7 @@ class StepReport:
     peak_memory_gb: float
     skipped: int = 0  # updates left out so far
     alpha: float | None = None  # of the next update, where a controller finds it
+    part: float | None = None  # of the optimizer's step that the next update takes, with alpha
     warnings: tuple[str, ...] = ()
 
 

@@ -86,14 +86,25 @@ def one_length(grad_norm: float, config: TrainConfig, o: Objective) -> str | Non
     )
 
 
+def parted_twins(config: TrainConfig) -> str | None:
+    """A note where rows that turn each other round (`data.mirrored`) cannot share an update."""
+    if config.pairs_per_update % 2 == 0:
+        return None
+    return (
+        f"rows that turn each other round (--reward-augmented) are parted by updates of "
+        f"{config.pairs_per_update}: what both say of the answers then drowns the wanted score. "
+        "Take an even --batch-size, 16 or more"
+    )
+
+
 def short_steps(o: Objective) -> str:
     """What is said once where steps had to become shorter for the drift that was asked for."""
     kl, drift = o.target_kl, o.target_drift
     asked = f"--target-kl {kl:g}" if drift is None else f"--target-drift {drift:g}"
     return (
-        f"{asked} is less than what the optimizer's steps cause by themselves: no alpha "
-        "holds it, so the steps are shortened (the learning rate that is shown is what is left). "
-        "A lower --learning-rate begins there; a larger target leaves more to learn"
+        f"{asked} is less than what the optimizer's steps cause by themselves, so alpha "
+        "stays where it is and the steps become shorter (`step` in the reports). A lower "
+        "--learning-rate begins there; a larger target leaves more to learn"
     )
 
 

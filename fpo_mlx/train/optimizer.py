@@ -83,6 +83,12 @@ def make_update(optimizer: optim.Optimizer, max_norm: float) -> Callable[[Any, m
     return apply
 
 
+@mx.compile
+def part_way(old: Any, new: Any, part: mx.array) -> Any:
+    """A tree of parameters `part` of the way from old to new; one graph, as `make_update`."""
+    return tree_map(lambda a, b: a + part.astype(a.dtype) * (b - a), old, new)
+
+
 def trainable_count(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; a packed word counts as the values it holds."""
     trainable = sum(v.size for _, v in arrays_of(model.trainable_parameters()))

@@ -11,7 +11,6 @@ from typing import Any, NoReturn, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.data import batches, mirrored, pair_lengths
@@ -30,7 +29,7 @@ from fpo_mlx.train.events import (
 )
 from fpo_mlx.train.gradients import GRADIENTS, Ground
 from fpo_mlx.train.metrics import ScoredPairs, Window, measure, shown
-from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update
+from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update, part_way
 from fpo_mlx.train.parallel import Ranks
 from fpo_mlx.train.scoring import Scorer
 
@@ -72,7 +71,8 @@ class Trainer:
             loaded = load_state(path, self.model, self.optimizer)
         self.progress, self._reference, self._good = loaded
         self.scorer.freeze_reference(self._reference)
-        self._steer(Controller.loaded(self.progress.drift) if self.progress.drift else None)
+        saved, objective = self.progress.drift, self.scorer.objective
+        self._steer(Controller.loaded(saved, objective) if saved else None)
         self.folder.rewind_log(self.progress)
         self._window = Window.of(self.progress.window)
 
@@ -171,13 +171,10 @@ class Trainer:
     def _drifted(self, drift: Controller, values: dict[str, np.ndarray]) -> None:
         """Tell the controller what an update's pairs measured, and the user what it had to do."""
         figure = Controller.figure(self.scorer.objective)
-        self._steer(drift.after(float(values[figure].mean())))
-        if self._part() < 1.0 and drift.step == 1.0:
+        after = drift.after(float(values[figure].mean()))
+        self._steer(after)
+        if after.told and not drift.told:
             self._window.notes.append(guard.short_steps(self.scorer.objective))
-
-    def _part(self) -> float:
-        """Of the optimizer's step, what the controller lets the adapters take."""
-        return 1.0 if self.drift is None else self.drift.step
 
     def _gradient(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
         """Mean gradient over the pairs, and their values in order: the same on every process."""
@@ -211,8 +208,8 @@ class Trainer:
         before = self.optimizer.state
         parameters = self.model.trainable_parameters()
         updated = self._update(gradient, norm, parameters)
-        if (step := self._part()) < 1.0:
-            updated = tree_map(lambda old, new: old + step * (new - old), parameters, updated)
+        if self.drift is not None and self.drift.part < 1.0:
+            updated = part_way(parameters, updated, mx.array(self.drift.part))
         self.model.update(updated)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         if _finite(self.model):
@@ -250,7 +247,8 @@ class Trainer:
         rounded = half and not self.config.lora["dropout"]
         dtype = str(self.scorer.policy.dtype).split(".")[-1]
         noise = guard.noise(seen, first.refs, o, dtype) if rounded else None
-        more = (noise, guard.one_length(grad_norm, self.config, o))
+        parted = guard.parted_twins(self.config) if mirrored(self.train.pairs) is not None else None
+        more = (noise, guard.one_length(grad_norm, self.config, o), parted)
         return [*verdict.notes, *(note for note in more if note)]
 
     def _diverge(self, iteration: int, trouble: guard.Trouble) -> NoReturn:
@@ -272,7 +270,7 @@ class Trainer:
             iteration=iteration,
             loss=means.pop("loss"),
             metrics=shown(means),
-            learning_rate=cast(float, self.optimizer.learning_rate.item()) * self._part(),
+            learning_rate=cast(float, self.optimizer.learning_rate.item()),
             grad_norm=grad_norm,
             pairs=self.progress.pairs,
             tokens_per_second=window.tokens / seconds,
@@ -280,6 +278,7 @@ class Trainer:
             peak_memory_gb=mx.get_peak_memory() / 1e9,
             skipped=self.progress.skipped,
             alpha=None if self.drift is None else self.drift.alpha,
+            part=None if self.drift is None else self.drift.part,
             warnings=tuple(window.notes),
         )
         self._log("train", report)

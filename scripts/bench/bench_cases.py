@@ -25,7 +25,7 @@ from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Layout
 from fpo_mlx.model.reader import encoder_of
 from fpo_mlx.reference import open_backend
-from fpo_mlx.train.drift import PULL, Controller
+from fpo_mlx.train.drift import Controller
 from fpo_mlx.train.scoring import Scorer
 
 Say = Callable[[str], None]
@@ -238,7 +238,7 @@ def control(plan: Plan) -> bm.Result:
     given = Objective(alpha=30.0, feature_scale="reference")
     found = Objective(target_drift=0.1)
     whole = Controller.for_drift(0.1)
-    half = replace(whole, level=2 * PULL / whole.target)
+    half = replace(whole, level=2 * whole.pull / whole.target)
     subjects: list[bm.Subject] = [
         bs.our_step(world, "", [pair], refs, name=name, drift=drift,
                     scorer=Scorer(world.policy, [encoder_of(sae)], objective))

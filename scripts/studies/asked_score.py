@@ -41,8 +41,8 @@ HELD_N = 2  # answers to a held-out prompt
 HIGH, LOW = 0.9, -0.5  # scores that are asked for
 BUILD = {"margin": 0.9, "per_prompt": 2, "valid_share": 0.0, "keep_cut": True, "force": True}
 TRAIN = {
-    "objective": "dpo", "batch_size": 32, "micro_batch_size": 2, "epochs": 0.8, "learning_rate": 3e-4,
-    "max_logp_drop": 1e9, "steps_per_report": 1,
+    "objective": "dpo", "batch_size": 32, "micro_batch_size": 2, "epochs": 0.8,
+    "learning_rate": 3e-4, "max_logp_drop": 1e9, "steps_per_report": 1,
 }  # fmt: skip
 RESULTS = ROOT / "scripts" / "studies" / "results" / "asked-score"
 WAYS = {"high": HIGH, "low": LOW}

@@ -128,3 +128,12 @@ def test_a_round_that_was_killed_before_its_first_state_trains_anew(tmp_path):
     (adapter / "checkpoint/state.safetensors").touch()
     saved = _training(settings, tmp_path, adapter, None).train
     assert (saved.resume, saved.overwrite) == (True, False)
+
+
+def test_of_earlier_rounds_whole_reward_augmented_pairs_are_kept():
+    rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
+    plain = [b'{"chosen": "a"}\n', b'{"chosen": "b", "from": {}}\n']
+    twice = [b'{"from": {"wanted": %d}}\n' % score for score in (1, 2, 3, 4)]
+    assert rounds._pairs([]) == []
+    assert rounds._pairs(plain) == plain
+    assert rounds._pairs(twice) == [twice[0] + twice[1], twice[2] + twice[3]]

@@ -63,6 +63,10 @@ def test_the_order_is_the_same_on_every_machine():
     # pinned: a resumed run on another machine, or with another numpy, must see the same batches
     got = [batch.tolist() for batch in epoch_batches(np.array([5, 3, 9, 1, 7]), 2, seed=1, epoch=0)]
     assert got == [[0, 4], [3, 1], [2]]
+    lengths = np.array([7 * i % 31 for i in range(70)])  # more than a pool
+    order = np.concatenate(epoch_batches(lengths, 2, seed=3, epoch=1))
+    assert order[:12].tolist() == [13, 22, 55, 26, 49, 27, 66, 4, 29, 60, 16, 56]
+    assert order[-6:].tolist() == [42, 11, 69, 38, 67, 36]
 
 
 def test_large_data_is_not_always_grouped_alike():
@@ -97,6 +101,7 @@ def test_a_row_and_the_next_one_that_turns_it_round_are_twins():
     assert mirrored([plain, plain, one]) is None
     assert mirrored([one, plain, two]) is None, "only neighbours"
     assert mirrored([plain, one, two, plain]).tolist() == [False, True, False, False]
+    assert mirrored([pair([1], [7], [8]), pair([1], [8], [7])]) is None, "a contradiction"
     assert mirrored([one, two, one]).tolist() == [True, False, False], "each is in one pair of them"
 
 

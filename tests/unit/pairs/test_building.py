@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -15,7 +16,7 @@ from judges import candidates, graded
 from fpo_mlx.data import read_split
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs.augment import score_turns
-from fpo_mlx.pairs.choose import Left, balanced, pairs_of, split_of
+from fpo_mlx.pairs.choose import Left, asks_alike, augmented, balanced, pairs_of, split_of
 from fpo_mlx.pairs.doubles import finder
 from fpo_mlx.pairs.labels import Label
 from fpo_mlx.pairs.records import Candidate, Candidates, Prompt, open_candidates
@@ -125,6 +126,21 @@ def test_equal_and_nearly_equal_pairs_are_found():
     assert exact([" ".join([*words[:-1], "other"]), "x"])
 
 
+def test_the_turned_row_says_of_its_own_answers_where_they_came_from():
+    (pair,) = pairs_of(found("one", "two"), by_score(0.2, 0.9), BuildConfig(), Left())
+    pair = dataclasses.replace(pair, source={**pair.source, "models": ["m2", "m1"]})
+    straight, turned = (row.source for row in augmented(pair))
+    assert (straight["chosen"], straight["rejected"], straight["models"]) == (1, 0, ["m2", "m1"])
+    assert (turned["chosen"], turned["rejected"], turned["models"]) == (0, 1, ["m1", "m2"])
+    assert turned["scores"] == straight["scores"][::-1] == [0.2, 0.9]
+
+
+@pytest.mark.parametrize(("scores", "alike"), [((87.6, 88.4), True), ((87.6, 89.4), False)])
+def test_rows_that_would_ask_for_the_same_score_are_known(scores, alike):
+    (pair,) = pairs_of(found("one", "two"), by_score(*scores), BuildConfig(), Left())
+    assert asks_alike(pair) is alike
+
+
 def test_the_wanted_score_stands_at_the_end_of_the_system_text():
     user = ({"role": "user", "content": "Q"},)
     assert score_turns(user, 0.51234)[0] == {
@@ -192,6 +208,15 @@ def test_reward_augmented_rows_ask_for_the_score_of_the_chosen_answer(tmp_path):
         assert own != other
     assert "scores disagree" not in done.stderr
     assert [row["prompt"][0]["content"][-2] for row in made].count("2") == 60
+
+
+def test_reward_augmented_rows_of_scores_that_read_alike_are_left_out_and_said(tmp_path):
+    path, _ = source(tmp_path)
+    near = "def near(prompt, answer):\n    return 87 + int(answer.split()[-1]) / 1e4\n"
+    (tmp_path / "near.py").write_text(near)
+    words = ["--reward", f"{tmp_path / 'near.py'}:near", "--reward-augmented"]
+    done = run("pairs", "build", path, *words, "--output", tmp_path / "pairs")
+    refused(done, 3, "0 pairs from", "scores alike in two digits")
 
 
 def test_too_few_pairs_are_refused_with_the_reasons_and_written_by_force(tmp_path):

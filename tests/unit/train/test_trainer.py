@@ -15,6 +15,7 @@ from helpers import SIZES, open_trainer, random_adapters, random_pairs, weights 
 from fpo_mlx.config import PRESETS  # noqa: E402
 from fpo_mlx.errors import ConfigError, Diverged, ModelError  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
+from fpo_mlx.records import TokenPair  # noqa: E402
 from fpo_mlx.train.events import (  # noqa: E402
     StepReport,
     ValidReport,
@@ -409,3 +410,25 @@ def test_a_fall_of_the_chosen_log_prob_past_the_bound_stops(llama, tmp_path):
     )  # fmt: skip
     with pytest.raises(Diverged, match="chosen log-prob fell"):
         list(trainer.run())
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(2, 1), (1, 2), (1, 1)])
+def test_rows_that_turn_each_other_round_share_an_update_where_they_can(
+    llama, tmp_path, monkeypatch, batch_size, accumulate
+):
+    twins = []
+    for one in random_pairs(SIZES[:3]):
+        for wanted, (better, worse) in ((5, one.responses), (6, one.responses[::-1])):
+            prompt = np.append(one.prompt, np.int32(wanted))
+            twins.append(TokenPair(prompt, better, worse, index=len(twins)))
+    trainer = open_trainer(
+        llama, tmp_path, twins, batch_size=batch_size, grad_accumulation_steps=accumulate, iters=6,
+        preset="dpo", steps_per_report=1,
+    )  # fmt: skip
+    updates, gradient = [], trainer._gradient
+    monkeypatch.setattr(trainer, "_gradient", lambda at: updates.append(at) or gradient(at))
+    reports = [r for r in trainer.run() if isinstance(r, StepReport)]
+    parted = batch_size * accumulate == 1
+    assert all(len(at) == 2 and at[0] ^ 1 == at[1] for at in updates) is not parted
+    told = [w for r in reports for w in r.warnings if "an even --batch-size" in w]
+    assert len(told) == parted
