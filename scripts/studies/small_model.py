@@ -74,12 +74,10 @@ def train(chats: list, folder: Path, updates: int) -> None:
     build_tiny_tokenizer(folder, vocabulary=CONFIG["vocab_size"], lines=texts)
     mx.random.seed(0)
     model = Model(ModelArgs.from_dict(CONFIG))
-    optimizer = AdamW(
-        join_schedules(
-            [linear_schedule(0.0, PEAK, 50), cosine_decay(PEAK, updates - 50, PEAK / 20)], [50]
-        ),
-        weight_decay=0.01,
-    )
+    warm = max(1, min(50, updates // 10))
+    fall = cosine_decay(PEAK, max(1, updates - warm), PEAK / 20)
+    rate = join_schedules([linear_schedule(0.0, PEAK, warm), fall], [warm])
+    optimizer = AdamW(rate, weight_decay=0.01)
     step = nn.value_and_grad(model, loss)
     for number, tokens in zip(range(1, updates + 1), batches(chats, folder), strict=False):
         value, slopes = step(model, tokens)
