@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from fpo_mlx import cache
-from fpo_mlx.data import batches, pair_lengths
+from fpo_mlx.data import batches, mirrored, pair_lengths
 from fpo_mlx.pipeline import CachedScores
 from fpo_mlx.records import PairScore, ResponseScore, SparseFeatures, TokenPair
 
@@ -61,7 +61,7 @@ def measure(folder: Path, pairs: Sequence[TokenPair], most: int) -> dict[str, fl
     refs = CachedScores(cache.open_cache(folder, IDENTITY), pairs)
     opened = time.perf_counter() - began
     first, read = 0.0, 0
-    order = batches(pair_lengths(pairs), 4, 0)
+    order = batches(pair_lengths(pairs), 4, 0, twins=mirrored(pairs))
     began = time.perf_counter()
     while read < most:
         for i in next(order)[2]:
