@@ -39,8 +39,9 @@ INTEGRAL = 0.07  # I, per update
 S_BELOW, S_ABOVE = 3.0, math.log(5.0)  # alpha is at least a twentieth and at most five times A
 FIRST = {"drift": 30.0, "kl": 0.5}  # A before the first update, where PULL allows it
 # nats of the margin that the constraint weighs at the target, at most; margins reach some .5 where
-# they are per token, some 10 where they are sums over a response
-PULL = {"token": 1.0, "response": 30.0}
+# they are per token, some 10 where they are sums over a response. With 1 per token a run began so
+# weakly held that the guard stopped it (target .3)
+PULL = {"token": 3.0, "response": 30.0}
 SHORTEST = 0.1  # part of the optimizer's step that is taken at least
 TELL = 0.7  # part below which the user is told
 

@@ -55,8 +55,9 @@ def test_the_level_does_not_wind_down_while_the_drift_still_grows():
 def test_at_the_start_the_constraint_weighs_no_more_at_the_target_than_at_any_time():
     assert Controller.begin("kl", 1.0).alpha == FIRST["kl"]
     assert Controller.begin("kl", 5.0, PULL["response"]).alpha == FIRST["kl"]
-    assert Controller.begin("kl", 5.0).alpha == pytest.approx(PULL["token"] / 5.0)
-    assert Controller.for_drift(0.3).alpha == pytest.approx(PULL["token"] / 0.09)
+    assert Controller.begin("kl", 10.0).alpha == pytest.approx(PULL["token"] / 10.0)
+    assert Controller.for_drift(0.3).alpha == FIRST["drift"]
+    assert Controller.for_drift(0.5).alpha == pytest.approx(PULL["token"] / 0.25)
 
 
 def test_nothing_moved_yet_leaves_alpha_where_it_began():
