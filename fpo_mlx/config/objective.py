@@ -103,6 +103,11 @@ class Objective:
         _check_link(self.link, self.link_parameters, self.link_arguments)
         check_positive(self, "target_drift", "target_kl")
         check_finite(self, "target_drift", "target_kl")
+        for name in ("target_drift", "target_kl"):
+            value = getattr(self, name)
+            if value is not None and not 1e-6 <= value <= 1e6:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {value:g}: wanted between 1e-6 and 1e6.")
         if self.target_drift is not None and not self.pooled:
             raise ConfigError(
                 f"--target-drift needs a constraint on features or activations, found "

@@ -6,12 +6,14 @@ for the rejected's score the rejected one is. At inference the highest score is 
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from fpo_mlx.data.rows import Turns
 from fpo_mlx.pairs.records import Prompt
 
 SENTENCE = "Write an answer whose score is {score}."
+_ASKED = re.compile(r"(^|\n\n)" + re.escape(SENTENCE).replace(r"\{score\}", r"\S+") + r"\Z")
 
 
 def with_score(prompt: Prompt, score: float) -> Prompt:
@@ -24,6 +26,7 @@ def score_turns(turns: Turns, score: float) -> Turns:
     rounded = float(f"{score:.2g}") + 0.0  # no -0
     sentence = SENTENCE.format(score=f"{rounded:g}")
     if turns[0]["role"] in ("system", "developer"):
-        first = dict(turns[0]) | {"content": f"{turns[0]['content']}\n\n{sentence}"}
+        own = _ASKED.sub("", turns[0]["content"])  # answers that were made for another score
+        first = dict(turns[0]) | {"content": f"{own}\n\n{sentence}" if own else sentence}
         return (first, *turns[1:])
     return ({"role": "system", "content": sentence}, *turns)

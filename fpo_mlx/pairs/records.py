@@ -25,6 +25,7 @@ from fpo_mlx.storage import lines
 HUMAN = "human"  # the model of a candidate that came with the prompts
 PERSON = "person"  # the judge of votes from the page
 VERDICTS = ("a", "b", "tie", "both_bad", "skip", "unreadable")
+LARGEST = 1e300  # score; differences of two stay finite
 ORDERS = ("ab", "ba", "none")
 LABELS = ("a", "b", "tie", "both_bad")  # those that say something
 MOST = 64  # candidates of one prompt
@@ -245,8 +246,10 @@ def _number(record: Mapping[str, Any], name: str, where: str) -> float | None:
     value = record.get(name)
     if value is None:
         return None
-    if type(value) not in (int, float) or abs(value) > 1e300 or not math.isfinite(value):
-        raise DataError(f"{where}: {name} {str(value)[:40]}, wanted a finite number.")
+    if type(value) not in (int, float) or abs(value) > LARGEST or not math.isfinite(value):
+        raise DataError(
+            f"{where}: {name} {str(value)[:40]}, wanted a finite number of at most {LARGEST:g}."
+        )
     return float(value)
 
 

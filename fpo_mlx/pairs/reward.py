@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs import example_rewards, reward_child
+from fpo_mlx.pairs.records import LARGEST
 
 EXAMPLES = ("brevity", "plainness")
 STARTS = 60.0  # seconds that the file may take to import
@@ -73,10 +74,11 @@ class Reward:
                 f"{where}: --reward {self._spec} gave {shape} scores, wanted {len(answers)}."
             )
         for number, score in enumerate(found):
-            if not isinstance(score, int | float) or not math.isfinite(score):
+            fits = isinstance(score, int | float) and abs(score) <= LARGEST
+            if not fits or not math.isfinite(score):
                 raise DataError(
                     f"{where}, candidate {number}: --reward {self._spec} gave {score}, wanted a "
-                    "finite number."
+                    f"finite number of at most {LARGEST:g}."
                 )
         return [float(score) for score in found]
 

@@ -149,6 +149,8 @@ def test_the_wanted_score_stands_at_the_end_of_the_system_text():
     own = ({"role": "system", "content": "Be kind."}, *user)
     assert score_turns(own, 2.0)[0]["content"] == "Be kind.\n\nWrite an answer whose score is 2."
     assert score_turns(own, 2.0)[1:] == user
+    assert score_turns(score_turns(own, 2.0), 0.9) == score_turns(own, 0.9), "asked for once"
+    assert score_turns(score_turns(user, 2.0), 0.9) == score_turns(user, 0.9)
     scores = {-0.5719: "-0.57", -0.0: "0", -0.001: "-0.001", 87.5: "88", 1234.0: "1200"}
     for score, words in scores.items():
         assert score_turns(user, score)[0]["content"].endswith(f" is {words}.")
