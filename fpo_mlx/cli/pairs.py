@@ -121,12 +121,13 @@ def build(candidates, verdicts, reward, config, output, json_path, overwrite, **
     settings = load(BuildConfig, values, config)
     if not verdicts and not reward:
         raise ConfigError("--verdicts is missing: give a file of verdicts, or --reward.")
+    only = {}
     if reward:
         own = candidates.with_name(f"{candidates.stem}-rewards.jsonl")
         asked = JudgeConfig(reward=reward, against_reference=settings.against_reference)
         judged = pipeline.pairs_judge(asked, candidates=candidates, output=own, say=say)
         say(f"{judged.written} verdicts of {reward} in {own}")
-        verdicts = (*verdicts, own)
+        verdicts, only = (*verdicts, own), {own: judged.judge}
     done = pipeline.pairs_build(
         settings,
         candidates=candidates,
@@ -134,6 +135,7 @@ def build(candidates, verdicts, reward, config, output, json_path, overwrite, **
         output=output,
         overwrite=overwrite,
         say=say,
+        only=only,
     )
     write_json(json_path, done.as_dict())
     for reason, count in done.left.items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fpo_mlx.config import load_config
@@ -67,8 +68,11 @@ def pairs_build(
     output: Path,
     overwrite: bool = False,
     say: Say,
+    only: Mapping[Path, str] = MappingProxyType({}),
 ) -> BuildReport:
     """Choose pairs, split them by prompt, write them, and check them.
+
+    only: of these files of verdicts no other judge's count; a reward's file keeps earlier rewards'.
 
     Raises: ConfigError, DataError (fewer than 30 pairs among it); FpoError.
     """
@@ -76,7 +80,7 @@ def pairs_build(
     claim = partial(claim_folder, output, "--output", MADE, inputs=inputs, overwrite=overwrite)
     output = claim()
     found, left = open_candidates(candidates), Left()
-    known = _read(verdicts, settings)
+    known = _read(verdicts, settings, only)
     judges = _judges(known, found)
     pairs = _choose(found, known, settings, left, say)
     if settings.balance_length:
@@ -93,10 +97,14 @@ def pairs_build(
     return report
 
 
-def _read(paths: Sequence[Path], settings: BuildConfig) -> dict[str, list[Verdict]]:
+def _read(
+    paths: Sequence[Path], settings: BuildConfig, only: Mapping[Path, str]
+) -> dict[str, list[Verdict]]:
     known: dict[Any, Verdict] = {}
     for path in paths:
-        known |= read_verdicts(path)
+        of_file = read_verdicts(path)
+        judge = only.get(path)
+        known |= {key: v for key, v in of_file.items() if judge is None or v.judge == judge}
     if settings.judge_name:
         judges = sorted({v.judge for v in known.values()})
         known = {key: v for key, v in known.items() if v.judge == settings.judge_name}

@@ -44,6 +44,7 @@ class JudgeReport:
     written: int
     before: int
     judges: dict[str, JudgeSummary]
+    judge: str  # the name of this one
 
     def as_dict(self) -> dict[str, Any]:
         judges = {name: summary.as_dict() for name, summary in self.judges.items()}
@@ -89,7 +90,7 @@ def pairs_judge(
                 written += len(group)
             progress(number, len(found))
     votes = read_verdicts(against).values() if against else ()
-    return JudgeReport(written, len(done), judges_of(output, found, votes))
+    return JudgeReport(written, len(done), judges_of(output, found, votes), name)
 
 
 def judges_of(

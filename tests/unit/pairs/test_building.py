@@ -221,6 +221,23 @@ def test_reward_augmented_rows_of_scores_that_read_alike_are_left_out_and_said(t
     refused(done, 3, "0 pairs from", "scores alike in two digits")
 
 
+def test_a_second_reward_is_not_read_from_what_the_first_one_left(tmp_path):
+    path, reward = source(tmp_path)
+    worst = "def worst(prompt, answer):\n    return -100 * int(answer.split()[-1])\n"
+    (tmp_path / "worst.py").write_text(worst)
+    found = []
+    for number, one in enumerate((reward, f"{tmp_path / 'worst.py'}:worst", reward)):
+        out = tmp_path / f"pairs-{number}"
+        words = ["--reward", one, "--near-duplicates", 1, "--valid-share", 0, "--output", out]
+        done = run("pairs", "build", path, *words)
+        assert done.exit_code == 0, done.stderr
+        found.append(rows(out / "train.jsonl"))
+    first, second, third = ([(r["chosen"], r["score_chosen"]) for r in made] for made in found)
+    assert {score for _, score in first} == {2.0}
+    assert {score for _, score in second} == {0.0}
+    assert first == third
+
+
 def test_too_few_pairs_are_refused_with_the_reasons_and_written_by_force(tmp_path):
     path, reward = source(tmp_path, 5)
     words = ["pairs", "build", path, "--reward", reward, "--output", tmp_path / "pairs"]
