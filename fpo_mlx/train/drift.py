@@ -80,16 +80,16 @@ class Controller:
         return Controller(target, min(FIRST[kind], pull / target), pull)
 
     @staticmethod
-    def for_drift(r: float) -> Controller:
+    def for_drift(r: float, pull: float = PULL["token"]) -> Controller:
         """Relative D is a square: features that move by r of their size have r^2."""
-        return Controller.begin("drift", r * r)
+        return Controller.begin("drift", r * r, pull)
 
     @staticmethod
     def of(objective: Objective) -> Controller | None:
         """The controller that an objective asks for, None where its alpha is given."""
         pull = PULL["token" if objective.length_normalize else "response"]
         if objective.target_drift is not None:
-            return Controller.begin("drift", objective.target_drift**2, pull)
+            return Controller.for_drift(objective.target_drift, pull)
         if objective.target_kl is not None:
             return Controller.begin("kl", objective.target_kl, pull)
         return None
@@ -105,14 +105,18 @@ class Controller:
         return math.log(self.fast.value / self.target) if self.fast.value > 0 else 0.0
 
     @property
+    def bound(self) -> float:
+        """A at which the constraint weighs `pull` at the target; alpha rises no further with it."""
+        return self.pull / self.target
+
+    @property
     def alpha(self) -> float:
-        level = min(self.level, self.pull / self.target)
-        return level * math.exp(min(max(self.error, -S_BELOW), S_ABOVE))
+        return min(self.level, self.bound) * math.exp(min(max(self.error, -S_BELOW), S_ABOVE))
 
     @property
     def part(self) -> float:
         """How much of the optimizer's step is taken, 1 where alpha is enough."""
-        return max(SHORTEST, min(1.0, self.pull / (self.target * self.level)))
+        return max(SHORTEST, min(1.0, self.bound / self.level))
 
     @property
     def told(self) -> bool:
@@ -126,11 +130,9 @@ class Controller:
             return seen
         change = INTEGRAL * min(max(seen.error, -1.0), 1.0)
         falling = seen.slow.value > FALLING * seen.fast.value
-        if falling and seen.error > 0 and seen.level >= seen.pull / seen.target:
+        if falling and seen.error > 0 and seen.level >= seen.bound:
             change *= RETURNING  # the way back needs its steps
-        level = seen.level * math.exp(change)
-        level = min(level, seen.pull / (seen.target * SHORTEST))
-        seen = replace(seen, level=level)
+        seen = replace(seen, level=min(seen.level * math.exp(change), seen.bound / SHORTEST))
         return replace(seen, shortest=min(seen.shortest, seen.part))
 
     def saved(self) -> dict[str, float]:
@@ -146,12 +148,11 @@ class Controller:
         """Of a state in which alpha had no bound yet, it gets one."""
         begun = Controller.of(objective)
         assert begun is not None, "a state with a controller has settings with a target"
-        bound = math.inf if "shortest" in saved else begun.pull / begun.target
-        return Controller(
-            saved["target"],
-            min(saved["level"], bound),
-            begun.pull,
-            Mean(DECAY, saved["fast"], saved["fast_weight"]),
-            Mean(SLOW, saved["slow"], saved["slow_weight"]),
-            saved.get("shortest", 1.0),
+        return replace(
+            begun,
+            target=saved["target"],
+            level=min(saved["level"], math.inf if "shortest" in saved else begun.bound),
+            fast=Mean(DECAY, saved["fast"], saved["fast_weight"]),
+            slow=Mean(SLOW, saved["slow"], saved["slow_weight"]),
+            shortest=saved.get("shortest", 1.0),
         )

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, NoReturn, cast
 
 import mlx.core as mx
@@ -125,6 +126,10 @@ class Trainer:
                     exit_code=code,
                 )
 
+    @cached_property
+    def _twins(self) -> np.ndarray | None:
+        return mirrored(self.train.pairs)
+
     @property
     def _step(self) -> int:
         return self.config.grad_accumulation_steps
@@ -134,8 +139,8 @@ class Trainer:
         progress, size = self.progress, self.config.batch_size
         update_pairs = size * self._step  # so accumulation changes nothing else
         done = progress.iteration // self._step
-        pairs, seed = self.train.pairs, self.config.seed
-        order = batches(pair_lengths(pairs), update_pairs, seed, done, mirrored(pairs))
+        lengths, seed = pair_lengths(self.train.pairs), self.config.seed
+        order = batches(lengths, update_pairs, seed, done, self._twins)
         while progress.iteration < self.total:
             count = min(self._step, self.total - progress.iteration)
             indices = next(order)[2][: count * size]
@@ -247,7 +252,7 @@ class Trainer:
         rounded = half and not self.config.lora["dropout"]
         dtype = str(self.scorer.policy.dtype).split(".")[-1]
         noise = guard.noise(seen, first.refs, o, dtype) if rounded else None
-        parted = guard.parted_twins(self.config) if mirrored(self.train.pairs) is not None else None
+        parted = guard.parted_twins(self.config) if self._twins is not None else None
         more = (noise, guard.one_length(grad_norm, self.config, o), parted)
         return [*verdict.notes, *(note for note in more if note)]
 

@@ -15,24 +15,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from frontier_rewards import held_out_prompts, training_prompts
 from pairs_end_to_end import (
-    QUIET,
     REWARD,
     TOKENS,
     about,
     answer,
     compare,
+    fit,
     markdown,
     of_answers,
+    of_seed_text,
     prompts,
-)  # fmt: skip
-from texts import ROOT, Steps, say
+)
+from texts import ROOT, Steps, in_time, say
 
 from fpo_mlx import machine
 from fpo_mlx.storage import files
@@ -51,15 +51,13 @@ WAYS = {"high": HIGH, "low": LOW}
 def main(words: Sequence[str] | None = None) -> int:
     o = parse(words)
     machine.set_up()
-    begun, seeds = time.monotonic(), [int(seed) for seed in o.seeds.split(",")]
+    seeds = [int(seed) for seed in o.seeds.split(",")]
     settings = ("model", "prompts", "held_out", "epochs", "rate")
     fixed = {"train": str(TRAIN), "build": str(BUILD)}
     steps = Steps(o.work, {name: str(getattr(o, name)) for name in settings} | fixed)
     found: dict[str, dict[int, dict[str, Any]]] = {"tuned": {}, "base": {}}
-    for who, seed in ((who, seed) for who in found for seed in seeds):
-        if o.minutes and time.monotonic() - begun > 60 * o.minutes:
-            say(f"stopped before {who}, seed {seed}; the same command goes on")
-            break
+    every = [(who, seed) for who in found for seed in seeds]
+    for who, seed in in_time(o.minutes, every, of_seed_text):
         found[who][seed] = steps(f"{who}-{seed}", lambda w=who, s=seed: asked(o, w, s))
         write(o, found)
     print(o.output.with_suffix(".md").read_text())
@@ -108,19 +106,10 @@ def pairs(o: argparse.Namespace) -> Path:
 
 
 def tune(o: argparse.Namespace, seed: int) -> Path:
-    from fpo_mlx import pipeline
-    from fpo_mlx.config import load_config
-
-    adapter, reference = o.work / f"adapters-{seed}", o.work / "reference"
-    if not (adapter / "adapters.safetensors").exists():
-        flags = {"model": str(o.model), "data": str(pairs(o)), "seed": seed, "sae": ()}
-        flags |= {"adapter_path": str(adapter), "reference": str(reference)}
-        flags |= {"learning_rate": o.rate, "epochs": o.epochs}
-        flags["overwrite"] = (adapter / "run.json").exists()  # a killed run saved nothing yet
-        config = load_config(TRAIN | QUIET | flags)
-        pipeline.precompute(config, output=reference, say=say)
-        for event in pipeline.train(config, say=say):
-            say(str(event))
+    adapter = o.work / f"adapters-{seed}"
+    settings = TRAIN | {"model": str(o.model), "seed": seed, "sae": ()}
+    settings |= {"learning_rate": o.rate, "epochs": o.epochs}
+    fit(settings, pairs(o), adapter, o.work / "reference", show=lambda event: say(str(event)))
     return adapter
 
 

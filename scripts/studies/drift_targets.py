@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from texts import ROOT, rows, shared, write_rows
+from texts import ROOT, in_time, rows, shared, write_rows
 
 from fpo_mlx.storage import files
 
@@ -90,10 +90,7 @@ def main() -> int:
     if missing := {name.split("/")[0] for name in saes} - set(models):
         raise SystemExit(f"--model is missing for {', '.join(sorted(missing))}")
     data = write_data(options.data, options.work)
-    started = time.monotonic()
-    for cell in plan:
-        if options.minutes and time.monotonic() - started > 60 * options.minutes:
-            break
+    for cell in in_time(options.minutes, plan):
         if cell.id in kept or out_of_reach(cell, kept):
             continue
         sae = saes[f"{cell.model}/{cell.sae}"]

@@ -31,7 +31,7 @@ from typing import Any
 
 import frontier_rewards as known
 import frontier_show
-from texts import ROOT, shared
+from texts import ROOT, in_time, say, shared
 
 from fpo_mlx import machine
 from fpo_mlx.storage import files
@@ -83,12 +83,10 @@ def main() -> int:
     if o.list:
         print(*(f"{'open' if c in todo else 'kept'}  {c.id}" for c in cells(o.seeds)), sep="\n")
         return 0
-    started = time.monotonic()
+    affordable = in_time(o.minutes, todo)  # the making of the pairs counts
     data = make_pairs(o, work)
     meter = None
-    for cell in todo:
-        if o.minutes and time.monotonic() - started > 60 * o.minutes:
-            break
+    for cell in affordable:
         meter = meter or open_meter(o, work)
         began = time.monotonic()
         measure(cell, meter, train(cell, o, data, work), work)
@@ -205,10 +203,6 @@ def as_adapter(run: Path, weights: Path, folder: Path) -> Path:
 def brief(point: dict[str, Any]) -> str:
     names: Sequence[str] = ("reward", "kl", "unrelated_drift", "greedy_agreement")
     return "  ".join(f"{name} {point[name]:.3f}" for name in names)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

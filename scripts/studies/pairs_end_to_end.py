@@ -21,13 +21,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from texts import ROOT, SAE, Steps, say
+from texts import ROOT, SAE, Steps, in_time, say
 
 from fpo_mlx import machine
 from fpo_mlx.errors import Diverged
@@ -72,12 +71,9 @@ def main(words: Sequence[str] | None = None) -> int:
     machine.set_up()
     settings = ("model", "sae", "prompts", "held_out", "rate")
     steps = Steps(o.work, {name: str(getattr(o, name)) for name in settings})
-    begun, records = time.monotonic(), []
-    seeds = [int(seed) for seed in o.seeds.split(",")]
-    for part, seed in ((part, seed) for part in PARTS if part in o.parts for seed in seeds):
-        if o.minutes and time.monotonic() - begun > 60 * o.minutes:
-            say(f"stopped before {part}, seed {seed}; the same command goes on")
-            break
+    records, seeds = [], [int(seed) for seed in o.seeds.split(",")]
+    every = [(part, seed) for part in PARTS if part in o.parts for seed in seeds]
+    for part, seed in in_time(o.minutes, every, of_seed_text):
         records.append(steps(f"{part}-{seed}", lambda p=part, s=seed: RUN[p](o, s)))
         write(records, o.output, intro(o))
     print(o.output.with_suffix(".md").read_text())
@@ -129,6 +125,10 @@ def longer(o: argparse.Namespace, seed: int) -> dict[str, Any]:
 RUN: dict[str, Callable[[argparse.Namespace, int], dict[str, Any]]] = {
     "one": one, "two": two, "longer": longer,
 }  # fmt: skip
+
+
+def of_seed_text(thing: tuple[str, int]) -> str:
+    return f"{thing[0]}, seed {thing[1]}"
 
 
 def of_seed(o: argparse.Namespace, seed: int) -> Path:
@@ -191,28 +191,36 @@ def tune(
     name: str = "", passes: int = 1,
 ) -> Path:  # fmt: skip
     """FPO on the pairs; the reference is what answered: the base, or `start`."""
+    adapter = folder / (name or f"adapters-{pairs.name}")
+    settings = {"model": str(o.model), "sae": (str(o.sae),), "seed": seed}
+    settings |= {"init_adapter": str(start)} if start else {}
+    settings |= {"learning_rate": o.rate, "epochs": passes * TRAIN["epochs"]}
+    try:
+        fit(TRAIN | settings, pairs, adapter, folder / f"reference-{pairs.name}")
+    except Diverged as stop:  # judged with the adapters from before it, and counted
+        if not (adapter / "adapters.safetensors").exists():
+            raise
+        files.write_text(adapter / STOPPED, f"{stop}\n")
+        say(str(stop))
+    return adapter
+
+
+def fit(
+    settings: dict[str, Any], pairs: Path, adapter: Path, reference: Path,
+    show: Callable[[Any], object] = lambda _: None,
+) -> None:  # fmt: skip
+    """Score the pairs and train on them; what is there is not made again. Raises: Diverged."""
     from fpo_mlx import pipeline
     from fpo_mlx.config import load_config
 
-    adapter = folder / (name or f"adapters-{pairs.name}")
-    reference = folder / f"reference-{pairs.name}"
-    if not (adapter / "adapters.safetensors").exists():
-        flags = {"model": str(o.model), "sae": (str(o.sae),), "data": str(pairs), "seed": seed}
-        flags |= {"adapter_path": str(adapter), "reference": str(reference)}
-        flags |= {"init_adapter": str(start)} if start else {}
-        flags |= {"learning_rate": o.rate, "epochs": passes * TRAIN["epochs"]}
-        flags["overwrite"] = (adapter / "run.json").exists()  # a killed run saved nothing yet
-        config = load_config(TRAIN | QUIET | flags)
-        pipeline.precompute(config, output=reference, say=say)
-        try:
-            for _ in pipeline.train(config, say=say):
-                pass
-        except Diverged as stop:  # judged with the adapters from before it, and counted
-            if not (adapter / "adapters.safetensors").exists():
-                raise
-            files.write_text(adapter / STOPPED, f"{stop}\n")
-            say(str(stop))
-    return adapter
+    if (adapter / "adapters.safetensors").exists():
+        return
+    places = {"data": str(pairs), "adapter_path": str(adapter), "reference": str(reference)}
+    places["overwrite"] = (adapter / "run.json").exists()  # a killed run saved nothing yet
+    config = load_config(QUIET | settings | places)
+    pipeline.precompute(config, output=reference, say=say)
+    for event in pipeline.train(config, say=say):
+        show(event)
 
 
 def before_and_after(

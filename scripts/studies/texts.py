@@ -7,13 +7,14 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fpo_mlx.demo import smollm2
 from fpo_mlx.storage import files
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s+\S", re.MULTILINE)
 
@@ -81,6 +82,23 @@ class Steps:
         files.write_json(path, value)
         say(f"--- {name}: {time.perf_counter() - start:.0f} s")
         return value
+
+
+def in_time(
+    minutes: float | None, things: Iterable[T], name: Callable[[T], str] | None = None
+) -> Iterator[T]:
+    """The things to begin until so many minutes after this call; name: says where it stopped."""
+    begun = time.monotonic()
+
+    def each() -> Iterator[T]:
+        for thing in things:
+            if minutes and time.monotonic() - begun > 60 * minutes:
+                if name:
+                    say(f"stopped before {name(thing)}; the same command goes on")
+                return
+            yield thing
+
+    return each()
 
 
 def say(text: str) -> None:

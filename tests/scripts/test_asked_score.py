@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import asked_score as study
 import numpy as np
 import pairs_end_to_end
 import pytest
+import texts
 import tiny_models
 
 pytest.importorskip("mlx.core")
@@ -43,3 +45,12 @@ def test_base_and_tuned_model_are_asked_for_both_scores_and_a_second_start_makes
     monkeypatch.setattr(study, "asked", None)  # a step that ran again would call it
     assert study.main(words) == 0
     assert (tmp_path / "output.json").read_bytes() == before
+
+
+def test_what_there_is_no_time_for_is_not_begun_and_named(monkeypatch, capsys):
+    clock = iter([0.0, 30.0, 61.0])
+    monkeypatch.setattr(texts, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    things = [("tuned", 0), ("tuned", 1), ("base", 0)]
+    done = list(texts.in_time(1, things, pairs_end_to_end.of_seed_text))
+    assert done == things[:1]
+    assert capsys.readouterr().err == "stopped before tuned, seed 1; the same command goes on\n"
