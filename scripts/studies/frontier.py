@@ -2,6 +2,7 @@
 
     python scripts/studies/frontier.py --model M --sae S            everything; again to go on
     python scripts/studies/frontier.py --model M --sae S --minutes 60   begin nothing later
+    python scripts/studies/frontier.py … --method dpo       only its cells: a run for each core
     python scripts/studies/frontier.py --list                       what is there, what is left
 
 In the manner of DPO's sentiment experiment (arXiv 2305.18290, section 6.1): the base answers 400
@@ -38,7 +39,7 @@ from fpo_mlx.storage import files
 
 RESULTS = ROOT / "scripts" / "studies" / "results"
 UPDATES, CHECKPOINTS = 200, (50, 200)  # a point takes minutes on one core
-PARTS = (0.1, 0.25, 0.5)  # of the last checkpoint's change
+PARTS = (0.25, 0.5)  # of the last checkpoint's change
 METHODS = {
     "dpo": ("--objective", "dpo"),
     "fpo drift .2": ("--target-drift", "0.2"),
@@ -66,22 +67,24 @@ class Cell:
         return f"{self.method.replace(' ', '-')}-lr{self.rate:.0e}-s{self.seed}"
 
 
-def cells(seeds: int) -> Iterator[Cell]:
-    """The most telling first: all methods once, the strongest rival and ours on all seeds."""
+def cells(seeds: int, only: Sequence[str] = ()) -> Iterator[Cell]:
+    """The most telling first: the strongest rival and ours on all seeds, then every method once."""
     first = [Cell(m, RATES[0], 0) for m in METHODS]
     main = [Cell(m, RATES[0], s) for s in range(1, seeds) for m in list(METHODS)[:2]]
     tuning = [Cell(m, rate, 0) for rate in RATES[1:] for m in METHODS]
     rest = [Cell(m, rate, s) for s in range(1, seeds) for rate in RATES for m in METHODS]
-    yield from dict.fromkeys([*first[:2], *main, *first[2:], *tuning, *rest])
+    every = dict.fromkeys([*first[:2], *main, *first[2:], *tuning, *rest])
+    yield from (cell for cell in every if not only or cell.method in only)
 
 
 def main() -> int:
     o = parse()
     machine.set_up()
     work = o.work / o.reward
-    todo = [c for c in cells(o.seeds) if not (work / "cells" / c.id / "points.json").is_file()]
+    plan = list(cells(o.seeds, o.method))
+    todo = [c for c in plan if not (work / "cells" / c.id / "points.json").is_file()]
     if o.list:
-        print(*(f"{'open' if c in todo else 'kept'}  {c.id}" for c in cells(o.seeds)), sep="\n")
+        print(*(f"{'open' if c in todo else 'kept'}  {c.id}" for c in plan), sep="\n")
         return 0
     affordable = in_time(o.minutes, todo)  # the making of the pairs counts
     data = make_pairs(o, work)
@@ -106,6 +109,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reward", choices=list(known.REWARDS), default="sentiment")
     parser.add_argument("--work", type=Path, default=ROOT / ".frontier", help="all that is made")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--method", action="append", choices=list(METHODS), default=[])
     parser.add_argument("--minutes", type=float, help="begin no cell after so many")
     parser.add_argument("--list", action="store_true")
     return parser.parse_args()

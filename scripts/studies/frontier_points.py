@@ -25,6 +25,7 @@ EACH = 2  # answers to a prompt: a pair, so that the base reads the prompt once
 TOKENS, GREEDY_TOKENS = 32, 24
 GREEDY = Sampling(max_tokens=GREEDY_TOKENS, temp=0.0)
 TOP = 50  # features that the drift is measured on
+AT_ONCE = 8  # pairs scored
 SEED = 20  # of the answers' noise: the same for every model
 
 
@@ -129,7 +130,8 @@ class Meter:
         return [self._text(answer) for answer in self._greedy(prompts)]
 
     def _scores(self, pairs: Sequence[TokenPair]) -> list[PairScore]:
-        return [score for pair in pairs for score in self.tapped.reader.scores([pair])]
+        few = (pairs[at : at + AT_ONCE] for at in range(0, len(pairs), AT_ONCE))
+        return [score for some in few for score in self.tapped.reader.scores(some)]
 
     def _tokens(self, prompts: Sequence[str]) -> list[np.ndarray]:
         ask = self.tapped.tokenizer.prompt_tokens
