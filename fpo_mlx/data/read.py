@@ -14,6 +14,7 @@ from fpo_mlx.data.containers import FORMATS, RawRow, digest, file_rows, stem
 from fpo_mlx.data.messages import RowFault
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, PreferenceRow, parse_row
 from fpo_mlx.errors import ConfigError, DataError, FpoError
+from fpo_mlx.records import PAIRS_FILE
 from fpo_mlx.storage.files import listed
 
 SPLITS = ("train", "valid", "test")
@@ -169,7 +170,7 @@ def _folder_splits(folder: Path, hub: HubSplits, want: str) -> dict[str, Place]:
                 inner = _saved_or_files(path)
                 if inner:
                     groups.setdefault(path.name.lower(), inner)
-            elif (name := stem(path)) is not None:
+            elif (name := stem(path)) is not None and path.name != PAIRS_FILE:
                 shard = _SHARD.fullmatch(name)
                 groups.setdefault((shard.group(1) if shard else name).lower(), []).append(path)
     found = _named(str(folder), {name: _one_place(name, g) for name, g in groups.items()}, hub)

@@ -81,6 +81,8 @@ def pairs_build(
     output = claim()
     found, left = open_candidates(candidates), Left()
     known = _read(verdicts, settings, only)
+    if settings.reward_augmented:
+        _check_one_scale(known)
     judges = _judges(known, found)
     pairs = _choose(found, known, settings, left, say)
     if settings.balance_length:
@@ -93,7 +95,8 @@ def pairs_build(
             f"Wanted {FEWEST}: answer more prompts, judge more of them, or write them with --force."
         )
     _write(pairs, settings, report, output, claim)
-    _check(output, say)
+    if pairs:
+        _check(output, say)
     return report
 
 
@@ -114,6 +117,17 @@ def _read(
                 f"{', '.join(judges) or 'none'}."
             )
     return by_prompt(known.values())
+
+
+def _check_one_scale(known: Mapping[str, Sequence[Verdict]]) -> None:
+    """A wanted score means something on one judge's scale only. Raises: ConfigError."""
+    verdicts = [verdict for of_it in known.values() for verdict in of_it]
+    judges = sorted({verdict.judge for verdict in verdicts})
+    if len(judges) > 1 and any(verdict.score_a is not None for verdict in verdicts):
+        raise ConfigError(
+            "--reward-augmented asks the model for a score, and these judges give theirs on scales "
+            f"of their own: {', '.join(judges)}. Take one of them: --judge-name NAME."
+        )
 
 
 def _judges(known: dict[str, list[Verdict]], found: CandidateFile) -> dict[str, JudgeSummary]:

@@ -221,6 +221,36 @@ def test_reward_augmented_rows_of_scores_that_read_alike_are_left_out_and_said(t
     refused(done, 3, "0 pairs from", "scores alike in two digits")
 
 
+def test_a_wanted_score_is_of_one_judge(tmp_path):
+    path, reward = source(tmp_path)
+    words = ["--near-duplicates", 1, "--valid-share", 0]
+    scored = ["--reward", reward, *words, "--output", tmp_path / "scored"]
+    assert run("pairs", "build", path, *scored).exit_code == 0
+    verdicts = tmp_path / "c-rewards.jsonl"
+    one = json.loads(verdicts.read_text().splitlines()[0])
+    vote = one | {"judge": "person", "verdict": "a", "score_a": None, "score_b": None}
+    votes = lines(tmp_path / "votes.jsonl", vote)
+    both = ["--verdicts", verdicts, "--verdicts", votes, *words, "--reward-augmented"]
+    done = run("pairs", "build", path, *both, "--output", tmp_path / "mixed")
+    refused(done, 2, "scales of their own", "person", "--judge-name")
+    named = run(
+        "pairs", "build", path, *both, "--judge-name", one["judge"], "--output", tmp_path / "named"
+    )
+    assert named.exit_code == 0, named.stderr
+    assert len(rows(tmp_path / "named/train.jsonl")) == 120
+
+
+def test_a_build_of_no_pairs_is_no_data(tmp_path):
+    path, _ = source(tmp_path)
+    (tmp_path / "same.py").write_text("def same(prompt, answer):\n    return 1.0\n")
+    words = ["--reward", f"{tmp_path / 'same.py'}:same", "--force"]
+    done = run("pairs", "build", path, *words, "--output", tmp_path / "none")
+    assert done.exit_code == 0, done.stderr
+    assert "check:" not in done.stderr
+    assert [found.name for found in (tmp_path / "none").iterdir()] == ["pairs.json"]
+    refused(run("check", "--data", tmp_path / "none"), 1, "Splits found in", ": none")
+
+
 def test_a_second_reward_is_not_read_from_what_the_first_one_left(tmp_path):
     path, reward = source(tmp_path)
     worst = "def worst(prompt, answer):\n    return -100 * int(answer.split()[-1])\n"
