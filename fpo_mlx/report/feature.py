@@ -32,12 +32,17 @@ def render_feature(page: Mapping[str, Any]) -> str:
         bars=[_bars(side["counts"], sides) for side in sides],
         top=f"{page['before']['top']:.3g}",
         tokens=_tokens(page["promoted"], page["suppressed"]),
-        similar=Table(
-            "Decoder rows that point the same way", ["Feature", "Cosine", "Label"],
-            [[str(i), f"{cosine:.3f}", label] for i, cosine, label in page["similar"]],
-        ),
+        similar=_similar(page["similar"]),
         contexts=[_context(one) for one in page["contexts"]],
     )  # fmt: skip
+
+
+def _similar(found: Sequence[tuple[int, float, str]]) -> Table:
+    """With a column of labels where any of them has one."""
+    shown = 3 if any(label for _, _, label in found) else 2
+    rows = [[str(i), f"{cosine:.3f}", label][:shown] for i, cosine, label in found]
+    head = ["Feature", "Cosine", "Label"][:shown]
+    return Table("Decoder rows that point the same way", head, rows)
 
 
 def _bars(counts: Sequence[int], sides: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

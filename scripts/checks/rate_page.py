@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import browser  # noqa: E402
+from axe import found_by_axe, wait  # noqa: E402
 from judges import candidates, graded  # noqa: E402
 
 READY = "!busy && (current !== null || !document.getElementById('done').hidden)"
-SERIOUS = ("serious", "critical")
 
 
 def main() -> int:
@@ -70,14 +69,6 @@ def stop(process: subprocess.Popen) -> None:
     process.communicate(timeout=60)
 
 
-def wait(page: Any, script: str) -> None:
-    until = time.monotonic() + 60
-    while not page.evaluate(script):
-        if time.monotonic() > until:
-            sys.exit(f"waited in vain for {script}")
-        time.sleep(0.02)
-
-
 def looked_at(page: Any, source: Path, out: Path, axe: str) -> list[str]:
     """What axe-core finds serious, in every state of the page."""
     address, process = serve(source, out)
@@ -100,20 +91,6 @@ def looked_at(page: Any, source: Path, out: Path, axe: str) -> list[str]:
     faults += found_by_axe(page, "all done")
     stop(process)
     return faults
-
-
-def found_by_axe(page: Any, state: str) -> list[str]:
-    page.evaluate("window.found = null; axe.run().then((r) => { window.found = r; }); 0")
-    wait(page, "window.found !== null")
-    passed = page.evaluate("window.found.passes.length")
-    told = json.loads(
-        page.evaluate(
-            "JSON.stringify(window.found.violations.map((v) => "
-            "[v.impact, v.id, v.nodes.map((n) => n.html.slice(0, 80))]))"
-        )
-    )
-    print(f"{state}: {passed} rules passed, {len(told)} violated {[one[1] for one in told]}")
-    return [f"{state}: {one}" for one in told if one[0] in SERIOUS]
 
 
 def two_tabs(page: Any, source: Path, out: Path) -> list[str]:
