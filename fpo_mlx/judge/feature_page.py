@@ -12,7 +12,8 @@ import numpy as np
 
 from fpo_mlx.core import features as F
 from fpo_mlx.judge.feature_report import Context
-from fpo_mlx.judge.feature_scan import activations, context_of
+from fpo_mlx.judge.feature_scan import context_of, encoded
+from fpo_mlx.judge.scaling import Scaling
 from fpo_mlx.model.heads import find_backbone
 from fpo_mlx.model.policy import Policy
 from fpo_mlx.records import Passage, Site
@@ -23,16 +24,8 @@ Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One feature on some texts under one model. values: per text its activations [n]."""
-
-    values: list[np.ndarray]
-    contexts: list[Context]
-
-
-@dataclass(frozen=True)
 class Activity:
-    """Figures of `Seen`. counts: of the active positions, in BINS equal bins from 0 to `top`."""
+    """Figures of one model. counts: of the active positions, in BINS equal bins from 0 to `top`."""
 
     tokens: int
     density: float  # share of the positions at which it is active
@@ -46,38 +39,50 @@ class Activity:
 
 
 def watch(
-    policy: Policy,
+    policies: Sequence[Policy],
     encoder: F.Encoder,
     texts: Iterable[Passage],
     feature: int,
     count: int,
     decode: Decode,
-) -> Seen:
-    """One pass: every activation, and the `count` texts in which it fires most."""
-    values: list[np.ndarray] = []
+    scaling: Scaling | None = None,
+) -> tuple[list[list[np.ndarray]], list[Context]]:
+    """One pass of every model: per model the activations of each text [n]; where the last fires.
+
+    count: texts in which it fires most; scaling: is given the tokens of both models.
+    """
+    values: list[list[np.ndarray]] = [[] for _ in policies]
     best: list[tuple[float, int, int, Passage]] = []
     for number, text in enumerate(texts):
-        own = activations(policy, encoder, 0, text)[:, feature]
-        values.append(own)
+        rows = [one.answer_rows(text.prompt, text.response).tapped[0] for one in policies]
+        acts = [encoded(encoder, one) for one in rows]
+        if scaling is not None:
+            scaling.add([np.array(one.astype(mx.float32)) for one in rows], acts)
+        for of_model, one in zip(values, acts, strict=True):
+            of_model.append(one[:, feature].copy())
+        own = values[-1][-1]
         at = int(np.abs(own).argmax())
         if own[at] and count:
             heapq.heappush(best, (float(abs(own[at])), -number, at, text))
             if len(best) > count:
                 heapq.heappop(best)
     shown = [context_of(value, at, text, decode) for value, _, at, text in sorted(best)[::-1]]
-    return Seen(values, shown)
+    return values, shown
 
 
-def activity(seen: Seen, top: float) -> Activity:
-    """Texts are chosen, rejected, chosen, … of pairs. top: of the histogram, shared by models."""
-    every = np.abs(np.concatenate(seen.values))
+def activity(values: Sequence[np.ndarray], top: float) -> Activity:
+    """values: per text its activations [n], of chosen and rejected in turn.
+
+    top: of the histogram, shared by models.
+    """
+    every = np.abs(np.concatenate(values))
     active = every[every > 0]
-    means = np.array([one.mean() for one in seen.values])
+    means = np.array([one.mean() for one in values])
     counts, _ = np.histogram(active, bins=BINS, range=(0.0, top or 1.0))
     return Activity(
         tokens=len(every),
         density=float(len(active) / len(every)),
-        texts=float(np.mean([bool(one.any()) for one in seen.values])),
+        texts=float(np.mean([bool(one.any()) for one in values])),
         mean_active=float(active.mean()) if len(active) else 0.0,
         largest=float(every.max()),
         chosen=float(means[0::2].mean()),
@@ -87,11 +92,9 @@ def activity(seen: Seen, top: float) -> Activity:
     )
 
 
-def moved(before: Seen, after: Seen) -> tuple[float, float]:
+def moved(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> tuple[float, float]:
     """(mean change of a response's mean, paired Cohen's d); d is 0 where nothing varies."""
-    change = np.array(
-        [b.mean() - a.mean() for a, b in zip(before.values, after.values, strict=True)]
-    )
+    change = np.array([b.mean() - a.mean() for a, b in zip(before, after, strict=True)])
     spread = change.std(ddof=1) if len(change) > 1 else 0.0
     return float(change.mean()), float(change.mean() / spread) if spread > 1e-12 else 0.0
 

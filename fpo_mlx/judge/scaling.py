@@ -50,15 +50,22 @@ class Scaled:
     verdict: str  # real, hidden, elsewhere, or "small"
 
 
+def wanting(sae: SaeWeights) -> str:
+    """What latent scaling needs and this SAE is not; "" where it fits."""
+    if sae.w_dec is None or sae.b_dec is None or sae.transcoder:
+        return "the decoder of the SAE's own site"
+    return "an SAE of raw activations" if sae.normalize != "none" or sae.centred else ""
+
+
 class Scaling:
     """Sums over tokens of both models, so that memory is O(features looked at)."""
 
     def __init__(self, sae: SaeWeights, features: Sequence[int]) -> None:
         """Raises: SaeError for an SAE whose decoder does not write what it reads, in raw units."""
-        if sae.w_dec is None or sae.b_dec is None or sae.transcoder:
-            raise SaeError(f"{sae.source}: scaling needs the decoder of the SAE's own site.")
-        if sae.normalize != "none" or sae.centred:
-            raise SaeError(f"{sae.source}: scaling needs an SAE of raw activations.")
+        if what := wanting(sae):
+            raise SaeError(f"{sae.source}: scaling needs {what}.")
+        assert sae.w_dec is not None
+        assert sae.b_dec is not None
         self.features, self._w_dec = list(features), sae.w_dec
         self._rows = sae.w_dec[self.features].astype(np.float64)  # [J, D]
         self._b_dec = sae.b_dec.astype(np.float64)

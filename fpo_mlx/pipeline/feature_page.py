@@ -10,7 +10,7 @@ from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge.feature_report import Context
-from fpo_mlx.judge.scaling import Scaled
+from fpo_mlx.judge.scaling import Scaled, Scaling, wanting
 from fpo_mlx.pipeline.features import link, open_policy
 from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs, read_sae
 from fpo_mlx.pipeline.origins import warn_of_other_model
@@ -102,38 +102,35 @@ def _page(
     import numpy as np
 
     from fpo_mlx.judge import feature_page as pages
-    from fpo_mlx.judge import feature_scan
     from fpo_mlx.model.reader import encoder_of
 
     sae, decode = job.saes[0], job.tokenizer.decode
     assert sae.site is not None
-    encoder = encoder_of(sae)
-    before = open_policy(job, job.adapter, say)
-    seen = pages.watch(before, encoder, texts, feature, 0 if adapter else examples, decode)
+    of_both = [job.adapter, adapter] if adapter else [job.adapter]
+    policies = [open_policy(job, one, say) for one in of_both]
+    scaling = Scaling(whole, [feature]) if adapter and not wanting(whole) else None
+    values, contexts = pages.watch(
+        policies, encoder_of(sae), texts, feature, examples, decode, scaling
+    )
     more: dict[str, Any] = {}
-    models = [seen]
     if adapter:
-        after = open_policy(job, adapter, say)
-        models.append(pages.watch(after, encoder, texts, feature, examples, decode))
-        change, effect = pages.moved(*models)
+        change, effect = pages.moved(*values)
         more = {"adapter_path": adapter, "change": change, "effect_size": effect}
-        if whole.w_dec is not None and not whole.transcoder and whole.normalize == "none":
-            (more["scaling"],) = feature_scan.scaled(
-                (before, after), encoder, 0, whole, iter(texts), [feature]
-            )
-    top = max(float(np.abs(v).max()) for one in models for v in one.values)
-    figures = [pages.activity(one, top) for one in models]
+        more["scaling"] = scaling.results()[0] if scaling else None
+    top = max(float(np.abs(v).max()) for of_model in values for v in of_model)
+    figures = [pages.activity(of_model, top) for of_model in values]
     near: list[tuple[int, float, str]] = []
     if whole.w_dec is not None:
         near = [
             (i, c, known.get(i, "")) for i, c in pages.similar(whole.w_dec, feature, NEIGHBOURS)
         ]
         fits = not whole.transcoder and whole.w_dec.shape[1] == whole.d_in
-        weights = pages.logit_weights(before, sae.site, whole.w_dec[feature]) if fits else None
+        row = whole.w_dec[feature]
+        weights = pages.logit_weights(policies[0], sae.site, row) if fits else None
         if weights is not None:
             more["promoted"], more["suppressed"] = pages.extremes(weights, TOKENS, decode)
     return FeaturePage(
         feature, job.config.reference.sae[0], str(sae.site), job.model_path.name,
         known.get(feature, ""), link(sae, feature), len(texts) // 2, split, figures[0],
-        models[-1].contexts, near, after=figures[1] if adapter else None, **more,
+        contexts, near, after=figures[1] if adapter else None, **more,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from evaluated import own_cache, place  # noqa: F401
 from safetensors.numpy import load_file
 
 from fpo_mlx.judge import feature_page
-from fpo_mlx.judge.feature_page import Seen, activity, extremes, moved, similar
+from fpo_mlx.judge.feature_page import activity, extremes, moved, similar
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy
 from fpo_mlx.records import Site
@@ -25,15 +25,13 @@ from fpo_mlx.sae.encode import encode
 def test_figures_by_hand():
     """Two pairs: chosen (0, 4) and (1), rejected (0, 0, 0) and (3, 0)."""
     texts = [[0, 4], [0, 0, 0], [1], [3, 0]]
-    seen = Seen([np.float32(one) for one in texts], [])
+    seen = [np.float32(one) for one in texts]
     found = activity(seen, 4.0)
     assert (found.tokens, found.density, found.texts) == (8, 3 / 8, 3 / 4)
     assert found.mean_active == pytest.approx(8 / 3)
     assert (found.largest, found.chosen, found.rejected) == (4, 1.5, 0.75)
     assert found.counts == [0] * 5 + [1] + [0] * 9 + [1] + [0] * 3 + [1]  # bins of 0.2
-    later = Seen(
-        [one + np.float32(step) for one, step in zip(seen.values, (1, 3, 1, 3), strict=True)], []
-    )
+    later = [one + np.float32(step) for one, step in zip(seen, (1, 3, 1, 3), strict=True)]
     assert moved(seen, later) == pytest.approx((2.0, 2 / np.std([1, 3, 1, 3], ddof=1)))
     assert moved(seen, seen) == (0.0, 0.0)
 
