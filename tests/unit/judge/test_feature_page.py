@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -81,6 +82,19 @@ def test_the_command_shows_what_the_sae_says_before_and_after(place, tmp_path):
     assert "After" in page.read_text()
     refused(run(*words, "--output", page), 2, "--overwrite")
     refused(run("features", "show", 48, *usual(place)), 2, "0 to 47")
+
+
+def test_an_sae_that_latent_scaling_cannot_read_has_a_page_without_it(place, tmp_path):
+    shutil.copytree(place / "sae", tmp_path / "sae")
+    config = json.loads((tmp_path / "sae/cfg.json").read_text())
+    (tmp_path / "sae/cfg.json").write_text(json.dumps(config | {"centred": True}))
+    out = tmp_path / "out.json"
+    words = usual(place, sae=tmp_path / "sae")
+    done = run("features", "show", 7, *words, "--adapter-path", place / "two", "--json", out)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["after"]["tokens"] == found["before"]["tokens"]
+    assert found["scaling"] is None
 
 
 def test_density_is_that_of_the_numpy_encoder(place, tmp_path):
