@@ -12,8 +12,9 @@ import numpy as np
 
 from fpo_mlx.storage import files
 
-RIVAL, OURS = "dpo scaled", ("fpo drift .1", "fpo drift .2", "fpo drift .3", "fpo", "fpo scaled")
-LEVELS = (1.0, 3.0, 10.0)  # nats per answer
+RIVAL = "dpo scaled"
+LEVELS = (1.0, 3.0, 10.0)  # nats per answer, for the choice of a learning rate
+ELSEWHERE = ("unrelated_drift", "greedy_agreement")
 RESAMPLES = 2000
 SHOWN = (
     "reward", "kl", "unrelated_drift", "greedy_agreement", "base_nats_per_token", "tokens",
@@ -27,8 +28,8 @@ def write(work: Path, to: Path) -> None:
     if not runs:
         return
     base = json.loads((work / "base.json").read_text())
-    found = lines_of(runs)
-    compared = [row for name in OURS if name in found for row in against(found, name)]
+    found = lines_of(runs, base)
+    compared = [row for name in found if name != RIVAL for row in against(found, name)]
     to.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(to.with_suffix(".json"), {"base": base, "runs": runs, "compared": compared})
     files.write_text(to.with_suffix(".md"), markdown(work.name, base, runs, compared))
@@ -39,23 +40,34 @@ def write(work: Path, to: Path) -> None:
 Line = list[Mapping[str, Any]]  # points of one run, by KL
 
 
-def lines_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Line]]:
-    """Per method and seed the points of its better learning rate (the higher area on seed 0)."""
+def lines_of(
+    runs: Sequence[Mapping[str, Any]], base: Mapping[str, Any]
+) -> dict[str, dict[int, Line]]:
+    """Per method and seed the base and the points of its better learning rate, by KL.
+
+    Better: the higher mean reward over LEVELS on seed 0. Parts of a change are a method of their
+    own, "… scaled", with the whole change that they are parts of.
+    """
     split: dict[str, dict[float, dict[int, Line]]] = {}
     for run in runs:
+        parts = [p for p in run["points"] if p["part"] != 1.0]
+        last = max((p["update"] for p in run["points"]), default=0)
         whole = [p for p in run["points"] if p["part"] == 1.0]
-        parts = [p for p in run["points"] if p["part"] != 1.0 or p["update"] == 200]
         names = {run["method"]: whole}
-        if len(parts) > 1:
-            names[f"{run['method']} scaled"] = parts
+        if parts:
+            ends = [p for p in whole if p["update"] == last]
+            names[f"{run['method']} scaled"] = parts + ends
         for name, points in names.items():
-            line = sorted(points, key=lambda p: p["kl"])
+            line = sorted([{**base, "kl": 0.0, "update": 0, "part": 0.0}, *points], key=_kl)
             split.setdefault(name, {}).setdefault(run["rate"], {})[run["seed"]] = line
     return {name: max(rates.values(), key=_area) for name, rates in split.items()}
 
 
+def _kl(point: Mapping[str, Any]) -> float:
+    return point["kl"]
+
+
 def _area(seeds: Mapping[int, Line]) -> float:
-    """Mean reward over LEVELS on seed 0, for the choice of a learning rate."""
     if 0 not in seeds:
         return -np.inf
     found = [at(seeds[0], level) for level in LEVELS]
@@ -63,34 +75,52 @@ def _area(seeds: Mapping[int, Line]) -> float:
 
 
 def at(line: Line, kl: float, name: str = "reward/of_prompts") -> np.ndarray | None:
-    """A figure per prompt where the run has this KL, between its points by log KL; None outside."""
-    line = [p for p in line if p["kl"] > 0]
+    """A figure where the run has this KL, between its points by root KL; None above the last.
+
+    The change of a small step grows with its length, the KL with the square of that.
+    """
     for a, b in zip(line, line[1:], strict=False):
         if a["kl"] <= kl <= b["kl"]:
-            part = np.log(kl / a["kl"]) / max(np.log(b["kl"] / a["kl"]), 1e-9)
+            part = (kl**0.5 - a["kl"] ** 0.5) / max(b["kl"] ** 0.5 - a["kl"] ** 0.5, 1e-9)
             first, second = (np.atleast_1d(np.array(p[name], dtype=float)) for p in (a, b))
             return first + part * (second - first)
     return None
 
 
 def against(found: Mapping[str, Mapping[int, Line]], name: str) -> list[dict[str, Any]]:
-    """Reward above RIVAL's at equal KL, same seeds and prompts; 95 % bootstrap over both."""
+    """Reward above RIVAL's at the KL of each point, same seeds and prompts; 95 % bootstrap."""
     rows = []
-    for level in LEVELS:
+    rival = found.get(RIVAL, {})
+    seeds = sorted(set(found[name]) & set(rival))
+    places = {
+        (p["update"], p["part"]): None for seed in seeds for p in found[name][seed] if p["kl"]
+    }
+    for update, part in places:
         both = [
-            (at(found[name][seed], level), at(found[RIVAL][seed], level))
-            for seed in sorted(set(found[name]) & set(found.get(RIVAL, {})))
+            (point, rival[seed])
+            for seed in seeds
+            for point in found[name][seed]
+            if (point["update"], point["part"]) == (update, part)
+            and at(rival[seed], point["kl"]) is not None
         ]
-        gaps = np.array(
-            [ours - theirs for ours, theirs in both if not (ours is None or theirs is None)]
-        )
-        if len(gaps):
-            low, high = interval(gaps)
-            rows.append(
-                {"method": name, "rival": RIVAL, "kl": level, "seeds": len(gaps),
-                 "gap": float(gaps.mean()), "low": low, "high": high}
-            )  # fmt: skip
+        if both:
+            rows.append({"method": name, "update": update, "part": part} | _gap(both))
     return rows
+
+
+def _gap(both: Sequence[tuple[Mapping[str, Any], Line]]) -> dict[str, Any]:
+    """Of a point per seed, and the rival's line of that seed."""
+
+    def above(name: str) -> np.ndarray:
+        return np.array([np.array(p[name]) - at(line, p["kl"], name) for p, line in both])
+
+    gaps = above("reward/of_prompts")
+    low, high = interval(gaps)
+    return {
+        "rival": RIVAL, "kl": float(np.mean([p["kl"] for p, _ in both])), "seeds": len(both),
+        "gap": float(gaps.mean()), "low": low, "high": high, "of_seeds": gaps.mean(axis=1).tolist(),
+        **{name: float(above(name).mean()) for name in ELSEWHERE},
+    }  # fmt: skip
 
 
 def interval(gaps: np.ndarray) -> tuple[float, float]:
@@ -123,11 +153,19 @@ def markdown(
                 f"| {run['method']} | {run['rate']:.0e} | {run['seed']} | {p['update']} | "
                 f"{p['part']:g} | {figures} |"
             )
-    lines += ["", "## At equal KL", "", "| method | over | KL | seeds | reward above | 95 % |"]
-    lines += ["|---|---|---|---|---|---|"]
     lines += [
-        f"| {r['method']} | {r['rival']} | {r['kl']:g} | {r['seeds']} | {r['gap']:+.3f} | "
-        f"{r['low']:+.3f} to {r['high']:+.3f} |"
+        "", "## At equal KL", "",
+        f"Above {RIVAL} of the same seed, where that reaches the point's KL (between its points by "
+        "the root of the KL; the base is one). Intervals: bootstrap over seeds and prompts.", "",
+        "| method | update | part | KL | seeds | reward above | 95 % | of each seed "
+        f"| {' | '.join(f'{name} above' for name in ELSEWHERE)} |",
+        "|---|---|---|---|---|---|---|---|" + "---|" * len(ELSEWHERE),
+    ]  # fmt: skip
+    lines += [
+        f"| {r['method']} | {r['update']} | {r['part']:g} | {r['kl']:.2f} | {r['seeds']} | "
+        f"{r['gap']:+.3f} | {r['low']:+.3f} to {r['high']:+.3f} | "
+        f"{', '.join(f'{g:+.2f}' for g in r['of_seeds'])} | "
+        f"{' | '.join(f'{r[name]:+.3f}' for name in ELSEWHERE)} |"
         for r in compared
     ]
     return "\n".join(lines) + "\n"
@@ -153,7 +191,7 @@ def draw(found: Mapping[str, Mapping[int, Line]], base: Mapping[str, Any], path:
                 )  # fmt: skip
     for axis, label in zip(axes, ("KL, nats per answer", "drift on other prompts"), strict=True):
         axis.axhline(base["reward"], color="grey", linewidth=0.7)
-        axis.set(xscale="log", xlabel=label)
+        axis.set(xscale="symlog" if label.startswith("KL") else "linear", xlabel=label)
     axes[0].set_ylabel("reward")
     axes[0].legend(fontsize=7)
     figure.tight_layout()

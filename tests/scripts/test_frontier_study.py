@@ -75,21 +75,44 @@ def adapter(tmp_path):
 
 def line(*points):
     return [
-        {"kl": kl, "reward": r, "reward/of_prompts": [r, r + 1.0], "part": 1.0} for kl, r in points
-    ]
+        {
+            "kl": kl, "reward": r, "reward/of_prompts": [r, r + 1.0], "part": 1.0,
+            "update": n, "unrelated_drift": kl / 10, "greedy_agreement": 1 - kl / 10,
+        }
+        for n, (kl, r) in enumerate(points)
+    ]  # fmt: skip
 
 
-def test_between_two_points_a_figure_goes_by_the_logarithm_of_the_kl():
+def test_between_two_points_a_figure_goes_by_the_root_of_the_kl():
     run = line((1.0, 0.0), (4.0, 1.0), (16.0, 5.0))
-    np.testing.assert_allclose(show.at(run, 2.0), [0.5, 1.5])
+    np.testing.assert_allclose(show.at(run, 2.25), [0.5, 1.5])
     np.testing.assert_allclose(show.at(run, 16.0), [5.0, 6.0])
     assert show.at(run, 0.5) is None
     assert show.at(run, 20.0) is None
 
 
 def test_the_gap_at_equal_kl_is_ours_less_the_rivals_of_the_same_seed():
-    ours = {0: line((0.5, 1.0), (20.0, 1.0)), 1: line((0.5, 3.0), (20.0, 3.0))}
-    theirs = {0: line((0.5, 0.5), (2.0, 0.5)), 1: line((0.5, 0.0), (2.0, 0.0))}
-    rows = show.against({"fpo": ours, show.RIVAL: theirs}, "fpo")
-    assert [(r["kl"], r["seeds"], r["gap"]) for r in rows] == [(1.0, 2, 1.75)]
-    assert (rows[0]["low"], rows[0]["high"]) == (0.5, 3.0)
+    ours = {0: line((0.0, 0.0), (1.0, 1.0)), 1: line((0.0, 0.0), (1.0, 3.0))}
+    theirs = {0: line((0.0, 0.5), (4.0, 0.5)), 1: line((0.0, 0.0), (4.0, 0.0))}
+    (row,) = show.against({"fpo": ours, show.RIVAL: theirs}, "fpo")
+    assert (row["kl"], row["update"], row["seeds"], row["gap"]) == (1.0, 1, 2, 1.75)
+    assert (row["low"], row["high"], row["of_seeds"]) == (0.5, 3.0, [0.5, 3.0])
+    assert row["unrelated_drift"] == pytest.approx(0.1 - 0.2)
+    assert row["greedy_agreement"] == pytest.approx(0.2 - 0.1)
+
+
+def test_what_the_rival_never_reaches_is_not_compared():
+    ours, theirs = {0: line((0.0, 0.0), (9.0, 1.0))}, {0: line((0.0, 0.0), (4.0, 1.0))}
+    assert show.against({"fpo": ours, show.RIVAL: theirs}, "fpo") == []
+
+
+def test_parts_of_a_change_are_a_line_with_the_base_and_the_whole_of_it():
+    base = {"kl": 1e-6, "reward": 0.1, "reward/of_prompts": [0.1], "unrelated_drift": 0.0}
+    points = [
+        {"update": update, "part": part, "kl": kl, "reward/of_prompts": [kl]}
+        for update, part, kl in ((24, 1.0, 9.0), (24, 0.25, 1.0), (12, 1.0, 4.0), (24, 0.5, 3.0))
+    ]
+    run = {"method": "dpo", "rate": 1e-4, "seed": 0, "points": points}
+    found = show.lines_of([run], base)
+    assert [p["kl"] for p in found["dpo"][0]] == [0.0, 4.0, 9.0]
+    assert [p["part"] for p in found["dpo scaled"][0]] == [0.0, 0.25, 0.5, 1.0]
