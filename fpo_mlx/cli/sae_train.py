@@ -11,6 +11,7 @@ from fpo_mlx.cli.options import claims, json_option, section_options, write_json
 from fpo_mlx.cli.show import listing, say
 from fpo_mlx.cli.train import on_signal
 from fpo_mlx.config import SaeTrainConfig, load_section
+from fpo_mlx.machine.processes import is_first
 
 
 @click.command("train", cls=Command)
@@ -32,6 +33,8 @@ def train_sae(config, upload_repo, json_path, overwrite, **values) -> None:
     done = pipeline.sae_train(
         chosen, upload_repo=upload_repo, say=say, report=_training_line, install_stop=on_signal
     )
+    if not is_first():
+        return
     figures = {} if done.figures is None else dataclasses.asdict(done.figures)
     if done.loss is not None:
         figures["loss_recovered"] = done.loss.recovered

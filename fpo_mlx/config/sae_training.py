@@ -153,6 +153,10 @@ class SaeTrainConfig:
     trust_remote_code: bool = setting(
         False, "let the model folder run its own Python code", "safety", may_change=True
     )
+    peer_timeout: float = setting(
+        600.0, "seconds to wait for the other processes of a launcher before giving up", "safety",
+        may_change=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         faults = [

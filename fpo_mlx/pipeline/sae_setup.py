@@ -22,6 +22,7 @@ from fpo_mlx.storage import outputs
 from fpo_mlx.storage.hub import read_config, resolve_model
 
 if TYPE_CHECKING:
+    from fpo_mlx.machine.parallel import Ranks
     from fpo_mlx.saetrain.activations import Reader
 
 CALIBRATION = 40  # documents that the norm limit and the speed are measured on
@@ -50,8 +51,18 @@ class Setup:
     held_out: tuple[texts.Document, ...]
     reader: Reader
     fingerprints: dict[str, str]
-    seconds_a_row: float  # measured
+    seconds_a_row: float  # measured, of all processes together
     init: SaeWeights | None = None  # that the training starts from
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.reader.ranks
+
+    @property
+    def micro(self) -> int:
+        """Rows of a micro-batch: each process has one at least."""
+        whole = self.config.batch_size // self.ranks.size
+        return min(self.config.micro_batch_size or whole, whole)
 
     @property
     def positions(self) -> int:
@@ -90,7 +101,7 @@ def claim(config: SaeTrainConfig) -> None:
         outputs.claim_folder(store, "--store", STORE, inputs=inputs, overwrite=config.overwrite)
 
 
-def open_setup(config: SaeTrainConfig, say: Say) -> Setup:
+def open_setup(config: SaeTrainConfig, ranks: Ranks, say: Say) -> Setup:
     """Tokens first: a fault in the data should not wait for the model."""
     from fpo_mlx.model.open import open_model
     from fpo_mlx.saetrain import warm
@@ -107,11 +118,11 @@ def open_setup(config: SaeTrainConfig, say: Say) -> Setup:
         documents.items, config.held_out, config.seed, HELD_OUT_MOST
     )
     loaded = open_model(path, trust_remote_code=config.trust_remote_code, say=say)
-    reader = open_reader(loaded.model, loaded.config, site)
+    reader = replace(open_reader(loaded.model, loaded.config, site), ranks=ranks)
     reader.rows(train[:1])  # the first call is slower than the others
     started = time.perf_counter()
     sample = reader.rows(train[:CALIBRATION])
-    seconds = time.perf_counter() - started
+    seconds = ranks.first_number(time.perf_counter() - started)
     limit = norm_limit(sample)
     say(
         f"{documents.kind}: {len(train)} documents to train on, {len(held_out)} held out; left "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,8 @@ from fpo_mlx.pipeline.train import InstallStop
 from fpo_mlx.records import Passage, SaeWeights
 from fpo_mlx.saetrain import rows, texts
 from fpo_mlx.saetrain import sizes as sizing
-from fpo_mlx.storage import locks, outputs
+from fpo_mlx.storage import files, locks, outputs
+from fpo_mlx.storage.runfolder import RunFolder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +39,7 @@ TRAINING_DOCUMENTS = "training_documents"  # in what a store says of itself: the
 
 @dataclass(frozen=True)
 class SaeTrained:
-    """What was written."""
+    """What was written; of several processes the first one knows the figures."""
 
     folder: Path
     figures: Figures | None
@@ -57,25 +60,37 @@ def sae_train(
 
     install_stop: called when training begins.
     """
-    from fpo_mlx.saetrain import finish, trainer
+    from fpo_mlx.machine.parallel import open_ranks
+    from fpo_mlx.saetrain import trainer
 
     folder = Path(config.output)
     check(config)
-    claim(config)
-    setup = open_setup(config, say)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locks.held(folder / finish.LOCK, folder):
-        finish.sweep(folder)
+    ranks = open_ranks(count=config.batch_size, command="sae train", patience=config.peer_timeout)
+    if ranks.first:
+        claim(config)
+    setup = open_setup(config, ranks, say)
+    with _writing(folder) if ranks.first else nullcontext():
         source, current, plan = (_resumed if config.resume else _begun)(setup, folder, say)
-        rule = _rule(setup)
+        rule, kept = _rule(setup), folder if ranks.first else None
         say(
             f"{config.architecture} of {setup.sizes.width} features, k {setup.sizes.k}, on the "
             f"{setup.site}: {plan.steps} updates of {plan.batch} tokens"
         )
-        with device.resident(config.wired_share):
-            for each in trainer.train(source, current, rule, plan, folder, install_stop()):
+        with device.resident(config.wired_share, ranks.size):
+            for each in trainer.train(source, current, rule, plan, kept, install_stop(), ranks):
                 report(each)
         return _finish(setup, source, current, plan, upload_repo, say)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """No other run writes to the folder; what a killed one left half is gone."""
+    from fpo_mlx.saetrain import finish
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with locks.held(folder / finish.LOCK, folder):
+        finish.sweep(folder)
+        yield
 
 
 def _begun(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, Plan]:
@@ -87,10 +102,11 @@ def _begun(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, Pl
     current = _start(setup, sample)
     plan = _plan(setup, source, current, stored, say)
     if setup.init is not None:
-        trainer.warm(current, _rule(setup), plan, sample)
-    claim(setup.config)  # again: hours may lie between
-    finish.clear(folder)
-    _write_run(folder, _record(setup), plan)
+        trainer.warm(current, _rule(setup), plan, sample, setup.ranks)
+    if setup.ranks.first:
+        claim(setup.config)  # again: hours may lie between
+        finish.clear(folder)
+        _write_run(folder, _record(setup), plan)
     return source, current, plan
 
 
@@ -98,19 +114,22 @@ def _resumed(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, 
     """The run in `folder`, from its checkpoint. Raises ConfigError where this would be another."""
     from fpo_mlx.saetrain import state, trainer
 
-    config = setup.config
-    own = options((SaeTrainConfig,))
-    before = state.run_folder(folder).check_resumable(
-        _record(setup),
-        {*named("may_change", (SaeTrainConfig,)), *named("by_content", (SaeTrainConfig,))},
-        {name: default_of(field) for name, field in own.items()},
-    )
+    config, run = setup.config, state.run_folder(folder)
+    if setup.ranks.first:
+        _check_resumable(setup, run)
+    with setup.ranks.file_of_first(run.record) as record:
+        before = files.parse_json(record.read_text(encoding="utf-8"))
     old = before["settings"]
     _check_chunks(folder, old.get("store"), config.store)
     source, _ = _source(setup, say)
-    plan, current = trainer.Plan(**before["plan"]), state.load(folder)
-    plan = replace(plan, save_every=config.save_every, report_every=config.steps_per_report)
-    state.run_folder(folder).rewind_log(current.metrics_bytes)
+    with setup.ranks.file_of_first(folder / state.STATE) as path:
+        current = state.load(path)
+    plan = replace(
+        trainer.Plan(**before["plan"]), micro=setup.micro, save_every=config.save_every,
+        report_every=config.steps_per_report,
+    )  # fmt: skip
+    if setup.ranks.first:
+        run.rewind_log(current.metrics_bytes)
     say(f"resumed after step {current.step} of {plan.steps}")
     changed = [f"--{n}" for n in ("minutes", "passes") if getattr(config, n) != old.get(n)]
     if changed:
@@ -120,6 +139,15 @@ def _resumed(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, 
             "--resume"
         )
     return source, current, plan
+
+
+def _check_resumable(setup: Setup, run: RunFolder) -> None:
+    own = options((SaeTrainConfig,))
+    run.check_resumable(
+        _record(setup),
+        {*named("may_change", (SaeTrainConfig,)), *named("by_content", (SaeTrainConfig,))},
+        {name: default_of(field) for name, field in own.items()},
+    )
 
 
 def _check_chunks(folder: Path, before: str | None, now: str | None) -> None:
@@ -160,7 +188,13 @@ def _source(setup: Setup, say: Say) -> tuple[rows.Source, bool]:
 
 def _stored(setup: Setup, folder: Path, about: dict[str, str], say: Say) -> Any:
     """Activations in `folder`, written there first if it has none."""
-    if (folder / rows.STORE_ABOUT).exists():
+    ranks = setup.ranks
+    if not ranks.share_folder(folder):
+        raise ConfigError(
+            f"The processes of this run have no folder {folder} in common, which --store needs. "
+            "Leave it out."
+        )
+    if ranks.first_number(float((folder / rows.STORE_ABOUT).exists())):
         array, found = rows.read_store(folder)
         if TRAINING_DOCUMENTS not in found:
             raise ConfigError(
@@ -180,7 +214,11 @@ def _stored(setup: Setup, folder: Path, about: dict[str, str], say: Say) -> Any:
         setup.reader.rows(setup.train[at : at + CALIBRATION])
         for at in range(0, len(setup.train), CALIBRATION)
     )
-    rows.write_store(folder, parts, about)
+    if ranks.first:
+        rows.write_store(folder, parts, about)
+    else:
+        deque(parts, maxlen=0)  # its documents are run here
+    ranks.largest(0)  # it is there now
     return rows.read_store(folder)[0]
 
 
@@ -224,7 +262,7 @@ def _plan(setup: Setup, source: rows.Source, fresh: State, stored: bool, say: Sa
     tokens = config.training_tokens
     if tokens is None:
         minutes = 30.0 if config.minutes is None else config.minutes
-        speed = _seconds_a_token(setup, source, fresh)
+        speed = setup.ranks.first_number(_seconds_a_token(setup, source, fresh))
         tokens = sizing.steps_in_time(
             minutes * 60,
             per_row=0.0 if stored else setup.seconds_a_row,
@@ -240,7 +278,7 @@ def _plan(setup: Setup, source: rows.Source, fresh: State, stored: bool, say: Sa
     return Plan(
         steps=steps,
         batch=config.batch_size,
-        micro=config.micro_batch_size or config.batch_size,
+        micro=setup.micro,
         learning_rate=sizing.learning_rate(config, setup.sizes.width),
         seed=config.seed,
         dead_after=config.dead_after or max(steps // 60, 4) * config.batch_size,
@@ -254,14 +292,12 @@ def _seconds_a_token(setup: Setup, source: rows.Source, fresh: State) -> float:
     from fpo_mlx.saetrain import trainer
 
     config, copy = setup.config, replace(fresh, unused=fresh.unused.copy())
-    micro = config.micro_batch_size or config.batch_size
     plan = trainer.Plan(
-        WARM_STEPS, config.batch_size, micro, 1e-3, config.seed, 1 << 40,
+        WARM_STEPS, config.batch_size, setup.micro, 1e-3, config.seed, 1 << 40,
         report_every=1,
     )  # fmt: skip
-    speeds = [
-        report.tokens_per_second for report in trainer.train(source, copy, _rule(setup), plan)
-    ]
+    reports = trainer.train(source, copy, _rule(setup), plan, ranks=setup.ranks)
+    speeds = [report.tokens_per_second for report in reports]
     return 1 / max(speeds)
 
 
@@ -290,15 +326,17 @@ def _finish(
 
     config, folder = setup.config, Path(setup.config.output)
     sample = np.array(source.chunk(0)[:START_ROWS])  # a view would keep the whole chunk
+    held = setup.reader.rows(setup.held_out) if setup.held_out else None
+    tokens = plan.steps * plan.batch
+    if not setup.ranks.first:
+        return SaeTrained(folder, None, None, tokens)
     sae = finish.finished(
         current, _rule(setup), sample, site=setup.site, model_name=setup.model_name
     )
-    held = setup.reader.rows(setup.held_out) if setup.held_out else None
     figures = None if held is None else finish.measure(sae, held)
     if held is not None and figures is None:
         say(f"no figures: of {len(held)} held-out rows (--held-out) no two differ")
     loss = _loss(setup, sae)
-    tokens = plan.steps * plan.batch
     facts = {
         "model": config.model if "/" in config.model and not Path(config.model).exists()
         else setup.model_name,

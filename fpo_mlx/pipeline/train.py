@@ -24,9 +24,9 @@ from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.storage import outputs
 
 if TYPE_CHECKING:
+    from fpo_mlx.machine.parallel import Ranks
     from fpo_mlx.train.checkpoint import Folder
     from fpo_mlx.train.events import Report
-    from fpo_mlx.train.parallel import Ranks
     from fpo_mlx.train.trainer import Trainer
 
 RUN = outputs.Made(
@@ -100,15 +100,18 @@ class _Ready:
 
 def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress: OnFill) -> _Ready:
     """Everything that can be refused is refused before the reference runs."""
+    from fpo_mlx.machine.parallel import open_ranks
     from fpo_mlx.train.checkpoint import AdapterFolder, NoFolder, check_resumable
     from fpo_mlx.train.metrics import ScoredPairs
     from fpo_mlx.train.optimizer import make_optimizer
-    from fpo_mlx.train.parallel import open_ranks
     from fpo_mlx.train.trainer import Trainer
 
     t, place = config.train, Path(config.train.adapter_path)
     make_optimizer(t)
-    ranks = open_ranks(pairs=t.pairs_per_update, patience=t.peer_timeout)
+    ranks = open_ranks(
+        count=t.pairs_per_update, what="--batch-size times --grad-accumulation-steps",
+        patience=t.peer_timeout,
+    )  # fmt: skip
     if ranks.first:
         claim_place(config)
     job = open_job(config, say=say, projected=True)

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from fpo_mlx.errors import ModelError
+from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.model.heads import find_backbone
 from fpo_mlx.model.policy import pad
 from fpo_mlx.model.taps import Tap, finish, tap_point
@@ -23,7 +24,10 @@ OUTLIER = 10.0  # times the median norm of a calibration sample: positions beyon
 
 @dataclass(frozen=True)
 class Reader:
-    """A truncated model with one tap. `limit`: the largest norm that still counts."""
+    """A truncated model with one tap. `limit`: the largest norm that still counts.
+
+    ranks: the processes that run the documents together; each gets all rows.
+    """
 
     backbone: nn.Module
     tap: Tap
@@ -31,29 +35,46 @@ class Reader:
     eps: float
     residual: float
     limit: float = float("inf")
+    ranks: Ranks = Ranks()
 
     def rows(self, documents: Sequence[Document]) -> np.ndarray:
         """Activations of all kept positions, in the documents' order: float32 [R, D].
 
-        The same documents give the same bits. In memory are these rows and one batch. Raises
-        ModelError for values that are not finite.
+        The same documents give the same bits, in however many processes. In memory are these rows
+        and one batch. Raises ModelError for values that are not finite.
         """
         counts = [int(document.keep.sum()) for document in documents]
-        ends = np.cumsum(counts)
-        rows = np.empty((0, 0), dtype=np.float32)
-        for batch in batches([len(document.tokens) for document in documents]):
+        ends, total = np.cumsum(counts), sum(counts)
+        rows, finite = np.zeros((0, 0), dtype=np.float32), True
+        every = batches([len(document.tokens) for document in documents])
+        for batch in every[self.ranks.rank :: self.ranks.size]:
             values = self._hidden([documents[i].tokens for i in batch])
             if not rows.shape[1]:  # the width is known from the first batch on
-                rows = np.empty((sum(counts), values.shape[2]), dtype=np.float32)
+                rows = np.zeros((total, values.shape[2]), dtype=np.float32)
             for row, i in zip(values, batch, strict=True):
                 kept = row[: len(documents[i].tokens)][documents[i].keep]
-                if not np.isfinite(kept).all():
-                    raise ModelError(
-                        f"the {self.site} has values that are not finite; convert the model to "
-                        "bfloat16 or float32 (float16 overflows), or choose another --layer."
-                    )
                 rows[ends[i] - counts[i] : ends[i]] = kept
+                finite = finite and bool(np.isfinite(kept).all())
+            if not finite:
+                break
+        if self.ranks.largest(int(not finite)):
+            raise ModelError(
+                f"the {self.site} has values that are not finite; convert the model to bfloat16 or "
+                "float32 (float16 overflows), or choose another --layer."
+            )
+        rows = self._of_all(rows, total)
         return rows if self.limit == float("inf") else within(rows, self.limit)
+
+    def _of_all(self, rows: np.ndarray, total: int) -> np.ndarray:
+        """rows: float32 [total, D], zeros of documents that are another process's; [0, 0]: all."""
+        if self.ranks.size == 1:
+            return rows
+        width = self.ranks.largest(rows.shape[1])
+        rows = rows if rows.shape[1] else np.zeros((total, width), dtype=np.float32)
+        for at in range(0, total, BATCH_TOKENS):
+            part = slice(at, at + BATCH_TOKENS)
+            rows[part] = self.ranks.sum([mx.array(rows[part])])[0]
+        return rows
 
     def _hidden(self, sequences: list[np.ndarray]) -> np.ndarray:
         """The site's values [B, L, D] float32; what follows the site is never computed."""

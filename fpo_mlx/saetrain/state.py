@@ -127,10 +127,10 @@ def save(folder: Path, state: State) -> None:
         mx.save_safetensors(str(temporary), arrays, metadata={"state": json.dumps(numbers)})
 
 
-def load(folder: Path) -> State:
-    """Raises ModelError when the file is damaged."""
+def load(path: Path) -> State:
+    """From its file. Raises ModelError when the file is damaged."""
     try:
-        arrays, metadata = read_arrays(folder / STATE)
+        arrays, metadata = read_arrays(path)
         numbers = json.loads(metadata["state"])
         params, first, second = (
             {k[len(s) + 1 :]: v for k, v in arrays.items() if k.startswith(f"{s}.")}
@@ -142,7 +142,7 @@ def load(folder: Path) -> State:
         return State(params, first, second, unused, centre, **numbers, lengths=lengths)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{folder / STATE} cannot be read ({error}). Start anew without --resume."
+            f"{path} cannot be read ({error}). Start anew without --resume."
         ) from error
 
 

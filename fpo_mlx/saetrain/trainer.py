@@ -14,11 +14,13 @@ import numpy as np
 from fpo_mlx.core import dictionary
 from fpo_mlx.core.dictionary import Parts, Rule
 from fpo_mlx.errors import Diverged, Interrupted
+from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.saetrain import state as files_of
 from fpo_mlx.saetrain.rows import Source, batches
 from fpo_mlx.saetrain.state import State
 
 L0_WEIGHT = 1.0  # of (L0 / k - 1)^2, JumpReLU's pull to its target
+ALONE = Ranks()
 SMOOTH = 0.95  # of the running means of L0 and threshold
 
 
@@ -66,10 +68,12 @@ def train(
     plan: Plan,
     folder: Path | None = None,
     stop: Callable[[], int | None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Report]:
     """Steps from where `state` stands to the plan's end; `state` is moved along.
 
-    folder: for checkpoints and metrics.jsonl; None keeps nothing.
+    folder: for checkpoints and metrics.jsonl; None keeps nothing. ranks: the processes that a
+    batch's micro-batches are dealt to; the rows have to be the same on each.
     Raises Diverged when the loss is no longer finite (the last checkpoint stays), Interrupted
     after saving when `stop` gives an exit code.
     """
@@ -77,7 +81,7 @@ def train(
     since, timed = time.perf_counter(), 0
     while state.step < plan.steps:
         rows, position = next(stream)
-        done = step(state, rule, plan, rows)
+        done = step(state, rule, plan, rows, ranks)
         state.position = position
         state.window = [a + b for a, b in zip(state.window, (1, *done), strict=True)]
         timed += 1
@@ -95,16 +99,18 @@ def train(
                 state.metrics_bytes += files_of.run_folder(folder).log(asdict(report))
             yield report
             since, timed = time.perf_counter(), 0
-        code = stop()
+        code = ranks.largest(stop() or 0) or None
         if folder is not None and (state.step % plan.save_every == 0 or last or code is not None):
             files_of.save(folder, state)
         if code is not None and not last:
             raise Interrupted(f"stopped after step {state.step}; go on with --resume", code)
 
 
-def step(state: State, rule: Rule, plan: Plan, rows: np.ndarray) -> tuple[float, float]:
+def step(
+    state: State, rule: Rule, plan: Plan, rows: np.ndarray, ranks: Ranks = ALONE
+) -> tuple[float, float]:
     """One update on raw rows [batch, D]. Returns (loss, L0)."""
-    done = _measured(state, rule, plan, rows)
+    done = _measured(state, rule, plan, rows, ranks)
     moved = dictionary.adam_step(
         state.params, done.grads, state.first, state.second, plan.rate(state.step),
         state.warmed + state.step + 1,
@@ -118,14 +124,14 @@ def step(state: State, rule: Rule, plan: Plan, rows: np.ndarray) -> tuple[float,
     return float(done.loss), float(done.l0)
 
 
-def warm(state: State, rule: Rule, plan: Plan, rows: np.ndarray) -> None:
+def warm(state: State, rule: Rule, plan: Plan, rows: np.ndarray, ranks: Ranks = ALONE) -> None:
     """Adam's moments from gradients on raw rows [n, D], batch by batch; no weight moves.
 
     An SAE that is there should not be spoiled by the first updates of a cold optimizer, which have
     the full rate in every weight whatever its gradient.
     """
     for at in range(0, len(rows) - plan.batch + 1, plan.batch):
-        grads = _measured(state, rule, plan, rows[at : at + plan.batch]).grads
+        grads = _measured(state, rule, plan, rows[at : at + plan.batch], ranks).grads
         state.warmed += 1
         _, *moments = dictionary.adam_step(
             state.params, grads, state.first, state.second, 0.0, state.warmed
@@ -134,18 +140,31 @@ def warm(state: State, rule: Rule, plan: Plan, rows: np.ndarray) -> None:
         state.first, state.second = moments
 
 
-def _measured(state: State, rule: Rule, plan: Plan, rows: np.ndarray) -> Parts:
-    """Loss and gradient of a batch of raw rows [n, D], in micro-batches."""
+def _measured(
+    state: State, rule: Rule, plan: Plan, rows: np.ndarray, ranks: Ranks = ALONE
+) -> Parts:
+    """Loss and gradient of a batch of raw rows [n, D], in micro-batches dealt to the processes."""
     x = (mx.array(rows) - mx.array(state.centre)) * state.scale
     pull = mx.array(2 * L0_WEIGHT * (state.l0 / rule.k - 1) / rule.k)
     dead = dead_list(state.unused, plan.dead_after)
     parts = []
-    for at in range(0, len(rows), plan.micro):
+    for at in range(ranks.rank * plan.micro, len(rows), ranks.size * plan.micro):
         chunk = x[at : at + plan.micro]
         part = dictionary.gradients(rule, state.params, chunk, 1 / len(rows), pull, dead)
         mx.eval(part.grads, part.loss, part.l0, part.fired, part.threshold)
         parts.append(part)
-    return dictionary.add_parts(parts)
+    return _of_all(dictionary.add_parts(parts), ranks)
+
+
+def _of_all(own: Parts, ranks: Ranks) -> Parts:
+    """The parts of all processes, added; one message."""
+    if ranks.size == 1:
+        return own
+    least = mx.where(mx.arange(ranks.size) == ranks.rank, own.threshold, 0.0)
+    grads, loss, l0, aux, fired, least = ranks.sum(
+        [own.grads, own.loss, own.l0, own.aux, own.fired.astype(mx.float32), least]
+    )
+    return Parts(grads, loss, l0, aux, fired > 0, least.min())
 
 
 def dead_list(unused: np.ndarray, after: int) -> mx.array | None:

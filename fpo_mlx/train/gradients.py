@@ -19,10 +19,10 @@ from mlx.utils import tree_map, tree_unflatten
 from fpo_mlx.config import Objective, TrainConfig
 from fpo_mlx.core.objectives import PairLosses, Seen, preference_losses
 from fpo_mlx.machine import device
+from fpo_mlx.machine.parallel import Part, Ranks
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.train.metrics import ScoredPairs, joined, pair_metrics
 from fpo_mlx.train.optimizer import gradient_norm
-from fpo_mlx.train.parallel import Part, Ranks
 from fpo_mlx.train.scoring import Measures, Scorer
 
 PULL, TRIES = 64.0, 5  # of a float16 model's scaled loss: what a token feels; how often to lower

@@ -16,6 +16,7 @@ import numpy as np
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.data import batches, mirrored, pair_lengths
 from fpo_mlx.errors import Diverged, Interrupted, ModelError
+from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.train import guard
 from fpo_mlx.train.checkpoint import STATE, Folder, Progress, load_state
@@ -31,7 +32,6 @@ from fpo_mlx.train.events import (
 from fpo_mlx.train.gradients import GRADIENTS, Ground
 from fpo_mlx.train.metrics import ScoredPairs, Window, measure, shown
 from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update, part_way
-from fpo_mlx.train.parallel import Ranks
 from fpo_mlx.train.scoring import Scorer
 
 

@@ -22,12 +22,12 @@ machine.set_up()
 
 import mlx.core as mx  # noqa: E402
 
+from fpo_mlx.machine.parallel import Ranks  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy  # noqa: E402
 from fpo_mlx.train.gradients import GRADIENTS, Ground  # noqa: E402
 from fpo_mlx.train.metrics import ScoredPairs  # noqa: E402
-from fpo_mlx.train.parallel import Ranks  # noqa: E402
 from fpo_mlx.train.scoring import Scorer  # noqa: E402
 
 

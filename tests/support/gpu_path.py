@@ -13,11 +13,11 @@ from tiny_models import MAKERS
 
 from fpo_mlx.config import PRESETS, Objective
 from fpo_mlx.machine import device
+from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.model import adapters
 from fpo_mlx.model.trees import arrays_of, cast_floats
 from fpo_mlx.train import guard
 from fpo_mlx.train.gradients import GRADIENTS, Ground
-from fpo_mlx.train.parallel import Ranks
 from fpo_mlx.train.trainer import Trainer
 
 SIZES = [(9, 5, 8), (4, 7, 3), (6, 12, 9), (3, 6, 16)]

@@ -13,6 +13,7 @@ import numpy as np
 
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.machine import device
+from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.model.load import dequantize
 from fpo_mlx.model.trees import arrays_of, cast_floats
 from fpo_mlx.pipeline.device_check import models
@@ -24,7 +25,6 @@ from fpo_mlx.train.checkpoint import NoFolder
 from fpo_mlx.train.events import StepReport
 from fpo_mlx.train.gradients import GRADIENTS, Ground
 from fpo_mlx.train.metrics import measure
-from fpo_mlx.train.parallel import Ranks
 from fpo_mlx.train.trainer import Trainer
 
 UPDATES, RATE = 20, 1e-4  # small enough that rounding does not grow

@@ -16,6 +16,7 @@ import numpy as np
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.machine import device, memory
 from fpo_mlx.machine.memory import Lengths, ModelShape, SaeShape, Setup, Tiles
+from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.machine.upstream import leaning_on
 from fpo_mlx.model import adapters
 from fpo_mlx.model.trees import blocks_of
@@ -28,7 +29,6 @@ from fpo_mlx.pipeline.plan import shape_of
 from fpo_mlx.records import TokenPair
 from fpo_mlx.train.gradients import GRADIENTS, Ground
 from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update
-from fpo_mlx.train.parallel import Ranks
 from fpo_mlx.train.scoring import Scorer
 
 Step = Callable[[], None]

@@ -72,7 +72,7 @@ def run_all(folder, rule, source, plan=PLAN, stop=lambda: None):
     folder.mkdir(exist_ok=True)
     sample = source.chunk(0)[:512]
     begun = (folder / state.STATE).exists()
-    current = state.load(folder) if begun else start(rule, sample)
+    current = state.load(folder / state.STATE) if begun else start(rule, sample)
     state.run_folder(folder).rewind_log(current.metrics_bytes)
     return current, list(trainer.train(source, current, rule, plan, folder, stop))
 
@@ -91,7 +91,7 @@ def contents(folder) -> tuple[bytes, list[dict]]:
     lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     for line in lines:
         del line["tokens_per_second"], line["peak_memory_gb"]
-    with_log = state.load(folder)
+    with_log = state.load(folder / state.STATE)
     arrays = {**with_log.params, **{f"v{k}": v for k, v in with_log.second.items()}}
     return b"".join(np.array(arrays[k]).tobytes() for k in sorted(arrays)), lines
 
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     broken = rows.Source(lambda number: data[:640] if number == 0 else data * np.nan, 1)
     with pytest.raises(Diverged, match="--learning-rate"):
         run_all(tmp_path / "run", rule, broken)
-    kept = state.load(tmp_path / "run")
+    kept = state.load(tmp_path / "run" / state.STATE)
     assert kept.step == 10
     assert all(np.isfinite(np.array(value)).all() for value in kept.params.values())
 
@@ -394,7 +394,7 @@ def test_a_store_whose_writing_failed_is_not_there(tmp_path):
 def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path):
     (tmp_path / state.STATE).write_bytes(b"nonsense")
     with pytest.raises(ModelError, match="cannot be read"):
-        state.load(tmp_path)
+        state.load(tmp_path / state.STATE)
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         state.run_folder(tmp_path / "empty").check_resumable({}, set())
 

@@ -198,6 +198,6 @@ def test_a_started_run_that_is_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch
         run_all(tmp_path / "cut", rule, source, plan, stop_after(9))
     run_all(tmp_path / "cut", rule, source, plan)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-    ends = [state.load(tmp_path / name) for name in ("cut", "whole")]
+    ends = [state.load(tmp_path / name / state.STATE) for name in ("cut", "whole")]
     assert ends[0].warmed == ends[1].warmed == 512 // 64
     np.testing.assert_array_equal(ends[0].lengths, ends[1].lengths)

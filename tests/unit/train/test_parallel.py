@@ -17,14 +17,14 @@ mx = pytest.importorskip("mlx.core")
 
 from helpers import log_of  # noqa: E402
 
-from fpo_mlx.train.parallel import Part, Ranks, open_ranks  # noqa: E402
+from fpo_mlx.machine.parallel import Part, Ranks, open_ranks  # noqa: E402
 
 # the command line, with a fault in the process of rank 1 when it has asked the others so often
 FAULTY = """
 import os, signal, sys, time
 from fpo_mlx import machine
 machine.set_up()
-from fpo_mlx.train import parallel
+from fpo_mlx.machine import parallel
 from fpo_mlx.cli import main
 asked, real = [], parallel.Ranks.largest
 
@@ -160,10 +160,10 @@ def test_a_process_that_hangs_ends_the_run_when_the_patience_ends(place, tmp_pat
 def test_settings_that_several_processes_cannot_share_are_plain_errors(tmp_path):
     two = {"RANK": "0", "WORLD_SIZE": "2"}
     with pytest.raises(ConfigError, match="is 3, which 2 processes cannot divide evenly"):
-        open_ranks(two, pairs=3)
+        open_ranks(two, count=3)
     with pytest.raises(ConfigError, match=r"needs `mlx.launch -n 2"):
-        open_ranks(two, pairs=4)
-    assert open_ranks({}, pairs=3) == Ranks()
+        open_ranks(two, count=4)
+    assert open_ranks({}, count=3) == Ranks()
 
 
 def test_pairs_are_dealt_out_in_turn_and_a_process_without_one_borrows_the_first():

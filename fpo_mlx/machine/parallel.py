@@ -1,4 +1,4 @@
-"""Several processes train one model: each sees its own pairs of an update, all know all figures.
+"""Several processes train one thing: each sees its own part of an update, all know all figures.
 
 Started by mlx.launch. What is summed is the same on every process, to the bit, so all of them
 decide alike (guard, best, stop) without asking each other.
@@ -81,6 +81,12 @@ class Ranks:
         everywhere = np.array(self._sum(mx.array(table)))
         return dict(zip(values, everywhere, strict=True))
 
+    def first_number(self, number: float) -> float:
+        """The first process's number, to float32."""
+        if self.size == 1:
+            return number
+        return cast(float, self.from_first([mx.array(number, mx.float32)])[0].item())
+
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers."""
         if self.size == 1:
@@ -160,25 +166,31 @@ def _give_up(rank: int, patience: float) -> None:
 
 
 def open_ranks(
-    environment: Mapping[str, str] = os.environ, *, pairs: int = 0, patience: float = PATIENCE
+    environment: Mapping[str, str] = os.environ,
+    *,
+    count: int = 0,
+    what: str = "--batch-size",
+    command: str = "train",
+    patience: float = PATIENCE,
 ) -> Ranks:
-    """This process's place, as the launcher set it. pairs: of an update, over all processes.
+    """This process's place, as the launcher set it.
 
-    Raises: ConfigError when another launcher was used, the pairs cannot be dealt out evenly, or the
+    count: of what an update is made of, over all processes; what: the settings that make it.
+    Raises: ConfigError when another launcher was used, the count cannot be dealt out evenly, or the
     others cannot be reached.
     """
     share = find_share(environment)
     if share.world == 1:
         return Ranks()
-    if pairs % share.world:
+    if count % share.world:
         raise ConfigError(
-            f"--batch-size times --grad-accumulation-steps is {pairs}, which {share.world} "
-            f"processes cannot divide evenly. Give a multiple of {share.world}."
+            f"{what} is {count}, which {share.world} processes cannot divide evenly. "
+            f"Give a multiple of {share.world}."
         )
     if "RANK" in environment and "MLX_RANK" not in environment:
         raise ConfigError(
             f"Training with {share.world} processes needs `mlx.launch -n {share.world} -- fpo-mlx "
-            "train …`; torchrun and accelerate serve `precompute` only."
+            f"{command} …`; torchrun and accelerate serve `precompute` only."
         )
     try:
         group = mx.distributed.init(strict=True)
@@ -190,6 +202,6 @@ def open_ranks(
     if group.size() != share.world:
         raise ConfigError(
             f"The launcher speaks of {share.world} processes, MLX of {group.size()}. "
-            "Start with `mlx.launch -n N -- fpo-mlx train …`."
+            f"Start with `mlx.launch -n N -- fpo-mlx {command} …`."
         )
     return Ranks(group.rank(), group.size(), group, patience)
