@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -88,6 +88,8 @@ def evaluate(
     from fpo_mlx import pipeline
 
     sampling = gather_sampling(values)
+    if adapter_scales and adapter_scale != 1.0:
+        raise ConfigError("--adapter-scale and --adapter-scales: give one of them.")
     scales = parse_scales(adapter_scales) if adapter_scales else (adapter_scale,)
     judged = pipeline.evaluate_all(
         gather(values), adapter_paths=adapter_path, scales=scales, split=split, measure_kl=kl,
@@ -100,8 +102,9 @@ def evaluate(
     else:
         table(side_by_side({name: report.summary for name, report in judged.columns.items()}))
     for figure, target in (("kl/rejected", at_kl), ("drift/rejected", at_drift)):
-        if target is not None:
-            click.echo(meeting(judged.adapters, figure, target))
+        for path, reports in judged.by_path().items() if target is not None else ():
+            sentence = meeting(reports, figure, target)
+            click.echo(f"{path}: {sentence}" if len(adapter_path) > 1 else sentence)
 
 
 def parse_scales(text: str) -> tuple[float, ...]:
@@ -114,12 +117,15 @@ def parse_scales(text: str) -> tuple[float, ...]:
         ) from error
 
 
-def meeting(adapters: Mapping[str, Any], figure: str, target: float) -> str:
-    """Which adapter scale meets a KL or a drift r (the root of relative D), in a sentence."""
+def meeting(reports: Sequence[Any], figure: str, target: float) -> str:
+    """Which part of one adapter meets a KL or a drift r (the root of relative D), in a sentence."""
     from fpo_mlx.judge.frontier import scale_at
 
-    seen = [(r.adapter_scale, r.summary[figure]) for r in adapters.values() if figure in r.summary]
+    seen = [(r.adapter_scale, r.summary[figure]) for r in reports if figure in r.summary]
     name, wanted = ("KL", target) if figure == "kl/rejected" else ("drift", target**2)
+    if not seen:
+        way = "leave --no-kl out" if name == "KL" else "add --sae"
+        return f"the {name} was not measured: {way}."
     scale = scale_at([s for s, _ in seen], [value for _, value in seen], wanted)
     if scale is None:
         return f"no scale between those judged has a {name} of {target:g}; add --adapter-scales."
@@ -205,6 +211,7 @@ def fuse(
     )  # fmt: skip
     report = result.report
     written: dict[str, Any] = {"path": str(report.path), "fused_layers": report.fused_layers}
+    written |= {"adapter_scale": result.scale} | ({} if result.kl is None else {"kl": result.kl})
     written["quantized"] = report.quantized
     if report.kept is not None:
         written["rounding"] = asdict(report.kept)

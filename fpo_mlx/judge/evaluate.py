@@ -78,6 +78,13 @@ class EvalTable:
         named = [{"adapter_path": _path(n, r), **r.as_dict()} for n, r in self.adapters.items()]
         return result_file("evaluate", base | {"adapters": named})
 
+    def by_path(self) -> dict[str, list[EvalReport]]:
+        """All parts that were judged of each adapter."""
+        found: dict[str, list[EvalReport]] = {}
+        for name, report in self.adapters.items():
+            found.setdefault(_path(name, report), []).append(report)
+        return found
+
     def rows(self) -> list[dict[str, Any]]:
         """One flat row a model, intervals in two columns: for a CSV."""
         return [{"model": name} | _flat(r.summary) for name, r in self.columns.items()]
@@ -89,6 +96,7 @@ def name_of(path: str, scale: float) -> str:
 
 
 def _path(name: str, report: EvalReport) -> str:
+    """The adapter's folder of a column's name."""
     return name.removesuffix(name_of("", report.adapter_scale))
 
 

@@ -179,7 +179,7 @@ def learn(x: PairFeatures, *, rate: float = 0.05, folds: int = 5) -> Lessons:
     found, tested = discover(x, difference, rate)
     logits, predictors = _predictors(x, difference, folds)
     tokens = x.length_columns[:, :1]
-    length_z = score_test(SparseRows.of_dense(tokens), np.zeros((len(x), 0)))
+    length_z = score_test(SparseRows.of_dense(tokens), np.zeros((len(x), 0)), x.groups)
     fitted = fit(difference, choose(difference, folds_of(x.groups, folds)))
     return Lessons(
         len(x), tested, rate, float(length_z[0]), _share(tokens[:, 0]), predictors, found,
@@ -193,12 +193,13 @@ def discover(
     """The features that tell chosen from rejected beside length, and how many were tested."""
     length = x.length_columns
     tested = np.flatnonzero(difference.seen() >= LEAST_SEEN)
-    z, alone = score_test(difference, length), score_test(difference, np.zeros((len(x), 0)))
+    z = score_test(difference, length, x.groups)
+    alone = score_test(difference, np.zeros((len(x), 0)), x.groups)
     q = np.ones(difference.width)
     q[tested] = false_discovery(two_sided(z[tested]))
     below = tested[q[tested] <= rate]
     below = below[np.argsort(-np.abs(z[below]), kind="stable")]
-    own = _own(difference, length, below, len(tested), rate)
+    own = _own(x, difference, below, len(tested), rate)
     found = (
         _lesson(x, difference, int(i), float(z[i]), float(q[i]), float(alone[i]), own)
         for i in below
@@ -207,19 +208,24 @@ def discover(
 
 
 def _own(
-    x: SparseRows, length: np.ndarray, below: np.ndarray, tested: int, rate: float
+    x: PairFeatures, difference: SparseRows, below: np.ndarray, tested: int, rate: float
 ) -> list[int]:
-    """Of the features found, those that tell something beside the stronger ones, step by step."""
-    own: list[int] = []
+    """Of the features found, those that tell something beside the stronger ones, step by step.
+
+    below: strongest first; that one has nobody stronger. The others pass the bar of all that were
+    tested, since they were picked among them.
+    """
+    found = difference.only(below)
+    own = [0] if len(below) else []  # places in `below`
     while len(own) < min(OWN, len(below)):
-        given = np.concatenate([length, x.dense(np.array(own, dtype=np.int64))], axis=1)
-        z = np.abs(score_test(x, given)[below])
-        z[np.isin(below, own)] = 0
+        given = np.concatenate([x.length_columns, found.dense(np.array(own))], axis=1)
+        z = np.abs(score_test(found, given, x.groups))
+        z[own] = 0
         best = int(np.argmax(z))
         if two_sided(z[best : best + 1])[0] * tested * harmonic(tested) > rate:
             break
-        own.append(int(below[best]))
-    return own
+        own.append(best)
+    return [int(below[at]) for at in own]
 
 
 def _lesson(

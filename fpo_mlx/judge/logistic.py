@@ -77,6 +77,14 @@ class SparseRows:
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         return SparseRows(offsets, self.columns[picks], self.values[picks], self.width)
 
+    def only(self, columns: np.ndarray) -> SparseRows:
+        """These columns, in this order."""
+        place = np.full(self.width, -1)
+        place[columns] = np.arange(len(columns))
+        at = place[self.columns]
+        kept = at >= 0
+        return _summed(self.owner[kept], at[kept], self.values[kept], len(self), len(columns))
+
     def dense(self, columns: np.ndarray) -> np.ndarray:
         """These columns, [N, K] float64."""
         place = np.full(self.width, -1)
@@ -140,22 +148,52 @@ def ridge(x: np.ndarray, penalty: float) -> np.ndarray:
     return w
 
 
-def score_test(x: SparseRows, given: np.ndarray) -> np.ndarray:
+def score_test(
+    x: SparseRows, given: np.ndarray, groups: Sequence[bytes] | None = None
+) -> np.ndarray:
     """Whether a column tells anything beside the columns `given` [N, c]: z of each, [F].
 
     Rao's score test of the column's weight being 0: no fit per column is needed. z has the sign of
     the weight that it would get, and is 0 where a column does not vary beside the given ones.
+    groups: rows of one group (of one prompt) are no independent witnesses: where the variance of
+    the groups' scores is the larger one, it is taken (Liang and Zeger 1986).
     """
     given = given / np.maximum(np.sqrt((given**2).mean(axis=0)), 1e-300)
     p = sigmoid(given @ ridge(given, 1e-3))
     info = p * (1 - p)
     slope, spread = x.sums(1 - p), x.sums(info, np.square)
+    weights = np.zeros((x.width, 0))
     if given.shape[1]:
         shared = np.stack([x.sums(info * column) for column in given.T], axis=1)  # [F, c]
         inner = (given * info[:, None]).T @ given + 1e-9 * np.eye(given.shape[1])
-        rest = spread - (shared * np.linalg.solve(inner, shared.T).T).sum(axis=1)
+        weights = np.linalg.solve(inner, shared.T).T  # of the given columns in each one, [F, c]
+        rest = spread - (shared * weights).sum(axis=1)
         spread = np.where(rest > 1e-9 * spread, rest, 0.0)
+    if groups is not None and len(set(groups)) < len(groups):
+        of_groups = _group_variance(x, given, 1 - p, weights, groups)
+        spread = np.where(spread > 0, np.maximum(spread, of_groups), 0.0)
     return np.divide(slope, np.sqrt(spread), out=np.zeros_like(slope), where=spread > 0)
+
+
+def _group_variance(
+    x: SparseRows, given: np.ndarray, residual: np.ndarray, weights: np.ndarray,
+    groups: Sequence[bytes],
+) -> np.ndarray:  # fmt: skip
+    """Of every column: the sum over groups of (sum over its rows of the score) squared, [F].
+
+    The score of a row is residual * (x - given @ weights).
+    """
+    number = {name: n for n, name in enumerate(dict.fromkeys(groups))}
+    of = np.array([number[group] for group in groups])
+    summed = _summed(of[x.owner], x.columns, x.values * residual[x.owner], len(number), x.width)
+    added = np.zeros((len(number), given.shape[1]))
+    np.add.at(added, of, given * residual[:, None])  # [G, c]
+    cross = np.zeros_like(weights)
+    for at, column in enumerate(added.T):
+        cross[:, at] = summed.sums(column)
+    own = summed.sums(np.ones(len(number)), np.square)
+    explained = ((weights @ (added.T @ added)) * weights).sum(axis=1)
+    return own - 2 * (weights * cross).sum(axis=1) + explained
 
 
 def two_sided(z: np.ndarray) -> np.ndarray:

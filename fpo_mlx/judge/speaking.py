@@ -15,7 +15,7 @@ from fpo_mlx.config import Sampling
 from fpo_mlx.core import features as F
 from fpo_mlx.judge import slots
 from fpo_mlx.machine.upstream import leaning_on
-from fpo_mlx.model.taps import Change, Tap, finish, refuse_splice, tap_point, without
+from fpo_mlx.model.taps import Change, Tap, finish, refuse_splice, tap_point, unfinish, without
 from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.records import Projection, Site
 
@@ -61,21 +61,32 @@ class Speaker:
         site: Site | None = None,
         encoder: F.Encoder | None = None,
         norm_eps: float = 1e-6,
+        residual: float = 1.0,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """tell: hears, once, why a conversation has to be run anew."""
-        self.model, self._site, self._encoder, self._eps = model, site, encoder, norm_eps
+        """norm_eps, residual: of the model's config, for what the SAE reads (`taps.finish`).
+
+        tell: hears, once, why a conversation has to be run anew.
+        """
+        self.model, self._site, self._encoder = model, site, encoder
+        self._eps, self._residual = norm_eps, residual
         self._tap = Tap(*tap_point(blocks_of(model)[site.layer], site)) if site else None
         self._kept: tuple[list[Any], list[int]] | None = None  # caches, the tokens that they hold
         self._tell: Callable[[str], None] | None = tell
 
     def steer(self, change: Change | None) -> None:
-        """Raises: ModelError where the tapped tensor is not all that is read of the site."""
+        """change: of what the SAE reads. Raises: ModelError where that is read elsewhere, too."""
         if self._tap is None or self._site is None:
             return
+        site, residual = self._site, self._residual
+        self._tap.lasting[:] = []
         if change is not None:
-            refuse_splice(self._site)
-        self._tap.lasting[:] = [] if change is None else [change]
+            refuse_splice(site)
+
+            def whole(array: mx.array) -> mx.array:
+                return unfinish(change(finish(array, site, self._eps, residual)), site, residual)
+
+            self._tap.lasting[:] = [whole]
         self._kept = None  # of other activations from here on
 
     def speak(
@@ -155,6 +166,7 @@ class Speaker:
     def _strongest(self, row: mx.array, count: int) -> tuple[tuple[int, float], ...]:
         assert self._encoder is not None
         assert self._site is not None
-        acts = np.array(F.encode(self._encoder, finish(row, self._site, self._eps)))[0]
+        read = finish(row, self._site, self._eps, self._residual)
+        acts = np.array(F.encode(self._encoder, read))[0]
         order = np.argsort(-np.abs(acts), kind="stable")[:count]
         return tuple((int(i), float(acts[i])) for i in order if acts[i])

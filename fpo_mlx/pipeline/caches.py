@@ -49,7 +49,7 @@ def cache_verify(
 
     tolerance: default `TOLERANCE`, or `HALF_TOLERANCE` where either side is in half precision.
     """
-    job = open_job(config, adapter=adapter, say=say, backend=backend, device=device)
+    job = open_job(config, adapter=adapter, say=say, backend=backend, device=device, projected=True)
     identity = as_kept(folder, job, say)
     store = cache.open_cache(folder, identity)
     names = [name for name in ("train", "valid", "test") if has_split(job, name)] or ["train"]

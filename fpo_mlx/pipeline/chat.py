@@ -13,6 +13,7 @@ from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.data.feature_files import read_labels, read_steering
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.pipeline.evaluate import check_scales
 from fpo_mlx.pipeline.job import Say, at_site, need_model, open_tokenizer, read_sae
 from fpo_mlx.pipeline.origins import warn_of_other_model
 from fpo_mlx.pipeline.prepared import check_room
@@ -102,6 +103,8 @@ def open_chat(
     from fpo_mlx.model.open import open_model
     from fpo_mlx.model.reader import encoder_of
 
+    if scale != 1.0:
+        check_scales(config, adapter_paths, [scale])
     path = resolve_model(need_model(config))
     ref = config.reference
     if (show or steer) and len(ref.sae) != 1:
@@ -116,14 +119,16 @@ def open_chat(
     known = read_labels(labels)[0] if labels else {}
     base = {BASE: config.train.init_adapter} if beside_base or not adapter_paths else {}
     site, encoder = (sae.site, encoder_of(sae)) if sae else (None, None)
-    eps = float((about.get("text_config") or about).get("rms_norm_eps") or 1e-6)
+    own = about.get("text_config") or about
+    eps = float(own.get("rms_norm_eps") or 1e-6)
+    residual = float(own.get("residual_multiplier") or 1.0)
     speakers = {}
     for name, adapter in {**base, **{shown_name(p): p for p in adapter_paths}}.items():
         model = open_model(
             path, adapter=adapter, scale=1.0 if name == BASE else scale,
             trust_remote_code=ref.trust_remote_code, say=say,
         ).model  # fmt: skip
-        speakers[name] = Speaker(model, site, encoder, eps, say)
+        speakers[name] = Speaker(model, site, encoder, eps, residual, say)
     chat = Chat(tokenizer, speakers, sae, known, system)
     chat.reset()
     chat.steer(steer)

@@ -71,6 +71,8 @@ def feature_page(
 
     if len(config.reference.sae) != 1:
         raise ConfigError(f"features show needs one --sae; found {len(config.reference.sae)}.")
+    if config.objective.constraint == "activations":
+        raise ConfigError("features show reads an SAE's features: leave --constraint out.")
     if adapter_path:
         read_spec(Path(adapter_path))  # before the long part
     job = open_job(config, say=say, need_sae=True)

@@ -88,6 +88,8 @@ def features(
     from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.train.metrics import ScoredPairs
 
+    if scaling and config.objective.constraint == "activations":
+        raise ConfigError("--scaling reads an SAE's features: leave --constraint out.")
     read_spec(Path(adapter_path))  # before the long part
     job = open_job(config, say=say, need_sae=True)
     known = read_labels(labels, len(job.saes)) if labels else ({},) * len(job.saes)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.pipeline.evaluate import open_scorer
+from fpo_mlx.pipeline.evaluate import check_scales, open_scorer
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
 from fpo_mlx.records import AS_BASE, FusedForm
@@ -27,7 +27,11 @@ TOLERABLE = 0.2  # error of the rounding over the size of the change
 
 @dataclass(frozen=True)
 class FuseResult:
+    """scale: part of the adapter that was taken; kl: measured for it, nats per rejected answer."""
+
     report: Any
+    scale: float = 1.0
+    kl: float | None = None
     before: Mapping[str, float] | None = None
     after: Mapping[str, float] | None = None
 
@@ -59,11 +63,14 @@ def fuse(
         made = _made(form)
         return claim_folder(save_path, "--save-path", made, inputs=inputs, overwrite=overwrite)
 
+    if target_kl is not None or form.scale != 1.0:
+        check_scales(config, [adapter_path], [form.scale])
     save_path = claim()  # before a download
     base = resolve_model(config.reference.model)
     claim(base)
+    kl = None
     if target_kl is not None:
-        scale = _scale_within(config, adapter_path, verify, target_kl, form.scale, say)
+        scale, kl = _scale_within(config, adapter_path, verify, target_kl, form.scale, say)
         form = replace(form, scale=scale)
     template = config.data.chat_template
     report = fusing.fuse(
@@ -75,11 +82,11 @@ def fuse(
     for line in said_of(report):
         say(line)
     if not verify:
-        return FuseResult(report)
+        return FuseResult(report, form.scale, kl)
     before, after = _compare_fused(config, adapter_path, form.scale, save_path, verify, say)
     if upload_repo:
         fusing.upload(save_path, upload_repo)
-    return FuseResult(replace(report, uploaded=upload_repo), before, after)
+    return FuseResult(replace(report, uploaded=upload_repo), form.scale, kl, before, after)
 
 
 def _made(form: FusedForm) -> Made:
@@ -113,8 +120,8 @@ def said_of(report: FuseReport) -> list[str]:
 
 def _scale_within(
     config: RunConfig, adapter_path: str, verify: str | None, nats: float, scale: float, say: Say
-) -> float:
-    """Bisection over the parts of an adapter, each judged on the held-out pairs of `verify`."""
+) -> tuple[float, float]:
+    """(part, its KL): bisection over the parts, each judged on the pairs of `verify`."""
     from fpo_mlx.judge import evaluate as evaluation
     from fpo_mlx.judge.frontier import largest_scale
     from fpo_mlx.model import adapters
@@ -136,7 +143,7 @@ def _scale_within(
 
     part, found = largest_scale(kl, nats)
     say(f"--adapter-scale {part:.4g}: KL {found:.3g} nats per rejected answer, within {nats:g}")
-    return part
+    return part, found
 
 
 def _held_out(config: RunConfig, verify: str, say: Say) -> tuple[Job, ScoredPairs]:

@@ -130,8 +130,9 @@ def warm(state: State, rule: Rule, plan: Plan, rows: np.ndarray, ranks: Ranks = 
     An SAE that is there should not be spoiled by the first updates of a cold optimizer, which have
     the full rate in every weight whatever its gradient.
     """
-    for at in range(0, len(rows) - plan.batch + 1, plan.batch):
-        grads = _measured(state, rule, plan, rows[at : at + plan.batch], ranks).grads
+    batch = min(plan.batch, len(rows))  # a sample smaller than a batch is one
+    for at in range(0, len(rows) - batch + 1, batch):
+        grads = _measured(state, rule, plan, rows[at : at + batch], ranks).grads
         state.warmed += 1
         _, *moments = dictionary.adam_step(
             state.params, grads, state.first, state.second, 0.0, state.warmed
@@ -148,8 +149,9 @@ def _measured(
     pull = mx.array(2 * L0_WEIGHT * (state.l0 / rule.k - 1) / rule.k)
     dead = dead_list(state.unused, plan.dead_after)
     parts = []
-    for at in range(ranks.rank * plan.micro, len(rows), ranks.size * plan.micro):
-        chunk = x[at : at + plan.micro]
+    micro = min(plan.micro, max(len(rows) // ranks.size, 1))
+    for at in range(ranks.rank * micro, len(rows), ranks.size * micro):
+        chunk = x[at : at + micro]
         part = dictionary.gradients(rule, state.params, chunk, 1 / len(rows), pull, dead)
         mx.eval(part.grads, part.loss, part.l0, part.fired, part.threshold)
         parts.append(part)

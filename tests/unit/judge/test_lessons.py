@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -158,6 +159,54 @@ def test_pairs_that_teach_nothing_have_no_lessons():
     for seed in range(20):
         x, _ = planted(seed, noise=0.5)
         assert lessons.discover(x, x.difference, 0.05)[0] == ()
+
+
+def test_rows_of_one_prompt_are_one_witness():
+    """As of four answers each against each: what repeats proves nothing more."""
+    blind = 0
+    for seed in range(20):
+        x, _ = planted(seed, n=150, noise=0.5)
+        rows = np.tile(np.arange(150), 6)
+        again = lessons.PairFeatures(
+            x.chosen.take(rows), x.rejected.take(rows), x.sizes, x.lengths[rows],
+            x.words.take(rows), tuple(x.groups[i] for i in rows),
+        )  # fmt: skip
+        assert lessons.discover(again, again.difference, 0.05)[0] == ()
+        others = replace(again, groups=tuple(i.to_bytes(2, "big") for i in range(len(rows))))
+        blind += len(lessons.discover(others, others.difference, 0.05)[0])
+    assert blind > 20, "else this proves nothing"
+
+
+def test_the_variance_of_groups_is_the_slow_one():
+    rng = np.random.default_rng(4)
+    n, groups = 60, tuple(bytes([i % 7]) for i in range(60))
+    dense = rng.normal(size=(n, 3)) * (rng.random((n, 3)) < 0.6)
+    dense[:, 0] += np.array([g[0] - 3 for g in groups])
+    given = rng.normal(size=(n, 2))
+    found = logistic.score_test(SparseRows.of_dense(dense), given, groups)
+    unit = given / np.sqrt((given**2).mean(axis=0))
+    p = 1 / (1 + np.exp(-unit @ logistic.ridge(unit, 1e-3)))
+    inner = (unit * (p * (1 - p))[:, None]).T @ unit
+    larger = 0
+    for column, z in zip(dense.T, found, strict=True):
+        weights = np.linalg.solve(inner, (unit * (p * (1 - p))[:, None]).T @ column)
+        rest = column - unit @ weights
+        sums = [sum(((1 - p) * rest)[i] for i in range(n) if groups[i] == g) for g in set(groups)]
+        plain, robust = (p * (1 - p) * rest**2).sum(), sum(np.square(sums))
+        larger += robust > plain
+        wanted = ((1 - p) * column).sum() / max(plain, robust) ** 0.5
+        assert z == pytest.approx(wanted, rel=1e-6)
+    assert larger > 0
+
+
+def test_the_strongest_of_many_weak_features_has_nobody_stronger():
+    rng = np.random.default_rng(0)
+    x, _ = planted(0)
+    dense = rng.normal(size=(len(x), F))
+    dense *= np.sign(dense[:, :30].sum(axis=1))[:, None]
+    found, _ = lessons.discover(x, SparseRows.of_dense(dense), 0.05)
+    assert len(found) > 10
+    assert found[0].own
 
 
 def test_a_feature_that_only_goes_with_length_is_found_without_length_beside_it():
