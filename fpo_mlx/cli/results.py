@@ -102,7 +102,9 @@ def evaluate(
     else:
         table(side_by_side({name: report.summary for name, report in judged.columns.items()}))
     for figure, target in (("kl/rejected", at_kl), ("drift/rejected", at_drift)):
-        for path, reports in judged.by_path().items() if target is not None else ():
+        if target is None:
+            continue
+        for path, reports in judged.by_path().items():
             sentence = meeting(reports, figure, target)
             click.echo(f"{path}: {sentence}" if len(adapter_path) > 1 else sentence)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fpo_mlx import data
-from fpo_mlx.config import RunConfig
+from fpo_mlx.config import RunConfig, default_of, named, options
 from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pipeline.feature_reward import FeatureReward, write_reward
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CHOSEN = outputs.Made("a set of chosen rows", r"(train|valid|test)\.jsonl")
 SHOWN = 160  # letters of an example
+DESCRIBED = 100  # of the features found: words and examples of each take a look at all pairs
 WORDS = 6  # tokens that say what a feature goes with
 
 
@@ -114,6 +115,8 @@ def features_data(
     from fpo_mlx.judge import cover, lessons
 
     _check(config, asked)
+    if asked.save_reward is not None:
+        _check_reward(config)
     job = open_job(config, say=say, need_sae=True)
     if config.objective.constraint == "activations":
         raise ConfigError("features data reads an SAE's features: leave --constraint out.")
@@ -127,14 +130,17 @@ def features_data(
         raise DataError(f"{config.data.data} ({asked.split}): {error}.") from error
     shown = [
         replace(
-            _described(one, x, pairs, job, asked.examples),
+            _described(one, x, pairs, job, asked.examples) if n < DESCRIBED else one,
             label=labels[one.sae].get(one.feature, ""),
             link=link(job.saes[one.sae], one.feature),
         )
-        for one in found.found
+        for n, one in enumerate(found.found)
     ]
+    if len(shown) > DESCRIBED:
+        say(f"{len(shown)} features found; words and examples are of the strongest {DESCRIBED}")
     if asked.contexts:
-        shown = _with_contexts(shown, job, pairs, asked.examples, say)
+        first, rest = shown[:DESCRIBED], shown[DESCRIBED:]
+        shown = [*_with_contexts(first, job, pairs, asked.examples, say), *rest]
     found = replace(found, found=tuple(shown))
     against = [int(i) for i in np.argsort(found.probability, kind="stable")]
     against = [i for i in against if found.probability[i] < asked.against]
@@ -152,9 +158,27 @@ def _check(config: RunConfig, asked: DataAsked) -> None:
         raise ConfigError("--select and --drop-against write rows: give --output FOLDER.")
     if asked.output is not None and not chosen:
         raise ConfigError("--output: give --select N or --drop-against, or both.")
+    _claim(config, asked)
+
+
+def _claim(config: RunConfig, asked: DataAsked) -> None:
+    """Raises: ConfigError where the rows would be written over anything else."""
     if asked.output is not None:
         outputs.claim_folder(
             asked.output, "--output", CHOSEN, inputs=config.reads(), overwrite=asked.overwrite
+        )
+
+
+def _check_reward(config: RunConfig) -> None:
+    """A reward is read with the plain model and SAE. Raises: ConfigError for what it would lack."""
+    given = {**asdict(config.reference), **asdict(config.data), **asdict(config.train)}
+    names = ("init_adapter", "chat_template", "chat_template_args", *named("sae_files"))
+    lacking = [name for name in names if given[name] != default_of(options()[name])]
+    if lacking:
+        raise ConfigError(
+            f"--save-reward with {', '.join('--' + n.replace('_', '-') for n in lacking)}: a "
+            "reward reads answers with the model and the SAE as their files are. Fuse the adapter, "
+            "put the template into the model's folder, or `sae convert` the SAE, and give that."
         )
 
 
@@ -271,5 +295,6 @@ def _write(
     wanted = {pairs[i].where for i in kept}
     raw = data.iterate_raw(config.data.data, asked.split, hub_splits(config))
     records = [row.record for row in raw if row.where in wanted]
+    _claim(config, asked)  # again: hours may lie between
     data.write_clean({asked.split: records}, output)
     return len(records)

@@ -237,7 +237,7 @@ def divergence(
             f"--max-logp-drop {config.max_logp_drop:g}",
             _against_falling(objective),
         )
-    return _too_far(values, config.max_feature_distance)
+    return _too_far(values, config.max_feature_distance, objective)
 
 
 def _against_margins(o: Objective) -> str:
@@ -245,9 +245,16 @@ def _against_margins(o: Objective) -> str:
     if o.constraint == "none":
         held = "hold the policy with --constraint features or kl"
     else:
-        held = f"raise --alpha above {o.alpha:g}"
+        held = _hold_harder(o)
     other = "" if o.link == "ipo" else ", or take --link ipo, which wants a margin and no more"
     return f"Lower --learning-rate, {held}{other}"
+
+
+def _hold_harder(o: Objective) -> str:
+    for name, target in (("drift", o.target_drift), ("kl", o.target_kl)):
+        if target is not None:
+            return f"lower --target-{name} below {target:g}"
+    return f"raise --alpha above {o.alpha:g}"
 
 
 def _against_falling(o: Objective) -> str:
@@ -264,7 +271,9 @@ def _against_falling(o: Objective) -> str:
     return f"Lower --learning-rate, or raise --nll-weight above {o.nll_weight:g}"
 
 
-def _too_far(values: Mapping[str, np.ndarray], bound: float | None) -> Trouble | None:
+def _too_far(
+    values: Mapping[str, np.ndarray], bound: float | None, objective: Objective
+) -> Trouble | None:
     """D of the chosen or the rejected responses, mean over pairs, past the user's bound."""
     for side in ("chosen", "rejected"):
         far = values.get(f"features/{side}")
@@ -272,7 +281,7 @@ def _too_far(values: Mapping[str, np.ndarray], bound: float | None) -> Trouble |
             return Trouble(
                 f"the feature distance D of the {side} responses is {far.mean():.3g}, over "
                 f"--max-feature-distance {bound:g}",
-                "Raise --alpha, or lower --learning-rate",
+                f"Lower --learning-rate, or {_hold_harder(objective)}",
             )
     return None
 

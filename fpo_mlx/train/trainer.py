@@ -294,7 +294,10 @@ class Trainer:
         started, n = time.perf_counter(), len(self.valid)
         if self.config.val_batches >= 0:
             n = min(n, self.config.val_batches * self.config.batch_size)
+        if self.drift is not None:  # alpha is another one at each validation: without its part
+            self.scorer.alpha = 0.0
         values = self._measure(self.valid, n)
+        self._steer(self.drift)
         means = shown({name: float(array.mean()) for name, array in values.items()})
         loss, progress = means.pop("loss"), self.progress
         if not math.isfinite(loss):

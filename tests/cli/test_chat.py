@@ -7,11 +7,13 @@ import pty
 import re
 import select
 import time
+from dataclasses import replace
 
 import forked
 import mlx.core as mx
 import numpy as np
 import pytest
+import tiny_models
 from command_line import FEATURES, random_sae, refused, run
 from evaluated import own_cache, place  # noqa: F401
 from steer_hook import steered_logits
@@ -23,8 +25,10 @@ from fpo_mlx.data.feature_files import read_steering
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.judge.speaking import Speaker, steering
 from fpo_mlx.model.load import load_model
+from fpo_mlx.model.policy import Policy
 from fpo_mlx.model.reader import encoder_of
 from fpo_mlx.pipeline import open_chat
+from fpo_mlx.records import Site
 from fpo_mlx.sae.encode import encode
 
 PROMPT = np.array([5, 17, 3, 250, 99, 42, 7, 8, 120], np.int32)
@@ -51,6 +55,27 @@ def test_steered_logits_are_those_of_a_hook_on_the_transformers_model(place, ask
     assert np.abs(ours - plain).max() > 0.01
     speaker.steer(None)
     np.testing.assert_array_equal(np.array(model(mx.array(PROMPT[None]))[0]), plain)
+
+
+def test_what_is_added_and_shown_is_what_the_sae_reads_behind_granites_factor(tmp_path):
+    """The MLP's output is multiplied before it joins the stream; the SAE reads it behind that."""
+    loaded = load_model(tiny_models.tiny_granite(tmp_path / "granite"))
+    factor = loaded.config["residual_multiplier"]
+    site = Site(1, "mlp_out")
+    sae = replace(random_sae(HIDDEN), site=site)
+    policy = Policy(loaded.model, loaded.config, [site])
+    reads = np.array(policy.answer_rows(PROMPT[:-1], PROMPT[-1:]).tapped[0])
+    speaker = Speaker(loaded.model, site, encoder_of(sae), residual=factor)
+    (spoken,) = speaker.speak(PROMPT[:-1], Sampling(1, 0.0), END, show=FEATURES)
+    row = encode(sae, reads)[0]
+    assert dict(spoken.features) == pytest.approx(
+        {int(i): float(row[i]) for i in np.flatnonzero(row)}, rel=1e-4
+    )
+    speaker.steer(steering(sae.w_dec, site, {3: 4.0}))
+    (change,) = speaker._tap.lasting
+    tapped = mx.array(np.random.default_rng(0).normal(size=(1, 5, HIDDEN)).astype(np.float32))
+    added = np.array((change(tapped) - tapped) * factor)
+    np.testing.assert_allclose(added, np.broadcast_to(4 * sae.w_dec[3], added.shape), atol=1e-5)
 
 
 def test_an_answer_without_steering_is_that_of_mlx_lm(place):

@@ -133,6 +133,11 @@ def test_the_regression_is_kept_with_what_reading_by_it_needs(place, tmp_path):
         (["--select", "5"], ["--output FOLDER"]),
         (["--output", "new"], ["--select N or --drop-against"]),
         (["--limit", "12"], ["12 pairs of 12 prompts; wanted 20"]),
+        (
+            ["--save-reward", "r.json", "--chat-template-args", '{"a": 1}', "--allow-pickle"],
+            ["--save-reward with --chat-template-args, --allow-pickle"],
+        ),
+        (["--save-reward", "r.json", "--init-adapter", "sft"], ["Fuse the adapter"]),
     ],
 )
 def test_what_cannot_be_done_is_said(place, words, parts):

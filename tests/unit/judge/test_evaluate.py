@@ -14,7 +14,7 @@ mx = pytest.importorskip("mlx.core")
 torch = pytest.importorskip("torch")
 
 import oracle  # noqa: E402
-from command_line import ROWS, random_sae, refused, run, usual  # noqa: E402
+from command_line import ROWS, lines, random_sae, refused, run, usual  # noqa: E402
 from evaluated import K, adapter, own_cache, place  # noqa: E402, F401
 
 from fpo_mlx.config import Sampling  # noqa: E402
@@ -133,9 +133,50 @@ def test_scales_of_an_adapter_stand_side_by_side_and_grow_from_the_base(place, t
     assert 0.5 < float(said[1]) < 1
 
 
+def test_the_part_that_meets_a_kl_is_said_of_each_adapter(place, tmp_path):
+    paths = ["--adapter-path", place / "one", "--adapter-path", place / "two"]
+    got, text = judge(
+        place, *paths, "--adapter-scales", "0.5,1", "--at-kl", 1e-9, out=tmp_path / "a.json"
+    )
+    assert len(got["adapters"]) == 4
+    whole = {a["adapter_path"]: a for a in got["adapters"] if "adapter_scale" not in a}
+    half = {a["adapter_path"]: a for a in got["adapters"] if "adapter_scale" in a}
+    name = str(place / "two")
+    low, high = (one[name]["summary"]["kl/rejected"] for one in (half, whole))
+    assert text.count("no scale between those judged") == 2
+    _, text = judge(
+        place, *paths, "--adapter-scales", "0.5,1", "--at-kl", (low * high) ** 0.5,
+        out=tmp_path / "b.json",
+    )  # fmt: skip
+    said = [line for line in text.splitlines() if line.startswith(f"{name}: --adapter-scale ")]
+    assert [float(line.split()[2]) for line in said] == [pytest.approx(0.5**0.5, abs=2e-3)]
+
+
+def test_a_part_that_cannot_be_taken_is_not_fused(place, tmp_path):
+    lines(tmp_path / "run.yaml", {"init_adapter": str(place / "two")})
+    words = ["fuse", "--model", place / "model", "--adapter-path", place / "one"]
+    words += ["--save-path", tmp_path / "fused"]
+    yaml = ["-c", tmp_path / "run.yaml"]
+    refused(run(*words, "--adapter-scale", "nan"), 2, "finite numbers")
+    refused(run(*words, *yaml, "--adapter-scale", 0.5), 2, "no multiple")
+    within = ["--target-kl", 3, "--verify", place / "data"]
+    refused(run(*words, *yaml, *within), 2, "no multiple")
+    assert not (tmp_path / "fused").exists()
+
+
+def test_a_kl_that_was_not_measured_is_said_to_be_none(place, tmp_path):
+    words = ["--adapter-path", place / "one", "--adapter-scales", "0.5,1", "--no-kl"]
+    _, text = judge(place, *words, "--at-kl", 1, out=tmp_path / "a.json")
+    assert "the KL was not measured: leave --no-kl out" in text
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
+        (
+            ["--adapter-path", "x", "--adapter-scale", "2", "--adapter-scales", "1,2"],
+            ["give one of them"],
+        ),
         (["--adapter-scale", "0.5"], ["--adapter-path"]),
         (["--adapter-path", "x", "--adapter-scales", "a,b"], ["--adapter-scales a,b"]),
         (["--adapter-path", "x", "--adapter-scale", "-1"], ["0 or more"]),

@@ -97,6 +97,14 @@ def test_an_sae_that_latent_scaling_cannot_read_has_a_page_without_it(place, tmp
     assert found["scaling"] is None
 
 
+def test_a_constraint_without_an_sae_is_refused(place, tmp_path):
+    lines(tmp_path / "run.yaml", {"constraint": "activations"})  # JSON is YAML too
+    words = ["-c", tmp_path / "run.yaml", *usual(place)]
+    refused(run("features", "show", 7, *words), 2, "leave --constraint out")
+    more = ["--adapter-path", place / "two", "--scaling"]
+    refused(run("features", *words, *more), 2, "leave --constraint out")
+
+
 def test_density_is_that_of_the_numpy_encoder(place, tmp_path):
     out = tmp_path / "out.json"
     run("features", "show", 5, *usual(place), "--json", out, "--limit", 1)

@@ -181,6 +181,15 @@ def test_warming_moves_no_weight_and_counts_its_gradients():
     np.testing.assert_allclose(np.array(begun.first["b_enc"]), wanted, atol=1e-7)
 
 
+def test_a_sample_smaller_than_a_batch_warms_the_moments_too():
+    data = factors(2_000)[1]
+    sae, rule = trained("topk", data, 20)
+    begun = warm.started(sae, data[:300], rule)
+    trainer.warm(begun, rule, Plan(40, 512, 512, 3e-3, 0, 10_000), data[:300])
+    assert begun.warmed == 1
+    assert np.abs(np.array(begun.first["b_enc"])).max() > 0
+
+
 def test_a_started_run_that_is_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch):
     data = factors(4_000)[1]
     sae, rule = trained("topk", data, 30)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny_models
@@ -40,6 +42,25 @@ def test_the_user_is_told_once_and_sees_the_part_that_is_left(straight):
     assert parts[-1] < 0.7
     assert parts == sorted(parts, reverse=True), "7 % shorter while the drift is above its target"
     assert reports[-1].learning_rate == pytest.approx(TOO_FAST["learning_rate"])
+
+
+def test_validation_losses_are_of_one_objective_whatever_alpha_is(llama, tmp_path):
+    """Else what is best, and what early stopping ends, would be alpha's doing."""
+    settings = {**TOO_FAST, "max_margin": 50.0}
+    trainer = open_trainer(llama, tmp_path, PAIRS, valid=PAIRS, **settings)
+    trainer.folder.start({}, None)
+    list(trainer.run())
+    found = []
+    for level in (1e-3, 1.0, 1e3):
+        trainer._steer(replace(trainer.drift, level=level))
+        found.append(trainer._validate())
+        assert trainer.scorer.alpha == trainer.drift.alpha
+    assert len({one.loss for one in found}) == 1
+    trainer._steer(None)
+    trainer.scorer.alpha = 0.0
+    assert trainer._validate().loss == found[0].loss
+    trainer.scorer.alpha = 1.0
+    assert trainer._validate().loss != found[0].loss
 
 
 def test_an_update_goes_that_part_of_the_optimizers_way(llama, tmp_path, monkeypatch):
