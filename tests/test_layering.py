@@ -31,7 +31,7 @@ OURS = {
     "saetrain": VOCABULARY | {"core", "machine", "sae"},
     "saetrain.activations": VOCABULARY | {"machine", "model"},
     "saetrain.sizes": VOCABULARY | {"config"},
-    "saetrain.state": VOCABULARY | {"core", "model"},
+    "saetrain.state": VOCABULARY | {"core", "machine", "model"},
     "saetrain.texts": VOCABULARY | {"data"},
     "train": VOCABULARY | RUN | {"data"},
     "train.events": set(),

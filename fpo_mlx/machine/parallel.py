@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +23,7 @@ from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.machine.processes import find_share
 
 PATIENCE = 600.0  # seconds
+BLOCK = 1 << 26  # bytes of a file that one message holds
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,33 @@ class Ranks:
         if self.size == 1:
             yield path
             return
-        data = np.frombuffer(path.read_bytes() if self.first else b"", np.uint8)
-        everywhere = np.zeros(self.largest(len(data)), np.uint8)
-        everywhere[: len(data)] = data
-        got = np.array(self._sum(mx.array(everywhere)))
         if self.first:
+            self._send(path)
             yield path
             return
         with tempfile.TemporaryDirectory(prefix="fpo-mlx-") as folder:
             copy = Path(folder) / path.name
-            copy.write_bytes(got.tobytes())
+            with open(copy, "wb") as out:
+                for block in self._blocks(0):
+                    out.write(block)
             yield copy
+
+    def _send(self, path: Path) -> None:
+        with open(path, "rb") as data:
+            for _ in self._blocks(path.stat().st_size, data):
+                pass
+
+    def _blocks(self, size: int, data: BinaryIO | None = None) -> Iterator[bytes]:
+        """The bytes of the first process's file, in blocks: a checkpoint can have gigabytes.
+
+        size, data: of that file; nothing on the others.
+        """
+        whole, rest = (self.largest(number) for number in divmod(size, BLOCK))
+        for length in [BLOCK] * whole + [rest] * bool(rest):
+            own = np.zeros(length, np.uint8)
+            if data is not None:
+                own = np.frombuffer(data.read(length), np.uint8)
+            yield np.array(self._sum(mx.array(own))).tobytes()
 
     def share_folder(self, folder: Path) -> bool:
         """Whether all processes see one and the same folder of this name."""

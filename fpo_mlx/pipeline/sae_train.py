@@ -95,11 +95,11 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def _begun(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, Plan]:
     """A new run in `folder`; an older one is removed once this one is known to be possible."""
-    from fpo_mlx.saetrain import finish, trainer
+    from fpo_mlx.saetrain import finish, state, trainer
 
     source, stored = _source(setup, say)
     sample = _sample(setup, source)
-    current = _start(setup, sample)
+    current = state.agreed(_start(setup, sample), setup.ranks)
     plan = _plan(setup, source, current, stored, say)
     if setup.init is not None:
         trainer.warm(current, _rule(setup), plan, sample, setup.ranks)

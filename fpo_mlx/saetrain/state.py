@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ import numpy as np
 from fpo_mlx.core.dictionary import Arrays, Rule
 from fpo_mlx.core.selection import largest
 from fpo_mlx.errors import ModelError
+from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.model.trees import read_arrays
 from fpo_mlx.saetrain.rows import Position
 from fpo_mlx.storage import files
@@ -103,6 +104,23 @@ def _gain(params: Arrays, inputs: mx.array, k: int) -> mx.array:
     values = mx.maximum(mx.take_along_axis(pre, index, axis=-1), 0.0)
     recon = mx.put_along_axis(mx.zeros_like(pre), index, values, axis=-1) @ params["w_dec"]
     return (recon * inputs).sum() / mx.maximum((recon * recon).sum(), 1e-12)
+
+
+def agreed(begun: State, ranks: Ranks) -> State:
+    """The first process's start, on each: another machine may round otherwise."""
+    if ranks.size == 1:
+        return begun
+    numbers = mx.array([begun.scale, begun.threshold, begun.l0])
+    own = {"centre": mx.array(begun.centre), "numbers": numbers}
+    if begun.lengths is not None:
+        own["lengths"] = mx.array(begun.lengths)
+    params, own = ranks.from_first([begun.params, own])
+    scale, threshold, l0 = own["numbers"].tolist()
+    lengths = np.array(own["lengths"]) if "lengths" in own else None
+    return replace(
+        begun, params=params, centre=np.array(own["centre"]), scale=scale, threshold=threshold,
+        l0=l0, lengths=lengths,
+    )  # fmt: skip
 
 
 def save(folder: Path, state: State) -> None:

@@ -39,6 +39,18 @@ main(sys.argv[1:])
 """
 
 
+# the command line, with small messages: a checkpoint takes many
+BLOCKS = """
+import sys
+from fpo_mlx import machine
+machine.set_up()
+from fpo_mlx.machine import parallel
+from fpo_mlx.cli import main
+parallel.BLOCK = 1000
+main(sys.argv[1:])
+"""
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("saes")
@@ -133,7 +145,7 @@ def test_a_run_that_one_process_ended_resumes_to_the_same_bytes(place, tmp_path,
     assert [code for code, *_ in done] == codes, done
     assert "Traceback" not in done[0][2]
     assert (cut / STATE).is_file()
-    resumed = two(place, [cut, elsewhere], "--resume")
+    resumed = two(place, [cut, elsewhere], "--resume", code=["-c", BLOCKS])
     assert [code for code, *_ in resumed] == [0, 0], resumed
     assert f"resumed after step {7 if name == 'SIGTERM' else 6} of" in resumed[0][2]
     assert not elsewhere.exists()
