@@ -33,6 +33,8 @@ _SHARD = re.compile(r"(.+?)[-_.](?:part[-_]?)?\d+(?:-of-\d+)?")
 # A file, the parts of one, a folder that `datasets` saved, or a split's name on the hub
 Place = Path | tuple[Path, ...] | str
 
+RECORD_MOST = 1 << 20  # bytes of what `pairs build` says of its rows
+
 
 @dataclass(frozen=True)
 class HubSplits:
@@ -170,7 +172,7 @@ def _folder_splits(folder: Path, hub: HubSplits, want: str) -> dict[str, Place]:
                 inner = _saved_or_files(path)
                 if inner:
                     groups.setdefault(path.name.lower(), inner)
-            elif (name := stem(path)) is not None and path.name != PAIRS_FILE:
+            elif (name := stem(path)) is not None and not _is_record(path):
                 shard = _SHARD.fullmatch(name)
                 groups.setdefault((shard.group(1) if shard else name).lower(), []).append(path)
     found = _named(str(folder), {name: _one_place(name, g) for name, g in groups.items()}, hub)
@@ -178,6 +180,17 @@ def _folder_splits(folder: Path, hub: HubSplits, want: str) -> dict[str, Place]:
     if not found and len(alone) == 1:
         return {"train": _one_place(alone[0], groups[alone[0]])}
     return found
+
+
+def _is_record(path: Path) -> bool:
+    """Whether it is what `pairs build` says of the rows beside it, and no rows."""
+    if path.name != PAIRS_FILE or path.stat().st_size > RECORD_MOST:
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {"settings", "splits"} <= found.keys()
 
 
 def _saved_or_files(folder: Path) -> list[Path]:

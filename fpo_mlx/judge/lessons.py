@@ -193,7 +193,7 @@ def discover(
     """The features that tell chosen from rejected beside length, and how many were tested."""
     length = x.length_columns
     tested = np.flatnonzero(difference.seen() >= LEAST_SEEN)
-    z = score_test(difference, length, x.groups)
+    z, plain = score_test(difference, length, x.groups), score_test(difference, length)
     alone = score_test(difference, np.zeros((len(x), 0)), x.groups)
     q = np.ones(difference.width)
     q[tested] = false_discovery(two_sided(z[tested]))
@@ -201,7 +201,9 @@ def discover(
     below = below[np.argsort(-np.abs(z[below]), kind="stable")]
     own = _own(x, difference, below, len(tested), rate)
     found = (
-        _lesson(x, difference, int(i), float(z[i]), float(q[i]), float(alone[i]), own)
+        _lesson(
+            x, difference, int(i), float(z[i]), float(q[i]), float(alone[i]), float(plain[i]), own
+        )
         for i in below
     )
     return tuple(found), len(tested)
@@ -230,8 +232,9 @@ def _own(
 
 def _lesson(
     x: PairFeatures, difference: SparseRows, i: int, z: float, q: float, alone: float,
-    own: list[int],
+    plain: float, own: list[int],
 ) -> Lesson:  # fmt: skip
+    """plain: z by the model's own variance, which the part of the log loss follows from."""
     moved = difference.dense(np.array([i]))[:, 0]
     spread = moved.std(ddof=1)
     follows, correlation = None, 0.0
@@ -249,7 +252,7 @@ def _lesson(
         float(moved.mean() / spread) if spread else math.copysign(1e6, moved.mean()),
         _share(moved),
         int((moved != 0).sum()),
-        z * z / (2 * len(x) * math.log(2)),
+        plain * plain / (2 * len(x) * math.log(2)),
         i in own,
         follows,
         correlation,
@@ -274,16 +277,32 @@ def _predictors(
         "features and length": difference.beside(length),
     }
     logits = {name: held_out_logits(rows, x.groups, folds) for name, rows in kinds.items()}
-    return logits["features"], tuple(_predictor(name, one) for name, one in logits.items())
+    every = (_predictor(name, one, x.groups) for name, one in logits.items())
+    return logits["features"], tuple(every)
 
 
-def _predictor(name: str, logits: np.ndarray) -> Predictor:
-    right = float((logits > 0).mean() + (logits == 0).mean() / 2)
-    loss = float(np.logaddexp(0.0, -logits).mean())
-    return Predictor(name, right, wilson(right, len(logits)), loss, 1 - loss / math.log(2))
+def _predictor(name: str, logits: np.ndarray, groups: Sequence[bytes]) -> Predictor:
+    hits = np.where(logits > 0, 1.0, np.where(logits == 0, 0.5, 0.0))
+    right, loss = float(hits.mean()), float(np.logaddexp(0.0, -logits).mean())
+    interval = wilson(right, witnesses(hits, groups))
+    return Predictor(name, right, interval, loss, 1 - loss / math.log(2))
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
+def witnesses(hits: np.ndarray, groups: Sequence[bytes]) -> float:
+    """How many independent rows these tell as much as: fewer where those of a group go together.
+
+    hits: [N], 0 to 1. The number that would give their mean the variance that it has by groups
+    (Kish's design effect); all of them where groups go together no more than by chance.
+    """
+    number = {name: n for n, name in enumerate(dict.fromkeys(groups))}
+    rest = hits - hits.mean()
+    if not rest.any():
+        return float(len(number))
+    sums = np.bincount([number[group] for group in groups], weights=rest)
+    return float(min(len(hits), len(hits) * (rest**2).sum() / (sums**2).sum()))
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
     """95 % interval of a share of n (Wilson 1927)."""
     z2 = NORMAL95**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)

@@ -84,7 +84,8 @@ class Speaker:
             refuse_splice(site)
 
             def whole(array: mx.array) -> mx.array:
-                return unfinish(change(finish(array, site, self._eps, residual)), site, residual)
+                rows = finish(array.astype(mx.float32), site, self._eps, residual)
+                return unfinish(change(rows), site, residual)
 
             self._tap.lasting[:] = [whole]
         self._kept = None  # of other activations from here on

@@ -128,9 +128,12 @@ def features_data(
         found = lessons.learn(x, rate=asked.rate, folds=asked.folds)
     except ValueError as error:
         raise DataError(f"{config.data.data} ({asked.split}): {error}.") from error
+    named_ones = set(found.fitted.columns.tolist()) if asked.save_reward else set()
     shown = [
         replace(
-            _described(one, x, pairs, job, asked.examples) if n < DESCRIBED else one,
+            _described(one, x, pairs, job, asked.examples)
+            if n < DESCRIBED or _column(x, one) in named_ones
+            else one,
             label=labels[one.sae].get(one.feature, ""),
             link=link(job.saes[one.sae], one.feature),
         )

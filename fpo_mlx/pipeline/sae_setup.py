@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fpo_mlx import data
-from fpo_mlx.config import SaeTrainConfig
+from fpo_mlx.config import SaeTrainConfig, named
 from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import ConfigError, SaeError
 from fpo_mlx.pipeline.job import Say, read_sae_as
@@ -117,13 +118,15 @@ def open_setup(config: SaeTrainConfig, ranks: Ranks, say: Say) -> Setup:
     train, held_out = texts.split_held_out(
         documents.items, config.held_out, config.seed, HELD_OUT_MOST
     )
+    fingerprints = {"model": weights.model_fingerprint(path), "data": documents.fingerprint()}
+    _agree(config, fingerprints, ranks)
     loaded = open_model(path, trust_remote_code=config.trust_remote_code, say=say)
     reader = replace(open_reader(loaded.model, loaded.config, site), ranks=ranks)
     reader.rows(train[:1])  # the first call is slower than the others
     started = time.perf_counter()
     sample = reader.rows(train[:CALIBRATION])
     seconds = ranks.first_number(time.perf_counter() - started)
-    limit = norm_limit(sample)
+    limit = ranks.first_number(norm_limit(sample))
     say(
         f"{documents.kind}: {len(train)} documents to train on, {len(held_out)} held out; left "
         f"out are first positions and norms above {limit:.4g} ({OUTLIER:.0f} medians)"
@@ -136,12 +139,9 @@ def open_setup(config: SaeTrainConfig, ranks: Ranks, say: Say) -> Setup:
                 f"--init {config.init}: reads vectors of {init.d_in}, but at the {site} this model "
                 f"has {hidden}. Start from an SAE of a model of this width."
             )
-        config = replace(config, k=config.k or warm.target_l0(init, sample))
-    fingerprints = {
-        "model": weights.model_fingerprint(path),
-        "data": documents.fingerprint(),
-        "norm_limit": repr(limit),
-    }
+        k = config.k or int(ranks.first_number(warm.target_l0(init, sample)))
+        config = replace(config, k=k)
+    fingerprints |= {"norm_limit": repr(limit)}
     if init is not None:
         fingerprints["init"] = _fingerprint(init)
     return Setup(
@@ -150,6 +150,18 @@ def open_setup(config: SaeTrainConfig, ranks: Ranks, say: Say) -> Setup:
         replace(reader, limit=limit), fingerprints,
         seconds / max(sum(len(d.tokens) for d in train[:CALIBRATION]), 1), init,
     )  # fmt: skip
+
+
+def _agree(config: SaeTrainConfig, fingerprints: dict[str, str], ranks: Ranks) -> None:
+    """Raises: ConfigError, in all processes, where one of them would train something else."""
+    own = {*named("may_change", (SaeTrainConfig,)), *named("by_content", (SaeTrainConfig,))}
+    settings = {name: value for name, value in asdict(config).items() if name not in own}
+    for what, text in (*fingerprints.items(), ("settings", json.dumps(settings))):
+        if not ranks.all_say(text):
+            raise ConfigError(
+                f"The processes of this run do not have the same {what}. Give all of them the same "
+                "command, and copies of the same model and data at the paths it names."
+            )
 
 
 def _init(config: SaeTrainConfig, say: Say) -> SaeWeights:

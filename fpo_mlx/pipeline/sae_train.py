@@ -76,6 +76,11 @@ def sae_train(
             f"{config.architecture} of {setup.sizes.width} features, k {setup.sizes.k}, on the "
             f"{setup.site}: {plan.steps} updates of {plan.batch} tokens"
         )
+        if ranks.size > 1 and config.architecture == "batchtopk":
+            say(
+                f"batch top-k chooses among the {plan.micro} tokens of a micro-batch: one process "
+                f"trains the same SAE with --micro-batch-size {plan.micro}"
+            )
         with device.resident(config.wired_share, ranks.size):
             for each in trainer.train(source, current, rule, plan, kept, install_stop(), ranks):
                 report(each)
@@ -189,12 +194,13 @@ def _source(setup: Setup, say: Say) -> tuple[rows.Source, bool]:
 def _stored(setup: Setup, folder: Path, about: dict[str, str], say: Say) -> Any:
     """Activations in `folder`, written there first if it has none."""
     ranks = setup.ranks
-    if not ranks.share_folder(folder):
+    there = not ranks.largest(int(not (folder / rows.STORE_ABOUT).exists()))
+    if not there and not ranks.share_folder(folder):
         raise ConfigError(
             f"The processes of this run have no folder {folder} in common, which --store needs. "
             "Leave it out."
         )
-    if ranks.first_number(float((folder / rows.STORE_ABOUT).exists())):
+    if there:
         array, found = rows.read_store(folder)
         if TRAINING_DOCUMENTS not in found:
             raise ConfigError(

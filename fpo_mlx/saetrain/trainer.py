@@ -103,6 +103,7 @@ def train(
         if folder is not None and (state.step % plan.save_every == 0 or last or code is not None):
             files_of.save(folder, state)
         if code is not None and not last:
+            ranks.largest(0)  # it is on the disk: a launcher ends all when one of them ends
             raise Interrupted(f"stopped after step {state.step}; go on with --resume", code)
 
 

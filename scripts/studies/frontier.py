@@ -2,7 +2,8 @@
 
     python scripts/studies/frontier.py --model M --sae S            everything; again to go on
     python scripts/studies/frontier.py --model M --sae S --minutes 60   begin nothing later
-    python scripts/studies/frontier.py … --method dpo       only its cells: a run for each core
+    python scripts/studies/frontier.py … --method dpo       only its cells; once the pairs are made
+        a run for each core may share the work folder
     python scripts/studies/frontier.py --list                       what is there, what is left
 
 In the manner of DPO's sentiment experiment (arXiv 2305.18290, section 6.1): the base answers 400

@@ -13,7 +13,7 @@ import numpy as np
 from fpo_mlx.storage import files
 
 RIVAL = "dpo scaled"
-LEVELS = (1.0, 3.0, 10.0)  # nats per answer, for the choice of a learning rate
+SHARES = (0.1, 0.3, 1.0)  # of the KL that all rates reach, where they are compared
 ELSEWHERE = ("unrelated_drift", "greedy_agreement")
 RESAMPLES = 2000
 SHOWN = (
@@ -45,8 +45,7 @@ def lines_of(
 ) -> dict[str, dict[int, Line]]:
     """Per method and seed the base and the points of its better learning rate, by KL.
 
-    Better: the higher mean reward over LEVELS on seed 0. Parts of a change are a method of their
-    own, "… scaled", with the whole change that they are parts of.
+    Parts of a change are a method of their own, "… scaled", with the whole change.
     """
     split: dict[str, dict[float, dict[int, Line]]] = {}
     for run in runs:
@@ -58,20 +57,28 @@ def lines_of(
             ends = [p for p in whole if p["update"] == last]
             names[f"{run['method']} scaled"] = parts + ends
         for name, points in names.items():
-            line = sorted([{**base, "kl": 0.0, "update": 0, "part": 0.0}, *points], key=_kl)
+            start = {**base, "kl": 0.0, "update": 0, "part": 0.0}
+            line = sorted([start, *(p for p in points if p["kl"] > 0)], key=_kl)
             split.setdefault(name, {}).setdefault(run["rate"], {})[run["seed"]] = line
-    return {name: max(rates.values(), key=_area) for name, rates in split.items()}
+    return {name: _best(list(rates.values())) for name, rates in split.items()}
 
 
 def _kl(point: Mapping[str, Any]) -> float:
     return point["kl"]
 
 
-def _area(seeds: Mapping[int, Line]) -> float:
-    if 0 not in seeds:
-        return -np.inf
-    found = [at(seeds[0], level) for level in LEVELS]
-    return float(np.mean([f.mean() if f is not None else -1.0 for f in found]))
+def _best(rates: Sequence[dict[int, Line]]) -> dict[int, Line]:
+    """Of the higher mean reward on seed 0, at KLs that all of them reach."""
+    if len(rates) == 1:
+        return rates[0]
+    tried = [seeds for seeds in rates if 0 in seeds]
+    most = min(_kl(seeds[0][-1]) for seeds in tried)
+
+    def reward(seeds: dict[int, Line]) -> float:
+        found = [at(seeds[0], most * share) for share in SHARES]
+        return float(np.mean([f.mean() for f in found if f is not None]))
+
+    return max(tried, key=reward)
 
 
 def at(line: Line, kl: float, name: str = "reward/of_prompts") -> np.ndarray | None:
@@ -101,6 +108,7 @@ def against(found: Mapping[str, Mapping[int, Line]], name: str) -> list[dict[str
             for seed in seeds
             for point in found[name][seed]
             if (point["update"], point["part"]) == (update, part)
+            and point not in rival[seed]
             and at(rival[seed], point["kl"]) is not None
         ]
         if both:

@@ -92,7 +92,7 @@ def in_time(
 
     def each() -> Iterator[T]:
         for thing in things:
-            if minutes and time.monotonic() - begun > 60 * minutes:
+            if minutes is not None and time.monotonic() - begun >= 60 * minutes:
                 if name:
                     say(f"stopped before {name(thing)}; the same command goes on")
                 return

@@ -116,3 +116,11 @@ def test_parts_of_a_change_are_a_line_with_the_base_and_the_whole_of_it():
     found = show.lines_of([run], base)
     assert [p["kl"] for p in found["dpo"][0]] == [0.0, 4.0, 9.0]
     assert [p["part"] for p in found["dpo scaled"][0]] == [0.0, 0.25, 0.5, 1.0]
+
+
+def test_of_two_rates_the_better_one_counts_where_both_have_been():
+    """One that goes further is not better for that."""
+    far = {0: line((0.0, 0.0), (4.0, 0.2), (100.0, 3.0))}
+    near = {0: line((0.0, 0.0), (4.0, 0.5))}
+    assert show._best([far, near]) is near
+    assert show._best([far]) is far

@@ -177,6 +177,27 @@ def test_rows_of_one_prompt_are_one_witness():
     assert blind > 20, "else this proves nothing"
 
 
+def test_rows_that_stand_twice_explain_no_less_and_prove_no_more():
+    x, _ = planted(0)
+    rows = np.tile(np.arange(len(x)), 4)
+    again = lessons.PairFeatures(
+        x.chosen.take(rows), x.rejected.take(rows), x.sizes, x.lengths[rows],
+        x.words.take(rows), tuple(x.groups[i] for i in rows),
+    )  # fmt: skip
+    one, four = lessons.learn(x), lessons.learn(again)
+    assert {f.feature for f in four.found} == {f.feature for f in one.found} != set()
+    for a, b in zip(one.found, four.found, strict=True):
+        assert b.explained == pytest.approx(a.explained, rel=0.01)
+        assert b.z == pytest.approx(a.z, rel=0.2), "and not twice as much"
+    hits = np.array([1.0, 1.0, 0.0, 1.0])
+    groups = (b"a", b"b", b"c", b"d")
+    assert lessons.witnesses(hits, groups) == pytest.approx(4)
+    assert lessons.witnesses(np.tile(hits, 6), groups * 6) == pytest.approx(4)
+    assert lessons.witnesses(np.ones(6), groups[:2] * 3) == 2
+    widths = [p.ci95[1] - p.ci95[0] for found in (one, four) for p in found.predictors]
+    assert max(widths[4:]) > 0.8 * min(widths[:4])
+
+
 def test_the_variance_of_groups_is_the_slow_one():
     rng = np.random.default_rng(4)
     n, groups = 60, tuple(bytes([i % 7]) for i in range(60))

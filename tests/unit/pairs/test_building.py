@@ -251,6 +251,12 @@ def test_a_build_of_no_pairs_is_no_data(tmp_path):
     refused(run("check", "--data", tmp_path / "none"), 1, "Splits found in", ": none")
 
 
+def test_rows_in_a_file_that_is_called_like_a_builds_record_are_data(tmp_path):
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    (tmp_path / "pairs.json").write_text(json.dumps([row] * 3))
+    assert len(list(read_split(tmp_path, "train"))) == 3
+
+
 def test_a_second_reward_is_not_read_from_what_the_first_one_left(tmp_path):
     path, reward = source(tmp_path)
     worst = "def worst(prompt, answer):\n    return -100 * int(answer.split()[-1])\n"
