@@ -62,18 +62,23 @@ class Cell:
 
 
 def cells(saes: Sequence[str], seeds: int) -> Iterator[Cell]:
-    """Each control before what it is the control of; saes: "model/sae"."""
-    seen = set()
-    for name in saes:
-        model, sae = name.split("/")
-        settings = [(2e-5, 1)] if model == "smollm2" else []
-        if model == "small" or model not in seen:  # rates and batches: with one SAE
-            settings += [(1e-4, 1), (5e-5, 1), (1e-5, 1), (2e-5, 4), (1e-4, 4), (1e-4, 16)]
-        seen.add(model)
-        for rate, size in settings:
-            for seed in range(seeds if model == "small" and size < 16 else 1):
-                for target in (0.0, *TARGETS):
-                    yield Cell(model, sae, target, rate, size, seed)
+    """Each control before what it is the control of; every SAE before the rates and batches.
+
+    saes: "model/sae".
+    """
+    names = [name.split("/") for name in saes]
+    first = {model: sae for model, sae in reversed(names)}
+    plan = [(model, sae, 2e-5, 1) for model, sae in names if model == "smollm2"]
+    for rate, size in ((1e-4, 1), (1e-4, 4), (1e-5, 1), (1e-4, 16), (5e-5, 1), (2e-5, 4)):
+        plan += [  # rates and batches: with one SAE of SmolLM2
+            (model, sae, rate, size)
+            for model, sae in names
+            if model == "small" or sae == first[model]
+        ]
+    for model, sae, rate, size in plan:
+        for seed in range(seeds if model == "small" and size < 16 else 1):
+            for target in (0.0, *TARGETS):
+                yield Cell(model, sae, target, rate, size, seed)
 
 
 def main() -> int:
