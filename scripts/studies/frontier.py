@@ -13,7 +13,8 @@ and parts of an adapter's change, are measured on 128 held-out prompts with two 
 each (three seeds make 768 answers a point): reward, KL from the base on these answers, what
 changed on prompts about other things.
 
-Everything lies in --work; results/frontier-REWARD.json and .md are written anew after each cell.
+Everything lies in --work; results/frontier-REWARD.json and .md are written anew after each cell,
+and cells that are in them are not run again, on any machine.
 Needs `pip install vaderSentiment textstat`.
 """
 
@@ -83,6 +84,7 @@ def main() -> int:
     machine.set_up()
     work = o.work / o.reward
     plan = list(cells(o.seeds, o.method))
+    restore(work, RESULTS / f"frontier-{o.reward}.json")
     todo = [c for c in plan if not (work / "cells" / c.id / "points.json").is_file()]
     if o.list:
         print(*(f"{'open' if c in todo else 'kept'}  {c.id}" for c in plan), sep="\n")
@@ -114,6 +116,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="begin no cell after so many")
     parser.add_argument("--list", action="store_true")
     return parser.parse_args()
+
+
+def restore(work: Path, results: Path) -> None:
+    """Cells of the results that the work folder lacks, as on another machine: they are kept."""
+    if not results.is_file():
+        return
+    found = json.loads(results.read_text(encoding="utf-8"))
+    for run in found["runs"]:
+        cell = Cell(run["method"], run["rate"], run["seed"])
+        if not (place := work / "cells" / cell.id / "points.json").is_file():
+            files.write_json(place, run)
+    if not (work / "base.json").is_file():
+        files.write_json(work / "base.json", found["base"])
 
 
 def make_pairs(o: argparse.Namespace, work: Path) -> Path:
