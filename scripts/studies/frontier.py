@@ -43,18 +43,22 @@ RESULTS = ROOT / "scripts" / "studies" / "results"
 UPDATES, CHECKPOINTS = 24, (12, 24)  # of BATCH pairs; a point takes minutes on one core
 BATCH = 8  # of 2, a drift of .2 was used up by the steps' own noise: margins stayed at nothing
 PARTS = (0.25, 0.5)  # of the last checkpoint's change
+_DPO = ("--objective", "dpo")
 METHODS = {
-    "dpo": ("--objective", "dpo"),
+    "dpo": _DPO,
     "fpo drift .4": ("--target-drift", "0.4"),
+    "fpo free": ("--alpha", "0"),  # with the next: is it the constraint, or the preference term?
+    "dpo drift .4": (*_DPO, "--constraint", "features", "--target-drift", "0.4"),
     "fpo drift .2": ("--target-drift", "0.2"),
     "simpo": ("--objective", "simpo"),
     "tdpo2": ("--objective", "tdpo2"),
     "fpo": (),
     "simpo-kl": ("--objective", "simpo-kl"),
-    "dpo + nll": ("--objective", "dpo", "--nll-weight", "1"),
+    "dpo + nll": (*_DPO, "--nll-weight", "1"),
     "fpo activations": ("--constraint", "activations"),
 }
-SCALED = ("dpo",)
+FIRST = 4  # two preference terms, each with the constraint and without
+SCALED = ("dpo", "fpo free")
 RATES = (1e-4, 5e-5, 2e-4)  # the first is tried by all; the others are the tuning budget
 
 
@@ -70,12 +74,11 @@ class Cell:
 
 
 def cells(seeds: int, only: Sequence[str] = ()) -> Iterator[Cell]:
-    """The most telling first: the strongest rival and ours on all seeds, then every method once."""
-    first = [Cell(m, RATES[0], 0) for m in METHODS]
-    main = [Cell(m, RATES[0], s) for s in range(1, seeds) for m in list(METHODS)[:2]]
-    tuning = [Cell(m, rate, 0) for rate in RATES[1:] for m in METHODS]
+    """The most telling first: two by two on all seeds, then every method once, then its rates."""
+    telling = [Cell(m, RATES[0], s) for s in range(seeds) for m in list(METHODS)[:FIRST]]
+    once = [Cell(m, rate, 0) for rate in RATES for m in METHODS]
     rest = [Cell(m, rate, s) for s in range(1, seeds) for rate in RATES for m in METHODS]
-    every = dict.fromkeys([*first[:2], *main, *first[2:], *tuning, *rest])
+    every = dict.fromkeys([*telling, *once, *rest])
     yield from (cell for cell in every if not only or cell.method in only)
 
 

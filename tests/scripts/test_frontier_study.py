@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import frontier as study
 import frontier_rewards as known
 import frontier_show as show
 import numpy as np
@@ -15,12 +18,26 @@ from helpers import random_adapters  # noqa: E402
 
 from fpo_mlx.config import Sampling  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
+from fpo_mlx.storage import files  # noqa: E402
 
 
 def test_no_thing_of_a_held_out_prompt_is_in_a_training_prompt():
     assert len(set(known.training_prompts())) == 400
     assert len(set(known.held_out_prompts())) == 128
     assert not set(known.ALL[-known.HELD_OUT :]) & set(known.ALL[: -known.HELD_OUT])
+
+
+def test_cells_of_the_results_are_kept_on_another_machine_and_those_at_hand_stay(tmp_path):
+    run = {"method": "dpo", "rate": 1e-4, "seed": 2, "points": [{"reward": 0.5}]}
+    results = tmp_path / "frontier-sentiment.json"
+    study.restore(tmp_path / "work", results)  # nothing measured yet
+    files.write_json(results, {"base": {"reward": 0.1}, "runs": [run], "compared": []})
+    study.restore(tmp_path / "work", results)
+    place = tmp_path / "work" / "cells" / study.Cell("dpo", 1e-4, 2).id / "points.json"
+    assert json.loads(place.read_text()) == run
+    files.write_json(place, own := {**run, "points": []})
+    study.restore(tmp_path / "work", results)
+    assert json.loads(place.read_text()) == own
 
 
 def test_answers_elsewhere_are_counted_by_hand():
@@ -61,7 +78,6 @@ def test_the_base_is_where_the_base_is_and_so_is_an_adapter_taken_by_no_part(mon
 def adapter(tmp_path):
     """Random adapters on both blocks."""
     from fpo_mlx.model.load import load_model
-    from fpo_mlx.storage import files
 
     loaded = load_model(tmp_path / "model")
     _, keys = adapters.adapted_paths(loaded.model, None, 1, None)
