@@ -33,7 +33,7 @@ from fpo_mlx.storage import files
 RESULTS = ROOT / "scripts" / "studies" / "results"
 TARGETS = (0.1, 0.2, 0.05, 0.3)
 # updates by batch size, longest sequence in tokens: the small model has a small vocabulary
-UPDATES = {"smollm2": {1: 80, 4: 40, 16: 20}, "small": {1: 240, 4: 120, 16: 60}}
+UPDATES = {"smollm2": {1: 160, 4: 80, 16: 30}, "small": {1: 240, 4: 120, 16: 60}}
 LONGEST = {"smollm2": 192, "small": 320}
 HELD_OUT = 40
 GUARD = 4  # the exit code of a run that the guard stopped
