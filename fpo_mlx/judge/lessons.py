@@ -310,25 +310,36 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def words_of(
-    activations: np.ndarray, responses: Sequence[np.ndarray], count: int, least: int = 5
-) -> list[int]:
-    """Token ids whose presence in a response goes best with a feature's mean activation there.
+@dataclass(frozen=True)
+class Presence:
+    """Which token ids stand in which of M responses; made once, asked for every feature."""
 
-    activations: [M]; responses: M arrays of ids; least: responses in which a token must stand.
-    """
-    present = [np.unique(tokens) for tokens in responses]
-    owner = np.repeat(np.arange(len(present)), [len(ids) for ids in present])
-    ids = np.concatenate(present)
-    width, m = int(ids.max()) + 1, len(present)
-    seen = np.bincount(ids, minlength=width).astype(np.float64)
-    centred = activations - activations.mean()
-    joint = np.bincount(ids, weights=centred[owner], minlength=width)
-    spread = np.sqrt(np.maximum(seen * (1 - seen / m), 0.0))
-    usable = (seen >= least) & (spread > 0)
-    score = np.divide(joint, spread, out=np.full(width, -np.inf), where=usable)
-    best = np.argsort(-score, kind="stable")[:count]
-    return [int(i) for i in best if score[i] > 0]
+    ids: np.ndarray  # of each response those that stand in it, one response after the other
+    owner: np.ndarray  # the response of each, of equal shape
+    seen: np.ndarray  # responses that have each id, [V]
+    responses: int  # M
+
+    @staticmethod
+    def of(responses: Sequence[np.ndarray]) -> Presence:
+        """responses: M arrays of token ids."""
+        present = [np.unique(tokens) for tokens in responses]
+        owner = np.repeat(np.arange(len(present)), [len(ids) for ids in present])
+        ids = np.concatenate(present)
+        return Presence(ids, owner, np.bincount(ids).astype(np.float64), len(present))
+
+    def words(self, activations: np.ndarray, count: int, least: int = 5) -> list[int]:
+        """Ids whose presence in a response goes best with a feature's mean activation there.
+
+        activations: [M]; least: responses in which an id must stand.
+        """
+        seen, m = self.seen, self.responses
+        centred = activations - activations.mean()
+        joint = np.bincount(self.ids, weights=centred[self.owner], minlength=len(seen))
+        spread = np.sqrt(np.maximum(seen * (1 - seen / m), 0.0))
+        usable = (seen >= least) & (spread > 0)
+        score = np.divide(joint, spread, out=np.full(len(seen), -np.inf), where=usable)
+        best = np.argsort(-score, kind="stable")[:count]
+        return [int(i) for i in best if score[i] > 0]
 
 
 def examples_of(moved: np.ndarray, sign: float, count: int) -> tuple[list[int], list[int]]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CHOSEN = outputs.Made("a set of chosen rows", r"(train|valid|test)\.jsonl")
 SHOWN = 160  # letters of an example
-DESCRIBED = 100  # of the features found: words and examples of each take a look at all pairs
+READ = 100  # of the features found: the model reads the examples of each
 WORDS = 6  # tokens that say what a feature goes with
 
 
@@ -128,22 +128,19 @@ def features_data(
         found = lessons.learn(x, rate=asked.rate, folds=asked.folds)
     except ValueError as error:
         raise DataError(f"{config.data.data} ({asked.split}): {error}.") from error
-    named_ones = set(found.fitted.columns.tolist()) if asked.save_reward else set()
+    shown = _described(found.found, x, pairs, job, asked.examples)
     shown = [
         replace(
-            _described(one, x, pairs, job, asked.examples)
-            if n < DESCRIBED or _column(x, one) in named_ones
-            else one,
+            one,
             label=labels[one.sae].get(one.feature, ""),
             link=link(job.saes[one.sae], one.feature),
         )
-        for n, one in enumerate(found.found)
+        for one in shown
     ]
-    if len(shown) > DESCRIBED:
-        say(f"{len(shown)} features found; words and examples are of the strongest {DESCRIBED}")
     if asked.contexts:
-        first, rest = shown[:DESCRIBED], shown[DESCRIBED:]
-        shown = [*_with_contexts(first, job, pairs, asked.examples, say), *rest]
+        if len(shown) > READ:
+            say(f"{len(shown)} features found; the model reads examples of the strongest {READ}")
+        shown[:READ] = _with_contexts(shown[:READ], job, pairs, asked.examples, say)
     found = replace(found, found=tuple(shown))
     against = [int(i) for i in np.argsort(found.probability, kind="stable")]
     against = [i for i in against if found.probability[i] < asked.against]
@@ -186,36 +183,34 @@ def _check_reward(config: RunConfig) -> None:
 
 
 def _described(
-    one: Lesson, x: PairFeatures, pairs: Sequence[TokenPair], job: Job, count: int
-) -> Lesson:
-    """With its words and its examples for and against."""
+    found: Sequence[Lesson], x: PairFeatures, pairs: Sequence[TokenPair], job: Job, count: int
+) -> list[Lesson]:
+    """Each with its words and its examples for and against."""
     from fpo_mlx.judge import lessons
 
-    column = np.array([_column(x, one)])
-    sides = np.stack([x.chosen.dense(column)[:, 0], x.rejected.dense(column)[:, 0]])  # [2, N]
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    words = lessons.words_of(sides.reshape(-1), responses, WORDS)
-    for_it, against = lessons.examples_of(sides[0] - sides[1], one.z, count)
+    presence = lessons.Presence.of(responses)
 
-    def example(i: int) -> Example:
-        side = int(sides[1, i] > sides[0, i])
-        text = job.tokenizer.decode(pairs[i].responses[side].tolist(), skip_special=True)
-        text = " ".join(text.split())
-        name = ("chosen", "rejected")[side]
-        return lessons.Example(
-            pairs[i].where, float(sides[0, i]), float(sides[1, i]), text[:SHOWN], name
+    def example(i: int, activations: np.ndarray) -> Example:
+        chosen, rejected = (float(a) for a in activations[:, i])
+        side = "rejected" if rejected > chosen else "chosen"
+        text = job.tokenizer.decode(getattr(pairs[i], side).tolist(), skip_special=True)
+        text = " ".join(text.split())[:SHOWN]
+        return lessons.Example(pairs[i].where, chosen, rejected, text, side)
+
+    def described(one: Lesson) -> Lesson:
+        column = np.array([sum(x.sizes[: one.sae]) + one.feature])
+        sides = np.stack([x.chosen.dense(column)[:, 0], x.rejected.dense(column)[:, 0]])  # [2, N]
+        words = presence.words(sides.reshape(-1), WORDS)
+        for_it, against = lessons.examples_of(sides[0] - sides[1], one.z, count)
+        return replace(
+            one,
+            words=tuple(job.tokenizer.decode([token]) for token in words),
+            examples=tuple(example(i, sides) for i in for_it),
+            against=tuple(example(i, sides) for i in against),
         )
 
-    return replace(
-        one,
-        words=tuple(job.tokenizer.decode([token]) for token in words),
-        examples=tuple(map(example, for_it)),
-        against=tuple(map(example, against)),
-    )
-
-
-def _column(x: PairFeatures, one: Lesson) -> int:
-    return sum(x.sizes[: one.sae]) + one.feature
+    return [described(one) for one in found]
 
 
 def _with_contexts(

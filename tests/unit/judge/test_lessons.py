@@ -313,8 +313,8 @@ def test_the_features_of_pairs_stand_sae_after_sae():
 def test_words_are_the_tokens_of_the_responses_in_which_a_feature_is_strong():
     responses = [np.array([1, 5]), np.array([1, 6])] * 6
     activations = np.array([2.0, 0.0] * 6)
-    assert lessons.words_of(activations, responses, 3) == [5]
-    assert lessons.words_of(activations, responses, 3, least=7) == []
+    assert lessons.Presence.of(responses).words(activations, 3) == [5]
+    assert lessons.Presence.of(responses).words(activations, 3, least=7) == []
 
 
 def test_examples_lie_for_and_against():
