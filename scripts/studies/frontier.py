@@ -1,4 +1,4 @@
-"""What does each method's reward cost? True reward against drift, along every run's checkpoints.
+"""What does each method's reward cost? True reward against drift, along parts of every change.
 
     python scripts/studies/frontier.py --model M --sae S            everything; again to go on
     python scripts/studies/frontier.py --model M --sae S --minutes 60   begin nothing later
@@ -8,10 +8,10 @@
 
 In the manner of DPO's sentiment experiment (arXiv 2305.18290, section 6.1): the base answers 400
 prompts of the project's own four times; a reward that is known (VADER's sentiment, or how plain an
-answer is) picks the best and the worst of each; every method trains on these pairs. Checkpoints,
-and parts of an adapter's change, are measured on 128 held-out prompts with two sampled answers
-each (three seeds make 768 answers a point): reward, KL from the base on these answers, what
-changed on prompts about other things.
+answer is) picks the best and the worst of each; every method trains on these pairs. Parts of an
+adapter's change are measured on 128 held-out prompts with two sampled answers each (three seeds
+make 768 answers a point): reward, KL from the base on these answers, what changed on prompts about
+other things.
 
 Everything lies in --work; results/frontier-REWARD.json and .md are written anew after each cell,
 and cells that are in them are not run again, on any machine.
@@ -40,15 +40,15 @@ from fpo_mlx import machine
 from fpo_mlx.storage import files
 
 RESULTS = ROOT / "scripts" / "studies" / "results"
-UPDATES, CHECKPOINTS = 24, (12, 24)  # of BATCH pairs; a point takes minutes on one core
+UPDATES = 24  # of BATCH pairs
 BATCH = 8  # of 2, a drift of .2 was used up by the steps' own noise: margins stayed at nothing
-PARTS = (0.25, 0.5)  # of the last checkpoint's change
 _DPO = ("--objective", "dpo")
 METHODS = {
     "dpo": _DPO,
     "fpo drift .4": ("--target-drift", "0.4"),
-    "fpo free": ("--alpha", "0"),  # with the next: is it the constraint, or the preference term?
+    "fpo free": ("--alpha", "0"),
     "dpo drift .4": (*_DPO, "--constraint", "features", "--target-drift", "0.4"),
+    "fpo drift .8": ("--target-drift", "0.8"),
     "fpo drift .2": ("--target-drift", "0.2"),
     "simpo": ("--objective", "simpo"),
     "tdpo2": ("--objective", "tdpo2"),
@@ -57,8 +57,10 @@ METHODS = {
     "dpo + nll": (*_DPO, "--nll-weight", "1"),
     "fpo activations": ("--constraint", "activations"),
 }
-FIRST = 4  # two preference terms, each with the constraint and without
-SCALED = ("dpo", "fpo free")
+FIRST = 5  # two preference terms, each with the constraint and without; and a wider constraint
+# parts of the change that are measured: what a run is worth without its path
+PARTS = {"dpo": (1.0, 0.5, 0.25), "fpo free": (0.25, 0.1), "fpo drift .8": (1.0, 0.5, 0.25)}
+USUAL_PARTS = (1.0, 0.5)
 RATES = (1e-4, 5e-5, 2e-4)  # the first is tried by all; the others are the tuning budget
 
 
@@ -195,20 +197,17 @@ def open_meter(o: argparse.Namespace, work: Path) -> Any:
 
 
 def measure(cell: Cell, meter: Any, adapters: Path, work: Path) -> None:
-    """Every checkpoint, and parts of the last; each point is kept as soon as it is there."""
+    """Parts of the change at the end; each point is kept as soon as it is there."""
     place = work / "cells" / cell.id
-    wanted = [(update, 1.0) for update in CHECKPOINTS[::-1]]
-    if cell.method in SCALED:  # what a run is worth without its path: the end, and parts of it
-        wanted = [(UPDATES, part) for part in (1.0, *PARTS)]
+    weights = adapters / f"{UPDATES:07d}_adapters.safetensors"
     points = []
-    for update, part in wanted:
-        path = place / f"point-{update}-{part:g}.json"
-        weights = adapters / f"{update:07d}_adapters.safetensors"
+    for part in PARTS.get(cell.method, USUAL_PARTS):
+        path = place / f"point-{UPDATES}-{part:g}.json"
         if not path.is_file() and weights.is_file():
             folder = as_adapter(adapters, weights, place / "at")
             point = meter.point(folder, part)
-            say(f"  {cell.id} at {update} x {part:g}: {brief(point)}")
-            files.write_json(path, {"update": update, "part": part} | point)
+            say(f"  {cell.id} x {part:g}: {brief(point)}")
+            files.write_json(path, {"update": UPDATES, "part": part} | point)
         if path.is_file():
             points.append(json.loads(path.read_text(encoding="utf-8")))
     about = {"method": cell.method, "rate": cell.rate, "seed": cell.seed}

@@ -12,7 +12,8 @@ import numpy as np
 
 from fpo_mlx.storage import files
 
-RIVAL = "dpo scaled"
+RIVAL = "dpo"
+LEVELS = (2.0, 5.0, 10.0)  # nats per answer, at which methods are compared
 SHARES = (0.1, 0.3, 1.0)  # of the KL that all rates reach, where they are compared
 ELSEWHERE = ("unrelated_drift", "greedy_agreement")
 RESAMPLES = 2000
@@ -43,23 +44,12 @@ Line = list[Mapping[str, Any]]  # points of one run, by KL
 def lines_of(
     runs: Sequence[Mapping[str, Any]], base: Mapping[str, Any]
 ) -> dict[str, dict[int, Line]]:
-    """Per method and seed the base and the points of its better learning rate, by KL.
-
-    Parts of a change are a method of their own, "… scaled", with the whole change.
-    """
+    """Per method and seed the base and the points of its better learning rate, by KL."""
     split: dict[str, dict[float, dict[int, Line]]] = {}
+    start = {**base, "kl": 0.0, "update": 0, "part": 0.0}
     for run in runs:
-        parts = [p for p in run["points"] if p["part"] != 1.0]
-        last = max((p["update"] for p in run["points"]), default=0)
-        whole = [p for p in run["points"] if p["part"] == 1.0]
-        names = {run["method"]: whole}
-        if parts:
-            ends = [p for p in whole if p["update"] == last]
-            names[f"{run['method']} scaled"] = parts + ends
-        for name, points in names.items():
-            start = {**base, "kl": 0.0, "update": 0, "part": 0.0}
-            line = sorted([start, *(p for p in points if p["kl"] > 0)], key=_kl)
-            split.setdefault(name, {}).setdefault(run["rate"], {})[run["seed"]] = line
+        line = sorted([start, *(p for p in run["points"] if p["kl"] > 0)], key=_kl)
+        split.setdefault(run["method"], {}).setdefault(run["rate"], {})[run["seed"]] = line
     return {name: _best(list(rates.values())) for name, rates in split.items()}
 
 
@@ -95,40 +85,42 @@ def at(line: Line, kl: float, name: str = "reward/of_prompts") -> np.ndarray | N
 
 
 def against(found: Mapping[str, Mapping[int, Line]], name: str) -> list[dict[str, Any]]:
-    """Reward above RIVAL's at the KL of each point, same seeds and prompts; 95 % bootstrap."""
-    rows = []
-    rival = found.get(RIVAL, {})
+    """Reward above RIVAL's at each of LEVELS, same seeds and prompts; 95 % bootstrap."""
+    rows, rival = [], found.get(RIVAL, {})
     seeds = sorted(set(found[name]) & set(rival))
-    places = {
-        (p["update"], p["part"]): None for seed in seeds for p in found[name][seed] if p["kl"]
-    }
-    for update, part in places:
+    for kl in LEVELS:
         both = [
-            (point, rival[seed])
+            (found[name][seed], rival[seed])
             for seed in seeds
-            for point in found[name][seed]
-            if (point["update"], point["part"]) == (update, part)
-            and point not in rival[seed]
-            and at(rival[seed], point["kl"]) is not None
+            if at(found[name][seed], kl) is not None and at(rival[seed], kl) is not None
         ]
         if both:
-            rows.append({"method": name, "update": update, "part": part} | _gap(both))
+            rows.append(
+                {"method": name, "rival": RIVAL, "kl": kl, "seeds": len(both)} | _gap(both, kl)
+            )
     return rows
 
 
-def _gap(both: Sequence[tuple[Mapping[str, Any], Line]]) -> dict[str, Any]:
-    """Of a point per seed, and the rival's line of that seed."""
+def _gap(both: Sequence[tuple[Line, Line]], kl: float) -> dict[str, Any]:
+    """Of a run and the rival's per seed."""
 
     def above(name: str) -> np.ndarray:
-        return np.array([np.array(p[name]) - at(line, p["kl"], name) for p, line in both])
+        return np.array(
+            [_found(ours, kl, name) - _found(theirs, kl, name) for ours, theirs in both]
+        )
 
     gaps = above("reward/of_prompts")
     low, high = interval(gaps)
     return {
-        "rival": RIVAL, "kl": float(np.mean([p["kl"] for p, _ in both])), "seeds": len(both),
         "gap": float(gaps.mean()), "low": low, "high": high, "of_seeds": gaps.mean(axis=1).tolist(),
         **{name: float(above(name).mean()) for name in ELSEWHERE},
     }  # fmt: skip
+
+
+def _found(line: Line, kl: float, name: str) -> np.ndarray:
+    value = at(line, kl, name)
+    assert value is not None
+    return value
 
 
 def interval(gaps: np.ndarray) -> tuple[float, float]:
@@ -163,14 +155,15 @@ def markdown(
             )
     lines += [
         "", "## At equal KL", "",
-        f"Above {RIVAL} of the same seed, where that reaches the point's KL (between its points by "
-        "the root of the KL; the base is one). Intervals: bootstrap over seeds and prompts.", "",
-        "| method | update | part | KL | seeds | reward above | 95 % | of each seed "
+        f"Above parts of the {RIVAL} adapter of the same seed, where both reach the KL (between "
+        "points by the root of the KL; the base is one). Intervals: bootstrap over seeds and "
+        "prompts.", "",
+        "| method | KL | seeds | reward above | 95 % | of each seed "
         f"| {' | '.join(f'{name} above' for name in ELSEWHERE)} |",
-        "|---|---|---|---|---|---|---|---|" + "---|" * len(ELSEWHERE),
+        "|---|---|---|---|---|---|" + "---|" * len(ELSEWHERE),
     ]  # fmt: skip
     lines += [
-        f"| {r['method']} | {r['update']} | {r['part']:g} | {r['kl']:.2f} | {r['seeds']} | "
+        f"| {r['method']} | {r['kl']:g} | {r['seeds']} | "
         f"{r['gap']:+.3f} | {r['low']:+.3f} to {r['high']:+.3f} | "
         f"{', '.join(f'{g:+.2f}' for g in r['of_seeds'])} | "
         f"{' | '.join(f'{r[name]:+.3f}' for name in ELSEWHERE)} |"

@@ -107,31 +107,32 @@ def test_between_two_points_a_figure_goes_by_the_root_of_the_kl():
     assert show.at(run, 20.0) is None
 
 
-def test_the_gap_at_equal_kl_is_ours_less_the_rivals_of_the_same_seed():
-    ours = {0: line((0.0, 0.0), (1.0, 1.0)), 1: line((0.0, 0.0), (1.0, 3.0))}
+def test_the_gap_at_equal_kl_is_ours_less_the_rivals_of_the_same_seed(monkeypatch):
+    monkeypatch.setattr(show, "LEVELS", (1.0,))
+    ours = {0: line((0.0, 0.0), (1.0, 1.0)), 1: line((0.0, 0.0), (4.0, 6.0))}
     theirs = {0: line((0.0, 0.5), (4.0, 0.5)), 1: line((0.0, 0.0), (4.0, 0.0))}
     (row,) = show.against({"fpo": ours, show.RIVAL: theirs}, "fpo")
-    assert (row["kl"], row["update"], row["seeds"], row["gap"]) == (1.0, 1, 2, 1.75)
+    assert (row["kl"], row["seeds"], row["gap"]) == (1.0, 2, 1.75)
     assert (row["low"], row["high"], row["of_seeds"]) == (0.5, 3.0, [0.5, 3.0])
-    assert row["unrelated_drift"] == pytest.approx(0.1 - 0.2)
-    assert row["greedy_agreement"] == pytest.approx(0.2 - 0.1)
+    assert row["unrelated_drift"] == pytest.approx((0.1 + 0.2) / 2 - 0.2)
+    assert row["greedy_agreement"] == pytest.approx(0.2 - (0.1 + 0.2) / 2)
 
 
-def test_what_the_rival_never_reaches_is_not_compared():
-    ours, theirs = {0: line((0.0, 0.0), (9.0, 1.0))}, {0: line((0.0, 0.0), (4.0, 1.0))}
-    assert show.against({"fpo": ours, show.RIVAL: theirs}, "fpo") == []
+def test_what_one_of_them_never_reaches_is_not_compared(monkeypatch):
+    monkeypatch.setattr(show, "LEVELS", (1.0, 5.0))
+    far, near = {0: line((0.0, 0.0), (9.0, 1.0))}, {0: line((0.0, 0.0), (4.0, 1.0))}
+    for ours, theirs in ((far, near), (near, far)):
+        assert [r["kl"] for r in show.against({"fpo": ours, show.RIVAL: theirs}, "fpo")] == [1.0]
 
 
-def test_parts_of_a_change_are_a_line_with_the_base_and_the_whole_of_it():
+def test_parts_of_a_change_are_a_line_from_the_base():
     base = {"kl": 1e-6, "reward": 0.1, "reward/of_prompts": [0.1], "unrelated_drift": 0.0}
     points = [
-        {"update": update, "part": part, "kl": kl, "reward/of_prompts": [kl]}
-        for update, part, kl in ((24, 1.0, 9.0), (24, 0.25, 1.0), (12, 1.0, 4.0), (24, 0.5, 3.0))
+        {"update": 24, "part": part, "kl": kl, "reward/of_prompts": [kl]}
+        for part, kl in ((1.0, 9.0), (0.25, 1.0), (0.5, 3.0))
     ]
     run = {"method": "dpo", "rate": 1e-4, "seed": 0, "points": points}
-    found = show.lines_of([run], base)
-    assert [p["kl"] for p in found["dpo"][0]] == [0.0, 4.0, 9.0]
-    assert [p["part"] for p in found["dpo scaled"][0]] == [0.0, 0.25, 0.5, 1.0]
+    assert [p["part"] for p in show.lines_of([run], base)["dpo"][0]] == [0.0, 0.25, 0.5, 1.0]
 
 
 def test_of_two_rates_the_better_one_counts_where_both_have_been():
