@@ -12,7 +12,7 @@ from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge.feature_report import Context
 from fpo_mlx.judge.scaling import Scaled, Scaling, wanting
 from fpo_mlx.pipeline.features import link, open_policy
-from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs, read_sae
+from fpo_mlx.pipeline.job import Job, Say, need_features, open_job, read_pairs, read_sae
 from fpo_mlx.pipeline.origins import warn_of_other_model
 from fpo_mlx.records import Passage, SaeWeights, result_file
 from fpo_mlx.storage import files
@@ -71,8 +71,7 @@ def feature_page(
 
     if len(config.reference.sae) != 1:
         raise ConfigError(f"features show needs one --sae; found {len(config.reference.sae)}.")
-    if config.objective.constraint == "activations":
-        raise ConfigError("features show reads an SAE's features: leave --constraint out.")
+    need_features(config, "features show")
     if adapter_path:
         read_spec(Path(adapter_path))  # before the long part
     job = open_job(config, say=say, need_sae=True)

@@ -18,6 +18,7 @@ from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import (
     Job,
     Say,
+    need_features,
     need_model,
     open_job,
     open_saes,
@@ -88,8 +89,8 @@ def features(
     from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.train.metrics import ScoredPairs
 
-    if scaling and config.objective.constraint == "activations":
-        raise ConfigError("--scaling reads an SAE's features: leave --constraint out.")
+    if scaling:
+        need_features(config, "--scaling")
     read_spec(Path(adapter_path))  # before the long part
     job = open_job(config, say=say, need_sae=True)
     known = read_labels(labels, len(job.saes)) if labels else ({},) * len(job.saes)

@@ -15,7 +15,7 @@ from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pipeline.feature_reward import FeatureReward, write_reward
 from fpo_mlx.pipeline.features import link
-from fpo_mlx.pipeline.job import Job, Say, hub_splits, open_job, read_pairs
+from fpo_mlx.pipeline.job import Job, Say, hub_splits, need_features, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import Passage, TokenPair, result_file
 from fpo_mlx.storage import outputs
@@ -118,8 +118,7 @@ def features_data(
     if asked.save_reward is not None:
         _check_reward(config)
     job = open_job(config, say=say, need_sae=True)
-    if config.objective.constraint == "activations":
-        raise ConfigError("features data reads an SAE's features: leave --constraint out.")
+    need_features(config, "features data")
     labels = read_labels(asked.labels, len(job.saes)) if asked.labels else ({},) * len(job.saes)
     pairs = read_pairs(job, asked.split, say)[: asked.limit]
     refs = CachedScores(reference_of(job, pairs, say, progress), pairs)

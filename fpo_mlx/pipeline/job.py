@@ -89,6 +89,12 @@ def need_model(config: RunConfig) -> str:
     return config.reference.model
 
 
+def need_features(config: RunConfig, what: str) -> None:
+    """Raises: ConfigError where `what` ("--scaling") reads features and the run compares none."""
+    if config.objective.constraint == "activations":
+        raise ConfigError(f"{what} reads an SAE's features: leave --constraint out.")
+
+
 def open_tokenizer(config: RunConfig, path: Path, say: Say = lambda _: None) -> ChatTokenizer:
     """The tokenizer of the model folder `path`, with the chat template of the settings."""
     template = config.data.chat_template
