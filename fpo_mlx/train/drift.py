@@ -6,19 +6,21 @@ relative D of the rejected responses), or `--target-kl`, nats per rejected respo
 
 A controller in logarithms: with e = ln(measured / wanted), measured a running mean over updates,
 
-    ln A <- ln A + I clip(e, -1, 1)        alpha = A exp(clip(e + T g, -S_below, S_above))
+    ln A <- ln A + I c + H max(c, 0)^2        c = clip(e, -1, 1)
+    alpha = A exp(clip(e + T g, -S_below, S_above))
 
-The first line is the integral part: it settles where measured = wanted, whatever the SAE's scale.
-The second answers at once, before the adapters have gone further, and to where the drift is going:
-g is the logarithm of the running mean over a slower one, its growth within some ten updates. The
-optimizer's momentum and the means are late by some twenty, and without g the drift swings around
-its target. Below the target A falls only when the drift has stopped growing: else A would wind down
-during the whole way up, and the drift would shoot past.
+The first line is the integral part: it settles where measured = wanted, whatever the SAE's scale,
+and hurries where the drift is far above that. The second answers at once, before the adapters have
+gone further, and to where the drift is going: g is the logarithm of the running mean over a slower
+one, its growth within some ten updates. The optimizer's momentum and the means are late by some
+twenty, and without g the drift swings around its target. Below the target A falls only when the
+drift has stopped growing: else A would wind down during the whole way up, and the drift would
+shoot past.
 
 An optimizer that normalises its gradient (Adam) moves the features by its very steps, however large
 alpha is; a target below that is met by shorter steps alone. So alpha ends where the constraint at
 the target weighs PULL nats of the margin, more than the margin itself has, and A beyond that
-shortens the steps, as long as the drift does not fall by itself:
+shortens the steps, as long as the drift does not fall by itself; on its way back it hurries too:
 
     alpha = min(A, PULL / target) exp(clip(…))        part = PULL / (target A), 1 at most
 
@@ -39,7 +41,7 @@ FALLING = 1.01  # slower mean over running mean, above which it comes back by it
 RETURNING = 0.1  # part of the integral by which steps become shorter meanwhile
 INTEGRAL = 0.03  # I, per update
 TREND = 1.5  # T
-SHORTENING = 0.07  # in place of I where the steps become shorter: alpha is no help there
+HURRY = 0.04  # H
 S_BELOW, S_ABOVE = 3.0, math.log(5.0)  # alpha is at least a twentieth and at most five times A
 FIRST = {"drift": 30.0, "kl": 0.5}  # A before the first update, where PULL allows it
 # nats of the margin that the constraint weighs at the target, at most; margins reach some .5 where
@@ -138,8 +140,9 @@ class Controller:
         seen = replace(self, fast=self.fast.after(value), slow=self.slow.after(value))
         if seen.error < 0 and seen.fast.value > GROWING * seen.slow.value:
             return seen
-        speed = SHORTENING if seen.level >= seen.bound else INTEGRAL
-        change = speed * min(max(seen.error, -1.0), 1.0)
+        e = min(max(seen.error, -1.0), 1.0)
+        hurry = abs(e) if e > 0 or seen.level >= seen.bound else 0.0  # to whole steps, too
+        change = (INTEGRAL + HURRY * hurry) * e
         falling = seen.slow.value > FALLING * seen.fast.value
         if falling and seen.error > 0 and seen.level >= seen.bound:
             change *= RETURNING  # the way back needs its steps

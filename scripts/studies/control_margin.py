@@ -1,14 +1,17 @@
 """Feature control at equal margin: does holding or projecting out a behaviour's features hold it?
 
     python scripts/studies/control_margin.py [--behaviour list|offer] [--seeds 3] [--work DIR]
+    python scripts/studies/control_margin.py … --seed 1     this one only: a core for each
 
 Six ways to train on the same pairs: FPO; with the behaviour's features held (`--feature-weights`),
 or projected out (`--project-out`); each with as many unrelated ones of equal activity in their
 place; and DPO, which nothing holds. Every run keeps checkpoints along the way. Of each checkpoint:
 the margin on held-out pairs and the rate of the behaviour in `--answers` sampled answers (batched).
 The rates are then compared at the margin that all kinds reach, by straight lines between their
-checkpoints, with intervals from a bootstrap over prompts, seeds together. Finished steps are kept
-in --work: a stopped study goes on. A day on two cores; `--smoke` takes minutes and proves nothing.
+checkpoints, with intervals from a bootstrap over prompts, seeds together. What is trained is kept
+in --work, what was measured in results/control_margin_BEHAVIOUR/: a stopped study goes on, and what
+was measured is not measured again on another machine. Hours for a seed on one core; `--smoke` takes
+minutes and proves nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 import control
 import numpy as np
 from control import judge
-from texts import ROOT, begin, is_list, rows, say, study_parser, write_rows
+from texts import ROOT, Steps, begin, is_list, rows, say, study_parser, write_rows
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import Sampling, load_config
@@ -37,6 +40,10 @@ KINDS: dict[str, tuple[str | None, str | None]] = {  # setting, whose features
     "out, unrelated": ("project_out", "others"),
     "dpo": (None, None),
 }
+SETTINGS = (  # that a measured point depends on, whatever the machine
+    "behaviour", "iters", "checkpoints", "train_pairs", "pairs", "answers", "tokens",
+    "learning_rate", "texts", "features", "weight", "max_seq_length",
+)  # fmt: skip
 OFFER = re.compile(r"(\?|let me know[^.!?]*[.!]|feel free[^.!?]*[.!])\s*$", re.IGNORECASE)
 
 
@@ -45,11 +52,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--behaviour", choices=["list", "offer"], default="list")
     parser.add_argument("--iters", type=int, default=400, help="updates of one pair")
-    parser.add_argument("--checkpoints", type=int, default=4)
+    parser.add_argument("--checkpoints", type=int, default=2)
     parser.add_argument("--train-pairs", type=int, default=400)
     parser.add_argument("--pairs", type=int, default=100, help="held-out pairs, and prompts")
     parser.add_argument("--answers", type=int, default=1000, help="sampled per checkpoint and seed")
-    parser.add_argument("--tokens", type=int, default=160, help="of a sampled answer at most")
+    parser.add_argument("--tokens", type=int, default=64, help="of a sampled answer at most")
+    parser.add_argument("--seed", type=int, action="append", default=[], help="these, not all")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--texts", type=int, default=60, help="of each kind, to find features")
     parser.add_argument("--features", type=int, default=10)
@@ -76,27 +84,41 @@ def main() -> None:
     texts = text_sets(o)
     found = steps("features", lambda: find(o, base, texts, files_of["own"]))
     others = steps("others", lambda: find_others(base, o, found, texts, files_of["others"]))
-    points: list[dict[str, Any]] = []
-    for seed in range(o.seeds):
-        name = f"base-{seed}"
-        rates = steps(name, lambda s=seed: answers(o, base, None, s))
-        points.append({"kind": "base", "seed": seed, "margin": 0.0, **rates})
+    place = o.output or ROOT / f"scripts/studies/results/control_margin_{o.behaviour}"
+    points = Steps(place, {name: str(getattr(o, name)) for name in SETTINGS})
+    for seed in o.seed or range(o.seeds):
+        points(f"base-{seed}", lambda s=seed: {
+            "kind": "base", "seed": s, "margin": 0.0, **answers(o, base, None, s)})  # fmt: skip
         for kind, (setting, whose) in KINDS.items():
             own = base | ({setting: str(files_of[whose])} if setting and whose else {})
             folder = o.work / f"{kind.replace(', ', '-')}-{seed}"
-            steps(f"train-{folder.name}", lambda c=own, f=folder, s=seed, k=kind: train(
-                o, c, f, s, k))  # fmt: skip
-            for iteration in marks(o):
-                part = checkpoint(folder, iteration)
-                about = steps(f"{folder.name}-{iteration}", lambda p=part, s=seed: {
-                    **measured(o, base, p), **answers(o, base, p, s)})  # fmt: skip
-                points.append({"kind": kind, "seed": seed, "iteration": iteration, **about})
-    result = {"features": found, "others": others, "points": points}
+            names = {f"{folder.name}-{iteration}": iteration for iteration in marks(o)}
+            if not all(map(points.done, names)):
+                steps(f"train-{folder.name}", lambda c=own, f=folder, s=seed, k=kind: train(
+                    o, c, f, s, k))  # fmt: skip
+            for name, iteration in names.items():
+                points(name, lambda k=kind, s=seed, i=iteration, f=folder: point(
+                    o, base, f, k, s, i))  # fmt: skip
+            write(place, found, others, o.smoke)
+
+
+def point(
+    o: argparse.Namespace, base: dict[str, Any], folder: Path, kind: str, seed: int, iteration: int
+) -> dict[str, Any]:
+    """One checkpoint: its margin, and how often its answers show the behaviour."""
+    part = checkpoint(folder, iteration)
+    about = {"kind": kind, "seed": seed, "iteration": iteration}
+    return about | measured(o, base, part) | answers(o, base, part, seed)
+
+
+def write(place: Path, found: list[Any], others: list[Any], smoke: bool) -> None:
+    """The comparison, from all points that are there."""
+    steps = sorted((place / "steps").glob("*.json"))
+    points = [json.loads(p.read_text()) for p in steps if p.name != "settings.json"]
+    result = {"features": found, "others": others, "smoke": smoke}
     result["at equal margin"] = equal_margin(points)
-    result["smoke"] = o.smoke
-    place = o.output or ROOT / f"scripts/studies/results/control_margin_{o.behaviour}.json"
-    files.write_json(place, result)
-    print(json.dumps(result["at equal margin"], indent=2))
+    files.write_json(place / "compared.json", result)
+    print(json.dumps(result["at equal margin"], indent=2), flush=True)
 
 
 def marks(o: argparse.Namespace) -> list[int]:
@@ -204,10 +226,13 @@ def equal_margin(points: list[dict[str, Any]], draws: int = 2000) -> dict[str, A
     """The rate of every kind at the margin that all reach, and its difference from fpo's.
 
     A run is a broken line through (0, the base's rate) and its checkpoints, in the order of their
-    margins; prompts are drawn again, seeds together.
+    margins; prompts are drawn again, seeds together. Seeds that lack a kind are left out.
     """
-    seeds = sorted({p["seed"] for p in points})
+    there = {(p["kind"], p["seed"]) for p in points}
     kinds = [kind for kind in dict.fromkeys(p["kind"] for p in points) if kind != "base"]
+    seeds = sorted({s for _, s in there if all((kind, s) in there for kind in kinds)})
+    if not seeds:
+        return {}
     runs = {
         (kind, s): sorted(
             (p for p in points if p["seed"] == s and p["kind"] in (kind, "base")),

@@ -57,7 +57,7 @@ def study_parser(doc: str | None, work: str) -> argparse.ArgumentParser:
 
 def begin(o: argparse.Namespace) -> tuple[str, Steps]:
     """The folder of the model, and the steps of this study; more seeds go on with them."""
-    apart = ("work", "output", "seeds")
+    apart = ("work", "output", "seeds", "seed")
     steps = Steps(o.work, {k: str(v) for k, v in vars(o).items() if k not in apart})
     return str(o.model or smollm2.fetch(say=say).full), steps
 
@@ -71,6 +71,9 @@ class Steps:
         if known.exists() and json.loads(known.read_text()) != settings:
             raise SystemExit(f"{work} was begun with other settings; give another --work.")
         files.write_json(known, settings)
+
+    def done(self, name: str) -> bool:
+        return (self.folder / f"{name}.json").exists()
 
     def __call__(self, name: str, run: Callable[[], Any]) -> Any:
         path = self.folder / f"{name}.json"

@@ -25,6 +25,14 @@ def test_rates_are_compared_at_the_margin_that_all_reach_by_hand():
     assert found["less than fpo"]["out"] == pytest.approx([0.1, 0.1, 0.1])
 
 
+def test_a_seed_that_lacks_a_kind_is_left_out():
+    whole = [point("base", 0.0, [0.0]), point("fpo", 1.0, [0.2]), point("held", 1.0, [0.1])]
+    begun = [{**p, "seed": 1, "rates": [0.9]} for p in whole[:2]]
+    found = control_margin.equal_margin([*whole, *begun], draws=10)
+    assert found["rates"]["fpo"] == pytest.approx([0.2, 0.2, 0.2])
+    assert control_margin.equal_margin([*whole[:2], {**whole[2], "seed": 1}], draws=10) == {}
+
+
 @pytest.mark.parametrize(
     ("text", "offers"),
     [("Here it is. Would you like more?", True), ("Done. Let me know if that helps!", True),
