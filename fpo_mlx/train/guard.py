@@ -17,6 +17,7 @@ SAME_LOSS = 1e-4  # of 1 + the loss; float32 holds it to 1e-6
 SAME_U = 1e-5  # of beta, if that is above 1
 HALF_WIDER = 2.0  # how much wider the start's bound is where cache or model is half precision
 NOISE = 1e-5  # nats per token: what float32 leaves
+FEW = 16  # tokens that an update's chosen responses count as at least: two words alone may fall far
 TOLD = 1e-3  # nats per token: a gap at the start that is mentioned
 
 
@@ -219,11 +220,15 @@ NOT_FINITE = "Lower --learning-rate, warm it up (lr_schedule), or set --max-grad
 
 
 def divergence(
-    values: Mapping[str, np.ndarray], grad_norm: float, config: TrainConfig, objective: Objective
-) -> Trouble | None:
-    """Why an update must not be made. values: [B] each, as `reports.pair_metrics` names them."""
+    values: Mapping[str, np.ndarray], tokens: np.ndarray, grad_norm: float, config: TrainConfig,
+    objective: Objective,
+) -> Trouble | None:  # fmt: skip
+    """Why an update must not be made.
+
+    values: [B] each, as `metrics.pair_metrics` names them; tokens: of the chosen responses, [B].
+    """
     u = float(np.abs(values["u"]).mean()) / objective.beta
-    drop = -float(values["logps_per_token/chosen_change"].mean())
+    drop = -float(values["logps_per_token/chosen_change"] @ tokens) / max(tokens.sum(), FEW)
     if not (np.isfinite(values["loss"]).all() and math.isfinite(grad_norm)):
         return Trouble("the loss or its gradient is not finite", NOT_FINITE)
     if objective.length_normalize and u > config.max_margin:

@@ -152,7 +152,10 @@ class Trainer:
             grad_norm = cast(float, norm.item())
             if progress.iteration == 0:
                 self._window.notes += self._check_first(indices, values, grad_norm)
-            trouble = guard.divergence(values, grad_norm, self.config, self.scorer.objective)
+            tokens = np.array([len(self.train.pairs[i].chosen) for i in indices])
+            trouble = guard.divergence(
+                values, tokens, grad_norm, self.config, self.scorer.objective
+            )
             trouble = trouble or self._apply(gradient, norm)
             skipped = self._skip(progress.iteration + count, trouble) if trouble else None
             progress.iteration += count

@@ -13,6 +13,7 @@ from fpo_mlx.errors import ConfigError
 from fpo_mlx.records import ResponseScore
 from fpo_mlx.train import guard
 
+TOKENS = np.array([20, 20])
 CONFIG, FPO = TrainConfig(max_margin=50.0, max_logp_drop=5.0), Objective(beta=0.1)
 
 
@@ -43,7 +44,7 @@ def test_rounding_of_the_first_pass_is_told_where_there_is_any():
 
 
 def test_a_quiet_update_is_let_through():
-    assert guard.divergence(values(), 1.0, CONFIG, FPO) is None
+    assert guard.divergence(values(), TOKENS, 1.0, CONFIG, FPO) is None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_a_quiet_update_is_let_through():
 )
 def test_each_kind_of_divergence_has_its_reason(seen, grad_norm, reason):
     """|u| / beta is a mean over pairs: 10.2 / 0.1 / 2 = 51; the drop is (11.2 - 1) / 2 = 5.1."""
-    found = guard.divergence(seen, grad_norm, CONFIG, FPO)
+    found = guard.divergence(seen, TOKENS, grad_norm, CONFIG, FPO)
     assert found is not None
     assert reason in found.what
     assert "--learning-rate" in found.remedy
@@ -77,7 +78,7 @@ def test_each_kind_of_divergence_has_its_reason(seen, grad_norm, reason):
     ],
 )
 def test_a_divergence_names_the_remedy_that_fits_it(seen, changes, remedy):
-    found = guard.divergence(seen, 1.0, CONFIG, dataclasses.replace(FPO, **changes))
+    found = guard.divergence(seen, TOKENS, 1.0, CONFIG, dataclasses.replace(FPO, **changes))
     assert found is not None
     assert remedy in found.remedy
 
@@ -103,9 +104,25 @@ def test_a_clipped_gradient_of_one_pair_is_said_to_forget_the_pairs_weight(
         assert "norm 16 is clipped to 1 (--max-grad-norm)" in note
 
 
+@pytest.mark.parametrize(
+    ("tokens", "stopped"),
+    [
+        ((4,), False),  # 4 x 10 / 16 = 2.5
+        ((9,), True),  # 90 / 16 = 5.6
+        ((4, 60), False),  # the other one stays: 40 / 64
+        ((30, 60), False),  # 300 / 90 = 3.3, each token counts once
+        ((60, 4), True),
+    ],
+)
+def test_a_short_answer_that_falls_alone_ends_no_run(tokens, stopped):
+    seen = values(change=(-10.0, 0.0)[: len(tokens)])
+    found = guard.divergence(seen, np.array(tokens), 1.0, CONFIG, FPO)
+    assert (found is not None) == stopped
+
+
 def test_a_margin_of_sums_is_not_bounded_a_token():
     sums = Objective(beta=0.1, length_normalize=False)
-    assert guard.divergence(values(u=(100.0, 100.0)), 1.0, CONFIG, sums) is None
+    assert guard.divergence(values(u=(100.0, 100.0)), TOKENS, 1.0, CONFIG, sums) is None
 
 
 def test_d_past_its_bound_is_a_reason_only_where_one_is_set():
@@ -114,15 +131,15 @@ def test_d_past_its_bound_is_a_reason_only_where_one_is_set():
         "features/chosen": np.array([1.0, 2.0]),
         "features/rejected": np.array([9.0]),
     }
-    assert guard.divergence(far, 1.0, CONFIG, FPO) is None
+    assert guard.divergence(far, TOKENS, 1.0, CONFIG, FPO) is None
     bound = TrainConfig(max_feature_distance=8.0)
-    found = guard.divergence(far, 1.0, bound, FPO)
+    found = guard.divergence(far, TOKENS, 1.0, bound, FPO)
     assert found is not None
     assert found.what == (
         "the feature distance D of the rejected responses is 9, over --max-feature-distance 8"
     )
     assert "--alpha" in found.remedy
-    assert guard.divergence(values(), 1.0, bound, FPO) is None  # dpo measures no D
+    assert guard.divergence(values(), TOKENS, 1.0, bound, FPO) is None  # dpo measures no D
 
 
 # Step 0 -------------------------------------------------------------------------------------------
@@ -238,7 +255,7 @@ def test_a_gradient_of_zero_is_no_fault_where_there_is_nothing_to_teach():
 
 def test_what_is_not_finite_is_left_to_the_divergence_guard():
     assert guard.first_step(first(), REFS, math.nan, FPO).reason is None
-    assert guard.divergence(values(), math.nan, CONFIG, FPO) is not None
+    assert guard.divergence(values(), TOKENS, math.nan, CONFIG, FPO) is not None
 
 
 # Ends ---------------------------------------------------------------------------------------------
