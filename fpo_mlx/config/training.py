@@ -159,7 +159,8 @@ class TrainConfig:
     )
     max_logp_drop: float = setting(
         5.0,
-        "most that the chosen log-prob may fall below the reference's, in nats a token",
+        "most that the chosen log-prob may fall below the reference's, in nats a token of the "
+        "update; few tokens count as 16",
         "safety",
         may_change=True,
     )

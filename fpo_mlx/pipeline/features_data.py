@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 CHOSEN = outputs.Made("a set of chosen rows", r"(train|valid|test)\.jsonl")
 SHOWN = 160  # letters of an example
-READ = 100  # of the features found: the model reads the examples of each
+CONTEXTS_OF = 100  # of the features found: the model reads the examples of each
+AT_ONCE = 64  # features that are taken from the sparse rows in one look
 WORDS = 6  # tokens that say what a feature goes with
 
 
@@ -117,8 +118,8 @@ def features_data(
     _check(config, asked)
     if asked.save_reward is not None:
         _check_reward(config)
-    job = open_job(config, say=say, need_sae=True)
     need_features(config, "features data")
+    job = open_job(config, say=say, need_sae=True)
     labels = read_labels(asked.labels, len(job.saes)) if asked.labels else ({},) * len(job.saes)
     pairs = read_pairs(job, asked.split, say)[: asked.limit]
     refs = CachedScores(reference_of(job, pairs, say, progress), pairs)
@@ -137,9 +138,9 @@ def features_data(
         for one in shown
     ]
     if asked.contexts:
-        if len(shown) > READ:
-            say(f"{len(shown)} features found; the model reads examples of the strongest {READ}")
-        shown[:READ] = _with_contexts(shown[:READ], job, pairs, asked.examples, say)
+        if len(shown) > CONTEXTS_OF:
+            say(f"{len(shown)} features found; --contexts are of the strongest {CONTEXTS_OF}")
+        shown[:CONTEXTS_OF] = _with_contexts(shown[:CONTEXTS_OF], job, pairs, asked.examples, say)
     found = replace(found, found=tuple(shown))
     against = [int(i) for i in np.argsort(found.probability, kind="stable")]
     against = [i for i in against if found.probability[i] < asked.against]
@@ -197,9 +198,8 @@ def _described(
         text = " ".join(text.split())[:SHOWN]
         return lessons.Example(pairs[i].where, chosen, rejected, text, side)
 
-    def described(one: Lesson) -> Lesson:
-        column = np.array([sum(x.sizes[: one.sae]) + one.feature])
-        sides = np.stack([x.chosen.dense(column)[:, 0], x.rejected.dense(column)[:, 0]])  # [2, N]
+    def described(one: Lesson, sides: np.ndarray) -> Lesson:
+        """sides: the feature in the chosen and rejected responses, [2, N]."""
         words = presence.words(sides.reshape(-1), WORDS)
         for_it, against = lessons.examples_of(sides[0] - sides[1], one.z, count)
         return replace(
@@ -209,7 +209,13 @@ def _described(
             against=tuple(example(i, sides) for i in against),
         )
 
-    return [described(one) for one in found]
+    columns = np.array([sum(x.sizes[: one.sae]) + one.feature for one in found], dtype=np.int64)
+    out = []
+    for at in range(0, len(found), AT_ONCE):
+        some = columns[at : at + AT_ONCE]
+        block = np.stack([x.chosen.dense(some), x.rejected.dense(some)])  # [2, N, K]
+        out += [described(one, block[:, :, i]) for i, one in enumerate(found[at : at + AT_ONCE])]
+    return out
 
 
 def _with_contexts(

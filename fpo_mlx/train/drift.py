@@ -112,8 +112,9 @@ class Controller:
 
     @property
     def trend(self) -> float:
-        """g, above 0 where the drift grows."""
-        return math.log(self.fast.value / self.slow.value) if self.fast.value > 0 else 0.0
+        """g, above 0 where the drift grows; 0 where a KL is rounding's size, of either sign."""
+        fast, slow = self.fast.value, self.slow.value
+        return math.log(fast / slow) if min(fast, slow) > 0 else 0.0
 
     @property
     def bound(self) -> float:
@@ -141,7 +142,7 @@ class Controller:
         if seen.error < 0 and seen.fast.value > GROWING * seen.slow.value:
             return seen
         e = min(max(seen.error, -1.0), 1.0)
-        hurry = abs(e) if e > 0 or seen.level >= seen.bound else 0.0  # to whole steps, too
+        hurry = abs(e) if e > 0 or seen.level > seen.bound else 0.0  # to whole steps, too
         change = (INTEGRAL + HURRY * hurry) * e
         falling = seen.slow.value > FALLING * seen.fast.value
         if falling and seen.error > 0 and seen.level >= seen.bound:

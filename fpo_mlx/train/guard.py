@@ -40,7 +40,7 @@ def first_step(
 ) -> Verdict:
     """Before the first update policy and reference are one model, and something can be learnt.
 
-    values: [B] each, as `reports.pair_metrics` names them, without dropout; refs: the reference's
+    values: [B] each, as `metrics.pair_metrics` names them, without dropout; refs: the reference's
     scores of the same pairs; grad_norm: of the first update; half: model or cache is rounded to
     half precision.
     """

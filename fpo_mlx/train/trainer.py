@@ -152,9 +152,9 @@ class Trainer:
             grad_norm = cast(float, norm.item())
             if progress.iteration == 0:
                 self._window.notes += self._check_first(indices, values, grad_norm)
-            tokens = np.array([len(self.train.pairs[i].chosen) for i in indices])
+            chosen_tokens = np.array([len(self.train.pairs[i].chosen) for i in indices])
             trouble = guard.divergence(
-                values, tokens, grad_norm, self.config, self.scorer.objective
+                values, chosen_tokens, grad_norm, self.config, self.scorer.objective
             )
             trouble = trouble or self._apply(gradient, norm)
             skipped = self._skip(progress.iteration + count, trouble) if trouble else None

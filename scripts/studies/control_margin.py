@@ -49,14 +49,14 @@ OFFER = re.compile(r"(\?|let me know[^.!?]*[.!]|feel free[^.!?]*[.!])\s*$", re.I
 
 def parse() -> argparse.Namespace:
     parser = study_parser(__doc__, "control-margin-work")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="folder of what is measured")
     parser.add_argument("--behaviour", choices=["list", "offer"], default="list")
     parser.add_argument("--iters", type=int, default=400, help="updates of one pair")
     parser.add_argument("--checkpoints", type=int, default=2)
     parser.add_argument("--train-pairs", type=int, default=400)
     parser.add_argument("--pairs", type=int, default=100, help="held-out pairs, and prompts")
     parser.add_argument("--answers", type=int, default=1000, help="sampled per checkpoint and seed")
-    parser.add_argument("--tokens", type=int, default=64, help="of a sampled answer at most")
+    parser.add_argument("--tokens", type=int, help="of a sampled answer (list: 64, offer: 160)")
     parser.add_argument("--seed", type=int, action="append", default=[], help="these, not all")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--texts", type=int, default=60, help="of each kind, to find features")
@@ -65,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-seq-length", type=int, default=320)
     parser.add_argument("--smoke", action="store_true", help="a run that proves nothing")
     o = parser.parse_args()
+    o.tokens = o.tokens or (64 if o.behaviour == "list" else 160)  # an offer is at the end
     if o.smoke:
         o.seeds, o.iters, o.checkpoints, o.train_pairs, o.pairs = 1, 2, 2, 2, 2
         o.answers, o.tokens, o.texts, o.features = 4, 8, 6, 2
@@ -84,8 +85,10 @@ def main() -> None:
     texts = text_sets(o)
     found = steps("features", lambda: find(o, base, texts, files_of["own"]))
     others = steps("others", lambda: find_others(base, o, found, texts, files_of["others"]))
-    place = o.output or ROOT / f"scripts/studies/results/control_margin_{o.behaviour}"
-    points = Steps(place, {name: str(getattr(o, name)) for name in SETTINGS})
+    results = o.work if o.smoke else ROOT / "scripts" / "studies" / "results"
+    place = o.output or results / f"control_margin_{o.behaviour}"
+    about = {"model": Path(model).name, "sae": o.sae.name}
+    points = Steps(place, about | {name: str(getattr(o, name)) for name in SETTINGS})
     for seed in o.seed or range(o.seeds):
         points(f"base-{seed}", lambda s=seed: {
             "kind": "base", "seed": s, "margin": 0.0, **answers(o, base, None, s)})  # fmt: skip
@@ -113,7 +116,7 @@ def point(
 
 def write(place: Path, found: list[Any], others: list[Any], smoke: bool) -> None:
     """The comparison, from all points that are there."""
-    steps = sorted((place / "steps").glob("*.json"))
+    steps = files.listed(place / "steps", "*.json")
     points = [json.loads(p.read_text()) for p in steps if p.name != "settings.json"]
     result = {"features": found, "others": others, "smoke": smoke}
     result["at equal margin"] = equal_margin(points)

@@ -57,7 +57,8 @@ METHODS = {
     "dpo + nll": (*_DPO, "--nll-weight", "1"),
     "fpo activations": ("--constraint", "activations"),
 }
-FIRST = 4  # on all seeds before anything else: the rival, and ours held more and less
+# on all seeds before anything else: the rival, and ours held more and less
+FIRST = ("dpo", "fpo drift .4", "fpo free", "fpo drift .8")
 # parts of the change that are measured: what a run is worth without its path
 PARTS = {"dpo": (1.0, 0.5, 0.25), "fpo free": (0.25, 0.1), "fpo drift .8": (1.0, 0.5, 0.25)}
 USUAL_PARTS = (1.0, 0.5)
@@ -77,7 +78,7 @@ class Cell:
 
 def cells(seeds: int, only: Sequence[str] = ()) -> Iterator[Cell]:
     """The most telling first, on all seeds; then every method once, then its rates."""
-    telling = [Cell(m, RATES[0], s) for s in range(seeds) for m in list(METHODS)[:FIRST]]
+    telling = [Cell(m, RATES[0], s) for s in range(seeds) for m in FIRST]
     once = [Cell(m, rate, 0) for rate in RATES for m in METHODS]
     rest = [Cell(m, rate, s) for s in range(1, seeds) for rate in RATES for m in METHODS]
     every = dict.fromkeys([*telling, *once, *rest])
@@ -89,11 +90,13 @@ def main() -> int:
     machine.set_up()
     work = o.work / o.reward
     plan = list(cells(o.seeds, o.method))
-    restore(work, RESULTS / f"frontier-{o.reward}.json")
-    todo = [c for c in plan if not (work / "cells" / c.id / "points.json").is_file()]
+    results = RESULTS / f"frontier-{o.reward}.json"
+    known_ones = set() if not results.is_file() else {c.id for c, _ in kept(results)}
+    todo = [c for c in plan if c.id not in known_ones and not points_of(c, work).is_file()]
     if o.list:
         print(*(f"{'open' if c in todo else 'kept'}  {c.id}" for c in plan), sep="\n")
         return 0
+    restore(work, results)
     affordable = in_time(o.minutes, todo)  # the making of the pairs counts
     data = make_pairs(o, work)
     meter = None
@@ -127,13 +130,20 @@ def restore(work: Path, results: Path) -> None:
     """Cells of the results that the work folder lacks, as on another machine: they are kept."""
     if not results.is_file():
         return
-    found = json.loads(results.read_text(encoding="utf-8"))
-    for run in found["runs"]:
-        cell = Cell(run["method"], run["rate"], run["seed"])
-        if not (place := work / "cells" / cell.id / "points.json").is_file():
-            files.write_json(place, run)
+    for cell, run in kept(results):
+        if not points_of(cell, work).is_file():
+            files.write_json(points_of(cell, work), run)
     if not (work / "base.json").is_file():
-        files.write_json(work / "base.json", found["base"])
+        files.write_json(work / "base.json", json.loads(results.read_text("utf-8"))["base"])
+
+
+def kept(results: Path) -> list[tuple[Cell, dict[str, Any]]]:
+    runs = json.loads(results.read_text(encoding="utf-8"))["runs"]
+    return [(Cell(run["method"], run["rate"], run["seed"]), run) for run in runs]
+
+
+def points_of(cell: Cell, work: Path) -> Path:
+    return work / "cells" / cell.id / "points.json"
 
 
 def make_pairs(o: argparse.Namespace, work: Path) -> Path:
@@ -180,7 +190,7 @@ def train(cell: Cell, o: argparse.Namespace, data: Path, work: Path) -> Path:
         stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     files.write_text(work / "cells" / cell.id / "train.log", done.stdout)
-    if done.returncode not in (0, 4):  # 4: the guard; what was saved until then is measured
+    if done.returncode not in (0, 4):  # 4: the guard; then there is nothing to measure
         raise SystemExit(f"{cell.id}: train ended with {done.returncode}:\n{done.stdout[-2000:]}")
     return out
 

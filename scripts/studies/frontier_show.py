@@ -47,7 +47,7 @@ def lines_of(
     """Per method and seed the base and the points of its better learning rate, by KL."""
     split: dict[str, dict[float, dict[int, Line]]] = {}
     start = {**base, "kl": 0.0, "update": 0, "part": 0.0}
-    for run in runs:
+    for run in (run for run in runs if run["points"]):
         line = sorted([start, *(p for p in run["points"] if p["kl"] > 0)], key=_kl)
         split.setdefault(run["method"], {}).setdefault(run["rate"], {})[run["seed"]] = line
     return {name: _best(list(rates.values())) for name, rates in split.items()}

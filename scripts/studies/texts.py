@@ -31,8 +31,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, content: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    files.write_text(path, "".join(json.dumps(row) + "\n" for row in content))
     return path
 
 
@@ -69,7 +68,7 @@ class Steps:
         self.folder, self.settings = work / "steps", settings
         known = self.folder / "settings.json"
         if known.exists() and json.loads(known.read_text()) != settings:
-            raise SystemExit(f"{work} was begun with other settings; give another --work.")
+            raise SystemExit(f"{work} was begun with other settings; name another folder.")
         files.write_json(known, settings)
 
     def done(self, name: str) -> bool:
@@ -77,7 +76,7 @@ class Steps:
 
     def __call__(self, name: str, run: Callable[[], Any]) -> Any:
         path = self.folder / f"{name}.json"
-        if path.exists():
+        if self.done(name):
             return json.loads(path.read_text())
         say(f"--- {name}")
         start = time.perf_counter()

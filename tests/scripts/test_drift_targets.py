@@ -17,6 +17,7 @@ def test_every_target_comes_after_its_control_and_no_cell_twice():
     plan = list(dt.cells(["smollm2/jumprelu", "smollm2/topk", "small/topk"], 3))
     ids = [cell.id for cell in plan]
     assert len(ids) == len(set(ids))
+    assert {cell.sae for cell in plan[:10]} == {"jumprelu", "topk"}  # before rates and batches
     assert all(ids.index(cell.control.id) <= ids.index(cell.id) for cell in plan)
     assert {cell.batch_size for cell in plan if cell.model == "small"} == {1, 4, 16}
     assert {cell.seed for cell in plan if cell.model == "small"} == {0, 1, 2}

@@ -33,11 +33,20 @@ def test_cells_of_the_results_are_kept_on_another_machine_and_those_at_hand_stay
     study.restore(tmp_path / "work", results)  # nothing measured yet
     files.write_json(results, {"base": {"reward": 0.1}, "runs": [run], "compared": []})
     study.restore(tmp_path / "work", results)
+    assert json.loads((tmp_path / "work" / "base.json").read_text()) == {"reward": 0.1}
     place = tmp_path / "work" / "cells" / study.Cell("dpo", 1e-4, 2).id / "points.json"
     assert json.loads(place.read_text()) == run
     files.write_json(place, own := {**run, "points": []})
     study.restore(tmp_path / "work", results)
     assert json.loads(place.read_text()) == own
+
+
+def test_the_rival_and_ours_come_first_on_all_seeds_and_nothing_twice():
+    plan = list(study.cells(3))
+    assert len(plan) == len(set(plan)) == len(study.METHODS) * len(study.RATES) * 3
+    first = plan[: 3 * len(study.FIRST)]
+    assert {(c.method, c.seed) for c in first} == {(m, s) for m in study.FIRST for s in range(3)}
+    assert [c.method for c in study.cells(1, ["simpo"])] == ["simpo"] * len(study.RATES)
 
 
 def test_answers_elsewhere_are_counted_by_hand():
@@ -133,6 +142,11 @@ def test_parts_of_a_change_are_a_line_from_the_base():
     ]
     run = {"method": "dpo", "rate": 1e-4, "seed": 0, "points": points}
     assert [p["part"] for p in show.lines_of([run], base)["dpo"][0]] == [0.0, 0.25, 0.5, 1.0]
+
+
+def test_a_run_without_a_point_is_no_line():
+    run = {"method": "dpo", "rate": 1e-4, "seed": 0, "points": []}
+    assert show.lines_of([run], {"kl": 0.0}) == {}
 
 
 def test_of_two_rates_the_better_one_counts_where_both_have_been():

@@ -11,7 +11,17 @@ import pytest
 
 from fpo_mlx.config import PRESETS, Objective
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.train.drift import FIRST, HURRY, INTEGRAL, PULL, S_ABOVE, S_BELOW, SHORTEST, Controller
+from fpo_mlx.train.drift import (
+    FIRST,
+    HURRY,
+    INTEGRAL,
+    PULL,
+    S_ABOVE,
+    S_BELOW,
+    SHORTEST,
+    TREND,
+    Controller,
+)
 
 
 def test_by_hand_at_the_target_alpha_stays_and_above_it_alpha_rises():
@@ -22,6 +32,24 @@ def test_by_hand_at_the_target_alpha_stays_and_above_it_alpha_rises():
     above = start.after(0.01 * math.e)
     assert above.level == pytest.approx(30.0 * math.exp(INTEGRAL + HURRY))
     assert above.alpha == pytest.approx(above.level * math.e)
+
+
+def test_by_hand_a_drift_that_doubles_is_met_by_more_alpha_and_one_that_halves_by_less():
+    """Means of two figures: (.9 a + b) / 1.9 and (.95 a + b) / 1.95; g is their ratio's log."""
+    for second in (0.02, 0.005):
+        after = Controller.for_drift(0.1).after(0.01).after(second)
+        fast, slow = (0.9 * 0.01 + second) / 1.9, (0.95 * 0.01 + second) / 1.95
+        assert after.trend == pytest.approx(math.log(fast / slow), rel=1e-9)
+        swing = math.log(fast / 0.01) + TREND * math.log(fast / slow)
+        assert after.alpha == pytest.approx(after.level * math.exp(swing), rel=1e-9)
+        assert (swing > math.log(fast / 0.01)) == (second > 0.01)
+
+
+def test_a_kl_of_roundings_size_and_of_either_sign_has_no_trend():
+    drift = Controller.begin("kl", 3.0)
+    for value in (-1e-6, 1.02e-6, -1e-6, 1e-6, 2e-6):
+        drift = drift.after(value)
+        assert math.isfinite(drift.alpha)
 
 
 def test_the_running_mean_has_no_bias_towards_zero():

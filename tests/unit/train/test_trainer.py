@@ -16,6 +16,7 @@ from fpo_mlx.config import PRESETS  # noqa: E402
 from fpo_mlx.errors import ConfigError, Diverged, ModelError  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.records import TokenPair  # noqa: E402
+from fpo_mlx.train import guard  # noqa: E402
 from fpo_mlx.train.events import (  # noqa: E402
     StepReport,
     ValidReport,
@@ -400,7 +401,26 @@ def test_a_huge_learning_rate_keeps_the_adapters_from_before(
     assert finite(tmp_path / "adapters.safetensors")
     values = measure(trainer.scorer, trainer.train)
     assert np.isfinite(values["loss"]).all()
-    assert -values["logps_per_token/chosen_change"].mean() < trainer.config.max_logp_drop
+    tokens = np.array([len(pair.chosen) for pair in PAIRS])
+    fall = -(values["logps_per_token/chosen_change"] * tokens).sum() / tokens.sum()
+    assert fall < trainer.config.max_logp_drop
+
+
+def test_the_guard_weighs_each_pair_by_the_tokens_of_its_chosen_response(
+    llama, tmp_path, monkeypatch
+):
+    seen, divergence = [], guard.divergence
+    monkeypatch.setattr(
+        guard,
+        "divergence",
+        lambda v, tokens, *rest: seen.append(tokens) or divergence(v, tokens, *rest),
+    )
+    trainer = open_trainer(llama, tmp_path, PAIRS, iters=3, batch_size=2)
+    updates, gradient = [], trainer._gradient
+    monkeypatch.setattr(trainer, "_gradient", lambda at: updates.append(at) or gradient(at))
+    list(trainer.run())
+    assert [t.tolist() for t in seen] == [[len(PAIRS[i].chosen) for i in at] for at in updates]
+    assert any(len(PAIRS[i].chosen) != len(PAIRS[i].rejected) for at in updates for i in at)
 
 
 def test_a_fall_of_the_chosen_log_prob_past_the_bound_stops(llama, tmp_path):
