@@ -70,6 +70,10 @@ class PairFeatures:
         sae = int(np.searchsorted(starts, column, side="right")) - 1
         return sae, int(column - starts[sae])
 
+    def column(self, sae: int, feature: int) -> int:
+        """The inverse of `name`."""
+        return sum(self.sizes[:sae]) + feature
+
 
 def pair_features(
     pairs: Sequence[TokenPair], refs: Sequence[PairScore], sizes: Sequence[int]

@@ -209,7 +209,7 @@ def _described(
             against=tuple(example(i, sides) for i in against),
         )
 
-    columns = np.array([sum(x.sizes[: one.sae]) + one.feature for one in found], dtype=np.int64)
+    columns = np.array([x.column(one.sae, one.feature) for one in found], dtype=np.int64)
     out = []
     for at in range(0, len(found), AT_ONCE):
         some = columns[at : at + AT_ONCE]

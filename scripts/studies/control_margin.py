@@ -19,14 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import control
 import numpy as np
 from control import judge
-from texts import ROOT, Steps, begin, is_list, rows, say, study_parser, write_rows
+from texts import ROOT, Steps, as_adapter, begin, is_list, rows, say, study_parser, write_rows
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import Sampling, load_config
@@ -40,10 +39,6 @@ KINDS: dict[str, tuple[str | None, str | None]] = {  # setting, whose features
     "out, unrelated": ("project_out", "others"),
     "dpo": (None, None),
 }
-SETTINGS = (  # that a measured point depends on, whatever the machine
-    "behaviour", "iters", "checkpoints", "train_pairs", "pairs", "answers", "tokens",
-    "learning_rate", "texts", "features", "weight", "max_seq_length",
-)  # fmt: skip
 OFFER = re.compile(r"(\?|let me know[^.!?]*[.!]|feel free[^.!?]*[.!])\s*$", re.IGNORECASE)
 
 
@@ -87,8 +82,8 @@ def main() -> None:
     others = steps("others", lambda: find_others(base, o, found, texts, files_of["others"]))
     results = o.work if o.smoke else ROOT / "scripts" / "studies" / "results"
     place = o.output or results / f"control_margin_{o.behaviour}"
-    about = {"model": Path(model).name, "sae": o.sae.name}
-    points = Steps(place, about | {name: str(getattr(o, name)) for name in SETTINGS})
+    anywhere = {"model": Path(model).name, "sae": o.sae.name, "data": o.data.name}
+    points = Steps(place, steps.settings | anywhere)  # without this machine's paths
     for seed in o.seed or range(o.seeds):
         points(f"base-{seed}", lambda s=seed: {
             "kind": "base", "seed": s, "margin": 0.0, **answers(o, base, None, s)})  # fmt: skip
@@ -109,7 +104,7 @@ def point(
     o: argparse.Namespace, base: dict[str, Any], folder: Path, kind: str, seed: int, iteration: int
 ) -> dict[str, Any]:
     """One checkpoint: its margin, and how often its answers show the behaviour."""
-    part = checkpoint(folder, iteration)
+    part = as_adapter(folder, iteration, folder / f"at-{iteration}")
     about = {"kind": kind, "seed": seed, "iteration": iteration}
     return about | measured(o, base, part) | answers(o, base, part, seed)
 
@@ -179,18 +174,6 @@ def train(
     for report in pipeline.train(load_config(own), say=say):
         last = getattr(report, "loss", last)
     return {"loss": last}
-
-
-def checkpoint(folder: Path, iteration: int) -> Path:
-    """A checkpoint as an adapter folder."""
-    part = folder / f"at-{iteration}"
-    if not (part / "adapters.safetensors").exists():
-        part.mkdir(exist_ok=True)
-        shutil.copy2(folder / "adapter_config.json", part)
-        shutil.copy2(
-            folder / f"{iteration:07d}_adapters.safetensors", part / "adapters.safetensors"
-        )
-    return part
 
 
 def measured(o: argparse.Namespace, base: dict[str, Any], part: Path) -> dict[str, Any]:

@@ -27,14 +27,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import frontier_rewards as known
 import frontier_show
-from texts import ROOT, in_time, say, shared
+from texts import ROOT, as_adapter, in_time, say, shared
 
 from fpo_mlx import machine
 from fpo_mlx.storage import files
@@ -90,13 +90,13 @@ def main() -> int:
     machine.set_up()
     work = o.work / o.reward
     plan = list(cells(o.seeds, o.method))
-    results = RESULTS / f"frontier-{o.reward}.json"
-    known_ones = set() if not results.is_file() else {c.id for c, _ in kept(results)}
-    todo = [c for c in plan if c.id not in known_ones and not points_of(c, work).is_file()]
+    found = kept(RESULTS / f"frontier-{o.reward}.json")
+    there = {cell_of(run) for run in found["runs"]}
+    todo = [c for c in plan if c not in there and not points_of(c, work).is_file()]
     if o.list:
         print(*(f"{'open' if c in todo else 'kept'}  {c.id}" for c in plan), sep="\n")
         return 0
-    restore(work, results)
+    restore(work, found)
     affordable = in_time(o.minutes, todo)  # the making of the pairs counts
     data = make_pairs(o, work)
     meter = None
@@ -126,20 +126,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def restore(work: Path, results: Path) -> None:
+def kept(results: Path) -> dict[str, Any]:
+    """What the results hold: base and runs; no run where nothing was measured yet."""
+    return json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {"runs": []}
+
+
+def restore(work: Path, found: Mapping[str, Any]) -> None:
     """Cells of the results that the work folder lacks, as on another machine: they are kept."""
-    if not results.is_file():
-        return
-    for cell, run in kept(results):
-        if not points_of(cell, work).is_file():
-            files.write_json(points_of(cell, work), run)
-    if not (work / "base.json").is_file():
-        files.write_json(work / "base.json", json.loads(results.read_text("utf-8"))["base"])
+    places = {points_of(cell_of(run), work): run for run in found["runs"]}
+    if "base" in found:
+        places[work / "base.json"] = found["base"]
+    for place, value in places.items():
+        if not place.is_file():
+            files.write_json(place, value)
 
 
-def kept(results: Path) -> list[tuple[Cell, dict[str, Any]]]:
-    runs = json.loads(results.read_text(encoding="utf-8"))["runs"]
-    return [(Cell(run["method"], run["rate"], run["seed"]), run) for run in runs]
+def cell_of(run: Mapping[str, Any]) -> Cell:
+    return Cell(run["method"], run["rate"], run["seed"])
 
 
 def points_of(cell: Cell, work: Path) -> Path:
@@ -214,7 +217,7 @@ def measure(cell: Cell, meter: Any, adapters: Path, work: Path) -> None:
     for part in PARTS.get(cell.method, USUAL_PARTS):
         path = place / f"point-{UPDATES}-{part:g}.json"
         if not path.is_file() and weights.is_file():
-            folder = as_adapter(adapters, weights, place / "at")
+            folder = as_adapter(adapters, UPDATES, place / "at")
             point = meter.point(folder, part)
             say(f"  {cell.id} x {part:g}: {brief(point)}")
             files.write_json(path, {"update": UPDATES, "part": part} | point)
@@ -222,14 +225,6 @@ def measure(cell: Cell, meter: Any, adapters: Path, work: Path) -> None:
             points.append(json.loads(path.read_text(encoding="utf-8")))
     about = {"method": cell.method, "rate": cell.rate, "seed": cell.seed}
     files.write_json(place / "points.json", {**about, "points": points})
-
-
-def as_adapter(run: Path, weights: Path, folder: Path) -> Path:
-    """A checkpoint as an adapter folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run / "adapter_config.json", folder / "adapter_config.json")
-    shutil.copyfile(weights, folder / "adapters.safetensors")
-    return folder
 
 
 def brief(point: dict[str, Any]) -> str:

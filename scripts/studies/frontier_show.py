@@ -105,9 +105,7 @@ def _gap(both: Sequence[tuple[Line, Line]], kl: float) -> dict[str, Any]:
     """Of a run and the rival's per seed."""
 
     def above(name: str) -> np.ndarray:
-        return np.array(
-            [_found(ours, kl, name) - _found(theirs, kl, name) for ours, theirs in both]
-        )
+        return np.array([at(ours, kl, name) - at(theirs, kl, name) for ours, theirs in both])
 
     gaps = above("reward/of_prompts")
     low, high = interval(gaps)
@@ -115,12 +113,6 @@ def _gap(both: Sequence[tuple[Line, Line]], kl: float) -> dict[str, Any]:
         "gap": float(gaps.mean()), "low": low, "high": high, "of_seeds": gaps.mean(axis=1).tolist(),
         **{name: float(above(name).mean()) for name in ELSEWHERE},
     }  # fmt: skip
-
-
-def _found(line: Line, kl: float, name: str) -> np.ndarray:
-    value = at(line, kl, name)
-    assert value is not None
-    return value
 
 
 def interval(gaps: np.ndarray) -> tuple[float, float]:

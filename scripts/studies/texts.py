@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,14 @@ def write_rows(path: Path, content: list[dict[str, Any]]) -> Path:
 def shared(*parts: str) -> Path:
     """A place in the folder `shared` beside the checkout, where there is one."""
     return ROOT.parent.joinpath("shared", *parts)
+
+
+def as_adapter(run: Path, iteration: int, folder: Path) -> Path:
+    """A training run's checkpoint as an adapter folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run / "adapter_config.json", folder / "adapter_config.json")
+    shutil.copyfile(run / f"{iteration:07d}_adapters.safetensors", folder / "adapters.safetensors")
+    return folder
 
 
 SAE = shared("sae", "smollm2-135m-instruct-l27-4k-topk")

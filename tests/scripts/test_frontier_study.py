@@ -30,14 +30,14 @@ def test_no_thing_of_a_held_out_prompt_is_in_a_training_prompt():
 def test_cells_of_the_results_are_kept_on_another_machine_and_those_at_hand_stay(tmp_path):
     run = {"method": "dpo", "rate": 1e-4, "seed": 2, "points": [{"reward": 0.5}]}
     results = tmp_path / "frontier-sentiment.json"
-    study.restore(tmp_path / "work", results)  # nothing measured yet
+    study.restore(tmp_path / "work", study.kept(results))  # nothing measured yet
     files.write_json(results, {"base": {"reward": 0.1}, "runs": [run], "compared": []})
-    study.restore(tmp_path / "work", results)
+    study.restore(tmp_path / "work", study.kept(results))
     assert json.loads((tmp_path / "work" / "base.json").read_text()) == {"reward": 0.1}
     place = tmp_path / "work" / "cells" / study.Cell("dpo", 1e-4, 2).id / "points.json"
     assert json.loads(place.read_text()) == run
     files.write_json(place, own := {**run, "points": []})
-    study.restore(tmp_path / "work", results)
+    study.restore(tmp_path / "work", study.kept(results))
     assert json.loads(place.read_text()) == own
 
 

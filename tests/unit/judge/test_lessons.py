@@ -304,6 +304,7 @@ def test_the_features_of_pairs_stand_sae_after_sae():
                               [3, 4])  # fmt: skip
     assert x.difference.dense(np.arange(7)).tolist() == [[1, 0, -3, 0, -3, 0, 0]]
     assert [x.name(i) for i in (0, 2, 3, 6)] == [(0, 0), (0, 2), (1, 0), (1, 3)]
+    assert [x.column(*x.name(i)) for i in range(7)] == list(range(7))
     np.testing.assert_allclose(
         x.words.dense(np.arange(5)), [[0, 0, math.log(3), math.log(2), -math.log(2)]]
     )
