@@ -103,14 +103,15 @@ class Meter:
         """Of prompts that no reward is about."""
         greedy, before = self._greedy(self.unrelated), [p.chosen for p in self.base.unrelated]
         same = [_same(a.tokens, b) for a, b in zip(greedy, before, strict=True)]
-        drift = [
-            _relative_d(now, ref, self.width)
+        d = [
+            [_relative_d(now, ref, self.width) for now, ref in zip(pair, base, strict=True)]
             for pair, base in zip(self._scores(self.base.unrelated), self.base.scores, strict=True)
-            for now, ref in zip(pair, base, strict=True)
-        ]
+        ]  # of each prompt's two answers
         return {
-            "unrelated_drift": float(np.sqrt(np.mean(drift))),
+            "unrelated_drift": float(np.sqrt(np.mean(d))),
+            "unrelated_drift/of_prompts": _short(np.sqrt(np.mean(d, axis=1))),
             "greedy_agreement": float(np.mean(same)),
+            "greedy_agreement/of_prompts": _short(np.array(same)),
             "greedy_identical": float(np.mean([s == 1.0 for s in same])),
             "sums": known.right_sums(self._answers([q for q, _ in known.SUMS])),
             "formats": known.right_formats(self._answers([q for q, _ in known.FORMATS])),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from fpo_mlx.storage import files
 RIVAL = "dpo"
 LEVELS = (2.0, 5.0, 10.0)  # nats per answer, at which methods are compared
 SHARES = (0.1, 0.3, 1.0)  # of the KL that all rates reach, where they are compared
-ELSEWHERE = ("unrelated_drift", "greedy_agreement")
 RESAMPLES = 2000
 SHOWN = (
     "reward", "kl", "unrelated_drift", "greedy_agreement", "base_nats_per_token", "tokens",
@@ -39,6 +38,19 @@ def write(work: Path, to: Path) -> None:
 
 
 Line = list[Mapping[str, Any]]  # points of one run, by KL
+
+
+class Mean(Protocol):
+    def __call__(self, values: np.ndarray, axis: int | None = None) -> Any: ...
+
+
+def root_mean_square(values: np.ndarray, axis: int | None = None) -> Any:
+    return np.sqrt(np.mean(np.square(values), axis=axis))
+
+
+MEANS: dict[str, Mean] = {  # what is compared, and its mean over prompts
+    "reward": np.mean, "unrelated_drift": root_mean_square, "greedy_agreement": np.mean,
+}  # fmt: skip
 
 
 def lines_of(
@@ -95,34 +107,38 @@ def against(found: Mapping[str, Mapping[int, Line]], name: str) -> list[dict[str
             if at(found[name][seed], kl) is not None and at(rival[seed], kl) is not None
         ]
         if both:
-            rows.append(
-                {"method": name, "rival": RIVAL, "kl": kl, "seeds": len(both)} | _gap(both, kl)
-            )
+            rows.append({"method": name, "rival": RIVAL} | _gap(both, kl))
     return rows
 
 
 def _gap(both: Sequence[tuple[Line, Line]], kl: float) -> dict[str, Any]:
-    """Of a run and the rival's per seed."""
+    """Of a run and the rival's per seed; where each prompt's figure was kept, with its interval."""
 
-    def above(name: str) -> np.ndarray:
-        return np.array([at(ours, kl, name) - at(theirs, kl, name) for ours, theirs in both])
+    def values(name: str) -> np.ndarray:
+        """[2, seeds, prompts]: ours and the rival's."""
+        return np.array([[at(line, kl, name) for line in side] for side in zip(*both, strict=True)])
 
-    gaps = above("reward/of_prompts")
-    low, high = interval(gaps)
-    return {
-        "gap": float(gaps.mean()), "low": low, "high": high, "of_seeds": gaps.mean(axis=1).tolist(),
-        **{name: float(above(name).mean()) for name in ELSEWHERE},
-    }  # fmt: skip
+    found = {"kl": kl, "seeds": len(both)}
+    for name, mean in MEANS.items():
+        each = f"{name}/of_prompts"
+        known = all(each in point for pair in both for line in pair for point in line)
+        ours, theirs = values(each if known else name)
+        found[name] = float(mean(ours) - mean(theirs))
+        found[f"{name}/of_seeds"] = (mean(ours, axis=1) - mean(theirs, axis=1)).tolist()
+        if known:
+            found[f"{name}/interval"] = interval(ours, theirs, mean)
+    return found
 
 
-def interval(gaps: np.ndarray) -> tuple[float, float]:
-    """gaps: [seeds, prompts]; both are drawn anew."""
+def interval(ours: np.ndarray, theirs: np.ndarray, mean: Mean) -> list[float]:
+    """Of mean(ours) - mean(theirs), both [seeds, prompts]; both axes are drawn anew."""
     rng = np.random.default_rng(0)
-    seeds = rng.integers(0, len(gaps), (RESAMPLES, len(gaps)))
-    prompts = rng.integers(0, gaps.shape[1], (RESAMPLES, gaps.shape[1]))
-    means = [gaps[s][:, p].mean() for s, p in zip(seeds, prompts, strict=True)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    seeds = rng.integers(0, len(ours), (RESAMPLES, len(ours)))
+    prompts = rng.integers(0, ours.shape[1], (RESAMPLES, ours.shape[1]))
+    gaps = [
+        mean(ours[s][:, p]) - mean(theirs[s][:, p]) for s, p in zip(seeds, prompts, strict=True)
+    ]
+    return np.percentile(gaps, [2.5, 97.5]).tolist()
 
 
 def markdown(
@@ -148,20 +164,24 @@ def markdown(
     lines += [
         "", "## At equal KL", "",
         f"Above parts of the {RIVAL} adapter of the same seed, where both reach the KL (between "
-        "points by the root of the KL; the base is one). Intervals: bootstrap over seeds and "
-        "prompts.", "",
-        "| method | KL | seeds | reward above | 95 % | of each seed "
-        f"| {' | '.join(f'{name} above' for name in ELSEWHERE)} |",
-        "|---|---|---|---|---|---|" + "---|" * len(ELSEWHERE),
+        "points by the root of the KL; the base is one). In brackets 95 %, by bootstrap over seeds "
+        "and prompts, where each prompt's figure was kept.", "",
+        f"| method | KL | seeds | {' | '.join(f'{name} above' for name in MEANS)} "
+        "| reward of each seed |",
+        "|---|---|---|" + "---|" * len(MEANS) + "---|",
     ]  # fmt: skip
     lines += [
-        f"| {r['method']} | {r['kl']:g} | {r['seeds']} | "
-        f"{r['gap']:+.3f} | {r['low']:+.3f} to {r['high']:+.3f} | "
-        f"{', '.join(f'{g:+.2f}' for g in r['of_seeds'])} | "
-        f"{' | '.join(f'{r[name]:+.3f}' for name in ELSEWHERE)} |"
-        for r in compared
+        f"| {row['method']} | {row['kl']:g} | {row['seeds']} | "
+        f"{' | '.join(_above(row, name) for name in MEANS)} | "
+        f"{', '.join(f'{gap:+.2f}' for gap in row['reward/of_seeds'])} |"
+        for row in compared
     ]
     return "\n".join(lines) + "\n"
+
+
+def _above(row: Mapping[str, Any], name: str) -> str:
+    low, high = row.get(f"{name}/interval", (None, None))
+    return f"{row[name]:+.3f}" + ("" if low is None else f" [{low:+.3f}, {high:+.3f}]")
 
 
 def draw(found: Mapping[str, Mapping[int, Line]], base: Mapping[str, Any], path: Path) -> None:

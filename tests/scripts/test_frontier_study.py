@@ -77,11 +77,14 @@ def test_the_base_is_where_the_base_is_and_so_is_an_adapter_taken_by_no_part(mon
     nothing, whole = meter.point(folder, 0.0), meter.point(folder)
     for point in (base, nothing):
         assert point["kl"] == pytest.approx(0, abs=1e-3)
+        assert point["greedy_agreement/of_prompts"] == [1, 1, 1]
         assert point["unrelated_drift"] == pytest.approx(0, abs=1e-5)
         assert point["greedy_agreement"] == 1
     assert nothing["reward"] == base["reward"]
     assert whole["kl"] > 0.1
     assert whole["unrelated_drift"] > 1e-3
+    each = np.array(whole["unrelated_drift/of_prompts"])
+    assert np.sqrt(np.mean(each**2)) == pytest.approx(whole["unrelated_drift"], abs=1e-3)
 
 
 def adapter(tmp_path):
@@ -121,10 +124,27 @@ def test_the_gap_at_equal_kl_is_ours_less_the_rivals_of_the_same_seed(monkeypatc
     ours = {0: line((0.0, 0.0), (1.0, 1.0)), 1: line((0.0, 0.0), (4.0, 6.0))}
     theirs = {0: line((0.0, 0.5), (4.0, 0.5)), 1: line((0.0, 0.0), (4.0, 0.0))}
     (row,) = show.against({"fpo": ours, show.RIVAL: theirs}, "fpo")
-    assert (row["kl"], row["seeds"], row["gap"]) == (1.0, 2, 1.75)
-    assert (row["low"], row["high"], row["of_seeds"]) == (0.5, 3.0, [0.5, 3.0])
-    assert row["unrelated_drift"] == pytest.approx((0.1 + 0.2) / 2 - 0.2)
+    assert (row["kl"], row["seeds"], row["reward"]) == (1.0, 2, 1.75)
+    assert (row["reward/interval"], row["reward/of_seeds"]) == ([0.5, 3.0], [0.5, 3.0])
+    assert row["unrelated_drift"] == pytest.approx(((0.1**2 + 0.2**2) / 2) ** 0.5 - 0.2)
     assert row["greedy_agreement"] == pytest.approx(0.2 - (0.1 + 0.2) / 2)
+    assert "greedy_agreement/interval" not in row  # no prompt's figure was kept
+
+
+def test_a_drift_over_prompts_is_a_root_mean_square_with_its_interval(monkeypatch):
+    monkeypatch.setattr(show, "LEVELS", (4.0,))
+    lines = []
+    for drifts in ([0.3, 0.4], [0.1, 0.2]):
+        run = line((0.0, 0.0), (4.0, 1.0))
+        for point, each in zip(run, ([0.0, 0.0], drifts), strict=True):
+            point["unrelated_drift/of_prompts"] = each
+        lines.append({0: run})
+    (row,) = show.against({"fpo": lines[0], show.RIVAL: lines[1]}, "fpo")
+    assert row["unrelated_drift"] == pytest.approx((0.25 / 2) ** 0.5 - (0.05 / 2) ** 0.5)
+    alone = 0.2  # of either prompt
+    assert row["unrelated_drift/interval"] == pytest.approx([row["unrelated_drift"], alone])
+    table = show.markdown("plain", {**lines[0][0][0], **dict.fromkeys(show.SHOWN, 0.0)}, [], [row])
+    assert "| fpo | 4 | 1 | +0.000 [+0.000, +0.000] | +0.195 [+0.195, +0.200] | +0.000 |" in table
 
 
 def test_what_one_of_them_never_reaches_is_not_compared(monkeypatch):
