@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +40,7 @@ def write(work: Path, to: Path) -> None:
 Line = list[Mapping[str, Any]]  # points of one run, by KL
 
 
-class Mean(Protocol):
-    def __call__(self, values: np.ndarray, axis: int | None = None) -> Any: ...
+Mean = Callable[..., Any]  # of values; of one axis of them, where axis is given
 
 
 def root_mean_square(values: np.ndarray, axis: int | None = None) -> Any:
