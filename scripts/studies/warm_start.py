@@ -5,8 +5,9 @@
 Trains SAEs on one model and site with several budgets of tokens, from random weights (cold) and
 from --init (warm), each a whole schedule of its own, and keeps the FVU, L0 and dead features on
 held-out text. Without --init an SAE is trained first, on the block before (--start-layer), with
---start-tokens: a near place stands in for a near model. Each cell is kept in --work, so a stopped
-run goes on.
+--start-tokens; or give --init an SAE of one block and --layer another: a near place stands in for
+a near model. A seed's cells share its split and the activations, which are computed once. Each cell
+is kept in --work, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from texts import ROOT, Steps, shared
+from texts import ROOT, Steps, rows, shared, write_rows
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import SaeTrainConfig
@@ -33,6 +34,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path, default=shared("data") / "chats.jsonl")
+    parser.add_argument("--documents", type=int, help="of --data, the first; default: all")
     parser.add_argument("--init", help="SAE to start from")
     parser.add_argument("--layer", type=int, help="default: that of --init, or `sae train`'s")
     parser.add_argument("--architecture", default="topk", choices=("topk", "jumprelu"))
@@ -58,6 +60,8 @@ def main(words: Sequence[str] | None = None) -> None:
         k: str(v) for k, v in vars(o).items() if k not in ("work", "output", "seeds", "tokens")
     }
     steps = Steps(o.work, settings)
+    if o.documents:
+        o.data = write_rows(o.work / "data.jsonl", rows(o.data)[: o.documents])
     init = o.init or begin(o, steps)
     result: dict[str, Any] = {"settings": settings, "cells": []}
     place = o.output or ROOT / "scripts" / "studies" / "results" / "warm_start.json"
@@ -67,8 +71,8 @@ def main(words: Sequence[str] | None = None) -> None:
                 name = f"{kind}-{tokens}-{seed}"
                 figures = steps(name, lambda n=name, t=tokens, i=start, s=seed: cell(o, n, t, i, s))
                 result["cells"].append({"kind": kind, "tokens": tokens, "seed": seed, **figures})
-    result["means"] = means(result["cells"])
-    files.write_json(place, result)
+                result["means"] = means(result["cells"])
+                files.write_json(place, result)
     print(json.dumps(result["means"], indent=2))
 
 
@@ -94,6 +98,7 @@ def config_of(
         model=str(o.model), data=str(o.data), output=str(folder), layer=o.layer if layer is None
         else layer, architecture=o.architecture, width=o.width, k=o.k, training_tokens=tokens,
         batch_size=o.batch_size, init=init, seed=seed, passes=1000.0,
+        store=str(o.work / f"activations-{seed}"),
         resume=(folder / "checkpoint.safetensors").exists(),
     )  # fmt: skip
 
