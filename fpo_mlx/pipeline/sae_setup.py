@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 CALIBRATION = 40  # documents that the norm limit and the speed are measured on
 HELD_OUT_MOST = 65_536
 MOST_POSITIONS = 20_000_000  # that are tokenized where the budget is a time
+INIT = "init"  # among the fingerprints: of the SAE that is started from, no matter to activations
 RUN = outputs.Made(
     "an SAE and its run",
     r"cfg\.json|sae_weights\.safetensors|README\.md|run\.json|checkpoint\.safetensors|"
@@ -143,7 +144,7 @@ def open_setup(config: SaeTrainConfig, ranks: Ranks, say: Say) -> Setup:
         config = replace(config, k=k)
     fingerprints |= {"norm_limit": repr(limit)}
     if init is not None:
-        fingerprints["init"] = _fingerprint(init)
+        fingerprints[INIT] = _fingerprint(init)
     return Setup(
         config, Path(config.model).name, site, hidden,
         sizing.sizes(config, model_config, hidden), tuple(train), tuple(held_out),

@@ -15,7 +15,7 @@ from fpo_mlx.config import SaeTrainConfig, default_of, named, options
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.machine import device
 from fpo_mlx.pipeline.job import Say
-from fpo_mlx.pipeline.sae_setup import CALIBRATION, Setup, check, claim, open_setup
+from fpo_mlx.pipeline.sae_setup import CALIBRATION, INIT, Setup, check, claim, open_setup
 from fpo_mlx.pipeline.train import InstallStop
 from fpo_mlx.records import Passage, SaeWeights
 from fpo_mlx.saetrain import rows, texts
@@ -172,7 +172,7 @@ def _source(setup: Setup, say: Say) -> tuple[rows.Source, bool]:
     config = setup.config
     if config.store:
         about = {
-            **setup.fingerprints,
+            **{name: of for name, of in setup.fingerprints.items() if name != INIT},
             "site": str(setup.site),
             TRAINING_DOCUMENTS: texts.fingerprint(setup.train),
         }

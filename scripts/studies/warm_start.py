@@ -3,11 +3,11 @@
     python scripts/studies/warm_start.py --init SAE [--model M] [--data D] [--seeds 3]
 
 Trains SAEs on one model and site with several budgets of tokens, from random weights (cold) and
-from --init (warm), each a whole schedule of its own, and keeps the FVU, L0 and dead features on
-held-out text. Without --init an SAE is trained first, on the block before (--start-layer), with
---start-tokens; or give --init an SAE of one block and --layer another: a near place stands in for
-a near model. A seed's cells share its split and the activations, which are computed once. Each cell
-is kept in --work, so a stopped run goes on.
+from --init (warm), each a whole schedule of its own, and keeps FVU, L0 and dead features on text
+that none was trained on. Without --init an SAE is trained first, on the block before
+(--start-layer), with --start-tokens; or give --init an SAE of one block and --layer another: a near
+place stands in for a near model. A budget's activations are computed once: seeds draw the first
+weights and the order, not the text. Each cell is kept in --work, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from texts import ROOT, Steps, rows, shared, write_rows
 
-from fpo_mlx import machine, pipeline
+from fpo_mlx import machine, pipeline, read_sae
 from fpo_mlx.config import SaeTrainConfig
 from fpo_mlx.demo import smollm2
+from fpo_mlx.machine.parallel import open_ranks
+from fpo_mlx.pipeline import sae_setup
+from fpo_mlx.saetrain import finish
 from fpo_mlx.storage import files
 
 FIGURES = ("fvu", "l0", "dead")
@@ -34,7 +39,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path, default=shared("data") / "chats.jsonl")
-    parser.add_argument("--documents", type=int, help="of --data, the first; default: all")
+    parser.add_argument("--judge-on", type=int, default=40, help="documents: the last of --data")
     parser.add_argument("--init", help="SAE to start from")
     parser.add_argument("--layer", type=int, help="default: that of --init, or `sae train`'s")
     parser.add_argument("--architecture", default="topk", choices=("topk", "jumprelu"))
@@ -60,8 +65,9 @@ def main(words: Sequence[str] | None = None) -> None:
         k: str(v) for k, v in vars(o).items() if k not in ("work", "output", "seeds", "tokens")
     }
     steps = Steps(o.work, settings)
-    if o.documents:
-        o.data = write_rows(o.work / "data.jsonl", rows(o.data)[: o.documents])
+    given = rows(o.data)
+    o.data = write_rows(o.work / "data.jsonl", given[: -o.judge_on])
+    o.held_out = write_rows(o.work / "held_out.jsonl", given[-o.judge_on :])
     init = o.init or begin(o, steps)
     result: dict[str, Any] = {"settings": settings, "cells": []}
     place = o.output or ROOT / "scripts" / "studies" / "results" / "warm_start.json"
@@ -97,8 +103,8 @@ def config_of(
     return SaeTrainConfig(
         model=str(o.model), data=str(o.data), output=str(folder), layer=o.layer if layer is None
         else layer, architecture=o.architecture, width=o.width, k=o.k, training_tokens=tokens,
-        batch_size=o.batch_size, init=init, seed=seed, passes=1000.0,
-        store=str(o.work / f"activations-{seed}"),
+        batch_size=o.batch_size, init=init, seed=seed, passes=1000.0, held_out=0.0,
+        store=None if name == "start" else str(o.work / f"activations-{tokens}"),
         resume=(folder / "checkpoint.safetensors").exists(),
     )  # fmt: skip
 
@@ -107,11 +113,23 @@ def cell(
     o: argparse.Namespace, name: str, tokens: int, init: str | None, seed: int,
     layer: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """One training; its figures on what is held out by the seed, the same for cold and warm."""
-    done = pipeline.sae_train(config_of(o, name, tokens, init, seed, layer), say=say)
-    if done.figures is None:
+    """One training; its figures on text that no cell was trained on."""
+    config = config_of(o, name, tokens, init, seed, layer)
+    done = pipeline.sae_train(config, say=say)
+    found = finish.measure(read_sae(done.folder), held_out_rows(o, config))
+    if found is None:
         raise SystemExit(f"{name}: nothing was held out to judge on; give more --data.")
-    return {key: getattr(done.figures, key) for key in FIGURES} | {"trained": done.tokens}
+    return {key: getattr(found, key) for key in FIGURES} | {"trained": done.tokens}
+
+
+def held_out_rows(o: argparse.Namespace, config: SaeTrainConfig) -> np.ndarray:
+    """Activations at the cell's site, [n, D]; computed once for a block."""
+    place = o.work / f"held-out-{config.layer}.npy"
+    if not place.is_file():
+        own = replace(config, data=str(o.held_out), training_tokens=None, init=None, store=None)
+        setup = sae_setup.open_setup(own, open_ranks(), say)
+        np.save(place, setup.reader.rows(setup.train))
+    return np.load(place)
 
 
 def means(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

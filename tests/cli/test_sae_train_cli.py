@@ -244,6 +244,17 @@ def test_a_store_is_written_once_and_refused_for_another_site(llama, corpus, tmp
     assert "site" in other.output
 
 
+def test_a_cold_and_a_warm_start_share_a_store(llama, corpus, tmp_path):
+    """Activations are the model's: what an SAE starts from does not change them."""
+    words = ("--model", llama, "--data", corpus, *QUICK, "--store", tmp_path / "acts")
+    cold = run(*words, "--output", tmp_path / "cold")
+    assert cold.exit_code == 0, cold.output
+    before = (tmp_path / "acts" / "rows.npy").stat().st_mtime_ns
+    warm = run(*words, "--output", tmp_path / "warm", "--init", tmp_path / "cold")
+    assert warm.exit_code == 0, warm.output
+    assert (tmp_path / "acts" / "rows.npy").stat().st_mtime_ns == before
+
+
 def stopped_after(updates: int, *words):
     """Run and stop, as Ctrl-C does."""
     with pytest.MonkeyPatch.context() as patch:
