@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,6 +29,9 @@ from fpo_mlx.cli.show import Bar, listing, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.records import FusedForm
+
+if TYPE_CHECKING:
+    from fpo_mlx.pipeline import Bound
 
 GGUF_NAMES = {None: "f16", "float16": "f16", "float32": "f32", "bfloat16": "bf16"}
 SHOWN = (  # rows of the table of several models; --json and --csv have every metric
@@ -153,7 +156,7 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
 
 
 @click.command(cls=Command)
-@settings("model", "trust_remote_code", "chat_template")
+@settings("model", "trust_remote_code", "chat_template", "sae")
 @click.option("--adapter-path", type=READ, help="Adapter folder. [default: adapters]")
 @click.option(
     "--save-path", type=PATH, default="fused_model", show_default=True, help="Folder to write."
@@ -183,12 +186,16 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
     help="Take the largest part of the adapter whose KL on the pairs of --verify, nats per "
     "rejected answer, is within this.",
 )  # fmt: skip
+@click.option(
+    "--target-drift", type=float,
+    help="The same for the drift of the --sae's features: .1 lets them move by a tenth.",
+)  # fmt: skip
 @json_option
 @overwrite_option
 @claims(json_path="--json")
 def fuse(
     adapter_path, save_path, adapter_scale, dequantize, keep_bits, dtype, export_gguf, gguf_path,
-    upload_repo, verify, target_kl, json_path, overwrite, **values,
+    upload_repo, verify, target_kl, target_drift, json_path, overwrite, **values,
 ) -> None:  # fmt: skip
     """Fuse adapters into the model, for mlx_lm.generate and transformers.
 
@@ -208,12 +215,14 @@ def fuse(
     )  # fmt: skip
     result = pipeline.fuse(
         config, form, adapter_path=adapter_path or config.train.adapter_path,
-        save_path=save_path, target_kl=target_kl, upload_repo=upload_repo, verify=verify,
-        overwrite=overwrite, say=say,
+        save_path=save_path, bound=_bound(target_kl, target_drift), upload_repo=upload_repo,
+        verify=verify, overwrite=overwrite, say=say,
     )  # fmt: skip
     report = result.report
     written: dict[str, Any] = {"path": str(report.path), "fused_layers": report.fused_layers}
-    written |= {"adapter_scale": result.scale} | ({} if result.kl is None else {"kl": result.kl})
+    written["adapter_scale"] = result.scale
+    if result.within is not None:
+        written[result.within.kind] = result.within.value
     written["quantized"] = report.quantized
     if report.kept is not None:
         written["rounding"] = asdict(report.kept)
@@ -224,6 +233,16 @@ def fuse(
     write_json(json_path, written)
     kind = "quantised" if report.quantized else "float"
     click.echo(f"{report.fused_layers} layers fused, {kind}, in {report.path}")
+
+
+def _bound(kl: float | None, drift: float | None) -> Bound | None:
+    from fpo_mlx.pipeline import Bound
+
+    if kl is not None and drift is not None:
+        raise ConfigError("--target-kl and --target-drift: give one of them.")
+    if kl is not None:
+        return Bound("kl", kl)
+    return None if drift is None else Bound("drift", drift)
 
 
 @click.command(cls=Command)

@@ -25,6 +25,7 @@ from fpo_mlx.pipeline.features import text_activations as text_activations
 from fpo_mlx.pipeline.features_data import DataAsked as DataAsked
 from fpo_mlx.pipeline.features_data import DataReport as DataReport
 from fpo_mlx.pipeline.features_data import features_data as features_data
+from fpo_mlx.pipeline.fuse import Bound as Bound
 from fpo_mlx.pipeline.fuse import FuseResult as FuseResult
 from fpo_mlx.pipeline.fuse import fuse as fuse
 from fpo_mlx.pipeline.job import Job as Job

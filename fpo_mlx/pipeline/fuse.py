@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
@@ -26,12 +27,37 @@ TOLERABLE = 0.2  # error of the rounding over the size of the change
 
 
 @dataclass(frozen=True)
+class Bound:
+    """How far the fused model may be from the base on held-out pairs.
+
+    value: nats per rejected answer, or a drift r of the SAE's features (docs/objective.md).
+    """
+
+    kind: Literal["kl", "drift"]
+    value: float
+
+    @property
+    def flag(self) -> str:
+        return f"--target-{self.kind}"
+
+    def read(self, summary: Mapping[str, Any]) -> float:
+        measured = float(summary[f"{self.kind}/rejected"])
+        return measured if self.kind == "kl" else math.sqrt(measured)  # drifts are squares there
+
+    def said(self, part: float, found: float) -> str:
+        what = f"KL {found:.3g} nats per rejected answer"
+        if self.kind == "drift":
+            what = f"drift {found:.3g}"
+        return f"--adapter-scale {part:.4g}: {what}, within {self.value:g}"
+
+
+@dataclass(frozen=True)
 class FuseResult:
-    """scale: part of the adapter that was taken; kl: measured for it, nats per rejected answer."""
+    """scale: part of the adapter that was taken; within: the bound it was found for, as measured"""
 
     report: Any
     scale: float = 1.0
-    kl: float | None = None
+    within: Bound | None = None
     before: Mapping[str, float] | None = None
     after: Mapping[str, float] | None = None
 
@@ -42,7 +68,7 @@ def fuse(
     *,
     adapter_path: str,
     save_path: Path,
-    target_kl: float | None = None,
+    bound: Bound | None = None,
     upload_repo: str | None = None,
     verify: str | None = None,
     overwrite: bool = False,
@@ -50,8 +76,8 @@ def fuse(
 ) -> FuseResult:
     """Fuse adapters into a model folder; `verify` names data to compare before and after on.
 
-    target_kl: in place of `form.scale`, the largest part of the adapter whose KL on those pairs is
-    within so many nats per rejected answer.
+    bound: in place of `form.scale`, the largest part of the adapter that is within it on those
+    pairs. Raises: ConfigError, also where a bound lacks what it is measured with.
     """
     from fpo_mlx.model import fuse as fusing
 
@@ -63,15 +89,17 @@ def fuse(
         made = _made(form)
         return claim_folder(save_path, "--save-path", made, inputs=inputs, overwrite=overwrite)
 
-    if target_kl is not None or form.scale != 1.0:
+    if bound is not None or form.scale != 1.0:
         check_scales(config, [adapter_path], [form.scale])
+    if bound is not None:
+        _check_bound(config, bound, verify, form.scale)
     save_path = claim()  # before a download
     base = resolve_model(config.reference.model)
     claim(base)
-    kl = None
-    if target_kl is not None:
-        scale, kl = _scale_within(config, adapter_path, verify, target_kl, form.scale, say)
-        form = replace(form, scale=scale)
+    within = None
+    if bound is not None and verify:
+        scale, found = _scale_within(config, adapter_path, verify, bound, say)
+        form, within = replace(form, scale=scale), replace(bound, value=found)
     template = config.data.chat_template
     report = fusing.fuse(
         config.reference.model, Path(adapter_path), save_path, form,
@@ -82,11 +110,11 @@ def fuse(
     for line in said_of(report):
         say(line)
     if not verify:
-        return FuseResult(report, form.scale, kl)
+        return FuseResult(report, form.scale)
     before, after = _compare_fused(config, adapter_path, form.scale, save_path, verify, say)
     if upload_repo:
         fusing.upload(save_path, upload_repo)
-    return FuseResult(replace(report, uploaded=upload_repo), form.scale, kl, before, after)
+    return FuseResult(replace(report, uploaded=upload_repo), form.scale, within, before, after)
 
 
 def _made(form: FusedForm) -> Made:
@@ -118,43 +146,54 @@ def said_of(report: FuseReport) -> list[str]:
     return lines
 
 
+def _check_bound(config: RunConfig, bound: Bound, verify: str | None, scale: float) -> None:
+    """Before anything is read. Raises: ConfigError where it cannot be measured."""
+    if verify is None:
+        raise ConfigError(f"{bound.flag}: found no pairs to measure on. Add --verify DATA.")
+    if scale != 1.0 or not (bound.value > 0 and math.isfinite(bound.value)):
+        wanted = "a KL" if bound.kind == "kl" else "a drift"
+        raise ConfigError(
+            f"{bound.flag} {bound.value:g}: wanted {wanted} above 0, and no --adapter-scale "
+            "beside it."
+        )
+    if bound.kind == "drift" and not config.reference.sae:
+        raise ConfigError(
+            f"{bound.flag} {bound.value:g}: the features of an SAE are what drifts. Add the --sae "
+            "of the training."
+        )
+
+
 def _scale_within(
-    config: RunConfig, adapter_path: str, verify: str | None, nats: float, scale: float, say: Say
+    config: RunConfig, adapter_path: str, verify: str, bound: Bound, say: Say
 ) -> tuple[float, float]:
-    """(part, its KL): bisection over the parts, each judged on the pairs of `verify`."""
+    """(part, its KL or drift): bisection over the parts, each judged on the pairs of `verify`."""
     from fpo_mlx.judge import evaluate as evaluation
     from fpo_mlx.judge.frontier import largest_scale
     from fpo_mlx.model import adapters
 
-    if verify is None:
-        raise ConfigError("--target-kl: found no pairs to measure on. Add --verify DATA.")
-    if scale != 1.0 or not nats > 0:
-        raise ConfigError(
-            f"--target-kl {nats:g}: wanted a KL above 0, and no --adapter-scale beside it."
-        )
-    job, scored = _held_out(config, verify, say)
-    scorer = open_scorer(job, adapter_path, measure_kl=True, say=say)
+    job, scored = _held_out(config, verify, say, saes=bound.kind == "drift")
+    scorer = open_scorer(job, adapter_path, measure_kl=bound.kind == "kl", say=say)
     whole, fresh = Path(adapter_path), scorer.reference_weights()
 
-    def kl(part: float) -> float:
+    def measured(part: float) -> float:
         adapters.update(scorer.policy.model, fresh)
         adapters.fill(scorer.policy.model, whole, scale=part)
-        return float(evaluation.evaluate(scorer, scored).summary["kl/rejected"])
+        return bound.read(evaluation.evaluate(scorer, scored).summary)
 
-    part, found = largest_scale(kl, nats)
-    say(f"--adapter-scale {part:.4g}: KL {found:.3g} nats per rejected answer, within {nats:g}")
+    part, found = largest_scale(measured, bound.value)
+    say(bound.said(part, found))
     return part, found
 
 
-def _held_out(config: RunConfig, verify: str, say: Say) -> tuple[Job, ScoredPairs]:
-    """The pairs of `verify` with the scores of the base; no SAE is needed for them."""
+def _held_out(
+    config: RunConfig, verify: str, say: Say, *, saes: bool = False
+) -> tuple[Job, ScoredPairs]:
+    """The pairs of `verify` with the scores of the base. saes: with features, for a drift."""
     from fpo_mlx.train.metrics import ScoredPairs
 
-    config = replace(
-        config,
-        data=replace(config.data, data=verify),
-        objective=replace(config.objective, constraint="none"),
-    )
+    config = replace(config, data=replace(config.data, data=verify))
+    if not saes:
+        config = replace(config, objective=replace(config.objective, constraint="none"))
     job = open_job(config, say=say)
     split = next((s for s in ("test", "valid", "train") if has_split(job, s)), "test")
     pairs = read_pairs(job, split, say)

@@ -164,6 +164,49 @@ def test_a_part_that_cannot_be_taken_is_not_fused(place, tmp_path):
     assert not (tmp_path / "fused").exists()
 
 
+@pytest.mark.parametrize(("kind", "power"), [("kl", 1), ("drift", 0.5)])
+def test_fuse_takes_the_largest_part_within_a_bound(place, tmp_path, kind, power):
+    """A drift r is the root of the relative D that `evaluate` has."""
+
+    def measured(part):
+        words = ["--adapter-path", place / "one", "--adapter-scale", part]
+        got, _ = judge(place, *words, out=tmp_path / f"{part}.json")
+        return got["summary"][f"{kind}/rejected"] ** power
+
+    bound = 0.5 * measured(1.0)
+    lines(tmp_path / "run.yaml", {"top_k": K})
+    words = ["fuse", "--model", place / "model", "--adapter-path", place / "one"]
+    words += ["--verify", place / "data", f"--target-{kind}", bound, "-c", tmp_path / "run.yaml"]
+    done = run(*words, "--sae", place / "sae", "--save-path", tmp_path / "fused",
+               "--json", tmp_path / "fused.json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "fused.json").read_text())
+    part, step = found["adapter_scale"], 1 / 256
+    assert 0.1 < part < 0.9
+    taken = measured(part)
+    assert found[kind] == pytest.approx(taken, rel=1e-3)
+    assert taken <= bound < measured(part + step)
+    assert f"{kind} {found[kind]:.3g}" in done.output.replace("KL", "kl")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--target-drift", 0.1], ["--target-drift", "--verify"]),
+        (["--target-drift", 0.1, "--verify"], ["--target-drift", "--sae"]),
+        (["--target-drift", "nan", "--sae", "s", "--verify"], ["a drift above 0"]),
+        (["--target-kl", "inf", "--verify"], ["a KL above 0"]),
+        (["--target-kl", 1, "--target-drift", 0.1, "--verify"], ["give one of them"]),
+        (["--target-kl", 1, "--adapter-scale", 0.5, "--verify"], ["no --adapter-scale"]),
+    ],
+)
+def test_a_bound_that_cannot_be_held_is_a_usage_error(place, tmp_path, words, parts):
+    here = [place / "data"] if words[-1] == "--verify" else []
+    fuse = ["fuse", "--model", place / "model", "--adapter-path", place / "one"]
+    refused(run(*fuse, "--save-path", tmp_path / "fused", *words, *here), 2, *parts)
+    assert not (tmp_path / "fused").exists()
+
+
 def test_a_kl_that_was_not_measured_is_said_to_be_none(place, tmp_path):
     words = ["--adapter-path", place / "one", "--adapter-scales", "0.5,1", "--no-kl"]
     _, text = judge(place, *words, "--at-kl", 1, out=tmp_path / "a.json")
