@@ -356,7 +356,7 @@ def test_a_run_clears_what_a_killed_one_left(llama, corpus, tmp_path):
     acts.mkdir()
     dead = [out / f".tmp-1-{name}" for name in ("checkpoint.safetensors", "run.json")]
     dead += [acts / f".tmp-1-{name}" for name in ("rows.npy", "store.json")]
-    for path in (*dead, out / ".tmp-1-mine.txt"):
+    for path in (*dead, out / ".tmp-1-mine.txt", acts / "store.lock"):  # a lock stays
         path.write_text("half")
     for folder in (out / ".tmp-1-.tmp-0-sae", out / ".tmp-0-sae"):  # killed while moving it
         folder.mkdir()
