@@ -10,6 +10,7 @@ import click
 
 from fpo_mlx.machine.processes import is_first
 from fpo_mlx.train.events import (
+    LandedReport,
     Report,
     SavedReport,
     SkippedReport,
@@ -108,6 +109,13 @@ class Progress:
                 f"{report.iteration:>6}  stopped early: no better validation loss in "
                 f"{report.validations} validations; the best, {report.best_loss:.4f} at iteration "
                 f"{report.best_iteration}, is in best/"
+            )
+        elif isinstance(report, LandedReport):
+            what, by = report.figure, f"{report.part:.3f} of their change"
+            self.say(
+                f"{report.iteration:>6}  {what} {report.before:.4g} on {report.pairs} validation "
+                f"pairs, wanted {report.target:g}: the adapters are saved with {by}, {what} "
+                f"{report.after:.4g}"
             )
         elif isinstance(report, SavedReport) and report.numbered:
             self.say(f"{report.iteration:>6}  saved")

@@ -225,13 +225,17 @@ def fill(model: nn.Module, folder: Path, *, scale: float = 1.0) -> None:
         shown = "\n  ".join(sorted(faults)[:10])
         raise ModelError(f"{path} does not fit the model ({len(faults)} faults):\n  {shown}")
     taken = {k: v.astype(mx.float32) for k, v in weights.items()}
-    if scale != 1.0:
-        taken = {k: _part(k, own[k], v, scale) for k, v in taken.items()}
-    update(model, taken)
+    update(model, taken if scale == 1.0 else part_of(own, taken, scale))
+
+
+def part_of(
+    own: Mapping[str, mx.array], whole: Mapping[str, mx.array], scale: float
+) -> dict[str, mx.array]:
+    """The adapters whose change is `scale` of that of `whole`; own: before any change."""
+    return {path: _part(path, own[path], leaf, scale) for path, leaf in whole.items()}
 
 
 def _part(path: str, own: mx.array, whole: mx.array, scale: float) -> mx.array:
-    """The leaf of an adapter whose change is `scale` of that of `whole`; own: before any change."""
     leaf = path.rsplit(".", 1)[-1]
     if leaf == "m":
         return own + scale * (whole - own)

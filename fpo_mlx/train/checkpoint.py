@@ -66,12 +66,18 @@ class AdapterFolder:
     def run(self) -> RunFolder:
         return run_folder(self.path)
 
-    def save_adapters(self, model: nn.Module, iteration: int | None = None) -> None:
-        """The current adapters; numbered as well when an iteration is given."""
+    def save_adapters(
+        self, model: nn.Module, iteration: int | None = None,
+        landed: Mapping[str, mx.array] | None = None,
+    ) -> None:  # fmt: skip
+        """The current adapters; numbered as well when an iteration is given.
+
+        landed: take the place of the current ones, but not of the numbered.
+        """
         weights = dict(adapters.parameters(model))
         if iteration is not None:
             adapters.save(self.path / f"{iteration:07d}_adapters.safetensors", weights)
-        self._save_pair(self.path, weights)
+        self._save_pair(self.path, weights if landed is None else landed)
 
     def save_best(self, model: nn.Module) -> None:
         self._save_pair(self.path / "best", dict(adapters.parameters(model)))

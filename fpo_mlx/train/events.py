@@ -60,4 +60,20 @@ class StoppedReport:
     best_loss: float
 
 
-Report = StepReport | ValidReport | SavedReport | SkippedReport | StoppedReport
+@dataclass(frozen=True)
+class LandedReport:
+    """What was saved at the end meets the target on the validation pairs (`train/landing.py`).
+
+    figure: "drift", of features in parts of their size, or "kl", nats per response.
+    """
+
+    iteration: int
+    figure: str
+    target: float
+    before: float  # of the whole change
+    part: float  # of the change, that was saved
+    after: float  # of that part
+    pairs: int
+
+
+Report = StepReport | ValidReport | SavedReport | SkippedReport | StoppedReport | LandedReport

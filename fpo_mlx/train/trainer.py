@@ -18,10 +18,11 @@ from fpo_mlx.data import batches, mirrored, pair_lengths
 from fpo_mlx.errors import Diverged, Interrupted, ModelError
 from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.model import adapters, randomness
-from fpo_mlx.train import guard
+from fpo_mlx.train import guard, landing
 from fpo_mlx.train.checkpoint import STATE, Folder, Progress, load_state
 from fpo_mlx.train.drift import Controller
 from fpo_mlx.train.events import (
+    LandedReport,
     Report,
     SavedReport,
     SkippedReport,
@@ -63,6 +64,7 @@ class Trainer:
         self.progress = Progress()
         self._reference: dict[str, mx.array] = {}
         self._window = Window()
+        self._validated: dict[str, np.ndarray] = {}  # what the last validation measured
         self._steer(Controller.of(scorer.objective))
         self._good: dict[str, mx.array] = {}  # adapters that the guard let pass; {} before any
 
@@ -111,10 +113,13 @@ class Trainer:
                 yield self._validate()
             early = not last and guard.stale(self.progress.stale, self.config)
             last = last or early
+            landed = self._land() if last else None
+            if landed is not None:
+                yield landed
             code = self.ranks.largest(self._stop() or 0)
             due = _crossed(iteration, self.config.save_every, self._step)
             if code or last or due:
-                self._save(numbered=last or due)
+                self._save(numbered=last or due, landed=landed)
                 yield SavedReport(iteration, numbered=last or due)
             if early:
                 yield self._stopped()
@@ -301,6 +306,7 @@ class Trainer:
             self.scorer.alpha = 0.0
         values = self._measure(self.valid, n)
         self._steer(self.drift)
+        self._validated = values
         means = shown({name: float(array.mean()) for name, array in values.items()})
         loss, progress = means.pop("loss"), self.progress
         if not math.isfinite(loss):
@@ -319,6 +325,35 @@ class Trainer:
         self._log("valid", report)
         return report
 
+    def _land(self) -> LandedReport | None:
+        """The part of the change that meets the target on the pairs of the last validation.
+
+        None where there is no target, nothing to see it on, or no need.
+        """
+        drift, whole = self.drift, dict(adapters.parameters(self.model))
+        n = len(self._validated.get("loss", ()))
+        if drift is None or self.valid is None or n < landing.FEWEST or self.config.init_adapter:
+            return None  # the change from another adapter has no parts
+        valid, figure = self.valid, Controller.figure(self.scorer.objective)
+
+        def measure(part: float) -> float:
+            adapters.update(self.model, adapters.part_of(self._reference, whole, part))
+            return float(self._measure(valid, n)[figure].mean())
+
+        before = float(self._validated[figure].mean())
+        found = landing.meeting(measure, before, drift.target)
+        adapters.update(self.model, whole)
+        if found is None:
+            return None
+        part, after = found
+        name = figure.removesuffix("/rejected")
+        shown = math.sqrt if name == "drift" else float
+        report = LandedReport(
+            self.progress.iteration, name, shown(drift.target), shown(before), part, shown(after), n
+        )
+        self._log("landed", report)
+        return report
+
     def _stopped(self) -> StoppedReport:
         progress = self.progress
         assert progress.best_loss is not None
@@ -326,15 +361,21 @@ class Trainer:
             progress.iteration, progress.stale, progress.best_iteration, progress.best_loss
         )
 
-    def _save(self, *, numbered: bool) -> None:
+    def _save(self, *, numbered: bool, landed: LandedReport | None = None) -> None:
         self.progress.window = self._window.saved()
         self.progress.drift = {} if self.drift is None else self.drift.saved()
-        self.folder.save_adapters(self.model, self.progress.iteration if numbered else None)
+        part = None
+        if landed is not None:
+            whole = dict(adapters.parameters(self.model))
+            part = adapters.part_of(self._reference, whole, landed.part)
+        self.folder.save_adapters(self.model, self.progress.iteration if numbered else None, part)
         self.folder.save_state(
             self.model, self.optimizer, self._reference, self._good, self.progress
         )
 
-    def _log(self, kind: str, report: StepReport | ValidReport | SkippedReport) -> None:
+    def _log(
+        self, kind: str, report: StepReport | ValidReport | SkippedReport | LandedReport
+    ) -> None:
         self.folder.log({"kind": kind, **asdict(report)}, self.progress)
 
 

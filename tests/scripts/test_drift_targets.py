@@ -50,8 +50,26 @@ def test_the_table_counts_what_is_near_its_target_and_what_was_stopped():
     kept = {}
     for cell, drift, code in zip(cells, drifts, codes, strict=True):
         kept |= kept_of(cell, drift, code)
+    kept[cells[1].id] |= {"whole": {"drift": 0.13}, "part": 0.8}
     text = dt.markdown(kept)
-    assert "small: 3 runs, 2 within 10 % of the target, ratio 0.90 to 1.25, median 1.05; 1 " in text
-    row = "| small | topk | 1e-04 | 1 | 0 | 0.500 | 0.2 | 0.250 | 1.25 |"
-    assert row in text
-    assert "smollm2: none run yet." in text
+    assert "- small: 1 runs, 1 within 10 % of the target, ratio 1.05 to 1.05, median 1.05\n" in text
+    assert "- small, the whole changes: 1 runs, 0 within 10 % of the target, ratio 1.30" in text
+    assert "- small, not landed: 2 runs, 1 within 10 % of the target, ratio 0.90 to 1.25" in text
+    assert "(1 stopped by the guard" in text
+    assert "| small | topk | 1e-04 | 1 | 0 | 0.500 | 0.1 | 1.30 | 0.80 | 0.105 | 1.05 |" in text
+    assert "| small | topk | 1e-04 | 1 | 0 | 0.500 | 0.2 | | | 0.250 | 1.25 |" in text
+    assert "- smollm2: none run yet." in text
+
+
+def test_a_run_of_before_ends_were_landed_is_run_again_and_a_control_is_not():
+    cell = dt.Cell("small", "topk", 0.1, 1e-4, 1, 0)
+    old = kept_of(cell, 0.12) | kept_of(cell.control, 0.5)
+    assert not dt.is_kept(cell, old)
+    assert dt.is_kept(cell.control, old)
+    old[cell.id] |= {"whole": {}, "part": 1.0}
+    assert dt.is_kept(cell, old)
+
+
+def test_the_part_is_what_the_log_says_or_the_whole():
+    assert dt.part([{"kind": "train"}, {"kind": "landed", "part": 0.8}]) == 0.8
+    assert dt.part([{"kind": "train"}]) == 1.0

@@ -1,0 +1,154 @@
+"""The end of a run with a target: what is saved meets it on the validation pairs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny_models
+
+mx = pytest.importorskip("mlx.core")
+
+from helpers import SIZES, log_of, open_trainer, random_pairs, weights  # noqa: E402
+
+from fpo_mlx.model import adapters  # noqa: E402
+from fpo_mlx.train.events import LandedReport  # noqa: E402
+from fpo_mlx.train.landing import FEWEST, LEAST, LOOKS, MOST, NEAR, meeting  # noqa: E402
+
+PAIRS, VALID = random_pairs(SIZES), random_pairs([*SIZES, *SIZES], seed=1)
+DRIFT = {"objective": {"target_drift": 0.25}}
+KL = {"preset": "tdpo2", "objective": {"target_kl": 0.5}}
+RUN = {
+    "iters": 12, "steps_per_eval": 100, "save_every": 100, "batch_size": 2, "learning_rate": 3e-3,
+}  # fmt: skip
+
+
+def never(part: float) -> float:
+    pytest.fail("there was nothing to measure")
+
+
+def test_by_hand_a_square_is_met_by_the_root_in_one_look():
+    looks = []
+
+    def square(part: float) -> float:
+        looks.append(part)
+        return 0.04 * part**2
+
+    part, figure = meeting(square, 0.04, 0.03) or (0.0, 0.0)
+    assert part == pytest.approx(math.sqrt(0.75))
+    assert figure == pytest.approx(0.03)
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize("bend", [0.0, 0.3, 0.6])
+@pytest.mark.parametrize("wanted", [0.4, 0.7, 0.9, 1.15])
+def test_a_figure_that_bends_is_met_within_a_look_more(wanted, bend):
+    """It grows as the square at first and as the fourth power later."""
+    looks = []
+
+    def bent(part: float) -> float:
+        looks.append(part)
+        return (1 - bend) * part**2 + bend * part**4
+
+    found = meeting(bent, 1.0, wanted)
+    assert found is not None
+    assert found[1] == pytest.approx(bent(found[0]))
+    assert abs(math.log(found[1] / wanted)) <= NEAR
+    assert len(looks) <= 3  # the last one is this test's
+
+
+def test_looks_that_find_no_such_part_take_the_nearest_and_end():
+    """A figure with a leap, as features that begin to fire make one."""
+    looks = {}
+
+    def leap(part: float) -> float:
+        looks[part] = part**2 if part < 0.6 else 1.0
+        return looks[part]
+
+    part, figure = meeting(leap, 1.0, 0.5) or (0.0, 0.0)
+    assert len(looks) == LOOKS
+    assert looks[part] == figure
+    assert figure == min(looks.values(), key=lambda f: abs(math.log(f / 0.5)))
+
+
+@pytest.mark.parametrize("whole", [1.0, 1.02, 0.98, 0.0, math.nan, math.inf])
+def test_what_is_near_enough_or_no_figure_is_left_as_it_is(whole):
+    assert meeting(never, whole, 1.0) is None
+
+
+@pytest.mark.parametrize(("target", "part"), [(0.001, LEAST), (100.0, MOST)])
+def test_a_target_far_away_is_gone_towards_and_no_further(target, part):
+    assert meeting(lambda s: s**2, 1.0, target) == (part, part**2)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_models.tiny_llama(tmp_path_factory.mktemp("llama"), num_hidden_layers=3)
+
+
+def landed(trainer) -> LandedReport:
+    (report,) = [r for r in trainer.run() if isinstance(r, LandedReport)]
+    return report
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("changes", [DRIFT, KL], ids=["drift", "kl"])
+def test_what_is_saved_has_the_figure_that_was_named(llama, tmp_path, kind, changes):
+    trainer = open_trainer(
+        llama, tmp_path, PAIRS, valid=VALID, fine_tune_type=kind, **RUN, **changes
+    )
+    report = landed(trainer)
+    assert abs(report.before / report.target - 1) > 0.05, "it was there already"
+    power, figure = (2, "drift/rejected") if changes is DRIFT else (1, "kl/rejected")
+    assert report.after == pytest.approx(report.target, rel=2 * NEAR / power)
+    assert report.pairs == len(VALID)
+
+    def measured(path) -> float:
+        adapters.update(trainer.model, dict(mx.load(str(path))))
+        return float(trainer._measure(trainer.valid)[figure].mean()) ** (1 / power)
+
+    whole = tmp_path / "0000012_adapters.safetensors"
+    assert measured(whole) == pytest.approx(report.before, rel=1e-5)
+    assert measured(tmp_path / adapters.WEIGHTS) == pytest.approx(report.after, rel=1e-5)
+    (entry,) = [e for e in log_of(tmp_path) if e["kind"] == "landed"]
+    assert entry["part"] == report.part
+
+
+def test_a_part_of_a_lora_is_that_part_of_its_second_factor(llama, tmp_path):
+    trainer = open_trainer(llama, tmp_path, PAIRS, valid=VALID, **RUN, **DRIFT)
+    report = landed(trainer)
+    now, part = weights(trainer), dict(mx.load(str(tmp_path / adapters.WEIGHTS)))
+    assert part.keys() == now.keys()
+    for name, whole in now.items():  # the model itself is where the run left it
+        scale = report.part if name.endswith("lora_b") else 1.0
+        np.testing.assert_allclose(np.array(part[name]), scale * whole, rtol=1e-6, atol=1e-9)
+
+
+def test_a_longer_run_goes_on_from_the_whole_change(llama, tmp_path):
+    straight, short = tmp_path / "straight", tmp_path / "short"
+    for out, iters in ((straight, 20), (short, 12)):
+        run = {**RUN, "iters": iters}
+        list(open_trainer(llama, out, PAIRS, valid=VALID, **run, **DRIFT).run())
+    longer = {**RUN, "iters": 20}
+    trainer = open_trainer(llama, short, PAIRS, valid=VALID, start=False, **longer, **DRIFT)
+    trainer.resume()
+    list(trainer.run())
+    for name in (adapters.WEIGHTS, "0000020_adapters.safetensors"):
+        assert (short / name).read_bytes() == (straight / name).read_bytes()
+
+
+@pytest.mark.parametrize("without", ["a target", "validation pairs", "enough of them", "parts"])
+def test_without_what_it_takes_nothing_is_landed(llama, tmp_path, without):
+    changes: dict = {**RUN, **({} if without == "a target" else DRIFT)}
+    changes["valid"] = {"validation pairs": None, "enough of them": VALID[: FEWEST - 1]}.get(
+        without, VALID
+    )
+    trainer = open_trainer(llama, tmp_path, PAIRS, **changes)
+    if without == "parts":
+        trainer.config = replace(trainer.config, init_adapter="another")
+    assert not [r for r in trainer.run() if isinstance(r, LandedReport)]
+    for name in (adapters.WEIGHTS, "0000012_adapters.safetensors"):
+        whole = dict(mx.load(str(tmp_path / name)))
+        assert all((np.array(whole[k]) == v).all() for k, v in weights(trainer).items())
