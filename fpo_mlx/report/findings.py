@@ -62,6 +62,7 @@ def _of_one(run: Run) -> Iterator[str]:
             f"{text(first.get('iteration'))}: {text(first.get('reason'))}."
         )
     yield from _unfinished(run)
+    yield from _landed(run)
     yield from _collapse(run)
     yield from _length(run)
     for kind, result in run.results.items():
@@ -74,6 +75,21 @@ def _unfinished(run: Run) -> Iterator[str]:
     done = figure(run.train[-1].get("iteration")) if run.train else None
     if planned and done and done < planned:
         yield f"The last report is of iteration {number(done)} of {number(planned)}."
+
+
+def _landed(run: Run) -> Iterator[str]:
+    """The curves are of another model than the one that was saved, where training ended there."""
+    end = run.landed[-1] if run.landed else {}
+    part, before, after = (figure(end.get(name)) for name in ("part", "before", "after"))
+    went_on = run.train and run.train[-1].get("iteration") != end.get("iteration")
+    if went_on or part is None or before is None or after is None:
+        return
+    what = "features move by" if end.get("figure") == "drift" else "the KL is"
+    yield (
+        f"Saved is {number(part, 3)} of the change that was trained: on {text(end.get('pairs'))} "
+        f"validation pairs {what} {number(after, 3)}, with the whole change {number(before, 3)}. "
+        "The curves are of the whole change."
+    )
 
 
 def _collapse(run: Run) -> Iterator[str]:

@@ -35,6 +35,7 @@ class Run:
     train: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "train"
     valid: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "valid"
     skipped: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "skipped": updates left out
+    landed: Sequence[Mapping[str, Any]] = ()  # kind "landed": a part of the change that was saved
     results: Mapping[str, Result] = field(default_factory=dict)  # evaluate, features, compare
     pairs: Mapping[str, Any] = field(default_factory=dict)  # pairs.json of its data
     round: Mapping[str, Any] = field(default_factory=dict)  # round.json, of `fpo-mlx rounds`
@@ -171,7 +172,9 @@ def read_run(path: Path, name: str) -> Run:
     faults: list[str] = []
     record, adapter = (_mapping(path / own, faults) for own in OWN)
     reports = _lines(path / "metrics.jsonl", faults)
-    kinds = [[r for r in reports if r.get("kind") == k] for k in ("train", "valid", "skipped")]
+    kinds = [
+        [r for r in reports if r.get("kind") == k] for k in ("train", "valid", "skipped", "landed")
+    ]
     results = _results(path, faults)
     pairs, around = _pairs_of(path, record, faults), _mapping(path.parent / ROUND_FILE, faults)
     return Run(

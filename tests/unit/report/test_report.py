@@ -201,6 +201,17 @@ def test_warnings_speak_of_collapse_length_and_results_older_than_the_adapters(t
     assert "collapsed?" in render(read_runs([run]))
 
 
+@pytest.mark.parametrize(("ended", "seen"), [(30, True), (20, False)])
+def test_a_part_that_was_saved_is_told_unless_training_went_on(tmp_path, ended, seen):
+    landed = {"kind": "landed", "iteration": 20, "figure": "drift", "part": 0.868, "pairs": 40,
+              "before": 0.116, "after": 0.1001}  # fmt: skip
+    run = a_run(tmp_path / "run", [a_report(10), a_report(20), landed, a_report(50 - ended)])
+    text = said(read_runs([run]))
+    wanted = "Saved is 0.868 of the change that was trained: on 40 validation pairs features move"
+    assert (wanted in text) is seen
+    assert ("by 0.1, with the whole change 0.116" in text) is seen
+
+
 def test_a_whole_run_without_trouble_has_no_warnings(tmp_path):
     even = SUMMARY | {"rewards/accuracies/chosen_not_longer": 0.9}
     runs = read_runs([a_run(tmp_path / "run", evaluate={"summary": even})])
