@@ -1,37 +1,40 @@
 """Which block and site should FPO's SAE read? One SAE at each place, FPO with each, beside DPO.
 
     python scripts/studies/blocks.py [--blocks 9 18 27] [--sites resid_post mlp_out] [--seeds 3]
+    python scripts/studies/blocks.py … --seed 1     this one only: a core and a --work for each
 
 The paper's tables 3 and 7 in small. At each place an SAE is trained with the same width, k and
-tokens; FPO then runs on the same pairs with each, every seed, and all are judged on held-out pairs:
-accuracy, margin, log-prob of the chosen answers, KL, and D at the SAE's own place. Adapters are
-where the tool puts them, at the SAE's block and below, so places differ in what may move as well;
-`--all-blocks` adapts every block for all of them. Each cell is kept in --work, so a stopped run
-goes on; a figure of the table is [mean, least, most] over seeds.
+tokens. FPO then runs on the same short pairs with each, held to the same drift of its features, and
+DPO without a constraint; of every run parts of its change (PARTS) are judged on pairs apart. A
+drift of one place is not that of another, so runs are compared at equal KL, between their parts:
+the margin in nats per token, and its difference from DPO's, with 95 % by bootstrap over seeds and
+pairs. Adapters are where the tool puts them, at the SAE's block and below, so places differ in what
+may move as well; `--all-blocks` adapts every block for all of them. SAEs and adapters are kept in
+--work, what was measured in results/blocks/: a stopped study goes on, and what was measured is not
+measured again on another machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from texts import ROOT, Steps, rows, shared, write_rows
+import frontier_show
+import numpy as np
+from texts import ROOT, Steps, as_adapter, say, shared, short_pairs
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import SaeTrainConfig, load_config
 from fpo_mlx.demo import smollm2
 from fpo_mlx.storage import files
 
-FIGURES = (
-    "rewards/accuracies", "rewards/margins", "logps_per_token/chosen_change", "kl/chosen",
-    "kl/rejected", "features/chosen", "features/rejected",
-)  # fmt: skip
-NOT_SAID = ("work", "output", "seeds", "blocks", "sites")  # more of them add cells to a work folder
+PARTS = (0.25, 0.5, 1.0)
+LEVELS = (1.0, 3.0, 10.0)  # nats per held-out answer, mean of chosen and rejected
+RIVAL, MARGIN, KL = "dpo", "margin/of_pairs", "kl"
+NOT_SAID = ("work", "output", "seeds", "seed", "blocks", "sites")  # they add cells to what is there
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,18 +46,19 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sites", nargs="+", default=["resid_post", "mlp_out"])
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="of each SAE's training")
-    parser.add_argument("--sae-batch-size", type=int, default=2048)
-    parser.add_argument("--train-pairs", type=int, default=300)
-    parser.add_argument("--pairs", type=int, default=100, help="held-out pairs to judge on")
-    parser.add_argument("--iters", type=int, default=300, help="updates of one pair")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of each SAE's training")
+    parser.add_argument("--sae-batch-size", type=int, default=1024)
+    parser.add_argument("--pairs", type=int, default=60, help="held-out pairs to judge on")
+    parser.add_argument("--iters", type=int, default=160, help="updates of one pair")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument("--max-seq-length", type=int, default=320)
+    parser.add_argument("--target-drift", type=float, default=0.3)
+    parser.add_argument("--max-seq-length", type=int, default=224)
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--all-blocks", action="store_true", help="adapt every block for all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, action="append", default=[], help="these, not all")
     parser.add_argument("--work", type=Path, default=ROOT / "blocks-work")
-    parser.add_argument("--output", type=Path, help="result; default: results/blocks.json")
+    parser.add_argument("--output", type=Path, help="folder of what is measured")
     return parser.parse_args(words)
 
 
@@ -63,20 +67,28 @@ def main(words: Sequence[str] | None = None) -> None:
     o = parse(words)
     o.model = o.model or smollm2.fetch(say=say).full
     settings = {k: str(v) for k, v in vars(o).items() if k not in NOT_SAID}
-    steps = Steps(o.work, settings)
-    data = o.work / "data"
-    write_rows(data / "train.jsonl", rows(o.data / "train.jsonl")[: o.train_pairs])
-    write_rows(data / "valid.jsonl", rows(o.data / "valid.jsonl")[: o.pairs])
+    anywhere = settings | {k: getattr(o, k).name for k in ("model", "data", "texts")}
+    place = o.output or ROOT / "scripts" / "studies" / "results" / "blocks"
+    made, measured = Steps(o.work, settings), Steps(place, anywhere)
+    short_pairs(o.data, o.work / "data", {"test": o.pairs})
     places = [f"{site}-{block}" for block in o.blocks for site in o.sites]
-    saes = {p: steps(f"sae-{p}", lambda p=p: train_sae(o, p)) for p in places}
-    runs: list[dict[str, Any]] = []
-    for seed in range(o.seeds):
-        for kind in ("dpo", *places):
-            judged = steps(f"{kind}-{seed}", lambda k=kind, s=seed: cell(o, k, s))
-            runs.append({"kind": kind, "seed": seed, **judged})
-    result = {"settings": settings, "saes": saes, "runs": runs, "table": table(runs)}
-    files.write_json(o.output or ROOT / "scripts" / "studies" / "results" / "blocks.json", result)
-    print(json.dumps(result["table"], indent=2))
+    for seed in o.seed or range(o.seeds):
+        for kind in (RIVAL, *places):
+            if not measured.done(f"{kind}-{seed}") and kind != RIVAL:
+                figures = made(f"sae-{kind}", lambda k=kind: train_sae(o, k))
+                measured(f"sae-{kind}", lambda f=figures: f)
+            measured(f"{kind}-{seed}", lambda k=kind, s=seed: cell(o, k, s))
+            write(place)
+
+
+def write(place: Path) -> None:
+    """The comparison, from all that is there."""
+    steps = {p.stem: json.loads(p.read_text()) for p in files.listed(place / "steps", "*.json")}
+    runs = [found for found in steps.values() if "points" in found]
+    saes = {n.removeprefix("sae-"): v for n, v in steps.items() if n.startswith("sae-")}
+    result = {"saes": saes, "at equal KL": table(runs)}
+    files.write_json(place / "compared.json", result)
+    print(json.dumps(result["at equal KL"], indent=2), flush=True)
 
 
 def train_sae(o: argparse.Namespace, place: str) -> dict[str, Any]:
@@ -95,40 +107,88 @@ def train_sae(o: argparse.Namespace, place: str) -> dict[str, Any]:
 
 
 def cell(o: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
-    """One training and what became of it. kind: "dpo", or a place whose SAE holds FPO."""
+    """One training and parts of its change. kind: RIVAL, or a place whose SAE holds FPO."""
     base: dict[str, Any] = {
         "model": str(o.model), "data": str(o.work / "data"), "max_seq_length": o.max_seq_length,
         "reference": str(o.work / f"reference-{kind}"), "top_k": o.top_k,
     }  # fmt: skip
-    base |= {"objective": "dpo"} if kind == "dpo" else {"sae": (str(o.work / f"sae-{kind}"),)}
+    objective: dict[str, Any] = {"objective": "dpo"}
+    if kind != RIVAL:
+        base["sae"] = (str(o.work / f"sae-{kind}"),)
+        objective = {"target_drift": o.target_drift}
     out = o.work / f"run-{kind}-{seed}"
-    own = base | {"adapter_path": str(out), "seed": seed, "iters": o.iters, "batch_size": 1}
-    own |= {"learning_rate": o.learning_rate, "resume": (out / "checkpoint").exists()}
+    own = base | objective | {"adapter_path": str(out), "seed": seed, "iters": o.iters}
+    own |= {"batch_size": 1, "learning_rate": o.learning_rate, "val_batches": 0}
+    own |= {"resume": (out / "checkpoint").exists(), "max_logp_drop": 1e9}
     if o.all_blocks:
         own |= {"num_layers": -1, "adapt_above_sae": True}
     for _ in pipeline.train(load_config(own), say=say):
         pass
-    report = pipeline.evaluate(load_config(base), adapter_path=str(out), split="valid", say=say)
+    whole = as_adapter(out, o.iters, o.work / f"at-{kind}-{seed}")
+    judged = pipeline.evaluate_all(
+        load_config(base | {"objective": "dpo"}), adapter_paths=[str(whole)], scales=PARTS,
+        split="test", say=say,
+    )  # fmt: skip
     adapted = json.loads((out / "adapter_config.json").read_text())["num_layers"]
-    found = {name: report.summary[name] for name in FIGURES if name in report.summary}
-    return found | {"adapted_blocks": adapted}
+    points = [point(report) for report in judged.adapters.values()]
+    return {"kind": kind, "seed": seed, "adapted_blocks": adapted, "points": points}
 
 
-def table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each kind: means over seeds, and the range of each."""
-    made = []
-    for kind in dict.fromkeys(run["kind"] for run in runs):
-        own = [run for run in runs if run["kind"] == kind]
-        row: dict[str, Any] = {"kind": kind, "seeds": len(own)}
-        for name in (n for n in FIGURES if n in own[0]):
-            values = [run[name] for run in own]
-            row[name] = [statistics.fmean(values), min(values), max(values)]
-        made.append(row)
-    return made
+def point(report: Any) -> dict[str, Any]:
+    """A part of a run. Margins: nats per token; KL: nats per answer."""
+    gains = np.array(
+        [
+            [(side["logp"] - side["ref_logp"]) / side["tokens"] for side in sides]
+            for sides in ((pair["chosen"], pair["rejected"]) for pair in report.pairs)
+        ]
+    )  # [pairs, 2]
+    said = report.summary
+    return {
+        "part": report.adapter_scale,
+        KL: (said["kl/chosen"] + said["kl/rejected"]) / 2,
+        MARGIN: np.round(gains[:, 0] - gains[:, 1], 5).tolist(),
+        "accuracy": said["rewards/accuracies"],
+        "chosen_change": said["logps_per_token/chosen_change"],
+        "drift": said["drift/rejected"] ** 0.5 if "drift/rejected" in said else None,
+    }
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each kind and KL: the margin there, and above DPO's of the same seeds."""
+    lines: dict[str, dict[int, list[Any]]] = {}
+    for run in runs:
+        pairs = len(run["points"][0][MARGIN])
+        start = {KL: 0.0, MARGIN: [0.0] * pairs, "chosen_change": 0.0}
+        line = sorted([start, *run["points"]], key=lambda p: p[KL])
+        lines.setdefault(run["kind"], {})[run["seed"]] = line
+    return [
+        {"kind": kind, "kl": level, **found}
+        for kind, own in lines.items()
+        for level in LEVELS
+        if (found := at_level(own, lines.get(RIVAL, {}), level))
+    ]
+
+
+def at_level(
+    own: Mapping[int, list[Any]], rival: Mapping[int, list[Any]], level: float
+) -> dict[str, Any]:
+    """Where the KL is `level`, of the seeds that reach it; nothing where none does."""
+
+    def reached(line: list[Any], name: str) -> np.ndarray | None:
+        return frontier_show.at(line, level, name)
+
+    there = [s for s, line in own.items() if reached(line, MARGIN) is not None]
+    both = [s for s in there if s in rival and reached(rival[s], MARGIN) is not None]
+    if not there:
+        return {}
+    found: dict[str, Any] = {"seeds": len(there)}
+    for name, key in (("margin", MARGIN), ("chosen_change", "chosen_change")):
+        found[name] = float(np.mean([reached(own[s], key) for s in there]))
+    if both:
+        ours, theirs = (np.array([reached(of[s], MARGIN) for s in both]) for of in (own, rival))
+        found["above dpo"] = float(ours.mean() - theirs.mean())
+        found["interval"] = frontier_show.interval(ours, theirs, np.mean)
+    return found
 
 
 if __name__ == "__main__":

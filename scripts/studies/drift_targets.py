@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from texts import ROOT, in_time, rows, shared, write_rows
+from texts import ROOT, in_time, shared, short_pairs
 
 from fpo_mlx.storage import files
 
@@ -101,7 +101,8 @@ def main() -> int:
         return 0
     if missing := {name.split("/")[0] for name in saes} - set(models):
         raise SystemExit(f"--model is missing for {', '.join(sorted(missing))}")
-    data = write_data(options.data, options.work)
+    held_out = {"valid": HELD_OUT, "test": HELD_OUT}
+    data = short_pairs(options.data, options.work / "data", held_out)
     for cell in in_time(options.minutes, plan):
         if is_kept(cell, kept) or out_of_reach(cell, kept):
             continue
@@ -135,21 +136,6 @@ def out_of_reach(cell: Cell, kept: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether the control, free to move, stayed below the target."""
     free = kept.get(cell.control.id)
     return bool(cell.target and free) and free["held_out"]["drift"] < cell.target
-
-
-def write_data(source: Path, work: Path) -> Path:
-    """Pairs of some 200 tokens at most, so that a cell takes minutes; the last are held out."""
-    every = [*rows(source / "train.jsonl"), *rows(source / "valid.jsonl")]
-    short = [row for row in every if size(row) < 850]
-    write_rows(work / "data" / "train.jsonl", short[: -2 * HELD_OUT])
-    write_rows(work / "data" / "valid.jsonl", short[-2 * HELD_OUT : -HELD_OUT])
-    write_rows(work / "data" / "test.jsonl", short[-HELD_OUT:])
-    return work / "data"
-
-
-def size(row: Mapping[str, Any]) -> int:
-    sides = (json.dumps(row["chosen"]), json.dumps(row["rejected"]))
-    return len(json.dumps(row["prompt"])) + max(map(len, sides))
 
 
 def run(cell: Cell, model: str, sae: str, data: Path, work: Path) -> dict[str, Any]:

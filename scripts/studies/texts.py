@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from fpo_mlx.storage import files
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
+SHORT = 850  # characters of a prompt and its longer answer, as JSON
 ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s+\S", re.MULTILINE)
 
 
@@ -34,6 +35,25 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def write_rows(path: Path, content: list[dict[str, Any]]) -> Path:
     files.write_text(path, "".join(json.dumps(row) + "\n" for row in content))
     return path
+
+
+def short_pairs(source: Path, folder: Path, held_out: dict[str, int]) -> Path:
+    """Pairs of some 200 tokens at most, so that a run takes minutes; the last are held out.
+
+    held_out: splits beside train, with their sizes; the last one is the last rows.
+    """
+    every = [*rows(source / "train.jsonl"), *rows(source / "valid.jsonl")]
+    left = [row for row in every if _size(row) < SHORT]
+    for split, count in reversed(held_out.items()):
+        write_rows(folder / f"{split}.jsonl", left[-count:])
+        left = left[:-count]
+    write_rows(folder / "train.jsonl", left)
+    return folder
+
+
+def _size(row: Mapping[str, Any]) -> int:
+    sides = (json.dumps(row["chosen"]), json.dumps(row["rejected"]))
+    return len(json.dumps(row["prompt"])) + max(map(len, sides))
 
 
 def shared(*parts: str) -> Path:

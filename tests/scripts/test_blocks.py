@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import blocks
 import pytest
@@ -15,29 +16,57 @@ def test_every_place_is_trained_and_judged_once(tmp_path, monkeypatch):
     texts = lines(
         tmp_path / "text.jsonl", *({"text": f"poem {i * i} of sea {i}"} for i in range(60))
     )
-    for name in ("train", "valid"):
-        lines(tmp_path / "data" / f"{name}.jsonl", *ROWS)
+    lines(tmp_path / "data" / "train.jsonl", *ROWS, *ROWS)
+    lines(tmp_path / "data" / "valid.jsonl", *ROWS)
     words = ["--model", llama, "--data", tmp_path / "data", "--texts", texts, "--blocks", 1, 2,
              "--sites", "resid_post", "mlp_out", "--width", 64, "--k", 6, "--tokens", 640,
-             "--sae-batch-size", 64, "--iters", 2, "--top-k", 5, "--seeds", 1, "--work",
-             tmp_path / "work", "--output", tmp_path / "found.json"]  # fmt: skip
+             "--sae-batch-size", 64, "--iters", 4, "--top-k", 5, "--seeds", 1, "--pairs", 3,
+             "--learning-rate", 2e-4, "--work", tmp_path / "work", "--output",
+             tmp_path / "found"]  # fmt: skip
     blocks.main([str(word) for word in words])
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((tmp_path / "found" / "compared.json").read_text())
     places = ["resid_post-1", "mlp_out-1", "resid_post-2", "mlp_out-2"]
-    assert list(found["saes"]) == places
+    assert set(found["saes"]) == set(places)
     assert all(0 < one["fvu"] < 2 for one in found["saes"].values())
-    assert [row["kind"] for row in found["table"]] == ["dpo", *places]
-    for run in found["runs"]:
-        assert ("features/chosen" in run) == (run["kind"] != "dpo")
-        assert 0 <= run["rewards/accuracies"] <= 1
-    adapted = {run["kind"]: run["adapted_blocks"] for run in found["runs"]}
-    assert adapted["resid_post-1"] == 2 < adapted["resid_post-2"] == 3
+    runs = {
+        kind: json.loads((tmp_path / "found" / "steps" / f"{kind}-0.json").read_text())
+        for kind in ("dpo", *places)
+    }
+    for kind, run in runs.items():
+        assert [p["part"] for p in run["points"]] == [0.25, 0.5, 1.0]
+        kls = [p["kl"] for p in run["points"]]
+        assert kls == sorted(kls)
+        assert kls[0] > 0
+        assert all((p["drift"] is None) == (kind == "dpo") for p in run["points"])
+        assert all(len(p[blocks.MARGIN]) == 3 for p in run["points"])
+    assert runs["resid_post-1"]["adapted_blocks"] == 2 < runs["resid_post-2"]["adapted_blocks"] == 3
     monkeypatch.setattr(blocks, "cell", lambda *_: pytest.fail("a cell ran again"))
     monkeypatch.setattr(blocks, "train_sae", lambda *_: pytest.fail("an SAE was trained again"))
     blocks.main([str(word) for word in words])
+    shutil.rmtree(tmp_path / "work")  # as on another machine
+    blocks.main([str(word) for word in words])
 
 
-def test_the_table_by_hand():
-    runs = [{"kind": "dpo", "seed": s, "rewards/margins": v} for s, v in enumerate((1.0, 2.0, 6.0))]
-    (row,) = blocks.table(runs)
-    assert row == {"kind": "dpo", "seeds": 3, "rewards/margins": [3.0, 1.0, 6.0]}
+def test_at_equal_kl_a_margin_is_compared_with_dpos_of_the_same_seeds():
+    def run(kind, seed, *points):
+        return {
+            "kind": kind, "seed": seed, "points": [
+                {"kl": kl, blocks.MARGIN: [m - 0.1, m + 0.1], "chosen_change": -m}
+                for kl, m in points
+            ],
+        }  # fmt: skip
+
+    runs = [
+        run("dpo", 0, (4.0, 1.0)), run("dpo", 1, (4.0, 3.0)),
+        run("resid_post-9", 0, (1.0, 0.8), (2.0, 1.0)), run("resid_post-9", 1, (0.5, 1.0)),
+    ]  # fmt: skip
+    dpo, dpo_at_3, place = blocks.table(runs)
+    assert (dpo["kind"], dpo["kl"], dpo["seeds"]) == ("dpo", 1.0, 2)
+    assert dpo["margin"] == pytest.approx(1.0)  # half of 1 and of 3, by the root of the KL
+    assert dpo["chosen_change"] == pytest.approx(-1.0)
+    assert dpo_at_3["kl"] == 3.0
+    assert (place["kind"], place["kl"], place["seeds"]) == ("resid_post-9", 1.0, 1)
+    assert place["above dpo"] == pytest.approx(0.8 - 0.5)  # of seed 0, the other stays below
+    low, high = place["interval"]
+    assert low == pytest.approx(0.3 - 0.05)  # the rival's scatter is half of its own at KL 4
+    assert high == pytest.approx(0.3 + 0.05)
