@@ -12,6 +12,7 @@ from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
     PATH,
     READ,
+    READING,
     adapter_scale_option,
     claims,
     csv_option,
@@ -156,7 +157,7 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
 
 
 @click.command(cls=Command)
-@settings("model", "trust_remote_code", "chat_template", "sae")
+@settings("model", "trust_remote_code", "chat_template", "sae", "layer", "site", *READING, "top_k")
 @click.option("--adapter-path", type=READ, help="Adapter folder. [default: adapters]")
 @click.option(
     "--save-path", type=PATH, default="fused_model", show_default=True, help="Folder to write."
@@ -221,8 +222,8 @@ def fuse(
     report = result.report
     written: dict[str, Any] = {"path": str(report.path), "fused_layers": report.fused_layers}
     written["adapter_scale"] = result.scale
-    if result.within is not None:
-        written[result.within.kind] = result.within.value
+    if (within := result.within) is not None:
+        written |= {within.bound.kind: within.found, "bound": within.bound.value}
     written["quantized"] = report.quantized
     if report.kept is not None:
         written["rounding"] = asdict(report.kept)

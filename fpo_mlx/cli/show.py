@@ -111,11 +111,11 @@ class Progress:
                 f"{report.best_iteration}, is in best/"
             )
         elif isinstance(report, LandedReport):
-            what, by = report.figure, f"{report.part:.3f} of their change"
+            what, unit = report.figure, " nats" if report.figure == "kl" else ""
             self.say(
-                f"{report.iteration:>6}  {what} {report.before:.4g} on {report.pairs} validation "
-                f"pairs, wanted {report.target:g}: the adapters are saved with {by}, {what} "
-                f"{report.after:.4g}"
+                f"{report.iteration:>6}  {what} {report.before:.4g}{unit} on {report.pairs} "
+                f"validation pairs, wanted {report.target:g}: saved is {report.part:.3f} of the "
+                f"change, {what} {report.after:.4g}{unit}  {describe(report.metrics)}"
             )
         elif isinstance(report, SavedReport) and report.numbered:
             self.say(f"{report.iteration:>6}  saved")

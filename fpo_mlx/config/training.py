@@ -120,6 +120,13 @@ class TrainConfig:
     overwrite: bool = setting(
         False, "replace an older run in --adapter-path", "saving", may_change=True
     )
+    land: bool = setting(
+        True,
+        "at the end save the part of the change that has the --target-drift or --target-kl on the "
+        "validation pairs",
+        "saving",
+        may_change=True,
+    )
     report_to: str | None = setting(
         None, "wandb, tensorboard, or both with a comma", "saving", may_change=True
     )

@@ -27,6 +27,7 @@ from fpo_mlx.pipeline.features_data import DataReport as DataReport
 from fpo_mlx.pipeline.features_data import features_data as features_data
 from fpo_mlx.pipeline.fuse import Bound as Bound
 from fpo_mlx.pipeline.fuse import FuseResult as FuseResult
+from fpo_mlx.pipeline.fuse import Within as Within
 from fpo_mlx.pipeline.fuse import fuse as fuse
 from fpo_mlx.pipeline.job import Job as Job
 from fpo_mlx.pipeline.job import at_site as at_site

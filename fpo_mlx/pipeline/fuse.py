@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fpo_mlx.config import RunConfig
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pipeline.evaluate import check_scales, open_scorer
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
@@ -28,7 +28,7 @@ TOLERABLE = 0.2  # error of the rounding over the size of the change
 
 @dataclass(frozen=True)
 class Bound:
-    """How far the fused model may be from the base on held-out pairs.
+    """How far from the base the part of an adapter that is fused may be, on held-out pairs.
 
     value: nats per rejected answer, or a drift r of the SAE's features (docs/objective.md).
     """
@@ -40,24 +40,33 @@ class Bound:
     def flag(self) -> str:
         return f"--target-{self.kind}"
 
-    def read(self, summary: Mapping[str, Any]) -> float:
-        measured = float(summary[f"{self.kind}/rejected"])
-        return measured if self.kind == "kl" else math.sqrt(measured)  # drifts are squares there
+    @property
+    def figure(self) -> str:
+        return f"{self.kind}/rejected"
 
-    def said(self, part: float, found: float) -> str:
-        what = f"KL {found:.3g} nats per rejected answer"
-        if self.kind == "drift":
-            what = f"drift {found:.3g}"
-        return f"--adapter-scale {part:.4g}: {what}, within {self.value:g}"
+
+@dataclass(frozen=True)
+class Within:
+    """The part that was found for a bound, and its KL or drift, before weights were rounded."""
+
+    bound: Bound
+    part: float
+    found: float
+
+    def said(self) -> str:
+        what = f"drift {self.found:.3g}"
+        if self.bound.kind == "kl":
+            what = f"KL {self.found:.3g} nats per rejected answer"
+        return f"--adapter-scale {self.part:.4g}: {what}, within {self.bound.value:g}"
 
 
 @dataclass(frozen=True)
 class FuseResult:
-    """scale: part of the adapter that was taken; within: the bound it was found for, as measured"""
+    """scale: part of the adapter that was taken; within: how it was found, if for a bound."""
 
     report: Any
     scale: float = 1.0
-    within: Bound | None = None
+    within: Within | None = None
     before: Mapping[str, float] | None = None
     after: Mapping[str, float] | None = None
 
@@ -79,6 +88,7 @@ def fuse(
     bound: in place of `form.scale`, the largest part of the adapter that is within it on those
     pairs. Raises: ConfigError, also where a bound lacks what it is measured with.
     """
+    from fpo_mlx.model import adapters
     from fpo_mlx.model import fuse as fusing
 
     if not config.reference.model:
@@ -89,17 +99,17 @@ def fuse(
         made = _made(form)
         return claim_folder(save_path, "--save-path", made, inputs=inputs, overwrite=overwrite)
 
+    held_out = "" if bound is None else _check_bound(config, bound, verify, form.scale)
     if bound is not None or form.scale != 1.0:
         check_scales(config, [adapter_path], [form.scale])
-    if bound is not None:
-        _check_bound(config, bound, verify, form.scale)
+        adapters.read_spec(Path(adapter_path))  # before the long part
     save_path = claim()  # before a download
     base = resolve_model(config.reference.model)
     claim(base)
     within = None
-    if bound is not None and verify:
-        scale, found = _scale_within(config, adapter_path, verify, bound, say)
-        form, within = replace(form, scale=scale), replace(bound, value=found)
+    if bound is not None:
+        within = _scale_within(config, adapter_path, held_out, bound, say)
+        form = replace(form, scale=within.part)
     template = config.data.chat_template
     report = fusing.fuse(
         config.reference.model, Path(adapter_path), save_path, form,
@@ -146,30 +156,34 @@ def said_of(report: FuseReport) -> list[str]:
     return lines
 
 
-def _check_bound(config: RunConfig, bound: Bound, verify: str | None, scale: float) -> None:
-    """Before anything is read. Raises: ConfigError where it cannot be measured."""
-    if verify is None:
+def _check_bound(config: RunConfig, bound: Bound, verify: str | None, scale: float) -> str:
+    """The data it is measured on. Raises: ConfigError where it cannot be, before any is read."""
+    if not verify:
         raise ConfigError(f"{bound.flag}: found no pairs to measure on. Add --verify DATA.")
-    if scale != 1.0 or not (bound.value > 0 and math.isfinite(bound.value)):
-        wanted = "a KL" if bound.kind == "kl" else "a drift"
-        raise ConfigError(
-            f"{bound.flag} {bound.value:g}: wanted {wanted} above 0, and no --adapter-scale "
-            "beside it."
-        )
+    if not (bound.value > 0 and math.isfinite(bound.value)):
+        wanted = "nats" if bound.kind == "kl" else "a drift"
+        raise ConfigError(f"{bound.flag} {bound.value:g}: wanted {wanted}, finite and above 0.")
+    if scale != 1.0:
+        raise ConfigError(f"{bound.flag} finds the part: leave --adapter-scale {scale:g} out.")
     if bound.kind == "drift" and not config.reference.sae:
         raise ConfigError(
             f"{bound.flag} {bound.value:g}: the features of an SAE are what drifts. Add the --sae "
             "of the training."
         )
+    return verify
 
 
 def _scale_within(
     config: RunConfig, adapter_path: str, verify: str, bound: Bound, say: Say
-) -> tuple[float, float]:
-    """(part, its KL or drift): bisection over the parts, each judged on the pairs of `verify`."""
+) -> Within:
+    """By bisection over the parts, each judged on the pairs of `verify`.
+
+    Raises: FpoError where the smallest of them is not within.
+    """
     from fpo_mlx.judge import evaluate as evaluation
     from fpo_mlx.judge.frontier import largest_scale
     from fpo_mlx.model import adapters
+    from fpo_mlx.train.drift import named_as
 
     job, scored = _held_out(config, verify, say, saes=bound.kind == "drift")
     scorer = open_scorer(job, adapter_path, measure_kl=bound.kind == "kl", say=say)
@@ -178,11 +192,19 @@ def _scale_within(
     def measured(part: float) -> float:
         adapters.update(scorer.policy.model, fresh)
         adapters.fill(scorer.policy.model, whole, scale=part)
-        return bound.read(evaluation.evaluate(scorer, scored).summary)
+        summary = evaluation.evaluate(scorer, scored).summary
+        return named_as(bound.figure, float(summary[bound.figure]))
 
     part, found = largest_scale(measured, bound.value)
-    say(bound.said(part, found))
-    return part, found
+    if part == 0:
+        raise FpoError(
+            f"{bound.flag} {bound.value:g}: the smallest part of {adapter_path} that was tried is "
+            "not within it. Wanted a larger bound, or an adapter whose change can be measured; "
+            "`fpo-mlx evaluate --adapter-scales 0.01,0.1,1` shows what its parts do."
+        )
+    within = Within(bound, part, found)
+    say(within.said())
+    return within
 
 
 def _held_out(
@@ -191,9 +213,11 @@ def _held_out(
     """The pairs of `verify` with the scores of the base. saes: with features, for a drift."""
     from fpo_mlx.train.metrics import ScoredPairs
 
-    config = replace(config, data=replace(config.data, data=verify))
-    if not saes:
-        config = replace(config, objective=replace(config.objective, constraint="none"))
+    objective = replace(
+        config.objective, constraint="features" if saes else "none", target_drift=None,
+        target_kl=None,
+    )  # fmt: skip
+    config = replace(config, data=replace(config.data, data=verify), objective=objective)
     job = open_job(config, say=say)
     split = next((s for s in ("test", "valid", "train") if has_split(job, s)), "test")
     pairs = read_pairs(job, split, say)

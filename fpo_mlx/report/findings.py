@@ -78,17 +78,19 @@ def _unfinished(run: Run) -> Iterator[str]:
 
 
 def _landed(run: Run) -> Iterator[str]:
-    """The curves are of another model than the one that was saved, where training ended there."""
-    end = run.landed[-1] if run.landed else {}
-    part, before, after = (figure(end.get(name)) for name in ("part", "before", "after"))
-    went_on = run.train and run.train[-1].get("iteration") != end.get("iteration")
-    if went_on or part is None or before is None or after is None:
+    """The curves are of another model than the one that was saved."""
+    part, before, after, target = (
+        figure(run.end.get(name)) for name in ("part", "before", "after", "target")
+    )
+    if part is None or before is None or after is None or target is None:
         return
-    what = "features move by" if end.get("figure") == "drift" else "the KL is"
+    kl = run.end.get("figure") == "kl"
+    what, unit = ("the KL is", " nats an answer") if kl else ("features move by", " of their size")
     yield (
-        f"Saved is {number(part, 3)} of the change that was trained: on {text(end.get('pairs'))} "
-        f"validation pairs {what} {number(after, 3)}, with the whole change {number(before, 3)}. "
-        "The curves are of the whole change."
+        f"Saved is {number(part, 3)} of the change that was trained: on "
+        f"{text(run.end.get('pairs'))} validation pairs {what} {number(after, 3)}{unit}, wanted "
+        f"{number(target, 3)}; with the whole change {number(before, 3)}. The curves are of the "
+        "whole change."
     )
 
 

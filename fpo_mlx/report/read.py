@@ -46,6 +46,17 @@ class Run:
         return part(self.record, "settings")
 
     @property
+    def end(self) -> Mapping[str, Any]:
+        """What says that a part of the change was saved; empty where training went on from there,
+        and where all of it was saved.
+        """
+        landed = self.landed[-1] if self.landed else {}
+        ends, lasts = (
+            figure(one.get("iteration")) for one in (landed, self.train[-1] if self.train else {})
+        )
+        return {} if ends is None or (lasts is not None and lasts > ends) else landed
+
+    @property
     def fingerprints(self) -> Mapping[str, Any]:
         return part(self.record, "fingerprints")
 

@@ -150,8 +150,8 @@ def card(run: Run, colour: int) -> Card:
     if summary:
         n = figure(summary.get("n"))
         source = f"{number(n)} {source}" if n else source
-    elif run.valid:
-        last = run.valid[-1]
+    elif run.end or run.valid:
+        last = run.end or run.valid[-1]
         summary, source = part(last, "metrics"), (
             f"validation pairs: {text(last.get('pairs'))}, iteration {text(last.get('iteration'))}"
         )  # fmt: skip
@@ -173,6 +173,8 @@ def chosen_drop(run: Run) -> float:
     """Nats a token that the chosen answers lost against the reference; 0 where it is not known."""
     key = "logps_per_token/chosen_change"
     change = figure(summary_of(run).get(key))
+    if change is None and run.end:
+        change = figure(part(run.end, "metrics").get(key))
     if change is None and run.train:
         change = value_of(run.train[-1], key)
     return 0.0 if change is None else -change

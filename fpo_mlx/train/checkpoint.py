@@ -1,6 +1,7 @@
 """The adapter folder: what mlx-lm loads, and beside it what an exact resume needs.
 
-adapters.safetensors, adapter_config.json   as mlx_lm.load(adapter_path=...) takes them
+adapters.safetensors, adapter_config.json   as mlx_lm.load(adapter_path=...) takes them; at the end
+                                            of a run with a target the part that has it
 0000100_adapters.safetensors                numbered checkpoints
 best/                                       the adapter with the lowest validation loss
 run.json                                    all settings, versions, fingerprints
@@ -50,6 +51,7 @@ class Progress:
     stale: int = 0  # validations since the best
     skipped: int = 0  # updates left out
     skipped_in_a_row: int = 0
+    landed: bool = False  # the end was looked at: `train/landing.py`
     metrics_bytes: int = 0  # length of metrics.jsonl
     drift: dict[str, float] = field(default_factory=dict)  # the controller's state
     window: dict[str, Any] = field(default_factory=dict)  # sums since the last report
@@ -66,18 +68,16 @@ class AdapterFolder:
     def run(self) -> RunFolder:
         return run_folder(self.path)
 
-    def save_adapters(
-        self, model: nn.Module, iteration: int | None = None,
-        landed: Mapping[str, mx.array] | None = None,
-    ) -> None:  # fmt: skip
-        """The current adapters; numbered as well when an iteration is given.
-
-        landed: take the place of the current ones, but not of the numbered.
-        """
+    def save_adapters(self, model: nn.Module, iteration: int | None = None) -> None:
+        """The current adapters; numbered as well when an iteration is given."""
         weights = dict(adapters.parameters(model))
         if iteration is not None:
             adapters.save(self.path / f"{iteration:07d}_adapters.safetensors", weights)
-        self._save_pair(self.path, weights if landed is None else landed)
+        self._save_pair(self.path, weights)
+
+    def save_part(self, weights: Mapping[str, mx.array]) -> None:
+        """A part of the change, in the place of the whole; numbered file and checkpoint stay."""
+        self._save_pair(self.path, weights)
 
     def save_best(self, model: nn.Module) -> None:
         self._save_pair(self.path / "best", dict(adapters.parameters(model)))
@@ -165,7 +165,7 @@ class NoFolder:
     def _nothing(self, *_: Any, **__: Any) -> None:
         return None
 
-    save_adapters = save_best = save_state = start = note = log = rewind_log = _nothing
+    save_adapters = save_part = save_best = save_state = start = note = log = rewind_log = _nothing
 
     @contextmanager
     def writing(self) -> Iterator[None]:

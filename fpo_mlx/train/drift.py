@@ -52,6 +52,14 @@ SHORTEST = 0.1  # part of the optimizer's step that is taken at least
 TELL = 0.7  # part below which the user is told
 
 
+def named_as(figure: str, value: float) -> float:
+    """A measured figure as its target is named: the drift r, not relative D, which is its square.
+
+    figure: "drift/rejected", "kl/rejected".
+    """
+    return math.sqrt(value) if figure.startswith("drift") else value
+
+
 @dataclass(frozen=True)
 class Mean:
     """A running mean without the bias of its start."""

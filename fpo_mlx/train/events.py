@@ -62,7 +62,7 @@ class StoppedReport:
 
 @dataclass(frozen=True)
 class LandedReport:
-    """What was saved at the end meets the target on the validation pairs (`train/landing.py`).
+    """At the end a part of the change was saved, for the target's sake (`train/landing.py`).
 
     figure: "drift", of features in parts of their size, or "kl", nats per response.
     """
@@ -73,7 +73,10 @@ class LandedReport:
     before: float  # of the whole change
     part: float  # of the change, that was saved
     after: float  # of that part
+    loss: float  # of that part, as all that follows
+    metrics: Mapping[str, float]
     pairs: int
+    seconds: float
 
 
 Report = StepReport | ValidReport | SavedReport | SkippedReport | StoppedReport | LandedReport

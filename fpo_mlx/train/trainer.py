@@ -100,8 +100,11 @@ class Trainer:
                 yield self._validate()
         self._window.started = time.perf_counter()
         if guard.stale(self.progress.stale, self.config):  # a run that had ended is resumed
+            yield from self._land()
             yield self._stopped()
             return
+        if self.progress.iteration >= self.total:
+            yield from self._land()
         for iteration, grad_norm, skipped in self._updates():
             last = iteration >= self.total
             if skipped is not None:
@@ -113,14 +116,13 @@ class Trainer:
                 yield self._validate()
             early = not last and guard.stale(self.progress.stale, self.config)
             last = last or early
-            landed = self._land() if last else None
-            if landed is not None:
-                yield landed
             code = self.ranks.largest(self._stop() or 0)
             due = _crossed(iteration, self.config.save_every, self._step)
             if code or last or due:
-                self._save(numbered=last or due, landed=landed)
+                self._save(numbered=last or due)
                 yield SavedReport(iteration, numbered=last or due)
+            if last:
+                yield from self._land()
             if early:
                 yield self._stopped()
                 return
@@ -163,7 +165,7 @@ class Trainer:
             )
             trouble = trouble or self._apply(gradient, norm)
             skipped = self._skip(progress.iteration + count, trouble) if trouble else None
-            progress.iteration += count
+            progress.iteration, progress.landed = progress.iteration + count, False
             if skipped is None:
                 tokens = sum(self.train.pairs[i].tokens for i in indices)
                 self._window.add(values, tokens)
@@ -297,16 +299,26 @@ class Trainer:
         self._log("train", report)
         return report
 
-    def _validate(self) -> ValidReport:
-        assert self.valid is not None
-        started, n = time.perf_counter(), len(self.valid)
+    @property
+    def _validation_pairs(self) -> int:
+        """How many a validation looks at."""
+        n = 0 if self.valid is None else len(self.valid)
         if self.config.val_batches >= 0:
             n = min(n, self.config.val_batches * self.config.batch_size)
+        return n
+
+    def _looked(self) -> dict[str, np.ndarray]:
+        """The adapters as they stand, on the validation pairs."""
+        assert self.valid is not None
         if self.drift is not None:  # alpha is another one at each validation: without its part
             self.scorer.alpha = 0.0
-        values = self._measure(self.valid, n)
+        values = self._measure(self.valid, self._validation_pairs)
         self._steer(self.drift)
-        self._validated = values
+        return values
+
+    def _validate(self) -> ValidReport:
+        started, n = time.perf_counter(), self._validation_pairs
+        values = self._validated = self._looked()
         means = shown({name: float(array.mean()) for name, array in values.items()})
         loss, progress = means.pop("loss"), self.progress
         if not math.isfinite(loss):
@@ -325,34 +337,40 @@ class Trainer:
         self._log("valid", report)
         return report
 
-    def _land(self) -> LandedReport | None:
-        """The part of the change that meets the target on the pairs of the last validation.
+    def _land(self) -> Iterator[LandedReport]:
+        """Save the part of the change that has the target on the pairs that validation looks at.
 
-        None where there is no target, nothing to see it on, or no need.
+        Nothing where there is no target, too little to see it on, no need, or it was done.
         """
-        drift, whole = self.drift, dict(adapters.parameters(self.model))
-        n = len(self._validated.get("loss", ()))
-        if drift is None or self.valid is None or n < landing.FEWEST or self.config.init_adapter:
-            return None  # the change from another adapter has no parts
-        valid, figure = self.valid, Controller.figure(self.scorer.objective)
-
-        def measure(part: float) -> float:
-            adapters.update(self.model, adapters.part_of(self._reference, whole, part))
-            return float(self._measure(valid, n)[figure].mean())
-
-        before = float(self._validated[figure].mean())
-        found = landing.meeting(measure, before, drift.target)
-        adapters.update(self.model, whole)
-        if found is None:
-            return None
-        part, after = found
-        name = figure.removesuffix("/rejected")
-        shown = math.sqrt if name == "drift" else float
-        report = LandedReport(
-            self.progress.iteration, name, shown(drift.target), shown(before), part, shown(after), n
+        drift, progress = self.drift, self.progress
+        few = self._validation_pairs < landing.FEWEST
+        if drift is None or progress.landed or few or not self.config.land:
+            return
+        if self.config.init_adapter:  # the change from another adapter has no parts
+            return
+        started = time.perf_counter()
+        whole = self._validated or self._looked()
+        figure = Controller.figure(self.scorer.objective)
+        found = landing.land(
+            self.model, self._reference, self._held, whole, figure=figure, target=drift.target
         )
-        self._log("landed", report)
-        return report
+        progress.landed = True
+        seconds = time.perf_counter() - started
+        self._window.started += seconds  # speed is that of training
+        if found is not None:
+            self.folder.save_part(found.weights)
+            report = found.report(progress.iteration, figure, drift.target, whole, seconds)
+            self._log("landed", report)
+            yield report
+        self._save_state()
+
+    def _held(self) -> dict[str, np.ndarray] | None:
+        """`_looked`, unless the guard would end a run there: more of a change was never tried."""
+        assert self.valid is not None
+        values = self._looked()
+        tokens = np.array([len(p.chosen) for p in self.valid.pairs[: len(values["loss"])]])
+        trouble = guard.divergence(values, tokens, 0.0, self.config, self.scorer.objective)
+        return None if trouble else values
 
     def _stopped(self) -> StoppedReport:
         progress = self.progress
@@ -361,14 +379,13 @@ class Trainer:
             progress.iteration, progress.stale, progress.best_iteration, progress.best_loss
         )
 
-    def _save(self, *, numbered: bool, landed: LandedReport | None = None) -> None:
+    def _save(self, *, numbered: bool) -> None:
+        self.folder.save_adapters(self.model, self.progress.iteration if numbered else None)
+        self._save_state()
+
+    def _save_state(self) -> None:
         self.progress.window = self._window.saved()
         self.progress.drift = {} if self.drift is None else self.drift.saved()
-        part = None
-        if landed is not None:
-            whole = dict(adapters.parameters(self.model))
-            part = adapters.part_of(self._reference, whole, landed.part)
-        self.folder.save_adapters(self.model, self.progress.iteration if numbered else None, part)
         self.folder.save_state(
             self.model, self.optimizer, self._reference, self._good, self.progress
         )

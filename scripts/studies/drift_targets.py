@@ -129,7 +129,10 @@ def parse() -> argparse.Namespace:
 
 
 def is_kept(cell: Cell, kept: Mapping[str, Mapping[str, Any]]) -> bool:
-    return cell.id in kept and (not cell.target or "whole" in kept[cell.id])
+    found = kept.get(cell.id)
+    return found is not None and (
+        not cell.target or "whole" in found or found["exit_code"] == GUARD
+    )
 
 
 def out_of_reach(cell: Cell, kept: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -174,7 +177,7 @@ def fpo_mlx(*words: str, work: Path) -> int:
 
 def part(log: Sequence[Mapping[str, Any]]) -> float:
     """Of the change, that was saved; 1 where there was no need of less or more."""
-    return next((entry["part"] for entry in log if entry["kind"] == "landed"), 1.0)
+    return next((entry["part"] for entry in reversed(log) if entry["kind"] == "landed"), 1.0)
 
 
 def judged(words: Mapping[str, Any], work: Path) -> dict[str, float]:
@@ -212,7 +215,8 @@ def markdown(kept: Mapping[str, Mapping[str, Any]]) -> str:
         "# Does --target-drift hold what it names?", "",
         "Written by `scripts/studies/drift_targets.py`; do not edit. SAEs after block "
         f"27 (of 30) of SmolLM2-135M, 3 (of 4) of the small model; {HELD_OUT} held-out pairs. "
-        "Free: drift of the same training without a constraint; a target above it was not run. "
+        "Free: drift of the same training without a constraint (of some cells on a little more of "
+        "the same pairs); a target above it was not run. "
         "Whole: of the whole change on the validation pairs, over the target; part: of the change, "
         "that was saved; held-out drift: of that part, on other pairs (without a part: a run of "
         "before ends were landed, its whole change on validation pairs).", "",

@@ -57,11 +57,20 @@ def lines_of(
 ) -> dict[str, dict[int, Line]]:
     """Per method and seed the base and the points of its better learning rate, by KL."""
     split: dict[str, dict[float, dict[int, Line]]] = {}
+    prompts = _prompts(runs)
     start = {**base, "kl": 0.0, "update": 0, "part": 0.0}
+    for name, of_base in (("unrelated_drift", 0.0), ("greedy_agreement", 1.0)):
+        start[f"{name}/of_prompts"] = [of_base] * prompts
     for run in (run for run in runs if run["points"]):
         line = sorted([start, *(p for p in run["points"] if p["kl"] > 0)], key=_kl)
         split.setdefault(run["method"], {}).setdefault(run["rate"], {})[run["seed"]] = line
     return {name: _best(list(rates.values())) for name, rates in split.items()}
+
+
+def _prompts(runs: Sequence[Mapping[str, Any]]) -> int:
+    """About other things; 0 where no point has their figures."""
+    points = [point for run in runs for point in run["points"]]
+    return max((len(p.get("greedy_agreement/of_prompts", ())) for p in points), default=0)
 
 
 def _kl(point: Mapping[str, Any]) -> float:

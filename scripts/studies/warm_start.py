@@ -4,7 +4,7 @@
 
 Trains SAEs on one model and site with several budgets of tokens, from random weights (cold) and
 from --init (warm), each a whole schedule of its own, and keeps FVU, L0 and dead features on text
-that none was trained on. Without --init an SAE is trained first, on the block before
+that no cell was trained on. Without --init an SAE is trained first, on the block before
 (--start-layer), with --start-tokens; or give --init an SAE of one block and --layer another: a near
 place stands in for a near model. A budget's activations are computed once: seeds draw the first
 weights and the order, not the text. Each cell is kept in --work, so a stopped run goes on.
@@ -68,6 +68,8 @@ def main(words: Sequence[str] | None = None) -> None:
     given = rows(o.data)
     o.data = write_rows(o.work / "data.jsonl", given[: -o.judge_on])
     o.held_out = write_rows(o.work / "held_out.jsonl", given[-o.judge_on :])
+    if o.init and o.layer is None and (site := read_sae(o.init).site) is not None:
+        o.layer = site.layer
     init = o.init or begin(o, steps)
     result: dict[str, Any] = {"settings": settings, "cells": []}
     place = o.output or ROOT / "scripts" / "studies" / "results" / "warm_start.json"
@@ -128,7 +130,8 @@ def held_out_rows(o: argparse.Namespace, config: SaeTrainConfig) -> np.ndarray:
     if not place.is_file():
         own = replace(config, data=str(o.held_out), training_tokens=None, init=None, store=None)
         setup = sae_setup.open_setup(own, open_ranks(), say)
-        np.save(place, setup.reader.rows(setup.train))
+        with files.atomic_path(place) as temporary, temporary.open("wb") as out:
+            np.save(out, setup.reader.rows(setup.train))
     return np.load(place)
 
 

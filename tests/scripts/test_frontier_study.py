@@ -164,6 +164,15 @@ def test_parts_of_a_change_are_a_line_from_the_base():
     assert [p["part"] for p in show.lines_of([run], base)["dpo"][0]] == [0.0, 0.25, 0.5, 1.0]
 
 
+def test_elsewhere_the_base_is_itself_at_every_prompt():
+    """Its own figures were kept before those of prompts were."""
+    point = {"update": 24, "part": 1.0, "kl": 4.0, "greedy_agreement/of_prompts": [0.2, 0.6]}
+    run = {"method": "dpo", "rate": 1e-4, "seed": 0, "points": [point]}
+    start, _ = show.lines_of([run], {"kl": 0.0})["dpo"][0]
+    assert start["greedy_agreement/of_prompts"] == [1.0, 1.0]
+    assert start["unrelated_drift/of_prompts"] == [0.0, 0.0]
+
+
 def test_a_run_without_a_point_is_no_line():
     run = {"method": "dpo", "rate": 1e-4, "seed": 0, "points": []}
     assert show.lines_of([run], {"kl": 0.0}) == {}

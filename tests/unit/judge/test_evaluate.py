@@ -164,9 +164,19 @@ def test_a_part_that_cannot_be_taken_is_not_fused(place, tmp_path):
     assert not (tmp_path / "fused").exists()
 
 
-@pytest.mark.parametrize(("kind", "power"), [("kl", 1), ("drift", 0.5)])
-def test_fuse_takes_the_largest_part_within_a_bound(place, tmp_path, kind, power):
+@pytest.mark.parametrize(
+    ("kind", "yaml"),
+    [
+        ("kl", {}),
+        ("drift", {}),
+        ("kl", {"target_drift": 0.1}),  # of the training, whatever the bound
+        ("drift", {"target_drift": 0.1}),
+        ("drift", {"objective": "tdpo2", "target_kl": 3.0}),
+    ],
+)
+def test_fuse_takes_the_largest_part_within_a_bound(place, tmp_path, kind, yaml):
     """A drift r is the root of the relative D that `evaluate` has."""
+    power = {"kl": 1, "drift": 0.5}[kind]
 
     def measured(part):
         words = ["--adapter-path", place / "one", "--adapter-scale", part]
@@ -174,7 +184,7 @@ def test_fuse_takes_the_largest_part_within_a_bound(place, tmp_path, kind, power
         return got["summary"][f"{kind}/rejected"] ** power
 
     bound = 0.5 * measured(1.0)
-    lines(tmp_path / "run.yaml", {"top_k": K})
+    lines(tmp_path / "run.yaml", {"top_k": K, **yaml})
     words = ["fuse", "--model", place / "model", "--adapter-path", place / "one"]
     words += ["--verify", place / "data", f"--target-{kind}", bound, "-c", tmp_path / "run.yaml"]
     done = run(*words, "--sae", place / "sae", "--save-path", tmp_path / "fused",
@@ -185,6 +195,8 @@ def test_fuse_takes_the_largest_part_within_a_bound(place, tmp_path, kind, power
     assert 0.1 < part < 0.9
     taken = measured(part)
     assert found[kind] == pytest.approx(taken, rel=1e-3)
+    assert found["bound"] == bound
+    assert found["before"].keys() == found["after"].keys()
     assert taken <= bound < measured(part + step)
     assert f"{kind} {found[kind]:.3g}" in done.output.replace("KL", "kl")
 
@@ -193,18 +205,35 @@ def test_fuse_takes_the_largest_part_within_a_bound(place, tmp_path, kind, power
     ("words", "parts"),
     [
         (["--target-drift", 0.1], ["--target-drift", "--verify"]),
-        (["--target-drift", 0.1, "--verify"], ["--target-drift", "--sae"]),
-        (["--target-drift", "nan", "--sae", "s", "--verify"], ["a drift above 0"]),
-        (["--target-kl", "inf", "--verify"], ["a KL above 0"]),
-        (["--target-kl", 1, "--target-drift", 0.1, "--verify"], ["give one of them"]),
-        (["--target-kl", 1, "--adapter-scale", 0.5, "--verify"], ["no --adapter-scale"]),
+        (["--target-drift", 0.1, "--sae", "s", "--verify", ""], ["--target-drift", "--verify"]),
+        (["--target-drift", 0.1, "--verify", "x"], ["--target-drift", "--sae"]),
+        (["--target-drift", "nan", "--sae", "s", "--verify", "x"], ["a drift, finite and above"]),
+        (["--target-kl", "inf", "--verify", "x"], ["nats, finite and above 0"]),
+        (["--target-kl", 1, "--target-drift", 0.1, "--verify", "x"], ["give one of them"]),
+        (["--target-kl", 1, "--adapter-scale", 0.5, "--verify", "x"], ["leave --adapter-scale"]),
     ],
 )
-def test_a_bound_that_cannot_be_held_is_a_usage_error(place, tmp_path, words, parts):
-    here = [place / "data"] if words[-1] == "--verify" else []
-    fuse = ["fuse", "--model", place / "model", "--adapter-path", place / "one"]
-    refused(run(*fuse, "--save-path", tmp_path / "fused", *words, *here), 2, *parts)
+def test_a_bound_that_cannot_be_held_is_a_usage_error_before_anything_is_read(
+    tmp_path, words, parts
+):
+    nowhere = ["--model", tmp_path / "model", "--adapter-path", tmp_path / "adapters"]
+    refused(run("fuse", *nowhere, "--save-path", tmp_path / "fused", *words), 2, *parts)
     assert not (tmp_path / "fused").exists()
+
+
+def test_a_bound_that_no_part_is_within_fuses_nothing(place, tmp_path):
+    words = ["fuse", "--model", place / "model", "--adapter-path", place / "one"]
+    words += ["--verify", place / "data", "--target-kl", 1e-9, "--save-path", tmp_path / "fused"]
+    refused(run(*words), 1, "the smallest part", "evaluate --adapter-scales")
+    assert not (tmp_path / "fused").exists()
+
+
+def test_a_bound_of_an_adapter_that_is_none_is_refused_before_the_reference_runs(place, tmp_path):
+    words = ["fuse", "--model", place / "model", "--adapter-path", place / "data"]
+    words += ["--verify", place / "data", "--target-kl", 1, "--save-path", tmp_path / "fused"]
+    done = run(*words)
+    assert done.exit_code != 0
+    assert "scoring" not in done.output
 
 
 def test_a_kl_that_was_not_measured_is_said_to_be_none(place, tmp_path):

@@ -201,15 +201,31 @@ def test_warnings_speak_of_collapse_length_and_results_older_than_the_adapters(t
     assert "collapsed?" in render(read_runs([run]))
 
 
-@pytest.mark.parametrize(("ended", "seen"), [(30, True), (20, False)])
-def test_a_part_that_was_saved_is_told_unless_training_went_on(tmp_path, ended, seen):
-    landed = {"kind": "landed", "iteration": 20, "figure": "drift", "part": 0.868, "pairs": 40,
-              "before": 0.116, "after": 0.1001}  # fmt: skip
-    run = a_run(tmp_path / "run", [a_report(10), a_report(20), landed, a_report(50 - ended)])
-    text = said(read_runs([run]))
-    wanted = "Saved is 0.868 of the change that was trained: on 40 validation pairs features move"
-    assert (wanted in text) is seen
-    assert ("by 0.1, with the whole change 0.116" in text) is seen
+LANDED = {
+    "kind": "landed", "iteration": 30, "figure": "drift", "part": 0.868, "pairs": 40,
+    "before": 0.116, "after": 0.1001, "target": 0.1, "loss": 0.6,
+    "metrics": {"rewards/accuracies": 0.625, "logps_per_token/chosen_change": -0.25},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reports", [(20, 30), (20,)])  # the second: an early stop between reports
+def test_a_part_that_was_saved_is_told_and_its_figures_are_those_of_the_run(tmp_path, reports):
+    whole = [a_report(n) | {"metrics": {"logps_per_token/chosen_change": -25.0}} for n in reports]
+    runs = read_runs([a_run(tmp_path / "run", [*whole, LANDED])])
+    text = said(runs)
+    assert (
+        "Saved is 0.868 of the change that was trained: on 40 validation pairs features move by "
+        "0.1 of their size, wanted 0.1; with the whole change 0.116."
+    ) in text
+    assert "collapsed" not in text, "the part that was saved has not"
+    shown = render(runs)
+    assert "validation pairs: 40, iteration 30" in shown
+    assert "0.625" in shown
+
+
+def test_a_part_that_training_went_on_from_is_not_told(tmp_path):
+    run = a_run(tmp_path / "run", [a_report(30), LANDED, a_report(40)])
+    assert "Saved is" not in said(read_runs([run]))
 
 
 def test_a_whole_run_without_trouble_has_no_warnings(tmp_path):

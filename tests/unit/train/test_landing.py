@@ -13,8 +13,10 @@ mx = pytest.importorskip("mlx.core")
 
 from helpers import SIZES, log_of, open_trainer, random_pairs, weights  # noqa: E402
 
+from fpo_mlx.cli.show import Progress  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
-from fpo_mlx.train.events import LandedReport  # noqa: E402
+from fpo_mlx.train.drift import named_as  # noqa: E402
+from fpo_mlx.train.events import LandedReport, SavedReport, StoppedReport  # noqa: E402
 from fpo_mlx.train.landing import FEWEST, LEAST, LOOKS, MOST, NEAR, meeting  # noqa: E402
 
 PAIRS, VALID = random_pairs(SIZES), random_pairs([*SIZES, *SIZES], seed=1)
@@ -36,10 +38,9 @@ def test_by_hand_a_square_is_met_by_the_root_in_one_look():
         looks.append(part)
         return 0.04 * part**2
 
-    part, figure = meeting(square, 0.04, 0.03) or (0.0, 0.0)
+    part = meeting(square, 0.04, 0.03)
     assert part == pytest.approx(math.sqrt(0.75))
-    assert figure == pytest.approx(0.03)
-    assert len(looks) == 1
+    assert looks == [part]
 
 
 @pytest.mark.parametrize("bend", [0.0, 0.3, 0.6])
@@ -52,11 +53,10 @@ def test_a_figure_that_bends_is_met_within_a_look_more(wanted, bend):
         looks.append(part)
         return (1 - bend) * part**2 + bend * part**4
 
-    found = meeting(bent, 1.0, wanted)
-    assert found is not None
-    assert found[1] == pytest.approx(bent(found[0]))
-    assert abs(math.log(found[1] / wanted)) <= NEAR
-    assert len(looks) <= 3  # the last one is this test's
+    part = meeting(bent, 1.0, wanted)
+    assert part is not None
+    assert len(looks) <= 2
+    assert abs(math.log(bent(part) / wanted)) <= NEAR
 
 
 def test_looks_that_find_no_such_part_take_the_nearest_and_end():
@@ -67,10 +67,16 @@ def test_looks_that_find_no_such_part_take_the_nearest_and_end():
         looks[part] = part**2 if part < 0.6 else 1.0
         return looks[part]
 
-    part, figure = meeting(leap, 1.0, 0.5) or (0.0, 0.0)
+    part = meeting(leap, 1.0, 0.5)
+    assert part is not None
     assert len(looks) == LOOKS
-    assert looks[part] == figure
-    assert figure == min(looks.values(), key=lambda f: abs(math.log(f / 0.5)))
+    assert looks[part] == min(looks.values(), key=lambda f: abs(math.log(f / 0.5)))
+
+
+def test_a_look_without_a_figure_ends_the_search_with_the_nearest_before_it():
+    looks = iter([0.9, math.nan])
+    assert meeting(lambda part: next(looks), 1.0, 0.5) == pytest.approx(math.sqrt(0.5))
+    assert meeting(lambda part: math.nan, 1.0, 0.5) is None
 
 
 @pytest.mark.parametrize("whole", [1.0, 1.02, 0.98, 0.0, math.nan, math.inf])
@@ -80,7 +86,7 @@ def test_what_is_near_enough_or_no_figure_is_left_as_it_is(whole):
 
 @pytest.mark.parametrize(("target", "part"), [(0.001, LEAST), (100.0, MOST)])
 def test_a_target_far_away_is_gone_towards_and_no_further(target, part):
-    assert meeting(lambda s: s**2, 1.0, target) == (part, part**2)
+    assert meeting(lambda s: s**2, 1.0, target) == part
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +110,7 @@ def test_what_is_saved_has_the_figure_that_was_named(llama, tmp_path, kind, chan
     power, figure = (2, "drift/rejected") if changes is DRIFT else (1, "kl/rejected")
     assert report.after == pytest.approx(report.target, rel=2 * NEAR / power)
     assert report.pairs == len(VALID)
+    assert named_as(figure, report.metrics[figure]) == pytest.approx(report.after)
 
     def measured(path) -> float:
         adapters.update(trainer.model, dict(mx.load(str(path))))
@@ -128,18 +135,67 @@ def test_a_part_of_a_lora_is_that_part_of_its_second_factor(llama, tmp_path):
 
 def test_a_longer_run_goes_on_from_the_whole_change(llama, tmp_path):
     straight, short = tmp_path / "straight", tmp_path / "short"
-    for out, iters in ((straight, 20), (short, 12)):
-        run = {**RUN, "iters": iters}
-        list(open_trainer(llama, out, PAIRS, valid=VALID, **run, **DRIFT).run())
-    longer = {**RUN, "iters": 20}
-    trainer = open_trainer(llama, short, PAIRS, valid=VALID, start=False, **longer, **DRIFT)
-    trainer.resume()
-    list(trainer.run())
+    list(open_trainer(llama, straight, PAIRS, valid=VALID, **{**RUN, "iters": 20}, **DRIFT).run())
+    landed(open_trainer(llama, short, PAIRS, valid=VALID, **RUN, **DRIFT))
+    resumed(llama, short, iters=20)
     for name in (adapters.WEIGHTS, "0000020_adapters.safetensors"):
         assert (short / name).read_bytes() == (straight / name).read_bytes()
 
 
-@pytest.mark.parametrize("without", ["a target", "validation pairs", "enough of them", "parts"])
+def resumed(llama, out, **changes):
+    run = {**RUN, **changes}
+    trainer = open_trainer(llama, out, PAIRS, valid=VALID, start=False, **run, **DRIFT)
+    trainer.resume()
+    return list(trainer.run())
+
+
+def test_killed_before_it_landed_a_run_loses_nothing_and_lands_when_it_is_resumed(llama, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    landed(open_trainer(llama, straight, PAIRS, valid=VALID, **RUN, **DRIFT))
+    for report in open_trainer(llama, killed, PAIRS, valid=VALID, **RUN, **DRIFT).run():
+        if isinstance(report, SavedReport):
+            break
+    assert "0000012_adapters.safetensors" in {p.name for p in killed.iterdir()}
+    (report,) = resumed(llama, killed)
+    assert isinstance(report, LandedReport)
+    for name in (adapters.WEIGHTS, "0000012_adapters.safetensors"):
+        assert (killed / name).read_bytes() == (straight / name).read_bytes()
+    before = (killed / adapters.WEIGHTS).read_bytes()
+    assert resumed(llama, killed) == []  # once is enough
+    assert (killed / adapters.WEIGHTS).read_bytes() == before
+
+
+def test_a_run_that_ends_early_lands_where_it_ends(llama, tmp_path):
+    run = {**RUN, "iters": 40, "steps_per_eval": 4, "early_stopping": 1, "learning_rate": 0.02}
+    reports = list(open_trainer(llama, tmp_path, PAIRS, valid=VALID, **run, **DRIFT).run())
+    kinds = [type(report) for report in reports[-3:]]
+    assert kinds == [SavedReport, LandedReport, StoppedReport]
+    assert reports[-2].iteration == reports[-1].iteration < 40
+
+
+def test_more_of_a_change_is_not_saved_where_the_guard_would_end_a_run(llama, tmp_path):
+    trainer = open_trainer(
+        llama, tmp_path, PAIRS, valid=VALID, **RUN, objective={"target_drift": 0.36}
+    )
+    trainer._held = lambda: None
+    assert not [r for r in trainer.run() if isinstance(r, LandedReport)]
+    whole = dict(mx.load(str(tmp_path / adapters.WEIGHTS)))
+    assert all((np.array(whole[k]) == v).all() for k, v in weights(trainer).items())
+
+
+def test_the_line_says_what_was_saved(capsys):
+    metrics = {"rewards/accuracies": 0.9, "rewards/margins": 0.2,
+               "logps_per_token/chosen_change": -0.1}  # fmt: skip
+    for figure, unit in (("drift", ""), ("kl", " nats")):
+        Progress()(LandedReport(80, figure, 0.1, 0.12, 0.83, 0.1004, 0.6, metrics, 25, 3.0))
+        said = capsys.readouterr().err
+        assert f"{figure} 0.12{unit} on 25 validation pairs, wanted 0.1: saved is 0.830 of" in said
+        assert f"{figure} 0.1004{unit}  acc 0.90" in said
+
+
+@pytest.mark.parametrize(
+    "without", ["a target", "validation pairs", "enough of them", "parts", "--land"]
+)
 def test_without_what_it_takes_nothing_is_landed(llama, tmp_path, without):
     changes: dict = {**RUN, **({} if without == "a target" else DRIFT)}
     changes["valid"] = {"validation pairs": None, "enough of them": VALID[: FEWEST - 1]}.get(
@@ -148,6 +204,8 @@ def test_without_what_it_takes_nothing_is_landed(llama, tmp_path, without):
     trainer = open_trainer(llama, tmp_path, PAIRS, **changes)
     if without == "parts":
         trainer.config = replace(trainer.config, init_adapter="another")
+    if without == "--land":
+        trainer.config = replace(trainer.config, land=False)
     assert not [r for r in trainer.run() if isinstance(r, LandedReport)]
     for name in (adapters.WEIGHTS, "0000012_adapters.safetensors"):
         whole = dict(mx.load(str(tmp_path / name)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -99,18 +100,25 @@ def test_two_processes_with_a_pair_each_train_as_one_with_two(place, two, tmp_pa
         np.testing.assert_allclose(array, moved[name], rtol=0, atol=1e-4 * abs(moved[name]).max())
 
 
-def test_two_processes_find_the_alpha_of_one(place, tmp_path):
-    words = ["--target-drift", 0.05, "--iters", 6]
+def test_two_processes_find_the_alpha_of_one_and_the_same_part_at_the_end(place, tmp_path):
+    more = [{**row, "prompt": f"{row['prompt']} {i}"} for row in ROWS for i in range(17)]
+    lines(tmp_path / "data" / "valid.jsonl", *more[:17])
+    shutil.copyfile(place / "data" / "train.jsonl", tmp_path / "data" / "train.jsonl")
+    words = ["--target-drift", 0.05, "--iters", 6, "--data", tmp_path / "data"]
+    words += ["--reference", tmp_path / "ref"]
+    assert run(*train(place, tmp_path / "one", *words)).exit_code == 0
     both = [["-m", "fpo_mlx", *train(place, tmp_path / "two", *words)]] * 2
     done = finish(start_ring(both, tmp_path / "hosts.json"))
     assert [result[0] for result in done] == [0, 0], done
-    assert run(*train(place, tmp_path / "one", *words)).exit_code == 0
-    alphas = [
-        [x["alpha"] for x in log_of(tmp_path / name) if x["kind"] == "train"]
-        for name in ("one", "two")
-    ]
+    one, two = (log_of(tmp_path / name) for name in ("one", "two"))
+    alphas = [[x["alpha"] for x in log if x["kind"] == "train"] for log in (one, two)]
     assert len(set(alphas[0])) == 6  # it moves with every update
     assert alphas[1] == pytest.approx(alphas[0], rel=1e-4)
+    ends = [[x for x in log if x["kind"] == "landed"] for log in (one, two)]
+    assert ends[1][0]["part"] == pytest.approx(ends[0][0]["part"], rel=1e-3)
+    moved = weights(tmp_path / "one")
+    for name, array in weights(tmp_path / "two").items():
+        np.testing.assert_allclose(array, moved[name], rtol=0, atol=1e-3 * abs(moved[name]).max())
 
 
 def test_a_killed_process_ends_the_run_and_leaves_one_that_resumes_to_the_same_end(
