@@ -4,10 +4,11 @@
 
 Trains SAEs on one model and site with several budgets of tokens, from random weights (cold) and
 from --init (warm), each a whole schedule of its own, and keeps FVU, L0 and dead features on text
-that no cell was trained on. Without --init an SAE is trained first, on the block before
-(--start-layer), with --start-tokens; or give --init an SAE of one block and --layer another: a near
-place stands in for a near model. A budget's activations are computed once: seeds draw the first
-weights and the order, not the text. Each cell is kept in --work, so a stopped run goes on.
+that no cell was trained on; of --init as it is, too. Without --init an SAE is trained first, on the
+block before (--start-layer), with --start-tokens; or give --init an SAE of one block and --layer
+another: a near place stands in for a near model. A budget's activations are computed once: seeds
+draw the first weights and the order, not the text. Each cell is kept in --work, so a stopped run
+goes on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fpo_mlx.config import SaeTrainConfig
 from fpo_mlx.demo import smollm2
 from fpo_mlx.machine.parallel import open_ranks
 from fpo_mlx.pipeline import sae_setup
+from fpo_mlx.records import SaeWeights
 from fpo_mlx.saetrain import finish
 from fpo_mlx.storage import files
 
@@ -71,7 +73,10 @@ def main(words: Sequence[str] | None = None) -> None:
     if o.init and o.layer is None and (site := read_sae(o.init).site) is not None:
         o.layer = site.layer
     init = o.init or begin(o, steps)
-    result: dict[str, Any] = {"settings": settings, "cells": []}
+    start = steps(
+        "as-it-is", lambda: judged(o, read_sae(init), config_of(o, "as-it-is", 1, None, 0))
+    )
+    result: dict[str, Any] = {"settings": settings, "as it is": start, "cells": []}
     place = o.output or ROOT / "scripts" / "studies" / "results" / "warm_start.json"
     for seed in range(o.seeds):  # a whole curve of one seed first
         for tokens in o.tokens:
@@ -118,10 +123,14 @@ def cell(
     """One training; its figures on text that no cell was trained on."""
     config = config_of(o, name, tokens, init, seed, layer)
     done = pipeline.sae_train(config, say=say)
-    found = finish.measure(read_sae(done.folder), held_out_rows(o, config))
+    return judged(o, read_sae(done.folder), config) | {"trained": done.tokens}
+
+
+def judged(o: argparse.Namespace, sae: SaeWeights, config: SaeTrainConfig) -> dict[str, float]:
+    found = finish.measure(sae, held_out_rows(o, config))
     if found is None:
-        raise SystemExit(f"{name}: nothing was held out to judge on; give more --data.")
-    return {key: getattr(found, key) for key in FIGURES} | {"trained": done.tokens}
+        raise SystemExit("nothing was held out to judge on; give more --data.")
+    return {key: getattr(found, key) for key in FIGURES}
 
 
 def held_out_rows(o: argparse.Namespace, config: SaeTrainConfig) -> np.ndarray:

@@ -22,6 +22,7 @@ def test_cold_and_warm_stand_side_by_side_and_nothing_runs_twice(tmp_path, monke
     assert [(row["kind"], row["tokens"], row["seeds"]) for row in found["means"]] == [
         ("cold", 128, 2), ("warm", 128, 2), ("cold", 640, 2), ("warm", 640, 2),
     ]  # fmt: skip
+    assert found["as it is"]["fvu"] > found["means"][3]["fvu"]
     cold, warm = found["means"][:2]
     assert warm["fvu"] < cold["fvu"]
     monkeypatch.setattr(warm_start, "cell", lambda *_, **__: pytest.fail("a cell ran again"))
