@@ -124,7 +124,7 @@ def test_every_help_names_every_flag_and_its_example_fits_80_columns(path):
 
 
 def test_a_command_with_few_options_shows_them_all_at_once():
-    few, many = main.commands["fuse"].params, main.commands["train"].params
+    few, many = main.commands["convert"].params, main.commands["train"].params
     assert len(few) <= SHORT < len(many)
     assert shown_of(few, everything=False) == few
     assert len(shown_of(many, everything=False)) < len(many)
