@@ -76,7 +76,8 @@ def main(words: Sequence[str] | None = None) -> None:
     start = steps(
         "as-it-is", lambda: judged(o, read_sae(init), config_of(o, "as-it-is", 1, None, 0))
     )
-    result: dict[str, Any] = {"settings": settings, "as it is": start, "cells": []}
+    about = settings | {name: Path(settings[name]).name for name in ("model", "data", "init")}
+    result: dict[str, Any] = {"settings": about, "as it is": start, "cells": []}
     place = o.output or ROOT / "scripts" / "studies" / "results" / "warm_start.json"
     for seed in range(o.seeds):  # a whole curve of one seed first
         for tokens in o.tokens:
