@@ -8,7 +8,7 @@ from typing import Protocol
 
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.train.events import Report, StepReport, ValidReport
+from fpo_mlx.train.events import LandedReport, Report, StepReport, ValidReport
 
 
 class Sink(Protocol):
@@ -40,7 +40,7 @@ def tracking(
             stack.callback(sinks[-1].close)
 
         def track(report: Report) -> None:
-            if isinstance(report, StepReport | ValidReport):
+            if isinstance(report, StepReport | ValidReport | LandedReport):
                 values = figures(report)
                 for sink in sinks:
                     sink.log(values, report.iteration)
@@ -48,11 +48,13 @@ def tracking(
         yield track
 
 
-def figures(report: StepReport | ValidReport) -> dict[str, float]:
+def figures(report: StepReport | ValidReport | LandedReport) -> dict[str, float]:
     """A report's figures by the names that trackers show."""
-    kind = "valid" if isinstance(report, ValidReport) else "train"
+    kind = {ValidReport: "valid", LandedReport: "landed"}.get(type(report), "train")
     values = {f"{kind}/loss": report.loss}
     values |= {f"{kind}/{name}": value for name, value in report.metrics.items()}
+    if isinstance(report, LandedReport):
+        values["landed/part"] = report.part
     if isinstance(report, StepReport):
         for name in (
             "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb", "skipped",

@@ -122,8 +122,8 @@ class TrainConfig:
     )
     land: bool = setting(
         True,
-        "at the end save the part of the change that has the --target-drift or --target-kl on the "
-        "validation pairs",
+        "at the end save the part of the change that is nearest to --target-drift or --target-kl "
+        "on the validation pairs",
         "saving",
         may_change=True,
     )

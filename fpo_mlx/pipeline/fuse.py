@@ -165,7 +165,8 @@ def _check_bound(config: RunConfig, bound: Bound, verify: str | None, scale: flo
         raise ConfigError(f"{bound.flag} {bound.value:g}: wanted {wanted}, finite and above 0.")
     if scale != 1.0:
         raise ConfigError(f"{bound.flag} finds the part: leave --adapter-scale {scale:g} out.")
-    if bound.kind == "drift" and not config.reference.sae:
+    activations = config.objective.constraint == "activations"  # --layer says of which block
+    if bound.kind == "drift" and not (config.reference.sae or activations):
         raise ConfigError(
             f"{bound.flag} {bound.value:g}: the features of an SAE are what drifts. Add the --sae "
             "of the training."
@@ -213,10 +214,10 @@ def _held_out(
     """The pairs of `verify` with the scores of the base. saes: with features, for a drift."""
     from fpo_mlx.train.metrics import ScoredPairs
 
-    objective = replace(
-        config.objective, constraint="features" if saes else "none", target_drift=None,
-        target_kl=None,
-    )  # fmt: skip
+    objective = replace(config.objective, constraint="none", target_drift=None, target_kl=None)
+    if saes:
+        own = "activations" if config.objective.constraint == "activations" else "features"
+        objective = replace(objective, constraint=own)
     config = replace(config, data=replace(config.data, data=verify), objective=objective)
     job = open_job(config, say=say)
     split = next((s for s in ("test", "valid", "train") if has_split(job, s)), "test")

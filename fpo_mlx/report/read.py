@@ -51,10 +51,10 @@ class Run:
         and where all of it was saved.
         """
         landed = self.landed[-1] if self.landed else {}
-        ends, lasts = (
-            figure(one.get("iteration")) for one in (landed, self.train[-1] if self.train else {})
-        )
-        return {} if ends is None or (lasts is not None and lasts > ends) else landed
+        ended = figure(landed.get("iteration"))
+        others = (*self.train[-1:], *self.valid[-1:], *self.skipped[-1:])
+        later = [n for one in others if (n := figure(one.get("iteration"))) is not None]
+        return {} if ended is None or any(n > ended for n in later) else landed
 
     @property
     def fingerprints(self) -> Mapping[str, Any]:

@@ -54,7 +54,7 @@ class Landed:
 def land(
     model: nn.Module,
     reference: Mapping[str, mx.array],
-    measure: Callable[[], Values | None],
+    measure: Callable[[float], Values | None],
     whole: Values,
     *,
     figure: str,
@@ -62,14 +62,14 @@ def land(
 ) -> Landed | None:
     """The part of the model's change from `reference` whose mean `figure` is near the target.
 
-    measure: the values of the model as it stands, None where it must not stay; whole: those of the
-    whole change. The model is left as it was. None: see `meeting`.
+    measure: part -> the values of the model as it stands, None where it must not stay so; whole:
+    those of the whole change. The model is left as it was. None: see `meeting`.
     """
     adapted, seen = dict(adapters.parameters(model)), {}
 
     def look(part: float) -> float:
         adapters.update(model, adapters.part_of(reference, adapted, part))
-        values = measure()
+        values = measure(part)
         if values is None:
             return math.nan
         seen[part] = values

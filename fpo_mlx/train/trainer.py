@@ -343,12 +343,16 @@ class Trainer:
         Nothing where there is no target, too little to see it on, no need, or it was done.
         """
         drift, progress = self.drift, self.progress
+        if progress.landed and not self.config.land:  # --resume --no-land takes it back
+            progress.landed = False
+            self._save(numbered=False)
         few = self._validation_pairs < landing.FEWEST
         if drift is None or progress.landed or few or not self.config.land:
             return
         if self.config.init_adapter:  # the change from another adapter has no parts
             return
         started = time.perf_counter()
+        self.model.eval()  # of a resumed run none was updated yet
         whole = self._validated or self._looked()
         figure = Controller.figure(self.scorer.objective)
         found = landing.land(
@@ -364,10 +368,12 @@ class Trainer:
             yield report
         self._save_state()
 
-    def _held(self) -> dict[str, np.ndarray] | None:
-        """`_looked`, unless the guard would end a run there: more of a change was never tried."""
+    def _held(self, part: float) -> dict[str, np.ndarray] | None:
+        """`_looked`, unless more than the whole is where the guard would end a run."""
         assert self.valid is not None
         values = self._looked()
+        if part <= 1:
+            return values
         tokens = np.array([len(p.chosen) for p in self.valid.pairs[: len(values["loss"])]])
         trouble = guard.divergence(values, tokens, 0.0, self.config, self.scorer.objective)
         return None if trouble else values

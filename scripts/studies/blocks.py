@@ -1,7 +1,8 @@
 """Which block and site should FPO's SAE read? One SAE at each place, FPO with each, beside DPO.
 
     python scripts/studies/blocks.py [--blocks 9 18 27] [--sites resid_post mlp_out] [--seeds 3]
-    python scripts/studies/blocks.py … --seed 1     this one only: a core and a --work for each
+    python scripts/studies/blocks.py … --seed 1     this one only: a core for each seed, with a copy
+        of --work that has the SAEs
 
 The paper's tables 3 and 7 in small. At each place an SAE is trained with the same width, k and
 tokens. FPO then runs on the same short pairs with each, held to the same drift of its features, and
@@ -24,14 +25,15 @@ from typing import Any
 
 import frontier_show
 import numpy as np
-from texts import ROOT, Steps, as_adapter, say, shared, short_pairs
+from texts import ROOT, Steps, as_adapter, goes_on, say, shared, short_pairs
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import SaeTrainConfig, load_config
 from fpo_mlx.demo import smollm2
+from fpo_mlx.errors import Diverged
 from fpo_mlx.storage import files
 
-PARTS = (0.25, 0.5, 1.0)
+PARTS = (0.05, 0.1, 0.25, 0.5, 1.0)
 LEVELS = (1.0, 3.0, 10.0)  # nats per held-out answer, mean of chosen and rejected
 RIVAL, MARGIN, KL = "dpo", "margin/of_pairs", "kl"
 NOT_SAID = ("work", "output", "seeds", "seed", "blocks", "sites")  # they add cells to what is there
@@ -84,7 +86,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def write(place: Path) -> None:
     """The comparison, from all that is there."""
     steps = {p.stem: json.loads(p.read_text()) for p in files.listed(place / "steps", "*.json")}
-    runs = [found for found in steps.values() if "points" in found]
+    runs = [found for found in steps.values() if found.get("points")]
     saes = {n.removeprefix("sae-"): v for n, v in steps.items() if n.startswith("sae-")}
     result = {"saes": saes, "at equal KL": table(runs)}
     files.write_json(place / "compared.json", result)
@@ -98,7 +100,7 @@ def train_sae(o: argparse.Namespace, place: str) -> dict[str, Any]:
         SaeTrainConfig(
             model=str(o.model), data=str(o.texts), output=str(folder), layer=int(block), site=site,
             width=o.width, k=o.k, training_tokens=o.tokens, batch_size=o.sae_batch_size,
-            passes=1000.0, resume=(folder / "checkpoint.safetensors").exists(),
+            passes=1000.0, save_every=20, **goes_on(folder, "checkpoint.safetensors"),
         ),
         say=say,
     )  # fmt: skip
@@ -119,11 +121,15 @@ def cell(o: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
     out = o.work / f"run-{kind}-{seed}"
     own = base | objective | {"adapter_path": str(out), "seed": seed, "iters": o.iters}
     own |= {"batch_size": 1, "learning_rate": o.learning_rate, "val_batches": 0}
-    own |= {"resume": (out / "checkpoint").exists(), "max_logp_drop": 1e9}
+    own |= {"save_every": 40, "max_logp_drop": 1e9, **goes_on(out)}
     if o.all_blocks:
         own |= {"num_layers": -1, "adapt_above_sae": True}
-    for _ in pipeline.train(load_config(own), say=say):
-        pass
+    found: dict[str, Any] = {"kind": kind, "seed": seed, "points": []}
+    try:
+        for _ in pipeline.train(load_config(own), say=say):
+            pass
+    except Diverged as error:  # there is nothing to measure
+        return found | {"diverged": str(error)}
     whole = as_adapter(out, o.iters, o.work / f"at-{kind}-{seed}")
     judged = pipeline.evaluate_all(
         load_config(base | {"objective": "dpo"}), adapter_paths=[str(whole)], scales=PARTS,
@@ -131,7 +137,7 @@ def cell(o: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
     )  # fmt: skip
     adapted = json.loads((out / "adapter_config.json").read_text())["num_layers"]
     points = [point(report) for report in judged.adapters.values()]
-    return {"kind": kind, "seed": seed, "adapted_blocks": adapted, "points": points}
+    return found | {"adapted_blocks": adapted, "points": points}
 
 
 def point(report: Any) -> dict[str, Any]:
@@ -181,10 +187,10 @@ def at_level(
     both = [s for s in there if s in rival and reached(rival[s], MARGIN) is not None]
     if not there:
         return {}
-    found: dict[str, Any] = {"seeds": len(there)}
+    found: dict[str, Any] = {"seeds": len(there), "seeds beside dpo": len(both)}
     for name, key in (("margin", MARGIN), ("chosen_change", "chosen_change")):
         found[name] = float(np.mean([reached(own[s], key) for s in there]))
-    if both:
+    if both and own is not rival:
         ours, theirs = (np.array([reached(of[s], MARGIN) for s in both]) for of in (own, rival))
         found["above dpo"] = float(ours.mean() - theirs.mean())
         found["interval"] = frontier_show.interval(ours, theirs, np.mean)

@@ -25,7 +25,18 @@ from typing import Any
 import control
 import numpy as np
 from control import judge
-from texts import ROOT, Steps, as_adapter, begin, is_list, rows, say, study_parser, write_rows
+from texts import (
+    ROOT,
+    Steps,
+    as_adapter,
+    begin,
+    goes_on,
+    is_list,
+    rows,
+    say,
+    study_parser,
+    write_rows,
+)
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import Sampling, load_config
@@ -168,7 +179,7 @@ def train(
 ) -> dict[str, Any]:
     own = config | {"adapter_path": str(folder), "seed": seed, "iters": o.iters, "batch_size": 1}
     own |= {"learning_rate": o.learning_rate, "val_batches": 0, "max_margin": 1e3}
-    own |= {"save_every": o.iters // o.checkpoints, "resume": (folder / "checkpoint").exists()}
+    own |= {"save_every": o.iters // o.checkpoints, **goes_on(folder)}
     own |= {"objective": "dpo" if kind == "dpo" else "fpo"}
     last: Any = None
     for report in pipeline.train(load_config(own), say=say):

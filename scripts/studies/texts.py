@@ -69,6 +69,12 @@ def as_adapter(run: Path, iteration: int, folder: Path) -> Path:
     return folder
 
 
+def goes_on(folder: Path, state: str = "checkpoint/state.safetensors") -> dict[str, bool]:
+    """How a killed run in a folder goes on: from its checkpoint, or anew before the first one."""
+    saved = (folder / state).is_file()
+    return {"resume": saved, "overwrite": not saved and (folder / "run.json").is_file()}
+
+
 SAE = shared("sae", "smollm2-135m-instruct-l27-4k-topk")
 
 

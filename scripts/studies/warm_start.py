@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from texts import ROOT, Steps, rows, shared, write_rows
+from texts import ROOT, Steps, goes_on, rows, shared, write_rows
 
 from fpo_mlx import machine, pipeline, read_sae
 from fpo_mlx.config import SaeTrainConfig
@@ -113,7 +113,7 @@ def config_of(
         else layer, architecture=o.architecture, width=o.width, k=o.k, training_tokens=tokens,
         batch_size=o.batch_size, init=init, seed=seed, passes=1000.0, held_out=0.0,
         store=None if name == "start" else str(o.work / f"activations-{tokens}"),
-        resume=(folder / "checkpoint.safetensors").exists(),
+        **goes_on(folder, "checkpoint.safetensors"),
     )  # fmt: skip
 
 

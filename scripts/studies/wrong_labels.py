@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from texts import ROOT, begin, rows, say, study_parser, write_rows
+from texts import ROOT, begin, goes_on, rows, say, study_parser, write_rows
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import load_config
@@ -127,7 +127,7 @@ def train(
     folder, out = o.work / f"data-{kind}-{seed}", o.work / f"{kind}-{seed}"
     write_rows(folder / "train.jsonl", kept)
     own = base | {"data": str(folder), "adapter_path": str(out), "seed": seed, "iters": o.iters}
-    own |= {"batch_size": 1, "learning_rate": 2e-5, "resume": (out / "checkpoint").exists()}
+    own |= {"batch_size": 1, "learning_rate": 2e-5, **goes_on(out)}
     for _ in pipeline.train(load_config(own), say=say):
         pass
     report = pipeline.evaluate(

@@ -9,6 +9,9 @@ import blocks
 import pytest
 import tiny_models
 from command_line import ROWS, lines
+from texts import goes_on
+
+from fpo_mlx.errors import Diverged
 
 
 def test_every_place_is_trained_and_judged_once(tmp_path, monkeypatch):
@@ -33,7 +36,7 @@ def test_every_place_is_trained_and_judged_once(tmp_path, monkeypatch):
         for kind in ("dpo", *places)
     }
     for kind, run in runs.items():
-        assert [p["part"] for p in run["points"]] == [0.25, 0.5, 1.0]
+        assert [p["part"] for p in run["points"]] == list(blocks.PARTS)
         kls = [p["kl"] for p in run["points"]]
         assert kls == sorted(kls)
         assert kls[0] > 0
@@ -66,7 +69,30 @@ def test_at_equal_kl_a_margin_is_compared_with_dpos_of_the_same_seeds():
     assert dpo["chosen_change"] == pytest.approx(-1.0)
     assert dpo_at_3["kl"] == 3.0
     assert (place["kind"], place["kl"], place["seeds"]) == ("resid_post-9", 1.0, 1)
+    assert place["seeds beside dpo"] == 1
+    assert "above dpo" not in dpo
     assert place["above dpo"] == pytest.approx(0.8 - 0.5)  # of seed 0, the other stays below
     low, high = place["interval"]
     assert low == pytest.approx(0.3 - 0.05)  # the rival's scatter is half of its own at KL 4
     assert high == pytest.approx(0.3 + 0.05)
+
+
+def test_a_run_that_the_guard_ends_is_kept_without_points(tmp_path, monkeypatch):
+    def diverges(*_, **__):
+        raise Diverged("iteration 3: the loss or its gradient is not finite.")
+
+    monkeypatch.setattr(blocks.pipeline, "train", diverges)
+    o = blocks.parse(["--model", "m", "--work", str(tmp_path)])
+    found = blocks.cell(o, "dpo", 1)
+    assert found["points"] == []
+    assert "not finite" in found["diverged"]
+
+
+def test_a_run_goes_on_from_its_checkpoint_or_anew_where_it_was_killed_before(tmp_path):
+    assert goes_on(tmp_path) == {"resume": False, "overwrite": False}
+    (tmp_path / "run.json").touch()
+    assert goes_on(tmp_path) == {"resume": False, "overwrite": True}
+    (tmp_path / "checkpoint").mkdir()
+    assert goes_on(tmp_path)["overwrite"] is True
+    (tmp_path / "checkpoint" / "state.safetensors").touch()
+    assert goes_on(tmp_path) == {"resume": True, "overwrite": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
 
@@ -228,12 +229,14 @@ def test_a_bound_that_no_part_is_within_fuses_nothing(place, tmp_path):
     assert not (tmp_path / "fused").exists()
 
 
-def test_a_bound_of_an_adapter_that_is_none_is_refused_before_the_reference_runs(place, tmp_path):
+def test_a_bound_of_an_adapter_that_is_none_is_refused_before_the_reference_runs(
+    place, tmp_path, monkeypatch
+):
+    module = importlib.import_module("fpo_mlx.pipeline.fuse")
+    monkeypatch.setattr(module, "_held_out", lambda *_, **__: pytest.fail("the reference runs"))
     words = ["fuse", "--model", place / "model", "--adapter-path", place / "data"]
     words += ["--verify", place / "data", "--target-kl", 1, "--save-path", tmp_path / "fused"]
-    done = run(*words)
-    assert done.exit_code != 0
-    assert "scoring" not in done.output
+    refused(run(*words), 1, "adapter_config.json")
 
 
 def test_a_kl_that_was_not_measured_is_said_to_be_none(place, tmp_path):

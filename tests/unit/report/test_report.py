@@ -223,8 +223,9 @@ def test_a_part_that_was_saved_is_told_and_its_figures_are_those_of_the_run(tmp_
     assert "0.625" in shown
 
 
-def test_a_part_that_training_went_on_from_is_not_told(tmp_path):
-    run = a_run(tmp_path / "run", [a_report(30), LANDED, a_report(40)])
+@pytest.mark.parametrize("later", [{}, {"kind": "valid"}])  # the second: an early stop
+def test_a_part_that_training_went_on_from_is_not_told(tmp_path, later):
+    run = a_run(tmp_path / "run", [a_report(30), LANDED, a_report(40) | later])
     assert "Saved is" not in said(read_runs([run]))
 
 

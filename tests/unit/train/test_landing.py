@@ -16,7 +16,7 @@ from helpers import SIZES, log_of, open_trainer, random_pairs, weights  # noqa: 
 from fpo_mlx.cli.show import Progress  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.train.drift import named_as  # noqa: E402
-from fpo_mlx.train.events import LandedReport, SavedReport, StoppedReport  # noqa: E402
+from fpo_mlx.train.events import LandedReport, SavedReport, StoppedReport, ValidReport  # noqa: E402
 from fpo_mlx.train.landing import FEWEST, LEAST, LOOKS, MOST, NEAR, meeting  # noqa: E402
 
 PAIRS, VALID = random_pairs(SIZES), random_pairs([*SIZES, *SIZES], seed=1)
@@ -174,13 +174,42 @@ def test_a_run_that_ends_early_lands_where_it_ends(llama, tmp_path):
 
 
 def test_more_of_a_change_is_not_saved_where_the_guard_would_end_a_run(llama, tmp_path):
-    trainer = open_trainer(
-        llama, tmp_path, PAIRS, valid=VALID, **RUN, objective={"target_drift": 0.36}
-    )
-    trainer._held = lambda: None
-    assert not [r for r in trainer.run() if isinstance(r, LandedReport)]
-    whole = dict(mx.load(str(tmp_path / adapters.WEIGHTS)))
-    assert all((np.array(whole[k]) == v).all() for k, v in weights(trainer).items())
+    far = {**RUN, "objective": {"target_drift": 0.45}}
+    free = landed(open_trainer(llama, tmp_path / "free", PAIRS, valid=VALID, **far))
+    assert free.part > 1
+    trainer = open_trainer(llama, tmp_path / "held", PAIRS, valid=VALID, **far)
+    for report in trainer.run():
+        assert not isinstance(report, LandedReport)
+        if isinstance(report, ValidReport) and report.iteration:
+            whole, more = (r.metrics["features/rejected"] for r in (report, free))
+            assert whole < more
+            trainer.config = replace(trainer.config, max_feature_distance=(whole + more) / 2)
+    saved = dict(mx.load(str(tmp_path / "held" / adapters.WEIGHTS)))
+    assert all((np.array(saved[k]) == v).all() for k, v in weights(trainer).items())
+
+
+def test_a_run_that_goes_on_measures_without_dropout(llama, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    drops = {**RUN, **DRIFT, "dropout": 0.3}
+    landed(open_trainer(llama, straight, PAIRS, valid=VALID, **drops))
+    for report in open_trainer(llama, killed, PAIRS, valid=VALID, **drops).run():
+        if isinstance(report, SavedReport):
+            break
+    trainer = open_trainer(llama, killed, PAIRS, valid=VALID, start=False, **drops)
+    trainer.resume()
+    trainer.model.train()  # as layers are when they are made
+    landed(trainer)
+    assert (killed / adapters.WEIGHTS).read_bytes() == (straight / adapters.WEIGHTS).read_bytes()
+
+
+def test_resumed_without_landing_the_whole_is_there_again(llama, tmp_path):
+    landed(open_trainer(llama, tmp_path, PAIRS, valid=VALID, **RUN, **DRIFT))
+    whole = (tmp_path / "0000012_adapters.safetensors").read_bytes()
+    assert (tmp_path / adapters.WEIGHTS).read_bytes() != whole
+    assert resumed(llama, tmp_path, land=False) == []
+    assert (tmp_path / adapters.WEIGHTS).read_bytes() == whole
+    (report,) = resumed(llama, tmp_path)
+    assert isinstance(report, LandedReport)
 
 
 def test_the_line_says_what_was_saved(capsys):
