@@ -23,7 +23,6 @@ from fpo_mlx.pipeline.pairs_judge import pairs_judge
 from fpo_mlx.pipeline.train import train
 from fpo_mlx.records import ROUND_FILE
 from fpo_mlx.storage import files, lines, outputs
-from fpo_mlx.storage.runfolder import RUN
 
 DONE = ROUND_FILE
 ROUNDS = outputs.Made("rounds", r"round-\d+/|settings\.json", mark="settings.json")
@@ -157,11 +156,10 @@ def _answers(
 
 
 def _training(settings: RoundsConfig, data: Path, adapter: Path, start: Path | None) -> RunConfig:
-    from fpo_mlx.train.checkpoint import STATE
+    from fpo_mlx.train.checkpoint import run_folder
 
     given: dict[str, Any] = {**settings.train, "model": settings.model, "data": str(data)}
-    begun, saved = ((adapter / name).is_file() for name in (RUN, STATE))
-    given |= {"adapter_path": str(adapter), "resume": saved, "overwrite": begun and not saved}
+    given |= {"adapter_path": str(adapter), **run_folder(adapter).going_on()}
     given |= {"init_adapter": str(start)} if start else {}
     return load_config(given)
 

@@ -55,6 +55,14 @@ class RunFolder:
         if path.exists():
             os.truncate(path, min(length, path.stat().st_size))
 
+    def going_on(self) -> dict[str, bool]:
+        """Settings with which a killed run goes on: from its checkpoint, or anew before the first.
+
+        A new run in an empty folder has neither.
+        """
+        saved = (self.path / self.state).is_file()
+        return {"resume": saved, "overwrite": not saved and self.record.is_file()}
+
     def check_begun(self) -> None:
         """Raises: ConfigError where there is nothing to go on with."""
         if not (self.path / self.state).is_file() or not self.record.is_file():

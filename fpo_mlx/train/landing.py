@@ -18,14 +18,13 @@ import numpy as np
 from fpo_mlx.model import adapters
 from fpo_mlx.train.drift import named_as
 from fpo_mlx.train.events import LandedReport
-from fpo_mlx.train.metrics import shown
+from fpo_mlx.train.metrics import means_of
 
 NEAR = 0.03  # of the figure, in logarithms: relative D within 3 %, features within 1.5 %
 LEAST, MOST = 0.1, 1.25  # parts; further up lies what was never trained
 LOOKS = 3
 POWER = 2.0  # of the part, that relative D and KL grow with where changes are small
 FEWEST = 16  # validation pairs; D scatters so much that fewer say less than the controller
-
 
 Values = Mapping[str, np.ndarray]  # per pair, as `metrics.measure` gives them
 
@@ -43,7 +42,7 @@ class Landed:
     ) -> LandedReport:
         """whole: the values of the whole change; figure and target: as the controller has them."""
         before, after = (float(values[figure].mean()) for values in (whole, self.values))
-        means = shown({name: float(array.mean()) for name, array in self.values.items()})
+        means = means_of(self.values)
         return LandedReport(
             iteration, figure.removesuffix("/rejected"), named_as(figure, target),
             named_as(figure, before), self.part, named_as(figure, after), means.pop("loss"), means,

@@ -99,6 +99,11 @@ def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def means_of(values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What a report shows of values per pair: `shown` of their means, the loss among them."""
+    return shown({name: float(array.mean()) for name, array in values.items()})
+
+
 def shown(means: Mapping[str, float]) -> dict[str, float]:
     """What a report shows of the means: not u, and no fact that no row speaks of."""
     return {k: v for k, v in means.items() if k != "u" and v != FACTS.get(k)}

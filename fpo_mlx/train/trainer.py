@@ -31,7 +31,7 @@ from fpo_mlx.train.events import (
     ValidReport,
 )
 from fpo_mlx.train.gradients import GRADIENTS, Ground
-from fpo_mlx.train.metrics import ScoredPairs, Window, measure, shown
+from fpo_mlx.train.metrics import ScoredPairs, Window, means_of, measure, shown
 from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update, part_way
 from fpo_mlx.train.scoring import Scorer
 
@@ -319,7 +319,7 @@ class Trainer:
     def _validate(self) -> ValidReport:
         started, n = time.perf_counter(), self._validation_pairs
         values = self._validated = self._looked()
-        means = shown({name: float(array.mean()) for name, array in values.items()})
+        means = means_of(values)
         loss, progress = means.pop("loss"), self.progress
         if not math.isfinite(loss):
             trouble = guard.Trouble("the validation loss is not finite", guard.NOT_FINITE)
@@ -396,9 +396,7 @@ class Trainer:
             self.model, self.optimizer, self._reference, self._good, self.progress
         )
 
-    def _log(
-        self, kind: str, report: StepReport | ValidReport | SkippedReport | LandedReport
-    ) -> None:
+    def _log(self, kind: str, report: Report) -> None:
         self.folder.log({"kind": kind, **asdict(report)}, self.progress)
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from fpo_mlx.demo import smollm2
 from fpo_mlx.storage import files
+from fpo_mlx.storage.runfolder import RunFolder
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,9 +71,8 @@ def as_adapter(run: Path, iteration: int, folder: Path) -> Path:
 
 
 def goes_on(folder: Path, state: str = "checkpoint/state.safetensors") -> dict[str, bool]:
-    """How a killed run in a folder goes on: from its checkpoint, or anew before the first one."""
-    saved = (folder / state).is_file()
-    return {"resume": saved, "overwrite": not saved and (folder / "run.json").is_file()}
+    """`RunFolder.going_on`; state: the place of the checkpoint in the folder."""
+    return RunFolder(folder, Path(state), "").going_on()
 
 
 SAE = shared("sae", "smollm2-135m-instruct-l27-4k-topk")

@@ -16,22 +16,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from texts import ROOT, Steps, goes_on, rows, shared, write_rows
+from texts import ROOT, Steps, goes_on, rows, say, shared, write_rows
 
 from fpo_mlx import machine, pipeline, read_sae
 from fpo_mlx.config import SaeTrainConfig
 from fpo_mlx.demo import smollm2
-from fpo_mlx.machine.parallel import open_ranks
-from fpo_mlx.pipeline import sae_setup
 from fpo_mlx.records import SaeWeights
-from fpo_mlx.saetrain import finish
 from fpo_mlx.storage import files
 
 FIGURES = ("fvu", "l0", "dead")
@@ -73,11 +69,11 @@ def main(words: Sequence[str] | None = None) -> None:
     if o.init and o.layer is None and (site := read_sae(o.init).site) is not None:
         o.layer = site.layer
     init = o.init or begin(o, steps)
-    start = steps(
+    unchanged = steps(
         "as-it-is", lambda: judged(o, read_sae(init), config_of(o, "as-it-is", 1, None, 0))
     )
     about = settings | {name: Path(settings[name]).name for name in ("model", "data", "init")}
-    result: dict[str, Any] = {"settings": about, "as it is": start, "cells": []}
+    result: dict[str, Any] = {"settings": about, "as it is": unchanged, "cells": []}
     place = o.output or ROOT / "scripts" / "studies" / "results" / "warm_start.json"
     for seed in range(o.seeds):  # a whole curve of one seed first
         for tokens in o.tokens:
@@ -128,6 +124,8 @@ def cell(
 
 
 def judged(o: argparse.Namespace, sae: SaeWeights, config: SaeTrainConfig) -> dict[str, float]:
+    from fpo_mlx.saetrain import finish  # it loads MLX: after machine.set_up
+
     found = finish.measure(sae, held_out_rows(o, config))
     if found is None:
         raise SystemExit("nothing was held out to judge on; give more --data.")
@@ -136,6 +134,9 @@ def judged(o: argparse.Namespace, sae: SaeWeights, config: SaeTrainConfig) -> di
 
 def held_out_rows(o: argparse.Namespace, config: SaeTrainConfig) -> np.ndarray:
     """Activations at the cell's site, [n, D]; computed once for a block."""
+    from fpo_mlx.machine.parallel import open_ranks
+    from fpo_mlx.pipeline import sae_setup
+
     place = o.work / f"held-out-{config.layer}.npy"
     if not place.is_file():
         own = replace(config, data=str(o.held_out), training_tokens=None, init=None, store=None)
@@ -155,10 +156,6 @@ def means(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row |= {name: statistics.fmean(one[name] for one in own) for name in FIGURES}
         found.append(row | {"fvu_range": [min(fvu), max(fvu)]})
     return found
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
