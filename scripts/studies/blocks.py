@@ -80,12 +80,11 @@ def main(words: Sequence[str] | None = None) -> None:
                 figures = made(f"sae-{kind}", lambda k=kind: train_sae(o, k))
                 measured(f"sae-{kind}", lambda f=figures: f)
             measured(f"{kind}-{seed}", lambda k=kind, s=seed: cell(o, k, s))
-            write(place)
+            write(place, measured.values())
 
 
-def write(place: Path) -> None:
+def write(place: Path, steps: Mapping[str, Any]) -> None:
     """The comparison, from all that is there."""
-    steps = {p.stem: json.loads(p.read_text()) for p in files.listed(place / "steps", "*.json")}
     runs = [found for found in steps.values() if found.get("points")]
     saes = {n.removeprefix("sae-"): v for n, v in steps.items() if n.startswith("sae-")}
     result = {"saes": saes, "at equal KL": table(runs)}

@@ -89,9 +89,12 @@ def study_parser(doc: str | None, work: str) -> argparse.ArgumentParser:
     return parser
 
 
-def begin(o: argparse.Namespace) -> tuple[str, Steps]:
-    """The folder of the model, and the steps of this study; more seeds go on with them."""
-    apart = ("work", "output", "seeds", "seed")
+def begin(o: argparse.Namespace, *more: str) -> tuple[str, Steps]:
+    """The folder of the model, and the steps of this study; more seeds go on with them.
+
+    more: options that add to what is there, as seeds do.
+    """
+    apart = ("work", "output", "seeds", "seed", *more)
     steps = Steps(o.work, {k: str(v) for k, v in vars(o).items() if k not in apart})
     return str(o.model or smollm2.fetch(say=say).full), steps
 
@@ -108,6 +111,11 @@ class Steps:
 
     def done(self, name: str) -> bool:
         return (self.folder / f"{name}.json").exists()
+
+    def values(self) -> dict[str, Any]:
+        """Every result that is there, by its step's name."""
+        there = files.listed(self.folder, "*.json")
+        return {p.stem: json.loads(p.read_text()) for p in there if p.name != "settings.json"}
 
     def __call__(self, name: str, run: Callable[[], Any]) -> Any:
         path = self.folder / f"{name}.json"
