@@ -3,6 +3,8 @@
     python scripts/studies/blocks.py [--blocks 9 18 27] [--sites resid_post mlp_out] [--seeds 3]
     python scripts/studies/blocks.py … --seed 1     this one only: a core for each seed, with a copy
         of --work that has the SAEs
+    python scripts/studies/blocks.py … --vary resid_post-27 [--variants free chosen …]
+        other distances at one place, beside it
 
 The paper's tables 3 and 7 in small. At each place an SAE is trained with the same width, k and
 tokens. FPO then runs on the same short pairs with each, held to the same drift of its features, and
@@ -10,9 +12,11 @@ DPO without a constraint; of every run parts of its change (PARTS) are judged on
 drift of one place is not that of another, so runs are compared at equal KL, between their parts:
 the margin in nats per token, and its difference from DPO's, with 95 % by bootstrap over seeds and
 pairs. Adapters are where the tool puts them, at the SAE's block and below, so places differ in what
-may move as well; `--all-blocks` adapts every block for all of them. SAEs and adapters are kept in
---work, what was measured in results/blocks/: a stopped study goes on, and what was measured is not
-measured again on another machine.
+may move as well; `--all-blocks` adapts every block for all of them. With `--vary` a place has other
+distances beside FPO's own (VARIANTS): none, with gradient through the chosen response, of fewer or
+more features, of all features by what each adds to the logits, of a second SAE. SAEs and adapters
+are kept in --work, what was measured in results/blocks/: a stopped study goes on, and what was
+measured is not measured again on another machine.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +34,33 @@ from texts import ROOT, Steps, as_adapter, goes_on, say, shared, short_pairs
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import SaeTrainConfig, load_config
+from fpo_mlx.data.feature_files import write_weights
 from fpo_mlx.demo import smollm2
 from fpo_mlx.errors import Diverged
 from fpo_mlx.storage import files
 
-PARTS = (0.05, 0.1, 0.25, 0.5, 1.0)
+PARTS = (0.25, 0.5, 1.0)
 LEVELS = (1.0, 3.0, 10.0)  # nats per held-out answer, mean of chosen and rejected
 RIVAL, MARGIN, KL = "dpo", "margin/of_pairs", "kl"
-NOT_SAID = ("work", "output", "seeds", "seed", "blocks", "sites")  # they add cells to what is there
+VARIANTS: dict[str, dict[str, Any]] = {  # settings of FPO that differ
+    "free": {"target_drift": None, "alpha": 0.0},
+    "chosen": {"stop_gradient": False},
+    "k10": {"top_k": 10},
+    "k250": {"top_k": 250},
+    "logits": {},
+    "two": {},
+}
+NOT_SAID = (
+    "work",
+    "output",
+    "seeds",
+    "seed",
+    "blocks",
+    "sites",
+    "vary",
+    "variants",
+    "second",
+)  # they add cells to what is there
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,6 +80,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target-drift", type=float, default=0.3)
     parser.add_argument("--max-seq-length", type=int, default=224)
     parser.add_argument("--top-k", type=int, default=50)
+    parser.add_argument("--vary", metavar="PLACE", help="SITE-BLOCK, alone with its VARIANTS")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--second", default="resid_post-9", help="place of `two`'s other SAE")
     parser.add_argument("--all-blocks", action="store_true", help="adapt every block for all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, action="append", default=[], help="these, not all")
@@ -74,12 +101,15 @@ def main(words: Sequence[str] | None = None) -> None:
     made, measured = Steps(o.work, settings), Steps(place, anywhere)
     short_pairs(o.data, o.work / "data", {"test": o.pairs})
     places = [f"{site}-{block}" for block in o.blocks for site in o.sites]
+    if o.vary:
+        places = [o.vary, *(f"{o.vary}+{variant}" for variant in o.variants)]
     for seed in o.seed or range(o.seeds):
         for kind in (RIVAL, *places):
-            if not measured.done(f"{kind}-{seed}") and kind != RIVAL:
-                figures = made(f"sae-{kind}", lambda k=kind: train_sae(o, k))
-                measured(f"sae-{kind}", lambda f=figures: f)
-            measured(f"{kind}-{seed}", lambda k=kind, s=seed: cell(o, k, s))
+            if not measured.done(f"{kind}-{seed}"):
+                for own in saes_of(o, kind):
+                    figures = made(f"sae-{own}", partial(train_sae, o, own))
+                    measured(f"sae-{own}", lambda f=figures: f)
+            measured(f"{kind}-{seed}", partial(cell, o, kind, seed))
             write(place, measured.values())
 
 
@@ -107,19 +137,28 @@ def train_sae(o: argparse.Namespace, place: str) -> dict[str, Any]:
     return figures | {"loss_recovered": None if done.loss is None else done.loss.recovered}
 
 
+def saes_of(o: argparse.Namespace, kind: str) -> list[str]:
+    """The places of a kind's SAEs, its own first."""
+    place, _, variant = kind.partition("+")
+    return [] if kind == RIVAL else [place, *([o.second] if variant == "two" else [])]
+
+
 def cell(o: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
-    """One training and parts of its change. kind: RIVAL, or a place whose SAE holds FPO."""
+    """One training and parts of its change. kind: RIVAL, or PLACE or PLACE+VARIANT of FPO."""
+    places, variant = saes_of(o, kind), kind.partition("+")[2]
     base: dict[str, Any] = {
         "model": str(o.model), "data": str(o.work / "data"), "max_seq_length": o.max_seq_length,
-        "reference": str(o.work / f"reference-{kind}"), "top_k": o.top_k,
+        "top_k": o.top_k,
     }  # fmt: skip
+    judging = base | reads(o, places[:1])
     objective: dict[str, Any] = {"objective": "dpo"}
-    if kind != RIVAL:
-        base["sae"] = (str(o.work / f"sae-{kind}"),)
-        objective = {"target_drift": o.target_drift}
+    if places:
+        objective = {"target_drift": o.target_drift} | VARIANTS.get(variant, {})
+    if variant == "logits":
+        objective["feature_weights"] = str(logit_weights(o, judging))
     out = o.work / f"run-{kind}-{seed}"
-    own = base | objective | {"adapter_path": str(out), "seed": seed, "iters": o.iters}
-    own |= {"batch_size": 1, "learning_rate": o.learning_rate, "val_batches": 0}
+    own = base | reads(o, places) | objective | {"adapter_path": str(out), "seed": seed}
+    own |= {"iters": o.iters, "batch_size": 1, "learning_rate": o.learning_rate, "val_batches": 0}
     own |= {"save_every": 40, "max_logp_drop": 1e9, **goes_on(out)}
     if o.all_blocks:
         own |= {"num_layers": -1, "adapt_above_sae": True}
@@ -131,12 +170,44 @@ def cell(o: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
         return found | {"diverged": str(error)}
     whole = as_adapter(out, o.iters, o.work / f"at-{kind}-{seed}")
     judged = pipeline.evaluate_all(
-        load_config(base | {"objective": "dpo"}), adapter_paths=[str(whole)], scales=PARTS,
+        load_config(judging | {"objective": "dpo"}), adapter_paths=[str(whole)], scales=PARTS,
         split="test", say=say,
     )  # fmt: skip
     adapted = json.loads((out / "adapter_config.json").read_text())["num_layers"]
     points = [point(report) for report in judged.adapters.values()]
     return found | {"adapted_blocks": adapted, "points": points}
+
+
+def reads(o: argparse.Namespace, places: Sequence[str]) -> dict[str, Any]:
+    """Settings: the SAEs at these places, and the reference's scores with them."""
+    saes = tuple(str(o.work / f"sae-{place}") for place in places)
+    folder = o.work / "-".join(("reference", *(places or (RIVAL,))))
+    return {"reference": str(folder)} | ({"sae": saes} if saes else {})
+
+
+def logit_weights(o: argparse.Namespace, settings: Mapping[str, Any]) -> Path:
+    """A weight for every feature: the spread of what its decoder row adds to the logits; mean 1."""
+    from fpo_mlx.judge.feature_page import logit_weights as on_logits
+    from fpo_mlx.pipeline.features import open_policy
+    from fpo_mlx.pipeline.job import open_job, read_sae
+
+    config = load_config(dict(settings))
+    place = config.reference.sae[0]
+    job = open_job(config, say=say)
+    policy, site = open_policy(job, None, say), job.saes[0].site
+    rows = read_sae(place, config, say).w_dec
+    if site is None or rows is None:
+        raise SystemExit(f"{place} has no decoder to weigh by.")
+    spread = []
+    for row in rows:
+        added = on_logits(policy, site, row)
+        if added is None:
+            raise SystemExit(f"{place} does not write into the stream; its logits are not known.")
+        spread.append(float(added.std()))
+    kept = [{"feature": i, "weight": one / np.mean(spread)} for i, one in enumerate(spread)]
+    path = o.work / f"logit-weights-{Path(place).name}.csv"
+    write_weights(path, kept)
+    return path
 
 
 def point(report: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ KINDS: dict[str, tuple[str | None, str | None]] = {  # setting, whose features
 PARTS = (0.5, 1.0, 2.0)  # of an adapter's change
 OPENING = re.compile(r"(sure|certainly|of course|absolutely|here(?:\s+(?:is|are)|['’]s))\b", re.I)
 TOKENS = {"list": 64, "opening": 16}  # of a sampled answer: what shows the behaviour
-PROMPT = 250  # characters of a held-out prompt at most: its answers cost less
+PROMPT = 250  # characters at most, held out or of texts that are looked at: leaves room, costs less
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -174,7 +174,7 @@ def text_sets(o: argparse.Namespace) -> tuple[Path, Path]:
     sets: dict[bool, list[dict[str, str]]] = {True: [], False: []}
     for row in rows(o.data / "train.jsonl"):
         own = sets[shows(row["chosen"], o.behaviour)]
-        if len(own) < o.texts:
+        if len(own) < o.texts and len(row["prompt"]) <= PROMPT:
             own.append({"prompt": row["prompt"], "response": row["chosen"]})
     return (
         write_rows(o.work / "with.jsonl", sets[True]),

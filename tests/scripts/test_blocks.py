@@ -11,6 +11,7 @@ import tiny_models
 from command_line import ROWS, lines
 from texts import goes_on
 
+from fpo_mlx.data.feature_files import read_weights
 from fpo_mlx.errors import Diverged
 
 
@@ -43,6 +44,27 @@ def test_every_place_is_trained_and_judged_once(tmp_path, monkeypatch):
         assert all((p["drift"] is None) == (kind == "dpo") for p in run["points"])
         assert all(len(p[blocks.MARGIN]) == 3 for p in run["points"])
     assert runs["resid_post-1"]["adapted_blocks"] == 2 < runs["resid_post-2"]["adapted_blocks"] == 3
+    variants = ["free", "chosen", "k10", "logits", "two"]
+    beside = ["--vary", "resid_post-2", "--second", "resid_post-1", "--variants", *variants]
+    blocks.main([str(word) for word in (*words, *beside)])
+    for variant in variants:
+        run = json.loads(
+            (tmp_path / "found" / "steps" / f"resid_post-2+{variant}-0.json").read_text()
+        )
+        assert run["points"] != runs["resid_post-2"]["points"], variant
+    by_logits = tmp_path / "work" / "logit-weights-sae-resid_post-2.csv"
+    for variant, (name, wanted) in {
+        "free": ("alpha", 0.0), "chosen": ("stop_gradient", False), "k10": ("top_k", 10),
+        "logits": ("feature_weights", str(by_logits)),
+        "two": ("sae", [str(tmp_path / "work" / f"sae-resid_post-{n}") for n in (2, 1)]),
+    }.items():  # fmt: skip
+        run = json.loads((tmp_path / "work" / f"run-resid_post-2+{variant}-0/run.json").read_text())
+        assert run["settings"][name] == wanted
+        assert run["settings"]["target_drift"] == (None if variant == "free" else 0.3)
+    weights = read_weights(by_logits, [64])[0]
+    assert len(weights) == 64
+    assert sum(weights.values()) / 64 == pytest.approx(1.0)
+    assert len(set(weights.values())) > 60
     monkeypatch.setattr(blocks, "cell", lambda *_: pytest.fail("a cell ran again"))
     monkeypatch.setattr(blocks, "train_sae", lambda *_: pytest.fail("an SAE was trained again"))
     blocks.main([str(word) for word in words])
