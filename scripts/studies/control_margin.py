@@ -6,9 +6,9 @@
 Five ways to train on the same pairs: FPO; with the behaviour's features held (`--feature-weights`),
 or projected out (`--project-out`); each with as many unrelated ones of equal activity in their
 place. What holds also learns less, so no two of them end at the same margin. Of each adapter parts
-(PARTS, beyond the whole, too) are judged on held-out pairs; the lowest of their last margins is one
-that all of them reach, and each answers the held-out prompts at the part of itself that has this
-margin (`--levels`: shares of it). Compared are the rates of the behaviour in `--answers` sampled
+(PARTS) are judged on held-out pairs; the lowest of their highest margins is one that all of them
+reach, and each answers the held-out prompts at the part of itself that has this margin (`--levels`:
+shares of it). Compared are the rates of the behaviour in `--answers` sampled
 answers with the same noise, 95 % by bootstrap over seeds and prompts. What is trained is kept in
 --work, what was measured in results/control_margin_BEHAVIOUR/: a stopped study goes on, and what
 was measured is not measured again on another machine. `--smoke` takes minutes and proves nothing.
@@ -53,7 +53,7 @@ KINDS: dict[str, tuple[str | None, str | None]] = {  # setting, whose features
     "out": ("project_out", "own"),
     "out, unrelated": ("project_out", "others"),
 }
-PARTS = (0.5, 1.0, 2.0)  # of an adapter's change
+PARTS = (0.25, 0.5, 1.0)  # of an adapter's change; beyond the whole nothing is held as it was
 OPENING = re.compile(r"(sure|certainly|of course|absolutely|here(?:\s+(?:is|are)|['’]s))\b", re.I)
 TOKENS = {"list": 64, "opening": 16}  # of a sampled answer: what shows the behaviour
 PROMPT = 250  # characters at most, held out or of texts that are looked at: leaves room, costs less

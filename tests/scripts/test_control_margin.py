@@ -9,11 +9,11 @@ import pytest
 from control_margin import BASE, FREE, KINDS
 from texts import Steps
 
-CURVES = {  # margin at each of PARTS: a half, the whole, twice
+CURVES = {  # margin at each of PARTS: a quarter, a half, the whole
     FREE: [0.4, 0.8, 1.6], "held": [0.1, 0.2, 0.4], "held, unrelated": [0.2, 0.4, 0.8],
     "out": [0.4, 0.3, 0.5], "out, unrelated": [0.4, 0.8, 1.6],
 }  # fmt: skip
-PARTS = {FREE: 0.5, "held": 2.0, "held, unrelated": 1.0, "out": 0.5, "out, unrelated": 0.5}
+PARTS = {FREE: 0.25, "held": 1.0, "held, unrelated": 0.5, "out": 0.25, "out, unrelated": 0.25}
 
 
 def point(kind, rates, seed=0, margin=0.4):
@@ -41,14 +41,14 @@ def test_every_kind_answers_at_the_part_that_has_the_margin_of_all_and_none_twic
     found = json.loads((tmp_path / "compared.json").read_text())["at 1"]
     assert found["margin"] == pytest.approx(0.4)
     assert found["parts"] == PARTS
-    assert found["gaps"]["fpo less held"] == pytest.approx([0.05 - 0.2] * 3)
-    assert found["gaps"]["held, unrelated less held"] == pytest.approx([0.1 - 0.2] * 3)
-    assert found["gaps"]["fpo less base"] == pytest.approx([0.05] * 3)
+    assert found["gaps"]["fpo less held"] == pytest.approx([0.025 - 0.1] * 3)
+    assert found["gaps"]["held, unrelated less held"] == pytest.approx([0.05 - 0.1] * 3)
+    assert found["gaps"]["fpo less base"] == pytest.approx([0.025] * 3)
 
 
 @pytest.mark.parametrize(
     ("curve", "margin", "part"),
-    [([0.4, 0.8, 1.6], 0.2, 0.25), ([0.4, 0.8, 1.6], 1.2, 1.5), ([0.3, 0.1, 0.2], 0.2, 1 / 3)],
+    [([0.4, 0.8, 1.6], 0.2, 1 / 8), ([0.4, 0.8, 1.6], 1.2, 0.75), ([0.3, 0.1, 0.2], 0.2, 1 / 6)],
 )
 def test_a_part_lies_where_the_margin_is_first_reached_by_hand(curve, margin, part):
     assert control_margin.part_at(curve, margin) == pytest.approx(part)
