@@ -1,0 +1,125 @@
+"""Does a mean over tokens hide what features do? Pooled and token-wise drift of adapters in part.
+
+    python scripts/studies/hidden_moves.py --model M --sae S --data DIR \\
+        --adapter dpo=ADAPTER --adapter held=ADAPTER [--parts 0.25 0.5 1] [--pairs 40]
+
+FPO's D compares means over a response, so a feature that rises on one token and falls on the next
+has not moved. Were that a way around the constraint, features of a run that was held would move
+more, token by token, than those of a run that nothing held and whose means moved as far. `seen` is
+the share of the squared moves that is left in the means: the sum over features of (mean move)^2,
+over that of mean (move^2). It is 1 where every token moves alike, and one over the number of tokens
+where each moves for itself. A file of the figures is written with --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from texts import say, shared
+
+from fpo_mlx import machine
+from fpo_mlx.config import load_config
+from fpo_mlx.storage import files
+
+SIDES = ("chosen", "rejected")
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--sae", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=shared("data"), help="pairs")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--adapter", action="append", required=True, metavar="NAME=PATH")
+    parser.add_argument("--parts", type=float, nargs="+", default=[0.25, 0.5, 1.0])
+    parser.add_argument("--max-seq-length", type=int, default=224)
+    parser.add_argument("--top-k", type=int, default=50)
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    machine.set_up()
+    o = parse(words)
+    found = [
+        {"adapter": name, "part": part, **drifts}
+        for name, path in (one.split("=", 1) for one in o.adapter)
+        for part, drifts in measured(o, Path(path))
+    ]
+    for one in found:
+        print(json.dumps(one), flush=True)
+    if o.output:
+        files.write_json(o.output, found)
+
+
+def measured(o: argparse.Namespace, adapter: Path) -> Iterator[tuple[float, dict[str, Any]]]:
+    """(part, figures) of an adapter; each response runs through the base once for all parts."""
+    from fpo_mlx.judge.feature_scan import encoded
+    from fpo_mlx.model import adapters
+    from fpo_mlx.model.reader import encoder_of
+    from fpo_mlx.pipeline.features import open_policy
+    from fpo_mlx.pipeline.job import open_job, read_pairs
+
+    settings = {
+        "model": str(o.model), "sae": (str(o.sae),), "data": str(o.data),
+        "max_seq_length": o.max_seq_length,
+    }  # fmt: skip
+    job = open_job(load_config(settings), say=say)
+    pairs = read_pairs(job, o.split, say)[: o.pairs]
+    encoder = encoder_of(job.saes[0])
+    base, policy = open_policy(job, None, say), open_policy(job, adapter, say)
+    sums: dict[float, dict[str, list[Moves]]] = {
+        part: {side: [] for side in SIDES} for part in o.parts
+    }
+    before = {
+        (i, side): encoded(encoder, base.answer_rows(pair.prompt, response).tapped[0])
+        for i, pair in enumerate(pairs)
+        for side, response in zip(SIDES, pair.responses, strict=True)
+    }
+    for part in o.parts:
+        adapters.fill(policy.model, adapter, scale=part)
+        for i, pair in enumerate(pairs):
+            for side, response in zip(SIDES, pair.responses, strict=True):
+                after = encoded(encoder, policy.answer_rows(pair.prompt, response).tapped[0])
+                sums[part][side].append(moves(before[i, side], after, o.top_k))
+        yield part, {side: summary(sums[part][side]) for side in SIDES}
+
+
+Moves = dict[str, float]
+
+
+def moves(before: np.ndarray, after: np.ndarray, k: int) -> Moves:
+    """Squared moves of the features that D looks at, and the reference's squares.
+
+    before, after: activations of one response, [n, F]. The features: the k largest means of either
+    (FPO, Eq. 9); the squares of the reference: of its own k.
+    """
+    change, at_first = after - before, before.mean(axis=0)
+    own, its = (np.argsort(-mean)[:k] for mean in (at_first, after.mean(axis=0)))
+    looked_at = np.union1d(own, its)
+    return {
+        "of_means": float((change.mean(axis=0)[looked_at] ** 2).sum()),
+        "of_tokens": float((change[:, looked_at] ** 2).mean(axis=0).sum()),
+        "means": float((at_first[own] ** 2).sum()),
+        "tokens": float((before[:, own] ** 2).mean(axis=0).sum()),
+    }
+
+
+def summary(responses: Sequence[Moves]) -> dict[str, float]:
+    """Drift as the tool has it, the same token by token, and the share that the means see."""
+    of = {name: np.array([one[name] for one in responses]) for name in responses[0]}
+    return {
+        "drift": float(np.sqrt((of["of_means"] / of["means"]).mean())),
+        "token_drift": float(np.sqrt((of["of_tokens"] / of["tokens"]).mean())),
+        "seen": float(of["of_means"].sum() / of["of_tokens"].sum()),
+    }
+
+
+if __name__ == "__main__":
+    main()
