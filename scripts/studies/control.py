@@ -133,7 +133,9 @@ def twins(features: list[int], lists: np.ndarray, prose: np.ndarray) -> list[dic
     free = {i: activity[i] for i, a in aucs.items() if abs(a - 0.5) < UNRELATED}
     free = {i: size for i, size in free.items() if i not in features}
     if len(free) < len(features):
-        raise SystemExit(f"{len(free)} features tell nothing of lists, wanted {len(features)}.")
+        raise SystemExit(
+            f"{len(free)} features tell nothing of the behaviour, wanted {len(features)}."
+        )
     out = []
     for feature in features:
         other = min(free, key=lambda i: abs(np.log(free[i] / activity[feature])))

@@ -1,22 +1,25 @@
 """Feature control at equal margin: does holding or projecting out a behaviour's features hold it?
 
     python scripts/studies/control_margin.py [--behaviour list|opening] [--seeds 3] [--work DIR]
-    python scripts/studies/control_margin.py … --seed 1     this one only: a core for each
+    python scripts/studies/control_margin.py … --seed 1     this one only: a core for each, the
+        second once the first one trains
 
 Five ways to train on the same pairs: FPO; with the behaviour's features held (`--feature-weights`),
 or projected out (`--project-out`); each with as many unrelated ones of equal activity in their
-place. What holds also learns less, so no two of them end at the same margin. Of each adapter parts
-(PARTS) are judged on held-out pairs; the lowest of their highest margins is one that all of them
-reach, and each answers the held-out prompts at the part of itself that has this margin (`--levels`:
-shares of it). Compared are the rates of the behaviour in `--answers` sampled
-answers with the same noise, 95 % by bootstrap over seeds and prompts. What is trained is kept in
---work, what was measured in results/control_margin_BEHAVIOUR/: a stopped study goes on, and what
-was measured is not measured again on another machine. `--smoke` takes minutes and proves nothing.
+place. What holds also learns less, so they need not end at the same margin. Of FPO, one way to hold
+and its control (FAMILIES) the one that learned least sets a margin on held-out pairs; each of them
+answers the held-out prompts at the part of its change that was measured to have it within NEAR
+(`--levels`: shares of that margin). Compared are the rates of the behaviour in `--answers` sampled
+answers with the same noise, 95 % by bootstrap over seeds and prompts; the margins of all, which are
+means over few pairs, stand beside them. What is trained is kept in --work, what was measured in
+results/control_margin_BEHAVIOUR/: a stopped study goes on, and what was measured is not measured
+again on another machine. `--smoke` takes minutes and proves nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -43,6 +46,7 @@ from texts import (
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import Sampling, load_config
+from fpo_mlx.data.feature_files import write_weights
 from fpo_mlx.storage import files
 
 FREE, BASE = "fpo", "base"
@@ -53,7 +57,7 @@ KINDS: dict[str, tuple[str | None, str | None]] = {  # setting, whose features
     "out": ("project_out", "own"),
     "out, unrelated": ("project_out", "others"),
 }
-PARTS = (0.25, 0.5, 1.0)  # of an adapter's change; beyond the whole nothing is held as it was
+FAMILIES = {way: (FREE, way, f"{way}, unrelated") for way in ("held", "out")}
 OPENING = re.compile(r"(sure|certainly|of course|absolutely|here(?:\s+(?:is|are)|['’]s))\b", re.I)
 TOKENS = {"list": 64, "opening": 16}  # of a sampled answer: what shows the behaviour
 PROMPT = 250  # characters at most, held out or of texts that are looked at: leaves room, costs less
@@ -73,10 +77,13 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--texts", type=int, default=60, help="of each kind, to find features")
     parser.add_argument("--features", type=int, default=10)
-    parser.add_argument("--weight", type=float, default=100.0)
+    parser.add_argument("--weight", type=float, default=10.0)
     parser.add_argument("--max-seq-length", type=int, default=224)
     parser.add_argument("--smoke", action="store_true", help="a run that proves nothing")
     o = parser.parse_args(words)
+    if not all(0 < level <= 1 for level in o.levels):
+        parser.error(f"--levels: found {o.levels}, wanted shares above 0, at most 1")
+    o.work = o.work / f"{o.behaviour}{'-smoke' if o.smoke else ''}"
     if o.smoke:
         o.seeds, o.iters, o.train_pairs, o.pairs, o.prompts = 1, 2, 2, 2, 2
         o.answers, o.texts, o.features = 4, 6, 2
@@ -91,13 +98,14 @@ def main(words: Sequence[str] | None = None) -> None:
         "model": model, "sae": (str(o.sae),), "data": str(split(o)),
         "max_seq_length": o.max_seq_length,
     }  # fmt: skip
-    texts = text_sets(o)
-    found = steps("features", lambda: find(o, base, texts))
-    others = steps("others", lambda: find_others(o, base, found, texts))
     place = o.output or ROOT / "scripts" / "studies" / "results" / f"control_margin_{o.behaviour}"
     anywhere = {"model": Path(model).name, "sae": o.sae.name, "data": o.data.name}
-    measured = Steps(o.work / "smoke" if o.smoke else place, steps.settings | anywhere)
-    measured("features", lambda: {"own": found, "others": others})
+    anywhere |= {"tokens": str(TOKENS[o.behaviour]), "prompt": str(PROMPT)}
+    measured = Steps(o.work / "found" if o.smoke else place, steps.settings | anywhere)
+    named = measured("features", partial(features, o, base))
+    for whose, kept in named.items():  # what was trained with, on this machine or another
+        weighted = [{"feature": one["feature"], "weight": o.weight} for one in kept]
+        write_weights(features_of(o, whose), weighted)
     for seed in o.seed or range(o.seeds):
         one_seed(o, base, measured, seed)
 
@@ -106,47 +114,65 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
     """All kinds at equal margins; what is there is not measured again."""
     named = {kind: f"{kind.replace(', ', '-')}-{seed}" for kind in KINDS}
 
-    def curve(kind: str) -> list[float]:
-        return margins(base, trained(o, base, kind, seed))
+    def whole(kind: str) -> dict[str, Any]:
+        return {"margins": margins(base, trained(o, base, kind, seed), 1.0)}
 
-    def point(kind: str, level: float, margin: float) -> dict[str, Any]:
-        adapter = None if kind == BASE else trained(o, base, kind, seed)
-        part = 0.0 if kind == BASE else part_at(curves[kind], margin)
-        about = {"kind": kind, "seed": seed, "level": level, "part": part, "margin": margin}
-        return about | {"rates": rates(o, base, adapter, part, seed)}
+    def point(way: str, kind: str, level: float, margin: float) -> dict[str, Any]:
+        adapter = trained(o, base, kind, seed)
+        part, found = part_at(base, adapter, wholes[kind], margin)
+        about = {"way": way, "kind": kind, "seed": seed, "level": level, "part": part}
+        return about | {"margins": found, "rates": rates(o, base, adapter, part, seed)}
 
-    curves = {
-        kind: measured(f"{name}-margins", partial(curve, kind)) for kind, name in named.items()
+    wholes = {
+        kind: measured(f"{name}-whole", partial(whole, kind))["margins"]
+        for kind, name in named.items()
     }
-    most = reached_by_all(curves)
-    for level in o.levels:
-        for kind, name in named.items():
-            measured(f"{name}-at-{level:g}", partial(point, kind, level, level * most))
-    measured(f"{BASE}-{seed}", partial(point, BASE, 0.0, 0.0))
+    for way, kinds in FAMILIES.items():
+        least = reached_by_all({kind: float(np.mean(wholes[kind])) for kind in kinds})
+        for level, kind in itertools.product(o.levels, kinds):
+            step = partial(point, way, kind, level, level * least)
+            measured(f"{named[kind]}-by-{way}-at-{level:g}", step)
+            write(measured)
+    about = {"way": "", "kind": BASE, "seed": seed, "level": 0.0, "part": 0.0}
+    measured(f"{BASE}-{seed}", lambda: about | {"rates": rates(o, base, None, 1.0, seed)})
     write(measured)
 
 
-def reached_by_all(curves: Mapping[str, Sequence[float]]) -> float:
-    """The lowest of the kinds' highest margins, nats per token; curves: margin of each of PARTS."""
-    most = {kind: max(curve) for kind, curve in curves.items()}
-    if min(most.values()) <= 0:
-        raise SystemExit(f"Not every kind learned the preference; highest margins: {most}")
-    return min(most.values())
+def reached_by_all(margins: Mapping[str, float]) -> float:
+    """The lowest of the kinds' margins, nats per token."""
+    if min(margins.values()) <= 0:
+        raise SystemExit(f"Not every kind learned the preference; margins: {margins}")
+    return min(margins.values())
 
 
-def part_at(curve: Sequence[float], margin: float) -> float:
-    """The part of an adapter that first has this margin, by straight lines between PARTS."""
-    line = list(zip((0.0, *PARTS), (0.0, *curve), strict=True))
-    for (part, low), (end, high) in zip(line, line[1:], strict=False):
-        if low <= margin <= high:
-            return part + (end - part) * (margin - low) / (high - low)
-    raise ValueError(f"a margin of {margin} is not between those of {line}")
+def part_at(
+    base: dict[str, Any], adapter: Path, whole: list[float], margin: float
+) -> tuple[float, list[float]]:
+    """The part of an adapter that has this margin, and its margins; as the end of a run finds it.
+
+    whole: the margins of part 1, per pair.
+    """
+    from fpo_mlx.train.landing import meeting
+
+    seen = {1.0: whole}
+
+    def look(part: float) -> float:
+        seen[part] = margins(base, adapter, part)
+        return float(np.mean(seen[part]))
+
+    part = meeting(look, float(np.mean(whole)), margin) or 1.0
+    return part, seen[part]
 
 
 def write(measured: Steps) -> None:
     """The comparison, from all points that are there."""
     points = [found for found in measured.values().values() if "rates" in found]
-    result = {f"at {level:g}": compared(points, level) for level in levels_of(points)}
+    levels = sorted({point["level"] for point in points if point["kind"] != BASE})
+    result = {
+        f"{way} at {level:g}": found
+        for way, level in itertools.product(FAMILIES, levels)
+        if (found := compared(points, way, level))
+    }
     files.write_json(measured.folder.parent / "compared.json", result)
     print(json.dumps(result, indent=2), flush=True)
     with suppress(ImportError):
@@ -170,11 +196,13 @@ def split(o: argparse.Namespace) -> Path:
 
 
 def text_sets(o: argparse.Namespace) -> tuple[Path, Path]:
-    """Training answers with the behaviour and without, by one writer."""
+    """Training answers with the behaviour and without, by one writer; no prompt is held out."""
+    asked = {row["prompt"] for row in rows(o.work / "data" / "asked.jsonl")}
     sets: dict[bool, list[dict[str, str]]] = {True: [], False: []}
     for row in rows(o.data / "train.jsonl"):
         own = sets[shows(row["chosen"], o.behaviour)]
-        if len(own) < o.texts and len(row["prompt"]) <= PROMPT:
+        short = len(row["prompt"]) <= PROMPT and row["prompt"] not in asked
+        if short and len(own) < o.texts:
             own.append({"prompt": row["prompt"], "response": row["chosen"]})
     return (
         write_rows(o.work / "with.jsonl", sets[True]),
@@ -186,27 +214,16 @@ def features_of(o: argparse.Namespace, whose: str) -> Path:
     return o.work / f"{whose}.csv"
 
 
-def find(
-    o: argparse.Namespace, base: dict[str, Any], texts: tuple[Path, Path]
-) -> list[dict[str, Any]]:
+def features(o: argparse.Namespace, base: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The behaviour's, and as many that are as active and tell nothing of it."""
+    texts = text_sets(o)
     found = pipeline.find_features(
         load_config(base), positive=texts[0], negative=texts[1], limit=o.texts, top=o.features,
         say=say,
     )  # fmt: skip
-    kept = [{"feature": one.feature, "weight": o.weight} for one in found]
-    control.write_weights(features_of(o, "own"), kept)
-    return [{**row, "auc": one.auc} for row, one in zip(kept, found, strict=True)]
-
-
-def find_others(
-    o: argparse.Namespace, base: dict[str, Any], found: list[dict[str, Any]],
-    texts: tuple[Path, Path],
-) -> list[dict[str, Any]]:  # fmt: skip
     seen = pipeline.text_activations(load_config(base), texts, limit=o.texts, say=say)
-    twins = control.twins([one["feature"] for one in found], seen[0].mean, seen[1].mean)
-    kept = [{"feature": twin["feature"], "weight": o.weight} for twin in twins]
-    control.write_weights(features_of(o, "others"), kept)
-    return twins
+    others = control.twins([one.feature for one in found], seen[0].mean, seen[1].mean)
+    return {"own": [{"feature": one.feature, "auc": one.auc} for one in found], "others": others}
 
 
 def trained(o: argparse.Namespace, base: dict[str, Any], kind: str, seed: int) -> Path:
@@ -218,33 +235,30 @@ def trained(o: argparse.Namespace, base: dict[str, Any], kind: str, seed: int) -
     setting, whose = KINDS[kind]
     own = base | ({setting: str(features_of(o, whose))} if setting and whose else {})
     own |= {"adapter_path": str(folder), "seed": seed, "iters": o.iters, "batch_size": 1}
-    own |= {
-        "learning_rate": o.learning_rate,
-        "val_batches": 0,
-        "max_margin": 1e3,
-    }  # weights are in u
+    own |= {"learning_rate": o.learning_rate, "val_batches": 0}
+    own |= {"max_margin": 1e3, "max_logp_drop": 1e9}  # weighted D is in |u| / beta; all end alike
     own |= {"save_every": min(50, o.iters), **goes_on(folder)}
     for _ in pipeline.train(load_config(own), say=say):
         pass
     return as_adapter(folder, o.iters, ready)
 
 
-def margins(base: dict[str, Any], adapter: Path) -> list[float]:
-    """Of each of PARTS, on held-out pairs: nats per token."""
+def margins(base: dict[str, Any], adapter: Path, part: float) -> list[float]:
+    """On held-out pairs: nats per token of each side, against the reference, per pair."""
     judged = pipeline.evaluate_all(
-        load_config(base | {"objective": "dpo"}), adapter_paths=[str(adapter)], scales=PARTS,
+        load_config(base | {"objective": "dpo"}), adapter_paths=[str(adapter)], scales=(part,),
         split="valid", measure_kl=False, say=say,
     )  # fmt: skip
-    return [margin_of(report.pairs) for report in judged.adapters.values()]
+    (report,) = judged.adapters.values()
+    return [margin_of(pair) for pair in report.pairs]
 
 
-def margin_of(pairs: Sequence[Mapping[str, Any]]) -> float:
-    """Nats per token of each side, against the reference; mean over pairs."""
-
-    def gain(side: Mapping[str, Any]) -> float:
-        return (side["logp"] - side["ref_logp"]) / side["tokens"]
-
-    return float(np.mean([gain(pair["chosen"]) - gain(pair["rejected"]) for pair in pairs]))
+def margin_of(pair: Mapping[str, Any]) -> float:
+    gains = [
+        (side["logp"] - side["ref_logp"]) / side["tokens"]
+        for side in (pair["chosen"], pair["rejected"])
+    ]
+    return gains[0] - gains[1]
 
 
 def rates(
@@ -274,34 +288,33 @@ def rates(
     return (seen / each).tolist()
 
 
-def levels_of(points: Sequence[Mapping[str, Any]]) -> list[float]:
-    return sorted({point["level"] for point in points if point["kind"] != BASE})
-
-
-def compared(points: Sequence[Mapping[str, Any]], level: float) -> dict[str, Any]:
-    """Rates of every kind at its margin, of the seeds that have all kinds; gaps with 95 %."""
-    found = {(p["kind"], p["seed"]): p for p in points if p["level"] == level}
-    seeds = sorted({s for _, s in found if all((kind, s) in found for kind in KINDS)})
+def compared(points: Sequence[Mapping[str, Any]], way: str, level: float) -> dict[str, Any]:
+    """Of the seeds that have all three kinds of a way: rates, gaps, margins, each with its 95 %."""
+    kinds, own = FAMILIES[way], [p for p in points if (p["way"], p["level"]) == (way, level)]
+    found = {(p["kind"], p["seed"]): p for p in own}
+    seeds = sorted({s for _, s in found if all((kind, s) in found for kind in kinds)})
     if not seeds:
         return {}
-    of = {kind: np.array([found[kind, s]["rates"] for s in seeds]) for kind in KINDS}
+
+    def of(name: str, kind: str) -> np.ndarray:
+        return np.array([found[kind, s][name] for s in seeds])
+
+    rates = {kind: of("rates", kind) for kind in kinds}
     begun = {p["seed"]: p["rates"] for p in points if p["kind"] == BASE}
-    gaps = {
-        f"{FREE} less {kind}": (of[FREE], of[kind]) for kind in KINDS if kind != FREE
-    } | {
-        f"{kind}, unrelated less {kind}": (of[f"{kind}, unrelated"], of[kind])
-        for kind in ("held", "out")
-    }  # fmt: skip
+    pairs = [(FREE, way), (FREE, f"{way}, unrelated"), (f"{way}, unrelated", way)]
     if all(s in begun for s in seeds):
-        of[BASE] = np.array([begun[s] for s in seeds])
-        gaps[f"{FREE} less {BASE}"] = (of[FREE], of[BASE])
-    means = [float(np.mean([found[kind, s]["part"] for s in seeds])) for kind in KINDS]
+        rates[BASE] = np.array([begun[s] for s in seeds])
+        pairs.append((FREE, BASE))
+    margins = {kind: of("margins", kind) for kind in kinds}
     return {
         "seeds": len(seeds),
-        "margin": float(np.mean([found[FREE, s]["margin"] for s in seeds])),
-        "parts": dict(zip(KINDS, means, strict=True)),
-        "rates": {kind: with_interval(rates, np.zeros_like(rates)) for kind, rates in of.items()},
-        "gaps": {name: with_interval(*pair) for name, pair in gaps.items()},
+        "parts": {kind: float(of("part", kind).mean()) for kind in kinds},
+        "margins": {kind: with_interval(one, 0 * one) for kind, one in margins.items()},
+        "margins less fpo's": {
+            kind: with_interval(margins[kind], margins[FREE]) for kind in kinds if kind != FREE
+        },
+        "rates": {kind: with_interval(one, 0 * one) for kind, one in rates.items()},
+        "gaps": {f"{a} less {b}": with_interval(rates[a], rates[b]) for a, b in pairs},
     }
 
 
@@ -318,20 +331,21 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "control"
     from matplotlib import pyplot
 
-    there = [found for found in result.values() if BASE in found.get("rates", {})]
-    if not there:
-        return
-    figure, axis = pyplot.subplots(figsize=(6.5, 4.5))
-    for number, kind in enumerate(KINDS):
-        line = [(0.0, there[0]["rates"][BASE]), *((f["margin"], f["rates"][kind]) for f in there)]
-        low, high = ([abs(rate[0] - rate[end]) for _, rate in line] for end in (1, 2))
-        shift = 1 + (number - len(KINDS) // 2) / 100  # bars beside one another
-        axis.errorbar(
-            [margin * shift for margin, _ in line], [rate[0] for _, rate in line],
-            yerr=[low, high], label=kind, capsize=3, linewidth=1,
-        )  # fmt: skip
-    axis.set(xlabel="margin on held-out pairs, nats per token", ylabel="answers that show it")
-    axis.legend(fontsize=7)
+    figure, axes = pyplot.subplots(1, len(FAMILIES), figsize=(11, 4.5), sharey=True)
+    for (way, kinds), axis in zip(FAMILIES.items(), axes, strict=True):
+        there = [f for name, f in result.items() if name.startswith(way) and BASE in f["rates"]]
+        for kind in kinds if there else ():
+            line = [(0.0, there[0]["rates"][BASE])]
+            line += [(found["margins"][kind][0], found["rates"][kind]) for found in there]
+            low, high = ([abs(rate[0] - rate[end]) for _, rate in line] for end in (1, 2))
+            axis.errorbar(
+                [margin for margin, _ in line], [rate[0] for _, rate in line], yerr=[low, high],
+                label=kind, capsize=3, linewidth=1,
+            )  # fmt: skip
+        axis.set(xlabel="margin on held-out pairs, nats per token", title=way)
+        if there:
+            axis.legend(fontsize=7)
+    axes[0].set_ylabel("answers that show it")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

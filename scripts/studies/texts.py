@@ -66,7 +66,8 @@ def as_adapter(run: Path, iteration: int, folder: Path) -> Path:
     """A training run's checkpoint as an adapter folder."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run / "adapter_config.json", folder / "adapter_config.json")
-    shutil.copyfile(run / f"{iteration:07d}_adapters.safetensors", folder / "adapters.safetensors")
+    with files.atomic_path(folder / "adapters.safetensors") as path:
+        shutil.copyfile(run / f"{iteration:07d}_adapters.safetensors", path)
     return folder
 
 

@@ -6,80 +6,114 @@ import json
 
 import control_margin
 import pytest
-from control_margin import BASE, FREE, KINDS
+import texts
+from command_line import lines
+from control_margin import BASE, FAMILIES, FREE
 from texts import Steps
 
-CURVES = {  # margin at each of PARTS: a quarter, a half, the whole
-    FREE: [0.4, 0.8, 1.6], "held": [0.1, 0.2, 0.4], "held, unrelated": [0.2, 0.4, 0.8],
-    "out": [0.4, 0.3, 0.5], "out, unrelated": [0.4, 0.8, 1.6],
-}  # fmt: skip
-PARTS = {FREE: 0.25, "held": 1.0, "held, unrelated": 0.5, "out": 0.25, "out, unrelated": 0.25}
+WHOLE = {FREE: 1.6, "held": 0.4, "held, unrelated": 0.8, "out": 1.2, "out, unrelated": 1.6}
 
 
-def point(kind, rates, seed=0, margin=0.4):
-    level = 0.0 if kind == BASE else 1.0
-    about = {"kind": kind, "seed": seed, "level": level, "margin": margin, "part": 1.0}
-    return about | {"rates": rates}
+def point(kind, rates, seed=0, way="held"):
+    about = {"way": "", "kind": BASE, "seed": seed, "level": 0.0, "part": 0.0, "rates": rates}
+    if kind == BASE:
+        return about
+    return about | {"way": way, "kind": kind, "level": 1.0, "part": 1.0, "margins": [0.3, 0.5]}
 
 
-def test_every_kind_answers_at_the_part_that_has_the_margin_of_all_and_none_twice(
+def test_each_way_is_compared_at_the_margin_of_the_least_and_nothing_is_measured_twice(
     tmp_path, monkeypatch
 ):
+    """A margin grows with the part here, so what was found is known: least / whole."""
     asked = []
     monkeypatch.setattr(control_margin, "trained", lambda o, base, kind, seed: kind)
-    monkeypatch.setattr(control_margin, "margins", lambda base, adapter: CURVES[adapter])
+    monkeypatch.setattr(
+        control_margin, "margins",
+        lambda base, adapter, part: [part * WHOLE[adapter] - 0.1, part * WHOLE[adapter] + 0.1],
+    )  # fmt: skip
 
     def rates(o, base, adapter, part, seed):
-        asked.append((adapter, part, seed))
+        asked.append((adapter, seed))
         return [part / 10, part / 10]
 
     monkeypatch.setattr(control_margin, "rates", rates)
     o = control_margin.parse(["--levels", "1"])
     for _ in range(2):
         control_margin.one_seed(o, {}, Steps(tmp_path, {}), seed=3)
-    assert asked == [*((kind, PARTS[kind], 3) for kind in KINDS), (None, 0.0, 3)]
-    found = json.loads((tmp_path / "compared.json").read_text())["at 1"]
-    assert found["margin"] == pytest.approx(0.4)
-    assert found["parts"] == PARTS
-    assert found["gaps"]["fpo less held"] == pytest.approx([0.025 - 0.1] * 3)
-    assert found["gaps"]["held, unrelated less held"] == pytest.approx([0.05 - 0.1] * 3)
-    assert found["gaps"]["fpo less base"] == pytest.approx([0.025] * 3)
-
-
-@pytest.mark.parametrize(
-    ("curve", "margin", "part"),
-    [([0.4, 0.8, 1.6], 0.2, 1 / 8), ([0.4, 0.8, 1.6], 1.2, 0.75), ([0.3, 0.1, 0.2], 0.2, 1 / 6)],
-)
-def test_a_part_lies_where_the_margin_is_first_reached_by_hand(curve, margin, part):
-    assert control_margin.part_at(curve, margin) == pytest.approx(part)
+    ways = [kind for kinds in FAMILIES.values() for kind in kinds]
+    assert asked == [*((kind, 3) for kind in ways), (None, 3)]
+    found = json.loads((tmp_path / "compared.json").read_text())
+    for way, kinds in FAMILIES.items():
+        here = found[f"{way} at 1"]
+        least = min(WHOLE[kind] for kind in kinds)
+        for kind in kinds:
+            assert here["margins"][kind][0] == pytest.approx(least, rel=0.03)
+            assert here["parts"][kind] == pytest.approx(least / WHOLE[kind], rel=0.03)
+            assert here["rates"][kind][0] == pytest.approx(here["parts"][kind] / 10)
+        assert here["gaps"][f"fpo less {way}"][0] == pytest.approx(
+            (here["parts"][FREE] - here["parts"][way]) / 10
+        )
+        assert here["gaps"]["fpo less base"][0] == pytest.approx(here["parts"][FREE] / 10 - 0.1)
+    assert found["held at 1"]["parts"]["held"] == 1.0
+    assert found["held at 1"]["parts"][FREE] < 0.3 < 0.7 < found["out at 1"]["parts"][FREE]
 
 
 def test_a_kind_that_learned_nothing_ends_the_study():
     with pytest.raises(SystemExit, match="learned"):
-        control_margin.reached_by_all(CURVES | {"out": [-0.1, 0.0, -0.2]})
+        control_margin.reached_by_all(WHOLE | {"out": 0.0})
 
 
 def test_a_seed_that_lacks_a_kind_is_left_out():
-    whole = [point(kind, [0.2, 0.4]) for kind in KINDS]
+    whole = [point(kind, [0.2, 0.4]) for kind in FAMILIES["held"]]
     begun = [{**p, "seed": 1, "rates": [0.9, 0.9]} for p in whole[:2]]
-    found = control_margin.compared([*whole, *begun], 1.0)
+    found = control_margin.compared([*whole, *begun], "held", 1.0)
     assert found["seeds"] == 1
     mean, low, high = found["rates"][FREE]
     assert mean == pytest.approx(0.3)
     assert (low, high) == pytest.approx((0.2, 0.4))  # both prompts drawn alike
     assert "fpo less base" not in found["gaps"]
-    assert control_margin.compared(whole[:2], 1.0) == {}
+    assert control_margin.compared(whole, "out", 1.0) == {}
+    assert control_margin.compared(whole[:2], "held", 1.0) == {}
+
+
+def test_gaps_have_the_interval_of_seeds_and_prompts_drawn_anew():
+    """Both seeds and all prompts agree on the gap to `held`, so nothing is uncertain in it."""
+    points = [point(BASE, [0.1, 0.2], seed) for seed in (0, 1)]
+    for kind, off in zip(FAMILIES["held"], (0.3, 0.1, 0.3), strict=True):
+        points += [point(kind, [0.1 + off, 0.2 + off], seed) for seed in (0, 1)]
+    gaps = control_margin.compared(points, "held", 1.0)["gaps"]
+    assert gaps["fpo less held"] == pytest.approx([0.2] * 3)
+    assert gaps["fpo less held, unrelated"] == pytest.approx([0.0] * 3)
+    assert gaps["held, unrelated less held"] == pytest.approx([0.2] * 3)
+    assert gaps["fpo less base"] == pytest.approx([0.3] * 3)
 
 
 def test_a_margin_is_what_both_sides_gained_by_hand():
     def side(logp, ref_logp, tokens):
         return {"logp": logp, "ref_logp": ref_logp, "tokens": tokens}
 
-    pairs = [
-        {"chosen": side(-4.0, -6.0, 4), "rejected": side(-9.0, -8.0, 2)},
-        {"chosen": side(-4.0, -4.0, 1), "rejected": side(-4.0, -4.0, 8)},
-    ]
-    assert control_margin.margin_of(pairs) == pytest.approx((0.5 + 0.5) / 2)
+    pair = {"chosen": side(-4.0, -6.0, 4), "rejected": side(-9.0, -8.0, 2)}
+    assert control_margin.margin_of(pair) == pytest.approx(0.5 + 0.5)
+
+
+def test_texts_that_choose_features_are_short_and_none_is_asked(tmp_path):
+    def row(prompt, chosen):
+        return {"prompt": prompt, "chosen": chosen, "rejected": "no"}
+
+    rows = [row(f"p{i}", "Sure, here." if i % 2 else "A poem.") for i in range(12)]
+    lines(tmp_path / "data" / "train.jsonl", row("long " * 60, "Sure!"), *rows)
+    lines(tmp_path / "data" / "valid.jsonl", row("v", "Sure."))
+    o = control_margin.parse(
+        ["--behaviour", "opening", "--data", str(tmp_path / "data"), "--work", str(tmp_path),
+         "--train-pairs", "9", "--prompts", "3", "--pairs", "2", "--texts", "9"]
+    )  # fmt: skip
+    folder = control_margin.split(o)
+    assert [row["prompt"] for row in texts.rows(folder / "asked.jsonl")] == ["v", "p8", "p9"]
+    with_, without = (
+        [row["prompt"] for row in texts.rows(path)] for path in control_margin.text_sets(o)
+    )
+    assert with_ == ["p1", "p3", "p5", "p7", "p11"]
+    assert without == ["p0", "p2", "p4", "p6", "p10"]
 
 
 @pytest.mark.parametrize(
