@@ -14,9 +14,10 @@ the margin in nats per token, and its difference from DPO's, with 95 % by bootst
 pairs. Adapters are where the tool puts them, at the SAE's block and below, so places differ in what
 may move as well; `--all-blocks` adapts every block for all of them. With `--vary` a place has other
 distances beside FPO's own (VARIANTS): none, with gradient through the chosen response, of fewer or
-more features, of all features by what each adds to the logits, of a second SAE. SAEs and adapters
-are kept in --work, what was measured in results/blocks/: a stopped study goes on, and what was
-measured is not measured again on another machine.
+more features, of all features (named ones, which hold the chosen response, too), alike or by what
+each adds to the logits, of a second SAE (`--second`); each is compared with the place itself. SAEs
+and adapters are kept in --work, what was measured in results/blocks/: a stopped study goes on, and
+what was measured is not measured again on another machine.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ import numpy as np
 from texts import ROOT, Steps, as_adapter, goes_on, say, shared, short_pairs
 
 from fpo_mlx import machine, pipeline
-from fpo_mlx.config import SaeTrainConfig, load_config
+from fpo_mlx.config import RunConfig, SaeTrainConfig, load_config
 from fpo_mlx.data.feature_files import write_weights
 from fpo_mlx.demo import smollm2
 from fpo_mlx.errors import Diverged
+from fpo_mlx.records import SaeWeights
 from fpo_mlx.storage import files
 
 PARTS = (0.25, 0.5, 1.0)
@@ -47,8 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings of FPO that differ
     "chosen": {"stop_gradient": False},
     "k10": {"top_k": 10},
     "k250": {"top_k": 250},
+    "all": {},
     "logits": {},
-    "two": {},
 }
 NOT_SAID = (
     "work",
@@ -82,7 +84,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--vary", metavar="PLACE", help="SITE-BLOCK, alone with its VARIANTS")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--second", default="resid_post-9", help="place of `two`'s other SAE")
+    parser.add_argument("--second", metavar="PLACE", help="a variant with this one's SAE, too")
     parser.add_argument("--all-blocks", action="store_true", help="adapt every block for all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, action="append", default=[], help="these, not all")
@@ -102,11 +104,12 @@ def main(words: Sequence[str] | None = None) -> None:
     short_pairs(o.data, o.work / "data", {"test": o.pairs})
     places = [f"{site}-{block}" for block in o.blocks for site in o.sites]
     if o.vary:
-        places = [o.vary, *(f"{o.vary}+{variant}" for variant in o.variants)]
+        variants = [*o.variants, *([o.second] if o.second else [])]
+        places = [o.vary, *(f"{o.vary}+{variant}" for variant in variants)]
     for seed in o.seed or range(o.seeds):
         for kind in (RIVAL, *places):
             if not measured.done(f"{kind}-{seed}"):
-                for own in saes_of(o, kind):
+                for own in saes_of(kind):
                     figures = made(f"sae-{own}", partial(train_sae, o, own))
                     measured(f"sae-{own}", lambda f=figures: f)
             measured(f"{kind}-{seed}", partial(cell, o, kind, seed))
@@ -137,15 +140,16 @@ def train_sae(o: argparse.Namespace, place: str) -> dict[str, Any]:
     return figures | {"loss_recovered": None if done.loss is None else done.loss.recovered}
 
 
-def saes_of(o: argparse.Namespace, kind: str) -> list[str]:
+def saes_of(kind: str) -> list[str]:
     """The places of a kind's SAEs, its own first."""
     place, _, variant = kind.partition("+")
-    return [] if kind == RIVAL else [place, *([o.second] if variant == "two" else [])]
+    second = [variant] if variant and variant not in VARIANTS else []
+    return [] if kind == RIVAL else [place, *second]
 
 
 def cell(o: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
-    """One training and parts of its change. kind: RIVAL, or PLACE or PLACE+VARIANT of FPO."""
-    places, variant = saes_of(o, kind), kind.partition("+")[2]
+    """One training and parts of its change. kind: RIVAL, PLACE or PLACE+VARIANT of FPO."""
+    places, variant = saes_of(kind), kind.partition("+")[2]
     base: dict[str, Any] = {
         "model": str(o.model), "data": str(o.work / "data"), "max_seq_length": o.max_seq_length,
         "top_k": o.top_k,
@@ -154,8 +158,8 @@ def cell(o: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
     objective: dict[str, Any] = {"objective": "dpo"}
     if places:
         objective = {"target_drift": o.target_drift} | VARIANTS.get(variant, {})
-    if variant == "logits":
-        objective["feature_weights"] = str(logit_weights(o, judging))
+    if variant in ("all", "logits"):
+        objective["feature_weights"] = str(weigh_all(o, variant, judging))
     out = o.work / f"run-{kind}-{seed}"
     own = base | reads(o, places) | objective | {"adapter_path": str(out), "seed": seed}
     own |= {"iters": o.iters, "batch_size": 1, "learning_rate": o.learning_rate, "val_batches": 0}
@@ -167,7 +171,7 @@ def cell(o: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
         for _ in pipeline.train(load_config(own), say=say):
             pass
     except Diverged as error:  # there is nothing to measure
-        return found | {"diverged": str(error)}
+        return found | {"diverged": str(error).partition(". ")[0]}  # the rest names folders
     whole = as_adapter(out, o.iters, o.work / f"at-{kind}-{seed}")
     judged = pipeline.evaluate_all(
         load_config(judging | {"objective": "dpo"}), adapter_paths=[str(whole)], scales=PARTS,
@@ -185,29 +189,38 @@ def reads(o: argparse.Namespace, places: Sequence[str]) -> dict[str, Any]:
     return {"reference": str(folder)} | ({"sae": saes} if saes else {})
 
 
-def logit_weights(o: argparse.Namespace, settings: Mapping[str, Any]) -> Path:
-    """A weight for every feature: the spread of what its decoder row adds to the logits; mean 1."""
-    from fpo_mlx.judge.feature_page import logit_weights as on_logits
-    from fpo_mlx.pipeline.features import open_policy
-    from fpo_mlx.pipeline.job import open_job, read_sae
+def weigh_all(o: argparse.Namespace, variant: str, settings: Mapping[str, Any]) -> Path:
+    """A file that names every feature: of weight 1, or of its effect on the logits with mean 1."""
+    from fpo_mlx.pipeline.job import read_sae
 
     config = load_config(dict(settings))
     place = config.reference.sae[0]
-    job = open_job(config, say=say)
-    policy, site = open_policy(job, None, say), job.saes[0].site
-    rows = read_sae(place, config, say).w_dec
-    if site is None or rows is None:
-        raise SystemExit(f"{place} has no decoder to weigh by.")
-    spread = []
-    for row in rows:
-        added = on_logits(policy, site, row)
-        if added is None:
-            raise SystemExit(f"{place} does not write into the stream; its logits are not known.")
-        spread.append(float(added.std()))
-    kept = [{"feature": i, "weight": one / np.mean(spread)} for i, one in enumerate(spread)]
-    path = o.work / f"logit-weights-{Path(place).name}.csv"
+    sae = read_sae(place, config, say)
+    weights = np.ones(sae.n_features) if variant == "all" else on_logits(config, sae)
+    kept = [{"feature": i, "weight": w} for i, w in enumerate((weights / weights.mean()).tolist())]
+    path = o.work / f"{variant}-{Path(place).name}.csv"
     write_weights(path, kept)
     return path
+
+
+def on_logits(config: RunConfig, sae: SaeWeights) -> np.ndarray:
+    """Variance over the vocabulary of what a unit of each feature adds to the logits, [F].
+
+    A weight multiplies a squared move, so it is the square of an effect.
+    """
+    from fpo_mlx.judge.feature_page import logit_weights
+    from fpo_mlx.pipeline.features import open_policy
+    from fpo_mlx.pipeline.job import open_job
+
+    policy = open_policy(open_job(config, say=say), None, say)
+    variances = []
+    for row in [] if sae.w_dec is None or sae.site is None else sae.w_dec:
+        added = logit_weights(policy, sae.site, row)
+        if added is not None:
+            variances.append(float(added.var()))
+    if len(variances) < sae.n_features:
+        raise SystemExit(f"{sae.source} does not write into the stream; its logits are not known.")
+    return np.array(variances)
 
 
 def point(report: Any) -> dict[str, Any]:
@@ -230,23 +243,25 @@ def point(report: Any) -> dict[str, Any]:
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each kind and KL: the margin there, and above DPO's of the same seeds."""
+    """For each kind and KL: the margin there, and above that of RIVAL and of its own place."""
     lines: dict[str, dict[int, list[Any]]] = {}
     for run in runs:
         pairs = len(run["points"][0][MARGIN])
         start = {KL: 0.0, MARGIN: [0.0] * pairs, "chosen_change": 0.0}
         line = sorted([start, *run["points"]], key=lambda p: p[KL])
         lines.setdefault(run["kind"], {})[run["seed"]] = line
-    return [
-        {"kind": kind, "kl": level, **found}
-        for kind, own in lines.items()
-        for level in LEVELS
-        if (found := at_level(own, lines.get(RIVAL, {}), level))
-    ]
+    found = []
+    for kind, own in lines.items():
+        others = [other for other in (RIVAL, kind.partition("+")[0]) if other != kind]
+        rivals = {other: lines[other] for other in others if other in lines}
+        for level in LEVELS:
+            if here := at_level(own, rivals, level):
+                found.append({"kind": kind, "kl": level, **here})
+    return found
 
 
 def at_level(
-    own: Mapping[int, list[Any]], rival: Mapping[int, list[Any]], level: float
+    own: Mapping[int, list[Any]], rivals: Mapping[str, Mapping[int, list[Any]]], level: float
 ) -> dict[str, Any]:
     """Where the KL is `level`, of the seeds that reach it; nothing where none does."""
 
@@ -254,16 +269,20 @@ def at_level(
         return frontier_show.at(line, level, name)
 
     there = [s for s, line in own.items() if reached(line, MARGIN) is not None]
-    both = [s for s in there if s in rival and reached(rival[s], MARGIN) is not None]
     if not there:
         return {}
-    found: dict[str, Any] = {"seeds": len(there), "seeds beside dpo": len(both)}
+    found: dict[str, Any] = {"seeds": len(there)}
     for name, key in (("margin", MARGIN), ("chosen_change", "chosen_change")):
         found[name] = float(np.mean([reached(own[s], key) for s in there]))
-    if both and own is not rival:
-        ours, theirs = (np.array([reached(of[s], MARGIN) for s in both]) for of in (own, rival))
-        found["above dpo"] = float(ours.mean() - theirs.mean())
-        found["interval"] = frontier_show.interval(ours, theirs, np.mean)
+    for rival, its in rivals.items():
+        both = [s for s in there if s in its and reached(its[s], MARGIN) is not None]
+        if both:
+            ours, theirs = (np.array([reached(of[s], MARGIN) for s in both]) for of in (own, its))
+            found[f"above {rival}"] = {
+                "seeds": len(both),
+                "margin": float(ours.mean() - theirs.mean()),
+                "interval": frontier_show.interval(ours, theirs, np.mean),
+            }
     return found
 
 

@@ -44,27 +44,29 @@ def test_every_place_is_trained_and_judged_once(tmp_path, monkeypatch):
         assert all((p["drift"] is None) == (kind == "dpo") for p in run["points"])
         assert all(len(p[blocks.MARGIN]) == 3 for p in run["points"])
     assert runs["resid_post-1"]["adapted_blocks"] == 2 < runs["resid_post-2"]["adapted_blocks"] == 3
-    variants = ["free", "chosen", "k10", "logits", "two"]
+    variants = ["free", "chosen", "k10", "all", "logits"]
     beside = ["--vary", "resid_post-2", "--second", "resid_post-1", "--variants", *variants]
     blocks.main([str(word) for word in (*words, *beside)])
-    for variant in variants:
+    for variant in (*variants, "resid_post-1"):
         run = json.loads(
             (tmp_path / "found" / "steps" / f"resid_post-2+{variant}-0.json").read_text()
         )
         assert run["points"] != runs["resid_post-2"]["points"], variant
-    by_logits = tmp_path / "work" / "logit-weights-sae-resid_post-2.csv"
+    of_all = {
+        name: tmp_path / "work" / f"{name}-sae-resid_post-2.csv" for name in ("all", "logits")
+    }
     for variant, (name, wanted) in {
         "free": ("alpha", 0.0), "chosen": ("stop_gradient", False), "k10": ("top_k", 10),
-        "logits": ("feature_weights", str(by_logits)),
-        "two": ("sae", [str(tmp_path / "work" / f"sae-resid_post-{n}") for n in (2, 1)]),
+        **{name: ("feature_weights", str(path)) for name, path in of_all.items()},
+        "resid_post-1": ("sae", [str(tmp_path / "work" / f"sae-resid_post-{n}") for n in (2, 1)]),
     }.items():  # fmt: skip
         run = json.loads((tmp_path / "work" / f"run-resid_post-2+{variant}-0/run.json").read_text())
         assert run["settings"][name] == wanted
         assert run["settings"]["target_drift"] == (None if variant == "free" else 0.3)
-    weights = read_weights(by_logits, [64])[0]
-    assert len(weights) == 64
-    assert sum(weights.values()) / 64 == pytest.approx(1.0)
-    assert len(set(weights.values())) > 60
+    alike, by_logits = (list(read_weights(path, [64])[0].values()) for path in of_all.values())
+    assert alike == [1.0] * 64
+    assert sum(by_logits) / 64 == pytest.approx(1.0)
+    assert len(set(by_logits)) > 60
     monkeypatch.setattr(blocks, "cell", lambda *_: pytest.fail("a cell ran again"))
     monkeypatch.setattr(blocks, "train_sae", lambda *_: pytest.fail("an SAE was trained again"))
     blocks.main([str(word) for word in words])
@@ -91,23 +93,35 @@ def test_at_equal_kl_a_margin_is_compared_with_dpos_of_the_same_seeds():
     assert dpo["chosen_change"] == pytest.approx(-1.0)
     assert dpo_at_3["kl"] == 3.0
     assert (place["kind"], place["kl"], place["seeds"]) == ("resid_post-9", 1.0, 1)
-    assert place["seeds beside dpo"] == 1
     assert "above dpo" not in dpo
-    assert place["above dpo"] == pytest.approx(0.8 - 0.5)  # of seed 0, the other stays below
-    low, high = place["interval"]
+    assert place["above dpo"]["seeds"] == 1
+    gap = place["above dpo"]["margin"]
+    assert gap == pytest.approx(0.8 - 0.5)  # of seed 0, the other stays below
+    low, high = place["above dpo"]["interval"]
     assert low == pytest.approx(0.3 - 0.05)  # the rival's scatter is half of its own at KL 4
     assert high == pytest.approx(0.3 + 0.05)
 
 
+def test_a_variant_is_compared_with_its_own_place():
+    def run(kind, *margins):
+        points = [{"kl": 1.0, blocks.MARGIN: list(margins), "chosen_change": 0.0}]
+        return {"kind": kind, "seed": 0, "points": points}
+
+    _, varied = blocks.table([run("mlp_out-9", 0.5, 0.7), run("mlp_out-9+k10", 0.6, 0.8)])
+    assert set(varied) - {"kind", "kl", "seeds", "margin", "chosen_change"} == {"above mlp_out-9"}
+    assert varied["above mlp_out-9"]["margin"] == pytest.approx(0.1)
+    assert varied["above mlp_out-9"]["interval"] == pytest.approx([0.1, 0.1])
+
+
 def test_a_run_that_the_guard_ends_is_kept_without_points(tmp_path, monkeypatch):
     def diverges(*_, **__):
-        raise Diverged("iteration 3: the loss or its gradient is not finite.")
+        raise Diverged("iteration 3: not finite. The adapters are in /home/me.")
 
     monkeypatch.setattr(blocks.pipeline, "train", diverges)
     o = blocks.parse(["--model", "m", "--work", str(tmp_path)])
     found = blocks.cell(o, "dpo", 1)
     assert found["points"] == []
-    assert "not finite" in found["diverged"]
+    assert found["diverged"] == "iteration 3: not finite"
 
 
 def test_a_run_goes_on_from_its_checkpoint_or_anew_where_it_was_killed_before(tmp_path):

@@ -30,6 +30,23 @@ def test_moves_of_opposite_sign_are_hidden_and_equal_ones_seen_by_hand():
     assert seen["token_drift"] == pytest.approx(np.sqrt((1.0 / 11.0 + 16.0 / 10.0) / 2))
 
 
+def test_silent_features_are_not_looked_at():
+    asleep = np.array([[1.0, 0.0, 0.0], [3.0, 0.0, 0.0]])
+    assert hidden_moves.top(asleep.mean(axis=0), 2).tolist() == [0]
+    found = hidden_moves.moves(asleep, asleep + [0.5, 0.0, 0.0], k=3)
+    assert found == {"of_means": 0.25, "of_tokens": 0.25, "means": 4.0, "tokens": 5.0}
+
+
+def test_adapters_are_compared_between_their_parts_at_equal_drift():
+    def point(drift, token_drift, seen):
+        return {"rejected": {"drift": drift, "token_drift": token_drift, "seen": seen}}
+
+    found = hidden_moves.at_drifts([point(0.15, 0.4, 0.1), point(0.05, 0.2, 0.3)])
+    assert [one["drift"] for one in found] == [0.05, 0.1]
+    assert found[1]["token_drift"] == pytest.approx(0.3)
+    assert found[1]["seen"] == pytest.approx(0.2)
+
+
 def test_the_drift_of_a_part_is_that_of_evaluate(tmp_path):
     llama = tiny_models.tiny_llama(tmp_path / "llama", tokenizer=True)
     sae = tmp_path / "sae"
@@ -47,7 +64,7 @@ def test_the_drift_of_a_part_is_that_of_evaluate(tmp_path):
         f"own={tmp_path / 'run'}", "--parts", 0.5, 1, "--top-k", 4, "--max-seq-length", 64,
         "--output", tmp_path / "found.json",
     )])  # fmt: skip
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((tmp_path / "found.json").read_text())["points"]
     judged = pipeline.evaluate_all(
         config, adapter_paths=[str(tmp_path / "run")], scales=(0.5, 1.0), measure_kl=False, say=str
     )
