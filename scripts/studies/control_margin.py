@@ -6,8 +6,8 @@
 
 Five ways to train on the same pairs: FPO; with the behaviour's features held (`--feature-weights`),
 or projected out (`--project-out`); each with as many unrelated ones of equal activity in their
-place. What holds also learns less, so they need not end at the same margin. Of FPO, one way to hold
-and its control (FAMILIES) the one that learned least sets a margin on held-out pairs; each of them
+place. What holds also learns less, so they need not end at the same margin. Of those that are to be
+compared (FAMILIES) the one that learned least sets a margin on held-out pairs; each of them
 answers the held-out prompts at the part of its change that was measured to have it within NEAR
 (`--levels`: shares of that margin). Compared are the rates of the behaviour in `--answers` sampled
 answers with the same noise, 95 % by bootstrap over seeds and prompts; the margins of all, which are
@@ -57,7 +57,11 @@ KINDS: dict[str, tuple[str | None, str | None]] = {  # setting, whose features
     "out": ("project_out", "own"),
     "out, unrelated": ("project_out", "others"),
 }
-FAMILIES = {way: (FREE, way, f"{way}, unrelated") for way in ("held", "out")}
+FAMILIES = {  # what is compared at one margin; unrelated features may slow learning more
+    "held": (FREE, "held", "held, unrelated"),
+    "held alone": (FREE, "held"),
+    "out": (FREE, "out", "out, unrelated"),
+}
 OPENING = re.compile(r"(sure|certainly|of course|absolutely|here(?:\s+(?:is|are)|['’]s))\b", re.I)
 TOKENS = {"list": 64, "opening": 16}  # of a sampled answer: what shows the behaviour
 PROMPT = 250  # characters at most, held out or of texts that are looked at: leaves room, costs less
@@ -131,7 +135,7 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
         least = reached_by_all({kind: float(np.mean(wholes[kind])) for kind in kinds})
         for level, kind in itertools.product(o.levels, kinds):
             step = partial(point, way, kind, level, level * least)
-            measured(f"{named[kind]}-by-{way}-at-{level:g}", step)
+            measured(f"{named[kind]}-by-{way.replace(' ', '-')}-at-{level:g}", step)
             write(measured)
     about = {"way": "", "kind": BASE, "seed": seed, "level": 0.0, "part": 0.0}
     measured(f"{BASE}-{seed}", lambda: about | {"rates": rates(o, base, None, 1.0, seed)})
@@ -289,7 +293,7 @@ def rates(
 
 
 def compared(points: Sequence[Mapping[str, Any]], way: str, level: float) -> dict[str, Any]:
-    """Of the seeds that have all three kinds of a way: rates, gaps, margins, each with its 95 %."""
+    """Of the seeds that have all kinds of a family: rates, gaps, margins, each with its 95 %."""
     kinds, own = FAMILIES[way], [p for p in points if (p["way"], p["level"]) == (way, level)]
     found = {(p["kind"], p["seed"]): p for p in own}
     seeds = sorted({s for _, s in found if all((kind, s) in found for kind in kinds)})
@@ -301,7 +305,7 @@ def compared(points: Sequence[Mapping[str, Any]], way: str, level: float) -> dic
 
     rates = {kind: of("rates", kind) for kind in kinds}
     begun = {p["seed"]: p["rates"] for p in points if p["kind"] == BASE}
-    pairs = [(FREE, way), (FREE, f"{way}, unrelated"), (f"{way}, unrelated", way)]
+    pairs = list(itertools.combinations(kinds, 2))
     if all(s in begun for s in seeds):
         rates[BASE] = np.array([begun[s] for s in seeds])
         pairs.append((FREE, BASE))
@@ -333,7 +337,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(FAMILIES), figsize=(11, 4.5), sharey=True)
     for (way, kinds), axis in zip(FAMILIES.items(), axes, strict=True):
-        there = [f for name, f in result.items() if name.startswith(way) and BASE in f["rates"]]
+        there = [
+            f for name, f in result.items() if name.startswith(f"{way} at ") and BASE in f["rates"]
+        ]
         for kind in kinds if there else ():
             line = [(0.0, there[0]["rates"][BASE])]
             line += [(found["margins"][kind][0], found["rates"][kind]) for found in there]
