@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from fpo_mlx.train.scoring import Scorer
 
 
+DEEP = (
+    2 / 3
+)  # of the blocks, below which an SAE holds little of the output: scripts/studies/blocks.py
+
+
 @dataclass(frozen=True)
 class Outline:
     """The model of a run, its weights not read yet, and the adapters that it will have."""
@@ -33,7 +38,23 @@ def outline_of(job: Job, say: Say) -> Outline:
     model = read_model(job.model_path, trust_remote_code=ref.trust_remote_code).model
     spec = _choose_adapters(job, model, say)
     check_reach(job, model, spec)
+    _say_how_deep(job, model, say)
     return Outline(model, spec)
+
+
+def _say_how_deep(job: Job, model: nn.Module, say: Say) -> None:
+    """Where the constraint looks at the middle of the model only, what lies above can undo it."""
+    from fpo_mlx.model.trees import blocks_of
+
+    o, sites, count = job.config.objective, _sites(job), len(blocks_of(model))
+    held = o.alpha > 0 or o.target_drift is not None
+    if held and sites and (deepest := max(_deepest(sites))) + 1 < DEEP * count:
+        say(
+            f"warning: the SAE reads block {deepest} of {count} (from 0), and blocks above it can "
+            "make much of a small drift: in what was measured, runs with an SAE in the middle lost "
+            "the model within the drift that they were given. Take an SAE near the output; else "
+            "give a small drift and judge by the KL of `evaluate`."
+        )
 
 
 def check_reach(job: Job, model: nn.Module, spec: AdapterSpec) -> None:

@@ -139,6 +139,21 @@ def test_an_sae_of_a_block_that_the_model_lacks_is_refused(place, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "block", "warned"),
+    [([], 1, True), (["--target-drift", 0.1], 1, True), (["--alpha", 0], 1, False),
+     (["--objective", "dpo"], 1, False), ([], 2, False)],
+)  # fmt: skip
+def test_an_sae_in_the_middle_is_warned_of_where_it_is_to_hold_the_model(
+    place, tmp_path, words, block, warned
+):
+    """Of four blocks the one after the second is the middle; the third is near the output."""
+    write_saelens(random_sae(tiny_models.HIDDEN, block=block), tmp_path / "sae")
+    done = train(place, tmp_path / "out", *words, sae=tmp_path / "sae")
+    assert done.exit_code == 0, done.stderr
+    assert (f"the SAE reads block {block} of 4 (from 0)" in done.stderr) is warned
+
+
 def test_adapters_out_of_reach_are_refused_before_the_reference_runs(place, tmp_path):
     result = train(place, tmp_path / "out", "--adapt-above-sae", "--num-layers", 1)
     refused(result, 2, "no adapted layer", f"block {BLOCK}")
