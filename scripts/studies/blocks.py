@@ -99,6 +99,7 @@ def main(words: Sequence[str] | None = None) -> None:
     o.model = o.model or smollm2.fetch(say=say).full
     settings = {k: str(v) for k, v in vars(o).items() if k not in NOT_SAID}
     anywhere = settings | {k: getattr(o, k).name for k in ("model", "data", "texts")}
+    anywhere["parts"] = str(PARTS)
     place = o.output or ROOT / "scripts" / "studies" / "results" / "blocks"
     made, measured = Steps(o.work, settings), Steps(place, anywhere)
     short_pairs(o.data, o.work / "data", {"test": o.pairs})
@@ -120,7 +121,8 @@ def write(place: Path, steps: Mapping[str, Any]) -> None:
     """The comparison, from all that is there."""
     runs = [found for found in steps.values() if found.get("points")]
     saes = {n.removeprefix("sae-"): v for n, v in steps.items() if n.startswith("sae-")}
-    result = {"saes": saes, "at equal KL": table(runs)}
+    ended = [name for name, found in steps.items() if "diverged" in found]
+    result = {"saes": saes, "at equal KL": table(runs), "diverged": ended}
     files.write_json(place / "compared.json", result)
     print(json.dumps(result["at equal KL"], indent=2), flush=True)
 
@@ -205,6 +207,8 @@ def weigh_all(o: argparse.Namespace, variant: str, settings: Mapping[str, Any]) 
 
 def on_logits(config: RunConfig, sae: SaeWeights) -> np.ndarray:
     """Variance over the vocabulary of what a unit of each feature adds to the logits, [F].
+
+    On the direct path: by the final norm's gain and the head, no block between.
 
     A weight multiplies a squared move, so it is the square of an effect.
     """

@@ -8,7 +8,7 @@ Five ways to train on the same pairs: FPO; with the behaviour's features held (`
 or projected out (`--project-out`); each with as many unrelated ones of equal activity in their
 place. What holds also learns less, so they need not end at the same margin. Of those that are to be
 compared (FAMILIES) the one that learned least sets a margin on held-out pairs; each of them
-answers the held-out prompts at the part of its change that was measured to have it within NEAR
+answers the held-out prompts at the part of its change that was measured nearest to it
 (`--levels`: shares of that margin). Compared are the rates of the behaviour in `--answers` sampled
 answers with the same noise, 95 % by bootstrap over seeds and prompts; the margins of all, which are
 means over few pairs, stand beside them. What is trained is kept in --work, what was measured in
@@ -132,7 +132,7 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
         for kind, name in named.items()
     }
     for way, kinds in FAMILIES.items():
-        least = reached_by_all({kind: float(np.mean(wholes[kind])) for kind in kinds})
+        least = least_of({kind: float(np.mean(wholes[kind])) for kind in kinds})
         for level, kind in itertools.product(o.levels, kinds):
             step = partial(point, way, kind, level, level * least)
             measured(f"{named[kind]}-by-{way.replace(' ', '-')}-at-{level:g}", step)
@@ -142,7 +142,7 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
     write(measured)
 
 
-def reached_by_all(margins: Mapping[str, float]) -> float:
+def least_of(margins: Mapping[str, float]) -> float:
     """The lowest of the kinds' margins, nats per token."""
     if min(margins.values()) <= 0:
         raise SystemExit(f"Not every kind learned the preference; margins: {margins}")
@@ -152,7 +152,7 @@ def reached_by_all(margins: Mapping[str, float]) -> float:
 def part_at(
     base: dict[str, Any], adapter: Path, whole: list[float], margin: float
 ) -> tuple[float, list[float]]:
-    """The part of an adapter that has this margin, and its margins; as the end of a run finds it.
+    """The part of an adapter nearest to this margin, and its margins; as the end of a run finds it.
 
     whole: the margins of part 1, per pair.
     """
@@ -200,7 +200,7 @@ def split(o: argparse.Namespace) -> Path:
 
 
 def text_sets(o: argparse.Namespace) -> tuple[Path, Path]:
-    """Training answers with the behaviour and without, by one writer; no prompt is held out."""
+    """Training answers with the behaviour and without, by one writer, to prompts that are not asked."""
     asked = {row["prompt"] for row in rows(o.work / "data" / "asked.jsonl")}
     sets: dict[bool, list[dict[str, str]]] = {True: [], False: []}
     for row in rows(o.data / "train.jsonl"):

@@ -61,7 +61,7 @@ def test_each_way_is_compared_at_the_margin_of_the_least_and_nothing_is_measured
 
 def test_a_kind_that_learned_nothing_ends_the_study():
     with pytest.raises(SystemExit, match="learned"):
-        control_margin.reached_by_all(WHOLE | {"out": 0.0})
+        control_margin.least_of(WHOLE | {"out": 0.0})
 
 
 def test_a_seed_that_lacks_a_kind_is_left_out():
