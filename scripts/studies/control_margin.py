@@ -200,7 +200,7 @@ def split(o: argparse.Namespace) -> Path:
 
 
 def text_sets(o: argparse.Namespace) -> tuple[Path, Path]:
-    """Training answers with the behaviour and without, by one writer, to prompts that are not asked."""
+    """Training answers with the behaviour and without, by one writer; no asked prompt has one."""
     asked = {row["prompt"] for row in rows(o.work / "data" / "asked.jsonl")}
     sets: dict[bool, list[dict[str, str]]] = {True: [], False: []}
     for row in rows(o.data / "train.jsonl"):
