@@ -31,7 +31,7 @@ from typing import Any
 
 import frontier_show
 import numpy as np
-from texts import ROOT, Steps, as_adapter, goes_on, say, shared, short_pairs
+from texts import ROOT, Steps, as_adapter, gains, goes_on, say, settings_of, shared, short_pairs
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import RunConfig, SaeTrainConfig, load_config
@@ -52,17 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings of FPO that differ
     "all": {},
     "logits": {},
 }
-NOT_SAID = (
-    "work",
-    "output",
-    "seeds",
-    "seed",
-    "blocks",
-    "sites",
-    "vary",
-    "variants",
-    "second",
-)  # they add cells to what is there
+ADDING = ("blocks", "sites", "vary", "variants", "second")  # cells to what is there
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -97,7 +87,7 @@ def main(words: Sequence[str] | None = None) -> None:
     machine.set_up()
     o = parse(words)
     o.model = o.model or smollm2.fetch(say=say).full
-    settings = {k: str(v) for k, v in vars(o).items() if k not in NOT_SAID}
+    settings = settings_of(o, *ADDING)
     anywhere = settings | {k: getattr(o, k).name for k in ("model", "data", "texts")}
     anywhere["parts"] = str(PARTS)
     place = o.output or ROOT / "scripts" / "studies" / "results" / "blocks"
@@ -197,10 +187,12 @@ def weigh_all(o: argparse.Namespace, variant: str, settings: Mapping[str, Any]) 
 
     config = load_config(dict(settings))
     place = config.reference.sae[0]
+    path = o.work / f"{variant}-{Path(place).name}.csv"
+    if path.exists():  # of an earlier seed
+        return path
     sae = read_sae(place, config, say)
     weights = np.ones(sae.n_features) if variant == "all" else on_logits(config, sae)
     kept = [{"feature": i, "weight": w} for i, w in enumerate((weights / weights.mean()).tolist())]
-    path = o.work / f"{variant}-{Path(place).name}.csv"
     write_weights(path, kept)
     return path
 
@@ -229,17 +221,12 @@ def on_logits(config: RunConfig, sae: SaeWeights) -> np.ndarray:
 
 def point(report: Any) -> dict[str, Any]:
     """A part of a run. Margins: nats per token; KL: nats per answer."""
-    gains = np.array(
-        [
-            [(side["logp"] - side["ref_logp"]) / side["tokens"] for side in sides]
-            for sides in ((pair["chosen"], pair["rejected"]) for pair in report.pairs)
-        ]
-    )  # [pairs, 2]
+    gained = np.array([gains(pair) for pair in report.pairs])  # [pairs, 2]
     said = report.summary
     return {
         "part": report.adapter_scale,
         KL: (said["kl/chosen"] + said["kl/rejected"]) / 2,
-        MARGIN: np.round(gains[:, 0] - gains[:, 1], 5).tolist(),
+        MARGIN: np.round(gained[:, 0] - gained[:, 1], 5).tolist(),
         "accuracy": said["rewards/accuracies"],
         "chosen_change": said["logps_per_token/chosen_change"],
         "drift": said["drift/rejected"] ** 0.5 if "drift/rejected" in said else None,

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from find_features import text_sets
-from texts import ROOT, begin, is_list, rows, say, study_parser, write_rows
+from texts import ROOT, begin, gains, is_list, rows, say, study_parser, write_rows
 
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import Sampling, load_config
@@ -165,11 +165,7 @@ def judge(o: argparse.Namespace, base: dict[str, Any], folder: Path) -> dict[str
         load_config(base), adapter_path=str(folder), split="valid", measure_kl=False, say=say
     )
     return {name: report.summary[name] for name in ("rewards/accuracies", *MEASURED)} | {
-        "right": [
-            (p["chosen"]["logp"] - p["chosen"]["ref_logp"]) / p["chosen"]["tokens"]
-            > (p["rejected"]["logp"] - p["rejected"]["ref_logp"]) / p["rejected"]["tokens"]
-            for p in report.pairs
-        ]
+        "right": [chosen > rejected for chosen, rejected in map(gains, report.pairs)]
     }
 
 

@@ -36,6 +36,7 @@ from texts import (
     Steps,
     as_adapter,
     begin,
+    gains,
     goes_on,
     is_list,
     rows,
@@ -125,7 +126,8 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
         adapter = trained(o, base, kind, seed)
         part, found = part_at(base, adapter, wholes[kind], margin)
         about = {"way": way, "kind": kind, "seed": seed, "level": level, "part": part}
-        return about | {"margins": found, "rates": rates(o, base, adapter, part, seed)}
+        there = sampled(measured, about)  # by another family, whose margin is the same
+        return about | {"margins": found, "rates": there or rates(o, base, adapter, part, seed)}
 
     wholes = {
         kind: measured(f"{name}-whole", partial(whole, kind))["margins"]
@@ -140,6 +142,13 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
     about = {"way": "", "kind": BASE, "seed": seed, "level": 0.0, "part": 0.0}
     measured(f"{BASE}-{seed}", lambda: about | {"rates": rates(o, base, None, 1.0, seed)})
     write(measured)
+
+
+def sampled(measured: Steps, about: Mapping[str, Any]) -> list[float] | None:
+    """The rates of this part of an adapter, where they are known."""
+    same = ("kind", "seed", "part")
+    points = (found for found in measured.values().values() if "rates" in found)
+    return next((p["rates"] for p in points if all(p[n] == about[n] for n in same)), None)
 
 
 def least_of(margins: Mapping[str, float]) -> float:
@@ -254,15 +263,7 @@ def margins(base: dict[str, Any], adapter: Path, part: float) -> list[float]:
         split="valid", measure_kl=False, say=say,
     )  # fmt: skip
     (report,) = judged.adapters.values()
-    return [margin_of(pair) for pair in report.pairs]
-
-
-def margin_of(pair: Mapping[str, Any]) -> float:
-    gains = [
-        (side["logp"] - side["ref_logp"]) / side["tokens"]
-        for side in (pair["chosen"], pair["rejected"])
-    ]
-    return gains[0] - gains[1]
+    return [chosen - rejected for chosen, rejected in map(gains, report.pairs)]
 
 
 def rates(

@@ -15,6 +15,7 @@ between their parts. PATH: an adapter folder; after a target it holds a part of 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,19 +51,15 @@ def main(words: Sequence[str] | None = None) -> None:
     machine.set_up()
     o = parse(words)
     names = dict(one.split("=", 1) for one in o.adapter)
-    found = [
-        {"adapter": name, "part": part, **drifts}
-        for name, path in names.items()
-        for part, drifts in measured(o, path)
-    ]
+    found = list(measured(o, names))
     at = {name: at_drifts([one for one in found if one["adapter"] == name]) for name in names}
     print(json.dumps({"points": found, "at": at}, indent=2), flush=True)
     if o.output:
         files.write_json(o.output, {"points": found, "at": at})
 
 
-def measured(o: argparse.Namespace, adapter: str) -> Iterator[tuple[float, dict[str, Any]]]:
-    """(part, figures) of an adapter; each response runs through the base once for all parts."""
+def measured(o: argparse.Namespace, adapters: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Of each part of each adapter; a response runs through the base once for all of them."""
     from fpo_mlx.judge.feature_scan import encoded
     from fpo_mlx.model.reader import encoder_of
     from fpo_mlx.pipeline.evaluate import open_scorer
@@ -83,13 +80,13 @@ def measured(o: argparse.Namespace, adapter: str) -> Iterator[tuple[float, dict[
     ]
     base = open_policy(job, None, say)
     before = [encoded(encoder, base.answer_rows(*texts).tapped[0]) for _, *texts in answers]
-    for part in o.parts:
-        policy = open_scorer(job, adapter, scale=part, measure_kl=False, say=say).policy
+    for (name, path), part in itertools.product(adapters.items(), o.parts):
+        policy = open_scorer(job, path, scale=part, measure_kl=False, say=say).policy
         found: dict[str, list[Moves]] = {side: [] for side in SIDES}
         for (side, *texts), at_first in zip(answers, before, strict=True):
             after = encoded(encoder, policy.answer_rows(*texts).tapped[0])
             found[side].append(moves(at_first, after, o.top_k))
-        yield part, {side: summary(found[side]) for side in SIDES}
+        yield {"adapter": name, "part": part, **{side: summary(found[side]) for side in SIDES}}
 
 
 Moves = dict[str, float]

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import reproduce
 import reproduce_cells as rc
+from texts import gains
 
 from fpo_mlx.demo import run as demo
 from fpo_mlx.demo import smollm2
@@ -174,14 +175,11 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def figures(place: Path) -> dict[str, list[float]]:
     """Of every held-out pair: whether it was won, changes of log-probs a token, KL a token."""
     pairs = json.loads((place / "evaluate.json").read_text(encoding="utf-8"))["pairs"]
-    change = {
-        side: [(p[side]["logp"] - p[side]["ref_logp"]) / p[side]["tokens"] for p in pairs]
-        for side in ("chosen", "rejected")
-    }
+    chosen, rejected = (list(side) for side in zip(*map(gains, pairs), strict=True))
     return {
-        "accuracy": [float(w > r) for w, r in zip(*change.values(), strict=True)],
-        "chosen_change": change["chosen"],
-        "rejected_change": change["rejected"],
+        "accuracy": [float(w > r) for w, r in zip(chosen, rejected, strict=True)],
+        "chosen_change": chosen,
+        "rejected_change": rejected,
         "kl": [p["chosen"]["kl"] / p["chosen"]["tokens"] for p in pairs],
     }
 

@@ -90,14 +90,25 @@ def study_parser(doc: str | None, work: str) -> argparse.ArgumentParser:
     return parser
 
 
-def begin(o: argparse.Namespace, *more: str) -> tuple[str, Steps]:
-    """The folder of the model, and the steps of this study; more seeds go on with them.
-
-    more: options that add to what is there, as seeds do.
-    """
+def settings_of(o: argparse.Namespace, *more: str) -> dict[str, str]:
+    """What two runs of a study must share; more: options that add to what is there, as seeds do."""
     apart = ("work", "output", "seeds", "seed", *more)
-    steps = Steps(o.work, {k: str(v) for k, v in vars(o).items() if k not in apart})
+    return {k: str(v) for k, v in vars(o).items() if k not in apart}
+
+
+def begin(o: argparse.Namespace, *more: str) -> tuple[str, Steps]:
+    """The folder of the model, and the steps of this study; more: see `settings_of`."""
+    steps = Steps(o.work, settings_of(o, *more))
     return str(o.model or smollm2.fetch(say=say).full), steps
+
+
+def gains(pair: Mapping[str, Any]) -> tuple[float, float]:
+    """What chosen and rejected gained on the reference, nats per token; a pair of `evaluate`."""
+    chosen, rejected = (
+        (side["logp"] - side["ref_logp"]) / side["tokens"]
+        for side in (pair["chosen"], pair["rejected"])
+    )
+    return chosen, rejected
 
 
 class Steps:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from texts import ROOT, Steps, goes_on, rows, say, shared, write_rows
+from texts import ROOT, Steps, goes_on, rows, say, settings_of, shared, write_rows
 
 from fpo_mlx import machine, pipeline, read_sae
 from fpo_mlx.config import SaeTrainConfig
@@ -59,9 +59,7 @@ def main(words: Sequence[str] | None = None) -> None:
     machine.set_up()
     o = parse(words)
     o.model = o.model or smollm2.fetch(say=say).full
-    settings = {
-        k: str(v) for k, v in vars(o).items() if k not in ("work", "output", "seeds", "tokens")
-    }
+    settings = settings_of(o, "tokens")
     steps = Steps(o.work, settings)
     given = rows(o.data)
     o.data = write_rows(o.work / "data.jsonl", given[: -o.judge_on])
