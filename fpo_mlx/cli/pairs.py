@@ -192,8 +192,9 @@ def _show_judges(judges) -> None:
     """Their figures, and what to think of them."""
     show_judges(judges)
     for name, summary in judges.items():
-        if (summary.first_share or 0.5) > 0.6 or (summary.first_share or 0.5) < 0.4:
-            say(f"warning: {name} leans to one position ({summary.first_share:.0%} for the first)")
+        first = summary.first_share
+        if first is not None and not 0.4 <= first <= 0.6:
+            say(f"warning: {name} leans to one position ({first:.0%} for the first)")
         if summary.verdicts and summary.unreadable > summary.verdicts / 10:
             say(f"warning: {summary.unreadable} of {name}'s verdicts cannot be read")
 

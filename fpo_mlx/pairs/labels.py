@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fpo_mlx.pairs.records import PERSON, Candidates, Verdict
+from fpo_mlx.pairs.records import PERSON, Candidates, Verdict, texts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,9 @@ def resolve(verdicts: Sequence[Verdict]) -> Label | None:
     last = max(verdicts, key=lambda v: v.time or 0.0)
     a, b = last.a, last.b
     if last.judge == PERSON:
-        if last.edited is not None:
-            return Label(a, b, "both_bad", edited=last.edited)
+        if edits := [v for v in verdicts if v.edited is not None]:  # it may come again
+            own = max(edits, key=lambda v: v.time or 0.0)
+            return Label(a, b, "both_bad", edited=own.edited)
         said = {v.verdict for v in verdicts} - {"skip", "unreadable"}
         if not said:
             return None
@@ -138,4 +139,5 @@ def _ascending(verdict: Verdict) -> Verdict:
         order={"ab": "ba", "ba": "ab"}.get(verdict.order, verdict.order),
         p=None if verdict.p is None else 1 - verdict.p,
         score_a=verdict.score_b, score_b=verdict.score_a,
+        texts=verdict.texts and texts_of(*reversed(verdict.texts.split("-"))),
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fpo_mlx.pairs.records import (
     open_candidates,
     parse_verdict,
     read_verdicts,
+    texts_of,
 )
 from fpo_mlx.pairs.summary import self_agreement
 from fpo_mlx.storage import lines
@@ -83,7 +84,7 @@ class Rating:
 
     def next(self) -> dict[str, Any]:
         """What the page shows: an item, or that all is done. Texts as they are."""
-        while self._at < len(self._items) and self._items[self._at].name in self._votes:
+        while self._at < len(self._items) and self._is_decided(self._items[self._at]):
             self._at += 1
         state = self._state()
         if self._at == len(self._items):
@@ -127,10 +128,18 @@ class Rating:
         self._at = min(self._at, self._items.index(item))
         return True
 
+    def _is_decided(self, item: Item) -> bool:
+        """What a person wrote anew does not come again: there is nothing left to choose."""
+        if item.name in self._votes or not item.again:
+            return item.name in self._votes
+        first = self._votes.get(replace(item, order=item.order[::-1]).name)
+        return first is not None and first.edited is not None
+
     def _write(self, item: Item, verdict: str, raw: str, edited: str | None) -> None:
+        sides = [self._found.get(item.id).candidates[n] for n in (item.a, item.b)]
         made = Verdict(
             item.id, item.a, item.b, item.order, verdict, PERSON, raw=raw, time=self._clock(),
-            edited=edited,
+            edited=edited, texts=texts_of(*sides),
         )  # fmt: skip
         self._writer.append(made.as_dict())
         if raw == UNDONE:
@@ -144,7 +153,7 @@ class Rating:
             where = f"{path.name}:{number}"
             v = parse_verdict(lines.decode(line, where), where)
             name = f"{v.id}:{v.a}:{v.b}:{v.order}"
-            if v.judge != PERSON or name not in self._by_name:
+            if v.judge != PERSON or name not in self._by_name or not self._found.get(v.id).has(v):
                 continue
             if name in self._votes:
                 self._history.remove(name)
@@ -155,12 +164,12 @@ class Rating:
 
     def _state(self) -> dict[str, Any]:
         same, twice = self_agreement(self._votes.values())
-        left = len(self._items) - len(self._votes)
+        left = sum(not self._is_decided(item) for item in self._items)
         seconds = self._seconds_each()
         return {
-            "voted": len(self._votes), "total": len(self._items), "can_undo": bool(self._history),
+            "voted": len(self._votes), "total": len(self._votes) + left,
+            "can_undo": bool(self._history), "same": same, "twice": twice,
             "seconds_each": seconds, "seconds_left": None if seconds is None else seconds * left,
-            "same": same, "twice": twice,
         }  # fmt: skip
 
     def _seconds_each(self) -> float | None:

@@ -2,17 +2,19 @@
 
 candidates  {"id", "prompt": text or messages, "tools"?, "candidates": [{"text", "tokens",
             "finish": "stop" | "length", "logp", "seed", "temp", "model"}]}
-verdicts    {"id", "a", "b", "order", "verdict", "p", "score_a", "score_b", "judge", "raw", "time"}
+verdicts    {"id", "a", "b", "order", "verdict", "p", "score_a", "score_b", "judge", "raw", "time",
+            "texts"?}
             a and b are numbers of candidates; order says which was shown first ("ab", "ba"), or
-            "none" where a judge sees one answer at a time. Key: id, a, b, order, judge; the last
-            line of a key counts.
+            "none" where a judge sees one answer at a time; texts names what the two said, so that
+            answers which came in their place are not taken for them. Key: id, a, b, order, judge,
+            texts; the last line of a key counts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ VERDICTS = ("a", "b", "tie", "both_bad", "skip", "unreadable")
 LARGEST = 1e300  # score; differences of two stay finite
 ORDERS = ("ab", "ba", "none")
 LABELS = ("a", "b", "tie", "both_bad")  # those that say something
-MOST = 64  # candidates of one prompt
+MOST = 65  # candidates of one prompt: what `pairs generate` may make, and a person's
+
+Key = tuple[str, int, int, str, str, str | None]
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ class Candidate:
     temp: float | None = None
     model: str = ""
 
+    @property
+    def digest(self) -> str:
+        """Names the text."""
+        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -76,6 +85,13 @@ class Candidates:
     def as_dict(self) -> dict[str, Any]:
         answers = [vars(candidate) for candidate in self.candidates]
         return {"id": self.id, **self.prompt.fields, "candidates": answers}
+
+    def has(self, verdict: Verdict) -> bool:
+        """Whether a verdict is on answers of these; one that names no texts is taken at its word.
+
+        It may name the prompt and be on answers that stood here before.
+        """
+        return is_on(verdict, [one.digest for one in self.candidates])
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +110,16 @@ class Verdict:
     raw: str = ""
     time: float | None = None
     edited: str | None = None  # a person's own text, which beats both
+    texts: str | None = None  # digests of a's and b's, as `texts_of` joins them
 
     @property
-    def key(self) -> tuple[str, int, int, str, str]:
-        return self.id, self.a, self.b, self.order, self.judge
+    def key(self) -> Key:
+        return self.id, self.a, self.b, self.order, self.judge, self.texts
 
     def as_dict(self) -> dict[str, Any]:
         record = {one.name: getattr(self, one.name) for one in fields(self)}
-        if self.edited is None:
-            del record["edited"]
-        return record
+        seldom = ("edited", "texts")
+        return {n: v for n, v in record.items() if v is not None or n not in seldom}
 
 
 @dataclass
@@ -122,6 +138,28 @@ class CandidateFile:
 
     def __iter__(self) -> Iterator[Candidates]:
         return (self.get(id) for id in self.offsets)
+
+
+def texts_of(a: Candidate | str, b: Candidate | str) -> str:
+    """Names two answers by what they say; of candidates or of their digests."""
+    return "-".join(one if isinstance(one, str) else one.digest for one in (a, b))
+
+
+def is_on(verdict: Verdict, digests: Sequence[str]) -> bool:
+    """Whether a verdict is on two of the answers with these digests; see `Candidates.has`."""
+    a, b = verdict.a, verdict.b
+    if max(a, b) >= len(digests):
+        return False
+    return verdict.texts is None or verdict.texts == texts_of(digests[a], digests[b])
+
+
+def on_these(found: CandidateFile, verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Those on answers of this file; each prompt is read once."""
+    groups: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        groups.setdefault(verdict.id, []).append(verdict)
+    there = ((found.get(id), group) for id, group in groups.items() if id in found.offsets)
+    return [verdict for one, group in there for verdict in group if one.has(verdict)]
 
 
 def prompt_id(rendered: str) -> str:
@@ -178,6 +216,7 @@ def parse_verdict(record: Any, where: str) -> Verdict:
         _text(record, "id", where), a, b, order, verdict, _text(record, "judge", where), p,
         _number(record, "score_a", where), _number(record, "score_b", where),
         str(record.get("raw") or "")[:10_000], _number(record, "time", where), edited,
+        None if record.get("texts") is None else _text(record, "texts", where),
     )  # fmt: skip
 
 
@@ -190,9 +229,9 @@ def open_candidates(path: Path) -> CandidateFile:
     return found
 
 
-def read_verdicts(path: Path) -> dict[tuple[str, int, int, str, str], Verdict]:
+def read_verdicts(path: Path) -> dict[Key, Verdict]:
     """The verdicts that count, by their keys. Raises: DataError."""
-    found: dict[tuple[str, int, int, str, str], Verdict] = {}
+    found: dict[Key, Verdict] = {}
     for number, _, line in lines.read_lines(path):
         where = f"{path.name}:{number}"
         record = lines.decode(line, where) | {"raw": ""}  # what is not needed stays on disk

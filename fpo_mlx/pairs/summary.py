@@ -32,13 +32,13 @@ class JudgeSummary:
         return asdict(self)
 
 
-Lengths = Callable[[str], list[int]]  # tokens of each candidate of a prompt
+Lengths = Callable[[str], list[int]]  # tokens of each candidate of a prompt; asked once of each
 
 
 def summarise(
-    verdicts: Iterable[Verdict], lengths: Lengths, against: Iterable[Verdict] = ()
+    verdicts: Iterable[Verdict], lengths: Lengths | None, against: Iterable[Verdict] = ()
 ) -> dict[str, JudgeSummary]:
-    """By judge. lengths: asked once a prompt; against: a person's votes."""
+    """By judge. lengths: None where the answers are not known; against: a person's votes."""
     person = {
         (id, label.a, label.b): _word(label)
         for id, group in by_prompt(v for v in against if v.judge == PERSON).items()
@@ -51,25 +51,25 @@ def summarise(
 
 
 def _of_one(
-    verdicts: list[Verdict], lengths: Lengths, person: Mapping[tuple[str, int, int], str]
+    verdicts: list[Verdict], lengths: Lengths | None, person: Mapping[tuple[str, int, int], str]
 ) -> JudgeSummary:
     flips, first, longer, ties, compared = [], [], [], 0, 0
     said: list[tuple[str, str]] = []
     for id, group in by_prompt(verdicts).items():
         orders: dict[tuple[int, int], dict[str, str]] = defaultdict(dict)
         for v in group:
-            if v.verdict != "unreadable":
+            if v.verdict not in ("unreadable", "skip") and v.edited is None:
                 orders[v.a, v.b][v.order] = v.verdict
             if v.order != "none" and v.verdict in SIDES:
                 first.append(v.order[0] == v.verdict)
         flips += [o["ab"] != o["ba"] for o in orders.values() if {"ab", "ba"} <= set(o)]
-        tokens = lengths(id)
+        tokens = None if lengths is None else lengths(id)
         for (a, b), label in _labels(group).items():
-            if max(a, b) >= len(tokens):
+            if tokens is not None and max(a, b) >= len(tokens):
                 continue  # of another file's candidates
             compared += 1
             ties += label.verdict not in SIDES
-            if label.verdict in SIDES and tokens[a] != tokens[b]:
+            if label.verdict in SIDES and tokens and tokens[a] != tokens[b]:
                 longer.append((tokens[a] > tokens[b]) == (label.verdict == "a"))
             if (id, a, b) in person:
                 said.append((_word(label), person[id, a, b]))

@@ -20,6 +20,7 @@ from fpo_mlx.pairs.records import (
     PERSON,
     CandidateFile,
     Verdict,
+    on_these,
     open_candidates,
     read_verdicts,
 )
@@ -80,7 +81,7 @@ def pairs_build(
     claim = partial(claim_folder, output, "--output", MADE, inputs=inputs, overwrite=overwrite)
     output = claim()
     found, left = open_candidates(candidates), Left()
-    known = _read(verdicts, settings, only)
+    known = _on_these(found, _read(verdicts, settings, only), left)
     if settings.reward_augmented:
         _check_one_scale(known)
     judges = _judges(known, found)
@@ -119,6 +120,17 @@ def _read(
     return by_prompt(known.values())
 
 
+def _on_these(
+    found: CandidateFile, known: dict[str, list[Verdict]], left: Left
+) -> dict[str, list[Verdict]]:
+    """Without the verdicts on other answers; one on an unknown prompt is told of elsewhere."""
+    kept = by_prompt(on_these(found, (v for group in known.values() for v in group)))
+    there = {id: group for id, group in known.items() if id in found.offsets}
+    lost = sum(len(group) - len(kept.get(id, ())) for id, group in there.items())
+    left.out("verdicts on answers that are not among the candidates", lost)
+    return known | {id: kept.get(id, []) for id in there}
+
+
 def _check_one_scale(known: Mapping[str, Sequence[Verdict]]) -> None:
     """A wanted score means something on one judge's scale only. Raises: ConfigError."""
     verdicts = [verdict for of_it in known.values() for verdict in of_it]
@@ -148,9 +160,7 @@ def _choose(
         if one.id not in verdicts:
             left.out("a prompt without verdicts")
             continue
-        count = len(one.candidates)
-        of_it = [v for v in verdicts.pop(one.id) if v.a < count and v.b < count]
-        for pair in choose.pairs_of(one, labels_of(of_it), settings, left):
+        for pair in choose.pairs_of(one, labels_of(verdicts.pop(one.id)), settings, left):
             if not is_new((one.prompt.text, pair.chosen, pair.rejected)):
                 left.out("a double")
             elif settings.reward_augmented and choose.asks_alike(pair):

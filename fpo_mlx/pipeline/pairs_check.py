@@ -13,7 +13,9 @@ from fpo_mlx.pairs.records import (
     HUMAN,
     PERSON,
     Candidates,
+    Key,
     Verdict,
+    is_on,
     parse_candidates,
     parse_verdict,
 )
@@ -21,6 +23,7 @@ from fpo_mlx.pairs.summary import JudgeSummary, summarise
 from fpo_mlx.storage import lines
 
 Record = TypeVar("Record", Candidates, Verdict)
+Answers = dict[str, list[tuple[int, str]]]  # of each prompt: tokens and digest of each
 
 # "refused" lines stop the commands that read them; "lost" ones are read and make no pair; "note"
 # says what a reader may not expect. The most severe first.
@@ -28,6 +31,7 @@ LEVELS: dict[str, str] = {
     "no such line": "refused",
     "unknown prompt": "lost",
     "unknown answer": "lost",
+    "other answers": "lost",
     "one answer only": "lost",
     "equal answers": "lost",
     "empty answer": "lost",
@@ -119,24 +123,24 @@ def pairs_check(candidates: Path | None, verdicts: Sequence[Path]) -> list[FileC
     Without candidates what a verdict is about is not looked at.
     Raises: FpoError for a file that cannot be read.
     """
-    tokens: dict[str, list[int]] = {}
-    checks = [_candidates(candidates, tokens)] if candidates else []
-    return checks + [_verdicts(path, tokens if candidates else None) for path in verdicts]
+    answers: Answers = {}
+    checks = [_candidates(candidates, answers)] if candidates else []
+    return checks + [_verdicts(path, answers if candidates else None) for path in verdicts]
 
 
-def _candidates(path: Path, tokens: dict[str, list[int]]) -> FileCheck:
+def _candidates(path: Path, answers: Answers) -> FileCheck:
     found, figures = _Found(), Counter()
     for where, one in found.records(path, parse_candidates):
-        if one.id in tokens:
+        if one.id in answers:
             found.add("prompt again", where, f"id {one.id} stood above; this line counts")
-        tokens[one.id] = [answer.tokens for answer in one.candidates]
+        answers[one.id] = [(answer.tokens, answer.digest) for answer in one.candidates]
         for kind, what in _of_candidates(one):
             found.add(kind, where, what)
         figures["answers"] += len(one.candidates)
         figures["tokens"] += sum(answer.tokens for answer in one.candidates)
         figures["cut"] += sum(answer.finish == "length" for answer in one.candidates)
         figures["of persons"] += sum(answer.model == HUMAN for answer in one.candidates)
-    means = _means(figures, len(tokens))
+    means = _means(figures, len(answers))
     return FileCheck(str(path), "candidates", found.lines, found.kinds(), means)
 
 
@@ -168,32 +172,38 @@ def _of_candidates(one: Candidates) -> Iterator[tuple[str, str]]:
             )
 
 
-def _verdicts(path: Path, tokens: dict[str, list[int]] | None) -> FileCheck:
+def _verdicts(path: Path, answers: Answers | None) -> FileCheck:
     found = _Found()
-    known: dict[tuple[str, int, int, str, str], Verdict] = {}
+    known: dict[Key, Verdict] = {}
     places: dict[tuple[str, int, int, str], str] = {}
     for where, one in found.records(path, parse_verdict):
         if one.key in known:
             found.add("verdict again", where, f"{one.judge} said it above; this line counts")
         known[one.key] = replace(one, raw="")
         places[one.id, one.a, one.b, one.judge] = where
-        if tokens is not None and (what := _unknown(one, tokens)):
+        if answers is not None and (what := _unknown(one, answers)):
             found.add(what[0], where, what[1])
         elif one.verdict == "unreadable":
             found.add("unreadable verdict", where, f"{one.judge} said neither letter")
     for key, orders in _orders(known.values()).items():
         if len(orders) == 1 and orders != {"none"}:
             found.add("one order only", places[key], f"{key[3]} judged {orders.pop()} alone")
-    lengths = tokens or {}
-    judges = summarise(known.values(), lambda id: lengths.get(id, []))
+    judges = summarise(known.values(), None if answers is None else _lengths(answers))
     return FileCheck(str(path), "verdicts", found.lines, found.kinds(), judges=judges)
 
 
-def _unknown(one: Verdict, tokens: dict[str, list[int]]) -> tuple[str, str] | None:
-    if one.id not in tokens:
+def _lengths(answers: Answers) -> Callable[[str], list[int]]:
+    return lambda id: [tokens for tokens, _ in answers.get(id, ())]
+
+
+def _unknown(one: Verdict, answers: Answers) -> tuple[str, str] | None:
+    there = answers.get(one.id)
+    if there is None:
         return "unknown prompt", f"id {one.id[:40]} is not among the candidates"
-    if max(one.a, one.b) >= len(tokens[one.id]):
-        return "unknown answer", f"a {one.a}, b {one.b} of {len(tokens[one.id])} candidates"
+    if max(one.a, one.b) >= len(there):
+        return "unknown answer", f"a {one.a}, b {one.b} of {len(there)} candidates"
+    if not is_on(one, [digest for _, digest in there]):
+        return "other answers", f"{one.judge} judged answers that stood there before"
     return None
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,9 +20,12 @@ from fpo_mlx.pairs.records import (
     HUMAN,
     CandidateFile,
     Candidates,
+    Key,
     Verdict,
+    on_these,
     open_candidates,
     read_verdicts,
+    texts_of,
 )
 from fpo_mlx.pairs.reward import Reward
 from fpo_mlx.pairs.reward import judge_name as reward_name
@@ -71,6 +74,7 @@ def pairs_judge(
     if not len(found):
         raise DataError(f"{candidates} holds no candidates. Run `fpo-mlx pairs generate` first.")
     done = set(read_verdicts(output)) if output.exists() else set()
+    votes = read_verdicts(against).values() if against else ()
     written = 0
     with ExitStack() as stack:
         writer = stack.enter_context(LineWriter(output))
@@ -82,14 +86,13 @@ def pairs_judge(
                 against_reference=settings.against_reference,
             )  # fmt: skip
             tasks = [(a, b, order) for a, b in pairs for order in orders]
-            tasks = [task for task in tasks if (one.id, *task, name) not in done]
-            made = judge(one, tasks) if tasks else iter(())
+            tasks = [task for task in tasks if not _judged(one, task, name, done)]
+            made = (_named(one, v) for v in (judge(one, tasks) if tasks else ()))
             # what a request or a question costs is kept at once, a reward's verdicts per prompt
             for group in [list(made)] if settings.reward else ([verdict] for verdict in made):
                 writer.append(*(verdict.as_dict() for verdict in group))
                 written += len(group)
             progress(number, len(found))
-    votes = read_verdicts(against).values() if against else ()
     return JudgeReport(written, len(done), judges_of(output, found, votes), name)
 
 
@@ -97,8 +100,20 @@ def judges_of(
     verdicts: Path, found: CandidateFile, votes: Iterable[Verdict] = ()
 ) -> dict[str, JudgeSummary]:
     """Figures of every judge in a file of verdicts."""
-    known = (v for v in read_verdicts(verdicts).values() if v.id in found.offsets)
+    known = on_these(found, read_verdicts(verdicts).values())
+    votes = on_these(found, votes)
     return summarise(known, lambda id: [c.tokens for c in found.get(id).candidates], votes)
+
+
+def _judged(one: Candidates, task: Task, name: str, done: Container[Key]) -> bool:
+    """Whether these two answers have this judge's verdict, or one that does not name its texts."""
+    a, b, _ = task
+    texts = texts_of(one.candidates[a], one.candidates[b])
+    return any((one.id, *task, name, known) in done for known in (texts, None))
+
+
+def _named(one: Candidates, verdict: Verdict) -> Verdict:
+    return replace(verdict, texts=texts_of(*(one.candidates[n] for n in (verdict.a, verdict.b))))
 
 
 def _human(one: Candidates) -> int | None:

@@ -43,6 +43,7 @@ from fpo_mlx.storage import files
 
 PARTS = (0.25, 0.5, 1.0)
 LEVELS = (1.0, 3.0, 10.0)  # nats per held-out answer, mean of chosen and rejected
+ALIKE = 0.005  # FVU: what an SAE may differ by that is trained anew
 RIVAL, MARGIN, KL = "dpo", "margin/of_pairs", "kl"
 VARIANTS: dict[str, dict[str, Any]] = {  # settings of FPO that differ
     "free": {"target_drift": None, "alpha": 0.0},
@@ -102,7 +103,7 @@ def main(words: Sequence[str] | None = None) -> None:
             if not measured.done(f"{kind}-{seed}"):
                 for own in saes_of(kind):
                     figures = made(f"sae-{own}", partial(train_sae, o, own))
-                    measured(f"sae-{own}", lambda f=figures: f)
+                    need_alike(own, measured(f"sae-{own}", lambda f=figures: f), figures)
             measured(f"{kind}-{seed}", partial(cell, o, kind, seed))
             write(place, measured.values())
 
@@ -130,6 +131,15 @@ def train_sae(o: argparse.Namespace, place: str) -> dict[str, Any]:
     )  # fmt: skip
     figures = {} if done.figures is None else {"fvu": done.figures.fvu, "dead": done.figures.dead}
     return figures | {"loss_recovered": None if done.loss is None else done.loss.recovered}
+
+
+def need_alike(place: str, known: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """An SAE that was lost and trained anew, on another machine, must be as good as the first."""
+    if abs(known.get("fvu", 0.0) - found.get("fvu", 0.0)) > ALIKE:
+        raise SystemExit(
+            f"sae-{place}: FVU {found['fvu']:.3f}, that of the runs measured so far has "
+            f"{known['fvu']:.3f}. Measure with that one, or all anew in another --output."
+        )
 
 
 def saes_of(kind: str) -> list[str]:

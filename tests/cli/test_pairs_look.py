@@ -41,6 +41,7 @@ def spoiled(tmp_path):
         said("p", 0, 1, "ab", "a"), said("p", 0, 1, "ab", "b"), said("x", 0, 1, "ab", "a", "k"),
         said("x", 0, 1, "ba", "a", "k"), said("p", 0, 5, "none", "a"),
         said("r", 0, 1, "none", "unreadable"), said("p", 0, 0, "ab", "a"),
+        said("p", 0, 1, "none", "a", "m") | {"texts": "00000000-11111111"},
     )  # fmt: skip
     return source, verdicts
 

@@ -181,6 +181,32 @@ def test_what_was_undone_is_shown_again_in_the_next_sitting_too(tmp_path):
     rating.close()
 
 
+def test_what_a_person_wrote_anew_does_not_come_again_with_its_sides_swapped(tmp_path):
+    source = candidates(tmp_path / "c.jsonl", graded(60))
+    again = [item for item in queue(open_candidates(source), 1, 0) if item.again]
+    rating = Rating(source, tmp_path / "v.jsonl")
+    seen = []
+    while not (shown := rating.next())["done"]:
+        seen.append(shown["name"])
+        rating.vote(shown["name"], "first", edited=(0, f"mine {len(seen)}"))
+    assert len(seen) == 60 < 60 + len(again)
+    state = rating.next()
+    assert (state["voted"], state["total"], state["seconds_left"]) == (60, 60, 0.0)
+    rating.close()
+
+
+def test_votes_on_answers_that_were_there_before_are_none_on_those_that_came_after(tmp_path):
+    out = tmp_path / "v.jsonl"
+    before = candidates(tmp_path / "before.jsonl", {"Q?": ["one", "two"]})
+    after = candidates(tmp_path / "after.jsonl", {"Q?": ["three", "four"]})
+    for source in (before, after):
+        rating = Rating(source, out)
+        rating.vote(rating.next()["name"], "first")
+        assert rating.next()["done"]
+        rating.close()
+    assert len(read_verdicts(out)) == 2
+
+
 def test_a_port_that_is_taken_and_a_file_without_comparisons_are_plain_errors(tmp_path, open_page):
     port = re.search(r":(\d+)/", open_page[0])[1]
     source = candidates(tmp_path / "c.jsonl", graded(3))

@@ -11,12 +11,13 @@ from collections import Counter
 import pytest
 from judges import candidates, endpoint, graded, grades, says
 
+from fpo_mlx.cli.pairs import _show_judges
 from fpo_mlx.errors import ConfigError, DataError, FpoError
 from fpo_mlx.pairs.labels import labels_of, resolve
 from fpo_mlx.pairs.records import PERSON, Verdict, read_verdicts
 from fpo_mlx.pairs.settings import BuildConfig, JudgeConfig
 from fpo_mlx.pairs.summary import cohen_kappa, summarise
-from fpo_mlx.pipeline import pairs_build, pairs_judge
+from fpo_mlx.pipeline import pairs_build, pairs_check, pairs_judge
 
 
 def judge(url, source, out, **words):
@@ -69,6 +70,65 @@ def test_a_judge_that_leans_to_the_first_labels_nothing_wrong_and_its_lean_is_sh
     assert len(rows) == built.pairs > 80
     wrong = [r for r in rows if r["chosen"][0]["content"].endswith("0")]
     assert wrong == []  # it never names the worse one in both orders
+
+
+def test_verdicts_on_answers_that_were_there_before_are_none_on_those_that_came_after(tmp_path):
+    """The same prompts answered anew, judged into the same file: nothing old labels them."""
+
+    def better(body):
+        first, second = grades(body)
+        return says("A" if first > second else "B")
+
+    old = {f"Question {i}?": [f"old {i} of grade 1", f"old {i} of grade 0"] for i in range(6)}
+    new = {f"Question {i}?": [f"new {i} of grade 0", f"new {i} of grade 1"] for i in range(6)}
+    before = candidates(tmp_path / "before.jsonl", old)
+    after = candidates(tmp_path / "after.jsonl", new)
+    verdicts = tmp_path / "v.jsonl"
+    with endpoint(better) as (url, _):
+        assert judge(url, before, verdicts)[0].written == 12
+        second, _ = judge(url, after, verdicts)
+        assert (second.written, second.before) == (12, 12)
+        assert judge(url, before, verdicts)[0].written == 0  # and those before count for it still
+    (summary,) = second.judges.values()
+    assert summary.verdicts == 12
+    for source, grade in ((after, "new"), (before, "old")):
+        settings = BuildConfig(valid_share=0.0, near_duplicates=1.0, force=True)
+        built = pairs_build(
+            settings, candidates=source, verdicts=[verdicts], output=tmp_path / grade,
+            say=lambda _: None,
+        )  # fmt: skip
+        assert built.left["verdicts on answers that are not among the candidates"] == 12
+        text = (tmp_path / grade / "train.jsonl").read_text()
+        rows = [json.loads(row) for row in text.splitlines()]
+        assert len(rows) == 6
+        for row in rows:
+            text = row["chosen"][0]["content"]
+            assert text.startswith(grade)
+            assert text.endswith("1")
+    _, found = pairs_check(after, [verdicts])
+    (other,) = [kind for kind in found.kinds if kind.kind == "other answers"]
+    assert (other.level, other.count) == ("lost", 12)
+
+
+def test_a_verdict_that_names_no_texts_is_taken_at_its_word(tmp_path):
+    """Files of before, and of a user's own."""
+    source = candidates(tmp_path / "c.jsonl", graded(3))
+    verdicts = tmp_path / "v.jsonl"
+    with endpoint(lambda body: says("A")) as (url, _):
+        judge(url, source, verdicts)
+        rows = [json.loads(line) for line in verdicts.read_text().splitlines()]
+        for row in rows:
+            del row["texts"]
+        verdicts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert judge(url, source, verdicts)[0].written == 0
+
+
+def test_a_judge_that_always_names_the_second_is_warned_of(tmp_path, capsys):
+    source = candidates(tmp_path / "c.jsonl", graded(3))
+    with endpoint(lambda body: says("B")) as (url, _):
+        report, _ = judge(url, source, tmp_path / "v.jsonl")
+    _show_judges(report.judges)
+    assert "leans to one position (0% for the first)" in capsys.readouterr().err
 
 
 def test_a_judge_that_talks_nonsense_labels_nothing(tmp_path):
@@ -232,6 +292,15 @@ def test_a_person_has_the_last_word_and_the_majority_of_judges_before():
     assert label.verdict == "b"
     (label,) = labels_of(three[1:])
     assert label.verdict == "tie"
+
+
+@pytest.mark.parametrize("again", ["a", "both_bad", "skip"])
+def test_a_persons_own_text_stands_whatever_they_say_of_the_two_when_they_come_again(again):
+    edited = said(0, 1, "ab", "both_bad", judge=PERSON, edited="mine", time=1.0)
+    votes = [edited, said(0, 1, "ba", again, judge=PERSON, time=2.0)]
+    assert [label.edited for label in labels_of(votes)] == ["mine"]
+    (of_them,) = summarise(votes, lambda id: [3, 4]).values()
+    assert of_them.flip_rate is None  # one says nothing of the two, so they did not turn round
 
 
 def test_cohens_kappa_by_hand():
