@@ -15,6 +15,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -65,20 +66,27 @@ def file_rows(path: Path) -> Iterator[RawRow]:
 
     Raises DataError (a file that is none of the known ones) and FpoError (no such file).
     """
+    with _opened(path) as (head, stream):
+        if head.startswith(b"PAR1"):
+            yield from _table_rows(path, _parquet)
+        elif path.suffix.lower() == ".arrow" or head.startswith(b"ARROW1"):
+            yield from _table_rows(path, _arrow)
+        else:
+            yield from _text_rows(path, stream)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[bytes, IO[bytes]]]:
+    """A file's first bytes, and what it holds, unpacked. Raises: as `file_rows`."""
     try:
         with path.open("rb") as file:
             head = file.read(_PEEK)
         for magic, what in _REFUSED.items():
             if head.startswith(magic):
                 raise DataError(f"{path} is {what}. Wanted JSON lines, JSON, CSV or Parquet.")
-        if head.startswith(b"PAR1"):
-            yield from _table_rows(path, _parquet)
-        elif path.suffix.lower() == ".arrow" or head.startswith(b"ARROW1"):
-            yield from _table_rows(path, _arrow)
-        else:
-            unpack = next((u for magic, u in _UNPACK.items() if head.startswith(magic)), None)
-            with unpack(path) if unpack else path.open("rb") as stream:
-                yield from _text_rows(path, stream)
+        unpack = next((u for magic, u in _UNPACK.items() if head.startswith(magic)), None)
+        with unpack(path) if unpack else path.open("rb") as stream:
+            yield head, stream
     except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path}: the packed file is damaged: {error}. Copy it again.") from error
     except OSError as error:
@@ -86,6 +94,15 @@ def file_rows(path: Path) -> Iterator[RawRow]:
             what = f"{path}: the packed file is damaged: {error}. Copy it again."
             raise DataError(what) from error
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line as UTF-8) of a text file that is no table, packed or not.
+
+    Raises: as `file_rows`.
+    """
+    with _opened(path) as (_, stream):
+        yield from enumerate(_utf8(path, stream), start=1)
 
 
 def digest(path: Path) -> str:
@@ -107,23 +124,26 @@ def _zstd(path: Path) -> Any:
 
 
 def _text_rows(path: Path, stream: IO[bytes]) -> Iterator[RawRow]:
-    """Rows of a text file, brought to UTF-8 first."""
-    head = stream.read(_PEEK)
-    encoding = _encoding(head)
-    if encoding == "utf-8":
-        lines: Any = _Lines(head.removeprefix(codecs.BOM_UTF8), stream)
-    else:
-        try:
-            text = (head + stream.read()).decode(encoding).removeprefix("\ufeff")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} begins as {encoding}, but is not: {error}.") from error
-        lines = _Lines(text.encode("utf-8", "surrogatepass"), io.BytesIO())
+    lines = _utf8(path, stream)
     match = _NAME.fullmatch(path.name)
     form = match.group(2).lower() if match else ""
     if form in ("csv", "tsv"):
         yield from _csv_rows(path, lines, tabs=form == "tsv")
     else:
         yield from _json_rows(path, lines)
+
+
+def _utf8(path: Path, stream: IO[bytes]) -> _Lines:
+    """The lines of a text file, brought to UTF-8."""
+    head = stream.read(_PEEK)
+    encoding = _encoding(head)
+    if encoding == "utf-8":
+        return _Lines(head.removeprefix(codecs.BOM_UTF8), stream)
+    try:
+        text = (head + stream.read()).decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} begins as {encoding}, but is not: {error}.") from error
+    return _Lines(text.encode("utf-8", "surrogatepass"), io.BytesIO())
 
 
 def _encoding(head: bytes) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from fpo_mlx.data import containers
+from fpo_mlx.data.containers import RawRow
+from fpo_mlx.data.layouts import filled
 from fpo_mlx.errors import DataError
 from fpo_mlx.pairs.records import Prompt, parse_prompt
-from fpo_mlx.storage import lines
 
 
 def check_prompts(path: Path) -> int:
@@ -21,16 +24,17 @@ def check_prompts(path: Path) -> int:
     if faults or not count:
         what = f": {len(faults)} lines are no prompts" if faults else " holds no prompts"
         raise DataError(
-            f"{path}{what}. Wanted one per line, or objects with a `prompt` in a .jsonl file.",
+            f"{path}{what}. Wanted one per line, or rows with a `prompt` (.jsonl, .json, .csv …).",
             faults,
         )
     return count
 
 
 def read_prompts(path: Path) -> Iterator[Prompt]:
-    """A .jsonl file of objects with a `prompt`, or a text file of one prompt per line.
+    """Rows with a `prompt` of a file of data, by its name, or a text file of one prompt per line.
 
-    One in memory at a time. Raises: DataError naming the line; FpoError where nothing can be read.
+    One in memory at a time where there is one a line. Raises: DataError naming the line, or where
+    nothing can be read.
     """
     for found in _read(path):
         if isinstance(found, DataError):
@@ -39,21 +43,31 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
 
 
 def _read(path: Path) -> Iterator[Prompt | DataError]:
-    rows = path.suffix == ".jsonl"
-    for number, _, line in lines.read_lines(path):
-        where = f"{path.name}:{number}"
+    rows = containers.file_rows(path) if containers.stem(path) is not None else _texts(path)
+    for row in rows:
         try:
-            record = lines.decode(line, where) if rows else {"prompt": _text(line, where)}
-            yield parse_prompt(record, where)
+            yield parse_prompt(_record(row), row.where)
         except DataError as fault:
             yield fault
 
 
-def _text(line: bytes, where: str) -> str:
-    try:
-        return line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line).") from error
+def _texts(path: Path) -> Iterator[RawRow]:
+    """Each line that is not blank, the last one too where nothing ends it."""
+    for number, line in containers.text_lines(path):
+        where, record, fault = f"{path.name}:{number}", None, ""
+        try:
+            record = {"prompt": line.decode("utf-8").strip()}
+        except UnicodeDecodeError as error:
+            fault = f"not UTF-8 (byte {error.start + 1} of the line)"
+        if fault or record != {"prompt": ""}:
+            yield RawRow(record, where, number - 1, fault)
+
+
+def _record(row: RawRow) -> Mapping[str, Any]:
+    if not isinstance(row.record, Mapping):
+        what = row.fault or f"wanted an object, found {type(row.record).__name__}"
+        raise DataError(f"{row.where}: {what}.")
+    return {str(n): v for n, v in row.record.items() if n == "prompt" or filled(v)}
 
 
 def windows(prompts: Iterator[Prompt], size: int) -> Iterator[list[Prompt]]:

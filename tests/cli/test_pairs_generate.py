@@ -12,6 +12,8 @@ mx = pytest.importorskip("mlx.core")
 from command_line import lines, refused, run  # noqa: E402
 from evaluated import own_cache, place  # noqa: E402, F401
 
+from fpo_mlx.pairs.prompts import check_prompts, read_prompts  # noqa: E402
+
 PROMPTS = ["Why?", "Who are you, and where do you come from?", "Name it."] + [
     f"Question {n}, of which there are some?" for n in range(6)
 ]
@@ -155,6 +157,30 @@ def test_a_row_without_a_prompt_is_named(place, tmp_path, row):
     rows = lines(tmp_path / "p.jsonl", {"prompt": "Why?"}, row)
     refused(generate(place, rows, tmp_path / "c.jsonl"), 3, "p.jsonl:2")
     assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_the_last_line_of_a_text_needs_no_end(tmp_path):
+    path = tmp_path / "p.txt"
+    for content, wanted in (
+        (b"a\nb", ["a", "b"]),
+        (b"a", ["a"]),
+        (b"\xef\xbb\xbfa\r\n\r\nb ", ["a", "b"]),
+        ("a\n\u00e4".encode("utf-16"), ["a", "\u00e4"]),
+    ):
+        path.write_bytes(content)
+        assert [prompt.text for prompt in read_prompts(path)] == wanted
+        assert check_prompts(path) == len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("p.ndjson", '{"prompt": "Why?"}'), ("p.JSONL", '{"prompt": "Why?"}\n'),
+     ("p.json", '[{"prompt": "Why?"}]'), ("p.csv", "prompt,system\nWhy?,\n")],
+)  # fmt: skip
+def test_rows_of_prompts_are_read_from_every_file_that_data_is_read_from(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    (found,) = read_prompts(tmp_path / name)
+    assert found.fields == {"prompt": "Why?"}
 
 
 def test_a_model_of_other_caches_answers_one_after_the_other(tmp_path, prompts, monkeypatch):
