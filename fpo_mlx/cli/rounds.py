@@ -29,7 +29,8 @@ def rounds(config, json_path) -> None:
     """Answer, judge, build and train, round after round.
 
     Each round answers with the adapter of the round before. Held-out prompts are answered in every
-    round and judged against the round before; the rounds end where nothing is won any more.
+    round and judged against the round before; the rounds end where nothing is won any more. A run
+    that was stopped goes on where it was; what nothing was made with yet may be changed.
 
     \b
     Example:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from fpo_mlx import config
 from fpo_mlx.config.fields import setting
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.pairs.records import MOST
 
 T = TypeVar("T")
 
@@ -51,8 +53,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         faults = _not_positive(self, "n", "max_tokens", "rows", "max_seq_length")
-        if self.n > 64:
-            faults.append(f"--n {self.n}: wanted 64 or less.")
+        if self.n > MOST - 1:  # and a person's
+            faults.append(f"--n {self.n}: wanted {MOST - 1} or less.")
         if not 0 <= self.temp < math.inf:
             faults.append(f"--temp {self.temp}: wanted a finite number, 0 or more.")
         if self.temp == 0 and self.n > 1:
@@ -74,7 +76,7 @@ class JudgeConfig:
         "FILE.py:FUNCTION(prompt, answer), an example's name, or a .json of features data",
         path=True,
     )
-    criteria: str | None = _opt(None, "text file that says what a better answer is")
+    criteria: str | None = _opt(None, "text file that says what a better answer is", path=True)
     compare: Literal["all", "neighbours"] = _opt("all", "pairs of a prompt's answers to compare")
     against_reference: bool = _opt(False, "compare each answer with the person's of its row")
     key_variable: str = _opt("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
@@ -135,10 +137,10 @@ class BuildConfig:
 class RoundsConfig:
     """Rounds of answer, judge, build, train. The four sections are the settings of each command."""
 
-    model: str = _opt("", "model folder or hub id that is tuned", "model and SAE")
-    prompts: str = _opt("", "file of prompts to learn from", "data")
-    held_out: str = _opt("", "file of prompts that each round is measured on", "data")
-    output: str = _opt("rounds", "folder to write, one folder a round in it", "saving")
+    model: str = _opt("", "model folder or hub id that is tuned", "model and SAE", path=True)
+    prompts: str = _opt("", "file of prompts to learn from", "data", path=True)
+    held_out: str = _opt("", "file of prompts that each round is measured on", "data", path=True)
+    output: str = _opt("rounds", "folder to write, one folder a round in it", "saving", path=True)
     rounds: int = _opt(3, "most rounds", "schedule")
     keep_old: int = _opt(0, "pairs of earlier rounds that are mixed in", "data")
     start: Literal["first", "previous"] = _opt(
@@ -181,13 +183,20 @@ class RoundsConfig:
 
 
 def load(cls: type[T], flags: Mapping[str, Any], path: Path | None = None) -> T:
-    """Flags over a YAML file over defaults. Raises ConfigError for unknown keys and bad values."""
+    """Flags over a YAML file over defaults; ~ is spelled out in places on disk.
+
+    Raises ConfigError for unknown keys and bad values.
+    """
     given = config.read_yaml(path) if path else {}
     hints = typing.get_type_hints(cls)
     if unknown := sorted(set(given) - set(hints)):
         raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}.")
     given |= {name: value for name, value in flags.items() if value is not None}
-    return cls(**{n: config.coerce(n, v, hints[n]) for n, v in given.items()})
+    typed = {n: config.coerce(n, v, hints[n]) for n, v in given.items()}
+    for one in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if one.metadata.get("path") and isinstance(typed.get(one.name), str):
+            typed[one.name] = os.path.expanduser(typed[one.name])
+    return cls(**typed)
 
 
 def _not_positive(settings: Any, *names: str) -> list[str]:

@@ -27,7 +27,7 @@ from fpo_mlx.pairs.records import (
     read_verdicts,
     texts_of,
 )
-from fpo_mlx.pairs.reward import Reward
+from fpo_mlx.pairs.reward import Reward, locate
 from fpo_mlx.pairs.reward import judge_name as reward_name
 from fpo_mlx.pairs.settings import JudgeConfig
 from fpo_mlx.pairs.summary import JudgeSummary, summarise
@@ -94,6 +94,18 @@ def pairs_judge(
                 written += len(group)
             progress(number, len(found))
     return JudgeReport(written, len(done), judges_of(output, found, votes), name)
+
+
+def check_judge(settings: JudgeConfig) -> None:
+    """What the settings name is there. Raises: ConfigError, FpoError."""
+    if settings.reward and settings.reward.endswith(".json"):
+        read_reward(Path(settings.reward))
+    elif settings.reward:
+        locate(settings.reward)
+    else:
+        question.read_criteria(settings.criteria)
+    if settings.judge:
+        resolve_model(settings.judge)
 
 
 def judges_of(

@@ -14,19 +14,29 @@ import numpy as np
 from fpo_mlx.config import RunConfig, load_config
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pairs.labels import by_prompt, labels_of
+from fpo_mlx.pairs.prompts import check_prompts
 from fpo_mlx.pairs.records import HUMAN, Candidates, open_candidates, read_verdicts
 from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, RoundsConfig, load
-from fpo_mlx.pipeline.job import Say
+from fpo_mlx.pipeline.job import Say, read_sae
 from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
 from fpo_mlx.pipeline.pairs_generate import pairs_generate
-from fpo_mlx.pipeline.pairs_judge import pairs_judge
+from fpo_mlx.pipeline.pairs_judge import check_judge, pairs_judge
 from fpo_mlx.pipeline.train import train
 from fpo_mlx.records import ROUND_FILE
 from fpo_mlx.storage import files, lines, outputs
+from fpo_mlx.storage.hub import resolve_model
 
 DONE = ROUND_FILE
 ROUNDS = outputs.Made("rounds", r"round-\d+/|settings\.json", mark="settings.json")
 DRIFT = "logps_per_token/chosen_change"
+MADE_WITH = {  # what each setting has a part in; of those that are not here, everything
+    "prompts": ("round-*/candidates.jsonl",),
+    "judge": ("round-*/*verdicts.jsonl",),
+    "build": ("round-*/pairs",),
+    "keep_old": ("round-*/adapters/checkpoint",),
+    "train": ("round-*/adapters/checkpoint",),
+    "max_drift": (f"round-*/{DONE}",),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ def rounds(path: Path, *, say: Say) -> list[Round]:
     Raises: ConfigError, and whatever the steps raise.
     """
     settings = load(RoundsConfig, {}, path)
-    parts = _check(settings)
+    parts = _check(settings, say)
     root, found = Path(settings.output), []
     _same_settings(root, settings)
     held_out = _answers(settings, root / "round-0", None, settings.held_out, "held-out", say)
@@ -68,15 +78,22 @@ def rounds(path: Path, *, say: Say) -> list[Round]:
     return found
 
 
-def _check(settings: RoundsConfig) -> tuple[JudgeConfig, BuildConfig]:
-    """Every section is looked at before the first step."""
+def _check(settings: RoundsConfig, say: Say) -> tuple[JudgeConfig, BuildConfig]:
+    """Every section, and all that it names, is looked at before the first step."""
     _generate(settings, None, settings.prompts, 0)
-    _training(settings, Path("data"), Path("adapters"), None)
-    return load(JudgeConfig, settings.judge), load(BuildConfig, settings.build)
+    training = _training(settings, Path("data"), Path("adapters"), None)
+    judge, build = load(JudgeConfig, settings.judge), load(BuildConfig, settings.build)
+    for prompts in (settings.prompts, settings.held_out):
+        check_prompts(Path(prompts))
+    check_judge(judge)
+    resolve_model(settings.model)
+    for spec in training.reference.sae:
+        read_sae(spec, training, say)
+    return judge, build
 
 
 def _same_settings(root: Path, settings: RoundsConfig) -> None:
-    """What was begun with other settings is not gone on with; more rounds may be asked for."""
+    """What was made with other settings is not gone on with; more rounds may be asked for."""
     now, path = {**asdict(settings), "rounds": None}, root / "settings.json"
     if path.exists():
         before = files.parse_json(path.read_text(encoding="utf-8"))
@@ -85,7 +102,9 @@ def _same_settings(root: Path, settings: RoundsConfig) -> None:
         changed = [
             k for k in {**now, **was} if k not in was or _one(k, was[k]) != _one(k, now.get(k))
         ]
-        if changed:
+        if changed and not any(_is_made(root, name) for name in changed):
+            files.write_json(path, now)
+        elif changed:
             raise ConfigError(
                 f"{root} was begun with other settings ({', '.join(changed)}). Name another "
                 "output, or give the settings it was begun with."
@@ -94,6 +113,12 @@ def _same_settings(root: Path, settings: RoundsConfig) -> None:
         inputs = (settings.model, settings.prompts, settings.held_out)
         outputs.claim_folder(root, "output", ROUNDS, inputs=inputs)
         files.write_json(path, now)
+
+
+def _is_made(root: Path, name: str) -> bool:
+    """Whether there is anything that this setting had a part in; else it may still be mended."""
+    there = (path for pattern in MADE_WITH.get(name, ("*",)) for path in root.glob(pattern))
+    return any(path.is_dir() or path.stat().st_size for path in there)
 
 
 def _one(name: str, value: Any) -> Any:
@@ -219,7 +244,7 @@ def _against(
             sides = [[c for c in f.get(id).candidates if c.model != HUMAN] for f in (one, two)]
             for n, answers in enumerate(zip(*sides, strict=True)):
                 name = f"{id}-{n}"
-                shares[name] = 0.5  # equal texts are never compared
+                shares[name] = _unjudged(*(bool(answer.text.strip()) for answer in answers))
                 if name not in there:
                     writer.append(Candidates(name, one.get(id).prompt, answers).as_dict())
     verdicts = folder / "versus-verdicts.jsonl"
@@ -234,12 +259,19 @@ def _against(
     return float(means.mean()), bootstrap_interval(means)
 
 
+def _unjudged(before: bool, after: bool) -> float:
+    """The share of what no judge is asked: equal texts, or an answer that says nothing."""
+    return 0.5 + (after - before) / 2
+
+
 def _end(one: Round, settings: RoundsConfig) -> str:
     """Why no round comes after this one; nothing if one may."""
     bound, drift = settings.max_drift, one.drift
     if bound is not None and drift is not None and abs(drift) > bound:
         return f"drift {drift:+.3g} nats per token is over max_drift {bound:g}"
-    if one.interval[0] <= 0.5 <= one.interval[1]:
+    if one.interval[1] < 0.5:
+        return "its answers lose to those of the round before, whose adapters are the better ones"
+    if one.interval[0] <= 0.5:
         return "its answers are not told from those of the round before (50 % is in the interval)"
     return ""
 

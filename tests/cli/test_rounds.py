@@ -13,8 +13,9 @@ pytest.importorskip("mlx.core")
 
 from command_line import refused, run  # noqa: E402
 from evaluated import own_cache, place  # noqa: E402, F401
+from judges import candidates  # noqa: E402
 
-from fpo_mlx.pairs.settings import RoundsConfig  # noqa: E402
+from fpo_mlx.pairs.settings import JudgeConfig, RoundsConfig  # noqa: E402
 from fpo_mlx.pipeline.rounds import _training  # noqa: E402
 
 
@@ -116,6 +117,61 @@ def test_other_settings_are_not_mixed_into_a_run(place, tmp_path, monkeypatch):
     assert run("rounds", "-c", write(place, tmp_path, rounds=1)).exit_code == 0
     changed = write(place, tmp_path, rounds=1, generate={"n": 2, "max_tokens": 6})
     refused(run("rounds", "-c", changed), 2, "begun with other settings (generate)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [({"judge": {"reward": "grad.py:grade"}}, "there is no file grad.py"),
+     ({"judge": {"judge_url": "http://h/v1", "judge_model": "m", "criteria": "no.txt"}}, "no.txt"),
+     ({"judge": {"judge": "no/model"}}, "no/model"), ({"held_out": "none.txt"}, "none.txt"),
+     ({"train": {"sae": ["no-sae"]}}, "no-sae")],
+)  # fmt: skip
+def test_what_a_section_names_is_there_before_the_first_answer(place, tmp_path, changes, part):
+    done = run("rounds", "-c", write(place, tmp_path, **changes))
+    assert done.exit_code != 0
+    assert part in done.stderr
+    assert not (tmp_path / "rounds").exists()
+
+
+def test_what_nothing_was_made_with_may_be_mended(place, tmp_path, monkeypatch):
+    """A run that failed in training keeps its answers and pairs."""
+    always(monkeypatch)
+    bad = {"objective": "dpo", "iters": 2, "max_seq_length": 4}
+    refused(run("rounds", "-c", write(place, tmp_path, rounds=1, train=bad)), 3, "4")
+    answers = (tmp_path / "rounds/round-1/candidates.jsonl").stat().st_mtime_ns
+    done = run("rounds", "-c", write(place, tmp_path, rounds=1))
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "rounds/round-1/candidates.jsonl").stat().st_mtime_ns == answers
+    changed = write(place, tmp_path, rounds=1, train={"objective": "dpo", "iters": 1})
+    refused(run("rounds", "-c", changed), 2, "begun with other settings (train)")
+
+
+def test_the_users_folder_is_spelled_out_in_a_file_of_rounds(place, tmp_path, monkeypatch):
+    always(monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    path = write(
+        place, tmp_path, rounds=1, prompts="~/prompts.txt", output="~/rounds",
+        judge={"reward": "~/grade.py:grade"},
+    )  # fmt: skip
+    done = run("rounds", "-c", path)
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "rounds/rounds.json").exists()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_model_that_says_nothing_any_more_loses(tmp_path):
+    rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
+    before = candidates(tmp_path / "b.jsonl", {f"Q{i}?": ["an answer"] for i in range(10)})
+    after = candidates(
+        tmp_path / "a.jsonl", {f"Q{i}?": ["" if i < 8 else "an answer"] for i in range(10)}
+    )
+    judge = JudgeConfig(reward="brevity")
+    rate, interval = rounds._against(before, after, judge, tmp_path, lambda _: None)
+    assert rate == pytest.approx(0.1)  # 8 lost, 2 alike
+    one = rounds.Round(2, 1, None, 0.0, 0.0, rate, interval, 1.0, None)
+    settings = RoundsConfig(model="m", prompts="p", held_out="h")
+    assert "lose to those of the round before" in rounds._end(one, settings)
 
 
 def test_a_round_that_was_killed_before_its_first_state_trains_anew(tmp_path):
