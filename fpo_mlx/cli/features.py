@@ -26,7 +26,7 @@ from fpo_mlx.cli.options import (
 )
 from fpo_mlx.cli.show import Bar, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge import SORTS
 from fpo_mlx.judge.scaling import in_words
 
@@ -141,9 +141,14 @@ def find(
     )  # fmt: skip
     rows = [{"weight": weight, **dataclasses.asdict(one)} for one in found]
     write_json(json_path, {"found": rows})
-    if not found:
+    if not found and output is None:
         say("no feature fires more on the positive texts")
         return
+    if not found:
+        raise DataError(
+            f"no feature fires more on the positive texts; {output} was not written. Give more "
+            "texts, or such that differ in one thing only."
+        )
     if output is not None:
         from fpo_mlx.data.feature_files import write_weights
 

@@ -121,22 +121,10 @@ def build(candidates, verdicts, reward, config, output, json_path, overwrite, **
     settings = load(BuildConfig, values, config)
     if not verdicts and not reward:
         raise ConfigError("--verdicts is missing: give a file of verdicts, or --reward.")
-    only = {}
-    if reward:
-        own = candidates.with_name(f"{candidates.stem}-rewards.jsonl")
-        asked = JudgeConfig(reward=reward, against_reference=settings.against_reference)
-        judged = pipeline.pairs_judge(asked, candidates=candidates, output=own, say=say)
-        say(f"{judged.written} verdicts of {reward} in {own}")
-        verdicts, only = (*verdicts, own), {own: judged.judge}
     done = pipeline.pairs_build(
-        settings,
-        candidates=candidates,
-        verdicts=verdicts,
-        output=output,
-        overwrite=overwrite,
-        say=say,
-        only=only,
-    )
+        settings, candidates=candidates, verdicts=verdicts, reward=reward, output=output,
+        overwrite=overwrite, say=say,
+    )  # fmt: skip
     write_json(json_path, done.as_dict())
     for reason, count in done.left.items():
         say(f"left out: {count} × {reason}")

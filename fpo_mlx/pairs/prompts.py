@@ -10,7 +10,7 @@ from typing import Any
 from fpo_mlx.data import containers
 from fpo_mlx.data.containers import RawRow
 from fpo_mlx.data.layouts import filled
-from fpo_mlx.errors import DataError
+from fpo_mlx.errors import DataError, FpoError
 from fpo_mlx.pairs.records import Prompt, parse_prompt
 
 
@@ -43,6 +43,8 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
 
 
 def _read(path: Path) -> Iterator[Prompt | DataError]:
+    if not path.is_file():
+        raise FpoError(f"{path}: cannot be read: no such file.")
     rows = containers.file_rows(path) if containers.stem(path) is not None else _texts(path)
     for row in rows:
         try:

@@ -42,10 +42,13 @@ def messages(found: Candidates, first: int, second: int, criteria: str) -> list[
     return [{"role": "user", "content": text}]
 
 
-def judge_name(model: str, criteria: str) -> str:
-    """Model and a hash of what it is asked: other criteria are another judge."""
-    asked = hashlib.sha256(f"{criteria}\n{END}".encode()).hexdigest()[:8]
-    return f"{Path(model).name or model}@{asked}"
+def judge_name(model: str, identity: str, criteria: str) -> str:
+    """The model's last name and a hash: another model of that name, or other criteria, are another.
+
+    identity: the fingerprint of its weights, or where it is served.
+    """
+    parts = (identity, criteria, END)
+    return f"{Path(model).name or model}@{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
 
 
 def verdict(

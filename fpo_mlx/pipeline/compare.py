@@ -14,6 +14,7 @@ from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs.prompts import check_prompts, read_prompts
 from fpo_mlx.pairs.records import Prompt
+from fpo_mlx.pipeline.evaluate import check_scales
 from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_model, open_tokenizer
 from fpo_mlx.pipeline.origins import warn_of_other_model
 from fpo_mlx.pipeline.prepared import check_room, longest
@@ -70,10 +71,13 @@ def compare(
 
     scale: part of each adapter's change that is taken (`adapters.fill`).
     """
+    from fpo_mlx.judge.evaluate import name_of
     from fpo_mlx.judge.sampling import sample
     from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.model.open import open_model
 
+    if scale != 1.0:
+        check_scales(config, adapter_paths, [scale])
     model = need_model(config)
     given = [Prompt(({"role": "user", "content": text},)) for text in prompts]
     asked = [*given, *(_of_file(prompts_file) if prompts_file else ())] or _of_data(
@@ -87,7 +91,7 @@ def compare(
         read_spec(Path(adapter))  # before the long part
     warn_of_other_model([config.train.init_adapter, *adapter_paths], model, path, say)
     answers: dict[str, tuple[str, ...]] = {}
-    asked_of = {shown_name(path): path for path in adapter_paths}
+    asked_of = {name_of(shown_name(path), scale): path for path in adapter_paths}
     for name, adapter in {BASE: config.train.init_adapter, **asked_of}.items():
         trust = config.reference.trust_remote_code
         part = 1.0 if name == BASE else scale

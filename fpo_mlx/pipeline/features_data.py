@@ -18,7 +18,7 @@ from fpo_mlx.pipeline.features import link
 from fpo_mlx.pipeline.job import Job, Say, hub_splits, need_features, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import Passage, TokenPair, result_file
-from fpo_mlx.storage import outputs
+from fpo_mlx.storage import files, outputs
 
 if TYPE_CHECKING:
     from fpo_mlx.judge.feature_report import Context
@@ -148,7 +148,7 @@ def features_data(
     if asked.save_reward is not None:
         write_reward(asked.save_reward, _reward(found, x, job))
     kept = _kept(asked, x, against, config.objective.top_k)
-    written = None if asked.output is None else _write(config, asked, pairs, kept, asked.output)
+    written = None if asked.output is None else _write(config, asked, pairs, kept, say)
     return DataReport(found, [pair.where for pair in pairs], against, doubles, written)
 
 
@@ -280,7 +280,7 @@ def _kept(asked: DataAsked, x: PairFeatures, against: Sequence[int], top_k: int)
 
     gone = set(against) if asked.drop_against else set()
     left = [i for i in range(len(x)) if i not in gone]
-    if asked.select is None:
+    if asked.select is None or not left:
         return left
     sides = [cover.strongest(side.take(np.array(left)), top_k) for side in (x.chosen, x.rejected)]
     sets = [np.union1d(a, b) for a, b in zip(*sides, strict=True)]
@@ -292,12 +292,21 @@ def _write(
     asked: DataAsked,
     pairs: Sequence[TokenPair],
     kept: Sequence[int],
-    output: Path,
+    say: Say,
 ) -> int:
-    """The rows as they stand in the data, with all their columns."""
+    """The rows as they stand in the data, with all their columns. Raises: DataError for none."""
+    if not kept:
+        raise DataError(
+            f"--drop-against leaves none of {len(pairs)} rows at --against {asked.against:g}: "
+            "nothing was written. Give a lower --against."
+        )
+    output = Path(asked.output or "")
     wanted = {pairs[i].where for i in kept}
     raw = data.iterate_raw(config.data.data, asked.split, hub_splits(config))
     records = [row.record for row in raw if row.where in wanted]
     _claim(config, asked)  # again: hours may lie between
     data.write_clean({asked.split: records}, output)
+    others = [path.name for path in files.listed(output, "*.jsonl") if path.stem != asked.split]
+    if others:
+        say(f"{output} holds {', '.join(others)} of another time as well; they were left alone")
     return len(records)

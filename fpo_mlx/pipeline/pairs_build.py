@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from fpo_mlx.config import load_config
@@ -24,10 +23,11 @@ from fpo_mlx.pairs.records import (
     open_candidates,
     read_verdicts,
 )
-from fpo_mlx.pairs.settings import BuildConfig
+from fpo_mlx.pairs.settings import BuildConfig, JudgeConfig
 from fpo_mlx.pairs.summary import JudgeSummary, summarise
 from fpo_mlx.pipeline.check import check
 from fpo_mlx.pipeline.job import Say
+from fpo_mlx.pipeline.pairs_judge import pairs_judge
 from fpo_mlx.records import PAIRS_FILE
 from fpo_mlx.storage import files
 from fpo_mlx.storage.lines import json_line
@@ -66,22 +66,26 @@ def pairs_build(
     *,
     candidates: Path,
     verdicts: Sequence[Path],
+    reward: str | None = None,
     output: Path,
     overwrite: bool = False,
     say: Say,
-    only: Mapping[Path, str] = MappingProxyType({}),
 ) -> BuildReport:
     """Choose pairs, split them by prompt, write them, and check them.
 
-    only: of these files of verdicts no other judge's count; a reward's file keeps earlier rewards'.
+    reward: judges first, as `pairs_judge` does, into a file beside the candidates.
 
     Raises: ConfigError, DataError (fewer than 30 pairs among it); FpoError.
     """
-    inputs = [candidates, *verdicts]
+    own = candidates.with_name(f"{candidates.stem}-rewards.jsonl")
+    inputs = [candidates, *verdicts, *([own] if reward else [])]
     claim = partial(claim_folder, output, "--output", MADE, inputs=inputs, overwrite=overwrite)
     output = claim()
     found, left = open_candidates(candidates), Left()
-    known = _on_these(found, _read(verdicts, settings, only), left)
+    given = [v for path in verdicts for v in read_verdicts(path).values()]
+    if reward:
+        given += _by_reward(reward, settings, candidates, own, say)
+    known = _on_these(found, _named(given, settings), left)
     if settings.reward_augmented:
         _check_one_scale(known)
     judges = _judges(known, found)
@@ -101,14 +105,19 @@ def pairs_build(
     return report
 
 
-def _read(
-    paths: Sequence[Path], settings: BuildConfig, only: Mapping[Path, str]
-) -> dict[str, list[Verdict]]:
-    known: dict[Any, Verdict] = {}
-    for path in paths:
-        of_file = read_verdicts(path)
-        judge = only.get(path)
-        known |= {key: v for key, v in of_file.items() if judge is None or v.judge == judge}
+def _by_reward(
+    reward: str, settings: BuildConfig, candidates: Path, output: Path, say: Say
+) -> list[Verdict]:
+    """This reward's verdicts; the file keeps those of earlier ones."""
+    asked = JudgeConfig(reward=reward, against_reference=settings.against_reference)
+    judged = pairs_judge(asked, candidates=candidates, output=output, say=say)
+    say(f"{judged.written} verdicts of {reward} in {output}")
+    return [v for v in read_verdicts(output).values() if v.judge == judged.judge]
+
+
+def _named(given: Sequence[Verdict], settings: BuildConfig) -> dict[str, list[Verdict]]:
+    """By prompt the last verdict of each key, of the judge that is asked for."""
+    known = {verdict.key: verdict for verdict in given}
     if settings.judge_name:
         judges = sorted({v.judge for v in known.values()})
         known = {key: v for key, v in known.items() if v.judge == settings.judge_name}

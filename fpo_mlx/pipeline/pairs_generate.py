@@ -66,6 +66,8 @@ def pairs_generate(
     path = _inputs(settings)
     done = set(open_candidates(output).offsets) if output.exists() else set()
     tokenizer = _tokenizer(path, settings)
+    _lengths(settings, tokenizer, done)
+    _warn_of_others(settings, output, say)
     with LineWriter(output) as writer:
         model = _open(path, settings, say)
         counts, begun = {"prompts": 0, "answers": 0, "cut": 0, "tokens": 0}, time.monotonic()
@@ -101,11 +103,52 @@ def _tokenizer(path: Path, settings: GenerateConfig) -> ChatTokenizer:
 def prompt_lengths(settings: GenerateConfig) -> tuple[Path, list[int]]:
     """The model's folder, and the tokens of each prompt. Raises: as `pairs_generate` does."""
     path = _inputs(settings)
-    tokenizer, lengths = _tokenizer(path, settings), {}
+    return path, _lengths(settings, _tokenizer(path, settings), set())
+
+
+def _lengths(settings: GenerateConfig, tokenizer: ChatTokenizer, done: set[str]) -> list[int]:
+    """Tokens of each prompt that has no answers yet. Raises: DataError with all that have no room
+    or that the template refuses; an answer may be hours from the first."""
+    lengths: dict[str, int] = {}
+    faults: list[str] = []
+    room = settings.max_seq_length - settings.max_tokens
     for window in asking.windows(_asked(settings), WINDOW):
-        found = _waiting(_rendered(window, tokenizer), set(), tokenizer, settings)
-        lengths |= {one.id: len(one.tokens) for one in found}
-    return path, list(lengths.values())
+        found = _rendered(window, tokenizer, faults)
+        new = {id: one for id, one in found.items() if id not in done and id not in lengths}
+        encoded = tokenizer.encode([text for _, text in new.values()]) if new else []
+        for (id, (prompt, _)), tokens in zip(new.items(), encoded, strict=True):
+            lengths[id] = len(tokens)
+            if not 1 <= len(tokens) <= room:
+                faults.append(f"{len(tokens)} tokens: {prompt.text[:80]!r}")
+    if faults:
+        raise DataError(
+            f"{settings.prompts}: {len(faults)} prompts cannot be asked. --max-seq-length "
+            f"{settings.max_seq_length} with --max-tokens {settings.max_tokens} leaves room for "
+            f"{room} tokens. Shorten them, leave them out, or change these settings.",
+            faults,
+        )
+    return list(lengths.values())
+
+
+def _warn_of_others(settings: GenerateConfig, output: Path, say: Say) -> None:
+    """Of answers that are there and were made otherwise: they are not made again."""
+    there = open_candidates(output) if output.exists() else ()
+    first = next((c for one in there for c in one.candidates if c.model != HUMAN), None)
+    if first is None:
+        return
+    now = {"model": _name(settings), "temp": settings.temp, "seed": settings.seed}
+    was = {name: getattr(first, name) for name in now}
+    other = [f"{name} {was[name]}, now {now[name]}" for name in now if was[name] != now[name]]
+    if other:
+        say(
+            f"warning: {output} was begun otherwise ({'; '.join(other)}); those answers stay, and "
+            "only prompts without any are asked. Name another --output for answers of one kind"
+        )
+
+
+def _name(settings: GenerateConfig) -> str:
+    """As candidates have it."""
+    return settings.model + (f" + {settings.adapter_path}" if settings.adapter_path else "")
 
 
 def _asked(settings: GenerateConfig) -> Iterator[Prompt]:
@@ -119,7 +162,7 @@ def _all(
 ) -> Iterator[Candidates]:
     seen: set[str] = set()
     for window in asking.windows(_asked(settings), WINDOW):
-        rendered = _rendered(window, tokenizer)
+        rendered = _rendered(window, tokenizer, [])
         new = {id: found for id, found in rendered.items() if id not in seen}
         if done and not seen and not new.keys() & done:
             say(
@@ -130,39 +173,40 @@ def _all(
         seen |= new.keys()
         if new.keys() <= done:
             continue  # nothing of it is tokenized: a run that goes on starts at once
-        waiting = _waiting(new, done, tokenizer, settings)
+        waiting = _waiting(new, done, tokenizer)
         yield from answer_window(model, tokenizer, settings, waiting)
     if seen <= done:
         say("every prompt has its candidates already")
 
 
-def _rendered(window: Sequence[Prompt], tokenizer: ChatTokenizer) -> dict[str, tuple[Prompt, str]]:
-    """By id each prompt and its text as the model gets it; the first of equal ones."""
+def _rendered(
+    window: Sequence[Prompt], tokenizer: ChatTokenizer, faults: list[str]
+) -> dict[str, tuple[Prompt, str]]:
+    """By id each prompt and its text as the model gets it; the first of equal ones.
+
+    faults: of prompts that the template refuses, to which these are added.
+    """
     found: dict[str, tuple[Prompt, str]] = {}
     for prompt in window:
-        text = tokenizer.render(prompt.turns, prompt.tools, prompt=True)
-        found.setdefault(prompt_id(text), (prompt, text))
+        try:
+            text = tokenizer.render(prompt.turns, prompt.tools, prompt=True)
+        except DataError as fault:
+            faults.append(f"{prompt.text[:80]!r}: {fault}")
+        else:
+            found.setdefault(prompt_id(text), (prompt, text))
     return found
 
 
 def _waiting(
-    rendered: dict[str, tuple[Prompt, str]], done: set[str], tokenizer: ChatTokenizer,
-    settings: GenerateConfig,
-) -> list[_Waiting]:  # fmt: skip
+    rendered: dict[str, tuple[Prompt, str]], done: set[str], tokenizer: ChatTokenizer
+) -> list[_Waiting]:
     import numpy as np
 
-    room = settings.max_seq_length - settings.max_tokens
     encoded = tokenizer.encode([text for _, text in rendered.values()])
-    found = []
-    for (id, (prompt, _)), tokens in zip(rendered.items(), encoded, strict=True):
-        if not 1 <= len(tokens) <= room:
-            raise DataError(
-                f"a prompt has {len(tokens)} tokens, and --max-seq-length "
-                f"{settings.max_seq_length} with --max-tokens {settings.max_tokens} leaves room "
-                f"for {room}: {prompt.text[:80]!r}. Shorten it, or change these settings."
-            )
-        found.append(_Waiting(id, prompt, np.array(tokens, dtype=np.int32), id in done))
-    return found
+    return [
+        _Waiting(id, prompt, np.array(tokens, dtype=np.int32), id in done)
+        for (id, (prompt, _)), tokens in zip(rendered.items(), encoded, strict=True)
+    ]
 
 
 def answer_window(
@@ -197,7 +241,7 @@ def answer_window(
 def _candidates(
     one: _Waiting, answers: Sequence[Answer], tokenizer: ChatTokenizer, settings: GenerateConfig
 ) -> Candidates:
-    name = settings.model + (f" + {settings.adapter_path}" if settings.adapter_path else "")
+    name = _name(settings)
     made = [
         Candidate(
             tokenizer.decode(answer.tokens.tolist(), skip_special=True),

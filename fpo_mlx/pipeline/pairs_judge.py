@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fpo_mlx.errors import ConfigError, DataError, FpoError
+from fpo_mlx.errors import ConfigError, DataError, ModelError
 from fpo_mlx.pairs import question
 from fpo_mlx.pairs.endpoint import Endpoint
 from fpo_mlx.pairs.labels import comparisons
@@ -33,7 +33,8 @@ from fpo_mlx.pairs.settings import JudgeConfig
 from fpo_mlx.pairs.summary import JudgeSummary, summarise
 from fpo_mlx.pipeline.feature_reward import open_reward, read_reward
 from fpo_mlx.pipeline.job import Say
-from fpo_mlx.storage.hub import read_config, resolve_model
+from fpo_mlx.reference.weights import model_fingerprint
+from fpo_mlx.storage.hub import at_hand, read_config, resolve_model
 from fpo_mlx.storage.lines import LineWriter
 
 Task = tuple[int, int, str]  # a, b, order
@@ -151,10 +152,12 @@ def _open(
             settings.key_variable, settings.timeout, settings.retries,
         )  # fmt: skip
         stack.callback(endpoint.close)
-        name = question.judge_name(model, criteria)
+        name = question.judge_name(model, endpoint.url, criteria)
         return name, ("ab", "ba"), _by_endpoint(endpoint, criteria, name)
-    name = question.judge_name(str(settings.judge), criteria)
-    return name, ("ab", "ba"), _by_model(settings, criteria, name, found, say)
+    path = resolve_model(str(settings.judge))
+    name = question.judge_name(str(settings.judge), model_fingerprint(path), criteria)
+    _warn_of_kin(path, found, say)
+    return name, ("ab", "ba"), _by_model(path, settings.trust_remote_code, criteria, name)
 
 
 def _announce(settings: JudgeConfig, found: CandidateFile, say: Say) -> None:
@@ -218,22 +221,18 @@ def _by_endpoint(endpoint: Endpoint, criteria: str, name: str) -> Judge:
     return judge
 
 
-def _by_model(
-    settings: JudgeConfig, criteria: str, name: str, found: CandidateFile, say: Say
-) -> Judge:
+def _by_model(path: Path, trust_remote_code: bool, criteria: str, name: str) -> Judge:
     import numpy as np
 
     from fpo_mlx.data.tokenizer import load_tokenizer
     from fpo_mlx.judge.choice import letter_masses
     from fpo_mlx.model.load import load_model
 
-    path = resolve_model(str(settings.judge))
-    _warn_of_kin(path, found, say)
     tokenizer = load_tokenizer(
-        path, template_kwargs=question.AT_ONCE, trust_remote_code=settings.trust_remote_code
+        path, template_kwargs=question.AT_ONCE, trust_remote_code=trust_remote_code
     )
     letters = [_spellings(tokenizer, letter) for letter in question.LETTERS]
-    model = load_model(path, trust_remote_code=settings.trust_remote_code).model
+    model = load_model(path, trust_remote_code=trust_remote_code).model
 
     def judge(one: Candidates, tasks: list[Task]) -> Iterator[Verdict]:
         for a, b, order in tasks:
@@ -265,9 +264,10 @@ def _warn_of_kin(path: Path, found: CandidateFile, say: Say) -> None:
     said = {c.model.split(" + ")[0] for c in next(iter(found)).candidates} - {HUMAN, ""}
     kind = read_config(path).get("model_type")
     for model in sorted(said):
+        there = at_hand(model)
         try:
-            other = read_config(resolve_model(model)).get("model_type")
-        except FpoError:  # it is not here any more
+            other = read_config(there).get("model_type") if there else None
+        except ModelError:  # it is a warning's sake
             continue
         if kind and kind == other:
             say(

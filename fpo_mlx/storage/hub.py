@@ -50,6 +50,24 @@ def resolve_model(spec: str | Path) -> Path:
         ) from error
 
 
+def at_hand(spec: str | Path) -> Path | None:
+    """The folder with a model's config.json on this disk, whether its weights are there or not.
+
+    A local one or the hub's cache; nothing is fetched.
+    """
+    path = Path(spec).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, _, revision = str(spec).partition("@")
+    try:
+        found = try_to_load_from_cache(repo, "config.json", revision=revision or None)
+    except ValueError:  # no id of the hub
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model folder, under today's names.
 

@@ -132,6 +132,7 @@ BAD = {
     "no such file": (["--prompts", "none.txt"], 1, ("none.txt", "cannot be read")),
     "suffix": (["--prompt", "A?", "--output", "x.txt"], 2, ("x.txt", ".json or .md")),
     "too long": (["--prompt", "A? " * 50, "--max-seq-length", "9"], 3, ("--max-seq-length 9",)),
+    "no number": (["--prompt", "A?", "--adapter-scale", "nan"], 2, ("--adapter-scale",)),
     "no data": (["--data", "nowhere.jsonl"], 1, ("nowhere.jsonl", "no such file")),
 }
 
@@ -143,6 +144,17 @@ def test_bad_input_is_one_plain_message(place, tmp_path, monkeypatch, case):
     given = [] if case == "no adapter" else ["--adapter-path", place / "one"]
     refused(run("compare", "--model", place / "model", *given, *words), code, *parts)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_part_of_an_adapter_that_answers_is_named(place, tmp_path):
+    words = ["--prompt", "A?", "--adapter-scale", "0.5", "--output", tmp_path / "a.json"]
+    done = run(
+        "compare", "--model", place / "model", "--adapter-path", place / "one",
+        "--max-tokens", "3", *words,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    (row,) = json.loads((tmp_path / "a.json").read_text())["prompts"]
+    assert [name.endswith("one*0.5") for name in row["answers"]] == [False, True]
 
 
 def test_bad_lines_of_a_prompts_file_are_named(place, tmp_path):

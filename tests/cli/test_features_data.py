@@ -107,6 +107,20 @@ def test_a_covering_subset_and_what_is_left_of_the_rows_keep_all_columns(place, 
     assert len(clean) >= N - 3
 
 
+def test_a_set_of_which_no_row_is_left_is_not_written_and_one_beside_it_is_told(place, tmp_path):
+    out = tmp_path / "some"
+    lines(out / "valid.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    both = ("--drop-against", "--output", out, "--overwrite")
+    done = told(place, *both)
+    assert f"{out} holds valid.jsonl of another time as well" in done.stderr
+    before = (out / "train.jsonl").read_bytes()
+    usually = ("features", "data", *usual(place), "--reference", place / "ref", *both)
+    for more in ((), ("--select", 5)):
+        done = run(*usually, *more, "--against", 1.0)
+        refused(done, 3, "leaves none of 60 rows", "nothing was written")
+        assert (out / "train.jsonl").read_bytes() == before
+
+
 def test_the_model_reads_the_examples_when_it_is_asked_for_contexts(place, tmp_path):
     out = tmp_path / "out.json"
     done = told(place, "--contexts", "--examples", 1, "--top", 2, "--json", out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -157,6 +158,29 @@ def test_a_row_without_a_prompt_is_named(place, tmp_path, row):
     rows = lines(tmp_path / "p.jsonl", {"prompt": "Why?"}, row)
     refused(generate(place, rows, tmp_path / "c.jsonl"), 3, "p.jsonl:2")
     assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_all_prompts_that_cannot_be_asked_are_told_before_the_first_answer(
+    place, tmp_path, monkeypatch
+):
+    """Prompts are looked at a window at a time; the fault of a late one is no late fault."""
+    module = importlib.import_module("fpo_mlx.pipeline.pairs_generate")
+    monkeypatch.setattr(module, "WINDOW", 2)
+    (tmp_path / "p.txt").write_text("Why?\nWho?\nWhat?\n" + "long " * 200 + "\n" + "more " * 300)
+    words = ("--max-tokens", 4, "--max-seq-length", 60)
+    done = generate(place, tmp_path / "p.txt", tmp_path / "c.jsonl", *words)
+    refused(done, 3, "2 prompts cannot be asked", "'long long", "'more more", "room for 56 tokens")
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_a_file_that_was_begun_otherwise_is_told(place, prompts, tmp_path):
+    out = tmp_path / "c.jsonl"
+    assert "begun otherwise" not in generate(place, prompts, out).stderr
+    assert "begun otherwise" not in generate(place, prompts, out).stderr
+    done = generate(place, prompts, out, "--adapter-path", place / "one", "--seed", 3)
+    assert done.exit_code == 0
+    assert "begun otherwise (model " in done.stderr
+    assert "seed 0, now 3" in done.stderr
 
 
 def test_the_last_line_of_a_text_needs_no_end(tmp_path):

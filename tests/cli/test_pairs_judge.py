@@ -86,6 +86,50 @@ def test_a_judge_whose_template_lets_it_think_first_is_asked_for_the_letter_at_o
     assert [tokenizer.decode(tokens).endswith(end) for tokens in asked] == [True] * 4
 
 
+@pytest.mark.parametrize("by", ["owner/model", "folder"])
+def test_kin_of_the_judge_are_warned_of_and_nothing_is_fetched_for_that(
+    place, tmp_path, monkeypatch, by
+):
+    """The candidates were made elsewhere, by a model of the hub whose config alone is here."""
+    import huggingface_hub
+
+    def no_download(*_, **__):
+        raise AssertionError("a model was fetched")
+
+    config = tmp_path / "cache/config.json"
+    config.parent.mkdir()
+    shutil.copyfile(place / "model/config.json", config)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_download)
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache",
+        lambda repo, *_, **__: str(config) if repo == "owner/model" else None,
+    )  # fmt: skip
+    model = by if by == "owner/model" else str(config.parent)
+    source = candidates(tmp_path / "c.jsonl", graded(1), model=f"{model} + adapters")
+    words = ["--judge", place / "model", "--output", tmp_path / "v.jsonl"]
+    assert "are of one family" in run("pairs", "judge", source, *words).stderr
+    source = candidates(tmp_path / "d.jsonl", graded(1), model="owner/other")
+    assert "are of one family" not in run("pairs", "judge", source, *words).stderr
+
+
+def test_what_build_cannot_do_is_said_before_a_reward_judges(tmp_path):
+    source = candidates(tmp_path / "c.jsonl", graded(3))
+    words = ["pairs", "build", source, "--reward", "brevity", "--output", tmp_path / "pairs"]
+    refused(run(*words, "--verdicts", tmp_path / "no.jsonl"), 1, "no.jsonl")
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs/mine.txt").write_text("mine")
+    refused(run(*words), 2, "mine.txt")
+    assert not (tmp_path / "c-rewards.jsonl").exists()
+
+
+def test_votes_to_compare_with_are_read_before_the_judge_is_asked(place, tmp_path):
+    source = candidates(tmp_path / "c.jsonl", graded(3))
+    words = ["--reward", "brevity", "--against", tmp_path / "no.jsonl"]
+    out = tmp_path / "v.jsonl"
+    refused(run("pairs", "judge", source, *words, "--output", out), 1, "no.jsonl")
+    assert not out.exists()
+
+
 def test_a_model_that_says_neither_letter_labels_nothing(place, tmp_path, monkeypatch):
     monkeypatch.setattr(question, "LEAST_MASS", 1.1)
     source = candidates(tmp_path / "c.jsonl", graded(2))

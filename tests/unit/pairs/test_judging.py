@@ -14,6 +14,7 @@ from judges import candidates, endpoint, graded, grades, says
 from fpo_mlx.cli.pairs import _show_judges
 from fpo_mlx.errors import ConfigError, DataError, FpoError
 from fpo_mlx.pairs.labels import labels_of, resolve
+from fpo_mlx.pairs.question import judge_name
 from fpo_mlx.pairs.records import PERSON, Verdict, read_verdicts
 from fpo_mlx.pairs.settings import BuildConfig, JudgeConfig
 from fpo_mlx.pairs.summary import cohen_kappa, summarise
@@ -129,6 +130,20 @@ def test_a_judge_that_always_names_the_second_is_warned_of(tmp_path, capsys):
         report, _ = judge(url, source, tmp_path / "v.jsonl")
     _show_judges(report.judges)
     assert "leans to one position (0% for the first)" in capsys.readouterr().err
+
+
+def test_judges_of_one_name_are_told_apart():
+    """Folders of `fuse` and `convert` are all called alike, and hubs' models by their last name."""
+    names = {
+        judge_name(model, identity, criteria)
+        for model, identity, criteria in (
+            ("a/mlx_model", "1", "kind"),
+            ("b/mlx_model", "2", "kind"),
+            ("a/mlx_model", "1", "brief"),
+        )
+    }
+    assert len(names) == 3
+    assert all(name.startswith("mlx_model@") for name in names)
 
 
 def test_a_judge_that_talks_nonsense_labels_nothing(tmp_path):
