@@ -202,12 +202,23 @@ def filled(value: Any) -> bool:
     return not (value is None or value == "" or value == [] or (value != value))
 
 
+def as_number(value: Any) -> Any:
+    """A number, or the text of one (a CSV has nothing else), as a float; another text stripped."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return str(value).strip()
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
+
+
+def is_finite(value: Any) -> bool:
+    """Whether this is a finite number. value: of `as_number`."""
+    return isinstance(value, float) and math.isfinite(value)
+
+
 def _number(value: Any) -> float | None:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    found = as_number(value)
+    return found if is_finite(found) else None

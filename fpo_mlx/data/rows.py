@@ -311,16 +311,17 @@ def _facts(record: Mapping, columns: Columns) -> PairFacts:
 def _number(
     record: Mapping, name: str, low: float = -math.inf, high: float = math.inf
 ) -> float | None:
-    """A finite number from low to high, or None where the row has none."""
-    value = record.get(name)
-    if value is None:
+    """A finite number from low to high, or the text of one; None where the row has none."""
+    value = layouts.as_number(record.get(name))
+    if not layouts.filled(value):
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowFault("wrong type", f"{name} is {_short(value)}, wanted a finite number")
+    if not layouts.is_finite(value):
+        found = _short(record[name])
+        raise RowFault("wrong type", f"{name} is {found}, wanted a finite number")
     if not low <= value <= high:
         bounds = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
         raise RowFault("out of range", f"{name} is {value:g}, wanted {bounds}")
-    return float(value)
+    return value
 
 
 def _check_roles(row: PreferenceRow) -> None:

@@ -9,8 +9,9 @@ import lzma
 
 import pytest
 
-from fpo_mlx.data import find_splits, read_raw, read_split
+from fpo_mlx.data import Columns, find_splits, read_raw, read_split
 from fpo_mlx.errors import ConfigError, DataError, FpoError
+from fpo_mlx.records import PairFacts
 
 ROWS = [{"prompt": f"Q{n}, é\n?", "chosen": "A", "rejected": "B"} for n in range(3)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -116,6 +117,17 @@ def test_a_csv_row_of_another_width_is_a_fault_of_that_row(tmp_path):
     good, bad = read_raw(tmp_path / "a.csv", "train")
     assert good.fault == ""
     assert bad.fault == "2 fields, but the first line names 3 columns"
+
+
+def test_the_numbers_of_a_csv_count_and_a_word_among_them_is_refused_with_its_line(tmp_path):
+    head = "prompt,chosen,rejected,weight,score_chosen,score_rejected\n"
+    (tmp_path / "a.csv").write_text(f"{head}Q,A,B,0.5,3,1\nQ,A,C,,3,1\n")
+    columns = Columns(scores=("score_chosen", "score_rejected"))
+    rows = read_split(tmp_path / "a.csv", "train", columns)
+    assert [row.facts for row in rows] == [PairFacts(1.0, 0.5, 2.0), PairFacts(1.0, 1.0, 2.0)]
+    (tmp_path / "a.csv").write_text(f"{head}Q,A,B,0.5,3,1\nQ,A,C,high,3,1\n")
+    with pytest.raises(DataError, match=r"a\.csv:3: weight is 'high', wanted a finite number"):
+        read_split(tmp_path / "a.csv", "train")
 
 
 def test_a_line_that_is_not_utf8_is_a_fault_also_where_it_is_the_first(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fpo_mlx.data.check import LEVELS
 from fpo_mlx.data.rows import Columns, RowFault, parse_row
+from fpo_mlx.records import PairFacts
 
 
 def user(text):
@@ -206,6 +207,12 @@ FAULTS = [
     ({**PAIR, "prompt": [user([{"type": "image"}])]}, "wrong type", "part that is not text"),
     ({**PAIR, "system": 5}, "wrong type", "system is a number"),
     ({**PAIR, "tools": "{"}, "wrong type", "tools is a text that is no JSON"),
+    ({**PAIR, "weight": "high"}, "wrong type", "weight is 'high', wanted a finite number"),
+    ({**PAIR, "weight": 10**400}, "wrong type", "wanted a finite number"),
+    ({**PAIR, "weight": "inf"}, "wrong type", "wanted a finite number"),
+    ({**PAIR, "weight": True}, "wrong type", "weight is True, wanted a finite number"),
+    ({**PAIR, "weight": "-1"}, "out of range", "weight is -1, wanted 0 or more"),
+    ({**PAIR, "agreement": "1.5"}, "out of range", "agreement is 1.5, wanted 0 to 1"),
     ({**PAIR, "tools": [1]}, "wrong type", "tools is a list, wanted a list of objects"),
     ({**PAIR, "prompt": "\n\nHuman: \n\nAssistant:"}, "empty field", "prompt, turn 1 is empty"),
     ({**PAIR, "prompt": "Human: a\n\nAssistant: b\n\nHuman:"}, "empty field", "turn 3 is empty"),
@@ -258,6 +265,29 @@ def test_each_fault_is_named(record, kind, said):
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert LEVELS[kind] == "refused"
+
+
+JUDGED = Columns(scores=("score_chosen", "score_rejected"))
+
+
+@pytest.mark.parametrize(
+    ("cells", "facts"),
+    [
+        ({"agreement": "0.9", "weight": " 2 "}, PairFacts(0.9, 2.0)),
+        ({"agreement": "", "weight": " "}, PairFacts()),
+        ({"agreement": float("nan"), "weight": "nan"}, PairFacts()),
+        ({"agreement": None}, PairFacts()),
+    ],
+)
+def test_numbers_are_read_from_the_texts_of_a_csv_and_what_is_missing_changes_nothing(cells, facts):
+    assert parse_row({**PAIR, **cells}).facts == facts
+
+
+def test_scores_are_read_from_texts_and_a_missing_one_is_named():
+    scores = {"score_chosen": "4", "score_rejected": "1.5"}
+    assert parse_row({**PAIR, **scores}, JUDGED).facts == PairFacts(score_gap=2.5)
+    with pytest.raises(RowFault, match="no 'score_rejected', which --score-margin needs"):
+        parse_row({**PAIR, **scores, "score_rejected": ""}, JUDGED)
 
 
 def test_a_plain_answer_that_begins_with_human_is_no_transcript():
