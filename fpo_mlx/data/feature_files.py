@@ -82,7 +82,7 @@ def read_labels(path: str | Path, n_saes: int = 1) -> tuple[dict[int, str], ...]
         feature = _index(index)
         if feature is None or not 0 <= sae < n_saes:
             raise ConfigError(f"--labels {path}: feature {index!r} of SAE {sae} cannot be one.")
-        out[sae][feature] = str(text)
+        out[sae][feature] = _printable(str(text))
     return out
 
 
@@ -143,19 +143,10 @@ def _from_csv(text: str, value: str) -> Iterable[Entry]:
 
 
 def _from_tree(text: str, value: str) -> Iterable[Entry]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Keeps a key that stands twice, so that it can be complained of."""
-
-    def pairs(loader: Any, node: Any) -> Any:
-        return [tuple(loader.construct_object(n, deep=True) for n in pair) for pair in node.value]
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, pairs)
-    try:
-        tree = yaml.load(text, Loader)  # a SafeLoader; JSON is YAML
-    except yaml.YAMLError as error:
-        raise ValueError(f"neither JSON nor YAML: {str(error).splitlines()[0]}") from error
+    try:  # YAML takes no tabs, makes two characters of an escaped emoji, and is slow
+        tree = json.loads(text, object_pairs_hook=list)
+    except ValueError:
+        tree = _yaml(text)
     if not isinstance(tree, list):
         raise ValueError(f"found {type(tree).__name__}")
     maps = tree if tree and isinstance(tree[0], list) else [tree]
@@ -169,6 +160,28 @@ def _from_tree(text: str, value: str) -> Iterable[Entry]:
             if not isinstance(entry, tuple):
                 raise ValueError(f"found {entry!r} where `feature: {value}` was wanted")
             yield sae, entry[0], entry[1]
+
+
+def _yaml(text: str) -> Any:
+    """The value of a YAML text; a mapping is a list of (key, value), as of the JSON hook above."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Keeps a key that stands twice, so that it can be complained of."""
+
+    def pairs(loader: Any, node: Any) -> Any:
+        return [tuple(loader.construct_object(n, deep=True) for n in pair) for pair in node.value]
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, pairs)
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"neither JSON nor YAML: {str(error).splitlines()[0]}") from error
+
+
+def _printable(text: str) -> str:
+    """Two halves of a character made one, as YAML leaves them; a half alone is replaced."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _exported(entries: Any) -> bool:

@@ -112,6 +112,40 @@ def test_labels_are_read_from_our_forms_and_from_neuronpedias(tmp_path):
         assert read_labels(tmp_path / name) == ({7: "lists"},)
 
 
+GRIN = "grin \N{GRINNING FACE}"
+
+
+@pytest.mark.parametrize("more", ["", "\n# YAML, no JSON"])
+def test_an_emoji_that_json_wrote_as_two_halves_is_one_character(tmp_path, more):
+    (tmp_path / "a.json").write_text(json.dumps({"7": GRIN}) + more)
+    assert read_labels(tmp_path / "a.json") == ({7: GRIN},)
+
+
+def test_half_an_emoji_at_the_end_of_a_cut_label_can_still_be_printed(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"7": "grin \ud83d"}))
+    assert read_labels(tmp_path / "a.json") == ({7: "grin \N{REPLACEMENT CHARACTER}"},)
+
+
+def test_json_may_be_indented_with_tabs_and_a_key_that_stands_twice_is_still_seen(tmp_path):
+    (tmp_path / "w.json").write_text(json.dumps([{"7": 4.0}, {"50": 2}], indent="\t"))
+    assert read_weights(tmp_path / "w.json", [F, 64]) == ({7: 4.0}, {50: 2.0})
+    (tmp_path / "w.json").write_text('{\n\t"3": 1,\n\t"3": 2\n}')
+    with pytest.raises(ConfigError, match="feature 3: stands there twice"):
+        read_weights(tmp_path / "w.json", [F])
+
+
+@given(weights=weights_of, labels=st.dictionaries(st.integers(0, F - 1), st.text(), min_size=1))
+def test_the_same_text_says_the_same_as_json_and_as_yaml(tmp_path_factory, weights, labels):
+    path = tmp_path_factory.mktemp("w") / "w.json"
+    exported = [{"index": str(index), "description": text} for index, text in labels.items()]
+    for more in ("", "\n# YAML, no JSON"):
+        path.write_text(json.dumps(weights) + more)
+        assert read_weights(path, [F]) == (weights,)
+        for said in (labels, exported):
+            path.write_text(json.dumps(said) + more)
+            assert read_labels(path) == (labels,)
+
+
 # D and its gradient, against the oracle -----------------------------------------------------------
 
 mx = pytest.importorskip("mlx.core")
