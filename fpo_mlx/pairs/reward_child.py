@@ -11,6 +11,8 @@ import os
 import resource
 import sys
 
+MODULE = "_reward_of_the_user"  # nobody's name: "reward" could be a file that this one imports
+
 
 def main() -> None:
     path, name, memory = sys.argv[1], sys.argv[2], int(float(sys.argv[3]))
@@ -41,10 +43,11 @@ def main() -> None:
 
 def find(path: str, name: str):
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
-    spec = importlib.util.spec_from_file_location("reward", path)
+    spec = importlib.util.spec_from_file_location(MODULE, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[MODULE] = module  # a dataclass of the file looks for its module there
     spec.loader.exec_module(module)
     return getattr(module, name)
 

@@ -357,6 +357,29 @@ def test_a_reward_over_lists_is_called_once_a_prompt(tmp_path):
     assert by_reward(tmp_path, spec).written == 6
 
 
+def test_a_reward_file_may_hold_a_dataclass_with_annotations_as_texts(tmp_path):
+    spec = reward(
+        tmp_path,
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class Grade:\n"
+        "    value: float\n"
+        "def score(prompt, answer):\n"
+        "    return Grade(int(answer[-1])).value\n",
+    )
+    assert by_reward(tmp_path, spec).written == 6
+
+
+def test_a_reward_file_may_import_a_file_beside_it_that_is_called_reward(tmp_path):
+    (tmp_path / "reward.py").write_text("def last(answer):\n    return int(answer[-1])\n")
+    spec = reward(
+        tmp_path,
+        "from reward import last\ndef score(prompt, answer):\n    return last(answer)\n",
+    )
+    assert by_reward(tmp_path, spec).written == 6
+
+
 @pytest.mark.parametrize(
     ("body", "part"),
     [("return float('nan')", "nan"), ("return None", "TypeError"),
