@@ -23,7 +23,7 @@ from fpo_mlx.records import Passage
 class TextTokenizer(Tokenizer, Protocol):
     """A chat tokenizer that also takes plain text."""
 
-    def text_tokens(self, text: str) -> list[int]: ...
+    def document_tokens(self, text: str) -> list[int]: ...
     def conversation_tokens(
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None
     ) -> list[int]: ...
@@ -39,7 +39,8 @@ def read_passages(
     """At most `count` passages of at most max_tokens, from rows spread evenly over the data.
 
     A pair gives both of its answers, each behind the prompt. A chat or a text is looked at from its
-    second position on: the first is no place to judge an SAE at (see `sae_fit`).
+    second position on: the first, a text's BOS where the tokenizer has one, is no place to judge an
+    SAE at (see `sae_fit`).
 
     Raises DataError for a row that cannot be used, or when nothing fits into max_tokens.
     """
@@ -90,7 +91,7 @@ def _tokens(record: Mapping[str, Any], tokenizer: TextTokenizer, columns: Column
         spoken = with_system(messages(turns, "messages"), system_of(record, columns))
         return tokenizer.conversation_tokens(spoken, tools_of(record, columns))
     if isinstance(text, str) and text.strip():
-        return tokenizer.text_tokens(text)
+        return tokenizer.document_tokens(text)
     raise RowFault("wrong type", "wanted `messages`, a list of {role, content}, or `text`, a text")
 
 

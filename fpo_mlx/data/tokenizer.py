@@ -131,6 +131,17 @@ class ChatTokenizer:
         return self.encode([text])[0]
 
     @property
+    def bos(self) -> list[int]:
+        """What stands before every plain text: the BOS, or nothing where there is none."""
+        found = getattr(self.raw, "bos_token_id", None)
+        return [] if found is None else [found]
+
+    def document_tokens(self, text: str) -> list[int]:
+        """Tokens of plain text behind the BOS, which a template would have written."""
+        bos, ids = self.bos, self.text_tokens(text)
+        return ids if bos and ids[:1] == bos else [*bos, *ids]
+
+    @property
     def control_tokens(self) -> tuple[str, ...]:
         """Texts that the tokenizer reads as one control token wherever they stand."""
         added = {t.content for t in self.raw.added_tokens_decoder.values() if t.special}

@@ -246,8 +246,8 @@ def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Passa
     """Texts of a data file, cut to `longest` tokens.
 
     A line is {"text": …}, or an answer with its prompt: {"prompt": …, "response": …}. Of an answer
-    the response positions are looked at; of a plain text all but the first, on which activations
-    are unlike those of any other, and the last, which predicts nothing.
+    the response positions are looked at; of a plain text all but the first (the BOS where there is
+    one), on which activations are unlike those of any other, and the last, which predicts nothing.
     Raises: DataError naming the lines that cannot be used.
     """
     texts, faults = [], []
@@ -286,7 +286,7 @@ def _tokens(row: Any, tokenizer: ChatTokenizer) -> tuple[Any, Any]:
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise ValueError(f"{name} is missing, empty or no text")
     if "text" in row:
-        tokens = np.array(tokenizer.text_tokens(row["text"]), dtype=np.int32)
+        tokens = np.array(tokenizer.document_tokens(row["text"]), dtype=np.int32)
         return tokens[:2], tokens[2:]
     begin = [{"role": "user", "content": row["prompt"]}]
     prompt = tokenizer.prompt_tokens(begin)

@@ -188,9 +188,8 @@ def _text(text: Any, tokenizer: ChatTokenizer, max_length: int) -> list[Document
     """Windows of at most max_length tokens, each behind the tokenizer's BOS if it has one."""
     if not isinstance(text, str):
         raise DataError(f"the text is {type(text).__name__}, wanted a string")
-    bos = getattr(tokenizer.raw, "bos_token_id", None)
-    start = [bos] if bos is not None else []
-    ids, size = tokenizer.text_tokens(text), max_length - len(start)
+    start = tokenizer.bos
+    ids, size = tokenizer.document_tokens(text)[len(start) :], max_length - len(start)
     return [_whole([*start, *ids[at : at + size]]) for at in range(0, len(ids), size)]
 
 

@@ -36,6 +36,18 @@ def test_a_conversation_keeps_all_that_the_template_adds_after_the_answer(folder
     assert tokenizer.decode(whole[len(prompt) :], skip_special=True) == "Fine.\n"
 
 
+def test_a_plain_text_stands_once_behind_the_bos_where_there_is_one(folder):
+    tokenizer = load_tokenizer(folder)
+    text = tokenizer.text_tokens("Paris")
+    bos = tokenizer.raw.bos_token_id
+    assert tokenizer.document_tokens("Paris") == [bos, *text]
+    assert tokenizer.document_tokens(f"{tokenizer.raw.bos_token}Paris") == [bos, *text]
+    assert tokenizer.document_tokens("") == [bos]
+    tokenizer.raw.bos_token = None
+    assert tokenizer.document_tokens("Paris") == text
+    assert tokenizer.document_tokens("") == []
+
+
 def test_end_tokens_come_from_the_tokenizer_and_the_models_files(tmp_path):
     folder = build_tiny_tokenizer(tmp_path / "tok")
     assert load_tokenizer(folder).eos_token_ids == (2,)

@@ -289,6 +289,17 @@ BAD = {
 }
 
 
+def test_a_plain_text_is_looked_at_behind_the_bos_from_its_first_token_on(planted, tmp_path):
+    from fpo_mlx.data.tokenizer import load_tokenizer
+    from fpo_mlx.pipeline.features import read_texts
+
+    tokenizer = load_tokenizer(planted / "model")
+    lines(tmp_path / "t.jsonl", {"text": "Paris"}, {"text": "Rome"})
+    (found, _) = read_texts(tmp_path / "t.jsonl", tokenizer, 99)
+    bos, (first, *more) = tokenizer.raw.bos_token_id, tokenizer.text_tokens("Paris")
+    assert (found.prompt.tolist(), found.response.tolist()) == ([bos, first], more)
+
+
 def test_a_text_keeps_within_the_length_however_long_its_prompt(planted, tmp_path):
     from fpo_mlx.data.tokenizer import load_tokenizer
     from fpo_mlx.errors import DataError

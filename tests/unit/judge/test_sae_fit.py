@@ -327,7 +327,8 @@ def place(tmp_path_factory):
     write_saelens(exact_sae(Site(1)), root / "sae")
     turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes, hello."}]
     lines(root / "chats.jsonl", *[{"messages": turns}] * 3)
-    lines(root / "texts.jsonl", *[{"text": "some words that go on"}] * 3)
+    # untrained weights do better on some texts when they are ablated; not on this one
+    lines(root / "texts.jsonl", *[{"text": "abc abc abc abc"}] * 3)
     lines(root / "pairs" / "train.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c d"})
     lines(root / "pairs" / "valid.jsonl", {"prompt": "a?", "chosen": "bee", "rejected": "c d e"})
     return root
@@ -479,6 +480,21 @@ def test_passages_are_spread_over_the_whole_data(place, kind):
     seen = [int(p.where) for p in found]
     assert seen == sorted(seen)
     assert max(np.diff([0, *seen, 1000])) < 80
+
+
+@pytest.mark.parametrize("longest", [128, 4])
+def test_a_plain_text_is_judged_behind_the_bos_from_its_first_token_on(place, longest):
+    from fpo_mlx.data import read_passages
+    from fpo_mlx.data.read import RawRow
+    from fpo_mlx.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(place / "model")
+    rows = [RawRow({"text": "Paris is large."}, "a.jsonl:1", 0)]
+    (found,) = read_passages(rows, tokenizer, 1, longest)
+    text = tokenizer.text_tokens("Paris is large.")
+    wanted = [tokenizer.raw.bos_token_id, *text][:longest]
+    assert [*found.prompt, *found.response] == wanted
+    assert found.prompt.tolist() == wanted[:2]  # the position before the response is the first seen
 
 
 def test_vectors_by_heads_are_encoded_side_by_side(place, tmp_path):
