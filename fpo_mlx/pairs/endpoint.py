@@ -75,13 +75,10 @@ class Endpoint:
             if attempt:
                 time.sleep(min(wait, LONGEST_WAIT))
             try:
-                reply = self._send(messages)
+                reply = self._reply(messages)
                 return _kept(reply), read(_kept(reply))
             except urllib.error.HTTPError as error:
                 why = f"HTTP {error.code}"
-                if error.code in (400, 422) and self._logprobs:
-                    self._logprobs, wait = False, 0.0  # it may not know log-probs
-                    continue
                 if error.code not in AGAIN:
                     raise ConfigError(self._refused(error)) from None
                 wait = max(2.0**attempt, _asked_wait(error))
@@ -92,6 +89,16 @@ class Endpoint:
             f"--judge-url {self.url}: no answer after {self.retries + 1} tries, the last: {why}. "
             "What was judged is kept; run the same command to go on."
         )
+
+    def _reply(self, messages: list[dict[str, str]]) -> Any:
+        """One reply. Where log-probs are refused it is asked for without them, from then on."""
+        try:
+            return self._send(messages)
+        except urllib.error.HTTPError as error:
+            if error.code not in (400, 422) or not self._logprobs:
+                raise
+        self._logprobs = False  # it may not know them; that is found out once and is no try
+        return self._send(messages)
 
     def _send(self, messages: list[dict[str, str]]) -> Any:
         body: dict[str, Any] = {

@@ -261,6 +261,20 @@ def test_log_probs_are_read_where_offered_and_done_without_where_refused(tmp_pat
     assert ["logprobs" in body for body in seen] == [True, False, False]
 
 
+def test_finding_out_that_log_probs_are_refused_takes_none_of_the_tries(tmp_path):
+    source = candidates(tmp_path / "c.jsonl", graded(1))
+    with endpoint(lambda body: 422 if "logprobs" in body else says("A")) as (url, seen):
+        judge(url, source, tmp_path / "v.jsonl", retries=0)
+    assert ["logprobs" in body for body in seen] == [True, False, False]
+
+
+def test_an_endpoint_that_refuses_with_and_without_log_probs_is_asked_twice_and_no_more(tmp_path):
+    source = candidates(tmp_path / "c.jsonl", graded(1))
+    with endpoint(lambda body: 400) as (url, seen), pytest.raises(ConfigError, match="HTTP 400"):
+        judge(url, source, tmp_path / "v.jsonl")
+    assert ["logprobs" in body for body in seen] == [True, False]
+
+
 def test_a_verdict_on_an_answer_that_is_not_there_is_counted_and_stops_nothing():
     (of_j,) = summarise(
         [said(0, 9, "none", "a"), said(0, 1, "none", "b")], lambda id: [3, 4]
