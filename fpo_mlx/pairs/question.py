@@ -68,7 +68,8 @@ def first_of_masses(a: float, b: float) -> float | None:
 
 
 def read_reply(reply: Mapping[str, Any]) -> tuple[float | None, str]:
-    """(probability of the first, raw) of a chat completion: its log-probs, else its one letter.
+    """(probability of the first, raw) of a chat completion: its first token's log-probs, or its one
+    letter where there are none or they are of something else.
 
     Raises: ValueError where it is no chat completion.
     """
@@ -80,11 +81,17 @@ def read_reply(reply: Mapping[str, Any]) -> tuple[float | None, str]:
     except (KeyError, IndexError, TypeError):
         raise ValueError("no choices[0].message.content") from None
     masses = _masses(choice)
-    if masses is not None:
-        return first_of_masses(*masses), json.dumps({"text": text[:200], "p": masses})
-    letter = text.strip().strip(".*\"'`()[] ")
-    first = {"A": 1.0, "B": 0.0}.get(letter)
-    return first, text[:200]
+    if masses is None:
+        return _letter(text), text[:200]
+    first = first_of_masses(*masses)
+    if first is None:  # a mark or a line end may come before the letter
+        first = _letter(text)
+    return first, json.dumps({"text": text[:200], "p": masses})
+
+
+def _letter(text: str) -> float | None:
+    """The probability of the first where a reply is one letter, whatever marks stand around it."""
+    return {"A": 1.0, "B": 0.0}.get(text.strip().strip(".*\"'`()[] "))
 
 
 def _masses(choice: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -14,7 +14,7 @@ from judges import candidates, endpoint, graded, grades, says
 from fpo_mlx.cli.pairs import _show_judges
 from fpo_mlx.errors import ConfigError, DataError, FpoError
 from fpo_mlx.pairs.labels import labels_of, resolve
-from fpo_mlx.pairs.question import judge_name
+from fpo_mlx.pairs.question import judge_name, read_reply
 from fpo_mlx.pairs.records import PERSON, Verdict, read_verdicts
 from fpo_mlx.pairs.settings import BuildConfig, JudgeConfig
 from fpo_mlx.pairs.summary import cohen_kappa, summarise
@@ -259,6 +259,19 @@ def test_log_probs_are_read_where_offered_and_done_without_where_refused(tmp_pat
     with endpoint(lambda body: 400 if "logprobs" in body else says("A")) as (url, seen):
         judge(url, source, tmp_path / "w.jsonl")
     assert ["logprobs" in body for body in seen] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "token", "first"),
+    [("**A**", "**", 1.0), ("\nB", "\n", 0.0), ('"A"', '"', 1.0), ("Both", "Both", None)],
+)  # fmt: skip
+def test_a_letter_that_is_not_the_first_token_is_read_from_the_text(text, token, first):
+    top = [{"token": token, "logprob": -0.01}, {"token": "B", "logprob": -5.0}]
+    reply = says(text)
+    reply["choices"][0]["logprobs"] = {"content": [{"top_logprobs": top}]}
+    found, raw = read_reply(reply)
+    assert found == first
+    assert json.loads(raw) == {"text": text, "p": [0.0, pytest.approx(0.0067, abs=1e-4)]}
 
 
 def test_finding_out_that_log_probs_are_refused_takes_none_of_the_tries(tmp_path):
