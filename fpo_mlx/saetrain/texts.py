@@ -18,7 +18,7 @@ import numpy as np
 from fpo_mlx import data
 from fpo_mlx.data import layouts
 from fpo_mlx.data.answers import answer_tokens
-from fpo_mlx.data.messages import conversation_in, messages
+from fpo_mlx.data.messages import RowFault, conversation_in, messages
 from fpo_mlx.data.rows import system_of, tools_of, with_system
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import DataError, FpoError
@@ -144,16 +144,19 @@ def _rows(source: str, hub: data.HubSplits) -> list[data.RawRow]:
 
 def _kind(record: Any, source: str, names: data.Columns) -> str:
     record = record if isinstance(record, Mapping) else {}
-    columns = set(record)
-    if {names.chosen, names.rejected} <= set(layouts.as_pair(record, names)):
-        return "pairs"
+    columns, no_pair = set(record), ""
+    try:
+        if {names.chosen, names.rejected} <= set(layouts.as_pair(record, names)):
+            return "pairs"
+    except RowFault as fault:  # a text may have columns that look like half a pair
+        no_pair = f" As a pair it is refused: {fault}."
     if columns & set(CHAT_COLUMNS):
         return "chat"
     if columns & set(TEXT_COLUMNS):
         return "text"
     raise DataError(
-        f"{source}: the first row has the columns {', '.join(sorted(columns)) or 'none'}. Wanted "
-        "text (or content), messages (or conversations), or chosen and rejected (or what "
+        f"{source}: the first row has the columns {', '.join(sorted(columns)) or 'none'}.{no_pair} "
+        "Wanted text (or content), messages (or conversations), or chosen and rejected (or what "
         "--chosen-feature and --rejected-feature name); --data-kind says which one is meant."
     )
 

@@ -17,7 +17,7 @@ mx = pytest.importorskip("mlx.core")
 from fpo_mlx.cli import main  # noqa: E402
 from fpo_mlx.config import SaeTrainConfig, load_section  # noqa: E402
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
-from fpo_mlx.errors import FpoError  # noqa: E402
+from fpo_mlx.errors import DataError, FpoError  # noqa: E402
 from fpo_mlx.judge.sae_fit import LossFigures  # noqa: E402
 from fpo_mlx.machine import device  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
@@ -413,6 +413,22 @@ def test_first_positions_and_repeated_beginnings_are_left_out(tmp_path, tokenize
     assert kept == [at % 10 == 0 for at in range(20)]
     assert all(item.keep[head + 1 :].all() for item in found.items)
     assert f"same {head} tokens" in found.notes[0]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("text", "text"), ("messages", "chat")])
+def test_columns_that_make_no_pair_beside_a_text_or_a_chat_do_no_harm(
+    tmp_path, tokenizer, name, kind
+):
+    source = {"text": TEXTS, "messages": [row["messages"] for row in CHATS]}[name]
+    rows = [{name: one, "answer": "yes", "score": 3} for one in source]
+    assert documents_of(tmp_path, tokenizer, rows).kind == kind
+
+
+def test_a_first_row_that_is_nothing_names_the_file_and_why_it_is_no_pair(tmp_path, tokenizer):
+    tie = {"prompt": "Q", "response_a": "A", "response_b": "B", "winner": "tie"}
+    with pytest.raises(DataError, match=r"rows\.jsonl: the first row has the columns") as caught:
+        documents_of(tmp_path, tokenizer, [tie])
+    assert "As a pair it is refused: winner prefers neither answer." in str(caught.value)
 
 
 def test_long_texts_become_windows_behind_a_bos(tmp_path, tokenizer):
