@@ -121,6 +121,7 @@ def attach(model: nn.Module, spec: AdapterSpec) -> None:
     for _, module in model.named_modules():
         if type(module) is LoRALinear and not spec.dropout:
             swap_call(module, partial(_lora, module))
+    model.train(model.training)  # layers are made as of training, whatever the model is
 
 
 def _refuse_odd_bits(model: nn.Module, keys: Iterable[str]) -> None:

@@ -21,9 +21,9 @@ from fpo_mlx.model.rounding import Kept, change_of, is_plain, is_rounded, kept_o
 from fpo_mlx.model.trees import arrays_of, cast_floats, float_dtype
 from fpo_mlx.records import AS_BASE, FusedForm
 from fpo_mlx.storage import files
+from fpo_mlx.storage.adapter_files import TEMPLATE, own_template
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-TEMPLATE = "chat_template.jinja"
 # of a base's folder: what belongs to the tokenizer and to the use of the model, not its weights
 BESIDE = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -151,9 +151,8 @@ def _save(folder: Path, base: Path, model: nn.Module, config: dict[str, Any]) ->
 
 def _template(given: Path | None, adapter_path: Path) -> tuple[str, str] | None:
     """(text, where it is from) of the chat template that training had; None for the base's own."""
-    run = adapter_path.parent if adapter_path.name == "best" else adapter_path
-    place = given or run / TEMPLATE
-    if given is None and not place.is_file():
+    place = given or own_template(adapter_path)
+    if place is None:
         return None
     try:
         text = place.read_text(encoding="utf-8-sig")

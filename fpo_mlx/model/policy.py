@@ -65,6 +65,13 @@ class Layout:
         owner = np.repeat(np.arange(len(self.lengths)), self.lengths)
         return mx.array((owner[None, :] == np.arange(len(self.lengths))[:, None]), mx.float32)
 
+    def totals(self, values: mx.array) -> mx.array:
+        """Of [R] values, nats among them, the sum over each response: [2B].
+
+        No product of matrices: some GPUs round its factors, and some kernels do not.
+        """
+        return (self.sums() * values).sum(axis=-1)
+
     def means(self) -> mx.array:
         """[2B, R]: 1 / |y| on a response's own rows."""
         return self.sums() / mx.array(self.lengths.astype(np.float32))[:, None]

@@ -78,7 +78,7 @@ class Reader:
         """Summed log-prob of each response, nats: [2B]."""
         policy = self.policy
         tokens = token_logps(rows.hidden, layout.targets, policy.head, policy.vocab_size, grad=grad)
-        return layout.sums() @ tokens
+        return layout.totals(tokens)
 
     def scores(self, pairs: Sequence[TokenPair]) -> list[PairScore]:
         """Summed log-probs and pooled features, one vector per SAE; without gradient."""

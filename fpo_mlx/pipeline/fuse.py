@@ -16,6 +16,7 @@ from fpo_mlx.pipeline.evaluate import check_scales, open_scorer
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
 from fpo_mlx.records import AS_BASE, FusedForm
+from fpo_mlx.storage.adapter_files import own_template
 from fpo_mlx.storage.hub import resolve_model
 from fpo_mlx.storage.outputs import MODEL, Made, claim_folder
 
@@ -99,6 +100,7 @@ def fuse(
         made = _made(form)
         return claim_folder(save_path, "--save-path", made, inputs=inputs, overwrite=overwrite)
 
+    template = config.data.chat_template
     held_out = "" if bound is None else _check_bound(config, bound, verify, form.scale)
     if bound is not None or form.scale != 1.0:
         check_scales(config, [adapter_path], [form.scale])
@@ -106,11 +108,10 @@ def fuse(
     save_path = claim()  # before a download
     base = resolve_model(config.reference.model)
     claim(base)
-    within = None
+    config, within = _as_trained(config, Path(adapter_path)), None
     if bound is not None:
         within = _scale_within(config, adapter_path, held_out, bound, say)
         form = replace(form, scale=within.part)
-    template = config.data.chat_template
     report = fusing.fuse(
         config.reference.model, Path(adapter_path), save_path, form,
         chat_template=Path(template) if template else None,
@@ -125,6 +126,14 @@ def fuse(
     if upload_repo:
         fusing.upload(save_path, upload_repo)
     return FuseResult(replace(report, uploaded=upload_repo), form.scale, within, before, after)
+
+
+def _as_trained(config: RunConfig, adapter: Path) -> RunConfig:
+    """With the chat template that the fused folder gets: pairs are measured as it reads them."""
+    place = own_template(adapter.expanduser())
+    if place is None or config.data.chat_template:
+        return config
+    return replace(config, data=replace(config.data, chat_template=str(place)))
 
 
 def _made(form: FusedForm) -> Made:

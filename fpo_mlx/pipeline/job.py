@@ -14,7 +14,7 @@ from fpo_mlx.config import ReferenceConfig, RunConfig, SaeTrainConfig
 from fpo_mlx.data.feature_files import Weights, read_weights
 from fpo_mlx.data.tokenizer import ChatTokenizer, load_tokenizer
 from fpo_mlx.errors import ConfigError, SaeError
-from fpo_mlx.pipeline.origins import warn_of_other_model
+from fpo_mlx.pipeline.origins import warn_of_origin
 from fpo_mlx.pipeline.prepared import Say as Say
 from fpo_mlx.pipeline.prepared import columns as columns
 from fpo_mlx.pipeline.prepared import hub_splits as hub_splits
@@ -64,7 +64,7 @@ def open_job(
     path = resolve_model(model)
     tokenizer = open_tokenizer(config, path, say)
     start = adapter or config.train.init_adapter
-    warn_of_other_model([start], model, path, say)
+    warn_of_origin([start], config, path, say)
     need = config.objective.needs_sae if need_sae is None else need_sae
     opened = open_saes(config, read_config(path), need=need, say=say)
     own = Path(start) if start else None

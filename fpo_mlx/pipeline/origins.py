@@ -1,4 +1,4 @@
-"""Which model an adapter says that it was made for."""
+"""Which model and which chat template an adapter says that it was made for."""
 
 from __future__ import annotations
 
@@ -7,35 +7,45 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx.config import RunConfig
 from fpo_mlx.reference.weights import model_fingerprint
+from fpo_mlx.storage.adapter_files import own_template
 
 Say = Callable[[str], None]
 
 
-def warn_of_other_model(
-    adapters: Iterable[str | Path | None], model: str, path: Path, say: Say
+def warn_of_origin(
+    adapters: Iterable[str | Path | None], config: RunConfig, path: Path, say: Say
 ) -> None:
-    """Name every adapter that was made for another model than the one in the folder `path`.
+    """Name every adapter that was made for another model than the one in the folder `path`, or
+    with another chat template than the settings' and the model's.
 
     Our own runs kept the model's fingerprint; of others only the name is known.
     """
+    model = config.reference.model
     for adapter in adapters:
         if adapter is None:
             continue
         folder = Path(adapter).expanduser()
-        config = _read(folder / "adapter_config.json")
-        name = config.get("model") or config.get("base_model_name_or_path")
+        own = _read(folder / "adapter_config.json")
+        name = own.get("model") or own.get("base_model_name_or_path")
         kept = _read(folder / "run.json").get("fingerprints")
         print_of = kept.get("model") if isinstance(kept, dict) else None
         if isinstance(print_of, str):
             other = print_of != model_fingerprint(path)
         else:
-            other = isinstance(name, str) and bool(name) and _last(name) != _last(model)
+            other = isinstance(name, str) and bool(name) and _last(name) != _last(model or "")
         if other:
             say(
                 f"warning: the adapter {adapter} was made for another model "
                 f"({name if isinstance(name, str) and name else 'its name is not kept'}) than "
                 f"--model {model}; where the shapes happen to fit, its answers mean nothing"
+            )
+        template = own_template(folder)
+        if template is not None and not config.data.chat_template:
+            say(
+                f"warning: the adapter {adapter} was trained with another chat template than the "
+                f"model's, with which it is asked; --chat-template {template} asks as in training"
             )
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 RUN = outputs.Made(
     "a run",
-    r".*adapters\.safetensors|adapter_config\.json|run\.json|metrics\.jsonl|"
+    r"(\d{7,}_)?adapters\.safetensors|adapter_config\.json|run\.json|metrics\.jsonl|"
     r"chat_template\.jinja|checkpoint/|best/|tensorboard/",
     mark="run.json",
     ways="--resume goes on with it; ",

@@ -20,6 +20,7 @@ from fpo_mlx.storage import files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
+TEMPLATE = "chat_template.jinja"  # beside an adapter that was trained with another than the model's
 PREFIX = "base_model.model."
 PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}  # PEFT's: mlx-lm's
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+?)\.(lora_A|lora_B|lora_magnitude_vector)\b.*")
@@ -34,6 +35,13 @@ _BEYOND = (
     "trainable_token_indices", "alora_invocation_tokens", "use_bdlora", "arrow_config",
 )  # fmt: skip
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these starts change the base too
+
+
+def own_template(adapter: Path) -> Path | None:
+    """The chat template that an adapter was trained with, where it is not the model's."""
+    run = adapter.parent if adapter.name == "best" else adapter
+    place = run / TEMPLATE
+    return place if place.is_file() else None
 
 
 @dataclass(frozen=True)

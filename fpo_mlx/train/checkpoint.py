@@ -16,6 +16,7 @@ checkpoint/state.safetensors                adapters, optimizer, reference adapt
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -32,10 +33,11 @@ from fpo_mlx.errors import ModelError
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.model.trees import arrays_of, read_arrays
 from fpo_mlx.storage import files, locks
+from fpo_mlx.storage.adapter_files import TEMPLATE
 from fpo_mlx.storage.runfolder import METRICS, RunFolder
 
 STATE = Path("checkpoint") / "state.safetensors"
-TEMPLATE = "chat_template.jinja"
+NUMBERED = "_adapters.safetensors"  # behind seven digits or more
 LOCK = "train.lock"  # held while a run writes
 
 
@@ -72,7 +74,7 @@ class AdapterFolder:
         """The current adapters; numbered as well when an iteration is given."""
         weights = dict(adapters.parameters(model))
         if iteration is not None:
-            adapters.save(self.path / f"{iteration:07d}_adapters.safetensors", weights)
+            adapters.save(self.path / f"{iteration:07d}{NUMBERED}", weights)
         self._save_pair(self.path, weights)
 
     def save_part(self, weights: Mapping[str, mx.array]) -> None:
@@ -125,16 +127,20 @@ class AdapterFolder:
             raise files.unwritable(self.path, error) or error from error
 
     def start(self, run: Mapping[str, Any], template: str | None = None) -> None:
-        """Begin a new run here; an older run's metrics and checkpoints do not survive it.
+        """Begin a new run here; nothing of an older run survives it, and nothing of others goes.
 
         template: the chat template of training, where it is not the model's own; `fuse` takes it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / STATE).unlink(missing_ok=True)  # first: half a folder must not be resumed
-        for old in (*self.path.glob("*_adapters.safetensors"), self.path / METRICS):
-            old.unlink(missing_ok=True)
         best = self.path / "best"
-        for old in (best / adapters.WEIGHTS, best / adapters.CONFIG, self.path / TEMPLATE):
+        numbered = (p for p in files.listed(self.path, f"*{NUMBERED}") if is_numbered(p.name))
+        pairs = (
+            folder / name
+            for folder in (self.path, best)
+            for name in (adapters.WEIGHTS, adapters.CONFIG)
+        )
+        for old in (*numbered, *pairs, self.path / METRICS, self.path / TEMPLATE):
             old.unlink(missing_ok=True)
         for folder in (best, (self.path / STATE).parent):
             with suppress(OSError):  # not there, or it holds things of others
@@ -202,6 +208,11 @@ def load_state(
     optimizer.state = tree_unflatten(list(part("optimizer").items()))
     randomness.go_to((high << 32) | low)
     return progress, part("reference"), part("good")
+
+
+def is_numbered(name: str) -> bool:
+    """Whether a run wrote this file: the user's own may be called much alike."""
+    return re.fullmatch(rf"\d{{7,}}{re.escape(NUMBERED)}", name) is not None
 
 
 def run_folder(path: Path) -> RunFolder:

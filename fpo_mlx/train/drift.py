@@ -13,9 +13,10 @@ The first line is the integral part: it settles where measured = wanted, whateve
 and hurries where the drift is far above that. The second answers at once, before the adapters have
 gone further, and to where the drift is going: g is the logarithm of the running mean over a slower
 one, its growth within some ten updates. The optimizer's momentum and the means are late by some
-twenty, and without g the drift swings around its target. Below the target A falls only when the
-drift has stopped growing: else A would wind down during the whole way up, and the drift would
-shoot past.
+twenty, and without g the drift swings around its target. Below the target A falls only where the
+drift does not grow by GROWING within those ten updates: else A would wind down during the whole way
+up, and the drift would shoot past. A way up that is slower than that (hundreds of updates) is told
+by g alone.
 
 An optimizer that normalises its gradient (Adam) moves the features by its very steps, however large
 alpha is; a target below that is met by shorter steps alone. So alpha ends where the constraint at
@@ -133,6 +134,13 @@ class Controller:
     def alpha(self) -> float:
         swing = self.error + TREND * self.trend
         return min(self.level, self.bound) * math.exp(min(max(swing, -S_BELOW), S_ABOVE))
+
+    def largest_pull(self, max_margin: float) -> float:
+        """Nats of the margin that the constraint may weigh in one pair.
+
+        Half of what the guard lets a margin per token have; of sums as much more as of the target.
+        """
+        return 0.5 * max_margin * self.pull / PULL["token"]
 
     @property
     def part(self) -> float:

@@ -146,7 +146,7 @@ class Scorer:
             rows.hidden, layout.targets, policy.head, policy.vocab_size,
             ref_hidden=ref_hidden, collisions=self.objective.wpo, grad=grad,
         )  # fmt: skip
-        sums = (None if values is None else layout.sums() @ values for values in found)
+        sums = (None if values is None else layout.totals(values) for values in found)
         return TokenValues(*sums)  # type: ignore[arg-type]
 
     def _distances(

@@ -177,11 +177,11 @@ class Trainer:
             yield progress.iteration, grad_norm, skipped
 
     def _steer(self, drift: Controller | None) -> None:
-        """Take alpha from the controller; it may fill half of the bound that the guard sets."""
+        """Take alpha from the controller."""
         self.drift = drift
         if drift is not None:
             self.scorer.alpha = drift.alpha
-            self.scorer.largest_pull = 0.5 * self.config.max_margin
+            self.scorer.largest_pull = drift.largest_pull(self.config.max_margin)
 
     def _drifted(self, drift: Controller, values: dict[str, np.ndarray]) -> None:
         """Tell the controller what an update's pairs measured, and the user what it had to do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 
@@ -156,6 +157,37 @@ def test_template_variables_are_part_of_what_a_cache_is_of(place, tmp_path):
     yaml = tmp_path / "c.yaml"
     yaml.write_text("chat_template_args: {shout: true}\n")
     assert run("check", *usual[:4], "-c", yaml).exit_code in (0, 3)
+
+
+def test_an_adapter_of_another_template_is_named(place, tmp_path):
+    """`fuse` gives its folder that template; until then the adapter is asked as the model is."""
+    folder = adapter(place, tmp_path)
+    text = (place / "model/chat_template.jinja").read_text()
+    template = folder / "chat_template.jinja"
+    template.write_text(text + "{# mine #}")
+    words = ("chat", "--model", place / "model", "--adapter-path", folder)
+    said = f"--chat-template {template} asks as in training"
+    assert said in run(*words, "--prompt", "A?", "--max-tokens", 1).stderr
+    given = (*words, "--chat-template", template, "--prompt", "A?", "--max-tokens", 1)
+    assert "as in training" not in run(*given).stderr
+
+
+def test_fuse_measures_on_the_prompts_that_the_fused_folder_is_asked(place, tmp_path, monkeypatch):
+    seen = []
+    module = importlib.import_module("fpo_mlx.pipeline.fuse")
+    read = module.read_pairs
+    monkeypatch.setattr(
+        module, "read_pairs", lambda job, *rest: seen.append(job.tokenizer) or read(job, *rest)
+    )
+    folder = adapter(place, tmp_path)
+    text = (place / "model/chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(text + "{# mine #}")
+    done = run(
+        "fuse", "--model", place / "model", "--adapter-path", folder, "--save-path",
+        tmp_path / "fused", "--verify", place / "data",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert [tokenizer.templates["default"].endswith("{# mine #}") for tokenizer in seen] == [True]
 
 
 def test_an_adapter_of_another_model_is_named(place, tmp_path):

@@ -20,6 +20,9 @@ from fpo_mlx.sae.convert import write_saelens
 pytest.importorskip("mlx.core")
 
 from fpo_mlx.pipeline.device_check import runs as device_runs  # noqa: E402
+from fpo_mlx.pipeline.train import RUN  # noqa: E402
+from fpo_mlx.storage import outputs  # noqa: E402
+from fpo_mlx.train.checkpoint import AdapterFolder  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +348,17 @@ def test_overwrite_replaces_an_older_run_and_keeps_what_is_not_of_a_run(place, t
     assert done.exit_code == 0, done.stderr
     assert (out / "adapters.safetensors").read_bytes() != old
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_of_an_older_run_no_adapter_is_left_to_be_taken_for_the_new_ones(place, tmp_path):
+    """A run that ends before its first checkpoint has none; a copy of the user's own stays."""
+    out = another_run(place, tmp_path / "out")
+    for name in ("good_adapters.safetensors", "0000001_adapters.safetensors"):
+        shutil.copyfile(out / "adapters.safetensors", out / name)
+    AdapterFolder(out, {}).start({})
+    assert {path.name for path in out.glob("*.safetensors")} == {"good_adapters.safetensors"}
+    assert not (out / "adapter_config.json").exists()
+    assert RUN.foreign(out, outputs.contents(out)) == ["good_adapters.safetensors"]
 
 
 def test_overwrite_leaves_what_is_not_of_a_run_in_the_folders_of_a_run(place, tmp_path):

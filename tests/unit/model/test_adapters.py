@@ -216,3 +216,13 @@ def test_adapter_weights_cut_short_are_a_plain_error(folders, tmp_path, written,
     (tmp_path / "adapters.safetensors").write_bytes(whole[:cut])
     with pytest.raises(ModelError, match="cannot be read as safetensors"):
         adapters.load(load_model(folders["llama", "float"]).model, tmp_path)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_adapters_are_put_on_in_the_mode_of_the_model(folders, training):
+    """A dropout in layers that were put on a model that only reads would be measured with it."""
+    model = load_model(folders["llama", "float"]).model
+    model.train(training)
+    spec = adapters.AdapterSpec("lora", 3, 4, 7.0, 0.5, ("model.layers.1.mlp.up_proj",))
+    adapters.attach(model, spec)
+    assert {module.training for module in model.modules()} == {training}
