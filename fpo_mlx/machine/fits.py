@@ -50,8 +50,11 @@ def _cut(pair: Lengths, longest: int) -> Lengths:
 
 
 def heaviest(lengths: Sequence[Lengths], count: int = 50) -> tuple[Lengths, ...]:
-    """The pairs that can decide the peak: those of the most tokens, and the longest prompts."""
-    ways = (lambda pair: pair.tokens, lambda pair: pair.prompt)
+    """The pairs that can decide the peak: of the most tokens, longest prompts, longest sequences.
+
+    Side by side both responses are padded to the longer one, so one long answer may decide it.
+    """
+    ways = (lambda pair: pair.tokens, lambda pair: pair.prompt, lambda pair: pair.longest)
     return tuple({pair for way in ways for pair in sorted(set(lengths), key=way)[-count:]})
 
 
@@ -77,7 +80,7 @@ def changes(case: Case) -> list[tuple[str, Case]]:
     ways += [
         (f"and --max-seq-length {n} (cuts what is longer)", case.cut(n))
         for n in (2048, 1024, 512, 256)
-        if n < max(pair.prompt + max(pair.chosen, pair.rejected) for pair in case.lengths)
+        if n < max(pair.longest for pair in case.lengths)
     ]
     return [(name, way) for name, way in ways if way.peak < now]
 

@@ -118,6 +118,11 @@ class Lengths:
     def tokens(self) -> int:
         return self.prompt + self.rows
 
+    @property
+    def longest(self) -> int:
+        """The longer of the two sequences."""
+        return self.prompt + max(self.chosen, self.rejected)
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -173,9 +178,12 @@ def passes(lengths: Lengths, *, share_prompt: bool) -> list[Pass]:
 
 
 def _calls(model: ModelShape, setup: Setup, tiles: Tiles, lengths: Lengths) -> list[Pass]:
-    """Those of a micro batch: pairs one after the other, or all of them in the passes of one."""
+    """Those of a micro batch: pairs one after the other, or all of them in the passes of one.
+
+    Whole sequences are in one pass on every device.
+    """
     calls, n = passes(lengths, share_prompt=model.shares_prompt), setup.micro_batch_size
-    if n == 1 or not (tiles.together and model.shares_prompt):
+    if n == 1 or (model.shares_prompt and not tiles.together):
         return calls * n
     return [Pass(n * one.n, one.new, one.seen, one.new < one.seen) for one in calls]
 

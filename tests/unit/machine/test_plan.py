@@ -47,6 +47,54 @@ def test_a_gpus_micro_batch_is_one_pass_with_masks_of_its_own():
     assert [memory._scores(fused, call) for call in calls] == [0, 4 * fused.heads * 3 * 70 * 325]
 
 
+def test_whole_sequences_of_a_micro_batch_are_one_pass_on_every_device():
+    """Where no prompt is shared, all 2n lie side by side, padded, and n pairs' block is in work."""
+    model, setup = replace(MODEL, shares_prompt=False), replace(SETUP, micro_batch_size=3)
+    for tiles in (TILES, replace(TILES, together=True)):
+        assert memory._calls(model, setup, tiles, PAIR) == [Pass(6, 345, 345)]
+        assert memory._calls(model, SETUP, tiles, PAIR) == [Pass(2, 345, 345)]
+    terms = [
+        {term.name: term.bytes for term in memory.train_terms(model, (), one, TILES, PAIR)}
+        for one in (SETUP, setup)
+    ]
+    one, three = (found["block in work, loss or pooling"] for found in terms)
+    assert three == pytest.approx(3 * one)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("together", [True, False])
+def test_a_policy_makes_the_passes_that_are_counted(place, share, together):
+    from helpers import random_pairs
+
+    from fpo_mlx.machine import device
+    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.policy import Policy
+
+    loaded, seen = load_model(place / "model"), []
+    policy = Policy(loaded.model, loaded.config, share_prompt=share)
+    with device.using(replace(device.cpu(), together=together)):
+        _ = policy._row_axes  # looks at masks with passes of its own
+        backbone = policy.backbone
+        policy.backbone = lambda tokens, cache=None: (
+            seen.append(tokens.shape) or backbone(tokens, cache=cache)
+        )
+        policy.rows(random_pairs([(9, 5, 8)] * 3))
+        model = replace(MODEL, shares_prompt=policy.shares_prompt)
+        setup = replace(SETUP, micro_batch_size=3)
+        counted = memory._calls(model, setup, Tiles.of(device.here()), Lengths(9, 5, 8))
+    assert seen == [(one.n, one.new) for one in counted]
+
+
+def test_a_lopsided_pair_that_is_padded_to_its_longer_answer_is_looked_at():
+    """Neither its tokens nor its prompt stand out; its longer answer is taken twice."""
+    usual = [Lengths(100 + n, 1100, 1100) for n in range(60)]
+    lopsided = Lengths(100, 2000, 10)
+    model = replace(MODEL, shares_prompt=False)
+    found = replace(CASE, model=model, lengths=fits.heaviest([*usual, lopsided]))
+    assert found.peak == replace(found, lengths=(lopsided,)).peak
+    assert found.peak > replace(found, lengths=tuple(usual)).peak
+
+
 @pytest.mark.parametrize(
     ("pair", "again", "micro", "measured"),
     [
