@@ -26,6 +26,7 @@ class Case:
     setup: Setup
     tiles: Tiles
     lengths: tuple[Lengths, ...]  # of the pairs; the heaviest decides
+    fresh: bool = True  # adapters by the settings; those of --init-adapter keep their blocks
 
     def terms(self) -> list[Term]:
         every = (
@@ -75,7 +76,7 @@ def changes(case: Case) -> list[tuple[str, Case]]:
     ways += [
         (f"and {n} adapted blocks (--num-layers {n})", fewer(case, n))
         for n in (8, 4, 2)
-        if n < now_adapted
+        if case.fresh and n < now_adapted
     ]
     ways += [
         (f"and --max-seq-length {n} (cuts what is longer)", case.cut(n))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,7 +95,9 @@ def _open(config: RunConfig, say: Say) -> Job:
     path = resolve_model(need_model(config))
     tokenizer = open_tokenizer(config, path)
     saes = open_saes(config, read_config(path), need=config.objective.needs_sae, say=say)
-    return Job(config, path, tokenizer, saes, CacheIdentity("plan", "plan"))
+    start = config.train.init_adapter
+    own = Path(start) if start else None
+    return Job(config, path, tokenizer, saes, CacheIdentity("plan", "plan"), adapter=own)
 
 
 def lengths_of(pairs: Sequence[TokenPair]) -> tuple[Lengths, ...]:
@@ -132,7 +135,7 @@ def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None
     )  # fmt: skip
     tiles = Tiles.of(device.here())
     saes = tuple(_sae_shape(sae) for sae in job.saes) if o.pooled else ()
-    return Case(shape, saes, setup, tiles, fitting.heaviest(lengths))
+    return Case(shape, saes, setup, tiles, fitting.heaviest(lengths), job.adapter is None)
 
 
 def _sae_shape(sae: SaeWeights) -> SaeShape:

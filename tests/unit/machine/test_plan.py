@@ -189,6 +189,15 @@ def test_advice_begins_with_what_changes_no_result():
     assert all(peak < case.peak for peak in peaks)
 
 
+def test_blocks_of_an_adapter_that_is_given_are_no_advice():
+    names = [
+        [name for name, _ in fits.changes(replace(CASE, fresh=fresh))] for fresh in (False, True)
+    ]
+    given, fresh = (any("--num-layers" in name for name in found) for found in names)
+    assert fresh
+    assert not given
+
+
 def test_flops_are_two_a_weight_and_token_and_the_backward_as_many_from_the_adapters_on():
     """One block, no attention to speak of: 100 weights, 3 tokens, 2 response rows."""
     small = ModelShape(1, 2, 0, 0, 0, 4, 10, 0, 100, 4)
@@ -235,6 +244,21 @@ def test_a_plan_says_what_fits_and_writes_it_down(place, tmp_path):
     )
     weights = sum(f.stat().st_size for f in (place / "model").glob("*.safetensors"))
     assert found["train"]["terms"]["model weights"] == pytest.approx(weights, rel=0.05)
+
+
+def test_an_adapter_that_training_starts_from_is_planned_with_its_own_rank_and_blocks(
+    place, tmp_path
+):
+    """Adam holds four of each parameter: now, before, two moments."""
+    from evaluated import adapter
+
+    (tmp_path / "sft").mkdir()
+    values = adapter(tmp_path / "sft", place / "model", 0)
+    words = ["--data", place / "train.jsonl", "--json", tmp_path / "p.json"]
+    result = run(place, *words, "--init-adapter", tmp_path / "sft")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads((tmp_path / "p.json").read_text())["train"]["terms"]
+    assert found["adapters and optimizer"] == 4 * 4 * sum(one.size for one in values.values())
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change(place):
