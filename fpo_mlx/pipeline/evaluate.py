@@ -66,14 +66,17 @@ def evaluate_all(
     job = open_job(config, say=say, need_sae=False)
     warn_of_origin(adapter_paths, config, job.model_path, say)
     pairs = read_pairs(job, split, say)
-    data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
+    store = reference_of(job, pairs, say, progress)
+    data = ScoredPairs(pairs, CachedScores(store, pairs))
     reports: dict[str, EvalReport] = {}
     base: EvalReport | None = None
     for path, scale in [(p, s) for p in dict.fromkeys(adapter_paths) or ["base"] for s in scales]:
         adapter = path if adapter_paths else None
         if len(adapter_paths) * len(scales) > 1:
             say(f"judging {evaluation.name_of(path, scale)}")
-        scorer = open_scorer(job, adapter, scale=scale, measure_kl=measure_kl, say=say)
+        scorer = open_scorer(
+            job, adapter, scale=scale, half=store.half, measure_kl=measure_kl, say=say
+        )
         report = replace(evaluation.evaluate(scorer, data), adapter_scale=scale)
         if base is None and adapter_paths:
             base = evaluation.reference_report(data, report.summary)
@@ -129,11 +132,13 @@ def open_scorer(
     say: Say,
     scale: float = 1.0,
     model: Path | None = None,
+    half: bool = False,
 ) -> Scorer:
     """Base + adapter, looking at every SAE that was given whatever the objective needs.
 
     scale: part of the adapter's change that is taken (`adapters.fill`).
     model: judged in the place of the job's own, against the job's reference.
+    half: the reference's scores carry rounding of half precision.
     """
     from fpo_mlx.model import adapters
     from fpo_mlx.model.open import open_model
@@ -163,5 +168,6 @@ def open_scorer(
         policy, encoders, job.config.objective,
         feature_weights=job.feature_weights, measure_kl=measure_kl,
     )  # fmt: skip
+    scorer.half |= half
     scorer.freeze_reference(reference or None)
     return scorer

@@ -195,8 +195,8 @@ def _scale_within(
     from fpo_mlx.model import adapters
     from fpo_mlx.train.drift import named_as
 
-    job, scored = _held_out(config, verify, say, saes=bound.kind == "drift")
-    scorer = open_scorer(job, adapter_path, measure_kl=bound.kind == "kl", say=say)
+    job, scored, half = _held_out(config, verify, say, saes=bound.kind == "drift")
+    scorer = open_scorer(job, adapter_path, half=half, measure_kl=bound.kind == "kl", say=say)
     whole, fresh = Path(adapter_path), scorer.reference_weights()
 
     def measured(part: float) -> float:
@@ -219,8 +219,11 @@ def _scale_within(
 
 def _held_out(
     config: RunConfig, verify: str, say: Say, *, saes: bool = False
-) -> tuple[Job, ScoredPairs]:
-    """The pairs of `verify` with the scores of the base. saes: with features, for a drift."""
+) -> tuple[Job, ScoredPairs, bool]:
+    """The pairs of `verify` with the scores of the base, and whether these are in half precision.
+
+    saes: with features, for a drift.
+    """
     from fpo_mlx.train.metrics import ScoredPairs
 
     objective = replace(config.objective, constraint="none", target_drift=None, target_kl=None)
@@ -232,7 +235,7 @@ def _held_out(
     split = next((s for s in ("test", "valid", "train") if has_split(job, s)), "test")
     pairs = read_pairs(job, split, say)
     store = fill_cache(job, pairs, folder=default_cache(job.identity), say=say)
-    return job, ScoredPairs(pairs, CachedScores(store, pairs))
+    return job, ScoredPairs(pairs, CachedScores(store, pairs)), store.half
 
 
 def _compare_fused(
@@ -241,10 +244,12 @@ def _compare_fused(
     """Accuracy and margin of base + adapter and of the fused folder, against one reference."""
     from fpo_mlx.judge import evaluate as evaluation
 
-    job, scored = _held_out(config, verify, say)
+    job, scored, half = _held_out(config, verify, say)
     results = []
     for path, adapter in ((job.model_path, adapter_path), (fused, None)):
-        scorer = open_scorer(job, adapter, scale=scale, model=path, measure_kl=False, say=say)
+        scorer = open_scorer(
+            job, adapter, scale=scale, model=path, half=half, measure_kl=False, say=say
+        )
         summary = evaluation.evaluate(scorer, scored).summary
         names = ("rewards/accuracies", "rewards/margins", "logps_per_token/chosen_change")
         results.append({name: float(summary[name]) for name in names})
