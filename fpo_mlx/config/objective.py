@@ -126,6 +126,11 @@ class Objective:
         return {**LINK_PARAMETERS.get(self.link, {}), **self.link_parameters}
 
     @property
+    def judged_alpha(self) -> float:
+        """Alpha of losses that judge: 0 with a target, where every update has another one."""
+        return 0.0 if self.target_drift or self.target_kl else self.alpha
+
+    @property
     def needs_sae(self) -> bool:
         return self.constraint == "features"
 

@@ -85,7 +85,8 @@ def evaluate_all(
         name = evaluation.name_of(path, scale)
         reports[name] = _with_answers(job, scorer, report, data, samples, sampling)
         del scorer  # one model in memory at a time
-    settings = {"preset": config.preset, **asdict(config.objective)}
+    o = config.objective
+    settings = {"preset": config.preset, **asdict(o), "alpha": o.judged_alpha}
     return evaluation.EvalTable(reports, base, settings)
 
 

@@ -58,7 +58,7 @@ class Scorer:
         self.reader, self.objective = Reader(policy, encoders), objective
         self.policy, self.encoders = policy, self.reader.encoders
         self.half = policy.dtype != mx.float32  # log-probs carry rounding of half precision
-        self.alpha: float = objective.alpha  # of the next update; a controller moves it
+        self.alpha = objective.judged_alpha  # of the next losses; a controller moves it
         self.largest_pull: float | None = None  # bound of alpha (D_rejected - D_chosen), per pair
         self.measure_kl = measure_kl or objective.constraint == "kl"
         self.feature_weights = tuple(feature_weights)

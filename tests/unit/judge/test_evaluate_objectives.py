@@ -94,3 +94,19 @@ def test_the_losses_of_the_json_come_of_its_log_probs(place, tmp_path, preset, t
     assert (
         loss_of(got["pairs"][0], changed) != pytest.approx(want[0], rel=1e-4) or preset == "hinge"
     )
+
+
+@pytest.mark.parametrize(
+    "words", [["--target-drift", 0.1], ["--objective", "tdpo2", "--target-kl", 3, "--alpha", 0.7]]
+)
+def test_the_losses_of_a_run_with_a_target_are_of_the_preference_alone_as_train_validates(
+    place, tmp_path, words
+):
+    words = [*words, "--split", "valid", "--top-k", K, "--adapter-path", place / "one"]
+    done = run("evaluate", *usual(place), *words, "--samples", 0, "--json", tmp_path / "e.json")
+    assert done.exit_code == 0, done.stderr
+    got = json.loads((tmp_path / "e.json").read_text())
+    setup = setup_of(got["objective"])
+    assert setup.alpha == 0
+    want = [loss_of(pair, setup) for pair in got["pairs"]]
+    assert [pair["loss"] for pair in got["pairs"]] == pytest.approx(want, rel=1e-4)
