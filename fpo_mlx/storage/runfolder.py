@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,24 +76,24 @@ class RunFolder:
         run: Mapping[str, Any],
         may_change: Collection[str],
         defaults: Mapping[str, Any] | None = None,
+        nothing: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The record of the run that is here.
 
         may_change: settings that are not compared; every fingerprint is that an older version had,
-        too. defaults: of settings; one that it did not have yet was at its default.
+        too. defaults: of settings; one that it did not have yet was at its default. nothing: what
+        some fingerprints are of nothing at all, with which they agree with any.
         Raises: ConfigError naming the settings that would make this another run, ModelError.
         """
         self.check_begun()
         before, now = self._read_record(), json.loads(json.dumps(dict(run)))  # tuples become lists
-        usual = {"settings": json.loads(json.dumps(dict(defaults or {}))), "fingerprints": {}}
-        faults = [
-            f"  {section}.{name}: was {old!r}, now {new!r}"
-            for section, given in usual.items()
-            for name in sorted(set(before[section]) | set(now[section]))
-            if (name in before[section] if section == "fingerprints" else name not in may_change)
-            and (old := before[section].get(name, given.get(name)))
-            != (new := now[section].get(name))
-        ]
+        usual = json.loads(json.dumps(dict(defaults or {})))
+        old, new = before["settings"], now["settings"]
+        names = (old.keys() | new.keys()) - set(may_change)
+        faults = _differing("settings", names, {**usual, **old}, new)
+        old, new, none = before["fingerprints"], now["fingerprints"], dict(nothing or {})
+        empty = {name for name in none if none[name] in (old.get(name), new.get(name))}
+        faults += _differing("fingerprints", old.keys() - empty, old, new)
         if faults:
             raise ConfigError(
                 f"--resume: these settings would make another run of {self.path}:\n"
@@ -112,3 +112,14 @@ class RunFolder:
                 f"{self.record} is damaged ({error!r}). Start anew without --resume."
             ) from error
         return found
+
+
+def _differing(
+    section: str, names: Iterable[str], old: Mapping[str, Any], new: Mapping[str, Any]
+) -> list[str]:
+    """A line for each of the names that has another value now."""
+    return [
+        f"  {section}.{name}: was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in sorted(names)
+        if old.get(name) != new.get(name)
+    ]

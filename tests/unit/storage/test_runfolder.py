@@ -76,3 +76,15 @@ def test_what_an_older_version_took_no_fingerprint_of_is_not_compared(folder):
     folder.write_record(newer)
     other = {**RECORD, "fingerprints": {"data": "x", "valid": "w"}}
     assert "fingerprints.valid: was 'v', now 'w'" in refusal(folder, other, ())
+
+
+def test_a_fingerprint_of_nothing_agrees_with_any(folder):
+    pairs, none = ({**RECORD, "fingerprints": {"data": "x", "valid": v}} for v in ("v", "0"))
+    for before, now in ((pairs, none), (none, pairs)):
+        folder.write_record(before)
+        folder.check_resumable(now, (), nothing={"valid": "0"})
+        assert "fingerprints.valid: was" in refusal(folder, now, ())
+    folder.write_record(pairs)
+    other = {**RECORD, "fingerprints": {"data": "0", "valid": "0"}}
+    with pytest.raises(ConfigError, match=r"of .*:\n  fingerprints\.data: was 'x', now '0'\nUse"):
+        folder.check_resumable(other, (), nothing={"valid": "0"})

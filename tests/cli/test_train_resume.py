@@ -1,0 +1,45 @@
+"""`train --resume` as a user gives it: what may have changed since, and what may not."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+from command_line import ROWS, lines, refused, train
+
+pytest.importorskip("mlx.core")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("resume")
+    tiny_models.tiny_llama(root / "model", tokenizer=True)
+    lines(root / "data" / "train.jsonl", *ROWS)
+    lines(root / "data" / "valid.jsonl", {**ROWS[0], "prompt": "Held out?"})
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(place, monkeypatch):
+    monkeypatch.setenv("FPO_MLX_CACHE", str(place / "user-cache"))
+
+
+def dpo(place, out, *words, **changes):
+    return train(place, out, "--objective", "dpo", *words, sae=None, **changes)
+
+
+@pytest.mark.parametrize(("before", "after"), [(25, 0), (0, 25)])
+def test_validation_may_be_left_out_or_begun_by_a_resumed_run(place, tmp_path, before, after):
+    assert dpo(place, tmp_path, "--val-batches", before).exit_code == 0
+    more = dpo(place, tmp_path, "--val-batches", after, "--resume", "--iters", 3)
+    assert more.exit_code == 0, more.stderr
+    assert ((tmp_path / "best").is_dir()) == (max(before, after) > 0)
+    log = (tmp_path / "metrics.jsonl").read_text()
+    assert log.count('"valid"') == (2 if before else 1)
+
+
+def test_other_validation_pairs_are_refused(place, tmp_path):
+    lines(tmp_path / "data" / "train.jsonl", *ROWS)
+    lines(tmp_path / "data" / "valid.jsonl", ROWS[1])
+    assert dpo(place, tmp_path / "out").exit_code == 0
+    again = dpo(place, tmp_path / "out", "--resume", data=tmp_path / "data")
+    refused(again, 2, "fingerprints.valid")
