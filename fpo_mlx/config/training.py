@@ -39,7 +39,7 @@ class TrainConfig:
     )
     iters: int | None = setting(
         None,
-        "iterations of batch-size pairs (default 1000)",
+        "iterations of batch-size pairs (default 1000), rounded up to whole updates",
         "schedule",
         first=True,
         may_change=True,
@@ -218,12 +218,16 @@ class TrainConfig:
         """Of all processes together."""
         return self.batch_size * self.grad_accumulation_steps
 
+    def whole_updates(self, iterations: int) -> int:
+        """So many iterations, or the next number that makes whole updates."""
+        return -(-iterations // self.grad_accumulation_steps) * self.grad_accumulation_steps
+
     def iterations(self, n_pairs: int) -> int:
-        """Number of iterations for a training set of n_pairs."""
+        """Number of iterations for a training set of n_pairs: whole updates."""
         if self.epochs is not None:
             updates = math.ceil(n_pairs / self.pairs_per_update)
             return max(1, math.ceil(self.epochs * updates) * self.grad_accumulation_steps)
-        return 1000 if self.iters is None else self.iters
+        return self.whole_updates(1000 if self.iters is None else self.iters)
 
     @property
     def lora(self) -> dict[str, Any]:

@@ -216,9 +216,15 @@ def _announce(trainer: Trainer, say: Say) -> None:
     from fpo_mlx.train.optimizer import trainable_count
 
     trainable, total = trainable_count(trainer.model)
+    t = trainer.config
+    if t.iters is not None and t.iters != trainer.total:
+        say(
+            f"--iters {t.iters}: {trainer.total} are done, whole updates of "
+            f"--grad-accumulation-steps {t.grad_accumulation_steps}"
+        )
     say(
         f"training {trainable / 1e6:.3f} M of {total / 1e6:.1f} M parameters on "
-        f"{len(trainer.train)} pairs, {trainer.total} iterations of {trainer.config.batch_size}"
+        f"{len(trainer.train)} pairs, {trainer.total} iterations of {t.batch_size}"
     )
 
 

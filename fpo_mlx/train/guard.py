@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -299,3 +299,8 @@ def too_many(skipped_in_a_row: int, config: TrainConfig) -> bool:
 def stale(validations: int, config: TrainConfig) -> bool:
     """Whether so many validations without a better loss end the run."""
     return config.early_stopping is not None and validations >= config.early_stopping
+
+
+def all_finite(arrays: Iterable[mx.array]) -> bool:
+    """One evaluation for all of them: a - a is 0 but where a is infinite or no number."""
+    return sum(((a - a).sum() for a in arrays), mx.array(0.0)).item() == 0.0

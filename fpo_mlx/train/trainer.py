@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, NoReturn, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from fpo_mlx.config import TrainConfig
@@ -73,6 +72,8 @@ class Trainer:
         with self.ranks.file_of_first(self.folder.path / STATE) as path:
             loaded = load_state(path, self.model, self.optimizer)
         self.progress, self._reference, self._good = loaded
+        # an older version may have cut the last update short
+        self.progress.iteration = self.config.whole_updates(self.progress.iteration)
         self.scorer.freeze_reference(self._reference)
         saved, objective = self.progress.drift, self.scorer.objective
         self._steer(Controller.loaded(saved, objective) if saved else None)
@@ -143,14 +144,13 @@ class Trainer:
 
     def _updates(self) -> Iterator[tuple[int, float, SkippedReport | None]]:
         """One optimizer update each: (iterations done, gradient norm, whether it was left out)."""
-        progress, size = self.progress, self.config.batch_size
-        update_pairs = size * self._step  # so accumulation changes nothing else
+        progress, config = self.progress, self.config
         done = progress.iteration // self._step
-        lengths, seed = pair_lengths(self.train.pairs), self.config.seed
-        order = batches(lengths, update_pairs, seed, done, self._twins)
+        lengths = pair_lengths(self.train.pairs)
+        # batches of whole updates, so accumulation changes nothing else
+        order = batches(lengths, config.pairs_per_update, config.seed, done, self._twins)
         while progress.iteration < self.total:
-            count = min(self._step, self.total - progress.iteration)
-            indices = next(order)[2][: count * size]
+            indices = next(order)[2]
             self._seed_dropout()
             self.model.train()
             values, gradient = self._gradient(indices)
@@ -161,11 +161,12 @@ class Trainer:
                 self._window.notes += self._check_first(indices, values, grad_norm)
             chosen_tokens = np.array([len(self.train.pairs[i].chosen) for i in indices])
             trouble = guard.divergence(
-                values, chosen_tokens, grad_norm, self.config, self.scorer.objective
+                values, chosen_tokens, grad_norm, config, self.scorer.objective
             )
             trouble = trouble or self._apply(gradient, norm)
-            skipped = self._skip(progress.iteration + count, trouble) if trouble else None
-            progress.iteration, progress.landed = progress.iteration + count, False
+            iteration = progress.iteration + self._step
+            skipped = self._skip(iteration, trouble) if trouble else None
+            progress.iteration, progress.landed = iteration, False
             if skipped is None:
                 tokens = sum(self.train.pairs[i].tokens for i in indices)
                 self._window.add(values, tokens)
@@ -227,7 +228,7 @@ class Trainer:
             updated = part_way(parameters, updated, mx.array(self.drift.part))
         self.model.update(updated)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        if _finite(self.model):
+        if guard.all_finite(dict(adapters.parameters(self.model)).values()):
             return None
         adapters.update(self.model, self._good)
         self.optimizer.state = before
@@ -270,7 +271,7 @@ class Trainer:
         """End the run with the adapters from before the trouble; the last checkpoint stays."""
         path, best = self.folder.path, self.folder.path / "best"
         kept = "Nothing was trained yet, so no adapters were written"
-        if self._good and _all_finite(self._good.values()):
+        if self._good and guard.all_finite(self._good.values()):
             adapters.update(self.model, self._good)
             self.folder.save_adapters(self.model)
             kept = f"The adapters from before it are in {path}"
@@ -397,15 +398,6 @@ class Trainer:
 
     def _log(self, kind: str, report: Report) -> None:
         self.folder.log({"kind": kind, **asdict(report)}, self.progress)
-
-
-def _all_finite(arrays: Iterable[mx.array]) -> bool:
-    """One evaluation for all of them: a - a is 0 but where a is infinite or no number."""
-    return sum(((a - a).sum() for a in arrays), mx.array(0.0)).item() == 0.0
-
-
-def _finite(model: nn.Module) -> bool:
-    return _all_finite(array for _, array in adapters.parameters(model))
 
 
 def _crossed(iteration: int, every: int, step: int) -> bool:

@@ -43,3 +43,13 @@ def test_other_validation_pairs_are_refused(place, tmp_path):
     assert dpo(place, tmp_path / "out").exit_code == 0
     again = dpo(place, tmp_path / "out", "--resume", data=tmp_path / "data")
     refused(again, 2, "fingerprints.valid")
+
+
+def test_iterations_that_are_no_whole_updates_are_rounded_up_and_said(place, tmp_path):
+    done = dpo(place, tmp_path, "--iters", 5, "--grad-accumulation-steps", 2)
+    assert done.exit_code == 0, done.stderr
+    assert "--iters 5: 6 are done" in done.stderr
+    assert (tmp_path / "0000006_adapters.safetensors").is_file()
+    more = dpo(place, tmp_path, "--iters", 8, "--grad-accumulation-steps", 2, "--resume")
+    assert "resumed after iteration 6" in more.stderr
+    assert "are done" not in more.stderr

@@ -134,6 +134,23 @@ def test_a_longer_run_goes_on_from_a_shorter_one(llama, tmp_path, straight):
     assert [x for x in want if x not in got] == []
 
 
+def test_iterations_are_whole_updates_and_no_pair_is_dealt_twice_by_a_longer_run(
+    llama, tmp_path, straight
+):
+    """Three iterations are two updates of two, and a cut one that an older version made counts."""
+    trainer = open_run(llama, tmp_path, iters=3)
+    list(trainer.run())
+    assert trainer.progress.iteration == trainer.total == 4
+    trainer.progress.iteration = 3
+    trainer._save_state()
+    resumed, reports = resume(llama, tmp_path, iters=3)
+    assert resumed.progress.iteration == 4
+    assert reports == []
+    resume(llama, tmp_path)
+    whole = straight("adam") / "adapters.safetensors"
+    assert whole.read_bytes() == (tmp_path / "adapters.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("code", [130, 143])
 def test_an_interruption_saves_everything_and_carries_its_exit_code(llama, tmp_path, code):
     trainer = open_run(llama, tmp_path, stop=stop_after(3, code))

@@ -120,6 +120,18 @@ def test_every_pair_is_trained_on_once_an_epoch(llama, tmp_path, size, accumulat
         assert sorted(seen[epoch * 7 : epoch * 7 + 7]) == list(range(7))
 
 
+def test_the_last_update_is_as_whole_as_the_others(llama, tmp_path):
+    """Pairs of an update are sorted by length: a part of it would be the shorter ones."""
+    trainer = open_trainer(
+        llama, tmp_path, PAIRS, preset="dpo", batch_size=1, grad_accumulation_steps=4, iters=6,
+        learning_rate=1e-5,
+    )  # fmt: skip
+    seen, original = [], trainer._gradient
+    trainer._gradient = lambda indices: seen.append(sorted(indices)) or original(indices)
+    list(trainer.run())
+    assert sorted(seen[0] + seen[1]) == list(range(8))
+
+
 def test_a_report_is_the_mean_over_the_pairs_since_the_last(llama, tmp_path):
     """Seven pairs in batches of three: the short batch weighs by its pairs, not as a batch."""
     trainer = open_trainer(
