@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
@@ -49,9 +50,9 @@ def tracking(
 
 
 def figures(report: StepReport | ValidReport | LandedReport) -> dict[str, float]:
-    """A report's figures by the names that trackers show."""
+    """A report's figures by the names that trackers show; finite ones only."""
     kind = {ValidReport: "valid", LandedReport: "landed"}.get(type(report), "train")
-    values = {f"{kind}/loss": report.loss}
+    values: dict[str, float | None] = {f"{kind}/loss": report.loss}
     values |= {f"{kind}/{name}": value for name, value in report.metrics.items()}
     if isinstance(report, LandedReport):
         values["landed/part"] = report.part
@@ -60,7 +61,7 @@ def figures(report: StepReport | ValidReport | LandedReport) -> dict[str, float]
             "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb", "skipped",
         ):  # fmt: skip
             values[f"train/{name}"] = getattr(report, name)
-    return values
+    return {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
 
 
 class _Wandb:

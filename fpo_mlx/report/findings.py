@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
-from fpo_mlx.report.plots import value_of
 from fpo_mlx.report.read import Run, figure
 from fpo_mlx.report.tables import COLLAPSE, chosen_drop, defaults, number, summary_of, text
 
@@ -51,9 +50,7 @@ def _of_one(run: Run) -> Iterator[str]:
         said = report.get("warnings")
         for warning in said if isinstance(said, Sequence) and not isinstance(said, str) else ():
             yield f"Iteration {text(report.get('iteration'))}: {text(warning)}"
-    if any(
-        (loss := value_of(r, "loss")) is not None and not math.isfinite(loss) for r in run.train
-    ):
+    if any(_not_finite(report["loss"]) for report in run.train if "loss" in report):
         yield "The loss was not finite at some report."
     if run.skipped:
         first = run.skipped[0]
@@ -68,6 +65,12 @@ def _of_one(run: Run) -> Iterator[str]:
     for kind, result in run.results.items():
         if result.stale:
             yield f"{result.path.name} ({kind}) is older than the adapters: run it again."
+
+
+def _not_finite(loss: Any) -> bool:
+    """Also of null, which stands for it in a log."""
+    number = math.nan if loss is None else figure(loss)
+    return number is not None and not math.isfinite(number)
 
 
 def _unfinished(run: Run) -> Iterator[str]:

@@ -40,8 +40,9 @@ class RunFolder:
         files.write_json(self.record, {**before, **parts})
 
     def log(self, entry: Mapping[str, Any]) -> int:
-        """Append one line to metrics.jsonl; its length in bytes."""
-        line, path = json.dumps(entry) + "\n", self.path / METRICS
+        """Append one line to metrics.jsonl, NaN and infinities as null; its length in bytes."""
+        line = json.dumps(files.finite(entry), allow_nan=False) + "\n"
+        path = self.path / METRICS
         try:
             with open(path, "a", encoding="utf-8") as handle:
                 handle.write(line)

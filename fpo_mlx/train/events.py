@@ -14,7 +14,7 @@ class StepReport:
     loss: float
     metrics: Mapping[str, float]  # TRL's names: rewards/…, logps/…, features/…, kl/…
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None  # of the last update that was made
     pairs: int  # trained on so far
     tokens_per_second: float  # distinct tokens: a prompt counts once a pair
     pairs_per_second: float

@@ -118,6 +118,7 @@ class Window:
     tokens: int = 0
     seconds: float = 0.0  # before `started`
     notes: list[str] = field(default_factory=list)
+    grad_norm: float | None = None  # of the last update that was made
     started: float = field(default_factory=time.perf_counter)
 
     @staticmethod
@@ -129,11 +130,12 @@ class Window:
         everything = asdict(self) | {"seconds": self.elapsed()}
         return {k: v for k, v in everything.items() if k != "started"}
 
-    def add(self, values: Mapping[str, np.ndarray], tokens: int) -> None:
+    def add(self, values: Mapping[str, np.ndarray], tokens: int, grad_norm: float) -> None:
         for name, array in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(array.sum())
         self.pairs += len(values["loss"])
         self.tokens += tokens
+        self.grad_norm = grad_norm
 
     def means(self) -> dict[str, float]:
         return {name: total / self.pairs for name, total in self.sums.items()}

@@ -106,13 +106,13 @@ class Trainer:
             return
         if self.progress.iteration >= self.total:
             yield from self._land()
-        for iteration, grad_norm, skipped in self._updates():
+        for iteration, skipped in self._updates():
             last = iteration >= self.total
             if skipped is not None:
                 yield skipped
             report = last or _crossed(iteration, self.config.steps_per_report, self._step)
             if report and self._window.pairs:  # else all of them were left out
-                yield self._report(iteration, grad_norm)
+                yield self._report(iteration)
             if self.valid and (last or _crossed(iteration, self.config.steps_per_eval, self._step)):
                 yield self._validate()
             early = not last and guard.stale(self.progress.stale, self.config)
@@ -142,8 +142,8 @@ class Trainer:
     def _step(self) -> int:
         return self.config.grad_accumulation_steps
 
-    def _updates(self) -> Iterator[tuple[int, float, SkippedReport | None]]:
-        """One optimizer update each: (iterations done, gradient norm, whether it was left out)."""
+    def _updates(self) -> Iterator[tuple[int, SkippedReport | None]]:
+        """One optimizer update each: (iterations done, whether it was left out)."""
         progress, config = self.progress, self.config
         done = progress.iteration // self._step
         lengths = pair_lengths(self.train.pairs)
@@ -169,13 +169,13 @@ class Trainer:
             progress.iteration, progress.landed = iteration, False
             if skipped is None:
                 tokens = sum(self.train.pairs[i].tokens for i in indices)
-                self._window.add(values, tokens)
+                self._window.add(values, tokens, grad_norm)
                 progress.skipped_in_a_row = 0
                 if self.drift is not None:
                     self._drifted(self.drift, values)
                 progress.pairs += len(indices)
                 progress.tokens += tokens
-            yield progress.iteration, grad_norm, skipped
+            yield progress.iteration, skipped
 
     def _steer(self, drift: Controller | None) -> None:
         """Take alpha from the controller."""
@@ -279,7 +279,7 @@ class Trainer:
             kept += f", the best validated ones in {best}"
         raise Diverged(f"iteration {iteration}: {trouble.what}. {kept}. {trouble.remedy}.")
 
-    def _report(self, iteration: int, grad_norm: float) -> StepReport:
+    def _report(self, iteration: int) -> StepReport:
         window, self._window = self._window, Window()
         seconds, means = window.elapsed(), window.means()
         report = StepReport(
@@ -287,7 +287,7 @@ class Trainer:
             loss=means.pop("loss"),
             metrics=shown(means),
             learning_rate=cast(float, self.optimizer.learning_rate.item()),
-            grad_norm=grad_norm,
+            grad_norm=window.grad_norm,
             pairs=self.progress.pairs,
             tokens_per_second=window.tokens / seconds,
             pairs_per_second=window.pairs / seconds,

@@ -1,5 +1,6 @@
 """What is sent to Weights & Biases and TensorBoard, and that they are told when the run is over."""
 
+import math
 import sys
 from types import SimpleNamespace
 
@@ -78,6 +79,15 @@ def test_losses_metrics_rate_and_gradient_norm_are_sent(wandb):
         ),
         (10, {"valid/loss": 0.75, "valid/rewards/margins": 0.5}),
     ]
+
+
+def test_what_is_no_finite_number_is_not_sent(board):
+    report = StepReport(10, 0.5, {"kl/margin": math.inf}, math.nan, None, 40, 100.0, 2.0, 1.25)
+    with tracking("tensorboard", None, CONFIG) as track:
+        track(report)
+    assert {name for name, _, _ in board.scalars} == {
+        "train/loss", "train/tokens_per_second", "train/peak_memory_gb", "train/skipped",
+    }  # fmt: skip
 
 
 def test_every_tracker_is_closed_also_when_the_run_fails(wandb, board):

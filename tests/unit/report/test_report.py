@@ -181,6 +181,12 @@ def test_figures_of_the_wrong_kind_do_not_stop_a_report(tmp_path):
     assert "The loss was not finite" in text
 
 
+@pytest.mark.parametrize("loss", [math.nan, None])
+def test_a_loss_that_is_no_number_is_said(tmp_path, loss):
+    run = a_run(tmp_path / "run", [{**a_report(1), "loss": loss}])
+    assert "The loss was not finite" in said(read_runs([run]))
+
+
 def test_warnings_speak_of_collapse_length_and_results_older_than_the_adapters(tmp_path):
     lost = SUMMARY | {"logps_per_token/chosen_change": -22.7}
     run = a_run(

@@ -29,6 +29,14 @@ def test_a_log_is_cut_to_where_a_state_was_saved(folder):
     assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+def test_a_number_that_json_does_not_have_is_null_in_the_log(folder):
+    nan, inf = float("nan"), float("inf")
+    folder.log({"loss": nan, "metrics": {"kl": -inf, "n": 2, "ok": True}, "of": (inf, 1.5, "NaN")})
+    text = (folder.path / "metrics.jsonl").read_text()
+    wanted = {"loss": None, "metrics": {"kl": None, "n": 2, "ok": True}, "of": [None, 1.5, "NaN"]}
+    assert json.loads(text, parse_constant=pytest.fail) == wanted
+
+
 def test_a_note_stands_beside_the_start(folder):
     folder.note({"memory": 1})
     assert json.loads(folder.record.read_text()) == {**RECORD, "memory": 1}

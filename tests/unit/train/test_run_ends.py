@@ -9,7 +9,7 @@ import tiny_models
 mx = pytest.importorskip("mlx.core")
 
 from helpers import SIZES, log_of, open_trainer, random_pairs, weights  # noqa: E402
-from mlx.utils import tree_map  # noqa: E402
+from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
 from fpo_mlx.errors import Diverged, Interrupted, ModelError  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
@@ -133,6 +133,42 @@ def test_a_skipped_update_moves_nothing_and_is_counted(llama, tmp_path):
         np.testing.assert_array_equal(state[2][name], array)
     assert any((state[3][name] != array).any() for name, array in state[1].items())
     assert [x["kind"] for x in log_of(tmp_path)] == ["train", "skipped", "train", "skipped"]
+
+
+def test_a_report_beside_a_skipped_update_has_the_gradient_norm_of_the_one_that_was_made(
+    llama, tmp_path
+):
+    """Also across an interruption between the two, and as JSON that every reader takes."""
+    settings = {"iters": 4, "on_divergence": "skip", "steps_per_report": 2, "preset": "dpo"}
+    asked = iter(range(1, 1000))
+    trainer = open_trainer(
+        llama, tmp_path, PAIRS, **settings, stop=lambda: 130 if next(asked) == 3 else None
+    )
+    norms, original = [], trainer._gradient
+    trainer._gradient = lambda at: kept(original(at), norms)
+    with pytest.raises(Interrupted):
+        list(trainer.run())
+    again = open_trainer(llama, tmp_path, PAIRS, **settings, start=False)
+    again.resume()
+    original_again = again._gradient
+    again._gradient = lambda at: infinite(original_again(at))
+    (report,) = [r for r in again.run() if isinstance(r, StepReport)]
+    assert report.iteration == 4
+    assert report.grad_norm == pytest.approx(norms[2], rel=1e-5)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def kept(found, norms):
+    squares = sum(float((g * g).sum()) for _, g in tree_flatten(found[1]))
+    norms.append(squares**0.5)
+    return found
+
+
+def infinite(found):
+    values, gradient = found
+    return values, tree_map(lambda g: g * float("inf"), gradient)
 
 
 def test_so_many_skipped_in_a_row_end_the_run(llama, tmp_path):
