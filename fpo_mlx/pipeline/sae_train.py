@@ -134,7 +134,7 @@ def _resumed(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, 
         report_every=config.steps_per_report,
     )  # fmt: skip
     if setup.ranks.first:
-        run.rewind_log(current.metrics_bytes)
+        current.metrics_bytes = run.rewind_log(current.metrics_bytes)
     say(f"resumed after step {current.step} of {plan.steps}")
     changed = [f"--{n}" for n in ("minutes", "passes") if getattr(config, n) != old.get(n)]
     if changed:

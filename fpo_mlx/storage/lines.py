@@ -116,6 +116,16 @@ def decode(line: bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def tail(file: int, size: int) -> bytes:
+    """What follows the last end of a line among the first `size` bytes of an open file."""
+    start, pieces = size, [b""]  # the last one first
+    while start > 0 and b"\n" not in pieces[-1]:
+        step = min(1 << 16, start)
+        start -= step
+        pieces.append(os.pread(file, step, start))
+    return b"".join([pieces[-1].rsplit(b"\n", 1)[-1], *pieces[-2::-1]])
+
+
 def _is_json(line: bytes) -> bool:
     try:
         parse_json(line)
@@ -127,12 +137,7 @@ def _is_json(line: bytes) -> bool:
 def _mend(file: int, path: Path) -> int:
     """Cut the part of a line at the end, or end it where it is whole; where to write next."""
     size = os.fstat(file).st_size
-    start, pieces = size, [b""]  # the last one first
-    while start > 0 and b"\n" not in pieces[-1]:
-        step = min(1 << 16, start)
-        start -= step
-        pieces.append(os.pread(file, step, start))
-    rest = b"".join([pieces[-1].rsplit(b"\n", 1)[-1], *pieces[-2::-1]])
+    rest = tail(file, size)
     if not rest:
         return size
     if _is_json(rest):

@@ -6,14 +6,13 @@ The same for every kind of training; what a checkpoint holds is the training's o
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fpo_mlx.errors import ConfigError, ModelError
-from fpo_mlx.storage import files
+from fpo_mlx.storage import files, lines
 
 RUN, METRICS = "run.json", "metrics.jsonl"
 
@@ -50,11 +49,20 @@ class RunFolder:
             raise files.unwritable(path, error) or error from error
         return len(line.encode())
 
-    def rewind_log(self, length: int) -> None:
-        """Drop the lines that were written after a state was saved, when it had this length."""
+    def rewind_log(self, length: int) -> int:
+        """Drop what was written after a state was saved, when the log had this length.
+
+        A power cut may have left less, with half a line at its end: that goes too. Returns: the
+        length that is left.
+        """
         path = self.path / METRICS
-        if path.exists():
-            os.truncate(path, min(length, path.stat().st_size))
+        if not path.exists():
+            return 0
+        with open(path, "rb+") as handle:
+            length = min(length, path.stat().st_size)
+            length -= len(lines.tail(handle.fileno(), length))
+            handle.truncate(length)
+        return length
 
     def going_on(self) -> dict[str, bool]:
         """Settings with which a killed run goes on: from its checkpoint, or anew before the first.

@@ -160,7 +160,7 @@ class AdapterFolder:
 
     def rewind_log(self, progress: Progress) -> None:
         """Drop the lines that were written after the state was saved."""
-        self.run.rewind_log(progress.metrics_bytes)
+        progress.metrics_bytes = self.run.rewind_log(progress.metrics_bytes)
 
 
 @dataclass(frozen=True)

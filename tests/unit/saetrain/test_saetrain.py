@@ -73,7 +73,7 @@ def run_all(folder, rule, source, plan=PLAN, stop=lambda: None):
     sample = source.chunk(0)[:512]
     begun = (folder / state.STATE).exists()
     current = state.load(folder / state.STATE) if begun else start(rule, sample)
-    state.run_folder(folder).rewind_log(current.metrics_bytes)
+    current.metrics_bytes = state.run_folder(folder).rewind_log(current.metrics_bytes)
     return current, list(trainer.train(source, current, rule, plan, folder, stop))
 
 

@@ -21,12 +21,22 @@ def folder(tmp_path):
 
 
 def test_a_log_is_cut_to_where_a_state_was_saved(folder):
+    assert folder.rewind_log(10) == 0  # no report came before the state
     length = folder.log({"step": 1})
     folder.log({"step": 2})
-    folder.rewind_log(length)
+    assert folder.rewind_log(length) == length
     assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
-    folder.rewind_log(10_000)  # the log of a run that was killed before it was synced
-    assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("left", [b"", b'{"st', b'{"step": 2}', bytes(5000), b"x" * 200_000])
+def test_a_log_that_a_power_cut_left_too_short_ends_with_its_last_whole_line(folder, left):
+    """Of which the state knows nothing: it remembers the length that the log had."""
+    path = folder.path / "metrics.jsonl"
+    length = folder.log({"step": 1})
+    with path.open("ab") as file:
+        file.write(left)
+    assert folder.rewind_log(10**6) == length
+    assert path.read_text() == '{"step": 1}\n'
 
 
 def test_a_number_that_json_does_not_have_is_null_in_the_log(folder):

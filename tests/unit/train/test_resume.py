@@ -123,6 +123,21 @@ def test_killed_between_checkpoints_the_run_goes_on_from_the_last(llama, tmp_pat
     same(straight("adam"), tmp_path)
 
 
+def test_a_log_that_a_power_cut_shortened_goes_on_with_whole_lines(llama, tmp_path):
+    """Twice: what the first resumed run says of the log's length is what the second cuts it to."""
+    list(open_run(llama, tmp_path, iters=4).run())
+    log = tmp_path / "metrics.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-9])
+    resume(llama, tmp_path, iters=8)
+    first = [(x["kind"], x["iteration"]) for x in log_of(tmp_path)]
+    assert first == [("valid", 0), ("train", 4), ("valid", 6), ("train", 8), ("valid", 8)]
+    with log.open("a") as file:
+        file.write("written after the checkpoint")
+    resume(llama, tmp_path, iters=10)
+    assert [(x["kind"], x["iteration"]) for x in log_of(tmp_path)][:5] == first
+
+
 def test_a_longer_run_goes_on_from_a_shorter_one(llama, tmp_path, straight):
     """--iters may grow. The end of the short run adds its own validation, which may be a best."""
     list(open_run(llama, tmp_path, iters=4).run())
