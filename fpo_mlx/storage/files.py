@@ -53,7 +53,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as handle:
-            _flush(handle.fileno())
+            flush(handle.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except Exception as error:
@@ -137,12 +137,12 @@ def sync_folder(folder: Path) -> None:
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
-            _flush(handle)
+            flush(handle)
         finally:
             os.close(handle)
 
 
-def _flush(handle: int) -> None:
+def flush(handle: int) -> None:
     """fsync; on macOS, where that leaves the data in the drive's own cache, through the cache."""
     if sys.platform == "darwin":
         with suppress(OSError):  # not every disk has it
@@ -156,7 +156,7 @@ def sync_tree(folder: Path) -> None:
     for parent, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(parent, name), "rb") as handle:
-                _flush(handle.fileno())
+                flush(handle.fileno())
         sync_folder(Path(parent))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fpo_mlx.errors import DataError, FpoError
 from fpo_mlx.storage import locks
-from fpo_mlx.storage.files import parse_json, unwritable
+from fpo_mlx.storage.files import flush, parse_json, unwritable
 
 
 class LineWriter:
@@ -49,7 +49,7 @@ class LineWriter:
             done = 0
             while done < len(data):
                 done += os.write(self._file, data[done:])
-            os.fsync(self._file)
+            flush(self._file)
         except OSError as error:
             os.ftruncate(self._file, begin)
             os.lseek(self._file, begin, os.SEEK_SET)

@@ -15,7 +15,7 @@ from fpo_mlx.data import read
 from fpo_mlx.pipeline.saes import SAE
 from fpo_mlx.reference import weights
 from fpo_mlx.sae import files as sae_files
-from fpo_mlx.storage import files, limits, outputs
+from fpo_mlx.storage import files, limits, lines, outputs
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
 
@@ -134,3 +134,7 @@ def test_on_a_mac_the_disks_own_cache_is_flushed_where_it_can_be(tmp_path, monke
     files.write_text(tmp_path / "a.txt", "whole")
     assert asked == [51, 51]  # the file, and its folder
     assert len(plain) == (2 if refused else 0)
+    with lines.LineWriter(tmp_path / "a.jsonl") as writer:
+        writer.append({"verdict": "a"})
+    assert asked == [51] * 3
+    assert len(plain) == (3 if refused else 0)
