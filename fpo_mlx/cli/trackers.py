@@ -58,7 +58,8 @@ def figures(report: StepReport | ValidReport | LandedReport) -> dict[str, float]
         values["landed/part"] = report.part
     if isinstance(report, StepReport):
         for name in (
-            "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb", "skipped",
+            "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb", "skipped", "alpha",
+            "part",
         ):  # fmt: skip
             values[f"train/{name}"] = getattr(report, name)
     return {k: v for k, v in values.items() if v is not None and math.isfinite(v)}

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,14 @@ def test_losses_metrics_rate_and_gradient_norm_are_sent(wandb):
         ),
         (10, {"valid/loss": 0.75, "valid/rewards/margins": 0.5}),
     ]
+
+
+def test_alpha_and_step_of_a_run_with_a_target_are_sent(wandb):
+    """Under the names that metrics.jsonl has for them."""
+    with tracking("wandb", None, CONFIG) as track:
+        track(replace(STEP, alpha=12.5, part=0.5))
+    ((_, values),) = wandb.logged
+    assert (values["train/alpha"], values["train/part"]) == (12.5, 0.5)
 
 
 def test_what_is_no_finite_number_is_not_sent(board):
