@@ -17,6 +17,7 @@ import numpy as np
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.model.gguf_vocab import Vocabulary, read_vocabulary
 from fpo_mlx.storage import files
+from fpo_mlx.storage.adapter_files import TEMPLATE
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -148,7 +149,7 @@ def write(path: Path, export: Export, weights: Mapping[str, mx.array], folder: P
     """
     import gguf
 
-    template = folder / "chat_template.jinja"
+    template = folder / TEMPLATE
     if template.is_file():
         text = template.read_text(encoding="utf-8")
         export = replace(export, vocabulary=replace(export.vocabulary, template=text))

@@ -14,6 +14,7 @@ from typing import Any
 
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.storage import files
+from fpo_mlx.storage.adapter_files import TEMPLATE
 
 MARK = "\u2581"  # sentencepiece's, in the place of a space
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -237,7 +238,7 @@ def _vocabulary(
 ) -> Vocabulary:
     tokens, types = vocabulary
     ids = _special_ids(folder, settings, tokens)
-    template = folder / "chat_template.jinja"
+    template = folder / TEMPLATE
     text = template.read_text(encoding="utf-8") if template.is_file() else None
     added_by_default = settings.get("add_bos_token")
     if added_by_default is None:  # a fast tokenizer has it in its post-processor

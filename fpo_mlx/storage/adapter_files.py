@@ -20,7 +20,7 @@ from fpo_mlx.storage import files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
-TEMPLATE = "chat_template.jinja"  # beside an adapter that was trained with another than the model's
+TEMPLATE = "chat_template.jinja"  # of any model's folder; an adapter's has that of its training
 PREFIX = "base_model.model."
 PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}  # PEFT's: mlx-lm's
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+?)\.(lora_A|lora_B|lora_magnitude_vector)\b.*")

@@ -18,6 +18,7 @@ from mlx.utils import tree_map, tree_unflatten
 
 from fpo_mlx.config import Objective, TrainConfig
 from fpo_mlx.core.objectives import PairLosses, Seen, preference_losses
+from fpo_mlx.data import micro_batches
 from fpo_mlx.machine import device
 from fpo_mlx.machine.parallel import Part, Ranks
 from fpo_mlx.model import adapters, randomness
@@ -179,6 +180,5 @@ GRADIENTS: dict[str, Gradient] = {"backward": backward, "forward": forward}
 
 
 def _micro_batches(ground: Ground, indices: np.ndarray, own: Part) -> Iterator[ScoredPairs]:
-    size = ground.config.micro_batch_size
-    for start in range(0, len(own.positions), size):
-        yield ground.data.take(indices[own.positions[start : start + size]])
+    for some in micro_batches(indices[own.positions], ground.config.micro_batch_size):
+        yield ground.data.take(some)
