@@ -40,7 +40,7 @@ NARROWEST = 28  # columns that are narrower than this stand below each other
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeatable.")
 @click.option(
     "--prompts", "prompts_file", type=PATH,
-    help="File of prompts: one per line, or .jsonl objects with a text `prompt`.",
+    help="File of prompts: one per line, or rows with a `prompt` (.jsonl, .csv …).",
 )  # fmt: skip
 @click.option(
     "--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True,

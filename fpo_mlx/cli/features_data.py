@@ -21,6 +21,7 @@ from fpo_mlx.cli.options import (
 )
 from fpo_mlx.cli.show import Bar, printable, say, table
 from fpo_mlx.config import DataConfig, ReferenceConfig
+from fpo_mlx.errors import DataError
 from fpo_mlx.pipeline import DataAsked
 
 SHARE = click.FloatRange(0, 1, min_open=True)
@@ -84,6 +85,11 @@ def data(top, json_path, csv_path, overwrite, **values) -> None:
     write_json(json_path, report.as_dict())
     write_csv(csv_path, report.rows())
     _show(report, top)
+    if report.written == 0:
+        raise DataError(
+            f"--drop-against leaves no row at --against {asked.against:g}; {asked.output} was not "
+            "written. Give a lower --against."
+        )
     if report.written is not None:
         click.echo(f"{report.written} rows in {asked.output}")
 

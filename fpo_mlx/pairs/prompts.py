@@ -45,7 +45,8 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
 def _read(path: Path) -> Iterator[Prompt | DataError]:
     if not path.is_file():
         raise FpoError(f"{path}: cannot be read: no such file.")
-    rows = containers.file_rows(path) if containers.stem(path) is not None else _texts(path)
+    is_data = containers.stem(path.with_name(path.name.lstrip("."))) is not None
+    rows = containers.file_rows(path) if is_data else _texts(path)
     for row in rows:
         try:
             yield parse_prompt(_record(row), row.where)

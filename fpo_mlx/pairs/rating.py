@@ -124,7 +124,7 @@ class Rating:
             return False
         name = self._history.pop()
         item = self._by_name[name]
-        self._write(item, "skip", UNDONE, None)
+        self._write(item, "skip", UNDONE, None, of=self._votes[name])
         self._at = min(self._at, self._items.index(item))
         return True
 
@@ -135,11 +135,15 @@ class Rating:
         first = self._votes.get(replace(item, order=item.order[::-1]).name)
         return first is not None and first.edited is not None
 
-    def _write(self, item: Item, verdict: str, raw: str, edited: str | None) -> None:
+    def _write(
+        self, item: Item, verdict: str, raw: str, edited: str | None, of: Verdict | None = None
+    ) -> None:
+        """of: the vote that is taken back; one of an older version names no texts."""
         sides = [self._found.get(item.id).candidates[n] for n in (item.a, item.b)]
+        texts = of.texts if of else texts_of(*sides)
         made = Verdict(
             item.id, item.a, item.b, item.order, verdict, PERSON, raw=raw, time=self._clock(),
-            edited=edited, texts=texts_of(*sides),
+            edited=edited, texts=texts,
         )  # fmt: skip
         self._writer.append(made.as_dict())
         if raw == UNDONE:

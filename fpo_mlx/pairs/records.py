@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -212,11 +213,14 @@ def parse_verdict(record: Any, where: str) -> Verdict:
     edited = record.get("edited")
     if edited is not None and not _says_something(edited):
         raise DataError(f"{where}: edited is no text.")
+    texts = record.get("texts")
+    if texts is not None and not re.fullmatch("[0-9a-f]{8}-[0-9a-f]{8}", str(texts)):
+        raise DataError(f"{where}: texts {str(texts)[:40]!r}, wanted two digests of eight digits.")
     return Verdict(
         _text(record, "id", where), a, b, order, verdict, _text(record, "judge", where), p,
         _number(record, "score_a", where), _number(record, "score_b", where),
         str(record.get("raw") or "")[:10_000], _number(record, "time", where), edited,
-        None if record.get("texts") is None else _text(record, "texts", where),
+        texts,
     )  # fmt: skip
 
 

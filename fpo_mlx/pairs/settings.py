@@ -34,7 +34,7 @@ class GenerateConfig:
         None, "adapter to answer with (default: the base alone)", path=True
     )
     prompts: str = _opt(
-        "", "file of prompts: one per line, or .jsonl objects with a `prompt`", path=True
+        "", "file of prompts: one per line, or rows with a `prompt` (.jsonl, .csv …)", path=True
     )
     n: int = _opt(4, "answers per prompt")
     max_tokens: int = _opt(256, "longest answer, in tokens")
@@ -176,6 +176,12 @@ class RoundsConfig:
             "generate": _names(GenerateConfig), "judge": _names(JudgeConfig),
             "build": _names(BuildConfig), "train": {*config.options(), "objective"},
         }  # fmt: skip
+        for name in ("chat_template", "chat_template_args"):
+            if self.generate.get(name) != self.train.get(name):
+                faults.append(
+                    f"{name} differs between generate and train: an adapter is to be asked as it "
+                    "was trained. Give both the same."
+                )
         for section, names in known.items():
             if unknown := sorted(set(map(str, getattr(self, section))) - names):
                 faults.append(f"{section}: unknown settings {', '.join(unknown)}.")

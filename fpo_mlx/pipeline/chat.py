@@ -14,8 +14,14 @@ from fpo_mlx.data.feature_files import read_labels, read_steering
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.evaluate import check_scales
-from fpo_mlx.pipeline.job import Say, at_site, need_model, open_tokenizer, read_sae
-from fpo_mlx.pipeline.origins import warn_of_origin
+from fpo_mlx.pipeline.job import (
+    Say,
+    at_site,
+    need_model,
+    open_tokenizer,
+    read_sae,
+    warn_of_adapters,
+)
 from fpo_mlx.pipeline.prepared import check_room
 from fpo_mlx.records import BASE, SaeWeights, shown_name
 from fpo_mlx.storage.hub import read_config, resolve_model
@@ -112,7 +118,7 @@ def open_chat(
     tokenizer = open_tokenizer(config, path, say)
     for adapter in adapter_paths:
         read_spec(Path(adapter))  # before the long part
-    warn_of_origin([config.train.init_adapter, *adapter_paths], config, path, say)
+    warn_of_adapters([config.train.init_adapter, *adapter_paths], config, path, say)
     about, sae = read_config(path), None
     if len(ref.sae) == 1:
         sae = at_site(read_sae(ref.sae[0], config, say, on_disk=True), config, about, say)

@@ -15,8 +15,14 @@ from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs.prompts import check_prompts, read_prompts
 from fpo_mlx.pairs.records import Prompt
 from fpo_mlx.pipeline.evaluate import check_scales
-from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_model, open_tokenizer
-from fpo_mlx.pipeline.origins import warn_of_origin
+from fpo_mlx.pipeline.job import (
+    Say,
+    columns,
+    hub_splits,
+    need_model,
+    open_tokenizer,
+    warn_of_adapters,
+)
 from fpo_mlx.pipeline.prepared import check_room, longest
 from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.storage.hub import resolve_model
@@ -89,7 +95,7 @@ def compare(
     check_room(tokens, sampling.max_tokens, tokenizer)
     for adapter in adapter_paths:
         read_spec(Path(adapter))  # before the long part
-    warn_of_origin([config.train.init_adapter, *adapter_paths], config, path, say)
+    warn_of_adapters([config.train.init_adapter, *adapter_paths], config, path, say)
     answers: dict[str, tuple[str, ...]] = {}
     asked_of = {name_of(shown_name(path), scale): path for path in adapter_paths}
     for name, adapter in {BASE: config.train.init_adapter, **asked_of}.items():

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs
-from fpo_mlx.pipeline.origins import warn_of_origin
+from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs, warn_of_adapters
 from fpo_mlx.pipeline.prepared import check_room
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 
@@ -64,7 +63,7 @@ def evaluate_all(
     for path in adapter_paths:
         read_spec(Path(path))  # before the long part
     job = open_job(config, say=say, need_sae=False)
-    warn_of_origin(adapter_paths, config, job.model_path, say)
+    warn_of_adapters(adapter_paths, config, job.model_path, say)
     pairs = read_pairs(job, split, say)
     store = reference_of(job, pairs, say, progress)
     data = ScoredPairs(pairs, CachedScores(store, pairs))

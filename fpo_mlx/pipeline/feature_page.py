@@ -12,8 +12,15 @@ from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge.feature_report import Context
 from fpo_mlx.judge.scaling import Scaled, Scaling, wanting
 from fpo_mlx.pipeline.features import link, open_policy
-from fpo_mlx.pipeline.job import Job, Say, need_features, open_job, read_pairs, read_sae
-from fpo_mlx.pipeline.origins import warn_of_origin
+from fpo_mlx.pipeline.job import (
+    Job,
+    Say,
+    need_features,
+    open_job,
+    read_pairs,
+    read_sae,
+    warn_of_adapters,
+)
 from fpo_mlx.records import Passage, SaeWeights, result_file
 from fpo_mlx.storage import files
 
@@ -80,7 +87,7 @@ def feature_page(
         raise ConfigError(f"feature {feature}: the SAE has features 0 to {sae.n_features - 1}.")
     known = read_labels(labels)[0] if labels else {}
     if adapter_path:
-        warn_of_origin([adapter_path], config, job.model_path, say)
+        warn_of_adapters([adapter_path], config, job.model_path, say)
     pairs = read_pairs(job, split, say)[:limit]
     if not pairs:
         raise DataError(f"--split {split}: no pairs to look at.")

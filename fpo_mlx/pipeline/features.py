@@ -25,8 +25,8 @@ from fpo_mlx.pipeline.job import (
     open_tokenizer,
     read_pairs,
     read_sae,
+    warn_of_adapters,
 )
-from fpo_mlx.pipeline.origins import warn_of_origin
 from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import Passage, SaeWeights, result_file
@@ -97,7 +97,7 @@ def features(
     whole = [read_sae(spec, config, say) for spec in config.reference.sae] if scaling else []
     for sae in whole:
         Scaling(sae, ())  # refuses, before the long part
-    warn_of_origin([adapter_path], config, job.model_path, say)
+    warn_of_adapters([adapter_path], config, job.model_path, say)
     pairs = read_pairs(job, split, say)[:limit]
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     scorer = open_scorer(job, adapter_path, measure_kl=False, say=say)

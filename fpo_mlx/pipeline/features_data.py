@@ -59,7 +59,8 @@ class DataAsked:
 
 @dataclass(frozen=True)
 class DataReport:
-    """against and doubles name rows by their place in the data; written: rows in `output`."""
+    """against and doubles name rows by their place in the data; written: rows in `output`, which
+    is not touched where there are none."""
 
     lessons: Lessons
     where: list[str]
@@ -294,12 +295,9 @@ def _write(
     kept: Sequence[int],
     say: Say,
 ) -> int:
-    """The rows as they stand in the data, with all their columns. Raises: DataError for none."""
+    """The rows as they stand in the data, with all their columns; nothing where none are left."""
     if not kept:
-        raise DataError(
-            f"--drop-against leaves none of {len(pairs)} rows at --against {asked.against:g}: "
-            "nothing was written. Give a lower --against."
-        )
+        return 0
     output = Path(asked.output or "")
     wanted = {pairs[i].where for i in kept}
     raw = data.iterate_raw(config.data.data, asked.split, hub_splits(config))

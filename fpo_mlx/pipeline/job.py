@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def open_job(
     path = resolve_model(model)
     tokenizer = open_tokenizer(config, path, say)
     start = adapter or config.train.init_adapter
-    warn_of_origin([start], config, path, say)
+    warn_of_adapters([start], config, path, say)
     need = config.objective.needs_sae if need_sae is None else need_sae
     opened = open_saes(config, read_config(path), need=need, say=say)
     own = Path(start) if start else None
@@ -87,6 +87,13 @@ def need_model(config: RunConfig) -> str:
     if not config.reference.model:
         raise ConfigError("--model is missing. Wanted a model folder or hub id.")
     return config.reference.model
+
+
+def warn_of_adapters(
+    adapters: Iterable[str | Path | None], config: RunConfig, path: Path, say: Say
+) -> None:
+    """`warn_of_origin` by the settings; path: of the model's folder."""
+    warn_of_origin(adapters, need_model(config), path, config.data.chat_template, say)
 
 
 def need_features(config: RunConfig, what: str) -> None:

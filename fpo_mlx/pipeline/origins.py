@@ -7,22 +7,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx.config import RunConfig
 from fpo_mlx.reference.weights import model_fingerprint
-from fpo_mlx.storage.adapter_files import own_template
+from fpo_mlx.storage.adapter_files import model_template, own_template
 
 Say = Callable[[str], None]
 
 
 def warn_of_origin(
-    adapters: Iterable[str | Path | None], config: RunConfig, path: Path, say: Say
+    adapters: Iterable[str | Path | None], model: str, path: Path, template: str | None, say: Say
 ) -> None:
     """Name every adapter that was made for another model than the one in the folder `path`, or
-    with another chat template than the settings' and the model's.
+    with another chat template than the model's where no `template` is given.
 
     Our own runs kept the model's fingerprint; of others only the name is known.
     """
-    model = config.reference.model
     for adapter in adapters:
         if adapter is None:
             continue
@@ -34,18 +32,18 @@ def warn_of_origin(
         if isinstance(print_of, str):
             other = print_of != model_fingerprint(path)
         else:
-            other = isinstance(name, str) and bool(name) and _last(name) != _last(model or "")
+            other = isinstance(name, str) and bool(name) and _last(name) != _last(model)
         if other:
             say(
                 f"warning: the adapter {adapter} was made for another model "
                 f"({name if isinstance(name, str) and name else 'its name is not kept'}) than "
                 f"--model {model}; where the shapes happen to fit, its answers mean nothing"
             )
-        template = own_template(folder)
-        if template is not None and not config.data.chat_template:
+        theirs = own_template(folder)
+        if theirs and not template and theirs.read_bytes() != model_template(path):
             say(
                 f"warning: the adapter {adapter} was trained with another chat template than the "
-                f"model's, with which it is asked; --chat-template {template} asks as in training"
+                f"model's, with which it is asked; --chat-template {theirs} asks as in training"
             )
 
 

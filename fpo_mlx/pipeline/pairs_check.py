@@ -179,11 +179,14 @@ def _verdicts(path: Path, answers: Answers | None) -> FileCheck:
     for where, one in found.records(path, parse_verdict):
         if one.key in known:
             found.add("verdict again", where, f"{one.judge} said it above; this line counts")
+        what = None if answers is None else _unknown(one, answers)
+        if what is not None:
+            found.add(what[0], where, what[1])
+            if what[0] == "other answers":
+                continue  # it counts for the candidates that it is on
         known[one.key] = replace(one, raw="")
         places[one.id, one.a, one.b, one.judge] = where
-        if answers is not None and (what := _unknown(one, answers)):
-            found.add(what[0], where, what[1])
-        elif one.verdict == "unreadable":
+        if what is None and one.verdict == "unreadable":
             found.add("unreadable verdict", where, f"{one.judge} said neither letter")
     for key, orders in _orders(known.values()).items():
         if len(orders) == 1 and orders != {"none"}:

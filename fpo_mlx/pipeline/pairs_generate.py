@@ -16,6 +16,7 @@ from fpo_mlx.pairs.augment import with_score
 from fpo_mlx.pairs.records import HUMAN, Candidate, Candidates, Prompt, open_candidates, prompt_id
 from fpo_mlx.pairs.settings import GenerateConfig
 from fpo_mlx.pipeline.job import Say
+from fpo_mlx.pipeline.origins import warn_of_origin
 from fpo_mlx.storage.hub import resolve_model
 from fpo_mlx.storage.lines import LineWriter
 
@@ -64,6 +65,8 @@ def pairs_generate(
     Raises: ConfigError, DataError, ModelError; FpoError when the file cannot be written.
     """
     path = _inputs(settings)
+    adapter, template = settings.adapter_path, settings.chat_template
+    warn_of_origin([adapter], settings.model, path, template, say)
     done = set(open_candidates(output).offsets) if output.exists() else set()
     tokenizer = _tokenizer(path, settings)
     _lengths(settings, tokenizer, done)

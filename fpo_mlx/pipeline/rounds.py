@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,19 +18,20 @@ from fpo_mlx.pairs.labels import by_prompt, labels_of
 from fpo_mlx.pairs.prompts import check_prompts
 from fpo_mlx.pairs.records import HUMAN, Candidates, open_candidates, read_verdicts
 from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, RoundsConfig, load
-from fpo_mlx.pipeline.job import Say, read_sae
+from fpo_mlx.pipeline.job import Say, open_saes
 from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
 from fpo_mlx.pipeline.pairs_generate import pairs_generate
 from fpo_mlx.pipeline.pairs_judge import check_judge, pairs_judge
 from fpo_mlx.pipeline.train import train
 from fpo_mlx.records import ROUND_FILE
 from fpo_mlx.storage import files, lines, outputs
-from fpo_mlx.storage.hub import resolve_model
+from fpo_mlx.storage.hub import read_config, resolve_model
 
 DONE = ROUND_FILE
 ROUNDS = outputs.Made("rounds", r"round-\d+/|settings\.json", mark="settings.json")
 DRIFT = "logps_per_token/chosen_change"
-MADE_WITH = {  # what each setting has a part in; of those that are not here, everything
+ANY = ("round-*/*.jsonl",)
+MADE_WITH = {  # what each setting has a part in; ANY of those that are not here
     "prompts": ("round-*/candidates.jsonl",),
     "judge": ("round-*/*verdicts.jsonl",),
     "build": ("round-*/pairs",),
@@ -57,7 +59,8 @@ class Round:
 def rounds(path: Path, *, say: Say) -> list[Round]:
     """Run the rounds that the YAML file describes; a stopped run goes on at the step it was in.
 
-    They end early when the held-out win rate's interval holds 50 %, or drift passes max_drift.
+    They end early when the held-out win rate's interval is not above 50 %, or drift passes
+    max_drift.
     Raises: ConfigError, and whatever the steps raise.
     """
     settings = load(RoundsConfig, {}, path)
@@ -86,9 +89,8 @@ def _check(settings: RoundsConfig, say: Say) -> tuple[JudgeConfig, BuildConfig]:
     for prompts in (settings.prompts, settings.held_out):
         check_prompts(Path(prompts))
     check_judge(judge)
-    resolve_model(settings.model)
-    for spec in training.reference.sae:
-        read_sae(spec, training, say)
+    model = read_config(resolve_model(settings.model))
+    open_saes(training, model, need=training.objective.needs_sae, say=say)
     return judge, build
 
 
@@ -117,7 +119,7 @@ def _same_settings(root: Path, settings: RoundsConfig) -> None:
 
 def _is_made(root: Path, name: str) -> bool:
     """Whether there is anything that this setting had a part in; else it may still be mended."""
-    there = (path for pattern in MADE_WITH.get(name, ("*",)) for path in root.glob(pattern))
+    there = (path for pattern in MADE_WITH.get(name, ANY) for path in root.glob(pattern))
     return any(path.is_dir() or path.stat().st_size for path in there)
 
 
@@ -201,7 +203,8 @@ def _train(config: RunConfig, say: Say) -> float | None:
         record = lines.decode(line, f"{log}:{number}")
         metrics = record.get("metrics", record)
         if isinstance(metrics, Mapping) and DRIFT in metrics:
-            drift = float(metrics[DRIFT])
+            found = metrics[DRIFT]  # null where it was no finite number
+            drift = math.inf if found is None else float(found)
     return drift
 
 

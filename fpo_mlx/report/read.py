@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -141,7 +142,8 @@ def _of_run(
     if kind == "compare":
         rows = value["prompts"] if isinstance(value["prompts"], list) else []
         answers = [part(row, "answers") for row in rows if isinstance(row, Mapping)]
-        return value if own or any(is_ours(name) for one in answers for name in one) else None
+        names = {re.sub(r"\*[-+.\de]+$", "", str(name)) for one in answers for name in one}
+        return value if own or any(map(is_ours, names)) else None  # names: without their parts
     listed = value.get("adapters") if kind == "evaluate" else None
     if isinstance(listed, list):
         found = [one for one in listed if isinstance(one, Mapping)]

@@ -38,10 +38,20 @@ _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these starts ch
 
 
 def own_template(adapter: Path) -> Path | None:
-    """The chat template that an adapter was trained with, where it is not the model's."""
+    """The chat template beside an adapter: that of its training."""
     run = adapter.parent if adapter.name == "best" else adapter
     place = run / TEMPLATE
     return place if place.is_file() else None
+
+
+def model_template(folder: Path) -> bytes | None:
+    """The chat template of a model's folder, as its file or its tokenizer's settings have it."""
+    place, settings = folder / TEMPLATE, folder / "tokenizer_config.json"
+    if place.is_file():
+        return place.read_bytes()
+    found = files.parse_json(settings.read_bytes()) if settings.is_file() else {}
+    inner = found.get("chat_template") if isinstance(found, dict) else None
+    return inner.encode() if isinstance(inner, str) else None
 
 
 @dataclass(frozen=True)

@@ -85,13 +85,13 @@ class RunFolder:
         run: Mapping[str, Any],
         may_change: Collection[str],
         defaults: Mapping[str, Any] | None = None,
-        nothing: Mapping[str, Any] | None = None,
+        needed_by: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """The record of the run that is here.
 
         may_change: settings that are not compared; every fingerprint is that an older version had,
-        too. defaults: of settings; one that it did not have yet was at its default. nothing: what
-        some fingerprints are of nothing at all, with which they agree with any.
+        too. defaults: of settings; one that it did not have yet was at its default. needed_by: of
+        some fingerprints the setting that, where it is 0, leaves out what they are of.
         Raises: ConfigError naming the settings that would make this another run, ModelError.
         """
         self.check_begun()
@@ -100,9 +100,12 @@ class RunFolder:
         old, new = before["settings"], now["settings"]
         names = (old.keys() | new.keys()) - set(may_change)
         faults = _differing("settings", names, {**usual, **old}, new)
-        old, new, none = before["fingerprints"], now["fingerprints"], dict(nothing or {})
-        empty = {name for name in none if none[name] in (old.get(name), new.get(name))}
-        faults += _differing("fingerprints", old.keys() - empty, old, new)
+        both = ({**usual, **old}, {**usual, **new})
+        unread = {
+            n for n, by in dict(needed_by or {}).items() if not all(s.get(by, 1) for s in both)
+        }
+        old, new = before["fingerprints"], now["fingerprints"]
+        faults += _differing("fingerprints", old.keys() - unread, old, new)
         if faults:
             raise ConfigError(
                 f"--resume: these settings would make another run of {self.path}:\n"

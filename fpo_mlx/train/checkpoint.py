@@ -29,7 +29,6 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 
 from fpo_mlx.config import default_of, named, options
-from fpo_mlx.data import data_fingerprint
 from fpo_mlx.errors import ModelError
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.model.trees import arrays_of, read_arrays
@@ -224,6 +223,5 @@ def check_resumable(folder: Path, run: Mapping[str, Any]) -> None:
     """Raises ConfigError naming the settings that would change the trajectory."""
     defaults = {name: default_of(field) for name, field in options().items()}
     free = {*named("may_change"), *named("by_content")}
-    # --val-batches may change to 0 and from it
-    nothing = {"valid": data_fingerprint([])}
-    run_folder(folder).check_resumable(run, free, defaults, nothing)
+    # without validation its pairs are not read
+    run_folder(folder).check_resumable(run, free, defaults, {"valid": "val_batches"})

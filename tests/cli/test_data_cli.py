@@ -168,6 +168,9 @@ def test_an_adapter_of_another_template_is_named(place, tmp_path):
     words = ("chat", "--model", place / "model", "--adapter-path", folder)
     said = f"--chat-template {template} asks as in training"
     assert said in run(*words, "--prompt", "A?", "--max-tokens", 1).stderr
+    template.write_text(text)  # as some trainers leave beside every adapter
+    assert "as in training" not in run(*words, "--prompt", "A?", "--max-tokens", 1).stderr
+    template.write_text(text + "{# mine #}")
     given = (*words, "--chat-template", template, "--prompt", "A?", "--max-tokens", 1)
     assert "as in training" not in run(*given).stderr
 

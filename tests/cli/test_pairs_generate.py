@@ -198,8 +198,9 @@ def test_the_last_line_of_a_text_needs_no_end(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("p.ndjson", '{"prompt": "Why?"}'), ("p.JSONL", '{"prompt": "Why?"}\n'),
-     ("p.json", '[{"prompt": "Why?"}]'), ("p.csv", "prompt,system\nWhy?,\n")],
+    [(".p.jsonl", '{"prompt": "Why?"}'), ("p.ndjson", '{"prompt": "Why?"}'),
+     ("p.JSONL", '{"prompt": "Why?"}\n'), ("p.json", '[{"prompt": "Why?"}]'),
+     ("p.csv", "prompt,system\nWhy?,\n")],
 )  # fmt: skip
 def test_rows_of_prompts_are_read_from_every_file_that_data_is_read_from(tmp_path, name, content):
     (tmp_path / name).write_text(content)

@@ -21,6 +21,7 @@ from judges import candidates, graded
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from fpo_mlx.pairs.labels import labels_of  # noqa: E402
 from fpo_mlx.pairs.rating import Rating, Refused, queue  # noqa: E402
 from fpo_mlx.pairs.records import open_candidates, read_verdicts  # noqa: E402
 
@@ -193,6 +194,24 @@ def test_what_a_person_wrote_anew_does_not_come_again_with_its_sides_swapped(tmp
     state = rating.next()
     assert (state["voted"], state["total"], state["seconds_left"]) == (60, 60, 0.0)
     rating.close()
+
+
+def test_a_vote_that_names_no_texts_can_be_taken_back_too(tmp_path):
+    """Of an older version: its line is the one that has to be overruled."""
+    source, out = candidates(tmp_path / "c.jsonl", {"Q?": ["one", "two"]}), tmp_path / "v.jsonl"
+    rating = Rating(source, out)
+    rating.vote(rating.next()["name"], "first")
+    rating.close()
+    line = json.loads(out.read_text())
+    del line["texts"]
+    out.write_text(json.dumps(line) + "\n")
+    rating = Rating(source, out)
+    assert rating.undo()
+    assert labels_of(list(read_verdicts(out).values())) == []
+    rating.vote(rating.next()["name"], "second")
+    rating.close()
+    (label,) = labels_of(list(read_verdicts(out).values()))
+    assert label.verdict != line["verdict"]
 
 
 def test_votes_on_answers_that_were_there_before_are_none_on_those_that_came_after(tmp_path):

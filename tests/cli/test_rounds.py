@@ -105,7 +105,8 @@ def test_rounds_end_where_nothing_is_won(place, tmp_path):
     [({"held_out": ""}, "held_out is missing"), ({"rounds": 0}, "--rounds 0"),
      ({"train": {"adapter_path": "x"}}, "settled by the rounds"), ({"odd": 1}, "odd"),
      ({"judge": {}}, "--judge"), ({"train": {"lerning_rate": 1}}, "lerning_rate"),
-     ({"generate": {"m": 1}}, "m")],
+     ({"generate": {"m": 1}}, "m"),
+     ({"train": {"objective": "dpo", "chat_template": "t.jinja"}}, "chat_template differs")],
 )  # fmt: skip
 def test_what_cannot_be_is_said_before_the_first_step(place, tmp_path, changes, part):
     refused(run("rounds", "-c", write(place, tmp_path, **changes)), 2, part)
@@ -144,6 +145,26 @@ def test_what_nothing_was_made_with_may_be_mended(place, tmp_path, monkeypatch):
     assert (tmp_path / "rounds/round-1/candidates.jsonl").stat().st_mtime_ns == answers
     changed = write(place, tmp_path, rounds=1, train={"objective": "dpo", "iters": 1})
     refused(run("rounds", "-c", changed), 2, "begun with other settings (train)")
+
+
+def test_how_answers_are_made_may_be_mended_before_the_first_one(place, tmp_path, monkeypatch):
+    always(monkeypatch)
+    narrow = {"n": 3, "max_tokens": 6, "max_seq_length": 8}
+    refused(run("rounds", "-c", write(place, tmp_path, rounds=1, generate=narrow)), 3, "room for 2")
+    assert run("rounds", "-c", write(place, tmp_path, rounds=1)).exit_code == 0
+
+
+def test_a_drift_that_is_no_finite_number_ends_the_rounds(tmp_path, monkeypatch):
+    rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
+    settings = RoundsConfig(model="m", prompts="p", held_out="h", output=str(tmp_path), max_drift=1)
+    config = _training(settings, tmp_path, tmp_path / "adapters", None)
+    monkeypatch.setattr(rounds, "train", lambda *_, **__: ())
+    (tmp_path / "adapters").mkdir()
+    log = tmp_path / "adapters/metrics.jsonl"
+    log.write_text(json.dumps({"metrics": {"logps_per_token/chosen_change": None}}) + "\n")
+    drift = rounds._train(config, lambda _: None)
+    one = rounds.Round(1, 1, None, 0.0, 0.0, 0.9, (0.8, 1.0), 1.0, drift)
+    assert "over max_drift" in rounds._end(one, settings)
 
 
 def test_the_users_folder_is_spelled_out_in_a_file_of_rounds(place, tmp_path, monkeypatch):

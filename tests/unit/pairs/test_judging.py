@@ -109,6 +109,7 @@ def test_verdicts_on_answers_that_were_there_before_are_none_on_those_that_came_
     _, found = pairs_check(after, [verdicts])
     (other,) = [kind for kind in found.kinds if kind.kind == "other answers"]
     assert (other.level, other.count) == ("lost", 12)
+    assert found.judges == second.judges
 
 
 def test_a_verdict_that_names_no_texts_is_taken_at_its_word(tmp_path):

@@ -96,13 +96,20 @@ def test_what_an_older_version_took_no_fingerprint_of_is_not_compared(folder):
     assert "fingerprints.valid: was 'v', now 'w'" in refusal(folder, other, ())
 
 
-def test_a_fingerprint_of_nothing_agrees_with_any(folder):
-    pairs, none = ({**RECORD, "fingerprints": {"data": "x", "valid": v}} for v in ("v", "0"))
-    for before, now in ((pairs, none), (none, pairs)):
+def test_a_fingerprint_counts_where_what_it_is_of_is_read_before_and_after(folder):
+    """Pairs that are gone are not the same as pairs that nobody asked for."""
+    needed = {"valid": "val_batches"}
+
+    def record(valid, batches, data="x"):
+        settings = {**RECORD["settings"], "val_batches": batches}
+        return {**RECORD, "settings": settings, "fingerprints": {"data": data, "valid": valid}}
+
+    for before, now in ((record("v", 25), record("0", 0)), (record("0", 0), record("v", 25))):
         folder.write_record(before)
-        folder.check_resumable(now, (), nothing={"valid": "0"})
-        assert "fingerprints.valid: was" in refusal(folder, now, ())
-    folder.write_record(pairs)
-    other = {**RECORD, "fingerprints": {"data": "0", "valid": "0"}}
+        folder.check_resumable(now, {"val_batches"}, needed_by=needed)
+    folder.write_record(record("v", 25))
+    for now in (record("0", 25), record("w", 10)):
+        with pytest.raises(ConfigError, match=r"fingerprints\.valid: was 'v'"):
+            folder.check_resumable(now, {"val_batches"}, needed_by=needed)
     with pytest.raises(ConfigError, match=r"of .*:\n  fingerprints\.data: was 'x', now '0'\nUse"):
-        folder.check_resumable(other, (), nothing={"valid": "0"})
+        folder.check_resumable(record("0", 0, "0"), {"val_batches"}, needed_by=needed)
