@@ -311,7 +311,8 @@ class Trainer:
     def _looked(self) -> dict[str, np.ndarray]:
         """The adapters as they stand, on the validation pairs."""
         assert self.valid is not None
-        self.scorer.alpha = self.scorer.objective.judged_alpha
+        if self.drift is not None:  # alpha is another one at each validation: without its part
+            self.scorer.alpha = self.scorer.objective.judged_alpha
         values = self._measure(self.valid, self._validation_pairs)
         self._steer(self.drift)
         return values
