@@ -117,7 +117,9 @@ def test_a_set_of_which_no_row_is_left_is_not_written_and_one_beside_it_is_told(
     usually = ("features", "data", *usual(place), "--reference", place / "ref", *both)
     for more in ((), ("--select", 5)):
         done = run(*usually, *more, "--against", 1.0)
-        refused(done, 3, "leaves no row at --against 1", f"{out} was not written")
+        assert done.exit_code == 3
+        assert "leaves no row at --against 1" in done.stderr
+        assert f"{out} was not written" in done.stderr
         assert "your pairs reward" in done.stdout
         assert (out / "train.jsonl").read_bytes() == before
 
