@@ -49,7 +49,7 @@ def _say_how_deep(job: Job, model: nn.Module, say: Say) -> None:
     if held and sites and (deepest := max(_deepest(sites))) + 1 < DEEP * count:
         say(
             f"warning: the SAE reads block {deepest} of {count} (from 0), and blocks above it may "
-            "make much of a small drift: where this was measured, it came with up to eight times "
+            "make much of a small drift: where this was measured, it came with several times "
             "the KL. Take an SAE near the output; else name a small drift, and judge by the KL of "
             "`evaluate`."
         )
