@@ -141,13 +141,14 @@ def find(
     )  # fmt: skip
     rows = [{"weight": weight, **dataclasses.asdict(one)} for one in found]
     write_json(json_path, {"found": rows})
-    if not found and output is None:
-        say("no feature fires more on the positive texts")
-        return
     if not found:
+        nothing = "no feature fires more on the positive texts"
+        if output is None:
+            say(nothing)
+            return
         raise DataError(
-            f"no feature fires more on the positive texts; {output} was not written. Give more "
-            "texts, or such that differ in one thing only."
+            f"{nothing}; {output} was not written. Give more texts, or such that differ in one "
+            "thing only."
         )
     if output is not None:
         from fpo_mlx.data.feature_files import write_weights

@@ -21,7 +21,7 @@ from fpo_mlx.model.rounding import Kept, change_of, is_plain, is_rounded, kept_o
 from fpo_mlx.model.trees import arrays_of, cast_floats, float_dtype
 from fpo_mlx.records import AS_BASE, FusedForm
 from fpo_mlx.storage import files
-from fpo_mlx.storage.adapter_files import TEMPLATE, own_template
+from fpo_mlx.storage.adapter_files import TEMPLATE, model_template, own_template
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # of a base's folder: what belongs to the tokenizer and to the use of the model, not its weights
@@ -163,13 +163,12 @@ def _template(given: Path | None, adapter_path: Path) -> tuple[str, str] | None:
 
 def _put_template(folder: Path, text: str, source: str) -> str:
     """Give the folder this template, in each place that a reader looks at; what to say of it."""
-    place, config = folder / TEMPLATE, folder / "tokenizer_config.json"
-    settings = files.parse_json(config.read_bytes()) if config.is_file() else {}
-    inner = settings.get("chat_template")
-    if (place.read_text(encoding="utf-8") if place.is_file() else inner) == text:
+    if model_template(folder) == text:
         return ""
-    place.write_text(text, encoding="utf-8")
-    if inner is not None:  # some readers look there first
+    (folder / TEMPLATE).write_text(text, encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    settings = files.parse_json(config.read_bytes()) if config.is_file() else {}
+    if settings.get("chat_template") is not None:  # some readers look there first
         settings["chat_template"] = text
         config.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
     (folder / "chat_template.json").unlink(missing_ok=True)

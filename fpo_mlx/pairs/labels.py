@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fpo_mlx.pairs.records import PERSON, Candidates, Verdict, texts_of
+from fpo_mlx.pairs.records import PERSON, Candidates, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,5 +139,5 @@ def _ascending(verdict: Verdict) -> Verdict:
         order={"ab": "ba", "ba": "ab"}.get(verdict.order, verdict.order),
         p=None if verdict.p is None else 1 - verdict.p,
         score_a=verdict.score_b, score_b=verdict.score_a,
-        texts=verdict.texts and texts_of(*reversed(verdict.texts.split("-"))),
+        texts=verdict.texts and "-".join(reversed(verdict.texts.split("-"))),
     )  # fmt: skip

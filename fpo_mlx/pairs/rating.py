@@ -19,7 +19,6 @@ from fpo_mlx.pairs.records import (
     open_candidates,
     parse_verdict,
     read_verdicts,
-    texts_of,
 )
 from fpo_mlx.pairs.summary import self_agreement
 from fpo_mlx.storage import lines
@@ -139,8 +138,7 @@ class Rating:
         self, item: Item, verdict: str, raw: str, edited: str | None, of: Verdict | None = None
     ) -> None:
         """of: the vote that is taken back; one of an older version names no texts."""
-        sides = [self._found.get(item.id).candidates[n] for n in (item.a, item.b)]
-        texts = of.texts if of else texts_of(*sides)
+        texts = of.texts if of else self._found.get(item.id).texts(item.a, item.b)
         made = Verdict(
             item.id, item.a, item.b, item.order, verdict, PERSON, raw=raw, time=self._clock(),
             edited=edited, texts=texts,

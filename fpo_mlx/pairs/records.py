@@ -87,6 +87,10 @@ class Candidates:
         answers = [vars(candidate) for candidate in self.candidates]
         return {"id": self.id, **self.prompt.fields, "candidates": answers}
 
+    def texts(self, a: int, b: int) -> str:
+        """Names two answers by what they say."""
+        return f"{self.candidates[a].digest}-{self.candidates[b].digest}"
+
     def has(self, verdict: Verdict) -> bool:
         """Whether a verdict is on answers of these; one that names no texts is taken at its word.
 
@@ -111,7 +115,7 @@ class Verdict:
     raw: str = ""
     time: float | None = None
     edited: str | None = None  # a person's own text, which beats both
-    texts: str | None = None  # digests of a's and b's, as `texts_of` joins them
+    texts: str | None = None  # digests of a's and b's: `Candidates.texts`
 
     @property
     def key(self) -> Key:
@@ -141,17 +145,12 @@ class CandidateFile:
         return (self.get(id) for id in self.offsets)
 
 
-def texts_of(a: Candidate | str, b: Candidate | str) -> str:
-    """Names two answers by what they say; of candidates or of their digests."""
-    return "-".join(one if isinstance(one, str) else one.digest for one in (a, b))
-
-
 def is_on(verdict: Verdict, digests: Sequence[str]) -> bool:
     """Whether a verdict is on two of the answers with these digests; see `Candidates.has`."""
     a, b = verdict.a, verdict.b
     if max(a, b) >= len(digests):
         return False
-    return verdict.texts is None or verdict.texts == texts_of(digests[a], digests[b])
+    return verdict.texts is None or verdict.texts == f"{digests[a]}-{digests[b]}"
 
 
 def on_these(found: CandidateFile, verdicts: Iterable[Verdict]) -> list[Verdict]:

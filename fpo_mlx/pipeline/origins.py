@@ -40,7 +40,9 @@ def warn_of_origin(
                 f"--model {model}; where the shapes happen to fit, its answers mean nothing"
             )
         theirs = own_template(folder)
-        if theirs and not template and theirs.read_bytes() != model_template(path):
+        if theirs is None or template:
+            continue
+        if theirs.read_text(encoding="utf-8", errors="replace") != model_template(path):
             say(
                 f"warning: the adapter {adapter} was trained with another chat template than the "
                 f"model's, with which it is asked; --chat-template {theirs} asks as in training"

@@ -13,7 +13,15 @@ from fpo_mlx.data.tokenizer import ChatTokenizer, load_tokenizer
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs import prompts as asking
 from fpo_mlx.pairs.augment import with_score
-from fpo_mlx.pairs.records import HUMAN, Candidate, Candidates, Prompt, open_candidates, prompt_id
+from fpo_mlx.pairs.records import (
+    HUMAN,
+    Candidate,
+    CandidateFile,
+    Candidates,
+    Prompt,
+    open_candidates,
+    prompt_id,
+)
 from fpo_mlx.pairs.settings import GenerateConfig
 from fpo_mlx.pipeline.job import Say
 from fpo_mlx.pipeline.origins import warn_of_origin
@@ -67,10 +75,11 @@ def pairs_generate(
     path = _inputs(settings)
     adapter, template = settings.adapter_path, settings.chat_template
     warn_of_origin([adapter], settings.model, path, template, say)
-    done = set(open_candidates(output).offsets) if output.exists() else set()
+    there = open_candidates(output) if output.exists() else CandidateFile(output)
+    done = set(there.offsets)
     tokenizer = _tokenizer(path, settings)
     _lengths(settings, tokenizer, done)
-    _warn_of_others(settings, output, say)
+    _warn_of_others(settings, there, say)
     with LineWriter(output) as writer:
         model = _open(path, settings, say)
         counts, begun = {"prompts": 0, "answers": 0, "cut": 0, "tokens": 0}, time.monotonic()
@@ -133,9 +142,8 @@ def _lengths(settings: GenerateConfig, tokenizer: ChatTokenizer, done: set[str])
     return list(lengths.values())
 
 
-def _warn_of_others(settings: GenerateConfig, output: Path, say: Say) -> None:
+def _warn_of_others(settings: GenerateConfig, there: CandidateFile, say: Say) -> None:
     """Of answers that are there and were made otherwise: they are not made again."""
-    there = open_candidates(output) if output.exists() else ()
     first = next((c for one in there for c in one.candidates if c.model != HUMAN), None)
     if first is None:
         return
@@ -144,8 +152,8 @@ def _warn_of_others(settings: GenerateConfig, output: Path, say: Say) -> None:
     other = [f"{name} {was[name]}, now {now[name]}" for name in now if was[name] != now[name]]
     if other:
         say(
-            f"warning: {output} was begun otherwise ({'; '.join(other)}); those answers stay, and "
-            "only prompts without any are asked. Name another --output for answers of one kind"
+            f"warning: {there.path} was begun otherwise ({'; '.join(other)}); those answers stay, "
+            "and only prompts without any are asked. Name another --output for answers of one kind"
         )
 
 

@@ -25,7 +25,6 @@ from fpo_mlx.pairs.records import (
     on_these,
     open_candidates,
     read_verdicts,
-    texts_of,
 )
 from fpo_mlx.pairs.reward import Reward, locate
 from fpo_mlx.pairs.reward import judge_name as reward_name
@@ -88,7 +87,8 @@ def pairs_judge(
             )  # fmt: skip
             tasks = [(a, b, order) for a, b in pairs for order in orders]
             tasks = [task for task in tasks if not _judged(one, task, name, done)]
-            made = (_named(one, v) for v in (judge(one, tasks) if tasks else ()))
+            found_now = judge(one, tasks) if tasks else ()
+            made = (replace(v, texts=one.texts(v.a, v.b)) for v in found_now)
             # what a request or a question costs is kept at once, a reward's verdicts per prompt
             for group in [list(made)] if settings.reward else ([verdict] for verdict in made):
                 writer.append(*(verdict.as_dict() for verdict in group))
@@ -121,12 +121,7 @@ def judges_of(
 def _judged(one: Candidates, task: Task, name: str, done: Container[Key]) -> bool:
     """Whether these two answers have this judge's verdict, or one that does not name its texts."""
     a, b, _ = task
-    texts = texts_of(one.candidates[a], one.candidates[b])
-    return any((one.id, *task, name, known) in done for known in (texts, None))
-
-
-def _named(one: Candidates, verdict: Verdict) -> Verdict:
-    return replace(verdict, texts=texts_of(*(one.candidates[n] for n in (verdict.a, verdict.b))))
+    return any((one.id, *task, name, texts) in done for texts in (one.texts(a, b), None))
 
 
 def _human(one: Candidates) -> int | None:

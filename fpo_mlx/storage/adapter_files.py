@@ -44,14 +44,14 @@ def own_template(adapter: Path) -> Path | None:
     return place if place.is_file() else None
 
 
-def model_template(folder: Path) -> bytes | None:
+def model_template(folder: Path) -> str | None:
     """The chat template of a model's folder, as its file or its tokenizer's settings have it."""
     place, settings = folder / TEMPLATE, folder / "tokenizer_config.json"
     if place.is_file():
-        return place.read_bytes()
+        return place.read_text(encoding="utf-8", errors="replace")
     found = files.parse_json(settings.read_bytes()) if settings.is_file() else {}
     inner = found.get("chat_template") if isinstance(found, dict) else None
-    return inner.encode() if isinstance(inner, str) else None
+    return inner if isinstance(inner, str) else None
 
 
 @dataclass(frozen=True)
