@@ -66,6 +66,7 @@ FAMILIES = {  # what is compared at one margin; unrelated features may slow lear
 OPENING = re.compile(r"(sure|certainly|of course|absolutely|here(?:\s+(?:is|are)|['’]s))\b", re.I)
 TOKENS = {"list": 64, "opening": 16}  # of a sampled answer: what shows the behaviour
 PROMPT = 250  # characters at most, held out or of texts that are looked at: leaves room, costs less
+ROWS = 128  # answers at once: on a CPU every step packs all weights anew, whatever the rows
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -288,7 +289,8 @@ def rates(
     ]
     seen = np.zeros(len(prompts))
     settings = Sampling(TOKENS[o.behaviour], 1.0, seed)
-    for i, _, answer in sample_all(model, asked, settings, tokenizer.eos_token_ids):
+    answers = sample_all(model, asked, settings, tokenizer.eos_token_ids, rows=ROWS)
+    for i, _, answer in answers:
         seen[i] += shows(tokenizer.decode(answer.tokens.tolist(), skip_special=True), o.behaviour)
     return (seen / each).tolist()
 
