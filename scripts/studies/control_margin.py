@@ -34,6 +34,7 @@ import numpy as np
 from texts import (
     ROOT,
     Steps,
+    answers_apart,
     as_adapter,
     begin,
     gains,
@@ -135,7 +136,10 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
         for kind, name in named.items()
     }
     for way, kinds in FAMILIES.items():
-        least = least_of({kind: float(np.mean(wholes[kind])) for kind in kinds})
+        least = min(float(np.mean(wholes[kind])) for kind in kinds)
+        if least <= 0:
+            say(f"seed {seed}, {way}: a kind of it did not learn the preference; left out")
+            continue
         for level, kind in itertools.product(o.levels, kinds):
             step = partial(point, way, kind, level, level * least)
             measured(f"{named[kind]}-by-{way.replace(' ', '-')}-at-{level:g}", step)
@@ -150,13 +154,6 @@ def sampled(measured: Steps, about: Mapping[str, Any]) -> list[float] | None:
     same = ("kind", "seed", "part")
     points = (found for found in measured.values().values() if "rates" in found)
     return next((p["rates"] for p in points if all(p[n] == about[n] for n in same)), None)
-
-
-def least_of(margins: Mapping[str, float]) -> float:
-    """The lowest of the kinds' margins, nats per token."""
-    if min(margins.values()) <= 0:
-        raise SystemExit(f"Not every kind learned the preference; margins: {margins}")
-    return min(margins.values())
 
 
 def part_at(
@@ -210,18 +207,14 @@ def split(o: argparse.Namespace) -> Path:
 
 
 def text_sets(o: argparse.Namespace) -> tuple[Path, Path]:
-    """Training answers with the behaviour and without, by one writer; no asked prompt has one."""
+    """Training answers with the behaviour and without; no asked prompt has one."""
     asked = {row["prompt"] for row in rows(o.work / "data" / "asked.jsonl")}
-    sets: dict[bool, list[dict[str, str]]] = {True: [], False: []}
-    for row in rows(o.data / "train.jsonl"):
-        own = sets[shows(row["chosen"], o.behaviour)]
-        short = len(row["prompt"]) <= PROMPT and row["prompt"] not in asked
-        if short and len(own) < o.texts:
-            own.append({"prompt": row["prompt"], "response": row["chosen"]})
-    return (
-        write_rows(o.work / "with.jsonl", sets[True]),
-        write_rows(o.work / "without.jsonl", sets[False]),
+    short = (
+        row
+        for row in rows(o.data / "train.jsonl")
+        if len(row["prompt"]) <= PROMPT and row["prompt"] not in asked
     )
+    return answers_apart(short, partial(shows, behaviour=o.behaviour), o.texts, o.work)
 
 
 def features_of(o: argparse.Namespace, whose: str) -> Path:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from texts import SAE, is_list, rows, say, shared, write_rows
+from texts import SAE, answers_apart, is_list, rows, say, shared
 
 from fpo_mlx import pipeline
 from fpo_mlx.config import load_config
@@ -25,18 +25,13 @@ ANSWER_TOKENS = 160  # prompt and answer; longer ones are cut
 
 
 def text_sets(data: Path, folder: Path, count: int) -> tuple[Path, Path]:
-    """Chosen answers with and without a list, to different prompts, by one and the same writer."""
-    answers = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows(data)]
-    answers = [row for row in answers if len(row["prompt"]) < 400]
-    parts = [[row for row in answers if is_list(row["response"]) == listed] for listed in (1, 0)]
-    for part in parts:
-        if len(part) < count:
-            raise SystemExit(f"{data}: {len(part)} answers of one kind, wanted {count}")
-    names = ("with.jsonl", "without.jsonl")
-    with_, without = (
-        write_rows(folder / name, part[:count]) for name, part in zip(names, parts, strict=True)
-    )
-    return with_, without
+    """Chosen answers with and without a list, to different prompts."""
+    pairs = [row for row in rows(data) if len(row["prompt"]) < 400]
+    sets = answers_apart(pairs, is_list, count, folder)
+    least = min(len(rows(path)) for path in sets)
+    if least < count:
+        raise SystemExit(f"{data}: {least} answers of one kind, wanted {count}")
+    return sets
 
 
 def main() -> int:

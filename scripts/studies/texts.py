@@ -57,6 +57,24 @@ def _size(row: Mapping[str, Any]) -> int:
     return len(json.dumps(row["prompt"])) + max(map(len, sides))
 
 
+def answers_apart(
+    pairs: Iterable[Mapping[str, Any]], shows: Callable[[str], bool], count: int, folder: Path
+) -> tuple[Path, Path]:
+    """Chosen answers that show a behaviour and that do not, by one writer; `count` of each at most.
+
+    They lie in with.jsonl and without.jsonl of the folder, in the order of the pairs.
+    """
+    answers = [{"prompt": row["prompt"], "response": row["chosen"]} for row in pairs]
+    with_, without = (
+        [row for row in answers if shows(row["response"]) == shown][:count]
+        for shown in (True, False)
+    )
+    return (
+        write_rows(folder / "with.jsonl", with_),
+        write_rows(folder / "without.jsonl", without),
+    )
+
+
 def shared(*parts: str) -> Path:
     """A place in the folder `shared` beside the checkout, where there is one."""
     return ROOT.parent.joinpath("shared", *parts)

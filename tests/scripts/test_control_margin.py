@@ -21,10 +21,9 @@ def point(kind, rates, seed=0, way="held"):
     return about | {"way": way, "kind": kind, "level": 1.0, "part": 1.0, "margins": [0.3, 0.5]}
 
 
-def test_each_way_is_compared_at_the_margin_of_the_least_and_nothing_is_measured_twice(
-    tmp_path, monkeypatch
-):
-    """A margin grows with the part here, so what was found is known: least / whole."""
+@pytest.fixture
+def asked(monkeypatch):
+    """Whose answers were sampled. A margin grows with the part here: least / whole is found."""
     asked = []
     monkeypatch.setattr(control_margin, "trained", lambda o, base, kind, seed: kind)
     monkeypatch.setattr(
@@ -37,6 +36,12 @@ def test_each_way_is_compared_at_the_margin_of_the_least_and_nothing_is_measured
         return [part / 10, part / 10]
 
     monkeypatch.setattr(control_margin, "rates", rates)
+    return asked
+
+
+def test_each_way_is_compared_at_the_margin_of_the_least_and_nothing_is_measured_twice(
+    tmp_path, asked
+):
     o = control_margin.parse(["--levels", "1"])
     for _ in range(2):
         control_margin.one_seed(o, {}, Steps(tmp_path, {}), seed=3)
@@ -59,9 +64,17 @@ def test_each_way_is_compared_at_the_margin_of_the_least_and_nothing_is_measured
     assert found["held at 1"]["parts"][FREE] < 0.3 < 0.7 < found["out at 1"]["parts"][FREE]
 
 
-def test_a_kind_that_learned_nothing_ends_the_study():
-    with pytest.raises(SystemExit, match="learned"):
-        control_margin.least_of(WHOLE | {"out": 0.0})
+def test_a_kind_that_learned_nothing_leaves_its_own_way_out_and_no_other(
+    tmp_path, monkeypatch, asked, capsys
+):
+    monkeypatch.setitem(WHOLE, "out", -0.1)
+    o = control_margin.parse(["--levels", "1"])
+    control_margin.one_seed(o, {}, Steps(tmp_path, {}), seed=3)
+    assert "seed 3, out: a kind of it did not learn" in capsys.readouterr().err
+    assert asked == [*((kind, 3) for kind in FAMILIES["held"]), (None, 3)]
+    assert set(json.loads((tmp_path / "compared.json").read_text())) == {
+        "held at 1", "held alone at 1"
+    }  # fmt: skip
 
 
 def test_a_seed_that_lacks_a_kind_is_left_out():
