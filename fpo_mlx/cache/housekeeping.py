@@ -22,7 +22,7 @@ class Entry:
     folder: Path
     bytes: int  # of shards and manifest
     shards: int
-    days: float  # since something was last written
+    days: float  # since it was last written or read for a run
     model: str  # fingerprint
     saes: int
     writer: str | None  # who is writing it

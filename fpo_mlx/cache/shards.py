@@ -222,10 +222,18 @@ def _read(file: IO[bytes], tensor: Tensor, name: str, shape: tuple[int, ...]) ->
 def check_content(shard: Shard) -> None:
     """Raises FpoError when the file's bytes are not those that were written."""
     digest = hashlib.sha256()
-    with shard.path.open("rb") as file:
-        file.seek(shard.data_start)
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+    try:
+        with shard.path.open("rb") as file:
+            file.seek(shard.data_start)
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    except FileNotFoundError as error:
+        raise FpoError(
+            f"{shard.path} was removed while it was in use. Run the command again: it scores what "
+            "is missing anew (`train --resume` goes on with the last checkpoint)."
+        ) from error
+    except OSError as error:
+        raise damaged(shard.path, str(error)) from error
     if digest.hexdigest() != shard.sha256:
         raise damaged(shard.path, "its content does not match its sha256")
 

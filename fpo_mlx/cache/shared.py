@@ -13,7 +13,7 @@ from fpo_mlx.cache.identity import CacheIdentity, Provenance
 from fpo_mlx.cache.shards import Row, Shard
 from fpo_mlx.cache.store import LOCK, MANIFEST, PARTS, ReferenceCache, open_cache, shard_paths
 from fpo_mlx.errors import FpoError
-from fpo_mlx.records import TokenPair
+from fpo_mlx.records import ResponseScore, TokenPair
 from fpo_mlx.storage import files
 
 
@@ -90,9 +90,10 @@ def _fill_part(
     with cache.writing():
         for group in groups:
             rows = 0
-            if cache.missing(group.keys):
-                rows = _take(cache, donors, group)
-                rows = rows or cache.append(_score(group, score, len(whole.wanted.saes)))
+            if _shard_of(cache, group) is None:
+                rows = _take(cache, donors, group) or cache.append_whole(
+                    _rows([cache, *donors], group, score)
+                )
             state = FillReport(
                 pairs=state.pairs + len(group.pairs),
                 total_pairs=total,
@@ -104,9 +105,23 @@ def _fill_part(
     return state
 
 
-def _score(group: _Group, score: ScorePairs, n_saes: int) -> list[Row]:
-    own = set(group.keys)
-    return [row for row in rows_of(group.pairs, score(group.pairs), n_saes) if row[0] in own]
+def _rows(parts: Sequence[ReferenceCache], group: _Group, score: ScorePairs) -> list[Row]:
+    """The rows of a group. What a killed run with other groups left of them is not scored again."""
+    found = {key: row for part in parts for key in group.keys if (row := _left(part, key))}
+    lacking = [pair for pair in group.pairs if not found.keys() >= set(pair.keys) & set(group.keys)]
+    if lacking:
+        found = dict(rows_of(lacking, score(lacking), len(parts[0].wanted.saes))) | found
+    return [(key, found[key]) for key in group.keys]
+
+
+def _left(part: ReferenceCache, key: bytes) -> ResponseScore | None:
+    """A row as scoring would give it; None where it is not there, or was cut or made otherwise."""
+    kind = (part.made.backend, part.made.dtype)
+    if key not in part or part.wanted.pooled_keep or part.kind_of(key) != kind:
+        return None
+    with contextlib.suppress(FileNotFoundError):  # joined and removed in the meantime
+        return part.get(key)
+    return None
 
 
 def _take(cache: ReferenceCache, donors: Sequence[ReferenceCache], group: _Group) -> int:
@@ -147,7 +162,7 @@ def _parts(folder: Path, like: ReferenceCache) -> list[ReferenceCache]:
     found = []
     for path in files.listed(folder / PARTS, "*-of-*"):
         try:
-            part = open_cache(path, like.wanted)
+            part = open_cache(path, like.wanted, made=like.made)
         except FpoError:  # not begun yet, of another run, or just being removed
             continue
         if part.identity == like.identity:
@@ -156,6 +171,7 @@ def _parts(folder: Path, like: ReferenceCache) -> list[ReferenceCache]:
 
 
 def _remove(part: Path) -> None:
+    files.sweep(part)
     for path in [*shard_paths(part), part / MANIFEST, part / LOCK]:
         path.unlink(missing_ok=True)
     for folder in (part, part.parent):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -140,6 +141,11 @@ class ReferenceCache:
         """The keys without a row, each once, in the order given."""
         return [key for key in dict.fromkeys(keys) if key not in self._rows]
 
+    def kind_of(self, key: bytes) -> tuple[str, str]:
+        """Backend and data type that made the row of this key."""
+        shard, _ = self._rows[key]
+        return shard.backend, shard.dtype
+
     def get(self, key: bytes) -> ResponseScore:
         """The row of this key, its features in the order of `wanted.saes`.
 
@@ -166,9 +172,15 @@ class ReferenceCache:
         self.check_extendable()
         with self.writing():
             new = {key: score for key, score in rows if key not in self._rows}
-            if new:
-                self._write(encode_shard(list(new.items()), self.wanted, self.made))
-        return len(new)
+            return self.append_whole(list(new.items()))
+
+    def append_whole(self, rows: Sequence[Row]) -> int:
+        """`append` without a look at what is there already, which stays what is read."""
+        self.check_extendable()
+        with self.writing():
+            if rows:
+                self._write(encode_shard(rows, self.wanted, self.made))
+        return len(rows)
 
     def adopt(self, shard: Shard, identity: CacheIdentity) -> int:
         """Take a whole shard of another cache as it is; the number of rows that were new.
@@ -219,6 +231,11 @@ class ReferenceCache:
             self._depth -= 1
             if self._depth == 0:
                 locks.release(self.folder / LOCK, self._lock)
+
+    def mark_used(self) -> None:
+        """Say to `cache prune` that this cache is in use, where it may be written."""
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / MANIFEST)
 
     def tidy(self) -> None:
         """Remove a killed writer's lock and half files; a living writer's stay."""

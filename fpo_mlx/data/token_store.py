@@ -107,7 +107,11 @@ def pairs_of(tokens: np.ndarray, places: Iterable[Place]) -> list[TokenPair]:
 
 
 def prune(store: Path, keep: Path, most: int = MOST_BYTES) -> None:
-    """Remove the folders that were not used for longest until the rest is small enough."""
+    """Remove the folders that were not used for longest until the rest is small enough.
+
+    What killed runs left half-written goes in any case.
+    """
+    files.sweep_killed(store)
     folders = [path for path in store.iterdir() if (path / ABOUT).is_file()]
     folders.sort(key=lambda path: path.stat().st_mtime)
     sizes = {path: sum(f.stat().st_size for f in path.iterdir()) for path in folders}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, final
 
 from fpo_mlx.errors import ConfigError, DataError, ModelError
-from fpo_mlx.machine.upstream import changed
+from fpo_mlx.machine.upstream import changed, version
 from fpo_mlx.storage.limits import ModelLimits, model_limits
 
 Message = Mapping[str, Any]  # at least {"role": str, "content": str}
@@ -156,10 +156,11 @@ class ChatTokenizer:
 
     def encoding_key(self) -> str:
         """sha256 over all that decides tokens and what is said of them: `fingerprint`, the pieces
-        of the tokenizer that are no vocabulary, the ends, the model's limits."""
+        of the tokenizer that are no vocabulary, the ends, the model's limits, who renders."""
         backend = getattr(self.raw, "backend_tokenizer", None)
         inner = backend.to_str() if backend is not None else repr(self.raw)
-        content = [self.fingerprint(), inner, self.eos_token_ids, vars(self.limits)]
+        made_by = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
+        content = [self.fingerprint(), inner, self.eos_token_ids, vars(self.limits), made_by]
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
     def _apply(self, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> str:

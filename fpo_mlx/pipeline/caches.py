@@ -108,6 +108,9 @@ def cache_list(root: Path | None) -> list[cache.Entry]:
     return cache.list_caches(root or paths.cache_root() / "reference")
 
 
+LEAST_DIGITS = 6  # of a fingerprint: fewer may be another model's, too
+
+
 def cache_select(
     root: Path | None, *, older_than: float | None, larger_than: float | None, model: str | None
 ) -> list[cache.Entry]:
@@ -120,8 +123,15 @@ def cache_select(
             "cache prune: say which caches: --older-than DAYS, --larger-than MB or --model. "
             "`--older-than 0` means all."
         )
+    if model is not None and not model.strip():
+        raise ConfigError("--model is empty. Wanted a model's folder or a fingerprint's start.")
     if model is not None and (Path(model).expanduser() / "config.json").is_file():
         model = weights.model_fingerprint(Path(model).expanduser())
+    elif model is not None and len(model) < LEAST_DIGITS:
+        raise ConfigError(
+            f"--model {model}: this is no model's folder, and too short for a fingerprint. Wanted "
+            f"{LEAST_DIGITS} digits or more of what `cache list` shows."
+        )
     entries = cache_list(root)
     return cache.select(entries, older_than=older_than, larger_than=larger_than, model=model)
 

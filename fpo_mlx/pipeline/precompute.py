@@ -64,4 +64,9 @@ def precompute(
     if keep_features is not None:
         about = cache.info(folder)
         left_out = tuple(zip(about.dropped_largest, about.dropped_share, strict=True))
+        if output is None:
+            say(
+                "a cache of fewer features is not the one that `train` looks for: give it "
+                f"--reference {folder}"
+            )
     return PrecomputeResult(folder, len(pairs), len(store), backend, left_out)

@@ -57,7 +57,7 @@ def read_splits(
         lines += _beyond_training(name, done.pairs, tokenizer)
     kinds = _kinds(splits) if doctor else []
     if kinds:
-        say("what `fpo-mlx check` finds in these rows (it lists all of them):")
+        say("what `fpo-mlx check` finds in these rows (its --json has all of them):")
     for line in [*(f"  {kind}" for kind in kinds), *lines]:
         say(line)
     return pairs

@@ -11,7 +11,7 @@ from typing import overload
 
 from fpo_mlx import cache
 from fpo_mlx.cache import CacheIdentity, FillReport, Provenance, ReferenceCache
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.errors import CacheMismatch, ConfigError
 from fpo_mlx.machine.processes import find_share
 from fpo_mlx.pipeline.job import Job, Say
 from fpo_mlx.pipeline.sae_fit import quick_check
@@ -60,20 +60,34 @@ def find_whole(
     """The cache, if it has all rows. A killed writer's half files are cleared from it.
 
     other_weights: also one of another model and nothing else, which is read-only then.
-    Raises: CacheMismatch when it was made for something else.
+    Raises: CacheMismatch when it was made for something else, or cannot grow here and lacks rows.
     """
     keys = [key for pair in pairs for key in pair.keys]
     if other_weights and (folder / "manifest.json").exists():
         found = cache.read_identity(folder)
         if found.model != identity.model:
             store = cache.open_cache(folder, identity, allow=("model",))
-            if not store.missing(keys):
-                return store
+            _refuse_lacking(store, keys)
+            store.mark_used()
+            return store
     store = cache.open_cache(folder, identity, create=True)
+    store.mark_used()
     if store.missing(keys):
         return None
     store.tidy()
     return store
+
+
+def _refuse_lacking(store: ReferenceCache, keys: Sequence[bytes]) -> None:
+    """Raises: CacheMismatch where a cache of another model, which cannot grow here, lacks rows."""
+    lacking = store.missing(keys)
+    if lacking:
+        raise CacheMismatch(
+            f"{store.folder} is of another model ({store.identity.model[:12]}) and lacks "
+            f"{len(lacking)} of {len(set(keys))} responses, which this one cannot add. Run "
+            "`fpo-mlx precompute` with that model on this data (train, valid and test), or train "
+            "with another --reference."
+        )
 
 
 def as_kept(folder: Path, job: Job, say: Say) -> CacheIdentity:

@@ -101,7 +101,11 @@ def put_in_place(work: Path, target: Path) -> None:
     elif not _exchange(work, target):  # no such call here: a moment without a folder
         old = work.with_name(f"{work.name}.old")
         os.replace(target, old)
-        os.replace(work, target)
+        try:
+            os.replace(work, target)
+        except BaseException:
+            os.replace(old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -118,15 +122,31 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what killed writers of `name` (of anything) left in a folder. Hold its lock."""
+    """Remove what killed writers of `name` (of anything) left in a folder. Hold its lock.
+
+    A folder of this name that one of them had moved aside comes back, if nothing took its place.
+    """
     rest = ".+" if name is None else re.escape(name) + r"(\.old)?"
     pattern = re.compile(re.escape(TEMPORARY) + r"\d+-" + rest)
+    if name is not None and folder.is_dir() and not (folder / name).exists():
+        old = re.compile(re.escape(TEMPORARY) + r"\d+-" + re.escape(name) + r"\.old")
+        for path in [path for path in folder.iterdir() if old.fullmatch(path.name)][:1]:
+            os.replace(path, folder / name)
     for path in folder.iterdir() if folder.is_dir() else ():
         if pattern.fullmatch(path.name):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def sweep_killed(folder: Path) -> None:
+    """Remove what writers of folders in this one left, but for those that are at work."""
+    pattern = re.compile(re.escape(TEMPORARY) + r"\d+-(.+)")
+    names = {found[1] for path in folder.iterdir() if (found := pattern.fullmatch(path.name))}
+    for name in sorted(names):
+        with suppress(OSError, FpoError), locks.held(folder / f".{name}.lock", folder):
+            sweep(folder, name)
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ OLD_NAMES = {
     "num_attention_heads": "n_head",
 }
 NO_CODE = ["*.py", "*.pyc", "*.so", "*.sh"]  # "tokenizer*" would let tokenizer_x.py in
+TWICE = ["consolidated*.safetensors"]  # Mistral's second copy of the weights, which nothing reads
 
 
 def resolve_model(spec: str | Path) -> Path:
@@ -27,20 +28,21 @@ def resolve_model(spec: str | Path) -> Path:
     path = Path(spec).expanduser()
     if (path / "config.json").is_file():
         return path
-    if path.exists() or str(spec).count("/") != 1 or str(spec).startswith((".", "/", "~")):
+    repo, _, revision = str(spec).partition("@")  # a revision may have slashes: refs/pr/3
+    if path.exists() or repo.count("/") != 1 or str(spec).startswith((".", "/", "~")):
         raise ModelError(
             f"{spec}: found no config.json there. Wanted the folder of an MLX or Hugging Face "
             "model, or a hub id such as mlx-community/SmolLM2-135M-Instruct."
         )
     from huggingface_hub import snapshot_download
 
-    repo, _, revision = str(spec).partition("@")
     try:
         return Path(
             snapshot_download(
-                repo, revision=revision or None, allow_patterns=MODEL_FILES, ignore_patterns=NO_CODE
+                repo, revision=revision or None, allow_patterns=MODEL_FILES,
+                ignore_patterns=[*NO_CODE, *TWICE],
             )
-        )
+        )  # fmt: skip
     except Exception as error:  # huggingface_hub raises a dozen unrelated classes
         why = next(iter(str(error).splitlines()), "no reason given")
         raise ModelError(

@@ -261,6 +261,17 @@ def test_a_cache_that_keeps_too_few_features_is_refused(place, tmp_path):
     assert not (tmp_path / "ref").exists()
 
 
+def test_a_cache_of_fewer_features_without_a_place_names_the_one_that_training_needs(
+    place, tmp_path
+):
+    """Training looked for a whole one and scored everything anew."""
+    (tmp_path / "c.yaml").write_text("top_k: 5\n")
+    made = run("precompute", *usual(place), "-c", tmp_path / "c.yaml", "--keep-features", 10)
+    assert made.exit_code == 0, made.stderr
+    (folder,) = re.findall(r"give it --reference (\S+)", made.stderr)
+    assert "scoring" not in train(place, tmp_path / "out", "--reference", folder).stderr
+
+
 def test_a_cache_of_the_largest_features_says_what_it_left_out_and_trains(place, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("top_k: 5\n")

@@ -145,6 +145,8 @@ def test_no_code_is_downloaded_with_a_model(monkeypatch, tmp_path):
     assert (asked["repo"], asked["revision"]) == ("owner/model", None)
     hub.resolve_model("owner/model@v2")
     assert (asked["repo"], asked["revision"]) == ("owner/model", "v2")
+    hub.resolve_model("owner/model@refs/pr/3")
+    assert (asked["repo"], asked["revision"]) == ("owner/model", "refs/pr/3")
 
     def taken(name: str) -> bool:
         allowed = any(fnmatch.fnmatch(name, p) for p in asked["allow_patterns"])
@@ -152,7 +154,8 @@ def test_no_code_is_downloaded_with_a_model(monkeypatch, tmp_path):
 
     assert taken("model.safetensors")
     assert taken("tokenizer.json")
-    for name in ("modeling.py", "tokenizer_x.py", "tokenizer.so", "a/tokenizer.py", "model.bin"):
+    names = ("modeling.py", "tokenizer_x.py", "tokenizer.so", "a/tokenizer.py", "model.bin")
+    for name in (*names, "consolidated.safetensors", "consolidated-00001-of-00002.safetensors"):
         assert not taken(name), name
 
 
@@ -193,7 +196,17 @@ def test_no_reader_of_the_package_unpickles_or_evaluates():
 
 
 def test_a_model_id_cannot_be_a_path_out_of_the_cache():
-    for spec in ("../x", "a/../b", "/etc", "~/x/y", "a\\..\\b", "a/b/c", "..", "owner/.."):
+    for spec in (
+        "../x",
+        "a/../b",
+        "/etc",
+        "~/x/y",
+        "a\\..\\b",
+        "a/b/c",
+        "..",
+        "owner/..",
+        "a/b/c@v1",
+    ):
         with pytest.raises(FpoError):
             hub.resolve_model(spec)
 

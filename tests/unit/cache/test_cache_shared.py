@@ -117,6 +117,33 @@ def test_a_killed_run_goes_on_with_any_number_of_processes(tmp_path, kill, world
     assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [(slice(1, 12), slice(0, 12)), (slice(12), slice(1, 14))]
+)
+def test_what_a_killed_run_left_of_other_pairs_is_used_where_the_groups_have_moved(
+    tmp_path, before, after
+):
+    every = sorted(make_pairs(14), key=lambda pair: (pair.tokens, pair.keys))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, every[before], 1, 2, Scorer(2))
+    left = {key for pair in (every[before][2:4] + every[before][6:8]) for key in pair.keys}
+    scorers = run_all(tmp_path, every[after], 2)  # it waited for ever
+    whole = rc.open_cache(tmp_path, IDENTITY)
+    assert not whole.missing(key for pair in every[after] for key in pair.keys)
+    again = [pair for scorer in scorers for group in scorer.groups for pair in group]
+    assert not left & {key for pair in again for key in pair.keys}
+    assert not (tmp_path / "parts").exists()
+
+
+def test_half_a_file_in_a_part_of_another_number_of_processes_goes_with_it(tmp_path):
+    pairs = make_pairs(12)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, pairs, 2, 3, Scorer(1))
+    (tmp_path / "parts" / "002-of-003" / ".tmp-999999-rows-00001.safetensors").write_bytes(b"half")
+    run(tmp_path, pairs, 0, 1)
+    assert not (tmp_path / "parts").exists()
+
+
 @pytest.mark.parametrize("adopted", [0, 1, 3])
 def test_a_kill_while_the_parts_are_joined_loses_nothing(tmp_path, monkeypatch, adopted):
     pairs = make_pairs(12)

@@ -38,7 +38,7 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path))
     folder = tmp_path / "reference"
     make(folder / "old", "aaaa1", days=40)
-    make(folder / "new", "bbbb2", rows=200, days=1)
+    make(folder / "new", "bbbb222", rows=200, days=1)
     (folder / "notes").mkdir()
     (folder / "notes" / "manifest.json").write_text('{"mine": true}')
     (folder / "link").symlink_to(folder / "old")
@@ -66,13 +66,37 @@ def test_pruning_needs_a_condition(root):
 @pytest.mark.parametrize(
     ("words", "gone"),
     [(["--older-than", 30], ["old"]), (["--older-than", 0], ["old", "new"]),
-     (["--larger-than", 0.005], ["new"]), (["--model", "bbbb"], ["new"]),
-     (["--older-than", 30, "--model", "bbbb"], [])],
+     (["--larger-than", 0.005], ["new"]), (["--model", "bbbb22"], ["new"]),
+     (["--older-than", 30, "--model", "bbbb22"], [])],
 )  # fmt: skip
 def test_every_condition_given_must_hold(root, words, gone):
     assert run("cache", "prune", *words, "--yes").exit_code == 0
     assert sorted({"old", "new"} - {p.name for p in root.iterdir()}) == sorted(gone)
     assert (root / "notes" / "manifest.json").read_text() == '{"mine": true}'
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [("", "is empty"), (" ", "is empty"), ("b", "too short")]
+)
+def test_an_empty_or_a_short_name_of_a_model_removes_nothing(root, model, said):
+    """`--model "$M"` with nothing in M named every cache."""
+    done = run("cache", "prune", "--model", model, "--yes")
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert len(rc.list_caches(root)) == 2
+
+
+def test_a_cache_that_a_run_reads_counts_as_new_from_then_on(root):
+    store = rc.open_cache(root / "old", rc.read_identity(root / "old"))
+    store.mark_used()
+    assert [round(entry.days) for entry in rc.list_caches(root)] == [1, 0]
+
+
+def test_a_shard_that_goes_while_it_is_in_use_is_told_in_words(root):
+    store = rc.open_cache(root / "old", rc.read_identity(root / "old"))
+    rc.remove(root / "old")
+    with pytest.raises(FpoError, match="removed while it was in use. Run the command again"):
+        store.get(store.keys()[0])
 
 
 def test_it_asks_and_a_dry_run_removes_nothing(root):

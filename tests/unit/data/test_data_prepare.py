@@ -9,10 +9,12 @@ import pytest
 from tiny_tokenizer import CHATML, build_tiny_tokenizer
 
 import fpo_mlx.data.prepare as prepare_module
+import fpo_mlx.data.tokenizer as tokenizer_module
 from fpo_mlx.data import Columns, token_store
 from fpo_mlx.data.prepare import KEPT_FROM, prepare
 from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import DataError
+from fpo_mlx.storage import locks
 
 ROWS = [{"prompt": f"Q{n}", "chosen": "A" * (n % 40 + 2), "rejected": "B"} for n in range(700)]
 
@@ -136,6 +138,28 @@ def test_the_longest_unused_go_first_and_the_newest_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
     token_store.prune(tmp_path, keep=tmp_path / "new", most=50)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("library", ["transformers", "tokenizers", "jinja2"])
+def test_another_version_of_who_renders_does_not_take_what_the_old_one_kept(
+    tokenizer, monkeypatch, library
+):
+    before = tokenizer.encoding_key()
+    real = tokenizer_module.version
+    monkeypatch.setattr(
+        tokenizer_module, "version", lambda name: "0" if name == library else real(name)
+    )
+    assert tokenizer.encoding_key() != before
+
+
+def test_what_killed_runs_left_goes_and_what_a_living_one_writes_stays(tmp_path):
+    (tmp_path / "new").mkdir()
+    for name in (".tmp-999999-dead", ".tmp-999998-alive"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokens.i32").write_bytes(bytes(8))
+    with locks.held(tmp_path / ".alive.lock", tmp_path):
+        token_store.prune(tmp_path, keep=tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-999998-alive", "new"]
 
 
 def test_rows_that_a_check_reads_are_kept_as_prepare_keeps_them(tmp_path, tokenizer, counted):

@@ -47,6 +47,16 @@ def test_processes_are_asked_once_where_the_cache_is_of_another_model(job, tmp_p
         asked(job, PAIRS)[1]()
 
 
+def test_a_cache_of_another_model_that_lacks_rows_is_refused_with_their_number(job, tmp_path):
+    """It said that the cache was made for something else, though a whole one is taken."""
+    filled(tmp_path / "ref", PAIRS[:-2], identity=replace(IDENTITY, model="other"))
+    keys = {key for pair in PAIRS for key in pair.keys}
+    lacking = len(keys - {key for pair in PAIRS[:-2] for key in pair.keys})
+    said = f"of another model \\(other\\) and lacks {lacking} of {len(keys)} responses"
+    with pytest.raises(CacheMismatch, match=said):
+        asked(job, PAIRS, other_weights=True)[1]()
+
+
 def test_a_process_that_has_all_rows_scores_with_the_others_when_one_lacks_some(
     job, tmp_path, monkeypatch
 ):

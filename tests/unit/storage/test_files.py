@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +58,53 @@ def test_any_other_trouble_with_a_lock_stays_what_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(locks.fcntl, "flock", refuse)
     with pytest.raises(OSError, match="broken disk"), locks.held(tmp_path / "l", tmp_path):
         pass
+
+
+@pytest.fixture
+def no_swap(monkeypatch):
+    """A disk that cannot exchange two names, as exFAT and network disks."""
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+
+
+def older(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("old")
+    return folder
+
+
+def test_a_folder_that_could_not_be_replaced_is_back_under_its_name(tmp_path, monkeypatch, no_swap):
+    folder, real = older(tmp_path), os.replace
+
+    def failing(source, target):
+        if Path(target) == folder and ".old" not in Path(source).name:
+            raise OSError(errno.ENOSPC, "full")
+        real(source, target)
+
+    monkeypatch.setattr(files.os, "replace", failing)
+    with (
+        pytest.raises(FpoError, match="What was there is untouched"),
+        files.atomic_folder(folder) as work,
+    ):
+        (work / "config.json").write_text("new")
+    assert (folder / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_a_killed_writer_had_moved_aside_comes_back(tmp_path, monkeypatch, no_swap):
+    folder, real = older(tmp_path), os.replace
+
+    def dying(source, target):
+        if Path(target) == folder:
+            raise KeyboardInterrupt  # as a kill would: nothing is put back
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt), files.atomic_folder(folder):
+            pass
+    assert not folder.exists()
+    with pytest.raises(RuntimeError), files.atomic_folder(folder):
+        raise RuntimeError
+    assert (folder / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
