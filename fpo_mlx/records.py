@@ -139,12 +139,9 @@ class SparseFeatures:
     values: np.ndarray  # float32 [nnz]
 
     @staticmethod
-    def from_dense(dense: np.ndarray, keep: int | None = None) -> SparseFeatures:
-        """Every non-zero of dense [F], or the `keep` largest in magnitude."""
+    def from_dense(dense: np.ndarray) -> SparseFeatures:
+        """Every non-zero of dense [F]."""
         indices = np.flatnonzero(dense)
-        if keep is not None and len(indices) > keep:
-            largest = np.argsort(-np.abs(dense[indices]), kind="stable")[:keep]
-            indices = np.sort(indices[largest])
         return SparseFeatures(indices.astype(np.int32), dense[indices].astype(np.float32))
 
     def to_dense(self, n_features: int) -> np.ndarray:

@@ -37,6 +37,7 @@ at all (written as .tmp-*, synced, renamed). `writer.lock` is held while a proce
 from fpo_mlx.cache.fill import SHARD_PAIRS, FillReport, fill, plan
 from fpo_mlx.cache.housekeeping import Entry, list_caches, remove, select
 from fpo_mlx.cache.identity import CacheIdentity, Provenance
+from fpo_mlx.cache.shards import keep_largest
 from fpo_mlx.cache.shared import fill_shared
 from fpo_mlx.cache.store import ReferenceCache, open_cache, read_identity
 from fpo_mlx.cache.tools import (
@@ -65,6 +66,7 @@ __all__ = [
     "fill",
     "fill_shared",
     "info",
+    "keep_largest",
     "list_caches",
     "merge",
     "open_cache",

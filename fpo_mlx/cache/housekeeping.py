@@ -58,8 +58,7 @@ def entry_of(folder: Path) -> Entry:
 
 def _writer(folder: Path) -> str | None:
     """Who writes the cache, or one of its parts."""
-    places = [folder, *(folder / PARTS).glob("*")]
-    return next((owner for place in places if (owner := locks.owner(place / LOCK))), None)
+    return locks.owner(folder / LOCK) or _writer_of_parts(folder)
 
 
 def select(

@@ -13,7 +13,7 @@ from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pipeline.job import Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.store import as_kept, open_engine
-from fpo_mlx.records import PairScore, ResponseScore, SparseFeatures, TokenPair
+from fpo_mlx.records import PairScore, ResponseScore, TokenPair
 from fpo_mlx.reference import weights
 from fpo_mlx.storage import paths
 from fpo_mlx.storage.outputs import refuse_inputs
@@ -77,13 +77,8 @@ def cache_verify(
 
 def _kept(score: ResponseScore, keep: int | None) -> ResponseScore:
     """The score as a cache that keeps so many features would hold it."""
-    if keep is None:
-        return score
-    features = []
-    for pooled in score.features:
-        short = SparseFeatures.from_dense(pooled.values, keep)  # positions within the non-zeros
-        features.append(SparseFeatures(pooled.indices[short.indices], short.values))
-    return replace(score, features=tuple(features))
+    features = tuple(cache.keep_largest(pooled, keep)[0] for pooled in score.features)
+    return replace(score, features=features)
 
 
 def cache_merge(parts: Sequence[Path], output: Path) -> MergeReport:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from fpo_mlx.errors import ModelError
 from fpo_mlx.storage import files
+from fpo_mlx.storage.tensors import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -229,15 +229,8 @@ def _is_of(pattern: str, path: str) -> bool:
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """Names and shapes of a safetensors file; no tensor is read. Raises: ModelError."""
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = files.parse_json(file.read(min(length, 1 << 28)))
-        return {
-            name: [int(n) for n in entry["shape"]]
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        return {name: list(one.shape) for name, one in read_header(path).tensors.items()}
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as safetensors: {error}") from error
 
 
