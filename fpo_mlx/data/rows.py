@@ -153,9 +153,7 @@ def _from_texts(
             "which need one",
         )
     if isinstance(prompt, str) and _is_transcript(prompt):
-        turns = _transcript(prompt, columns.prompt)
-        if turns[-1] == {"role": "assistant", "content": ""}:
-            turns = turns[:-1]  # "…\n\nAssistant:" waits for the answer
+        turns = _spoken(_transcript(prompt, columns.prompt))
         chosen, rejected = chosen.strip(), rejected.strip()
     else:
         turns = _prompt_turns(prompt, columns.prompt)
@@ -214,7 +212,7 @@ def _check_prompt_fits(prompt: Any, begin: Turns, columns: Columns) -> None:
         text = _squeeze(prompt)
         fits = any(text == one for one in said) or text in _squeeze(" ".join(said))
     else:
-        spoken = tuple(turn for turn in turns if turn["content"])
+        spoken = _spoken(turns)
         fits = begin[: len(spoken)] == spoken or begin[-len(spoken) :] == spoken
     if not fits:
         raise RowFault(
@@ -222,6 +220,11 @@ def _check_prompt_fits(prompt: Any, begin: Turns, columns: Columns) -> None:
             f"{columns.prompt} is not in the conversations of {columns.chosen} and "
             f"{columns.rejected}: {_short(prompt)} against {_short(begin[-1]['content'])}",
         )
+
+
+def _spoken(turns: Turns) -> Turns:
+    """Without a last "Assistant:" of a transcript, which waits for the answer."""
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def _prompt_turns(prompt: Any, name: str) -> Turns:

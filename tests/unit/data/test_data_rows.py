@@ -159,6 +159,14 @@ def test_a_shared_tool_call_belongs_to_both_answers():
     assert (row.chosen, row.rejected) == ((bot("Noon."),), (bot("Late."),))
 
 
+@pytest.mark.parametrize("result", [RESULT, {**RESULT, "content": ""}])
+def test_a_prompt_that_ends_with_a_tool_may_stand_beside_whole_conversations(result):
+    begin = [user("Time?"), {**CALL, "content": None}, result]
+    row = parse_row({"prompt": begin, "chosen": [*begin, *GOOD], "rejected": [*begin, *BAD]})
+    assert row.prompt == (user("Time?"), CALL, result)
+    assert (row.chosen, row.rejected) == (GOOD, BAD)
+
+
 def test_an_answer_of_several_turns_is_refused_for_the_words_that_are_not_the_models():
     tail = [CALL, RESULT, bot("Noon.")], [CALL, {**RESULT, "content": "?"}, bot("Late.")]
     with pytest.raises(RowFault, match=r"chosen has 3 turns .*the tool's words") as caught:
