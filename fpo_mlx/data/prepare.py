@@ -27,8 +27,8 @@ from fpo_mlx.data.messages import RowFault
 from fpo_mlx.data.read import AUTO_SPLITS, HubSplits, content_key, iterate_raw
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns
 from fpo_mlx.data.token_store import Stored
-from fpo_mlx.data.tokenize import PrefixFault, Tokenizer, gathered
-from fpo_mlx.errors import DataError, FpoError
+from fpo_mlx.data.tokenize import Tokenizer, refusal
+from fpo_mlx.errors import FpoError
 from fpo_mlx.records import TokenPair
 from fpo_mlx.storage import files
 
@@ -168,7 +168,7 @@ def _made(
         if progress is not None:
             progress(found.done)
     if found.faults:
-        raise _refusal(found.faults, found.done, f"{source} ({split})")
+        raise refusal(f"{source} ({split})", found.faults, found.done)
     return found.made()
 
 
@@ -205,13 +205,3 @@ class _Gathered:
         findings = [*self._findings, *repeats(self._split, self._known)]
         findings += length_bias(self._split, [row.lengths for row in self._known])
         return _Made(self.places, [row.topic for row in self._known], tuple(by_kind(findings)))
-
-
-def _refusal(faults: list[tuple[str, RowFault]], rows: int, source: str) -> DataError:
-    if any(isinstance(fault, PrefixFault) for _, fault in faults):
-        return gathered(faults, rows)
-    return DataError(
-        f"{source}: {len(faults)} of {rows} rows cannot be used. Mend them, or let "
-        "`fpo-mlx check --fix OUT` write the data without them:",
-        [f"{where}: {fault}" for where, fault in faults],
-    )

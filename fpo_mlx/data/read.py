@@ -13,6 +13,7 @@ from typing import Any
 from fpo_mlx.data.containers import FORMATS, RawRow, digest, file_rows, stem
 from fpo_mlx.data.messages import RowFault
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, PreferenceRow, parse_row
+from fpo_mlx.data.tokenize import refusal
 from fpo_mlx.errors import ConfigError, DataError, FpoError
 from fpo_mlx.records import PAIRS_FILE
 from fpo_mlx.storage.files import listed
@@ -70,18 +71,15 @@ def parse_rows(
     raw: Iterable[RawRow], source: str, columns: Columns = DEFAULT_COLUMNS
 ) -> list[PreferenceRow]:
     """Raw rows to records, or one DataError that names every row that cannot be used."""
-    rows, faults = [], []
+    rows: list[PreferenceRow] = []
+    faults: list[tuple[str, RowFault]] = []
     for item in raw:
         try:
             rows.append(parse_raw(item, columns))
         except RowFault as fault:
-            faults.append(f"{item.where}: {fault}")
+            faults.append((item.where, fault))
     if faults:
-        raise DataError(
-            f"{source}: {len(faults)} of {len(rows) + len(faults)} rows cannot be used. Mend them, "
-            "or let `fpo-mlx check --fix OUT` write the data without them:",
-            faults,
-        )
+        raise refusal(source, faults, len(rows) + len(faults))
     return rows
 
 

@@ -129,12 +129,18 @@ def _answers(record: Mapping, columns: Columns) -> tuple[Any, Any]:
 
 def _parted(prompt: Turns, chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
     """Turns that both answers begin with belong to the prompt: there is no preference in them."""
+    shared = _shared(chosen, rejected)
+    return (*prompt, *chosen[:shared]), chosen[shared:], rejected[shared:]
+
+
+def _shared(chosen: Turns, rejected: Turns) -> int:
+    """How many turns both begin with, up to the last word of the user or a tool among them."""
     shared = 0
-    while shared + 1 < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     while shared and chosen[shared - 1]["role"] == "assistant":
         shared -= 1
-    return (*prompt, *chosen[:shared]), chosen[shared:], rejected[shared:]
+    return shared
 
 
 def _from_texts(
@@ -183,21 +189,15 @@ def _shared_beginning(
     prompt: Any, chosen: Turns, rejected: Turns, columns: Columns
 ) -> tuple[Turns, Turns, Turns]:
     """Split two whole conversations where they part."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == len(chosen) == len(rejected):
+    if chosen == rejected:
         raise RowFault("same response", "chosen and rejected are the same conversation")
+    shared = _shared(chosen, rejected)
     if shared == 0:
         raise RowFault(
             "no shared prompt",
             "the conversations in chosen and rejected differ from their first message on, so they "
             "answer different prompts",
         )
-    # an assistant turn that both share just before they part (tool use) belongs to the prompt's
-    # side only if the user or a tool spoke last
-    while shared > 1 and chosen[shared - 1]["role"] == "assistant":
-        shared -= 1
     begin = chosen[:shared]
     if prompt is not None:
         _check_prompt_fits(prompt, begin, columns)

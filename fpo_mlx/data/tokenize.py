@@ -337,6 +337,17 @@ def _response(
     return list(whole[len(prompt) :])
 
 
+def refusal(source: str, faults: list[tuple[str, RowFault]], rows: int) -> DataError:
+    """What is said of a source some of whose rows cannot be used: all of them are named."""
+    if any(isinstance(fault, PrefixFault) for _, fault in faults):
+        return gathered(faults, rows)
+    return DataError(
+        f"{source}: {len(faults)} of {rows} rows cannot be used. Mend them, or let "
+        "`fpo-mlx check --fix OUT` write the data without them:",
+        [f"{where}: {fault}" for where, fault in faults],
+    )
+
+
 def gathered(faults: list[tuple[str, RowFault]], rows: int) -> DataError:
     """One error for all rows; both texts are shown for the first broken prefix."""
     lines = [f"{where}: {fault}" for where, fault in faults]
