@@ -19,7 +19,7 @@ SCORES = (
     ("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating"),
     ("rating_chosen", "rating_rejected"),
 )  # fmt: skip
-_MEDIA = ("images", "videos", "audios")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _TIES = ("tie", "tie (bothbad)", "bothbad", "both_bad", "both bad", "draw", "equal")
 
 
@@ -57,9 +57,10 @@ _DUELS: tuple[tuple[str, str, str, Callable[[Any], int | None]], ...] = (
 
 def as_pair(record: Mapping, columns: Any) -> Mapping:
     """The record with its parts under the names of `columns`. Raises RowFault."""
-    media = next((name for name in _MEDIA if record.get(name)), None)
+    media = next((name for name in _MEDIA if name in record and _holds(record[name])), None)
     if media is not None:
-        raise RowFault("wrong type", f"the row has {media}; only texts can be trained on here")
+        what = f"the row has {media}; only texts can be trained on here"
+        raise RowFault("wrong type", f"{what}. Take the column out if the texts do without it")
     if record.get(columns.chosen) is not None or record.get(columns.rejected) is not None:
         return record
     if "preferred_output" in record and "non_preferred_output" in record:
@@ -76,6 +77,17 @@ def as_pair(record: Mapping, columns: Any) -> Mapping:
         return _scored(record, columns)
     _refuse_single(record)
     return record
+
+
+def _holds(value: Any) -> bool:
+    """Whether a column of media holds any: a table writes an object of nulls where it has none."""
+    if isinstance(value, Mapping):
+        return any(map(_holds, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds, value))
+    if isinstance(value, str | int | float | None):
+        return bool(value) and value == value
+    return True  # whatever `datasets` made of it
 
 
 def _openai(record: Mapping, columns: Any) -> Mapping:

@@ -106,6 +106,10 @@ REFUSED = {
     "four answers": ({"prompt": "Q", "responses": list("abcd"), "scores": [1, 2, 3, 4]},
                      "wrong type", "4 responses"),
     "images": ({**PAIR, "images": ["a.png"]}, "wrong type", "the row has images"),
+    "an image": ({**PAIR, "image": {"bytes": b"PNG", "path": None}}, "wrong type",
+                 "the row has image"),
+    "a video": ({**PAIR, "video": "a.mp4"}, "wrong type", "the row has video"),
+    "a sound": ({**PAIR, "audio": object()}, "wrong type", "the row has audio"),
     "a broken list": ({**PAIR, "prompt": "[{'role': 'user', 'content': 'a"}, "wrong type",
                       "neither JSON nor Python"),
     "a text around messages": (
@@ -140,6 +144,13 @@ def test_what_is_no_pair_is_refused_for_what_it_is(name):
 )  # fmt: skip
 def test_ordinary_text_is_never_taken_for_messages(text):
     assert conversation_in(text, "chosen") is None
+
+
+@pytest.mark.parametrize(
+    "nothing", [None, "", [], float("nan"), {"bytes": None, "path": None}, [{"bytes": None}]]
+)
+def test_a_column_for_an_image_that_holds_none_does_no_harm(nothing):
+    assert parse_row({**PAIR, "image": nothing, "images": nothing}) == parse_row(PAIR)
 
 
 @settings(max_examples=60)
