@@ -25,6 +25,7 @@ LEVELS: dict[str, str] = {
     "role order": "refused",
     "no preference": "refused",
     "no shared prompt": "refused",
+    "two prompts": "refused",
     "same response": "refused",
     "broken text": "refused",
     "template": "refused",

@@ -6,12 +6,12 @@ Each is taken only where its meaning is plain: who won is written in the row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fpo_mlx.data.messages import RowFault, from_json, kind, short
+from fpo_mlx.data.messages import RowFault, from_json, kind, role_of, short, squeezed
 
-# columns that hold the prompt where there is no `prompt`, the first that is filled wins
+# columns that hold the prompt where there is no `prompt`: the first that is filled
 PROMPTS = ("instruction", "question", "query", "messages", "conversations", "conversation",
            "context")  # fmt: skip
 SCORES = (
@@ -81,13 +81,22 @@ def as_pair(record: Mapping, columns: Any) -> Mapping:
 
 def _holds(value: Any) -> bool:
     """Whether a column of media holds any: a table writes an object of nulls where it has none."""
-    if isinstance(value, Mapping):
-        return any(map(_holds, value.values()))
-    if isinstance(value, list):
-        return any(map(_holds, value))
-    if isinstance(value, str | int | float | None):
-        return bool(value) and value == value
-    return True  # whatever `datasets` made of it
+    plain = (str, int, float, type(None))  # anything else is what `datasets` made of media
+    return any(not isinstance(one, plain) or (one and one == one) for one in _parts(value))
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """What lists and objects hold, however deep: of a message what it says, of a part no type."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, Mapping):
+            said = [key for key in ("content", "value") if key in one]
+            left += [one[key] for key in said or one if key != "type"]
+        elif isinstance(one, list):
+            left += reversed(one)
+        else:
+            yield one
 
 
 def _openai(record: Mapping, columns: Any) -> Mapping:
@@ -167,14 +176,44 @@ def _refuse_single(record: Mapping) -> None:
 
 
 def prompt_of(record: Mapping, columns: Any) -> Any:
-    """The prompt column, or where it is absent one of those that other sets keep it in."""
+    """The prompt column, or where it is absent one of those that other sets keep it in.
+
+    Raises RowFault where another of them holds words that would be left out.
+    """
     given = record.get(columns.prompt)
     if filled(given) or columns.prompt != "prompt":
         return given
-    name = next((name for name in PROMPTS if filled(record.get(name))), None)
-    if name != "instruction":
-        return record.get(name) if name else given
-    return _alpaca(record)
+    names = [name for name in PROMPTS if filled(record.get(name))]
+    if not names:
+        return given
+    prompt = _alpaca(record) if names[0] == "instruction" else record[names[0]]
+    if len(names) > 1:
+        _check_others(record, columns, names, prompt)
+    return prompt
+
+
+def _check_others(record: Mapping, columns: Any, names: Sequence[str], prompt: Any) -> None:
+    """Raises RowFault where one of `names` but the first has words that are nowhere else."""
+    beside = (record.get(name) for name in (columns.system, columns.chosen, columns.rejected))
+    read = squeezed(" ".join(_words([prompt, *beside])))
+    for name in names[1:]:
+        if any(squeezed(text) not in read for text in _words(_without_answer(record[name]))):
+            raise RowFault(
+                "two prompts",
+                f"{names[0]} and {name} differ, and {names[0]} alone would be the prompt. Write "
+                "both into one column `prompt`, or name the one that is it (--prompt-feature)",
+            )
+
+
+def _words(value: Any) -> list[str]:
+    return [one for one in _parts(value) if isinstance(one, str)]
+
+
+def _without_answer(value: Any) -> Any:
+    """Messages without a last one of the assistant, which is an answer and no prompt."""
+    last = value[-1] if isinstance(value, list) else None
+    answers = isinstance(last, Mapping) and role_of(last) == "assistant"
+    return value[:-1] if answers else value
 
 
 def _alpaca(record: Mapping) -> Any:

@@ -112,11 +112,11 @@ def _is_conversation(items: Any) -> bool:
     return (
         isinstance(items, list)
         and bool(items)
-        and all(isinstance(item, Mapping) and _role(item) is not None for item in items)
+        and all(isinstance(item, Mapping) and role_of(item) is not None for item in items)
     )
 
 
-def _role(item: Mapping) -> str | None:
+def role_of(item: Mapping) -> str | None:
     """The role of a message under our names, or None."""
     role = item.get("role", item.get("from"))
     if not isinstance(role, str):
@@ -135,7 +135,7 @@ def _one(item: object, name: str) -> Message | None:
     if given is None:
         keys = ", ".join(map(str, item)) or "none"
         raise RowFault("missing field", f"{name} has no role (its keys: {short(keys)})")
-    role = _role({"role": given})
+    role = role_of({"role": given})
     if role is None:
         wanted = ", ".join(ROLES)
         raise RowFault("role order", f"{name} has the role {short(given)}, wanted one of {wanted}")
@@ -248,3 +248,8 @@ def kind(value: object) -> str:
 def short(value: object, most: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def squeezed(text: str) -> str:
+    """A text whose white space is one space each: what two texts are compared by."""
+    return " ".join(text.split())

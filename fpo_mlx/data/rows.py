@@ -25,6 +25,7 @@ from fpo_mlx.data.messages import (
     check_encodable,
     conversation_in,
     from_json,
+    squeezed,
     without_nulls,
 )
 from fpo_mlx.data.messages import kind as _kind
@@ -208,9 +209,9 @@ def _check_prompt_fits(prompt: Any, begin: Turns, columns: Columns) -> None:
     """A prompt column beside whole conversations must say what they say."""
     turns = _prompt_turns(prompt, columns.prompt)
     if isinstance(prompt, str) and not _is_transcript(prompt):
-        said = [_squeeze(turn["content"]) for turn in begin]
-        text = _squeeze(prompt)
-        fits = any(text == one for one in said) or text in _squeeze(" ".join(said))
+        said = [squeezed(turn["content"]) for turn in begin]
+        text = squeezed(prompt)
+        fits = any(text == one for one in said) or text in squeezed(" ".join(said))
     else:
         spoken = _spoken(turns)
         fits = begin[: len(spoken)] == spoken or begin[-len(spoken) :] == spoken
@@ -384,7 +385,3 @@ def _column(record: Mapping, name: str) -> Any:
     if value == "" or value == []:
         raise RowFault("empty field", f"{name} is empty")
     return value
-
-
-def _squeeze(text: str) -> str:
-    return " ".join(text.split())

@@ -43,6 +43,7 @@ CASES: dict[str, list[Any]] = {
         {"prompt": "R?", "response_1": "No.", "response_2": "Yes.", "preference_strength": 0}
     ],
     "no shared prompt": [{"chosen": [ASK, TELL], "rejected": [{**ASK, "content": "R?"}, TELL]}],
+    "two prompts": [{"question": "R?", "context": "A story.", "chosen": "Yes.", "rejected": "No."}],
     "same response": [{**GOOD, "rejected": "Yes."}],
     "broken text": [{**GOOD, "chosen": "half \ud83d of a pair"}],
     "template": [{**GOOD, "prompt": "R?"}],

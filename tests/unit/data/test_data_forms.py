@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpo_mlx.data import parse_row
+from fpo_mlx.data import Columns, parse_row
 from fpo_mlx.data.messages import RowFault, conversation_in, tool_calls
 
 PAIR = {"prompt": "Say yes.", "chosen": "Yes.", "rejected": "No."}
@@ -91,6 +91,53 @@ def test_alpacas_input_and_history_are_part_of_the_prompt():
     row = parse_row({"instruction": "Translate.", "input": "Ja", "chosen": "Yes", "rejected": "No",
                      "history": [["Hi", "Hello."]]})  # fmt: skip
     assert row.prompt == (user("Hi"), bot("Hello."), user("Translate.\nJa"))
+
+
+ASKED = {"question": "Say yes.", "chosen": "Yes.", "rejected": "No."}
+PROMPT_TWICE = {
+    "the same words": {"context": "Say  yes.\n"},
+    "as messages": {"messages": [user("Say yes.")]},
+    "as messages with the answer": {"messages": [user("Say yes."), bot("Yes.")]},
+    "as messages, another answer": {"conversations": [HUMAN, {"from": "gpt", "value": "Maybe"}]},
+    "with the system column's text": {"messages": [{"role": "system", "content": "Be brief."},
+                                                   user("Say yes.")], "system": "Be brief."},
+    "a part of it": {"query": "yes."},
+    "nothing": {"context": "", "query": None, "messages": [], "conversation": float("nan")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROMPT_TWICE)
+def test_a_prompt_that_stands_in_two_columns_is_read_once(name):
+    row = parse_row({**ASKED, **PROMPT_TWICE[name]})
+    assert row.prompt[-1] == user("Say yes.")
+    assert row.chosen == (bot("Yes."),)
+
+
+PASSAGE = "Paris has two million people."
+TWO_PROMPTS = {
+    "a passage beside its question": ({**ASKED, "context": PASSAGE}, "question and context"),
+    "a passage in parts": ({**ASKED, "context": {"title": ["Paris"], "text": [PASSAGE]}},
+                           "question and context"),
+    "Dolly": ({"instruction": "Say yes.", "context": PASSAGE, "chosen": "Yes.", "rejected": "No."},
+              "instruction and context"),
+    "the turns before it": ({"query": "Say yes.", "conversation": [user("Hi"), bot("Hello")],
+                             "chosen": [bot("Yes.")], "rejected": [bot("No.")]},
+                            "query and conversation"),
+    "a system message": ({**ASKED, "messages": json.dumps([{"role": "system", "content": "Brief!"},
+                                                           user("Say yes.")])},
+                         "question and messages"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWO_PROMPTS)
+def test_words_of_a_second_prompt_column_are_never_left_out_in_silence(name):
+    record, said = TWO_PROMPTS[name]
+    with pytest.raises(RowFault, match=f"{said} .*--prompt-feature") as caught:
+        parse_row(record)
+    assert caught.value.kind == "two prompts"
+    first = said.split()[0]
+    assert parse_row(record, Columns(prompt=first)).prompt == (user("Say yes."),)
+    assert parse_row({**record, "prompt": "Say yes."}).prompt == (user("Say yes."),)
 
 
 REFUSED = {
