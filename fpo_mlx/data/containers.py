@@ -294,15 +294,15 @@ def _csv_rows(path: Path, lines: _Lines, *, tabs: bool) -> Iterator[RawRow]:
     text, skipped = (text[told.end() :], 1) if told else (text, 0)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     names: list[str] | None = None
-    index = 0
+    index, begin = 0, 1 + skipped
     try:
         for fields in reader:
+            where, begin = f"{path.name}:{begin}", reader.line_num + 1 + skipped
             if not any(field.strip() for field in fields):
                 continue
             if names is None:
                 names = _column_names(path, fields)
                 continue
-            where = f"{path.name}:{reader.line_num + skipped}"
             if len(fields) == len(names):
                 yield RawRow(dict(zip(names, fields, strict=True)), where, index)
             else:
@@ -310,8 +310,9 @@ def _csv_rows(path: Path, lines: _Lines, *, tabs: bool) -> Iterator[RawRow]:
                 yield RawRow(None, where, index, what)
             index += 1
     except csv.Error as error:
-        at = reader.line_num + skipped
-        raise DataError(f"{path}: no CSV at line {at}: {error}.") from error
+        last = reader.line_num + skipped
+        place = f"at line {begin}" if begin == last else f"from line {begin} to line {last}"
+        raise DataError(f"{path}: no CSV {place}: {error}.") from error
 
 
 def _mark(text: str) -> str:

@@ -99,6 +99,8 @@ REFUSED = {
     "bad.parquet": (b"PAR1 no more than this", "cannot be read as a table"),
     "latin.csv": ("prompt,chosen\né,b".encode("latin-1"), "is not UTF-8"),
     "latin.json": (f"[\n{LINES.replace('}', '},')}]".encode("latin-1"), r"is not UTF-8 \(line 2\)"),
+    "open.csv": (b'prompt,chosen\nQ,A\n\nQ,"A\nand\nso on\n', "no CSV from line 4 to line 6"),
+    "shut.csv": (b'prompt,chosen\nQ,"A"B\n', "no CSV at line 2"),
     "twice.csv": (b"prompt,chosen,rejected,chosen\nQ,A,B,C", "two columns are called 'chosen'"),
 }  # fmt: skip
 
@@ -117,6 +119,15 @@ def test_a_csv_row_of_another_width_is_a_fault_of_that_row(tmp_path):
     good, bad = read_raw(tmp_path / "a.csv", "train")
     assert good.fault == ""
     assert bad.fault == "2 fields, but the first line names 3 columns"
+
+
+@pytest.mark.parametrize("first", ["", "sep=,\n"])
+def test_a_csv_row_over_several_lines_is_named_by_its_first(tmp_path, first):
+    (tmp_path / "a.csv").write_text(f'{first}prompt,chosen\n"Q\n\nR",A\n\n"Q\nR"\nQ,B\n')
+    rows = read_raw(tmp_path / "a.csv", "train")
+    lines = [2, 6, 8] if not first else [3, 7, 9]
+    assert [row.where for row in rows] == [f"a.csv:{line}" for line in lines]
+    assert rows[1].fault
 
 
 def test_the_numbers_of_a_csv_count_and_a_word_among_them_is_refused_with_its_line(tmp_path):
