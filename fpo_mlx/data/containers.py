@@ -66,27 +66,39 @@ def file_rows(path: Path) -> Iterator[RawRow]:
 
     Raises DataError (a file that is none of the known ones) and FpoError (no such file).
     """
-    with _opened(path) as (head, stream):
+    with _opened(path) as (head, stream, packed):
         if head.startswith(b"PAR1"):
-            yield from _table_rows(path, _parquet)
-        elif path.suffix.lower() == ".arrow" or head.startswith(b"ARROW1"):
-            yield from _table_rows(path, _arrow)
+            batches = _parquet
+        elif head.startswith(b"ARROW1") or _form(path) == "arrow":
+            batches = _arrow
         else:
-            yield from _text_rows(path, stream)
+            yield from _text_rows(path, head, stream)
+            return
+        yield from _table_rows(path, batches, head + stream.read() if packed else None)
+
+
+def _form(path: Path) -> str:
+    """What a file's name says of its format; "" where it says nothing."""
+    match = _NAME.fullmatch(path.name)
+    return match.group(2).lower() if match else ""
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[bytes, IO[bytes]]]:
-    """A file's first bytes, and what it holds, unpacked. Raises: as `file_rows`."""
+def _opened(path: Path) -> Iterator[tuple[bytes, IO[bytes], bool]]:
+    """What a file holds, unpacked: its first bytes, the others, and whether it was packed.
+
+    Raises: as `file_rows`.
+    """
     try:
         with path.open("rb") as file:
-            head = file.read(_PEEK)
-        for magic, what in _REFUSED.items():
-            if head.startswith(magic):
-                raise DataError(f"{path} is {what}. Wanted JSON lines, JSON, CSV or Parquet.")
-        unpack = next((u for magic, u in _UNPACK.items() if head.startswith(magic)), None)
+            magic = file.read(_PEEK)
+        unpack = next((u for mark, u in _UNPACK.items() if magic.startswith(mark)), None)
         with unpack(path) if unpack else path.open("rb") as stream:
-            yield head, stream
+            head = stream.read(_PEEK)
+            for mark, what in _REFUSED.items():
+                if head.startswith(mark):
+                    raise DataError(f"{path} is {what}. Wanted JSON lines, JSON, CSV or Parquet.")
+            yield head, stream, unpack is not None
     except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path}: the packed file is damaged: {error}. Copy it again.") from error
     except OSError as error:
@@ -101,8 +113,8 @@ def text_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
     Raises: as `file_rows`.
     """
-    with _opened(path) as (_, stream):
-        yield from enumerate(_utf8(path, stream), start=1)
+    with _opened(path) as (head, stream, _):
+        yield from enumerate(_utf8(path, head, stream), start=1)
 
 
 def digest(path: Path) -> str:
@@ -123,19 +135,16 @@ def _zstd(path: Path) -> Any:
     return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
 
 
-def _text_rows(path: Path, stream: IO[bytes]) -> Iterator[RawRow]:
-    lines = _utf8(path, stream)
-    match = _NAME.fullmatch(path.name)
-    form = match.group(2).lower() if match else ""
+def _text_rows(path: Path, head: bytes, stream: IO[bytes]) -> Iterator[RawRow]:
+    lines, form = _utf8(path, head, stream), _form(path)
     if form in ("csv", "tsv"):
         yield from _csv_rows(path, lines, tabs=form == "tsv")
     else:
         yield from _json_rows(path, lines)
 
 
-def _utf8(path: Path, stream: IO[bytes]) -> _Lines:
+def _utf8(path: Path, head: bytes, stream: IO[bytes]) -> _Lines:
     """The lines of a text file, brought to UTF-8."""
-    head = stream.read(_PEEK)
     encoding = _encoding(head)
     if encoding == "utf-8":
         return _Lines(head.removeprefix(codecs.BOM_UTF8), stream)
@@ -336,36 +345,44 @@ def _column_names(path: Path, fields: list[str]) -> list[str]:
     return names
 
 
-def _table_rows(path: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterator[RawRow]:
+def _table_rows(
+    path: Path, batches: Callable[[Any], Iterator[Any]], unpacked: bytes | None
+) -> Iterator[RawRow]:
+    """unpacked: the table of a packed file, in memory; None for one that is read where it lies."""
     import pyarrow
 
     index = 0
     try:
-        for batch in batches(path):
-            for record in batch.to_pylist():
-                yield RawRow(record, f"{path.name}:{index + 1}", index)
-                index += 1
+        with _table(path, unpacked) as source:
+            for batch in batches(source):
+                for record in batch.to_pylist():
+                    yield RawRow(record, f"{path.name}:{index + 1}", index)
+                    index += 1
     except pyarrow.ArrowException as error:
         first = str(error).strip().splitlines()[0][:200]
         raise DataError(f"{path} cannot be read as a table: {first}. Copy it again.") from error
 
 
-def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        yield from file.iter_batches(batch_size=_BATCH)
-
-
-def _arrow(path: Path) -> Iterator[Any]:
+def _table(path: Path, unpacked: bytes | None) -> Any:
     import pyarrow
 
-    with pyarrow.memory_map(str(path)) as source:
-        head = source.read(6)
-        source.seek(0)
-        if head == b"ARROW1":
-            table = pyarrow.ipc.open_file(source)
-            for at in range(table.num_record_batches):
-                yield table.get_batch(at)
-        else:
-            yield from pyarrow.ipc.open_stream(source)
+    return pyarrow.memory_map(str(path)) if unpacked is None else pyarrow.BufferReader(unpacked)
+
+
+def _parquet(source: Any) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    yield from pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=_BATCH)
+
+
+def _arrow(source: Any) -> Iterator[Any]:
+    import pyarrow
+
+    head = source.read(6)
+    source.seek(0)
+    if head == b"ARROW1":
+        table = pyarrow.ipc.open_file(source)
+        for at in range(table.num_record_batches):
+            yield table.get_batch(at)
+    else:
+        yield from pyarrow.ipc.open_stream(source)

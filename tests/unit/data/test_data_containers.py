@@ -41,11 +41,28 @@ def arrow(path):
         sink.write_table(table(ROWS))
 
 
-def zstd(path):
+def arrow_file(path):
     import pyarrow
 
-    with pyarrow.CompressedOutputStream(str(path), "zstd") as out:
-        out.write(LINES.encode())
+    with pyarrow.ipc.new_file(str(path), table(ROWS).schema) as sink:
+        sink.write_table(table(ROWS))
+
+
+def zstd(content):
+    import pyarrow
+
+    out = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(out, "zstd") as sink:
+        sink.write(content)
+    return out.getvalue().to_pybytes()
+
+
+def packed(make, pack):
+    def packs(path):
+        make(path)
+        path.write_bytes(pack(path.read_bytes()))
+
+    return packs
 
 
 def write(content):
@@ -74,9 +91,16 @@ FILES = {
     "a.jsonl.bz2": write(bz2.compress(LINES.encode())),
     "a.jsonl.xz": write(lzma.compress(LINES.encode())),
     "a.csv.gz": write(gzip.compress(as_csv().encode())),
-    "a.jsonl.zst": zstd,
+    "a.jsonl.zst": write(zstd(LINES.encode())),
     "a.parquet": parquet,
     "a.arrow": arrow,
+    "a_file.arrow": arrow_file,
+    "misnamed.arrow": parquet,
+    "a.parquet.gz": packed(parquet, gzip.compress),
+    "a.parquet.zst": packed(parquet, zstd),
+    "misnamed.json": packed(parquet, lzma.compress),
+    "a.arrow.zst": packed(arrow, zstd),
+    "a_file.arrow.bz2": packed(arrow_file, bz2.compress),
 }
 
 
@@ -96,6 +120,9 @@ REFUSED = {
     "broken.json": (b"[\n {\"prompt\": 1},\n {\"prompt\"\n]", "breaks at line 4, column 1"),
     "book.xlsx.jsonl": (b"PK\x03\x04 and so on", "a zip archive"),
     "short.jsonl.gz": (gzip.compress(LINES.encode())[:-20], "packed file is damaged"),
+    "short.parquet.gz": (gzip.compress(b"PAR1 and more")[:-9], "packed file is damaged"),
+    "bad.parquet.gz": (gzip.compress(b"PAR1 no more"), "cannot be read as a table"),
+    "book.csv.gz": (gzip.compress(b"PK\x03\x04 and so on"), "a zip archive"),
     "bad.parquet": (b"PAR1 no more than this", "cannot be read as a table"),
     "latin.csv": ("prompt,chosen\né,b".encode("latin-1"), "is not UTF-8"),
     "latin.json": (f"[\n{LINES.replace('}', '},')}]".encode("latin-1"), r"is not UTF-8 \(line 2\)"),
