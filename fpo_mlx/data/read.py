@@ -148,7 +148,7 @@ def find_splits(
             "of a data set on the hub. Leave it out, or name the folder of that part."
         )
     if path.is_file():
-        return {want: path}
+        return _one_split(path, hub, want)
     if path.is_dir():
         return _folder_splits(path, hub, want)
     if _looks_like_a_path(str(source)):
@@ -159,10 +159,21 @@ def find_splits(
     return _hub_splits(str(source), hub)
 
 
+def _one_split(path: Path, hub: HubSplits, want: str) -> dict[str, Place]:
+    """Raises ConfigError where the user names a split of it."""
+    for split in SPLITS:
+        if name := getattr(hub, split):
+            raise ConfigError(
+                f"--{split}-split {name}: {path} is one split by itself and has no others. Leave "
+                "it out, or pass a folder or a data set on the hub that has this split."
+            )
+    return {want: path}
+
+
 def _folder_splits(folder: Path, hub: HubSplits, want: str) -> dict[str, Place]:
     """Splits by the names of files (parts of one in their order), or of folders that hold them."""
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return {want: folder}  # datasets' save_to_disk
+        return _one_split(folder, hub, want)  # datasets' save_to_disk
     groups: dict[str, list[Path]] = {}
     for place in (folder, folder / "data"):
         for path in listed(place):

@@ -230,7 +230,10 @@ def _held_out(
     if saes:
         own = "activations" if config.objective.constraint == "activations" else "features"
         objective = replace(objective, constraint=own)
-    config = replace(config, data=replace(config.data, data=verify), objective=objective)
+    there = replace(config.data, data=verify)
+    if config.data.data not in (None, verify):  # these name parts of the run's own data
+        there = replace(there, train_split=None, valid_split=None, test_split=None, subset=None)
+    config = replace(config, data=there, objective=objective)
     job = open_job(config, say=say)
     split = next((s for s in ("test", "valid", "train") if has_split(job, s)), "test")
     pairs = read_pairs(job, split, say)

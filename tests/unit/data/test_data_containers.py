@@ -9,7 +9,7 @@ import lzma
 
 import pytest
 
-from fpo_mlx.data import Columns, find_splits, read_raw, read_split
+from fpo_mlx.data import Columns, HubSplits, find_splits, read_raw, read_split
 from fpo_mlx.errors import ConfigError, DataError, FpoError
 from fpo_mlx.records import PairFacts
 
@@ -241,11 +241,21 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
 
 
 def test_a_subset_of_local_data_is_refused(tmp_path):
-    from fpo_mlx.data import HubSplits
-
     (tmp_path / "train.jsonl").write_text(LINES)
     with pytest.raises(ConfigError, match="--subset english"):
         read_split(tmp_path, hub=HubSplits(subset="english"))
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_name_for_a_split_of_what_is_one_split_is_refused(tmp_path, split):
+    import datasets
+
+    (tmp_path / "pairs.jsonl").write_text(LINES)
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for source in (tmp_path / "pairs.jsonl", tmp_path / "saved"):
+        for want in ("train", "valid"):
+            with pytest.raises(ConfigError, match=f"--{split}-split dev: .*{source.name} is one"):
+                find_splits(source, HubSplits(**{split: "dev"}), want=want)
 
 
 def test_several_configurations_are_listed_with_the_option(monkeypatch):

@@ -229,6 +229,16 @@ def test_a_bound_that_no_part_is_within_fuses_nothing(place, tmp_path):
     assert not (tmp_path / "fused").exists()
 
 
+def test_names_of_the_runs_own_data_are_not_looked_for_in_what_is_verified_on(place, tmp_path):
+    own = {"data": "owner/pairs", "train_split": "prefs", "subset": "english"}
+    lines(tmp_path / "run.yaml", own)
+    lines(tmp_path / "pairs.jsonl", *ROWS)
+    words = ["fuse", "--model", place / "model", "--adapter-path", place / "one"]
+    words += ["-c", tmp_path / "run.yaml", "--save-path", tmp_path / "fused"]
+    words += ["--verify", tmp_path / "pairs.jsonl", "--target-kl", 1e-9]
+    refused(run(*words), 1, "the smallest part")
+
+
 def test_a_bound_of_an_adapter_that_is_none_is_refused_before_the_reference_runs(
     place, tmp_path, monkeypatch
 ):
