@@ -1,6 +1,6 @@
 """Texts to judge an SAE on: answers of preference pairs, whole chats, or plain texts, as tokens.
 
-Rows: a preference pair in any form of `rows`; {"messages": [...]} (a chat); {"text": "..."}.
+`documents` says which of them a row is.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fpo_mlx.data import documents
 from fpo_mlx.data.containers import RawRow
-from fpo_mlx.data.messages import RowFault, conversation_in, messages
 from fpo_mlx.data.read import parse_raw
-from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, system_of, tools_of, with_system
+from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns
 from fpo_mlx.data.tokenize import Tokenizer, tokenize_row
 from fpo_mlx.errors import DataError
 from fpo_mlx.records import Passage
@@ -69,9 +69,10 @@ def _passages(
     row: RawRow, tokenizer: TextTokenizer, max_tokens: int, columns: Columns
 ) -> Iterator[Passage]:
     try:
-        record = row.record if isinstance(row.record, Mapping) else {}
-        if columns.chosen not in record and {"messages", "text"} & set(record):
-            yield from _whole(_tokens(record, tokenizer, columns), max_tokens, row.where)
+        record = documents.record_of(row)
+        kind = documents.kind_of(record, columns)
+        if kind != "pairs":
+            yield from _whole(_tokens(record, kind, tokenizer, columns), max_tokens, row.where)
             return
         pair = tokenize_row(parse_raw(row, columns), tokenizer)
     except DataError as error:  # RowFault too
@@ -82,17 +83,13 @@ def _passages(
             yield Passage(pair.prompt, kept, row.where)
 
 
-def _tokens(record: Mapping[str, Any], tokenizer: TextTokenizer, columns: Columns) -> list[int]:
+def _tokens(
+    record: Mapping[str, Any], kind: str, tokenizer: TextTokenizer, columns: Columns
+) -> list[int]:
     """Tokens of a chat or a text. Raises RowFault."""
-    turns, text = record.get("messages"), record.get("text")
-    if isinstance(turns, str):
-        turns = conversation_in(turns, "messages")
-    if isinstance(turns, list):
-        spoken = with_system(messages(turns, "messages"), system_of(record, columns))
-        return tokenizer.conversation_tokens(spoken, tools_of(record, columns))
-    if isinstance(text, str) and text.strip():
-        return tokenizer.document_tokens(text)
-    raise RowFault("wrong type", "wanted `messages`, a list of {role, content}, or `text`, a text")
+    if kind == "chat":
+        return tokenizer.conversation_tokens(*documents.chat_of(record, columns))
+    return tokenizer.document_tokens(documents.text_of(record))
 
 
 def _whole(tokens: list[int], max_tokens: int, where: str) -> Iterator[Passage]:

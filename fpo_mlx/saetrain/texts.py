@@ -16,15 +16,11 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx import data
-from fpo_mlx.data import layouts
+from fpo_mlx.data import documents
 from fpo_mlx.data.answers import answer_tokens
-from fpo_mlx.data.messages import RowFault, conversation_in, messages
-from fpo_mlx.data.rows import system_of, tools_of, with_system
+from fpo_mlx.data.messages import RowFault
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import DataError, FpoError
-
-CHAT_COLUMNS = ("messages", "conversations", "conversation")
-TEXT_COLUMNS = ("text", "content")
 
 
 @dataclass(frozen=True)
@@ -143,22 +139,10 @@ def _rows(source: str, hub: data.HubSplits) -> list[data.RawRow]:
 
 
 def _kind(record: Any, source: str, names: data.Columns) -> str:
-    record = record if isinstance(record, Mapping) else {}
-    columns, no_pair = set(record), ""
     try:
-        if {names.chosen, names.rejected} <= set(layouts.as_pair(record, names)):
-            return "pairs"
-    except RowFault as fault:  # a text may have columns that look like half a pair
-        no_pair = f" As a pair it is refused: {fault}."
-    if columns & set(CHAT_COLUMNS):
-        return "chat"
-    if columns & set(TEXT_COLUMNS):
-        return "text"
-    raise DataError(
-        f"{source}: the first row has the columns {', '.join(sorted(columns)) or 'none'}.{no_pair} "
-        "Wanted text (or content), messages (or conversations), or chosen and rejected (or what "
-        "--chosen-feature and --rejected-feature name); --data-kind says which one is meant."
-    )
+        return documents.kind_of(record if isinstance(record, Mapping) else {}, names)
+    except RowFault as fault:
+        raise DataError(f"{source}: the first row: {fault}.") from fault
 
 
 def _sequences(
@@ -169,28 +153,16 @@ def _sequences(
     tokens: str,
     columns: data.Columns,
 ) -> list[Document]:
-    if row.fault:
-        raise DataError(row.fault)
+    record = documents.record_of(row)
     if kind == "pairs":
         return _pair(row, tokenizer, max_length, tokens, columns)
-    if not isinstance(row.record, Mapping):
-        raise DataError("not an object with named columns")
     if kind == "chat":
-        return [_chat(row.record, tokenizer, max_length, tokens, columns)]
-    return _text(_first(row.record, TEXT_COLUMNS), tokenizer, max_length)
+        return [_chat(record, tokenizer, max_length, tokens, columns)]
+    return _text(documents.text_of(record), tokenizer, max_length)
 
 
-def _first(record: Mapping[str, Any], names: Sequence[str]) -> Any:
-    for name in names:
-        if name in record:
-            return record[name]
-    raise DataError(f"has none of the columns {', '.join(names)}")
-
-
-def _text(text: Any, tokenizer: ChatTokenizer, max_length: int) -> list[Document]:
+def _text(text: str, tokenizer: ChatTokenizer, max_length: int) -> list[Document]:
     """Windows of at most max_length tokens, each behind the tokenizer's BOS if it has one."""
-    if not isinstance(text, str):
-        raise DataError(f"the text is {type(text).__name__}, wanted a string")
     start = tokenizer.bos
     ids, size = tokenizer.document_tokens(text)[len(start) :], max_length - len(start)
     return [_whole([*start, *ids[at : at + size]]) for at in range(0, len(ids), size)]
@@ -209,14 +181,7 @@ def _chat(
     tokens: str,
     columns: data.Columns,
 ) -> Document:
-    name = next((name for name in CHAT_COLUMNS if name in record), CHAT_COLUMNS[0])
-    value = record.get(name)
-    if isinstance(value, str):
-        value = conversation_in(value, name)
-    if not isinstance(value, list):
-        raise DataError("the conversation is not a list of {role, content}")
-    turns = with_system(messages(value, name), system_of(record, columns))
-    tools = tools_of(record, columns)
+    turns, tools = documents.chat_of(record, columns)
     if tokens == "all":
         return _whole(tokenizer.conversation_tokens(turns, tools)[:max_length])
     ids, own = answer_tokens(turns, tokenizer, tools)

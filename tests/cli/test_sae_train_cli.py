@@ -426,9 +426,10 @@ def test_columns_that_make_no_pair_beside_a_text_or_a_chat_do_no_harm(
 
 def test_a_first_row_that_is_nothing_names_the_file_and_why_it_is_no_pair(tmp_path, tokenizer):
     tie = {"prompt": "Q", "response_a": "A", "response_b": "B", "winner": "tie"}
-    with pytest.raises(DataError, match=r"rows\.jsonl: the first row has the columns") as caught:
+    with pytest.raises(DataError, match="the row has the columns prompt, ") as caught:
         documents_of(tmp_path, tokenizer, [tie])
-    assert "As a pair it is refused: winner prefers neither answer." in str(caught.value)
+    assert f"{tmp_path / 'rows.jsonl'}: " in str(caught.value)
+    assert "As a pair it is refused: winner prefers neither answer. " in str(caught.value)
 
 
 def test_long_texts_become_windows_behind_a_bos(tmp_path, tokenizer):
@@ -484,7 +485,7 @@ def test_a_bad_setting_is_one_plain_message(llama, corpus, tmp_path, words, code
     ("rows", "part"),
     [
         ([{"a": 1}], "columns a"),
-        ([{"text": 3}], "rows.jsonl:1: the text is int"),
+        ([{"text": 3}], "rows.jsonl:1: text is a number, wanted a text"),
         ([CHATS[0], {"messages": []}], "rows.jsonl:2"),
         ([{"messages": [{"role": "user"}]}], "messages[0] has no content"),
         ([PAIRS[0], {"prompt": "a", "chosen": "b", "rejected": "b"}], "rows.jsonl:2"),

@@ -391,7 +391,7 @@ def test_a_bad_call_ends_in_one_plain_message(place, tmp_path, words, code, text
     ("row", "reason"),
     [
         ({"messages": []}, "messages is an empty list"),
-        ({"text": 3}, "`text`, a text"),
+        ({"text": 3}, "text is a number, wanted a text"),
         ({"prompt": "a"}, "chosen"),
         ({"messages": [{"role": "user"}]}, "messages[0] has no content"),
     ],
@@ -480,6 +480,32 @@ def test_passages_are_spread_over_the_whole_data(place, kind):
     seen = [int(p.where) for p in found]
     assert seen == sorted(seen)
     assert max(np.diff([0, *seen, 1000])) < 80
+
+
+HI = {"from": "human", "value": "Hello."}
+
+
+@pytest.mark.parametrize(
+    ("record", "same"),
+    [
+        ({"conversations": [HI]}, {"messages": [{"role": "user", "content": "Hello."}]}),
+        ({"conversation": str([HI]), "messages": None}, {"conversations": [HI]}),
+        ({"content": "Paris is large."}, {"text": "Paris is large."}),
+        ({"messages": [], "text": "Paris is large."}, {"text": "Paris is large."}),
+    ],
+)
+def test_a_chat_or_a_text_is_what_sae_train_takes_for_one(place, tmp_path, record, same):
+    from fpo_mlx.data import read_passages
+    from fpo_mlx.data.read import RawRow
+    from fpo_mlx.data.tokenizer import load_tokenizer
+    from fpo_mlx.saetrain.texts import read_documents
+
+    tokenizer = load_tokenizer(place / "model")
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    (document,) = read_documents(str(tmp_path / "a.jsonl"), tokenizer, max_length=64).items
+    for one in (record, same):
+        (found,) = read_passages([RawRow(one, "a.jsonl:1", 0)], tokenizer, 1, 64)
+        assert [*found.prompt, *found.response] == document.tokens.tolist()
 
 
 @pytest.mark.parametrize("longest", [128, 4])
