@@ -8,8 +8,9 @@ sinks, Xiao et al. 2023, arXiv 2309.17453; massive activations, Sun et al. 2024,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +72,28 @@ def read_documents(
 
     source: a .txt file (one document, or several between blank lines), or whatever
     `data.read_split` takes.
-    kind: auto, text, chat or pairs; auto looks at the first row's columns.
+    kind: auto, text, chat or pairs; auto looks at the columns of the first row that can be read.
     tokens: all, or response (positions whose next token is the assistant's; not for text).
     limit: stop after about this many positions.
     columns, hub: names of the columns of pairs and of the split, as for `data.read_split`.
 
     Raises DataError (rows that cannot be used, or none) and FpoError (no such source).
     """
-    rows = _rows(source, hub)
-    found = _kind(rows[0].record, source, columns) if kind == "auto" else kind
-    if tokens == "response" and found == "text":
+    rows: Iterable[data.RawRow] = _rows(source, hub)
+    if kind == "auto":
+        kind, rows = _told(rows, source, columns)
+    if tokens == "response" and kind == "text":
         raise DataError(
             f"{source}: --tokens response wants chats or pairs, and these are plain texts. "
             "Use --tokens all."
         )
     items: list[Document] = []
     faults: list[str] = []
-    positions = 0
+    done = positions = 0
     for row in rows:
+        done += 1
         try:
-            new = _sequences(row, found, tokenizer, max_length, tokens, columns)
+            new = _sequences(row, kind, tokenizer, max_length, tokens, columns)
         except DataError as error:
             faults.append(f"{row.where}: {error}")
             continue
@@ -99,12 +102,12 @@ def read_documents(
         if limit is not None and positions >= limit:
             break
     if faults:
-        raise DataError(f"{source}: {len(faults)} rows cannot be used as {found}:", faults)
+        raise DataError(f"{source}: {len(faults)} of {done} rows cannot be used as {kind}:", faults)
     if positions == 0:
         raise DataError(f"{source}: no position is left to train on; wanted longer texts.")
     shared = thin_beginning(items)
     note = f"all documents begin with the same {shared} tokens: they count in every tenth only"
-    return Documents(tuple(items), found, (note,) if shared > 1 else ())
+    return Documents(tuple(items), kind, (note,) if shared > 1 else ())
 
 
 def thin_beginning(items: Sequence[Document], every: int = 10) -> int:
@@ -138,11 +141,23 @@ def _rows(source: str, hub: data.HubSplits) -> list[data.RawRow]:
     return data.read_raw(source, "train", hub)
 
 
-def _kind(record: Any, source: str, names: data.Columns) -> str:
-    try:
-        return documents.kind_of(record if isinstance(record, Mapping) else {}, names)
-    except RowFault as fault:
-        raise DataError(f"{source}: the first row: {fault}.") from fault
+def _told(
+    rows: Iterable[data.RawRow], source: str, columns: data.Columns
+) -> tuple[str, Iterator[data.RawRow]]:
+    """What the rows are, by the first that can be read; and all of them."""
+    rows, ahead = iter(rows), []
+    for row in rows:
+        ahead.append(row)
+        if isinstance(row.record, Mapping):
+            break
+    faults = []
+    for row in ahead:
+        try:
+            return documents.kind_of(documents.record_of(row), columns), chain(ahead, rows)
+        except RowFault as fault:
+            faults.append(f"{row.where}: {fault}")
+    what = "there is no telling whether the rows are pairs, chats or texts"
+    raise DataError(f"{source}: {what}:", faults)
 
 
 def _sequences(

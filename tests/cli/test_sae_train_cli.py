@@ -432,6 +432,21 @@ def test_a_first_row_that_is_nothing_names_the_file_and_why_it_is_no_pair(tmp_pa
     assert "As a pair it is refused: winner prefers neither answer. " in str(caught.value)
 
 
+def test_lines_that_break_before_the_first_row_are_told_for_what_they_are(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": \n{"text": "a"}\n3\n')
+    with pytest.raises(DataError, match="2 of 3 rows cannot be used as text") as caught:
+        texts.read_documents(str(path), tokenizer, max_length=50)
+    assert "rows.jsonl:1: not JSON" in str(caught.value)
+    assert "rows.jsonl:3: a row is an object with named columns, not a number" in str(caught.value)
+    for content in ('{"text": \n', '{"text": \n3\n'):
+        path.write_text(content)
+        with pytest.raises(DataError, match="no telling whether") as caught:
+            texts.read_documents(str(path), tokenizer, max_length=50)
+        assert "rows.jsonl:1: not JSON" in str(caught.value)
+    assert "rows.jsonl:2: a row is an object with named columns, not a number" in str(caught.value)
+
+
 def test_long_texts_become_windows_behind_a_bos(tmp_path, tokenizer):
     path = tmp_path / "book.txt"
     path.write_text("one long line of text " * 40 + "\n\n" + "a second document")
