@@ -337,7 +337,7 @@ def _response(
     return list(whole[len(prompt) :])
 
 
-def refusal(source: str, faults: list[tuple[str, RowFault]], rows: int) -> DataError:
+def refusal(source: str, faults: Sequence[tuple[str, DataError]], rows: int) -> DataError:
     """What is said of a source some of whose rows cannot be used: all of them are named."""
     if any(isinstance(fault, PrefixFault) for _, fault in faults):
         return gathered(faults, rows)
@@ -348,7 +348,7 @@ def refusal(source: str, faults: list[tuple[str, RowFault]], rows: int) -> DataE
     )
 
 
-def gathered(faults: list[tuple[str, RowFault]], rows: int) -> DataError:
+def gathered(faults: Sequence[tuple[str, DataError]], rows: int) -> DataError:
     """One error for all rows; both texts are shown for the first broken prefix."""
     lines = [f"{where}: {fault}" for where, fault in faults]
     message = f"{len(faults)} of {rows} rows cannot be tokenized"

@@ -8,8 +8,9 @@ sinks, Xiao et al. 2023, arXiv 2309.17453; massive activations, Sun et al. 2024,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fpo_mlx import data
 from fpo_mlx.data import documents
 from fpo_mlx.data.answers import answer_tokens
 from fpo_mlx.data.messages import RowFault
+from fpo_mlx.data.tokenize import Drop, TokenizeReport, refusal, tokenize_row, truncate_pairs
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import DataError, FpoError
 
@@ -75,6 +77,7 @@ def read_documents(
     kind: auto, text, chat or pairs; auto looks at the columns of the first row that can be read.
     tokens: all, or response (positions whose next token is the assistant's; not for text).
     limit: stop after about this many positions.
+    A pair whose prompt leaves no room within max_length is dropped, as in training; a note counts.
     columns, hub: names of the columns of pairs and of the split, as for `data.read_split`.
 
     Raises DataError (rows that cannot be used, or none) and FpoError (no such source).
@@ -87,27 +90,58 @@ def read_documents(
             f"{source}: --tokens response wants chats or pairs, and these are plain texts. "
             "Use --tokens all."
         )
+    sequences = partial(
+        _sequences, kind=kind, tokenizer=tokenizer, max_length=max_length, tokens=tokens,
+        columns=columns,
+    )  # fmt: skip
+    items, dropped, done = _gathered(rows, sequences, source, kind, limit)
+    notes = TokenizeReport(done, len(items), max_length, 0, dropped=dropped).lines()
+    if not any(item.keep.any() for item in items):
+        wanted = "a larger --max-seq-length, or shorter prompts" if dropped else "longer texts"
+        raise DataError(f"{source}: no position is left to train on; wanted {wanted}.", notes)
+    shared = thin_beginning(items)
+    if shared > 1:
+        notes.append(
+            f"all documents begin with the same {shared} tokens: they count in every tenth only"
+        )
+    return Documents(tuple(items), kind, tuple(notes))
+
+
+def _gathered(
+    rows: Iterable[data.RawRow],
+    sequences: Callable[[data.RawRow], list[Document] | Drop],
+    source: str,
+    kind: str,
+    limit: int | None,
+) -> tuple[list[Document], tuple[Drop, ...], int]:
+    """What the rows give, up to the limit; pairs that are too long; how many rows were read.
+
+    Raises DataError naming every row that cannot be used.
+    """
     items: list[Document] = []
-    faults: list[str] = []
+    dropped: list[Drop] = []
+    faults: list[tuple[str, DataError]] = []
     done = positions = 0
     for row in rows:
         done += 1
         try:
-            new = _sequences(row, kind, tokenizer, max_length, tokens, columns)
+            new = sequences(row)
         except DataError as error:
-            faults.append(f"{row.where}: {error}")
+            faults.append((row.where, error))
+            continue
+        if isinstance(new, Drop):
+            dropped.append(new)
             continue
         items += new
         positions += sum(int(item.keep.sum()) for item in new)
         if limit is not None and positions >= limit:
             break
+    if faults and kind == "pairs":
+        raise refusal(source, faults, done)
     if faults:
-        raise DataError(f"{source}: {len(faults)} of {done} rows cannot be used as {kind}:", faults)
-    if positions == 0:
-        raise DataError(f"{source}: no position is left to train on; wanted longer texts.")
-    shared = thin_beginning(items)
-    note = f"all documents begin with the same {shared} tokens: they count in every tenth only"
-    return Documents(tuple(items), kind, (note,) if shared > 1 else ())
+        named = [f"{where}: {fault}" for where, fault in faults]
+        raise DataError(f"{source}: {len(faults)} of {done} rows cannot be used as {kind}:", named)
+    return items, tuple(dropped), done
 
 
 def thin_beginning(items: Sequence[Document], every: int = 10) -> int:
@@ -167,7 +201,7 @@ def _sequences(
     max_length: int,
     tokens: str,
     columns: data.Columns,
-) -> list[Document]:
+) -> list[Document] | Drop:
     record = documents.record_of(row)
     if kind == "pairs":
         return _pair(row, tokenizer, max_length, tokens, columns)
@@ -212,17 +246,18 @@ def _pair(
     max_length: int,
     tokens: str,
     columns: data.Columns,
-) -> list[Document]:
-    parsed = data.parse_row(row.record, columns, row.where)
-    done = data.tokenize_rows([parsed], tokenizer, max_length)
-    sequences = []
-    for pair in done.pairs:
-        for response in pair.responses:
-            whole = _whole(np.concatenate([pair.prompt, response]))
-            if tokens == "response":
-                whole.keep[: len(pair.prompt) - 1] = False
-                whole.keep[-1] = False
-            sequences.append(whole)
+) -> list[Document] | Drop:
+    whole = tokenize_row(data.parse_row(row.record, columns, row.where), tokenizer)
+    done = truncate_pairs([whole], max_length)
+    if done.report.dropped:
+        return done.report.dropped[0]
+    (pair,), sequences = done.pairs, []
+    for response in pair.responses:
+        sequence = _whole(np.concatenate([pair.prompt, response]))
+        if tokens == "response":
+            sequence.keep[: len(pair.prompt) - 1] = False
+            sequence.keep[-1] = False
+        sequences.append(sequence)
     return sequences
 
 

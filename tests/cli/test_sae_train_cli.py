@@ -447,6 +447,27 @@ def test_lines_that_break_before_the_first_row_are_told_for_what_they_are(tmp_pa
     assert "rows.jsonl:2: a row is an object with named columns, not a number" in str(caught.value)
 
 
+def test_a_pair_whose_prompt_fills_the_limit_is_left_out_and_counted(tmp_path, tokenizer):
+    long = {**PAIRS[0], "prompt": "A long one. " * 60}
+    alone = documents_of(tmp_path, tokenizer, PAIRS)
+    found = documents_of(tmp_path, tokenizer, [PAIRS[0], long, *PAIRS[1:], long])
+    assert found.fingerprint() == alone.fingerprint()
+    (said,) = set(found.notes) - set(alone.notes)
+    assert "2 of 22 pairs are dropped" in said
+    assert "rows.jsonl:2" in said
+    with pytest.raises(DataError, match=r"wanted a larger --max-seq-length.*\n  1 of 1 pairs"):
+        documents_of(tmp_path, tokenizer, [long])
+
+
+def test_pairs_whose_prompt_the_template_rewrites_are_shown_as_training_shows_them(
+    tmp_path, tokenizer
+):
+    later = "{% for m in messages %}{% if loop.last and m.role == 'user' %}? {% endif %}"
+    other = replace(tokenizer, templates={"default": later + "{{ m.content }}{% endfor %}"})
+    with pytest.raises(DataError, match=r"At rows\.jsonl:1 it is not:\n  prompt: '\? "):
+        documents_of(tmp_path, other, PAIRS)
+
+
 def test_long_texts_become_windows_behind_a_bos(tmp_path, tokenizer):
     path = tmp_path / "book.txt"
     path.write_text("one long line of text " * 40 + "\n\n" + "a second document")
