@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ class TextTokenizer(Tokenizer, Protocol):
 
 
 def read_passages(
-    rows: Sequence[RawRow],
+    read: Callable[[], Iterable[RawRow]],
     tokenizer: TextTokenizer,
     count: int,
     max_tokens: int,
@@ -38,16 +38,21 @@ def read_passages(
 ) -> list[Passage]:
     """At most `count` passages of at most max_tokens, from rows spread evenly over the data.
 
+    read: gives all rows from the first on; called twice, so that they need not be in memory.
+
     A pair gives both of its answers, each behind the prompt. A chat or a text is looked at from its
     second position on: the first, a text's BOS where the tokenizer has one, is no place to judge an
     SAE at (see `sae_fit`).
 
     Raises DataError for a row that cannot be used, or when nothing fits into max_tokens.
     """
+    total = sum(1 for _ in read())
+    tries = [spread(range(total), wanted) for wanted in (math.ceil(count / 2), count)]
+    wanted = {at for picked in tries for at in picked}
+    rows = {at: row for at, row in enumerate(read()) if at in wanted}
     found: list[Passage] = []
-    for wanted in (math.ceil(count / 2), count):  # a pair gives two
-        picked = spread(rows, wanted)
-        found = [p for row in picked for p in _passages(row, tokenizer, max_tokens, columns)]
+    for picked in tries:  # a pair gives two
+        found = [p for at in picked for p in _passages(rows[at], tokenizer, max_tokens, columns)]
         if len(found) >= count:
             break
     if not found:

@@ -64,7 +64,7 @@ def read_split(
     Raises DataError (no rows, or rows that cannot be used: all of them are named) and FpoError
     (no such file, folder, data set or split).
     """
-    return parse_rows(read_raw(source, split, hub), f"{source} ({split})", columns)
+    return parse_rows(iterate_raw(source, split, hub), f"{source} ({split})", columns)
 
 
 def parse_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,10 +73,10 @@ def read_passages(config: RunConfig, model: Path, count: int) -> list[Passage]:
     source = d.data or str(Path(demo.__file__).parent / "data")
     splits = data.find_splits(source, hub_splits(config), want="valid")
     split = next((name for name in HELD_OUT_FIRST if name in splits), "train")
-    rows = data.read_raw(source, split, hub_splits(config))
+    read = partial(data.iterate_raw, source, split, hub_splits(config))
     tokenizer = open_tokenizer(config, model)
     most = longest(d.max_seq_length, tokenizer)
-    return data.read_passages(rows, tokenizer, count, most, columns(config))
+    return data.read_passages(read, tokenizer, count, most, columns(config))
 
 
 def quick_check(

@@ -77,12 +77,12 @@ def read_documents(
     kind: auto, text, chat or pairs; auto looks at the columns of the first row that can be read.
     tokens: all, or response (positions whose next token is the assistant's; not for text).
     limit: stop after about this many positions.
-    A pair whose prompt leaves no room within max_length is dropped, as in training; a note counts.
     columns, hub: names of the columns of pairs and of the split, as for `data.read_split`.
+    A pair whose prompt leaves no room within max_length is dropped, as in training; a note counts.
 
     Raises DataError (rows that cannot be used, or none) and FpoError (no such source).
     """
-    rows: Iterable[data.RawRow] = _rows(source, hub)
+    rows = _rows(source, hub)
     if kind == "auto":
         kind, rows = _told(rows, source, columns)
     if tokens == "response" and kind == "text":
@@ -161,7 +161,7 @@ def thin_beginning(items: Sequence[Document], every: int = 10) -> int:
     return shared
 
 
-def _rows(source: str, hub: data.HubSplits) -> list[data.RawRow]:
+def _rows(source: str, hub: data.HubSplits) -> Iterable[data.RawRow]:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".txt":
         try:
@@ -172,7 +172,7 @@ def _rows(source: str, hub: data.HubSplits) -> list[data.RawRow]:
         if not parts:
             raise DataError(f"{path} holds no text.")
         return [data.RawRow({"text": t}, f"{path.name}[{i + 1}]", i) for i, t in enumerate(parts)]
-    return data.read_raw(source, "train", hub)
+    return data.iterate_raw(source, "train", hub)
 
 
 def _told(

@@ -16,6 +16,7 @@ mx = pytest.importorskip("mlx.core")
 
 from fpo_mlx.cli import main  # noqa: E402
 from fpo_mlx.config import SaeTrainConfig, load_section  # noqa: E402
+from fpo_mlx.data import read as data_read  # noqa: E402
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
 from fpo_mlx.errors import DataError, FpoError  # noqa: E402
 from fpo_mlx.judge.sae_fit import LossFigures  # noqa: E402
@@ -466,6 +467,16 @@ def test_pairs_whose_prompt_the_template_rewrites_are_shown_as_training_shows_th
     other = replace(tokenizer, templates={"default": later + "{{ m.content }}{% endfor %}"})
     with pytest.raises(DataError, match=r"At rows\.jsonl:1 it is not:\n  prompt: '\? "):
         documents_of(tmp_path, other, PAIRS)
+
+
+@pytest.mark.parametrize("kind", ["auto", "chat"])
+def test_no_row_is_read_that_the_limit_does_not_take(tmp_path, tokenizer, monkeypatch, kind):
+    seen, plain = [], data_read.file_rows
+    monkeypatch.setattr(
+        data_read, "file_rows", lambda path: (seen.append(row) or row for row in plain(path))
+    )
+    found = documents_of(tmp_path, tokenizer, CHATS, limit=1, kind=kind)
+    assert len(found.items) == len(seen) == 1
 
 
 def test_long_texts_become_windows_behind_a_bos(tmp_path, tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -474,8 +475,16 @@ def test_passages_are_spread_over_the_whole_data(place, kind):
         long = kind == "a few long prompts" and n % 3 == 0
         return {"prompt": "Q? " * (200 if long else 1), "chosen": f"Yes {n}.", "rejected": "No."}
 
-    rows = [RawRow(record(n), f"{n}", n) for n in range(1000)]
-    found = read_passages(rows, load_tokenizer(place / "model"), 40, 128)
+    alive, most = weakref.WeakValueDictionary(), 0
+
+    def read():
+        nonlocal most
+        for n in range(1000):
+            yield alive.setdefault(n, RawRow(record(n), f"{n}", n))
+            most = max(most, len(alive))
+
+    found = read_passages(read, load_tokenizer(place / "model"), 40, 128)
+    assert most < 70  # rows in memory at once: never all
     assert len(found) == 40
     seen = [int(p.where) for p in found]
     assert seen == sorted(seen)
@@ -504,7 +513,8 @@ def test_a_chat_or_a_text_is_what_sae_train_takes_for_one(place, tmp_path, recor
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
     (document,) = read_documents(str(tmp_path / "a.jsonl"), tokenizer, max_length=64).items
     for one in (record, same):
-        (found,) = read_passages([RawRow(one, "a.jsonl:1", 0)], tokenizer, 1, 64)
+        rows = (RawRow(one, "a.jsonl:1", 0),)
+        (found,) = read_passages(rows.__iter__, tokenizer, 1, 64)
         assert [*found.prompt, *found.response] == document.tokens.tolist()
 
 
@@ -516,7 +526,7 @@ def test_a_plain_text_is_judged_behind_the_bos_from_its_first_token_on(place, lo
 
     tokenizer = load_tokenizer(place / "model")
     rows = [RawRow({"text": "Paris is large."}, "a.jsonl:1", 0)]
-    (found,) = read_passages(rows, tokenizer, 1, longest)
+    (found,) = read_passages(lambda: rows, tokenizer, 1, longest)
     text = tokenizer.text_tokens("Paris is large.")
     wanted = [tokenizer.raw.bos_token_id, *text][:longest]
     assert [*found.prompt, *found.response] == wanted
