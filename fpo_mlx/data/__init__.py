@@ -19,7 +19,6 @@ from fpo_mlx.data.read import HubSplits as HubSplits
 from fpo_mlx.data.read import content_key as content_key
 from fpo_mlx.data.read import find_splits as find_splits
 from fpo_mlx.data.read import iterate_raw as iterate_raw
-from fpo_mlx.data.read import read_raw as read_raw
 from fpo_mlx.data.read import read_split as read_split
 from fpo_mlx.data.rows import DEFAULT_COLUMNS as DEFAULT_COLUMNS
 from fpo_mlx.data.rows import Columns as Columns

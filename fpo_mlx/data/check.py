@@ -95,10 +95,10 @@ def check_data(
 ) -> CheckReport:
     """Check every row by itself and against all others.
 
-    splits: rows as `read_raw` (or, one by one, `iterate_raw`) gives them, by split name. Without a
-    tokenizer the checks of the chat template and of lengths in tokens are left out; without
-    max_seq_length, those of cuts. progress: called with the number of rows done. keep_clean: keep
-    the records of the clean set. each: called with the split and every row that was looked at.
+    splits: rows as `iterate_raw` gives them, by split name. Without a tokenizer the checks of the
+    chat template and of lengths in tokens are left out; without max_seq_length, those of cuts.
+    progress: called with the number of rows done. keep_clean: keep the records of the clean set.
+    each: called with the split and every row that was looked at.
 
     Never raises for bad rows: they are findings.
     """

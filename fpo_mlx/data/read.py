@@ -90,13 +90,11 @@ def parse_raw(raw: RawRow, columns: Columns = DEFAULT_COLUMNS) -> PreferenceRow:
     return parse_row(raw.record, columns, raw.where, raw.index)
 
 
-def read_raw(source: str | Path, split: str, hub: HubSplits = AUTO_SPLITS) -> list[RawRow]:
-    """All rows of one split, unparsed. Raises DataError (none) and FpoError (no such source)."""
-    return list(iterate_raw(source, split, hub))
-
-
 def iterate_raw(source: str | Path, split: str, hub: HubSplits = AUTO_SPLITS) -> Iterator[RawRow]:
-    """The same, one by one: the text of a large set need not be in memory at once."""
+    """All rows of one split, unparsed, one by one: a large set need not be in memory at once.
+
+    Raises DataError (no rows) and FpoError (no such source).
+    """
     place = find_place(source, split, hub)
     some = False
     for row in _rows_of(source, place, hub):
@@ -112,7 +110,7 @@ def iterate_raw(source: str | Path, split: str, hub: HubSplits = AUTO_SPLITS) ->
 def content_key(source: str | Path, split: str, hub: HubSplits = AUTO_SPLITS) -> str:
     """sha256 of what a split holds and how its rows are called: equal for equal rows.
 
-    Raises as `read_raw`.
+    Raises as `iterate_raw`.
     """
     place = find_place(source, split, hub)
     if isinstance(place, str):

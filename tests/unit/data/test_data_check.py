@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHATML, build_tiny_tokenizer
 
 import fpo_mlx.data
-from fpo_mlx.data import RawRow, check_data, read_raw, read_split, write_clean
+from fpo_mlx.data import RawRow, check_data, iterate_raw, read_split, write_clean
 from fpo_mlx.data.check import LEVELS
 from fpo_mlx.data.findings import Finding, by_kind
 from fpo_mlx.data.oddities import odd_text
@@ -204,7 +204,7 @@ def test_the_clean_set_is_read_without_a_fault_and_has_no_findings(tmp_path, tok
     (folder / "train.jsonl").write_text("\n".join([*rows, "{"]))
     (folder / "valid.jsonl").write_text(json.dumps({**PAIR, "prompt": "v"}))
     report = check_data(
-        {split: read_raw(folder, split) for split in ("train", "valid")}, tokenizer, 512
+        {split: list(iterate_raw(folder, split)) for split in ("train", "valid")}, tokenizer, 512
     )
     assert report.refused == 2
     out = tmp_path / "out" / "clean"
@@ -215,7 +215,9 @@ def test_the_clean_set_is_read_without_a_fault_and_has_no_findings(tmp_path, tok
         keep,
     ]
     assert len(read_split(out, "train")) == 2
-    again = check_data({"train": read_raw(out, "train"), "valid": read_raw(out, "valid")})
+    again = check_data(
+        {"train": list(iterate_raw(out, "train")), "valid": list(iterate_raw(out, "valid"))}
+    )
     assert again.findings == ()
 
 

@@ -9,7 +9,7 @@ import lzma
 
 import pytest
 
-from fpo_mlx.data import Columns, HubSplits, find_splits, read_raw, read_split
+from fpo_mlx.data import Columns, HubSplits, find_splits, iterate_raw, read_split
 from fpo_mlx.errors import ConfigError, DataError, FpoError
 from fpo_mlx.records import PairFacts
 
@@ -107,7 +107,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_gives_the_same_rows(tmp_path, name):
     FILES[name](tmp_path / name)
-    rows = read_raw(tmp_path / name, "train")
+    rows = list(iterate_raw(tmp_path / name, "train"))
     assert [row.record for row in rows if "wrapped" not in name] == ROWS * ("wrapped" not in name)
     assert [(row.record["prompt"], row.index) for row in rows] == [
         (row["prompt"], at) for at, row in enumerate(ROWS)
@@ -137,13 +137,13 @@ def test_a_file_that_cannot_be_read_is_one_message_that_says_what_it_is(tmp_path
     content, said = REFUSED[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=said) as caught:
-        read_raw(tmp_path / name, "train")
+        list(iterate_raw(tmp_path / name, "train"))
     assert caught.value.faults == ()
 
 
 def test_a_csv_row_of_another_width_is_a_fault_of_that_row(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\nQ,A,B\nQ,A\n")
-    good, bad = read_raw(tmp_path / "a.csv", "train")
+    good, bad = list(iterate_raw(tmp_path / "a.csv", "train"))
     assert good.fault == ""
     assert bad.fault == "2 fields, but the first line names 3 columns"
 
@@ -151,7 +151,7 @@ def test_a_csv_row_of_another_width_is_a_fault_of_that_row(tmp_path):
 @pytest.mark.parametrize("first", ["", "sep=,\n"])
 def test_a_csv_row_over_several_lines_is_named_by_its_first(tmp_path, first):
     (tmp_path / "a.csv").write_text(f'{first}prompt,chosen\n"Q\n\nR",A\n\n"Q\nR"\nQ,B\n')
-    rows = read_raw(tmp_path / "a.csv", "train")
+    rows = list(iterate_raw(tmp_path / "a.csv", "train"))
     lines = [2, 6, 8] if not first else [3, 7, 9]
     assert [row.where for row in rows] == [f"a.csv:{line}" for line in lines]
     assert rows[1].fault
@@ -170,13 +170,13 @@ def test_the_numbers_of_a_csv_count_and_a_word_among_them_is_refused_with_its_li
 
 def test_a_line_that_is_not_utf8_is_a_fault_also_where_it_is_the_first(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES.encode("latin-1"))
-    faults = [row.fault for row in read_raw(tmp_path / "a.jsonl", "train")]
+    faults = [row.fault for row in list(iterate_raw(tmp_path / "a.jsonl", "train"))]
     assert faults == [f"not UTF-8 (byte {LINES.index('é') + 1} of the line)"] * 3
 
 
 def test_a_semicolon_within_a_columns_name_does_not_part_columns(tmp_path):
     (tmp_path / "a.csv").write_text('"prompt","rating; of; five; stars"\n"Q","1"\n')
-    (row,) = read_raw(tmp_path / "a.csv", "train")
+    (row,) = list(iterate_raw(tmp_path / "a.csv", "train"))
     assert row.record == {"prompt": "Q", "rating; of; five; stars": "1"}
 
 
@@ -226,7 +226,7 @@ def test_what_a_later_map_left_in_a_saved_folder_is_no_row(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)
     datasets.load_from_disk(tmp_path).map(lambda row: {**row, "chosen": "mapped"})
     assert len(list(tmp_path.glob("*.arrow"))) == 2
-    assert [row.record for row in read_raw(tmp_path, "train")] == ROWS
+    assert [row.record for row in list(iterate_raw(tmp_path, "train"))] == ROWS
 
 
 def test_a_folder_that_datasets_saved_is_read(tmp_path):
@@ -235,9 +235,9 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
     whole = datasets.Dataset.from_list(ROWS)
     whole.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": whole, "validation": whole}).save_to_disk(tmp_path / "both")
-    assert [row.record for row in read_raw(tmp_path / "one", "train")] == ROWS
+    assert [row.record for row in list(iterate_raw(tmp_path / "one", "train"))] == ROWS
     assert set(find_splits(tmp_path / "both")) == {"train", "valid"}
-    assert [row.record for row in read_raw(tmp_path / "both", "valid")] == ROWS
+    assert [row.record for row in list(iterate_raw(tmp_path / "both", "valid"))] == ROWS
 
 
 def test_a_subset_of_local_data_is_refused(tmp_path):

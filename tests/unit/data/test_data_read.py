@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fpo_mlx.data import HubSplits, find_splits, read_raw, read_split
+from fpo_mlx.data import HubSplits, find_splits, iterate_raw, read_split
 from fpo_mlx.errors import DataError, FpoError
 
 PAIR = {"prompt": "Q", "chosen": "A", "rejected": "B"}
@@ -187,4 +187,4 @@ def test_a_damaged_file_gives_rows_or_a_data_error(tmp_path, at, damage):
     except DataError as error:
         assert error.faults or str(file) in str(error)  # noqa: PT017
         return
-    assert len(rows) == len(read_raw(file, "train"))
+    assert len(rows) == len(list(iterate_raw(file, "train")))
