@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,6 +32,7 @@ class Document:
 
     tokens: np.ndarray  # int32 [L]
     keep: np.ndarray  # bool [L], positions that are trained on
+    prompt: bytes = b""  # of a pair: documents that share it begin with the same activations
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,7 @@ def _pair(
     (pair,), sequences = done.pairs, []
     for response in pair.responses:
         sequence = _whole(np.concatenate([pair.prompt, response]))
+        sequence = replace(sequence, prompt=pair.prompt.tobytes())
         if tokens == "response":
             sequence.keep[: len(pair.prompt) - 1] = False
             sequence.keep[-1] = False
@@ -264,16 +266,23 @@ def _pair(
 def split_held_out(
     items: Iterable[Document], share: float, seed: int, most: int
 ) -> tuple[list[Document], list[Document]]:
-    """(train, held out): documents at random until `share` of the positions, at most `most`."""
+    """(train, held out): documents at random until `share` of the positions, at most `most`.
+
+    Both answers of a pair, and all pairs of one prompt, are on one side.
+    """
     items = list(items)
+    groups: dict[bytes | int, list[int]] = {}
+    for at, item in enumerate(items):
+        groups.setdefault(item.prompt or at, []).append(at)
+    together = list(groups.values())
     total = sum(int(item.keep.sum()) for item in items)
     wanted, got = min(share * total, most), 0
     held: set[int] = set()
-    for at in np.random.default_rng([seed, 1]).permutation(len(items)):
-        if got >= wanted or len(held) + 1 >= len(items):
+    for taken, group in enumerate(np.random.default_rng([seed, 1]).permutation(len(together))):
+        if got >= wanted or taken + 1 >= len(together):
             break
-        held.add(int(at))
-        got += int(items[at].keep.sum())
+        held.update(together[group])
+        got += sum(int(items[at].keep.sum()) for at in together[group])
     return (
         [item for at, item in enumerate(items) if at not in held],
         [item for at, item in enumerate(items) if at in held],

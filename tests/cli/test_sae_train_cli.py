@@ -490,6 +490,21 @@ def test_long_texts_become_windows_behind_a_bos(tmp_path, tokenizer):
     assert tokenizer.decode(joined) == text + "a second document"
 
 
+def test_pairs_of_one_prompt_are_held_out_together(tmp_path, tokenizer):
+    """The prompt's activations are the same in all of them: the figures were of rows trained on."""
+    rows = [
+        {"prompt": f"What is {i // 2}?", "chosen": f"It is {i}.", "rejected": f"Not {i}, surely."}
+        for i in range(40)
+    ]
+    items = documents_of(tmp_path, tokenizer, rows).items
+    train, held = texts.split_held_out(items, 0.2, seed=0, most=10**9)
+    begun = [{tuple(item.tokens[:20]) for item in part} for part in (train, held)]
+    assert len(begun[0] | begun[1]) == 20
+    assert begun[1]
+    assert not begun[0] & begun[1]
+    assert len(held) == 4 * len(begun[1])
+
+
 def test_held_out_documents_are_not_trained_on(tmp_path, tokenizer):
     items = documents_of(tmp_path, tokenizer, CHATS).items
     train, held = texts.split_held_out(items, 0.2, seed=0, most=10**9)
