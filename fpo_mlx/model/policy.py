@@ -112,7 +112,7 @@ class Policy:
         self.norm_eps = float(text.get("rms_norm_eps") or 1e-6)
         self._residual = float(text.get("residual_multiplier") or 1.0)
         self.dtype = float_dtype(model)  # that the model computes in
-        self._caches = plain_caches(model)
+        self._caches, self._needed = plain_caches(model), needed_caches(model)
         self.shares_prompt = share_prompt and self._caches > 0
         if grad_checkpoint:  # before the taps, which must lie outside
             tapped = (*self.sites, *changed)
@@ -155,7 +155,7 @@ class Policy:
         tokens, first = np.concatenate([prompt, response[:-1]]), len(prompt) - 1
         span = [(first, len(response))]
         if splice is None:
-            return self._run(pad([tokens]), span, None)
+            return self._run(pad([tokens]), span)
         site = self.sites[0]
         refuse_splice(site)
 
@@ -165,7 +165,7 @@ class Policy:
             return mx.concatenate([array[0, :first], put.astype(array.dtype)])[None]
 
         with self._taps[0].intervening(change):
-            return self._run(pad([tokens]), span, None)
+            return self._run(pad([tokens]), span)
 
     def _shared(self, pair: TokenPair) -> Rows:
         """Prompt once: the rejected response uses the keys and values that the chosen one's has.
@@ -247,14 +247,16 @@ class Policy:
             for response in pair.responses:
                 inputs.append(np.concatenate([pair.prompt, response[:-1]]))
                 spans.append((len(pair.prompt) - 1, len(response)))
-        # without a cache, Gemma 3n's last blocks would not see the keys and values of earlier ones
-        fewer = self._caches < len(blocks_of(self.model))
-        caches = [PrefixCache() for _ in range(self._caches)] if fewer else []
-        return self._run(pad(inputs), spans, caches or None)
+        return self._run(pad(inputs), spans)
 
-    def _run(self, tokens: mx.array, spans: list[tuple[int, int]], caches: list | None) -> Rows:
-        """tokens: [n, L]; spans: (start, length) of each sequence's response positions."""
-        seen = []
+    def _run(
+        self, tokens: mx.array, spans: list[tuple[int, int]], caches: list | None = None
+    ) -> Rows:
+        """tokens: [n, L]; spans: (start, length) of each sequence's response positions.
+
+        caches: of what the sequences go on from; none where they are whole.
+        """
+        seen, caches = [], caches or fresh_caches(self._needed)
         called = leaning_on("mlx-lm", "how a backbone is called and what it asks of a cache")
         with _all_recording(self._taps, seen), called:
             hidden = self.backbone(tokens, cache=caches)  # [n, L, D]
@@ -354,3 +356,18 @@ def plain_caches(model: nn.Module) -> int:
         caches = make_prompt_cache(model)
     plain = all(type(cache) in (KVCache, RotatingKVCache) for cache in caches)
     return len(caches) if plain and len(caches) <= len(blocks_of(model)) else 0
+
+
+def needed_caches(model: nn.Module) -> int:
+    """How many caches a pass over whole sequences has to be given; 0 where it needs none.
+
+    Where they are fewer than the blocks, some blocks attend to the keys and values of earlier ones,
+    and Gemma 3n's find them in the caches alone.
+    """
+    caches = plain_caches(model)
+    return caches if caches < len(blocks_of(model)) else 0
+
+
+def fresh_caches(count: int) -> list[PrefixCache] | None:
+    """As a backbone takes them."""
+    return [PrefixCache() for _ in range(count)] or None

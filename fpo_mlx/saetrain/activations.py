@@ -12,7 +12,7 @@ import numpy as np
 from fpo_mlx.errors import ModelError
 from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.model.heads import find_backbone
-from fpo_mlx.model.policy import pad
+from fpo_mlx.model.policy import fresh_caches, needed_caches, pad
 from fpo_mlx.model.taps import Tap, finish, tap_point
 from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.records import Site
@@ -36,6 +36,7 @@ class Reader:
     residual: float
     limit: float = float("inf")
     ranks: Ranks = Ranks()
+    caches: int = 0  # that every pass is given
 
     def rows(self, documents: Sequence[Document]) -> np.ndarray:
         """Activations of all kept positions, in the documents' order: float32 [R, D].
@@ -79,7 +80,7 @@ class Reader:
     def _hidden(self, sequences: list[np.ndarray]) -> np.ndarray:
         """The site's values [B, L, D] float32; what follows the site is never computed."""
         with self.tap.recording() as seen:
-            self.backbone(pad(sequences))
+            self.backbone(pad(sequences), cache=fresh_caches(self.caches))
         values = np.array(finish(seen[-1].astype(mx.float32), self.site, self.eps, self.residual))
         mx.clear_cache()
         return values
@@ -120,12 +121,12 @@ def open_reader(model: nn.Module, config: dict, site: Site) -> Reader:
     if not 0 <= site.layer < len(blocks):
         raise ModelError(f"--layer {site.layer}: the model's blocks are 0 to {len(blocks) - 1}.")
     tap = Tap(*tap_point(blocks[site.layer], site))
-    backbone = find_backbone(model)
+    backbone, caches = find_backbone(model), needed_caches(model)
     for name, value in backbone.items():
         if isinstance(value, list) and value and value[0] is blocks[0]:
             backbone[name] = value[: site.layer + 1]
-    eps = float(config.get("rms_norm_eps") or 1e-6)
-    return Reader(backbone, tap, site, eps, float(config.get("residual_multiplier") or 1.0))
+    eps, residual = (config.get(name) for name in ("rms_norm_eps", "residual_multiplier"))
+    return Reader(backbone, tap, site, float(eps or 1e-6), float(residual or 1.0), caches=caches)
 
 
 def norm_limit(rows: np.ndarray) -> float:

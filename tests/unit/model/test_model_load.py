@@ -23,8 +23,10 @@ from fpo_mlx.errors import ModelError, SaeError  # noqa: E402
 from fpo_mlx.model.heads import ReplayedHead, find_backbone, find_head, split  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy, plain_caches  # noqa: E402
-from fpo_mlx.model.trees import arrays_of  # noqa: E402
+from fpo_mlx.model.trees import arrays_of, blocks_of  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
+from fpo_mlx.saetrain.activations import open_reader  # noqa: E402
+from fpo_mlx.saetrain.texts import Document  # noqa: E402
 
 FAMILIES = list(tiny_models.MAKERS)
 PAIRS = random_pairs([(12, 5, 8), (3, 7, 7), (1, 4, 2)])
@@ -208,11 +210,15 @@ GEMMA_3N = {
 }  # fmt: skip
 
 
+def gemma_3n():
+    """Its blocks 4 and 5 use the keys and values of 2 and 3, which mlx-lm finds in caches."""
+    mx.random.seed(0)
+    return gemma3n.Model(gemma3n.ModelArgs("gemma3n", GEMMA_3N))
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_gemma_3n_is_scored_as_it_generates(share):
-    """Two of its blocks use the keys and values of earlier ones, which mlx-lm finds in caches."""
-    mx.random.seed(0)
-    model = gemma3n.Model(gemma3n.ModelArgs("gemma3n", GEMMA_3N))
+    model = gemma_3n()
     policy = Policy(model, {"text_config": GEMMA_3N}, share_prompt=share)
     assert policy.shares_prompt is share
     pair = PAIRS[0]
@@ -222,3 +228,45 @@ def test_gemma_3n_is_scored_as_it_generates(share):
     np.testing.assert_allclose(got, want, atol=1e-5)
     without = np.array(model(tokens))[0, len(pair.prompt) - 1 :]
     assert np.abs(without - want).max() > 0.1, "then the caches would not matter"
+
+
+@pytest.mark.parametrize("block", [3, 5])
+def test_gemma_3n_shows_the_same_activations_of_an_answer_alone_and_beside_another(block):
+    policy = Policy(gemma_3n(), {"text_config": GEMMA_3N}, [Site(block, "mlp_out")])
+    assert policy.shares_prompt
+    pair = PAIRS[0]
+    together = np.array(policy.rows([pair]).tapped[0])
+    alone = [policy.answer_rows(pair.prompt, one).tapped[0] for one in pair.responses]
+    np.testing.assert_allclose(np.concatenate(alone), together, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [3, 5])
+def test_an_sae_of_gemma_3n_is_trained_on_what_it_will_read(block):
+    site, pair = Site(block, "mlp_out"), PAIRS[0]
+    policy = Policy(gemma_3n(), {"text_config": GEMMA_3N}, [site])
+    first, tokens = len(pair.prompt) - 1, np.concatenate([pair.prompt, pair.chosen[:-1]])
+    reader = open_reader(gemma_3n(), GEMMA_3N, site)
+    got = reader.rows([Document(tokens, np.arange(len(tokens)) >= first)])
+    want = np.array(policy.rows([pair]).tapped[0])[: len(pair.chosen)]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_the_gradient_through_one_answer_of_gemma_3n_is_that_of_the_plain_pass_when_recomputed():
+    """It reaches the keys of block 3, and not those of block 5, which the model leaves unused."""
+    pair, grads = PAIRS[0], []
+    for checkpoint in (False, True):
+        model = gemma_3n()
+        model.freeze()
+        for block in (3, 5):
+            blocks_of(model)[block].self_attn.k_proj.unfreeze()
+        policy = Policy(model, {"text_config": GEMMA_3N}, grad_checkpoint=checkpoint)
+
+        def total(policy=policy):
+            return policy.answer_rows(pair.prompt, pair.chosen).hidden.square().sum()
+
+        tree = nn.value_and_grad(model, total)()[1]
+        grads.append([np.array(array) for _, array in nn.utils.tree_flatten(tree)])
+    (used, unused), (again, _) = grads
+    assert np.abs(used).max() > 0
+    assert not unused.any()
+    np.testing.assert_allclose(again, used, atol=1e-5 * np.abs(used).max())

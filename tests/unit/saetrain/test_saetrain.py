@@ -303,7 +303,7 @@ def fake_reader(width: int, limit: float = float("inf")) -> activations.Reader:
     """A model whose activation of a token is the token, `width` times."""
     tap = FakeTap()
 
-    def backbone(tokens):
+    def backbone(tokens, cache):
         wide = tokens[..., None].astype(mx.float32)
         tap.seen.append(mx.broadcast_to(wide, (*tokens.shape, width)))
 
@@ -342,7 +342,11 @@ def test_rows_are_in_the_documents_order_and_within_the_limit():
 def test_activations_that_are_not_finite_are_refused():
     reader = fake_reader(3)
     tap = reader.tap
-    broken = replace(reader, backbone=lambda t: tap.seen.append(mx.full((*t.shape, 3), mx.inf)))
+
+    def backbone(tokens, cache):
+        tap.seen.append(mx.full((*tokens.shape, 3), mx.inf))
+
+    broken = replace(reader, backbone=backbone)
     with pytest.raises(ModelError, match="not finite"):
         broken.rows(documents(5, 6))
 
