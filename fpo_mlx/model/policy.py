@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fpo_mlx.errors import ModelError, SaeError
+from fpo_mlx.errors import SaeError
 from fpo_mlx.machine import device
 from fpo_mlx.machine.upstream import leaning_on
 from fpo_mlx.model.heads import split, vocab_size
@@ -25,7 +25,9 @@ from fpo_mlx.model.taps import (
     Tap,
     checkpoint_block,
     finish,
+    norm_and_residual,
     refuse_splice,
+    refuse_streams,
     tap_point,
     unfinish,
     without,
@@ -107,10 +109,8 @@ class Policy:
                     "Use an SAE for this model, or give --layer."
                 )
         self.model, self.sites = model, tuple(sites)
-        text = config.get("text_config") or config  # a wrapper keeps the language model's own there
         self.vocab_size = vocab_size(model, config)
-        self.norm_eps = float(text.get("rms_norm_eps") or 1e-6)
-        self._residual = float(text.get("residual_multiplier") or 1.0)
+        self.norm_eps, self._residual = norm_and_residual(config)
         self.dtype = float_dtype(model)  # that the model computes in
         self._caches, self._needed = plain_caches(model), needed_caches(model)
         self.shares_prompt = share_prompt and self._caches > 0
@@ -260,13 +260,9 @@ class Policy:
         called = leaning_on("mlx-lm", "how a backbone is called and what it asks of a cache")
         with _all_recording(self._taps, seen), called:
             hidden = self.backbone(tokens, cache=caches)  # [n, L, D]
-        width = tokens.shape[1]
         for record, site in zip(seen, self.sites, strict=True):
-            if record[-1].ndim != 3 or record[-1].shape[:2] != tokens.shape:
-                raise ModelError(
-                    f"the {site} of this model is an array of shape {record[-1].shape} for "
-                    f"{tokens.shape} tokens, not one vector per token. Use an SAE of another site."
-                )
+            refuse_streams(record[-1], tokens, site)
+        width = tokens.shape[1]
         picks = [i * width + s + np.arange(n) for i, (s, n) in enumerate(spans)]
         index = mx.array(np.concatenate(picks).astype(np.int32))
 

@@ -7,7 +7,7 @@ paths and isinstance stay as they were, so adapters keep mlx-lm's names.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -143,6 +143,21 @@ def _child(module: nn.Module, names: tuple[str, ...], site: Site) -> nn.Module:
         f"the {site} cannot be tapped: {type(module).__name__} has none of {', '.join(names)} "
         f"(it has {', '.join(sorted(module.children()))}). Use resid_post, or an SAE of that site."
     )
+
+
+def refuse_streams(array: mx.array, tokens: mx.array, site: Site) -> None:
+    """Raise ModelError where what was tapped is not [B, L, D] for tokens [B, L]."""
+    if array.ndim != 3 or array.shape[:2] != tokens.shape:
+        raise ModelError(
+            f"the {site} of this model is an array of shape {array.shape} for {tokens.shape} "
+            "tokens, not one vector per token. Use an SAE of another site."
+        )
+
+
+def norm_and_residual(config: Mapping[str, Any]) -> tuple[float, float]:
+    """What `finish` wants of config.json: the norms' epsilon, and the factor on the stream."""
+    text = config.get("text_config") or config  # a wrapper keeps the language model's own there
+    return float(text.get("rms_norm_eps") or 1e-6), float(text.get("residual_multiplier") or 1.0)
 
 
 def finish(rows: mx.array, site: Site, eps: float, residual: float = 1.0) -> mx.array:

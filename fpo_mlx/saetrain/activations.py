@@ -13,7 +13,7 @@ from fpo_mlx.errors import ModelError
 from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.model.heads import find_backbone
 from fpo_mlx.model.policy import fresh_caches, needed_caches, pad
-from fpo_mlx.model.taps import Tap, finish, tap_point
+from fpo_mlx.model.taps import Tap, finish, norm_and_residual, refuse_streams, tap_point
 from fpo_mlx.model.trees import blocks_of
 from fpo_mlx.records import Site
 from fpo_mlx.saetrain.texts import Document
@@ -79,8 +79,10 @@ class Reader:
 
     def _hidden(self, sequences: list[np.ndarray]) -> np.ndarray:
         """The site's values [B, L, D] float32; what follows the site is never computed."""
+        tokens = pad(sequences)
         with self.tap.recording() as seen:
-            self.backbone(pad(sequences), cache=fresh_caches(self.caches))
+            self.backbone(tokens, cache=fresh_caches(self.caches))
+        refuse_streams(seen[-1], tokens, self.site)
         values = np.array(finish(seen[-1].astype(mx.float32), self.site, self.eps, self.residual))
         mx.clear_cache()
         return values
@@ -125,8 +127,7 @@ def open_reader(model: nn.Module, config: dict, site: Site) -> Reader:
     for name, value in backbone.items():
         if isinstance(value, list) and value and value[0] is blocks[0]:
             backbone[name] = value[: site.layer + 1]
-    eps, residual = (config.get(name) for name in ("rms_norm_eps", "residual_multiplier"))
-    return Reader(backbone, tap, site, float(eps or 1e-6), float(residual or 1.0), caches=caches)
+    return Reader(backbone, tap, site, *norm_and_residual(config), caches=caches)
 
 
 def norm_limit(rows: np.ndarray) -> float:

@@ -180,6 +180,19 @@ def test_a_site_that_is_not_one_vector_a_token_is_refused(folders):
         policy.rows(PAIRS[:1])
 
 
+def test_an_sae_is_not_trained_on_a_site_that_is_not_one_vector_a_token():
+    reader = open_reader(gemma_3n(), GEMMA_3N, Site(3))
+    with pytest.raises(ModelError, match="resid_post of block 3 .* not one vector per token"):
+        reader.rows([Document(np.arange(5, 12), np.arange(7) > 0)])
+
+
+def test_an_sae_is_trained_with_the_norm_that_a_wrapper_names_for_its_language_model(folders):
+    text = {"rms_norm_eps": 0.5, "residual_multiplier": 0.7}
+    model = load_model(folders("llama")).model
+    reader = open_reader(model, {"text_config": text}, Site(1))
+    assert (reader.eps, reader.residual) == (0.5, 0.7)
+
+
 def test_a_wrapper_whose_files_leave_the_vocabulary_out_is_read(folders):
     """As published for Gemma 3: neither level of config.json has vocab_size."""
     loaded = load_model(folders("gemma3"))
