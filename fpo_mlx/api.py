@@ -16,6 +16,7 @@ from fpo_mlx.pipeline.job import read_sae as read_sae_of
 from fpo_mlx.pipeline.tapped import Row, TappedModel, open_tapped
 from fpo_mlx.records import PairScore, SaeWeights
 from fpo_mlx.records import Site as Site
+from fpo_mlx.sae.check import placed
 from fpo_mlx.sae.encode import encode as encode
 
 if TYPE_CHECKING:
@@ -40,10 +41,12 @@ def read_settings(path: str | Path | None = None, **values: Any) -> RunConfig:
 def read_sae(spec: str | Path, **reading: Any) -> SaeWeights:
     """An SAE, decoder included: a folder, a file, a hub id with a path, or a short name.
 
-    reading: the settings that say what its files do not, such as `sae_k` or `site` (see the
-    reference of settings, "model and SAE"). Raises: SaeError when it cannot be read.
+    reading: the settings that say what its files do not, such as `sae_k`, and where else it is put,
+    `layer` and `site` (see the reference of settings, "model and SAE"). Raises: SaeError.
     """
-    return read_sae_of(str(spec), load_config(reading), _silent)
+    config = load_config(reading)
+    sae = read_sae_of(str(spec), config, _silent)
+    return placed(sae, config.reference.layer, config.reference.site)
 
 
 def open_model(

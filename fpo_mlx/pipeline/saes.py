@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pipeline.job import Say, at_site, read_sae
 from fpo_mlx.sae import registry
-from fpo_mlx.sae.check import resolve_site
+from fpo_mlx.sae.check import placed
 from fpo_mlx.sae.convert import ConvertReport, SaeDtype, write_saelens
 from fpo_mlx.sae.encode import encode
 from fpo_mlx.storage import files
@@ -24,8 +24,12 @@ SAE = Made("an SAE", r"cfg\.json|sae_weights\.safetensors", whole=True, mark="cf
 
 
 def sae_info(spec: str, config: RunConfig, say: Say) -> dict[str, Any]:
-    """What an SAE is, as plain values."""
+    """What an SAE is, as plain values; its site is where --layer and --site put it."""
     sae, ref = read_sae(spec, config, say), config.reference
+    if ref.model:
+        sae = at_site(sae, config, read_config(resolve_model(ref.model)), say)
+    else:
+        sae = placed(sae, ref.layer, ref.site)
     info = {
         "source": sae.source,
         "format": sae.format,
@@ -40,10 +44,7 @@ def sae_info(spec: str, config: RunConfig, say: Say) -> dict[str, Any]:
         "fingerprint": sae.fingerprint(),
         "notes": list(sae.notes),
     }
-    if ref.model:
-        at_site(sae, config, read_config(resolve_model(ref.model)), say)
-        info["fits"] = ref.model
-    return info
+    return info | ({"fits": ref.model} if ref.model else {})
 
 
 def sae_list(model: str | None) -> list[dict[str, Any]]:
@@ -77,8 +78,7 @@ def sae_convert(
     claim = partial(claim_folder, output, "--output", SAE, inputs=inputs, overwrite=overwrite)
     output = claim()
     sae, ref = read_sae(spec, config, say), config.reference
-    if ref.layer is not None or ref.site is not None:
-        sae = replace(sae, site=resolve_site(sae, ref.layer, ref.site))
+    sae = placed(sae, ref.layer, ref.site)
     for note in sae.notes:
         say(note)
     return write_saelens(sae, output, dtype, claim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import cast
 
 from fpo_mlx.errors import SaeError
@@ -23,6 +24,12 @@ def resolve_site(sae: SaeWeights, layer: int | None = None, kind: str | None = N
         )
     own = sae.site or Site(cast(int, layer), "resid_post")
     return Site(own.layer if layer is None else layer, cast(SiteKind, kind) if kind else own.kind)
+
+
+def placed(sae: SaeWeights, layer: int | None, kind: str | None) -> SaeWeights:
+    """The SAE where the user put it; as its files say, or do not say, where they gave nothing."""
+    given = layer is not None or kind is not None
+    return replace(sae, site=resolve_site(sae, layer, kind)) if given else sae
 
 
 def check_fit(

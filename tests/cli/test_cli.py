@@ -314,6 +314,12 @@ def test_sae_commands_list_show_convert_and_encode(place, tmp_path):
     assert "llama" not in listed.stdout.lower()
     shown = run("sae", "info", place / "sae", "--model", place / "model")
     assert re.search(r"^features +48$", shown.stdout, re.MULTILINE)
+    moved = ["--layer", 3, "--site", "mlp_out", "--json", tmp_path / "info.json"]
+    for words in ([], ["--model", place / "model"]):
+        run("sae", "info", place / "sae", *words, *moved, "--overwrite")
+        about = json.loads((tmp_path / "info.json").read_text())
+        assert about["site"] == {"layer": 3, "kind": "mlp_out"}
+        assert about.get("fits") == (str(place / "model") if words else None)
     refused(run("sae", "info", place / "wide", "--model", place / "model"), 1, 32, 48)
     made = run("sae", "convert", place / "sae", "--output", tmp_path / "int8", "--dtype", "int8")
     assert made.exit_code == 0, made.stderr

@@ -158,6 +158,14 @@ def test_an_adapter_changes_what_is_seen(there, tmp_path):
     assert np.abs(seen[0] - seen[1]).max() > 1e-4
 
 
+def test_an_sae_is_read_where_the_call_puts_it(there):
+    from fpo_mlx import Site, read_sae
+
+    assert read_sae("my-sae").site == Site(BLOCK)
+    assert read_sae("my-sae", layer=3).site == Site(3)
+    assert read_sae("my-sae", site="mlp_out").site == Site(BLOCK, "mlp_out")
+
+
 def test_what_does_not_fit_is_said(there):
     pytest.importorskip("mlx.core")
     from fpo_mlx import FpoError, Site, open_model, read_cache, read_sae, read_settings, score_pairs
