@@ -13,6 +13,7 @@ from fpo_mlx.cli.help import Group
 from fpo_mlx.cli.options import (
     PATH,
     READ,
+    READING,
     claims,
     csv_option,
     gather,
@@ -97,8 +98,8 @@ def features(
 
 @features.command()
 @settings(
-    "model", "sae", "layer", "site", "sae_format", "allow_pickle", "trust_remote_code",
-    "max_seq_length", "chat_template", "chat_template_args",
+    "model", "sae", "layer", "site", *READING, "trust_remote_code", "max_seq_length",
+    "chat_template", "chat_template_args",
 )  # fmt: skip
 @click.option("--positive", type=PATH, required=True, help="Texts (.jsonl) with what is sought.")
 @click.option("--negative", type=PATH, required=True, help="Texts (.jsonl) without it.")

@@ -15,6 +15,7 @@ from terminal import on_a_terminal
 
 from fpo_mlx.cli import THE_WAY, main
 from fpo_mlx.cli.help import SHORT, Command, grouped, shown_of
+from fpo_mlx.cli.options import READING
 from fpo_mlx.config import GROUPS, SECTIONS, options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +59,13 @@ def test_without_arguments_the_way_is_shown_stage_by_stage():
 def test_every_command_has_its_place_on_the_way():
     placed = [command.name for commands in THE_WAY.values() for command in commands]
     assert sorted(placed) == sorted(main.commands)
+
+
+def test_a_command_that_reads_an_sae_takes_all_that_says_how():
+    wanted = {"--" + name.replace("_", "-") for name in READING}
+    reads = {path: flags(command) for path, command in EVERY.items()}
+    lacking = {p: wanted - f for p, f in reads.items() if "--sae-format" in f and not wanted <= f}
+    assert lacking == {}
 
 
 def test_a_stage_may_be_asked_for_without_a_machine_being_set_up(monkeypatch):
