@@ -159,6 +159,11 @@ def _check(config: RunConfig, asked: DataAsked) -> None:
         raise ConfigError("--select and --drop-against write rows: give --output FOLDER.")
     if asked.output is not None and not chosen:
         raise ConfigError("--output: give --select N or --drop-against, or both.")
+    if asked.output is not None and asked.limit is not None:
+        raise ConfigError(
+            f"--limit {asked.limit} with --output {asked.output}: the rows behind them would be "
+            "missing there, as if they had been chosen against. Leave --limit out."
+        )
     _claim(config, asked)
 
 
@@ -299,11 +304,16 @@ def _write(
     if not kept:
         return 0
     output = Path(asked.output or "")
-    wanted = {pairs[i].where for i in kept}
-    raw = data.iterate_raw(config.data.data, asked.split, hub_splits(config))
-    records = [row.record for row in raw if row.where in wanted]
+    wanted, seen = {pairs[i].where for i in kept}, {pair.where for pair in pairs}
+    records, rows, lost = [], 0, 0
+    for row in data.iterate_raw(config.data.data, asked.split, hub_splits(config)):
+        rows, lost = rows + 1, lost + (row.where not in seen)
+        if row.where in wanted:
+            records.append(row.record)
     _claim(config, asked)  # again: hours may lie between
     data.write_clean({asked.split: records}, output)
+    if lost:
+        say(f"too long to be looked at, so not in {output}: {lost} of {rows} rows")
     others = [path.name for path in files.listed(output, "*.jsonl") if path.stem != asked.split]
     if others:
         say(f"{output} holds {', '.join(others)} of another time as well; they were left alone")

@@ -151,6 +151,10 @@ def test_the_regression_is_kept_with_what_reading_by_it_needs(place, tmp_path):
         (["--output", "new"], ["--select N or --drop-against"]),
         (["--limit", "12"], ["12 pairs of 12 prompts; wanted 20"]),
         (
+            ["--limit", "30", "--select", "5", "--output", "new"],
+            ["--limit 30 with --output new", "Leave --limit out"],
+        ),
+        (
             ["--save-reward", "r.json", "--chat-template-args", '{"a": 1}', "--allow-pickle"],
             ["--save-reward with --chat-template-args, --allow-pickle"],
         ),
@@ -160,6 +164,20 @@ def test_the_regression_is_kept_with_what_reading_by_it_needs(place, tmp_path):
 def test_what_cannot_be_done_is_said(place, words, parts):
     done = run("features", "data", *usual(place), "--reference", place / "ref", *words)
     refused(done, 3 if "12" in words else 2, *parts)
+
+
+def test_rows_that_were_too_long_to_look_at_are_said_to_be_missing_in_what_is_written(
+    place, tmp_path
+):
+    rows = (place / "data/train.jsonl").read_text()
+    long = {"prompt": "so " * 80, "chosen": "yes", "rejected": "non"}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text(rows + json.dumps(long) + "\n")
+    data = usual(place, data=tmp_path / "data")
+    words = ["--max-seq-length", 60, "--reference", tmp_path / "ref", "--output", tmp_path / "some"]
+    done = run("features", "data", *data, *words, "--select", 9)
+    assert done.exit_code == 0, done.stderr
+    assert f"too long to be looked at, so not in {tmp_path / 'some'}: 1 of 61 rows" in done.stderr
 
 
 def test_answers_are_judged_by_the_regression_and_the_features_that_decided_are_said(
