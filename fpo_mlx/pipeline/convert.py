@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from fpo_mlx.errors import ModelError
+from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.storage import files, outputs
 from fpo_mlx.storage.hub import resolve_model
 
@@ -25,10 +25,16 @@ def convert(
 ) -> Path:
     """Hand over to mlx_lm.convert; the folder appears when it is whole.
 
-    Raises: ConfigError when mlx_path would lose something (`storage.outputs`), ModelError when
-    mlx-lm cannot convert the model.
+    Raises: ConfigError when mlx_path would lose something (`storage.outputs`), or for numbers of a
+    quantisation that was not asked for; ModelError when mlx-lm cannot convert the model.
     """
     from mlx_lm.convert import convert as mlx_convert
+
+    for flag, value in (("--q-bits", q_bits), ("--q-group-size", q_group_size)):
+        if value is not None and not quantize:
+            raise ConfigError(
+                f"{flag} {value}: nothing is quantised without --quantize (-q). Give both."
+            )
 
     def claim(*inputs: str | Path) -> Path:
         return outputs.claim_folder(

@@ -470,6 +470,13 @@ def test_convert_quantises_and_never_overwrites(place, tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name != "user-cache"] == ["q4"]
 
 
+@pytest.mark.parametrize("flag", ["--q-bits", "--q-group-size"])
+def test_bits_without_quantising_are_refused_and_nothing_is_written(place, tmp_path, flag):
+    done = run("convert", "--hf-path", place / "model", "--mlx-path", tmp_path / "q4", flag, 32)
+    refused(done, 2, f"{flag} 32: nothing is quantised without --quantize")
+    assert not (tmp_path / "q4").exists()
+
+
 def test_doctor_says_what_is_here_without_the_network(tmp_path):
     done = run("doctor", "--no-hub", "--json", tmp_path / "machine.json")
     assert done.exit_code == 0, done.output
