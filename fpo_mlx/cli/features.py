@@ -21,6 +21,7 @@ from fpo_mlx.cli.options import (
     overwrite_option,
     pairs_looked_at,
     preset_option,
+    put,
     settings,
     write_csv,
     write_json,
@@ -155,7 +156,7 @@ def find(
         from fpo_mlx.data.feature_files import write_weights
 
         plain = [{k: v for k, v in row.items() if k != "contexts"} for row in rows]
-        write_weights(output, plain)
+        put(output, lambda name: write_weights(name, plain))
     names = ("feature", "AUC", "held out", "mean", "elsewhere", "token", "elsewhere", "label")
     cells = [
         [_name(f.sae, f.feature), *(_short(v) for v in _figures(f)), f.label or f.link]

@@ -15,6 +15,7 @@ from fpo_mlx.cli.options import (
     json_option,
     overwrite_option,
     pairs_looked_at,
+    put,
     settings,
     write_csv,
     write_json,
@@ -65,7 +66,7 @@ SHARE = click.FloatRange(0, 1, min_open=True)
 @csv_option
 @overwrite_option
 @claims(json_path="--json", csv_path="--csv", save_reward="--save-reward")
-def data(top, json_path, csv_path, overwrite, **values) -> None:
+def data(top, json_path, csv_path, save_reward, overwrite, **values) -> None:
     """Say what the pairs reward, from the reference's cached features.
 
     Which features of an answer predict that it is the chosen one, beside its length; which rows go
@@ -79,11 +80,14 @@ def data(top, json_path, csv_path, overwrite, **values) -> None:
 
     names = DataAsked.__dataclass_fields__
     asked = DataAsked(
-        **{name: values.pop(name) for name in list(values) if name in names}, overwrite=overwrite
-    )
+        **{name: values.pop(name) for name in list(values) if name in names},
+        reward=save_reward is not None, overwrite=overwrite,
+    )  # fmt: skip
     report = pipeline.features_data(gather(values), asked, say=say, progress=Bar("reference"))
     write_json(json_path, report.as_dict())
     write_csv(csv_path, report.rows())
+    if (reward := report.reward) is not None:
+        put(save_reward, lambda name: pipeline.write_reward(name, reward))
     _show(report, top)
     if report.written == 0:
         raise DataError(

@@ -18,6 +18,7 @@ from fpo_mlx.cli.options import (
     pairs_looked_at,
     settings,
     write_json,
+    write_text,
 )
 from fpo_mlx.cli.show import listing, printable, say, table
 from fpo_mlx.config import DataConfig, ReferenceConfig
@@ -56,12 +57,13 @@ def show(
 
     page = pipeline.feature_page(
         gather(values), feature, adapter_path=adapter_path, split=split, limit=limit,
-        examples=examples, labels=labels, output=output, say=say,
+        examples=examples, labels=labels, say=say,
     )  # fmt: skip
+    written = None if output is None else write_text(output, page.html())
     write_json(json_path, page.as_dict())
     _print(page)
-    if output is not None:
-        click.echo(f"page in {output}")
+    if written is not None:
+        click.echo(f"page in {written}")
 
 
 def _print(page: Any) -> None:

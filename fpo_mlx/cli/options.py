@@ -236,9 +236,10 @@ def _each(value: Any) -> Sequence[Any]:
     return value if isinstance(value, tuple | list) else (value,)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Where the place was taken since the command claimed it, a free name beside it is written.
+def put(path: Path, write: Callable[[Path], object]) -> Path:
+    """Have a result written; gives the name that `write` was given.
 
+    Where the place was taken since the command claimed it, that is a free name beside it.
     Raises: FpoError when the place that the user named cannot be written to.
     """
     context = click.get_current_context(silent=True)
@@ -250,9 +251,10 @@ def write_text(path: Path, text: str) -> None:
     if name != path:
         say(f"{path} was written by another meanwhile, and is kept: the result is in {name}")
     try:
-        files.write_text(name, text)
+        write(name)
     except OSError as error:
         raise FpoError(f"{name} cannot be written: {error.strerror or error}.") from error
+    return name
 
 
 def _free(place: Path, claim: Callable[[dict[str, Path]], None]) -> bool:
@@ -261,6 +263,10 @@ def _free(place: Path, claim: Callable[[dict[str, Path]], None]) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def write_text(path: Path, text: str) -> Path:
+    return put(path, lambda name: files.write_text(name, text))
 
 
 def write_json(path: Path | None, value: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from fpo_mlx.cli.help import Command
-from fpo_mlx.cli.options import PATH, claims, overwrite_option
+from fpo_mlx.cli.options import PATH, claims, overwrite_option, put
 
 
 @click.command(cls=Command)
@@ -35,4 +35,5 @@ def report(runs: tuple[Path, ...], output: Path, results: tuple[Path, ...]) -> N
     """
     from fpo_mlx import pipeline
 
-    click.echo(f"report in {pipeline.report(runs, output, results)}")
+    written = put(output, lambda name: pipeline.report(runs, name, results))
+    click.echo(f"report in {written}")

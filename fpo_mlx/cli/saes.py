@@ -13,6 +13,7 @@ from fpo_mlx.cli.options import (
     gather,
     json_option,
     overwrite_option,
+    put,
     settings,
     write_json,
 )
@@ -115,8 +116,9 @@ def encode(input, output, **values) -> None:
     """
     from fpo_mlx import pipeline
 
-    rows, features = pipeline.sae_encode(gather(values), input=input, output=output, say=say)
-    click.echo(f"{rows} x {features} activations in {output}")
+    acts = pipeline.sae_encode(gather(values), input=input, say=say)
+    written = put(output, lambda name: pipeline.write_activations(name, acts))
+    click.echo(f"{len(acts)} x {acts.shape[1]} activations in {written}")
 
 
 @sae.command()

@@ -18,6 +18,7 @@ from fpo_mlx.pipeline.evaluate import open_scorer as open_scorer
 from fpo_mlx.pipeline.export import export as export
 from fpo_mlx.pipeline.feature_page import FeaturePage as FeaturePage
 from fpo_mlx.pipeline.feature_page import feature_page as feature_page
+from fpo_mlx.pipeline.feature_reward import write_reward as write_reward
 from fpo_mlx.pipeline.features import FeatureReport as FeatureReport
 from fpo_mlx.pipeline.features import features as features
 from fpo_mlx.pipeline.features import find_features as find_features
@@ -57,6 +58,7 @@ from fpo_mlx.pipeline.saes import sae_convert as sae_convert
 from fpo_mlx.pipeline.saes import sae_encode as sae_encode
 from fpo_mlx.pipeline.saes import sae_info as sae_info
 from fpo_mlx.pipeline.saes import sae_list as sae_list
+from fpo_mlx.pipeline.saes import write_activations as write_activations
 from fpo_mlx.pipeline.store import CachedScores as CachedScores
 from fpo_mlx.pipeline.store import default_cache as default_cache
 from fpo_mlx.pipeline.store import fill_cache as fill_cache

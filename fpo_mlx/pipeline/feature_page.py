@@ -22,7 +22,6 @@ from fpo_mlx.pipeline.job import (
     warn_of_adapters,
 )
 from fpo_mlx.records import Passage, SaeWeights, result_file
-from fpo_mlx.storage import files
 
 if TYPE_CHECKING:
     from fpo_mlx.judge.feature_page import Activity
@@ -56,6 +55,12 @@ class FeaturePage:
     def as_dict(self) -> dict[str, Any]:
         return result_file("features show", asdict(self))
 
+    def html(self) -> str:
+        """Raises: ConfigError where the `report` extra is not installed."""
+        from fpo_mlx import report
+
+        return report.render_feature(self.as_dict())
+
 
 def feature_page(
     config: RunConfig,
@@ -66,14 +71,12 @@ def feature_page(
     limit: int | None = None,
     examples: int = 8,
     labels: Path | None = None,
-    output: Path | None = None,
     say: Say,
 ) -> FeaturePage:
-    """What a feature does on a split's answers, and what an adapter did to it. output: of a page.
+    """What a feature does on a split's answers, and what an adapter did to it.
 
     Raises: ConfigError for several SAEs or a feature that there is not; DataError without pairs.
     """
-    from fpo_mlx import report
     from fpo_mlx.model.adapters import read_spec
 
     if len(config.reference.sae) != 1:
@@ -97,10 +100,7 @@ def feature_page(
         for side, response in zip(("chosen", "rejected"), pair.responses, strict=True)
     ]
     whole = read_sae(config.reference.sae[0], config, say)
-    page = _page(job, whole, feature, texts, adapter_path, examples, known, split, say)
-    if output is not None:
-        files.write_text(output, report.render_feature(page.as_dict()))
-    return page
+    return _page(job, whole, feature, texts, adapter_path, examples, known, split, say)
 
 
 def _page(

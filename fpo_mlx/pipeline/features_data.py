@@ -13,7 +13,7 @@ from fpo_mlx import data
 from fpo_mlx.config import RunConfig, default_of, named, options
 from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.errors import ConfigError, DataError
-from fpo_mlx.pipeline.feature_reward import FeatureReward, write_reward
+from fpo_mlx.pipeline.feature_reward import FeatureReward
 from fpo_mlx.pipeline.features import link
 from fpo_mlx.pipeline.job import Job, Say, hub_splits, need_features, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
@@ -38,7 +38,7 @@ class DataAsked:
     rate: of false discoveries; doubles: cosine from which two pairs are near doubles; against:
     probability of its label below which a row goes against the trend; contexts: let the model read
     the examples, to show the token; select: rows of a covering subset; drop_against: leave the
-    rows against the trend out of `output`.
+    rows against the trend out of `output`; reward: keep the regression as a judge of answers.
     """
 
     split: str = "train"
@@ -53,7 +53,7 @@ class DataAsked:
     select: int | None = None
     drop_against: bool = False
     output: Path | None = None
-    save_reward: Path | None = None
+    reward: bool = False
     overwrite: bool = False
 
 
@@ -67,6 +67,7 @@ class DataReport:
     against: list[int]  # rows, the least likely label first
     doubles: list[tuple[int, int, float]]
     written: int | None
+    reward: FeatureReward | None = None  # where it was asked for
 
     def as_dict(self) -> dict[str, Any]:
         one, where = self.lessons, self.where
@@ -117,7 +118,7 @@ def features_data(
     from fpo_mlx.judge import cover, lessons
 
     _check(config, asked)
-    if asked.save_reward is not None:
+    if asked.reward:
         _check_reward(config)
     need_features(config, "features data")
     job = open_job(config, say=say, need_sae=True)
@@ -146,11 +147,10 @@ def features_data(
     against = [int(i) for i in np.argsort(found.probability, kind="stable")]
     against = [i for i in against if found.probability[i] < asked.against]
     doubles = cover.near_doubles(x.chosen.beside(x.rejected), asked.doubles)
-    if asked.save_reward is not None:
-        write_reward(asked.save_reward, _reward(found, x, job))
     kept = _kept(asked, x, against, config.objective.top_k)
     written = None if asked.output is None else _write(config, asked, pairs, kept, say)
-    return DataReport(found, [pair.where for pair in pairs], against, doubles, written)
+    reward = _reward(found, x, job) if asked.reward else None
+    return DataReport(found, [pair.where for pair in pairs], against, doubles, written, reward)
 
 
 def _check(config: RunConfig, asked: DataAsked) -> None:

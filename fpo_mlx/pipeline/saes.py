@@ -84,11 +84,8 @@ def sae_convert(
     return write_saelens(sae, output, dtype, claim)
 
 
-def sae_encode(config: RunConfig, *, input: Path, output: Path, say: Say) -> tuple[int, int]:
-    """Activations of a .npy of vectors [N, D] (or [N, heads, head size]) as float32 [N, F].
-
-    The file is written whole. Returns (N, F).
-    """
+def sae_encode(config: RunConfig, *, input: Path, say: Say) -> np.ndarray:
+    """Activations of a .npy of vectors [N, D] (or [N, heads, head size]): float32 [N, F]."""
     if len(config.reference.sae) != 1:
         raise ConfigError(f"--sae: found {len(config.reference.sae)}, wanted exactly one.")
     try:
@@ -105,11 +102,10 @@ def sae_encode(config: RunConfig, *, input: Path, output: Path, say: Say) -> tup
     sae = read_sae(config.reference.sae[0], config, say)
     if vectors.ndim > 2 and np.prod(vectors.shape[1:]) == sae.d_in:  # [N, heads, head size]
         vectors = vectors.reshape(len(vectors), -1)
-    acts = encode(sae, vectors)
-    try:
-        with files.atomic_path(output) as temporary, open(temporary, "wb") as file:
-            np.save(file, acts)
-    except OSError as error:
-        raise FpoError(f"{output} cannot be written: {error}.") from error
-    rows, features = acts.shape
-    return rows, features
+    return encode(sae, vectors)
+
+
+def write_activations(output: Path, acts: np.ndarray) -> None:
+    """The file is written whole."""
+    with files.atomic_path(output) as temporary, open(temporary, "wb") as file:
+        np.save(file, acts)

@@ -420,20 +420,33 @@ def test_what_appears_while_a_command_works_is_not_written_over(place, tmp_path,
     refused_and_untouched(words, tmp_path, "export", "mine.txt", new=tmp_path / "peft/mine.txt")
 
 
-def test_a_result_whose_place_was_taken_meanwhile_goes_beside_it(place, tmp_path, monkeypatch):
+LONG = {  # what a command does between its two looks at the place
+    "sae info": "sae_info",
+    "sae encode": "sae_encode",
+    "features find --output": "find_features",
+    "features show --output": "feature_page",
+    "features data --save-reward": "features_data",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_result_whose_place_was_taken_meanwhile_goes_beside_it(
+    place, tmp_path, monkeypatch, name
+):
     from fpo_mlx import pipeline
 
-    real, out = pipeline.sae_info, tmp_path / "out.json"
+    real, out = getattr(pipeline, LONG[name]), tmp_path / "out.json"
 
     def meanwhile(*args, **values):
         out.write_text("mine")
         return real(*args, **values)
 
-    monkeypatch.setattr(pipeline, "sae_info", meanwhile)
-    done = run("sae", "info", place / "sae", "--json", out)
+    monkeypatch.setattr(pipeline, LONG[name], meanwhile)
+    words, flag, _ = FILES[name]
+    done = run(*words(place), flag, out)
     assert done.exit_code == 0, done.stderr
     assert out.read_text() == "mine"
-    assert json.loads((tmp_path / "out-2.json").read_text())["features"]
+    assert (tmp_path / "out-2.json").stat().st_size
     assert "out-2.json" in done.stderr
 
 
