@@ -18,7 +18,7 @@ from fpo_mlx.cli.options import (
     sampling_options,
     settings,
 )
-from fpo_mlx.cli.show import printable, say
+from fpo_mlx.cli.show import one_line, printable, say
 from fpo_mlx.errors import FpoError
 
 HELP = "/steer 812=+4,97=0 steers (alone: ends it), /reset forgets, /quit ends"
@@ -111,6 +111,8 @@ def _print(said: Iterator[Any], labels: Mapping[int, str], features: bool) -> No
         if not features:
             click.echo(printable(piece), nl=False)
             continue
-        names = (f"{i} {labels.get(i, '')}".strip() + f" {value:.3g}" for i, value in found)
+        names = (
+            f"{i} {one_line(labels.get(i, ''))}".strip() + f" {value:.3g}" for i, value in found
+        )
         click.echo(f"{printable(piece)!r:<16} {'  '.join(names)}".rstrip())
     click.echo()

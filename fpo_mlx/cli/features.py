@@ -26,7 +26,7 @@ from fpo_mlx.cli.options import (
     write_csv,
     write_json,
 )
-from fpo_mlx.cli.show import Bar, say, table
+from fpo_mlx.cli.show import Bar, one_line, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge import SORTS
@@ -188,6 +188,5 @@ def _examples(rows: Iterable[Any]) -> None:
     """Where each feature fires most, one line a context."""
     for row in rows:
         for context in row.contexts:
-            text = "".join(c if c.isprintable() else " " for c in context.text)
-            name = _name(row.sae, row.feature)
+            name, text = _name(row.sae, row.feature), one_line(context.text)
             click.echo(f"{name:>8} {context.activation:>8.4g}  {text}  ({context.where})")

@@ -20,7 +20,7 @@ from fpo_mlx.cli.options import (
     write_csv,
     write_json,
 )
-from fpo_mlx.cli.show import Bar, printable, say, table
+from fpo_mlx.cli.show import Bar, one_line, say, table
 from fpo_mlx.config import DataConfig, ReferenceConfig
 from fpo_mlx.errors import DataError
 from fpo_mlx.pipeline import DataAsked
@@ -133,7 +133,7 @@ def in_words(found: Any) -> str:
     ]
     if abs(found.length_z) > 3:  # 1 in 400 by chance
         parts.append(f"length ({'+' if found.length_z > 0 else '−'})")
-    return "your pairs reward: " + (printable(", ".join(parts)) or "nothing that is seen here")
+    return "your pairs reward: " + (one_line(", ".join(parts)) or "nothing that is seen here")
 
 
 def _examples(one: Any) -> None:
@@ -142,10 +142,10 @@ def _examples(one: Any) -> None:
         for e in examples:
             click.echo(
                 f"{name:>8} {kind:>7}  {e.chosen:.3g} / {e.rejected:.3g}  {e.where}, {e.side}: "
-                f"{printable(e.text)}"
+                f"{one_line(e.text)}"
             )
     for context in one.contexts:
-        text = printable(context.text).replace("\n", " ")
+        text = one_line(context.text)
         click.echo(f"{name:>8} {context.activation:>8.4g}  {text}  ({context.where})")
 
 

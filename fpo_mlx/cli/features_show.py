@@ -20,7 +20,7 @@ from fpo_mlx.cli.options import (
     write_json,
     write_text,
 )
-from fpo_mlx.cli.show import listing, printable, say, table
+from fpo_mlx.cli.show import listing, one_line, printable, say, table
 from fpo_mlx.config import DataConfig, ReferenceConfig
 from fpo_mlx.judge.scaling import in_words
 
@@ -68,7 +68,7 @@ def show(
 
 def _print(page: Any) -> None:
     name = page.label or page.link
-    click.echo(f"feature {page.feature}{f': {printable(name)}' if name else ''}, {page.site}")
+    click.echo(f"feature {page.feature}{f': {one_line(name)}' if name else ''}, {page.site}")
     sides = [("before", page.before), *([("after", page.after)] if page.after else [])]
     names = ("density", "texts", "mean_active", "largest", "chosen", "rejected")
     table([("", *names), *((side, *(f"{getattr(a, n):.4g}" for n in names)) for side, a in sides)])
@@ -81,13 +81,13 @@ def _print(page: Any) -> None:
         if words:
             click.echo(f"{title}: {words}")
     near = ", ".join(
-        f"{i}{f' {printable(label)}' if label else ''} {cosine:.2f}"
+        f"{i}{f' {one_line(label)}' if label else ''} {cosine:.2f}"
         for i, cosine, label in page.similar
     )
     if near:
         click.echo(f"similar: {near}")
     for one in page.contexts:
-        text = printable(one.text).replace("\n", " ")
+        text = one_line(one.text)
         click.echo(f"{one.activation:>8.4g}  {text}  ({one.where})")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from fpo_mlx.train.events import (
     StoppedReport,
     ValidReport,
 )
+
+TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # a line's direction
 
 
 def say(text: str) -> None:
@@ -175,8 +178,34 @@ def describe(metrics: Mapping[str, float]) -> str:
 
 
 def printable(text: str) -> str:
-    """What a model wrote, without control characters that would move the terminal's cursor."""
-    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
+    """What a model or a file says, without characters that move the cursor or turn the line around.
+
+    Joiners, soft hyphens and spaces of all kinds are part of ordinary text.
+    """
+    return "".join(" " if _moves(char) else char for char in text)
+
+
+def _moves(char: str) -> bool:
+    unseen = unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t"
+    return unseen or unicodedata.bidirectional(char) in TURNS
+
+
+def one_line(text: str) -> str:
+    """The same without tabs and ends of lines."""
+    return "".join(" " if char in "\n\t\u2028\u2029" else char for char in printable(text))
+
+
+def cells(text: str) -> int:
+    """Columns that a terminal gives a text: two for a wide character, none for an accent on one."""
+    return sum(
+        0 if unicodedata.category(char) in ("Mn", "Me", "Cf")
+        else 1 + (unicodedata.east_asian_width(char) in "WF")
+        for char in text
+    )  # fmt: skip
+
+
+def padded(text: str, width: int) -> str:
+    return text + " " * (width - cells(text))
 
 
 def number(value: Any) -> str:
@@ -190,18 +219,17 @@ def listing(values: Mapping[str, Any]) -> None:
     """One `name  value` line each."""
     width = max(map(len, values), default=0)
     for name, value in values.items():
-        click.echo(f"{name:<{width}}  {number(value)}")
+        click.echo(f"{name:<{width}}  {one_line(number(value))}")
 
 
 def table(rows: Iterable[Sequence[Any]]) -> None:
     """Columns as wide as their widest cell; numbers to the right."""
     rows = list(rows)
-    widths = [max(len(number(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [_cell(cell, width) for cell, width in zip(row, widths, strict=True)]
-        click.echo("  ".join(cells).rstrip())
-
-
-def _cell(value: Any, width: int) -> str:
-    text = number(value)
-    return text.rjust(width) if isinstance(value, int | float) else text.ljust(width)
+    texts = [[one_line(number(cell)) for cell in row] for row in rows]
+    widths = [max(map(cells, column)) for column in zip(*texts, strict=True)]
+    for row, own in zip(rows, texts, strict=True):
+        line = [
+            text.rjust(width) if isinstance(value, int | float) else padded(text, width)
+            for value, text, width in zip(row, own, widths, strict=True)
+        ]
+        click.echo("  ".join(line).rstrip())
