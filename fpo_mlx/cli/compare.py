@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from fpo_mlx.cli.options import (
     write_json,
     write_text,
 )
-from fpo_mlx.cli.show import printable, say
+from fpo_mlx.cli.show import end_of, padded, printable, say, wrapped
 from fpo_mlx.config import DataConfig
 from fpo_mlx.errors import ConfigError
 
@@ -106,13 +105,12 @@ def shown(prompt: str, answers: Mapping[str, str], width: int) -> Iterator[str]:
             yield from _wrapped(text, width)
         return
     blocks = [
-        [textwrap.shorten(f"[{name}]", column, placeholder="…]"), *_wrapped(text, column)]
-        for name, text in answers.items()
+        [f"[{end_of(name, column - 2)}]", *_wrapped(text, column)] for name, text in answers.items()
     ]
     for parts in itertools.zip_longest(*blocks, fillvalue=""):
-        yield "  ".join(part.ljust(column) for part in parts).rstrip()
+        yield "  ".join(padded(part, column) for part in parts).rstrip()
 
 
 def _wrapped(text: str, width: int) -> list[str]:
     lines = printable(text).strip().splitlines() or ["(nothing)"]
-    return [part for line in lines for part in (textwrap.wrap(line, width) or [""])]
+    return [part for line in lines for part in wrapped(line, width)]

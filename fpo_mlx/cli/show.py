@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from fpo_mlx.train.events import (
     ValidReport,
 )
 
+TAB = 4  # cells
 TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # a line's direction
 
 
@@ -206,6 +208,28 @@ def cells(text: str) -> int:
 
 def padded(text: str, width: int) -> str:
     return text + " " * (width - cells(text))
+
+
+def end_of(text: str, width: int) -> str:
+    """A name in at most `width` cells; of a long one the end, which tells it from others."""
+    start = next(at for at in range(len(text) + 1) if cells(text[at:]) <= width - (at > 0))
+    return f"…{text[start:]}" if start else text
+
+
+def wrapped(line: str, width: int) -> list[str]:
+    """One line as lines of at most `width` cells, broken at spaces; a wider word is cut."""
+    lines = [""]
+    for part in re.findall(r"\s+|\S+", line.expandtabs(TAB)):
+        if cells(lines[-1]) + cells(part) <= width:
+            lines[-1] += part
+        elif part.isspace():
+            lines.append("")
+        else:
+            lines += [""] if lines[-1].strip() else []
+            for char in part:
+                lines += [""] if cells(lines[-1]) + cells(char) > width else []
+                lines[-1] += char
+    return [line.rstrip() for line in lines]
 
 
 def number(value: Any) -> str:

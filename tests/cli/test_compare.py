@@ -13,6 +13,7 @@ from evaluated import adapter  # noqa: E402
 from tiny_models import tiny_llama  # noqa: E402
 
 from fpo_mlx.cli.compare import shown  # noqa: E402
+from fpo_mlx.cli.show import cells, wrapped  # noqa: E402
 from fpo_mlx.config import Sampling  # noqa: E402
 from fpo_mlx.pipeline import Comparison  # noqa: E402
 
@@ -124,6 +125,31 @@ def test_wide_terminals_get_columns_and_narrow_ones_get_rows():
     assert narrow.index("one two three") < narrow.index("[a]")
     assert all(len(line) <= 80 for line in wide)
     assert not any("\x1b" in line for line in wide + narrow)
+
+
+def test_a_column_keeps_the_end_of_a_long_name():
+    answers = {"base": "a"} | {f"runs/of/last/week/adapters-{n}": "b" for n in (3, 4)}
+    (header,) = [line for line in shown("Q?", answers, 88) if line.startswith("[base]")]
+    assert "[…s/of/last/week/adapters-3]  […s/of/last/week/adapters-4]" in header
+
+
+@pytest.mark.parametrize("width", [30, 80])
+def test_wide_characters_and_tabs_take_the_room_that_they_take_on_the_terminal(width):
+    answers = {"base": "東京は日本の首都です。" * 5, "a": "one\ttwo " * 9}
+    lines_ = list(shown("猫" * 60, answers, width))
+    assert all(cells(line) <= width for line in lines_)
+    assert "".join(lines_).count("猫") == 60
+    assert "".join(lines_).count("東") == 5
+    if width == 80:
+        starts = {cells(line[: line.index("one")]) for line in lines_ if "one" in line}
+        assert starts == {41}
+
+
+def test_a_line_is_broken_at_spaces_and_a_word_only_where_it_is_wider_than_the_line():
+    assert wrapped("  two words, Supercalifragilistic here", 12) == [
+        "  two words,", "Supercalifra", "gilistic", "here",
+    ]  # fmt: skip
+    assert wrapped("", 12) == [""]
 
 
 BAD = {
