@@ -6,7 +6,7 @@ that is loaded before `mlx.core` is the one that MLX calls: `machine.set_up` com
 
 Two sources, in this order: the system's OpenBLAS; else the one inside numpy's wheel, whose
 functions have other names and 64-bit sizes, through a bridge of a few lines of C. The bridge is
-compiled once (the C++ compiler is there anyway: MLX's CPU build needs one) and kept in the cache.
+compiled once (g++ is there anyway: MLX's CPU build calls it) and kept in the cache.
 """
 
 from __future__ import annotations

@@ -207,15 +207,14 @@ def hub(seconds: float) -> Finding:
 
 
 def compiler() -> Finding:
-    """MLX's CPU build compiles kernels at run time; Metal does not need a compiler."""
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    if found:
+    """MLX's CPU build compiles kernels at run time, by this name; Metal needs no compiler."""
+    if found := shutil.which("g++"):
         return Finding("compiler", found)
     if sys.platform == "darwin":
         return Finding("compiler", "none, and none is needed with Metal")
-    advice = "Install one (Debian, Ubuntu: apt-get install g++)."
-    return Finding("compiler", "no C++ compiler: mx.compile fails on the CPU", "problem", advice)
+    advice = "Install it (Debian, Ubuntu: apt-get install g++)."
+    text = "no g++, which MLX calls by this name: mx.compile fails on the CPU"
+    return Finding("compiler", text, "problem", advice)
 
 
 def disk() -> Finding:

@@ -63,6 +63,20 @@ def test_apple_silicon_shows_its_memory_and_its_wired_limit(monkeypatch):
     assert by_topic(doctor.device())["wired limit"].level == "ok"
 
 
+def test_another_compiler_than_the_one_that_mlx_calls_is_a_problem_on_linux(tmp_path, monkeypatch):
+    """MLX's library calls `g++`, whatever CXX says."""
+    for name in ("c++", "clang++"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "clang++")
+    monkeypatch.setattr(doctor.sys, "platform", "linux")
+    assert (doctor.compiler().level, "g++" in doctor.compiler().advice) == ("problem", True)
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    assert doctor.compiler().level == "ok"
+    (tmp_path / "g++").touch(mode=0o755)
+    assert doctor.compiler().text == str(tmp_path / "g++")
+
+
 class _Hub(http.server.BaseHTTPRequestHandler):
     status = 200
 
