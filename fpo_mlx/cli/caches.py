@@ -57,7 +57,7 @@ def info(folder, json_path) -> None:
 @cache.command()
 @click.argument("folder", type=PATH)
 @preset_option
-@settings(DataConfig, ReferenceConfig, "project_out")
+@settings(DataConfig, ReferenceConfig, "top_k", "project_out")
 @click.option(
     "--adapter-path", "adapter", type=READ, help="SFT adapter that belongs to the reference."
 )

@@ -75,7 +75,7 @@ def check(fix, json_path, overwrite, **values) -> None:
 
 @click.command(cls=Command)
 @preset_option
-@settings(DataConfig, ReferenceConfig, "project_out")
+@settings(DataConfig, ReferenceConfig, "top_k", "project_out")
 @click.option("--output", type=PATH, help="Cache folder (default: one under the user cache).")
 @click.option(
     "--adapter-path", "adapter", type=READ, help="SFT adapter that belongs to the reference."

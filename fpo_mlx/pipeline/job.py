@@ -55,8 +55,8 @@ def open_job(
 ) -> Job:
     """Resolve model, tokenizer and SAEs, and fingerprint them. Reads weights, loads no model.
 
-    adapter: of the reference; default: --init-adapter's. projected: heed --project-out, which is of
-    training passes and of the reference that they are compared with.
+    adapter: of the reference; default: --init-adapter's. need_sae: `open_saes` knows. projected:
+    heed --project-out, which is of training passes and of the reference they are compared with.
     """
     model = need_model(config)
     if not config.data.data:
@@ -65,8 +65,7 @@ def open_job(
     tokenizer = open_tokenizer(config, path, say)
     start = adapter or config.train.init_adapter
     warn_of_adapters([start], config, path, say)
-    need = config.objective.needs_sae if need_sae is None else need_sae
-    opened = open_saes(config, read_config(path), need=need, say=say)
+    opened = open_saes(config, read_config(path), need=need_sae, say=say)
     own = Path(start) if start else None
     projections, projection_print = (), None
     if projected and config.train.project_out is not None:
@@ -173,15 +172,18 @@ def open_projections(
 
 
 def open_saes(
-    config: RunConfig, model_config: Mapping[str, Any], *, need: bool, say: Say
+    config: RunConfig, model_config: Mapping[str, Any], *, need: bool | None = None, say: Say
 ) -> tuple[SaeWeights, ...]:
-    """The SAEs that --sae names, at their sites, checked against the model."""
+    """The SAEs that --sae names, at their sites, checked against the model.
+
+    need: whether there has to be one; None where the objective decides.
+    """
     ref = config.reference
-    if need and not ref.sae:
+    if not ref.sae and (config.objective.needs_sae if need is None else need):
+        other = ", or choose an objective without one (--objective dpo)" if need is None else ""
         raise ConfigError(
-            "--sae is missing: the constraint `features` needs a sparse autoencoder. Give one "
-            "(`fpo-mlx sae list` names public ones), or choose --constraint activations, kl or "
-            "none."
+            "--sae is missing: a sparse autoencoder, whose features are looked at. Give one "
+            f"(`fpo-mlx sae list` names public ones){other}."
         )
     if len(set(ref.sae)) < len(ref.sae):
         raise ConfigError(f"--sae: the same one stands there twice: {', '.join(ref.sae)}.")

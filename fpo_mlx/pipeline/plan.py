@@ -94,7 +94,7 @@ def _open(config: RunConfig, say: Say) -> Job:
     """As `open_job`, but without fingerprints: those read every byte of the weights."""
     path = resolve_model(need_model(config))
     tokenizer = open_tokenizer(config, path)
-    saes = open_saes(config, read_config(path), need=config.objective.needs_sae, say=say)
+    saes = open_saes(config, read_config(path), say=say)
     start = config.train.init_adapter
     own = Path(start) if start else None
     return Job(config, path, tokenizer, saes, CacheIdentity("plan", "plan"), adapter=own)

@@ -90,7 +90,7 @@ def _check(settings: RoundsConfig, say: Say) -> tuple[JudgeConfig, BuildConfig]:
         check_prompts(Path(prompts))
     check_judge(judge)
     model = read_config(resolve_model(settings.model))
-    open_saes(training, model, need=training.objective.needs_sae, say=say)
+    open_saes(training, model, say=say)
     return judge, build
 
 

@@ -83,7 +83,7 @@ def test_a_missing_model_or_data_is_a_usage_error(place, command, flag, tmp_path
 
 
 def test_a_missing_sae_is_a_usage_error_that_names_the_way_out(place, tmp_path):
-    refused(train(place, tmp_path / "out", sae=None), 2, "--sae is missing", "--constraint")
+    refused(train(place, tmp_path / "out", sae=None), 2, "--sae is missing", "--objective dpo")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -273,10 +273,8 @@ def test_a_cache_of_fewer_features_without_a_place_names_the_one_that_training_n
 
 
 def test_a_cache_of_the_largest_features_says_what_it_left_out_and_trains(place, tmp_path):
-    config = tmp_path / "c.yaml"
-    config.write_text("top_k: 5\n")
     made = run(
-        "precompute", *usual(place), "-c", config, "--output", tmp_path / "ref",
+        "precompute", *usual(place), "--top-k", 5, "--output", tmp_path / "ref",
         "--keep-features", 10,
     )  # fmt: skip
     assert made.exit_code == 0, made.stderr
@@ -284,7 +282,7 @@ def test_a_cache_of_the_largest_features_says_what_it_left_out_and_trains(place,
     trained = train(place, tmp_path / "out", "--reference", tmp_path / "ref")
     assert trained.exit_code == 0, trained.stderr
     assert "10 largest features" in trained.stderr
-    verify = ["cache", "verify", tmp_path / "ref", *usual(place), "-c", config]
+    verify = ["cache", "verify", tmp_path / "ref", *usual(place), "--top-k", 5]
     assert run(*verify).exit_code == 0
     refused(train(place, tmp_path / "b", "--reference", tmp_path / "ref", "--top-k", 11), 2, "11")
 
