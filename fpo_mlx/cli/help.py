@@ -94,6 +94,13 @@ class Group(Command, RichGroup):
         """click's own: an error is a plain line, which a script can read, and not a box."""
         return super(RichCommand, self).main(*args, **extra)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Raises: UsageError for options of the group before a subcommand, which has its own."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and not ctx.resilient_parsing:
+            _refuse_before(ctx, command)
+        return name, command, rest
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
@@ -105,6 +112,21 @@ class Group(Command, RichGroup):
         for title, names in titles.items():
             formatter.write(RichCommandPanel(title, names).render(self, ctx, formatter))  # type: ignore
         super().format_options(ctx, formatter)
+
+
+def _refuse_before(ctx: click.Context, command: click.Command) -> None:
+    typed, known = click.core.ParameterSource.COMMANDLINE, {p.name for p in command.params}
+    given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is typed]
+    behind = [param.opts[-1] for param in given if param.name in known]
+    lacking = [param.opts[-1] for param in given if param.name not in known]
+    own, faults = f"{ctx.command_path} {command.name}", []
+    if behind:
+        better = f"`{own} {' … '.join(behind)} …`"
+        faults.append(f"{', '.join(behind)} before `{command.name}` would not be seen: {better}.")
+    if lacking:
+        faults.append(f"{', '.join(lacking)}: `{own}` has no such option; leave it out.")
+    if faults:
+        raise click.UsageError(" ".join(faults), ctx)
 
 
 def shown_of(params: Iterable[click.Parameter], *, everything: bool) -> list[click.Parameter]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from command_line import run
+from command_line import refused, run
 from terminal import on_a_terminal
 
 from fpo_mlx.cli import THE_WAY, main
@@ -66,6 +66,14 @@ def test_a_command_that_reads_an_sae_takes_all_that_says_how():
     reads = {path: flags(command) for path, command in EVERY.items()}
     lacking = {p: wanted - f for p, f in reads.items() if "--sae-format" in f and not wanted <= f}
     assert lacking == {}
+
+
+def test_options_before_a_subcommand_are_refused_and_not_dropped(tmp_path):
+    words = ["--split", "test", "-c", tmp_path / "run.yaml", "--sort", "change"]
+    done = run("features", *words, "data", "--model", "m")
+    seen = "--config, --split before `data` would not be seen: "
+    parts = seen, "features data --config … --split …`", "--sort: `", " has no such option"
+    refused(done, 2, *parts)
 
 
 def test_a_stage_may_be_asked_for_without_a_machine_being_set_up(monkeypatch):
