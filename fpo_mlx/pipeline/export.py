@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from fpo_mlx.storage import files
-from fpo_mlx.storage.adapter_files import CONFIG, PEFT_WEIGHTS, public_name
+from fpo_mlx.storage.adapter_files import CONFIG, PEFT_WEIGHTS, public_name, read_adapter
 from fpo_mlx.storage.outputs import Made, claim_folder
 
 PEFT = Made(
@@ -30,7 +30,9 @@ def export(adapter_path: Path, output: Path, *, base: str | None, overwrite: boo
         claim_folder, output, "--output", PEFT, inputs=[adapter_path], overwrite=overwrite
     )
     output = claim()
-    if base is None and (adapter_path / CONFIG).is_file():
-        about = files.parse_json((adapter_path / CONFIG).read_text(encoding="utf-8"))
-        base = about.get("model") if isinstance(about, dict) else None
-    return adapters.export_peft(adapter_path, output, public_name(base) if base else "", claim)
+    read_adapter(adapter_path)  # refuses what is none
+    named = base or files.parse_json((adapter_path / CONFIG).read_text(encoding="utf-8")).get(
+        "model"
+    )
+    name = public_name(named) if isinstance(named, str) else ""
+    return adapters.export_peft(adapter_path, output, name, claim)

@@ -257,7 +257,7 @@ def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Passa
             if row.fault:
                 raise ValueError(row.fault)
             prompt, response = _tokens(row.record, tokenizer)
-        except (ValueError, TypeError, KeyError) as error:
+        except (DataError, ValueError, TypeError, KeyError) as error:
             faults.append(f"{where}: {error}")
             continue
         room = max(0, longest - len(prompt))

@@ -475,6 +475,13 @@ def test_bits_without_quantising_are_refused_and_nothing_is_written(place, tmp_p
     assert not (tmp_path / "q4").exists()
 
 
+@pytest.mark.parametrize("damaged", [b"{", b"\xff\xfe", b"[]", b'{"model": 5}'])
+def test_an_export_of_a_damaged_adapter_is_one_plain_message(tmp_path, damaged):
+    lines(tmp_path / "adapter" / "adapter_config.json").write_bytes(damaged)
+    words = ["--adapter-path", tmp_path / "adapter", "--output", tmp_path / "peft"]
+    refused(run("export", *words), 1, "adapter_config.json: not an adapter configuration")
+
+
 def test_doctor_says_what_is_here_without_the_network(tmp_path):
     done = run("doctor", "--no-hub", "--json", tmp_path / "machine.json")
     assert done.exit_code == 0, done.output

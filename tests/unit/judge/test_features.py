@@ -318,6 +318,19 @@ def test_a_text_keeps_within_the_length_however_long_its_prompt(planted, tmp_pat
             read_texts(tmp_path / "t.jsonl", tokenizer, longest)
 
 
+def test_a_text_that_the_chat_template_refuses_is_named_by_its_line(planted, tmp_path):
+    from fpo_mlx.data.tokenizer import load_tokenizer
+    from fpo_mlx.errors import DataError
+    from fpo_mlx.pipeline.features import read_texts
+
+    template = "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('never') }}"
+    (tmp_path / "t.jinja").write_text(template + "{% endif %}{{ m.content }}{% endfor %}")
+    tokenizer = load_tokenizer(planted / "model", chat_template=tmp_path / "t.jinja")
+    rows = [{"prompt": prompt, "response": "b"} for prompt in ("yes", "no", "yes")]
+    with pytest.raises(DataError, match=r"t\.jsonl:2: the chat template .* never"):
+        read_texts(lines(tmp_path / "t.jsonl", *rows), tokenizer, 99)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_of_find_is_one_plain_message(planted, tmp_path, monkeypatch, case):
     words, code, parts = BAD[case]
