@@ -31,6 +31,7 @@ from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge import SORTS
 from fpo_mlx.judge.scaling import in_words
+from fpo_mlx.records import result_file
 
 labels_option = click.option(
     "--labels", type=PATH, help="What features mean: JSON, YAML or CSV, or Neuronpedia's export."
@@ -142,7 +143,7 @@ def find(
         held_out=held_out, examples=examples, labels=labels, say=say,
     )  # fmt: skip
     rows = [{"weight": weight, **dataclasses.asdict(one)} for one in found]
-    write_json(json_path, {"found": rows})
+    write_json(json_path, result_file("features find", {"found": rows}))
     if not found:
         nothing = "no feature fires more on the positive texts"
         if output is None:

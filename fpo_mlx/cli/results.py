@@ -172,8 +172,9 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Dtype of float weights."
 )
 @click.option(
-    "--export-gguf", is_flag=True, help="Write a GGUF as well: llama, mistral, qwen2, qwen3, gemma."
-)
+    "--export-gguf", is_flag=True,
+    help="Write a GGUF as well: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text.",
+)  # fmt: skip
 @click.option(
     "--gguf-path",
     help="Name of the GGUF file. [default: ggml-model-f16.gguf; --dtype sets the type]",

@@ -108,8 +108,8 @@ def device() -> list[Finding]:
         advice = "Right, but slow: Apple silicon is what this is made for."
         if shutil.which("nvidia-smi"):
             advice = (
-                "Right, but slow. For the NVIDIA card: a new environment with "
-                "pip install 'fpo-mlx[cuda13]'"
+                "Right, but slow. For the NVIDIA card: a new environment, and "
+                "`pip install '.[cuda13]'` in the clone of fpo-mlx."
             )
         return [Finding("device", text, "note", advice), _cpu_memory(), _cpu_speed()]
     info = mx.device_info()

@@ -32,7 +32,7 @@ KIND, VERSION = "feature reward", 1
 class FeatureReward:
     """weights: log-odds per unit of a pooled activation."""
 
-    model: str  # folder or id
+    model: str  # folder or hub id, as named
     model_fingerprint: str
     saes: tuple[tuple[str, str, int, str], ...]  # (as named, fingerprint, layer, site) of each
     features: tuple[tuple[int, int, float, str], ...]  # (SAE, feature, weight, in words)

@@ -264,7 +264,7 @@ def _reward(found: Lessons, x: PairFeatures, job: Job) -> FeatureReward:
     accuracy = next(p.accuracy for p in found.predictors if p.name == "features")
     labels = {(one.sae, one.feature): one.label or "".join(one.words[:2]) for one in found.found}
     return FeatureReward(
-        model=str(job.model_path),
+        model=str(ref.model),
         model_fingerprint=job.identity.model,
         saes=tuple(
             (spec, sae.fingerprint(), sae.site.layer, sae.site.kind)

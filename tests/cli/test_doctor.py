@@ -77,6 +77,15 @@ def test_another_compiler_than_the_one_that_mlx_calls_is_a_problem_on_linux(tmp_
     assert doctor.compiler().text == str(tmp_path / "g++")
 
 
+def test_an_unused_card_is_told_with_what_can_be_installed_for_it(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor.machine, "backend", lambda: "cpu")
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "gflops", lambda: 130.0)
+    assert "`pip install '.[cuda13]'` in the clone" in by_topic(doctor.device())["device"].advice
+
+
 class _Hub(http.server.BaseHTTPRequestHandler):
     status = 200
 

@@ -144,6 +144,14 @@ def test_the_regression_is_kept_with_what_reading_by_it_needs(place, tmp_path):
     assert reward.saes[0][1] == store.saes[0][0]
 
 
+def test_a_reward_names_a_model_of_the_hub_as_it_was_named(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("fpo_mlx.pipeline.job.resolve_model", lambda _: place / "model")
+    words = usual(place, model="owner/name", reference=place / "ref")
+    done = run("features", "data", *words, "--save-reward", tmp_path / "reward.json")
+    assert done.exit_code == 0, done.stderr
+    assert read_reward(tmp_path / "reward.json").model == "owner/name"
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [

@@ -68,6 +68,13 @@ def test_a_command_that_reads_an_sae_takes_all_that_says_how():
     assert lacking == {}
 
 
+def test_the_help_of_fuse_names_every_architecture_of_a_gguf():
+    gguf_file = pytest.importorskip("fpo_mlx.model.gguf_file")
+    (option,) = (p for p in main.commands["fuse"].params if p.name == "export_gguf")
+    assert isinstance(option, click.Option)
+    assert str(option.help).endswith(f": {', '.join(gguf_file.ARCHITECTURES)}.")
+
+
 def test_options_before_a_subcommand_are_refused_and_not_dropped(tmp_path):
     words = ["--split", "test", "-c", tmp_path / "run.yaml", "--sort", "change"]
     done = run("features", *words, "data", "--model", "m")

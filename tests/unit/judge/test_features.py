@@ -273,7 +273,9 @@ def test_find_recovers_planted_features_through_a_model_and_writes_weights(plant
     done = run("features", "find", *model, *sets, *out)
     assert done.exit_code == 0, done.stderr
     assert read_weights(tmp_path / "w.csv", [9]) == ({0: 3.0, 1: 3.0},)  # Q and Z
-    found = json.loads((tmp_path / "f.json").read_text())["found"]
+    written = json.loads((tmp_path / "f.json").read_text())
+    assert (written["kind"], written["version"]) == ("features find", 1)
+    found = written["found"]
     assert {row["feature"]: row["contexts"][0]["token"] for row in found} == {0: "Q", 1: "Z"}
     assert [row["auc"] for row in found] == [1.0, 1.0]
     assert [row["held_out_auc"] for row in found] == [1.0, 1.0]
