@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +10,8 @@ import mlx.nn as nn
 import numpy as np
 
 from fpo_mlx.core import features as F
-from fpo_mlx.judge.feature_report import Context
-from fpo_mlx.judge.feature_scan import context_of, encoded
+from fpo_mlx.judge.feature_report import Context, effect_size
+from fpo_mlx.judge.feature_scan import Strongest, encoded
 from fpo_mlx.judge.scaling import Scaling
 from fpo_mlx.model.heads import find_backbone
 from fpo_mlx.model.policy import Policy
@@ -52,22 +51,16 @@ def watch(
     count: texts in which it fires most; scaling: is given the tokens of both models.
     """
     values: list[list[np.ndarray]] = [[] for _ in policies]
-    best: list[tuple[float, int, int, Passage]] = []
-    for number, text in enumerate(texts):
+    best = Strongest(count)
+    for text in texts:
         rows = [one.answer_rows(text.prompt, text.response).tapped[0] for one in policies]
         acts = [encoded(encoder, one) for one in rows]
         if scaling is not None:
             scaling.add([np.array(one.astype(mx.float32)) for one in rows], acts)
         for of_model, one in zip(values, acts, strict=True):
             of_model.append(one[:, feature].copy())
-        own = values[-1][-1]
-        at = int(np.abs(own).argmax())
-        if own[at] and count:
-            heapq.heappush(best, (float(abs(own[at])), -number, at, text))
-            if len(best) > count:
-                heapq.heappop(best)
-    shown = [context_of(value, at, text, decode) for value, _, at, text in sorted(best)[::-1]]
-    return values, shown
+        best.add(values[-1][-1], text)
+    return values, best.contexts(decode)
 
 
 def activity(values: Sequence[np.ndarray], top: float) -> Activity:
@@ -93,10 +86,9 @@ def activity(values: Sequence[np.ndarray], top: float) -> Activity:
 
 
 def moved(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> tuple[float, float]:
-    """(mean change of a response's mean, paired Cohen's d); d is 0 where nothing varies."""
+    """(mean change of a response's mean, paired Cohen's d)."""
     change = np.array([b.mean() - a.mean() for a, b in zip(before, after, strict=True)])
-    spread = change.std(ddof=1) if len(change) > 1 else 0.0
-    return float(change.mean()), float(change.mean() / spread) if spread > 1e-12 else 0.0
+    return float(change.mean()), effect_size(change)
 
 
 def similar(w_dec: np.ndarray, feature: int, count: int) -> list[tuple[int, float]]:

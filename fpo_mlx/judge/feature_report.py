@@ -50,6 +50,24 @@ class Change:
         return asdict(self) | {"tokens": tokens}
 
 
+def effect_sizes(total: np.ndarray, squares: np.ndarray, n: int) -> np.ndarray:
+    """Paired Cohen's d by the sums of n differences and of their squares, each [F].
+
+    0 where nothing moved, at most a million.
+    """
+    mean = total / n
+    spread = np.sqrt(np.maximum(squares - n * mean**2, 0.0) / max(n - 1, 1))
+    # below this the spread is what rounding leaves of equal changes
+    spread = np.maximum(spread, 1e-6 * np.abs(mean))
+    return np.divide(mean, spread, out=np.zeros_like(mean), where=spread > 1e-12)
+
+
+def effect_size(differences: np.ndarray) -> float:
+    """The same of one feature's differences [n]."""
+    own = differences.astype(np.float64)[:, None]
+    return float(effect_sizes(own.sum(axis=0), (own**2).sum(axis=0), len(own))[0])
+
+
 class Tally:
     """Sums over responses, so that a split of any length needs O(F) memory."""
 
@@ -91,13 +109,8 @@ class Tally:
         return indices[pooled[indices] != 0]
 
     def effect_sizes(self) -> np.ndarray:
-        """Paired Cohen's d of every feature [F]; 0 where nothing moved, at most a million."""
-        n = self.responses
-        mean = self.moved / n
-        spread = np.sqrt(np.maximum(self.squares - n * mean**2, 0.0) / max(n - 1, 1))
-        # below this the spread is what rounding leaves of equal changes
-        spread = np.maximum(spread, 1e-6 * np.abs(mean))
-        return np.divide(mean, spread, out=np.zeros_like(mean), where=spread > 1e-12)
+        """Of every feature [F]."""
+        return effect_sizes(self.moved, self.squares, self.responses)
 
     def changes(self, count: int, sort: Sort = "share_of_d", sae: int = 0) -> list[Change]:
         """The features that moved most, by magnitude; those that did not move are left out."""

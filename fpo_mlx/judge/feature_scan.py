@@ -93,21 +93,35 @@ def contexts(
     decode: Decode,
 ) -> dict[int, list[Context]]:
     """The `count` texts in which each feature fires most, one token of each, strongest first."""
-    best: dict[int, list[tuple[float, int, int, Passage]]] = {i: [] for i in features}
-    for number, text in enumerate(texts):
-        acts = activations(policy, encoder, site, text)[:, list(features)]  # [n, features]
-        size = np.abs(acts) if encoder.signed else acts
-        for column, feature in enumerate(features):
-            at = int(size[:, column].argmax())
-            if size[at, column] > 0:
-                heap = best[feature]
-                heapq.heappush(heap, (float(size[at, column]), -number, at, text))
-                if len(heap) > count:
-                    heapq.heappop(heap)
-    return {
-        feature: [context_of(value, at, text, decode) for value, _, at, text in sorted(heap)[::-1]]
-        for feature, heap in best.items()
-    }
+    best = {feature: Strongest(count) for feature in features}
+    for text in texts:
+        acts = activations(policy, encoder, site, text)
+        for feature, of_feature in best.items():
+            of_feature.add(acts[:, feature], text)
+    return {feature: of_feature.contexts(decode) for feature, of_feature in best.items()}
+
+
+class Strongest:
+    """The `count` texts in which one feature fires most."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._seen = count, 0
+        self._heap: list[tuple[float, int, int, Passage]] = []
+
+    def add(self, acts: np.ndarray, text: Passage) -> None:
+        """acts: the feature's at the text's response positions, [n]; their size counts."""
+        size = np.abs(acts)
+        at = int(size.argmax())
+        self._seen += 1
+        if size[at] > 0:
+            heapq.heappush(self._heap, (float(size[at]), -self._seen, at, text))
+        if len(self._heap) > self._count:
+            heapq.heappop(self._heap)
+
+    def contexts(self, decode: Decode) -> list[Context]:
+        """One token of each, strongest first."""
+        best = sorted(self._heap, reverse=True)
+        return [context_of(value, at, text, decode) for value, _, at, text in best]
 
 
 def context_of(value: float, at: int, text: Passage, decode: Decode) -> Context:

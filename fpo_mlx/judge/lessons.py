@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fpo_mlx.judge.feature_report import Context
+from fpo_mlx.judge.feature_report import Context, effect_size
 from fpo_mlx.judge.logistic import (
     Fitted,
     SparseRows,
@@ -240,7 +240,6 @@ def _lesson(
 ) -> Lesson:  # fmt: skip
     """plain: z by the model's own variance, which the part of the log loss follows from."""
     moved = difference.dense(np.array([i]))[:, 0]
-    spread = moved.std(ddof=1)
     follows, correlation = None, 0.0
     if i not in own and own:
         others = difference.dense(np.array(own))
@@ -253,7 +252,7 @@ def _lesson(
         z,
         q,
         alone,
-        float(moved.mean() / spread) if spread else math.copysign(1e6, moved.mean()),
+        effect_size(moved),
         _share(moved),
         int((moved != 0).sum()),
         plain * plain / (2 * len(x) * math.log(2)),

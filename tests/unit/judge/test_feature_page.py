@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from fpo_mlx.judge import feature_page
 from fpo_mlx.judge.feature_page import activity, extremes, moved, similar
+from fpo_mlx.judge.feature_report import Tally
 from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy
 from fpo_mlx.records import Site
@@ -35,6 +36,17 @@ def test_figures_by_hand():
     later = [one + np.float32(step) for one, step in zip(seen, (1, 3, 1, 3), strict=True)]
     assert moved(seen, later) == pytest.approx((2.0, 2 / np.std([1, 3, 1, 3], ddof=1)))
     assert moved(seen, seen) == (0.0, 0.0)
+
+
+def test_equal_moves_have_the_effect_size_that_the_list_of_features_gives_them():
+    before = [np.zeros(3, np.float32)] * 4
+    for step in (0.3, -0.3):
+        tally = Tally(1, 1, magnitude=False, weights={})
+        for _ in range(2):
+            tally.add(np.full((2, 1), np.float32(step)), np.zeros((2, 1)))
+        after = [one + np.float32(step) for one in before]
+        wanted = pytest.approx(np.sign(step) * 1e6)
+        assert moved(before, after)[1] == tally.effect_sizes()[0] == wanted
 
 
 def test_similar_features_by_hand():
