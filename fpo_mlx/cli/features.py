@@ -26,7 +26,7 @@ from fpo_mlx.cli.options import (
     write_csv,
     write_json,
 )
-from fpo_mlx.cli.show import Bar, one_line, say, table
+from fpo_mlx.cli.show import Bar, feature_name, one_line, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge import SORTS
@@ -92,7 +92,7 @@ def features(
         cells = [f"{v:.4g}" for v in figures] + [f"{c.effect_size:.2f}", f"{c.share_of_d:.1%}"]
         if c.scaling is not None:
             cells.append(in_words(c.scaling))
-        rows.append([_name(c.sae, c.feature), *cells, c.label or c.link])
+        rows.append([feature_name(c.sae, c.feature), *cells, c.label or c.link])
     click.echo(f"{report.pairs} pairs, mean D {', '.join(f'{d:.4g}' for d in report.distance)}")
     table(rows)
     _examples(report.changes)
@@ -160,7 +160,7 @@ def find(
         put(output, lambda name: write_weights(name, plain))
     names = ("feature", "AUC", "held out", "mean", "elsewhere", "token", "elsewhere", "label")
     cells = [
-        [_name(f.sae, f.feature), *(_short(v) for v in _figures(f)), f.label or f.link]
+        [feature_name(f.sae, f.feature), *(_short(v) for v in _figures(f)), f.label or f.link]
         for f in found
     ]
     table([names, *cells])
@@ -181,13 +181,9 @@ def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _name(sae: int, feature: int) -> str:
-    return f"{sae}:{feature}" if sae else str(feature)
-
-
 def _examples(rows: Iterable[Any]) -> None:
     """Where each feature fires most, one line a context."""
     for row in rows:
         for context in row.contexts:
-            name, text = _name(row.sae, row.feature), one_line(context.text)
+            name, text = feature_name(row.sae, row.feature), one_line(context.text)
             click.echo(f"{name:>8} {context.activation:>8.4g}  {text}  ({context.where})")

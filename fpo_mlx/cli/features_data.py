@@ -20,7 +20,7 @@ from fpo_mlx.cli.options import (
     write_csv,
     write_json,
 )
-from fpo_mlx.cli.show import Bar, one_line, say, table
+from fpo_mlx.cli.show import Bar, feature_name, one_line, say, table
 from fpo_mlx.config import DataConfig, ReferenceConfig
 from fpo_mlx.errors import DataError
 from fpo_mlx.pipeline import DataAsked
@@ -111,10 +111,11 @@ def _show(report: Any, top: int) -> None:
         ("feature", "z", "q", "effect", "wins", "explains", "own", "goes with", "label")
     ]
     for one in found.found[:top]:
-        own = "yes" if one.own else "" if one.follows is None else f"as {_number(one.follows)}"
+        other = f"as {feature_name(*one.follows)}" if one.follows else ""
         rows.append(
-            (_number((one.sae, one.feature)), f"{one.z:+.1f}", f"{one.q:.1g}",
-             f"{one.effect_size:+.2f}", f"{one.win_rate:.0%}", f"{one.explained:.1%}", own,
+            (feature_name(one.sae, one.feature), f"{one.z:+.1f}", f"{one.q:.1g}",
+             f"{one.effect_size:+.2f}", f"{one.win_rate:.0%}", f"{one.explained:.1%}",
+             "yes" if one.own else other,
              " ".join(repr(word) for word in one.words[:4]), one.label or one.link)
         )  # fmt: skip
     table(rows)
@@ -126,7 +127,7 @@ def _show(report: Any, top: int) -> None:
 def in_words(found: Any) -> str:
     """ "your pairs reward: …" """
     parts = [
-        f"{_number((one.sae, one.feature))} {(one.label or ' '.join(one.words[:2])).strip()} "
+        f"{feature_name(one.sae, one.feature)} {(one.label or ' '.join(one.words[:2])).strip()} "
         f"({'+' if one.z > 0 else '−'})"
         for one in found.found
         if one.own
@@ -137,7 +138,7 @@ def in_words(found: Any) -> str:
 
 
 def _examples(one: Any) -> None:
-    name = _number((one.sae, one.feature))
+    name = feature_name(one.sae, one.feature)
     for kind, examples in (("for", one.examples), ("against", one.against)):
         for e in examples:
             click.echo(
@@ -157,7 +158,3 @@ def _rows(report: Any, top: int) -> None:
     click.echo(f"{len(report.doubles)} near doubles")
     for i, j, cosine in report.doubles[:top]:
         click.echo(f"  {where[i]} and {where[j]}: cosine {cosine:.3f}")
-
-
-def _number(name: tuple[int, int]) -> str:
-    return f"{name[0]}:{name[1]}" if name[0] else str(name[1])

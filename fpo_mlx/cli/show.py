@@ -232,6 +232,11 @@ def wrapped(line: str, width: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+def feature_name(sae: int, feature: int) -> str:
+    """With the number of its SAE, where that is not the first."""
+    return f"{sae}:{feature}" if sae else str(feature)
+
+
 def number(value: Any) -> str:
     if isinstance(value, tuple | list):
         interval = len(value) == 2 and all(isinstance(v, float) for v in value)

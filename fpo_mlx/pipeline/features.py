@@ -152,12 +152,18 @@ def _with_contexts(
 
 def open_policy(job: Job, adapter: str | Path | None, say: Say) -> Policy:
     """The job's model with this adapter, its SAEs' sites tapped."""
+    return _tapped(job.config, job.model_path, job.saes, adapter, say)
+
+
+def _tapped(
+    config: RunConfig, path: Path, saes: Sequence[SaeWeights], adapter: str | Path | None, say: Say
+) -> Policy:
     from fpo_mlx.model.open import open_model
     from fpo_mlx.model.policy import Policy
 
-    trusted = job.config.reference.trust_remote_code
-    loaded = open_model(job.model_path, adapter=adapter, trust_remote_code=trusted, say=say)
-    return Policy(loaded.model, loaded.config, [sae.site for sae in job.saes if sae.site])
+    trusted = config.reference.trust_remote_code
+    loaded = open_model(path, adapter=adapter, trust_remote_code=trusted, say=say)
+    return Policy(loaded.model, loaded.config, [sae.site for sae in saes if sae.site])
 
 
 def find_features(
@@ -215,8 +221,6 @@ class _Scan:
 
 def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Scan:
     from fpo_mlx.judge import feature_scan
-    from fpo_mlx.model.open import open_model
-    from fpo_mlx.model.policy import Policy
     from fpo_mlx.model.reader import encoder_of
 
     path = resolve_model(need_model(config))
@@ -224,9 +228,7 @@ def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Sc
     most = longest(config.data.max_seq_length, tokenizer, say)
     texts = [read_texts(file, tokenizer, most)[:limit] for file in files]
     (sae,) = _one_sae(open_saes(config, read_config(path), need=True, say=say))
-    loaded = open_model(path, trust_remote_code=config.reference.trust_remote_code, say=say)
-    policy = Policy(loaded.model, loaded.config, [sae.site] if sae.site else [])
-    encoder = encoder_of(sae)
+    policy, encoder = _tapped(config, path, [sae], None, say), encoder_of(sae)
     seen = [feature_scan.read_texts(policy, encoder, 0, one) for one in texts]
     return _Scan(policy, encoder, sae, tokenizer, texts, seen)
 

@@ -14,7 +14,7 @@ from fpo_mlx.config import RunConfig, default_of, named, options
 from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pipeline.feature_reward import FeatureReward
-from fpo_mlx.pipeline.features import link
+from fpo_mlx.pipeline.features import link, open_policy
 from fpo_mlx.pipeline.job import Job, Say, hub_splits, need_features, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import Passage, TokenPair, result_file
@@ -229,17 +229,9 @@ def _with_contexts(
 ) -> list[Lesson]:
     """The tokens of the examples on which each feature fires; the model reads these alone."""
     from fpo_mlx.judge import feature_scan
-    from fpo_mlx.model.open import open_model
-    from fpo_mlx.model.policy import Policy
     from fpo_mlx.model.reader import encoder_of
 
-    by_place = {pair.where: pair for pair in pairs}
-    ref = job.config.reference
-    loaded = open_model(
-        job.model_path, adapter=job.adapter, trust_remote_code=ref.trust_remote_code, say=say
-    )
-    sites = [sae.site for sae in job.saes if sae.site is not None]
-    policy = Policy(loaded.model, loaded.config, sites)
+    by_place, policy = {pair.where: pair for pair in pairs}, open_policy(job, job.adapter, say)
     out: dict[tuple[int, int], Sequence[Context]] = {}
     for i, sae in enumerate(job.saes):
         own = [one for one in shown if one.sae == i]
