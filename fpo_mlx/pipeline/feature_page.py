@@ -11,7 +11,7 @@ from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge.feature_report import Context
 from fpo_mlx.judge.scaling import Scaled, Scaling, wanting
-from fpo_mlx.pipeline.features import link, open_policy
+from fpo_mlx.pipeline.features import link, tapped_policy
 from fpo_mlx.pipeline.job import (
     Job,
     Say,
@@ -115,7 +115,7 @@ def _page(
     sae, decode = job.saes[0], job.tokenizer.decode
     assert sae.site is not None
     of_both = [job.adapter, adapter] if adapter else [job.adapter]
-    policies = [open_policy(job, one, say) for one in of_both]
+    policies = [tapped_policy(job, one, say) for one in of_both]
     scaling = Scaling(whole, [feature]) if adapter and not wanting(whole) else None
     values, contexts = pages.watch(
         policies, encoder_of(sae), texts, feature, examples, decode, scaling

@@ -123,7 +123,7 @@ def _with_scaling(
     """Of each feature whether it is the stream that moved; both models are in memory."""
     from fpo_mlx.judge import feature_scan
 
-    both = open_policy(job, job.adapter, say), scorer.policy
+    both = tapped_policy(job, job.adapter, say), scorer.policy
     tested = [
         feature_scan.scaled(both, encoder, i, whole[i], texts, [c.feature for c in found[i]])
         for i, encoder in enumerate(scorer.encoders)
@@ -150,7 +150,7 @@ def _with_contexts(
     return out
 
 
-def open_policy(job: Job, adapter: str | Path | None, say: Say) -> Policy:
+def tapped_policy(job: Job, adapter: str | Path | None, say: Say) -> Policy:
     """The job's model with this adapter, its SAEs' sites tapped."""
     return _tapped(job.config, job.model_path, job.saes, adapter, say)
 

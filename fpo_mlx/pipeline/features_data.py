@@ -14,7 +14,7 @@ from fpo_mlx.config import RunConfig, default_of, named, options
 from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pipeline.feature_reward import FeatureReward
-from fpo_mlx.pipeline.features import link, open_policy
+from fpo_mlx.pipeline.features import link, tapped_policy
 from fpo_mlx.pipeline.job import Job, Say, hub_splits, need_features, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import Passage, TokenPair, result_file
@@ -231,7 +231,7 @@ def _with_contexts(
     from fpo_mlx.judge import feature_scan
     from fpo_mlx.model.reader import encoder_of
 
-    by_place, policy = {pair.where: pair for pair in pairs}, open_policy(job, job.adapter, say)
+    by_place, policy = {pair.where: pair for pair in pairs}, tapped_policy(job, job.adapter, say)
     out: dict[tuple[int, int], Sequence[Context]] = {}
     for i, sae in enumerate(job.saes):
         own = [one for one in shown if one.sae == i]
