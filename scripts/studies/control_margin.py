@@ -3,6 +3,7 @@
     python scripts/studies/control_margin.py [--behaviour list|opening] [--seeds 3] [--work DIR]
     python scripts/studies/control_margin.py … --seed 1     this one only: a core for each, the
         second once the first one trains
+    python scripts/studies/control_margin.py … --family out     what that one compares, first
 
 Five ways to train on the same pairs: FPO; with the behaviour's features held (`--feature-weights`),
 or projected out (`--project-out`); each with as many unrelated ones of equal activity in their
@@ -81,6 +82,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--answers", type=int, default=1000, help="sampled per model and seed")
     parser.add_argument("--levels", type=float, nargs="+", default=[1.0])
     parser.add_argument("--seed", type=int, action="append", default=[], help="these, not all")
+    parser.add_argument("--family", choices=list(FAMILIES), action="append", default=[])
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--texts", type=int, default=60, help="of each kind, to find features")
     parser.add_argument("--features", type=int, default=10)
@@ -100,7 +102,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     machine.set_up()
     o = parse(words)
-    model, steps = begin(o, "levels")
+    model, steps = begin(o, "levels", "family")
     base = {
         "model": model, "sae": (str(o.sae),), "data": str(split(o)),
         "max_seq_length": o.max_seq_length,
@@ -118,7 +120,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed: int) -> None:
-    """All kinds at equal margins; what is there is not measured again."""
+    """All kinds of the families at equal margins; what is there is not measured again."""
+    families = {way: kinds for way, kinds in FAMILIES.items() if way in (o.family or FAMILIES)}
     named = {kind: f"{kind.replace(', ', '-')}-{seed}" for kind in KINDS}
 
     def whole(kind: str) -> dict[str, Any]:
@@ -134,8 +137,9 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
     wholes = {
         kind: measured(f"{name}-whole", partial(whole, kind))["margins"]
         for kind, name in named.items()
+        if any(kind in kinds for kinds in families.values())
     }
-    for way, kinds in FAMILIES.items():
+    for way, kinds in families.items():
         least = min(float(np.mean(wholes[kind])) for kind in kinds)
         if least <= 0:
             say(f"seed {seed}, {way}: a kind of it did not learn the preference; left out")

@@ -64,6 +64,13 @@ def test_each_way_is_compared_at_the_margin_of_the_least_and_nothing_is_measured
     assert found["held at 1"]["parts"][FREE] < 0.3 < 0.7 < found["out at 1"]["parts"][FREE]
 
 
+def test_a_family_by_itself_measures_no_kind_of_others(tmp_path, asked):
+    o = control_margin.parse(["--family", "out"])
+    control_margin.one_seed(o, {}, Steps(tmp_path, {}), seed=0)
+    assert asked == [*((kind, 0) for kind in FAMILIES["out"]), (None, 0)]
+    assert set(json.loads((tmp_path / "compared.json").read_text())) == {"out at 1"}
+
+
 def test_a_kind_that_learned_nothing_leaves_its_own_way_out_and_no_other(
     tmp_path, monkeypatch, asked, capsys
 ):
