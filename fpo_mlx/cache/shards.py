@@ -28,6 +28,16 @@ SMALL = {"keys": "U8", "logps": "F64", "tokens": "I32", "offsets": "I64"}
 Row = tuple[bytes, ResponseScore]
 
 
+class ShardGone(FpoError):
+    """A shard that was there when its cache was opened."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} was removed while it was in use. Run the command again: it scores what is "
+            "missing anew (`train --resume` goes on with the last checkpoint)."
+        )
+
+
 @dataclass(frozen=True)
 class Shard:
     """An opened shard: what stays in memory, some 100 bytes per row; features stay on disk."""
@@ -228,10 +238,7 @@ def check_content(shard: Shard) -> None:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
     except FileNotFoundError as error:
-        raise FpoError(
-            f"{shard.path} was removed while it was in use. Run the command again: it scores what "
-            "is missing anew (`train --resume` goes on with the last checkpoint)."
-        ) from error
+        raise ShardGone(shard.path) from error
     except OSError as error:
         raise damaged(shard.path, str(error)) from error
     if digest.hexdigest() != shard.sha256:
@@ -251,6 +258,8 @@ def read_features(
                 for start, dtype in zip(shard.places[s], ("<i4", "<f4"), strict=True)
             )
             found.append(SparseFeatures(indices, values))
+    except FileNotFoundError as error:
+        raise ShardGone(shard.path) from error
     except (OSError, ValueError) as error:
         raise damaged(shard.path, str(error)) from error
     return tuple(found)

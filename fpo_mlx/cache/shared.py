@@ -10,11 +10,11 @@ from pathlib import Path
 
 from fpo_mlx.cache.fill import SHARD_PAIRS, FillReport, ScorePairs, fill, plan, rows_of
 from fpo_mlx.cache.identity import CacheIdentity, Provenance
-from fpo_mlx.cache.shards import Row, Shard
+from fpo_mlx.cache.shards import Row, Shard, ShardGone
 from fpo_mlx.cache.store import LOCK, MANIFEST, PARTS, ReferenceCache, open_cache, shard_paths
 from fpo_mlx.errors import FpoError
 from fpo_mlx.records import ResponseScore, TokenPair
-from fpo_mlx.storage import files
+from fpo_mlx.storage import files, locks
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _left(part: ReferenceCache, key: bytes) -> ResponseScore | None:
     kind = (part.made.backend, part.made.dtype)
     if key not in part or part.wanted.pooled_keep or part.kind_of(key) != kind:
         return None
-    with contextlib.suppress(FileNotFoundError):  # joined and removed in the meantime
+    with contextlib.suppress(ShardGone):  # joined and removed in the meantime
         return part.get(key)
     return None
 
@@ -128,7 +128,7 @@ def _take(cache: ReferenceCache, donors: Sequence[ReferenceCache], group: _Group
     for donor in donors:
         shard = _shard_of(donor, group)
         if shard is not None:
-            with contextlib.suppress(FileNotFoundError):  # joined and removed in the meantime
+            with contextlib.suppress(ShardGone):  # joined and removed in the meantime
                 return cache.adopt(shard, donor.identity)
     return 0
 
@@ -153,6 +153,10 @@ def _collect(
             parts = _parts(cache.folder, cache)
         for group in groups:
             _take(cache, parts, group)
+        for part in parts:  # what a killed run scored of other pairs is kept, too
+            for shard in part.shards:
+                with contextlib.suppress(ShardGone):
+                    cache.adopt(shard, part.identity)
     for part in _parts(cache.folder, cache):
         _remove(part.folder)
 
@@ -171,7 +175,8 @@ def _parts(folder: Path, like: ReferenceCache) -> list[ReferenceCache]:
 
 
 def _remove(part: Path) -> None:
-    files.sweep(part)
+    with contextlib.suppress(OSError, FpoError), locks.held(part / LOCK, part):
+        files.sweep(part)
     for path in [*shard_paths(part), part / MANIFEST, part / LOCK]:
         path.unlink(missing_ok=True)
     for folder in (part, part.parent):

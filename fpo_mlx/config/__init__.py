@@ -3,7 +3,7 @@
 Command line beats YAML beats preset beats default. Unknown keys are errors.
 """
 
-from fpo_mlx.config.engine import coerce, load_config, load_section, read_yaml
+from fpo_mlx.config.engine import PARTS, coerce, is_other, load_config, load_section, read_yaml
 from fpo_mlx.config.fields import GROUPS
 from fpo_mlx.config.objective import PRESETS, Objective
 from fpo_mlx.config.sae_training import SaeTrainConfig
@@ -20,7 +20,7 @@ from fpo_mlx.config.sections import (
 from fpo_mlx.config.training import TrainConfig
 
 __all__ = [
-    "GROUPS", "PRESETS", "SECTIONS", "DataConfig", "Objective", "ReferenceConfig", "RunConfig",
-    "SaeTrainConfig", "Sampling", "TrainConfig", "coerce", "default_of", "load_config",
-    "load_section", "named", "options", "read_yaml",
+    "GROUPS", "PARTS", "PRESETS", "SECTIONS", "DataConfig", "Objective", "ReferenceConfig",
+    "RunConfig", "SaeTrainConfig", "Sampling", "TrainConfig", "coerce", "default_of", "is_other",
+    "load_config", "load_section", "named", "options", "read_yaml",
 ]  # fmt: skip

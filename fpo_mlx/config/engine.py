@@ -17,6 +17,12 @@ from fpo_mlx.config.sections import SECTIONS, RunConfig, named, options
 from fpo_mlx.errors import ConfigError
 
 Section = TypeVar("Section")
+PARTS = (
+    "train_split",
+    "valid_split",
+    "test_split",
+    "subset",
+)  # what names parts of a data set
 
 
 def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig:
@@ -50,7 +56,17 @@ def _given(flags: Mapping[str, Any], path: Path | None, known: Collection[str]) 
         where = f"{path}: " if set(unknown) & set(given) else ""
         near = _closest(unknown[0], known)
         raise ConfigError(f"{where}unknown settings {', '.join(unknown)}.{near}")
+    if is_other(given.get("data"), flags.get("data")):
+        given = {name: value for name, value in given.items() if name not in PARTS}
     return given | {name: value for name, value in flags.items() if value is not None}
+
+
+def is_other(own: Any, other: Any) -> bool:
+    """Whether `other` is data on this disk, and not what `own` names: its PARTS are not of it."""
+    if not (own and other):
+        return False
+    place = Path(other).expanduser()
+    return place.exists() and place.resolve() != Path(str(own)).expanduser().resolve()
 
 
 def _typed(given: Mapping[str, Any], sections: Sequence[type]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fpo_mlx.config import RunConfig
+from fpo_mlx.config import PARTS, RunConfig, is_other
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pipeline.evaluate import check_scales, open_scorer
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
@@ -231,8 +231,8 @@ def _held_out(
         own = "activations" if config.objective.constraint == "activations" else "features"
         objective = replace(objective, constraint=own)
     there = replace(config.data, data=verify)
-    if config.data.data not in (None, verify):  # these name parts of the run's own data
-        there = replace(there, train_split=None, valid_split=None, test_split=None, subset=None)
+    if is_other(config.data.data, verify):
+        there = replace(there, **dict.fromkeys(PARTS))
     config = replace(config, data=there, objective=objective)
     job = open_job(config, say=say)
     split = next((s for s in ("test", "valid", "train") if has_split(job, s)), "test")

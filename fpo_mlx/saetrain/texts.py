@@ -165,6 +165,7 @@ def thin_beginning(items: Sequence[Document], every: int = 10) -> int:
 def _rows(source: str, hub: data.HubSplits) -> Iterable[data.RawRow]:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".txt":
+        data.find_splits(path, hub)  # refuses the names of splits, as for every one file
         try:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import json
 import math
 import os
@@ -124,14 +125,15 @@ def _exchange(a: Path, b: Path) -> bool:
 def sweep(folder: Path, name: str | None = None) -> None:
     """Remove what killed writers of `name` (of anything) left in a folder. Hold its lock.
 
-    A folder of this name that one of them had moved aside comes back, if nothing took its place.
+    A folder of this name that one of them had moved aside, to put its own there, comes back.
     """
     rest = ".+" if name is None else re.escape(name) + r"(\.old)?"
     pattern = re.compile(re.escape(TEMPORARY) + r"\d+-" + rest)
-    if name is not None and folder.is_dir() and not (folder / name).exists():
-        old = re.compile(re.escape(TEMPORARY) + r"\d+-" + re.escape(name) + r"\.old")
-        for path in [path for path in folder.iterdir() if old.fullmatch(path.name)][:1]:
-            os.replace(path, folder / name)
+    if name is not None and not (folder / name).exists():
+        for work in folder.glob(f"{TEMPORARY}*-{glob.escape(name)}"):
+            old = work.with_name(f"{work.name}.old")
+            if old.is_dir() and not (folder / name).exists():
+                os.replace(old, folder / name)
     for path in folder.iterdir() if folder.is_dir() else ():
         if pattern.fullmatch(path.name):
             if path.is_dir() and not path.is_symlink():
@@ -143,7 +145,11 @@ def sweep(folder: Path, name: str | None = None) -> None:
 def sweep_killed(folder: Path) -> None:
     """Remove what writers of folders in this one left, but for those that are at work."""
     pattern = re.compile(re.escape(TEMPORARY) + r"\d+-(.+)")
-    names = {found[1] for path in folder.iterdir() if (found := pattern.fullmatch(path.name))}
+    names = {
+        found[1].removesuffix(".old")
+        for path in folder.iterdir()
+        if (found := pattern.fullmatch(path.name))
+    }
     for name in sorted(names):
         with suppress(OSError, FpoError), locks.held(folder / f".{name}.lock", folder):
             sweep(folder, name)

@@ -215,10 +215,10 @@ def on_logits(config: RunConfig, sae: SaeWeights) -> np.ndarray:
     A weight multiplies a squared move, so it is the square of an effect.
     """
     from fpo_mlx.judge.feature_page import logit_weights
-    from fpo_mlx.pipeline.features import open_policy
+    from fpo_mlx.pipeline.features import tapped_policy
     from fpo_mlx.pipeline.job import open_job
 
-    policy = open_policy(open_job(config, say=say), None, say)
+    policy = tapped_policy(open_job(config, say=say), None, say)
     variances = []
     for row in [] if sae.w_dec is None or sae.site is None else sae.w_dec:
         added = logit_weights(policy, sae.site, row)

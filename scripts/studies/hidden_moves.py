@@ -63,7 +63,7 @@ def measured(o: argparse.Namespace, adapters: Mapping[str, str]) -> Iterator[dic
     from fpo_mlx.judge.feature_scan import encoded
     from fpo_mlx.model.reader import encoder_of
     from fpo_mlx.pipeline.evaluate import open_scorer
-    from fpo_mlx.pipeline.features import open_policy
+    from fpo_mlx.pipeline.features import tapped_policy
     from fpo_mlx.pipeline.job import open_job, read_pairs
 
     settings = {
@@ -78,7 +78,7 @@ def measured(o: argparse.Namespace, adapters: Mapping[str, str]) -> Iterator[dic
         for pair in pairs
         for side, response in zip(SIDES, pair.responses, strict=True)
     ]
-    base = open_policy(job, None, say)
+    base = tapped_policy(job, None, say)
     before = [encoded(encoder, base.answer_rows(*texts).tapped[0]) for _, *texts in answers]
     for (name, path), part in itertools.product(adapters.items(), o.parts):
         policy = open_scorer(job, path, scale=part, measure_kl=False, say=say).policy

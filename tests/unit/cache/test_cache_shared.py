@@ -12,6 +12,7 @@ import pytest
 from cached import IDENTITY, Scorer, filled, folder_bytes, make_pairs, shared_rows
 
 from fpo_mlx import cache as rc
+from fpo_mlx.cache import shared
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.machine.processes import Share, find_share, is_first
 
@@ -133,6 +134,41 @@ def test_what_a_killed_run_left_of_other_pairs_is_used_where_the_groups_have_mov
     again = [pair for scorer in scorers for group in scorer.groups for pair in group]
     assert not left & {key for pair in again for key in pair.keys}
     assert not (tmp_path / "parts").exists()
+
+
+def test_parts_that_go_while_they_are_looked_at_are_scored_and_no_error(tmp_path):
+    """Rank 0 of another number of processes may have joined them meanwhile."""
+    pairs = make_pairs(8)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, pairs, 1, 2, Scorer(1))
+    part = rc.open_cache(tmp_path / "parts" / "001-of-002", IDENTITY)
+    shutil.rmtree(tmp_path / "parts")
+    cache = rc.open_cache(tmp_path / "new", IDENTITY, create=True)
+    group = shared._Group(pairs[:2], list(part.shards[0].keys))
+    assert shared._take(cache, [part], group) == 0
+    assert shared._left(part, group.keys[0]) is None
+
+
+def test_what_other_pairs_left_in_parts_is_in_the_cache_of_the_next_run(tmp_path):
+    """`evaluate` on the test pairs took hours of a killed precompute of the training pairs away."""
+    train, test = make_pairs(12), make_pairs(4, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, train, 1, 2, Scorer(2))
+    run(tmp_path, test, 0, 1)
+    scorer = Scorer()
+    run(tmp_path, train, 0, 1, scorer)
+    assert len(scorer.groups) == 4
+    assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("made", [rc.Provenance("bfloat16", "mlx"), rc.Provenance("float32", "x")])
+def test_rows_that_were_made_otherwise_are_scored_anew_in_a_group_of_others(tmp_path, made):
+    pairs = make_pairs(4)
+    part = rc.open_cache(tmp_path / "part", IDENTITY, create=True, made=made)
+    rc.fill(part, pairs, Scorer())
+    key = pairs[0].keys[0]
+    assert shared._left(part, key) is not None
+    assert shared._left(rc.open_cache(part.folder, IDENTITY, made=rc.Provenance()), key) is None
 
 
 def test_half_a_file_in_a_part_of_another_number_of_processes_goes_with_it(tmp_path):

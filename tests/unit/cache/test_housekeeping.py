@@ -99,6 +99,15 @@ def test_a_shard_that_goes_while_it_is_in_use_is_told_in_words(root):
         store.get(store.keys()[0])
 
 
+def test_so_it_is_when_it_was_read_before_and_is_not_open_any_more(root):
+    store = rc.open_cache(root / "old", rc.read_identity(root / "old"))
+    store.get(store.keys()[0])
+    store._files.close()  # as the sixteen that were read last close it
+    rc.remove(root / "old")
+    with pytest.raises(FpoError, match="removed while it was in use"):
+        store.get(store.keys()[0])
+
+
 def test_it_asks_and_a_dry_run_removes_nothing(root):
     shown = run("cache", "prune", "--older-than", 0, "--dry-run")
     assert re.search(r"^caches that would be removed: 2", shown.stdout, re.MULTILINE)

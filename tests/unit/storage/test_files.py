@@ -91,20 +91,19 @@ def test_a_folder_that_could_not_be_replaced_is_back_under_its_name(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_folder_that_a_killed_writer_had_moved_aside_comes_back(tmp_path, monkeypatch, no_swap):
-    folder, real = older(tmp_path), os.replace
-
-    def dying(source, target):
-        if Path(target) == folder:
-            raise KeyboardInterrupt  # as a kill would: nothing is put back
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", dying)
-        with pytest.raises(KeyboardInterrupt), files.atomic_folder(folder):
-            pass
-    assert not folder.exists()
+def test_a_folder_that_a_killed_writer_had_moved_aside_comes_back(tmp_path):
+    """Killed between the two renames, both are there under its temporary names."""
+    folder = older(tmp_path)
+    folder.rename(tmp_path / ".tmp-999999-model.old")
+    (tmp_path / ".tmp-999999-model").mkdir()
     with pytest.raises(RuntimeError), files.atomic_folder(folder):
         raise RuntimeError
     assert (folder / "config.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_is_left_of_an_old_folder_whose_place_was_taken_does_not_come_back(tmp_path):
+    older(tmp_path).rename(tmp_path / ".tmp-999999-model.old")
+    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "model"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
