@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from fpo_mlx.cli.help import Command
-from fpo_mlx.cli.options import PATH, claims, overwrite_option, put
+from fpo_mlx.cli.options import PATH, claims, overwrite_option, write_text
 
 
 @click.command(cls=Command)
@@ -35,5 +35,5 @@ def report(runs: tuple[Path, ...], output: Path, results: tuple[Path, ...]) -> N
     """
     from fpo_mlx import pipeline
 
-    written = put(output, lambda name: pipeline.report(runs, name, results))
+    written = write_text(output, pipeline.report_page(runs, results))
     click.echo(f"report in {written}")

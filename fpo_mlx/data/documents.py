@@ -8,7 +8,7 @@ from typing import Any
 from fpo_mlx.data import layouts
 from fpo_mlx.data.containers import RawRow
 from fpo_mlx.data.messages import RowFault, Turns, conversation_in, kind, messages
-from fpo_mlx.data.rows import Columns, system_of, tools_of, with_system
+from fpo_mlx.data.rows import Columns, as_object, system_of, tools_of, with_system
 
 COLUMNS = {"chat": ("messages", "conversations", "conversation"), "text": ("text", "content")}
 
@@ -17,24 +17,25 @@ def record_of(row: RawRow) -> Mapping[str, Any]:
     """Raises RowFault for a row that could not be read, or is no object."""
     if row.fault:
         raise RowFault("unreadable", row.fault)
-    if not isinstance(row.record, Mapping):
-        what = f"a row is an object with named columns, not {kind(row.record)}"
-        raise RowFault("wrong type", what)
-    return row.record
+    return as_object(row.record)
 
 
 def kind_of(record: Mapping[str, Any], columns: Columns) -> str:
     """pairs, chat or text, by the names of its columns. Raises RowFault for none of them."""
-    no_pair = ""
+    sides, pair, no_pair = (columns.chosen, columns.rejected), record, ""
     try:
-        if {columns.chosen, columns.rejected} <= set(layouts.as_pair(record, columns)):
-            return "pairs"
+        pair = layouts.as_pair(record, columns)
     except RowFault as fault:  # a text may have columns that look like half a pair
+        if any(layouts.filled(record.get(side)) for side in sides):
+            raise
         no_pair = f" As a pair it is refused: {fault}."
+    kinds = {"pairs": sides} | COLUMNS
+    if set(sides) <= set(pair) and any(layouts.filled(pair[side]) for side in sides):
+        return "pairs"
     for found, names in COLUMNS.items():
         if any(layouts.filled(record.get(name)) for name in names):
             return found
-    for found, names in COLUMNS.items():
+    for found, names in kinds.items():
         if set(names) & set(record):
             return found
     raise RowFault(

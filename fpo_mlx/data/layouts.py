@@ -175,12 +175,20 @@ def _refuse_single(record: Mapping) -> None:
         )
 
 
+def whole_prompt(record: Mapping, columns: Any) -> Any:
+    """The prompt column; None where nothing is in it, or other columns belong to it."""
+    given = record.get(columns.prompt)
+    return given if filled(given) and columns.prompt != "instruction" else None
+
+
 def prompt_of(record: Mapping, columns: Any) -> Any:
     """The prompt column, or where it is absent one of those that other sets keep it in.
 
     Raises RowFault where another of them holds words that would be left out.
     """
     given = record.get(columns.prompt)
+    if columns.prompt == "instruction" and filled(given):
+        return _alpaca(record)
     if filled(given) or columns.prompt != "prompt":
         return given
     names = [name for name in PROMPTS if filled(record.get(name))]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fpo_mlx.data.containers import FORMATS, RawRow, digest, file_rows, stem
+from fpo_mlx.data.documents import record_of
 from fpo_mlx.data.messages import RowFault
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, PreferenceRow, parse_row
 from fpo_mlx.data.tokenize import refusal
@@ -85,9 +86,7 @@ def parse_rows(
 
 def parse_raw(raw: RawRow, columns: Columns = DEFAULT_COLUMNS) -> PreferenceRow:
     """One raw row to a record. Raises RowFault."""
-    if raw.fault:
-        raise RowFault("unreadable", raw.fault)
-    return parse_row(raw.record, columns, raw.where, raw.index)
+    return parse_row(record_of(raw), columns, raw.where, raw.index)
 
 
 def iterate_raw(source: str | Path, split: str, hub: HubSplits = AUTO_SPLITS) -> Iterator[RawRow]:

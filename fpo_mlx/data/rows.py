@@ -70,6 +70,13 @@ class PreferenceRow:
     facts: PairFacts = NO_FACTS
 
 
+def as_object(record: object) -> Mapping:
+    """Raises RowFault."""
+    if not isinstance(record, Mapping):
+        raise RowFault("wrong type", f"a row is an object with named columns, not {_kind(record)}")
+    return record
+
+
 def parse_row(
     record: object, columns: Columns = DEFAULT_COLUMNS, where: str = "", index: int = 0
 ) -> PreferenceRow:
@@ -77,12 +84,11 @@ def parse_row(
 
     Raises RowFault, whose text says what is wrong with the row (not where: the caller knows).
     """
-    if not isinstance(record, Mapping):
-        raise RowFault("wrong type", f"a row is an object with named columns, not {_kind(record)}")
+    record = as_object(record)
     facts, record = _facts(record, columns), layouts.as_pair(record, columns)
     record, as_text = _lists_for_texts(record, columns)
     chosen, rejected = _answers(record, columns)
-    prompt = record.get(columns.prompt) if layouts.filled(record.get(columns.prompt)) else None
+    prompt = layouts.whole_prompt(record, columns)
     parts: Any = _from_texts if isinstance(chosen, str) else _from_lists
     turns = _parted(*parts(record, prompt, chosen, rejected, columns))
     system, tools = system_of(record, columns), tools_of(record, columns)

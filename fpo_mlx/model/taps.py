@@ -150,7 +150,7 @@ def refuse_streams(array: mx.array, tokens: mx.array, site: Site) -> None:
     if array.ndim != 3 or array.shape[:2] != tokens.shape:
         raise ModelError(
             f"the {site} of this model is an array of shape {array.shape} for {tokens.shape} "
-            "tokens, not one vector per token. Use an SAE of another site."
+            "tokens, not one vector per token. Choose another site."
         )
 
 

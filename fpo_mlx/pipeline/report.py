@@ -9,14 +9,18 @@ from pathlib import Path
 from fpo_mlx.storage import files
 
 
+def report_page(runs: Sequence[Path], results: Sequence[Path] = ()) -> str:
+    """The page of these run folders. Raises: as `report`, but for the place."""
+    from fpo_mlx import report as pages
+
+    return pages.render(pages.read_runs(runs, results), made=f"{datetime.now():%Y-%m-%d %H:%M}")
+
+
 def report(runs: Sequence[Path], output: Path, results: Sequence[Path] = ()) -> Path:
     """Write the page of these run folders; gives its path.
 
     Raises: FpoError for a folder without a run or a place that cannot be written to; ConfigError
     where the `report` extra is not installed.
     """
-    from fpo_mlx import report as pages
-
-    page = pages.render(pages.read_runs(runs, results), made=f"{datetime.now():%Y-%m-%d %H:%M}")
-    files.write_text(output, page)
+    files.write_text(output, report_page(runs, results))
     return output

@@ -37,6 +37,7 @@ class Reader:
     limit: float = float("inf")
     ranks: Ranks = Ranks()
     caches: int = 0  # that every pass is given
+    blocks: int = 1  # of the model before it was cut: some ask for the cache of one far behind
 
     def rows(self, documents: Sequence[Document]) -> np.ndarray:
         """Activations of all kept positions, in the documents' order: float32 [R, D].
@@ -81,7 +82,7 @@ class Reader:
         """The site's values [B, L, D] float32; what follows the site is never computed."""
         tokens = pad(sequences)
         with self.tap.recording() as seen:
-            self.backbone(tokens, cache=fresh_caches(self.caches))
+            self.backbone(tokens, cache=fresh_caches(self.caches) or [None] * self.blocks)
         refuse_streams(seen[-1], tokens, self.site)
         values = np.array(finish(seen[-1].astype(mx.float32), self.site, self.eps, self.residual))
         mx.clear_cache()
@@ -127,7 +128,12 @@ def open_reader(model: nn.Module, config: dict, site: Site) -> Reader:
     for name, value in backbone.items():
         if isinstance(value, list) and value and value[0] is blocks[0]:
             backbone[name] = value[: site.layer + 1]
-    return Reader(backbone, tap, site, *norm_and_residual(config), caches=caches)
+    found = norm_and_residual(config)
+    reader = Reader(backbone, tap, site, *found, caches=caches, blocks=len(blocks))
+    reader._hidden(
+        [np.zeros(2, dtype=np.int32)]
+    )  # every process sees what no SAE can be trained on
+    return reader
 
 
 def norm_limit(rows: np.ndarray) -> float:

@@ -193,7 +193,7 @@ def _told(
         except RowFault as fault:
             faults.append(f"{row.where}: {fault}")
     what = "there is no telling whether the rows are pairs, chats or texts"
-    raise DataError(f"{source}: {what}:", faults)
+    raise DataError(f"{source}: {what} (--data-kind says it):", faults)
 
 
 def _sequences(
@@ -269,7 +269,8 @@ def split_held_out(
 ) -> tuple[list[Document], list[Document]]:
     """(train, held out): documents at random until `share` of the positions, at most `most`.
 
-    Both answers of a pair, and all pairs of one prompt, are on one side.
+    Both answers of a pair, and all pairs of one prompt, are on one side; a prompt with more than
+    half of all positions is trained on.
     """
     items = list(items)
     groups: dict[bytes | int, list[int]] = {}
@@ -282,8 +283,10 @@ def split_held_out(
     for taken, group in enumerate(np.random.default_rng([seed, 1]).permutation(len(together))):
         if got >= wanted or taken + 1 >= len(together):
             break
-        held.update(together[group])
-        got += sum(int(items[at].keep.sum()) for at in together[group])
+        size = sum(int(items[at].keep.sum()) for at in together[group])
+        if size <= total / 2:
+            held.update(together[group])
+            got += size
     return (
         [item for at, item in enumerate(items) if at not in held],
         [item for at, item in enumerate(items) if at in held],

@@ -105,6 +105,29 @@ def test_command_line_beats_yaml_beats_preset_beats_default(configured, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("own", "other", "kept"),
+    [
+        ("owner/pairs", "mine.jsonl", False),
+        ("pairs", "./pairs/", True),
+        ("pairs", "owner/others", True),
+        (None, "mine.jsonl", True),
+        ("owner/pairs", None, True),
+    ],
+)
+def test_names_of_splits_go_with_the_data_of_the_yaml_file(tmp_path, monkeypatch, own, other, kept):
+    """`evaluate -c run.yaml --data mine.jsonl` was told to leave out what stands in run.yaml."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "mine.jsonl").write_text("")
+    yaml = {"test_split": "test_prefs", "subset": "english"} | ({"data": own} if own else {})
+    (tmp_path / "run.yaml").write_text(json.dumps(yaml))
+    found = load_config({"data": other}, tmp_path / "run.yaml").data
+    assert (found.test_split, found.subset) == (("test_prefs", "english") if kept else (None, None))
+    given = load_config({"data": other, "test_split": "mine"}, tmp_path / "run.yaml").data
+    assert given.test_split == "mine"
+
+
+@pytest.mark.parametrize(
     ("text", "part"),
     [("learning_rat: 1\n", "learning_rate"), ("[1, 2]\n", "list"), ("a: [\n", "YAML")],
 )

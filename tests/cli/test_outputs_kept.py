@@ -426,6 +426,7 @@ LONG = {  # what a command does between its two looks at the place
     "features find --output": "find_features",
     "features show --output": "feature_page",
     "features data --save-reward": "features_data",
+    "report": "report_page",
 }
 
 

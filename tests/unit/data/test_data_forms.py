@@ -87,6 +87,15 @@ def test_a_system_column_may_hold_one_system_message():
         parse_row({**PAIR, "system": [user("Be brief.")]})
 
 
+def test_an_instruction_that_is_named_as_the_prompt_has_its_input_too():
+    """As `two prompts` advises; its input was left out in silence."""
+    row = {"instruction": "Translate.", "input": "Ja", "context": "German", "chosen": "Yes",
+           "rejected": "No"}  # fmt: skip
+    with pytest.raises(RowFault, match="instruction and context differ"):
+        parse_row(row)
+    assert parse_row(row, Columns(prompt="instruction")).prompt == (user("Translate.\nJa"),)
+
+
 def test_alpacas_input_and_history_are_part_of_the_prompt():
     row = parse_row({"instruction": "Translate.", "input": "Ja", "chosen": "Yes", "rejected": "No",
                      "history": [["Hi", "Hello."]]})  # fmt: skip
