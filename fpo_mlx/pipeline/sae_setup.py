@@ -45,6 +45,7 @@ class Setup:
     """A run before its budget is known."""
 
     config: SaeTrainConfig
+    path: Path  # of the model's folder
     model_name: str
     site: Site
     hidden: int
@@ -146,7 +147,7 @@ def open_setup(config: SaeTrainConfig, ranks: Ranks, say: Say) -> Setup:
     if init is not None:
         fingerprints[INIT] = _fingerprint(init)
     return Setup(
-        config, Path(config.model).name, site, hidden,
+        config, path, Path(config.model).name, site, hidden,
         sizing.sizes(config, model_config, hidden), tuple(train), tuple(held_out),
         replace(reader, limit=limit), fingerprints,
         seconds / max(sum(len(d.tokens) for d in train[:CALIBRATION]), 1), init,

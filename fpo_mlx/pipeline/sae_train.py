@@ -14,10 +14,10 @@ from fpo_mlx import __version__
 from fpo_mlx.config import SaeTrainConfig, default_of, named, options
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.machine import device
+from fpo_mlx.pipeline import sae_finish
 from fpo_mlx.pipeline.job import Say
 from fpo_mlx.pipeline.sae_setup import CALIBRATION, INIT, Setup, check, claim, open_setup
 from fpo_mlx.pipeline.train import InstallStop
-from fpo_mlx.records import Passage, SaeWeights
 from fpo_mlx.saetrain import rows, texts
 from fpo_mlx.saetrain import sizes as sizing
 from fpo_mlx.storage import files, locks, outputs
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from fpo_mlx.saetrain.trainer import Plan, Report
 
 START_ROWS = 8192  # that b_dec, scale and thresholds begin with
-LOSS_DOCUMENTS, LOSS_TOKENS = 16, 256  # held out, that the loss with the SAE spliced in is taken on
 WARM_STEPS = 3  # of a throw-away copy, to measure speed
 TRAINING_DOCUMENTS = "training_documents"  # in what a store says of itself: their fingerprint
 
@@ -60,8 +59,10 @@ def sae_train(
 
     install_stop: called when training begins.
     """
+    import numpy as np
+
     from fpo_mlx.machine.parallel import open_ranks
-    from fpo_mlx.saetrain import trainer
+    from fpo_mlx.saetrain import finish, trainer
 
     folder = Path(config.output)
     check(config)
@@ -72,19 +73,21 @@ def sae_train(
     with _writing(folder) if ranks.first else nullcontext():
         source, current, plan = (_resumed if config.resume else _begun)(setup, folder, say)
         rule, kept = _rule(setup), folder if ranks.first else None
-        say(
-            f"{config.architecture} of {setup.sizes.width} features, k {setup.sizes.k}, on the "
-            f"{setup.site}: {plan.steps} updates of {plan.batch} tokens"
-        )
-        if ranks.size > 1 and config.architecture == "batchtopk":
-            say(
-                f"batch top-k chooses among the {plan.micro} tokens of a micro-batch: one process "
-                f"trains the same SAE with --micro-batch-size {plan.micro}"
-            )
+        _announce(setup, plan, say)
         with device.resident(config.wired_share, ranks.size):
             for each in trainer.train(source, current, rule, plan, kept, install_stop(), ranks):
                 report(each)
-        return _finish(setup, source, current, plan, upload_repo, say)
+        tokens = plan.steps * plan.batch
+        sample = np.array(source.chunk(0)[:START_ROWS])  # a view would keep the whole chunk
+        made = sae_finish.write(setup, current, rule, sample, tokens, say)
+        del setup, source, current  # a whole model comes next, and needs their room
+        if made is None:
+            return SaeTrained(folder, None, None, tokens)
+        loss = sae_finish.measure_loss(made, trust_remote_code=config.trust_remote_code)
+        if upload_repo:
+            finish.upload(folder, upload_repo)
+            say(f"uploaded to {upload_repo}")
+        return SaeTrained(folder, made.figures, loss, tokens, upload_repo)
 
 
 @contextmanager
@@ -307,6 +310,19 @@ def _seconds_a_token(setup: Setup, source: rows.Source, fresh: State) -> float:
     return 1 / max(speeds)
 
 
+def _announce(setup: Setup, plan: Plan, say: Say) -> None:
+    config = setup.config
+    say(
+        f"{config.architecture} of {setup.sizes.width} features, k {setup.sizes.k}, on the "
+        f"{setup.site}: {plan.steps} updates of {plan.batch} tokens"
+    )
+    if setup.ranks.size > 1 and config.architecture == "batchtopk":
+        say(
+            f"batch top-k chooses among the {plan.micro} tokens of a micro-batch: one process "
+            f"trains the same SAE with --micro-batch-size {plan.micro}"
+        )
+
+
 def _record(setup: Setup) -> dict[str, Any]:
     """What run.json holds beside the plan. No environment, no tokens."""
     sizes = dataclasses.asdict(setup.sizes)
@@ -321,64 +337,3 @@ def _write_run(folder: Path, run: dict[str, Any], plan: Plan) -> None:
     from fpo_mlx.saetrain import state
 
     state.run_folder(folder).write_record(run | {"plan": dataclasses.asdict(plan)})
-
-
-def _finish(
-    setup: Setup, source: rows.Source, current: State, plan: Plan, repo: str | None, say: Say
-) -> SaeTrained:
-    import numpy as np
-
-    from fpo_mlx.saetrain import finish
-
-    config, folder = setup.config, Path(setup.config.output)
-    sample = np.array(source.chunk(0)[:START_ROWS])  # a view would keep the whole chunk
-    held = setup.reader.rows(setup.held_out) if setup.held_out else None
-    tokens = plan.steps * plan.batch
-    if not setup.ranks.first:
-        return SaeTrained(folder, None, None, tokens)
-    sae = finish.finished(
-        current, _rule(setup), sample, site=setup.site, model_name=setup.model_name
-    )
-    figures = None if held is None else finish.measure(sae, held)
-    if held is not None and figures is None:
-        say(f"no figures: of {len(held)} held-out rows (--held-out) no two differ")
-    loss = _loss(setup, sae)
-    facts = {
-        "model": config.model if "/" in config.model and not Path(config.model).exists()
-        else setup.model_name,
-        "site": str(setup.site),
-        "architecture": config.architecture + (", matryoshka" if config.matryoshka else ""),
-        "k": setup.sizes.k,
-        "data": config.data if not Path(config.data).exists() else Path(config.data).name,
-        "positions": f"{config.tokens}; without first positions and outlier norms",
-        "tokens trained on": tokens,
-        "passes": f"{tokens / max(setup.positions, 1):.2f}",
-    }  # fmt: skip
-    if config.init:
-        facts["started from"] = config.init if not Path(config.init).exists() else (
-            Path(config.init).name
-        )  # fmt: skip
-    finish.write(folder, sae, finish.card(sae, figures, facts, loss and loss.recovered))
-    if repo:
-        finish.upload(folder, repo)
-        say(f"uploaded to {repo}")
-    return SaeTrained(folder, figures, loss, tokens, repo)
-
-
-def _loss(setup: Setup, sae: SaeWeights) -> LossFigures | None:
-    """With the SAE in the site's place on held-out documents; None where it cannot be had."""
-    from fpo_mlx.judge import sae_fit
-    from fpo_mlx.model.open import open_model
-    from fpo_mlx.model.policy import Policy
-
-    passages = [
-        Passage(document.tokens[:first], document.tokens[first : first + LOSS_TOKENS])
-        for document in setup.held_out
-        if document.keep.any() and (first := max(1, int(document.keep.argmax())))
-    ][:LOSS_DOCUMENTS]
-    if not passages:
-        return None
-    config = setup.config  # read again: the reader has cut its copy behind the site
-    loaded = open_model(config.model, trust_remote_code=config.trust_remote_code)
-    policy = Policy(loaded.model, loaded.config, [setup.site], share_prompt=False)
-    return sae_fit.evaluate(policy, sae, passages).loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
 from fpo_mlx.errors import DataError, FpoError  # noqa: E402
 from fpo_mlx.judge.sae_fit import LossFigures  # noqa: E402
 from fpo_mlx.machine import device  # noqa: E402
+from fpo_mlx.model import open as model_open  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy  # noqa: E402
 from fpo_mlx.records import SaeWeights, Site, TokenPair  # noqa: E402
@@ -128,6 +130,26 @@ def test_the_card_says_what_of_the_loss_is_recovered(llama, corpus, tmp_path, mo
     assert json.loads((tmp_path / "figures.json").read_text())["loss_recovered"] == 0.9
     assert list(seen["site"]) == [Site(2)]
     assert all(len(one.prompt) == 1 and len(one.response) > 1 for one in seen["passages"])
+
+
+def test_the_sae_is_on_the_disk_and_its_model_let_go_before_a_whole_model_is_opened(
+    llama, corpus, tmp_path, monkeypatch
+):
+    out, opened = tmp_path / "my-sae", []
+    real = model_open.open_model
+
+    def open_model(spec, **options):
+        assert not [one for one, _ in opened if one() is not None]
+        assert not opened or load_sae(out).n_features == 64
+        loaded = real(spec, **options)
+        opened.append((weakref.ref(loaded.model.model), spec))  # the reader keeps its backbone
+        return loaded
+
+    monkeypatch.setattr(model_open, "open_model", open_model)
+    done = run("--model", llama, "--data", corpus, "--output", out, *QUICK)
+    assert done.exit_code == 0, done.output
+    assert [spec for _, spec in opened] == [llama.resolve()] * 2  # a hub id is resolved once
+    assert "held-out rows" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
