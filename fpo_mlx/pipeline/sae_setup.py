@@ -91,15 +91,18 @@ def claim(config: SaeTrainConfig) -> None:
     from fpo_mlx.saetrain.state import run_folder
 
     inputs = (config.model, config.data, config.chat_template, config.init)
+    output, store = Path(config.output), Path(config.store) if config.store else None
     if config.resume:
-        run_folder(Path(config.output)).check_begun()
-        outputs.refuse_inputs(Path(config.output), "--output", inputs, RUN)
-        outputs.refuse_links(Path(config.output), "--output", RUN)
+        run_folder(output).check_begun()
+        outputs.refuse_inputs(output, "--output", inputs, RUN)
+        outputs.refuse_links(output, "--output", RUN)
     else:
-        outputs.claim_folder(
-            Path(config.output), "--output", RUN, inputs=inputs, overwrite=config.overwrite
-        )
-    store = Path(config.store) if config.store else None
+        outputs.claim_folder(output, "--output", RUN, inputs=inputs, overwrite=config.overwrite)
+        if store is not None and output.resolve() in (store.resolve(), *store.resolve().parents):
+            raise ConfigError(
+                f"--store {store}: lies in --output {output}, which is of one SAE and its run "
+                "alone. Name a folder elsewhere."
+            )
     if store is not None and not (store / rows.STORE_ABOUT).is_file():
         outputs.claim_folder(store, "--store", STORE, inputs=inputs, overwrite=config.overwrite)
 

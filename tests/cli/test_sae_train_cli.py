@@ -363,6 +363,20 @@ def test_a_store_may_have_moved_when_a_run_goes_on(llama, corpus, tmp_path):
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.parametrize("within", [".", "acts", "a/b"])
+def test_a_store_within_the_output_is_refused_before_anything_is_computed(
+    llama, corpus, tmp_path, monkeypatch, within
+):
+    """The folder would hold it when the run begins, and be refused then."""
+    monkeypatch.setattr(model_open, "open_model", lambda *a, **k: pytest.fail("it was begun"))
+    out = tmp_path / "o"
+    words = ("--model", llama, "--data", corpus, *QUICK, "--output", out, "--store", out / within)
+    done = run(*words)
+    assert done.exit_code == 2, done.output
+    assert "lies in --output" in done.output
+    assert not out.exists()
+
+
 def test_a_resumed_run_says_that_a_new_budget_has_no_effect(llama, corpus, tmp_path):
     words = ("--model", llama, "--data", corpus, *QUICK, "--output", tmp_path / "o")
     stopped_after(5, *words)
