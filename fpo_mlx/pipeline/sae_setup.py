@@ -54,7 +54,7 @@ class Setup:
     held_out: tuple[texts.Document, ...]
     reader: Reader
     fingerprints: dict[str, str]
-    seconds_a_row: float  # measured, of all processes together
+    seconds_a_row: float  # that is kept; measured, of all processes together
     init: SaeWeights | None = None  # that the training starts from
 
     @property
@@ -153,7 +153,7 @@ def open_setup(config: SaeTrainConfig, ranks: Ranks, say: Say) -> Setup:
         config, path, Path(config.model).name, site, hidden,
         sizing.sizes(config, model_config, hidden), tuple(train), tuple(held_out),
         replace(reader, limit=limit), fingerprints,
-        seconds / max(sum(len(d.tokens) for d in train[:CALIBRATION]), 1), init,
+        seconds / max(len(sample), 1), init,
     )  # fmt: skip
 
 

@@ -22,9 +22,11 @@ from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
 from fpo_mlx.errors import DataError, FpoError  # noqa: E402
 from fpo_mlx.judge.sae_fit import LossFigures  # noqa: E402
 from fpo_mlx.machine import device  # noqa: E402
+from fpo_mlx.machine.parallel import Ranks  # noqa: E402
 from fpo_mlx.model import open as model_open  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy  # noqa: E402
+from fpo_mlx.pipeline import sae_setup  # noqa: E402
 from fpo_mlx.records import SaeWeights, Site, TokenPair  # noqa: E402
 from fpo_mlx.sae import load_sae  # noqa: E402
 from fpo_mlx.sae.convert import write_saelens  # noqa: E402
@@ -627,6 +629,17 @@ def test_minutes_become_tokens():
     # one pass of 1000 costs 4 s, the other 6 s train 2000 more without new activations
     assert steps_in_time(10, per_row=1e-3, per_token=3e-3, available=1000, reused=True) == 3000
     assert steps_in_time(10, per_row=1e-3, per_token=3e-3, available=1000, reused=False) == 2500
+
+
+def test_the_time_of_an_activation_is_that_of_a_kept_row(llama, tmp_path, monkeypatch):
+    """Of pairs whose answers alone are trained on most tokens are run for nothing."""
+    path, clock = tmp_path / "pairs.jsonl", iter((0.0, 10.0))
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    monkeypatch.setattr(sae_setup, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    config = SaeTrainConfig(model=str(llama), data=str(path), tokens="response")
+    setup = sae_setup.open_setup(config, Ranks(), lambda _: None)
+    assert len(setup.train) <= sae_setup.CALIBRATION  # all of them are measured
+    assert setup.seconds_a_row * setup.positions == pytest.approx(10)
 
 
 class Hub:
