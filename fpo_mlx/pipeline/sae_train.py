@@ -247,7 +247,7 @@ def _rule(setup: Setup) -> Any:
 
 
 def _sample(setup: Setup, source: rows.Source) -> np.ndarray:
-    """Rows [n, D] that the start is fitted to; the chunk they are from is let go of."""
+    """Rows [n, D] of the first chunk: a copy, which holds no chunk in memory."""
     import numpy as np
 
     first = source.chunk(0)

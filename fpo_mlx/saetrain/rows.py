@@ -71,19 +71,13 @@ def from_documents(
     """
     counts = [int(document.keep.sum()) for document in documents]
     single = sum(counts) <= rows
-    kept: dict[str, np.ndarray] = {}
 
     def order(turn: int) -> list[int]:
         return np.random.default_rng([seed, 2, turn]).permutation(len(documents)).tolist()
 
-    def everything(number: int) -> np.ndarray:
-        del number
-        if "all" not in kept:
-            kept["all"] = rows_of(documents)
-        return kept["all"]
-
     if single:
-        return Source(everything, 1)
+        whole = _with_the_last_kept(lambda _: rows_of(documents))
+        return Source(lambda number: whole(0), 1)
 
     def plan(turn: int) -> list[list[int]]:
         chunks = plan_chunks(counts, rows, order(turn))
@@ -101,7 +95,20 @@ def from_documents(
             number, turn = number - len(plan(turn)), turn + 1
         return rows_of([documents[i] for i in plan(turn)[number]])
 
-    return Source(chunk, len(plan(0)))
+    return Source(_with_the_last_kept(chunk), len(plan(0)))
+
+
+def _with_the_last_kept(make: Callable[[int], np.ndarray]) -> Callable[[int], np.ndarray]:
+    """The same chunks; the one that was asked for last is not made again."""
+    kept: dict[int, np.ndarray] = {}
+
+    def chunk(number: int) -> np.ndarray:
+        if number not in kept:
+            kept.clear()  # before the next one is made: two would be twice the bound
+            kept[number] = make(number)
+        return kept[number]
+
+    return chunk
 
 
 def from_array(array: np.ndarray) -> Source:

@@ -290,6 +290,21 @@ def test_every_chunk_has_a_batch_and_the_bound_is_kept(lengths, bound):
         assert all(30 <= len(source.chunk(number)) <= bound for number in range(9))
 
 
+def test_a_chunk_is_computed_once_until_another_is_asked_for():
+    """The start, the speed and the training itself all begin with the first one."""
+    asked = []
+
+    def rows_of(part):
+        asked.append(len(part))
+        return np.zeros((sum(int(item.keep.sum()) for item in part), 1))
+
+    source = rows.from_documents(documents(*[11] * 30), rows_of, rows=100, seed=0)
+    assert source.chunks == 3
+    for number, computed in ((0, 1), (0, 1), (1, 2), (1, 2), (0, 3)):
+        source.chunk(number)
+        assert len(asked) == computed
+
+
 class FakeTap:
     """Stands in for a tap: what the backbone appends to `seen` is what it recorded."""
 
