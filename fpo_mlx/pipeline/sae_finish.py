@@ -37,11 +37,11 @@ class Written:
 
 
 def write(
-    setup: Setup, current: State, rule: Rule, sample: np.ndarray, tokens: int, say: Say
+    setup: Setup, current: State, rule: Rule, sample: np.ndarray | None, tokens: int, say: Say
 ) -> Written | None:
     """The folder, and then what held-out rows say of it; None in all processes but the first.
 
-    sample: rows [n, D] that a BatchTopK threshold is fitted to; tokens: that were trained on.
+    sample: rows [n, D] that BatchTopK's threshold is fitted to; tokens: that were trained on.
     """
     from fpo_mlx.saetrain import finish
 

@@ -59,8 +59,6 @@ def sae_train(
 
     install_stop: called when training begins.
     """
-    import numpy as np
-
     from fpo_mlx.machine.parallel import open_ranks
     from fpo_mlx.saetrain import finish, trainer
 
@@ -78,9 +76,10 @@ def sae_train(
             for each in trainer.train(source, current, rule, plan, kept, install_stop(), ranks):
                 report(each)
         tokens = plan.steps * plan.batch
-        sample = np.array(source.chunk(0)[:START_ROWS])  # a view would keep the whole chunk
+        sample = _sample(setup, source) if config.architecture == "batchtopk" else None
+        del source  # and its last chunk: held-out rows come next
         made = sae_finish.write(setup, current, rule, sample, tokens, say)
-        del setup, source, current  # a whole model comes next, and needs their room
+        del setup, current  # a whole model comes next, and needs their room
         if made is None:
             return SaeTrained(folder, None, None, tokens)
         loss = sae_finish.measure_loss(made, trust_remote_code=config.trust_remote_code)

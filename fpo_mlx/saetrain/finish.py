@@ -40,7 +40,7 @@ class Figures:
 
 
 def finished(
-    run: State, rule: Rule, sample: np.ndarray, *, site: Site, model_name: str
+    run: State, rule: Rule, sample: np.ndarray | None, *, site: Site, model_name: str
 ) -> SaeWeights:
     """The SAE on raw activations: centre and scale are folded into biases and thresholds.
 
@@ -55,7 +55,9 @@ def finished(
     if rule.architecture == "jumprelu":
         threshold = np.exp(p["log_threshold"]) / run.scale / lengths
     elif rule.architecture == "batchtopk":
-        bound = batch_threshold(run, rule, sample) if len(sample) else run.threshold
+        bound = run.threshold
+        if sample is not None and len(sample):
+            bound = batch_threshold(run, rule, sample)
         threshold = np.full(len(p["b_enc"]), bound / run.scale)
     return SaeWeights(
         activation="topk" if rule.architecture == "topk" else "jumprelu",

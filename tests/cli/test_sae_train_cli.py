@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,7 +31,7 @@ from fpo_mlx.pipeline import sae_setup  # noqa: E402
 from fpo_mlx.records import SaeWeights, Site, TokenPair  # noqa: E402
 from fpo_mlx.sae import load_sae  # noqa: E402
 from fpo_mlx.sae.convert import write_saelens  # noqa: E402
-from fpo_mlx.saetrain import activations, finish, texts  # noqa: E402
+from fpo_mlx.saetrain import activations, finish, state, texts  # noqa: E402
 from fpo_mlx.saetrain.sizes import learning_rate, sizes, steps_in_time  # noqa: E402
 from fpo_mlx.storage import locks  # noqa: E402
 
@@ -112,6 +113,28 @@ def test_one_command_makes_an_sae_that_reads_its_model(llama, corpus, tmp_path):
     info = CliRunner().invoke(main, ["sae", "info", str(out), "--model", str(llama)])
     assert info.exit_code == 0, info.output
     assert not list(out.glob("export*"))
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_the_one_threshold_is_of_the_random_rows_that_the_start_is_of(
+    llama, corpus, tmp_path, monkeypatch, architecture
+):
+    """The head of a sorted file is one kind of text. A TopK SAE has no threshold."""
+    seen, fresh, finished = {}, state.fresh, finish.finished
+    monkeypatch.setattr(
+        state, "fresh", lambda rows, *a, **k: fresh(seen.setdefault("start", rows), *a, **k)
+    )
+    monkeypatch.setattr(
+        finish, "finished", lambda *a, **k: seen.update(end=a[2]) or finished(*a, **k)
+    )
+    monkeypatch.setattr(sys.modules["fpo_mlx.pipeline.sae_train"], "START_ROWS", 64)
+    words = ("--model", llama, "--data", corpus, *QUICK, "--output", tmp_path / "o")
+    done = run(*words, "--architecture", architecture)
+    assert done.exit_code == 0, done.output
+    if architecture == "topk":
+        assert seen["end"] is None
+    else:
+        np.testing.assert_array_equal(seen["end"], seen["start"])
 
 
 def test_the_card_says_what_of_the_loss_is_recovered(llama, corpus, tmp_path, monkeypatch):
