@@ -111,6 +111,7 @@ def _add(
     own = float_dtype(base)
     if form.dequantize:
         dequantize_layers(base)
+        _refuse_packed(base)
         config.pop("quantization", None)
         config.pop("quantization_config", None)
         cast_floats(base, mx.float32)
@@ -235,6 +236,18 @@ def _check_bits(config: dict[str, Any], keep_bits: int | None, dequantize: bool)
         raise ConfigError(f"--keep-bits {keep_bits}: this model is not quantised. Leave it out.")
     if keep_bits <= bits:
         raise ConfigError(f"--keep-bits {keep_bits}: the model has {bits} bits. Wanted more.")
+
+
+def _refuse_packed(base: nn.Module) -> None:
+    """Raises: ConfigError where a layer's weights are still packed: nothing would say so."""
+    for name, module in base.named_modules():
+        weight = module.get("weight")
+        packed = weight is not None and not mx.issubdtype(weight.dtype, mx.floating)
+        if packed or hasattr(module, "bits"):
+            raise ConfigError(
+                f"--dequantize: {name} is a {type(module).__name__}, which cannot be made a layer "
+                "of floats here. Leave --dequantize out."
+            )
 
 
 def _check_gguf(name: str, quantized: bool) -> None:

@@ -12,6 +12,7 @@ from mlx.utils import tree_unflatten
 
 from fpo_mlx.errors import ModelError
 from fpo_mlx.machine import device
+from fpo_mlx.model.rounding import plain_weight
 from fpo_mlx.model.trees import cast_floats, float_dtype
 from fpo_mlx.storage.hub import resolve_model
 
@@ -70,36 +71,24 @@ def load_model(spec: str | Path, *, trust_remote_code: bool = False) -> LoadedMo
 
 
 def dequantize(model: nn.Module) -> int:
-    """Replace quantised layers by float32 layers of the same values; how many there were.
-
-    mlx-lm has the same function; this one widens scales first, so that no value is rounded to
-    the half precision in which they are stored.
-    """
+    """Replace quantised layers by float32 layers of the same values; how many there were."""
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     plain = {
         nn.QuantizedLinear: nn.Linear,
         nn.QuantizedEmbedding: nn.Embedding,
         QuantizedSwitchLinear: SwitchLinear,
+        QuantizedMultiLinear: MultiLinear,  # a matrix a head, of latent attention
     }
     replaced = []
     for name, module in model.named_modules():
         cls = plain.get(type(module))
         if cls is None:
             continue
-        biases = module.biases if "biases" in module else None
-        affine = biases is not None
-        weight = mx.dequantize(
-            module.weight,
-            module.scales.astype(mx.float32) if affine else module.scales,
-            biases.astype(mx.float32) if affine else None,
-            module.group_size,
-            module.bits,
-            module.mode,
-        )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.weight = weight.astype(mx.float32)
+        layer.weight = plain_weight(module)
         if "bias" in module:
             layer.bias = module.bias
         replaced.append((name, layer))

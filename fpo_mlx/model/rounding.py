@@ -32,17 +32,20 @@ class Kept:
 
 
 def plain_weight(layer: Any) -> mx.array:
-    """[out, in] in float32, whatever the layer stores; scales are widened before they multiply."""
-    if not isinstance(layer, nn.QuantizedLinear):
+    """[.., out, in] in float32, whatever the layer stores; scales are widened before they multiply.
+
+    mlx-lm's own dequantising rounds to the half precision in which scales are stored.
+    """
+    if "scales" not in layer:
         return layer.weight.astype(mx.float32)
-    biases = layer.biases if "biases" in layer else None
-    affine = biases is not None
-    return mx.dequantize(
-        layer.weight,
-        layer.scales.astype(mx.float32) if affine else layer.scales,
-        biases.astype(mx.float32) if affine else None,
-        layer.group_size, layer.bits, layer.mode,
-    ).astype(mx.float32)  # fmt: skip
+    form = (layer.group_size, layer.bits, layer.mode)
+    if "global_scale" in layer:  # [E], of each expert one (nvfp4)
+        parts = zip(layer.weight, layer.scales, layer.global_scale, strict=True)
+        return mx.stack([mx.dequantize(w, s, None, *form, g, mx.float32) for w, s, g in parts])
+    scales, biases = layer.scales, None
+    if "biases" in layer:
+        scales, biases = scales.astype(mx.float32), layer.biases.astype(mx.float32)
+    return mx.dequantize(layer.weight, scales, biases, *form).astype(mx.float32)
 
 
 def is_plain(adapted: Any) -> bool:

@@ -207,11 +207,13 @@ def mlx_lm_puts_adapters_on_the_layers_that_are_named() -> None:
 
 @contract
 def mlx_lm_has_these_layers_of_experts() -> None:
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     layer = SwitchLinear(64, 8, 2, bias=False)
     assert layer.weight.shape == (2, 8, 64)
     assert type(layer.to_quantized(group_size=64, bits=4)) is QuantizedSwitchLinear
+    assert type(MultiLinear(64, 8, 2).to_quantized(64, 4)) is QuantizedMultiLinear
 
 
 @contract

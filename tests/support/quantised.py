@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from mlx_lm import utils
 
+# of a tiny model with latent attention, so that every matrix has rows in groups of 32
+LATENT = {
+    "intermediate_size": 64, "moe_intermediate_size": 32, "kv_lora_rank": 32, "q_lora_rank": 32,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+}  # fmt: skip
+
 
 def quantised(source, target, bits=4):
     """The folder as mlx_lm.convert would leave it."""

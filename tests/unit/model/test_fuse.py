@@ -13,7 +13,7 @@ mx = pytest.importorskip("mlx.core")
 import mlx.nn as nn  # noqa: E402
 from helpers import SIZES, logits_of, open_trainer, random_pairs  # noqa: E402
 from mlx_lm import utils  # noqa: E402
-from quantised import quantised  # noqa: E402
+from quantised import LATENT, quantised  # noqa: E402
 
 from fpo_mlx.errors import ConfigError, ModelError  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
@@ -105,6 +105,24 @@ def test_dequantising_loses_nothing_of_the_adapted_model(made, tmp_path, bits, k
     assert "quantization" not in json.loads((tmp_path / "fused/config.json").read_text())
     got = logits_of(utils.load(str(tmp_path / "fused"))[0], TOKENS)
     np.testing.assert_allclose(got, adapted_logits(folder, adapter), atol=1e-4)
+
+
+def test_latent_attention_is_dequantised_with_the_rest(tmp_path):
+    whole = tiny_models.MAKERS["deepseek_v3"](tmp_path / "float", tokenizer=True, **LATENT)
+    folder, adapter = quantised(whole, tmp_path / "bits"), tmp_path / "adapter"
+    list(open_trainer(folder, adapter, PAIRS, iters=1).run())
+    fuse(str(folder), adapter, tmp_path / "fused", FusedForm(dequantize=True))
+    got = logits_of(utils.load(str(tmp_path / "fused"))[0], TOKENS)
+    np.testing.assert_allclose(got, adapted_logits(folder, adapter), atol=1e-3)
+
+
+def test_what_cannot_be_dequantised_is_refused_by_name(made, tmp_path, monkeypatch):
+    """Its config.json would say that the weights are floats."""
+    folder, adapter = made["4 bits", "lora"]
+    monkeypatch.setattr("fpo_mlx.model.fuse.dequantize_layers", lambda model: 0)
+    with pytest.raises(ConfigError, match=r"--dequantize: .* is a Quantized\w+, which"):
+        fuse(str(folder), adapter, tmp_path / "fused", FusedForm(dequantize=True))
+    assert not (tmp_path / "fused").exists()
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -16,12 +16,13 @@ from helpers import logits_of, random_pairs  # noqa: E402
 from mlx_lm import utils  # noqa: E402
 from mlx_lm.models import gemma3n  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
-from quantised import quantised  # noqa: E402
+from mlx_lm.models.switch_layers import SwitchLinear  # noqa: E402
+from quantised import LATENT, quantised  # noqa: E402
 
 from fpo_mlx.core.vocabulary import LinearHead  # noqa: E402
 from fpo_mlx.errors import ModelError, SaeError  # noqa: E402
 from fpo_mlx.model.heads import ReplayedHead, find_backbone, find_head, split  # noqa: E402
-from fpo_mlx.model.load import load_model  # noqa: E402
+from fpo_mlx.model.load import dequantize, load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy, plain_caches  # noqa: E402
 from fpo_mlx.model.trees import arrays_of, blocks_of  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
@@ -44,11 +45,11 @@ def folders(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_model_keeps_its_numbers_on_the_cpu(folders, tmp_path, family, bits):
-    settings = {"moe_intermediate_size": 64} if family == "qwen2_moe" else {}
-    whole = tiny_models.MAKERS[family](tmp_path / "float", intermediate_size=64, **settings)
+def test_a_quantised_model_keeps_its_numbers_on_the_cpu(tmp_path, family, bits):
+    settings = LATENT if family == "deepseek_v3" else {"intermediate_size": 64}
+    whole = tiny_models.MAKERS[family](tmp_path / "float", **settings)
     folder = quantised(whole, tmp_path / "quantised", bits)
     truth, _ = utils.load_model(folder)
     count = sum("scales" in module for _, module in truth.named_modules())
@@ -61,6 +62,17 @@ def test_a_quantised_model_keeps_its_numbers_on_the_cpu(folders, tmp_path, famil
     np.testing.assert_allclose(
         logits_of(loaded.model, tokens), logits_of(truth, tokens), atol=1e-3, rtol=1e-3
     )
+
+
+def test_experts_with_a_scale_of_their_own_keep_it(tmp_path):
+    """nvfp4: what is stored is a few hundred times larger than the weights."""
+    model, experts = nn.Module(), SwitchLinear(64, 32, 3)
+    model.experts = experts.to_quantized(16, 4, "nvfp4", global_scale=True)
+    assert dequantize(model) == 1
+    assert type(model.experts) is SwitchLinear
+    np.testing.assert_array_equal(model.experts.bias, experts.bias)
+    off = mx.abs(model.experts.weight - experts.weight).max()
+    assert float(off) < 0.2 * float(mx.abs(experts.weight).max())
 
 
 def test_a_folder_without_a_model_is_a_plain_error(tmp_path):
