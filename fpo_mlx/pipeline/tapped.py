@@ -43,17 +43,17 @@ class TappedModel:
         """What the taps see of an answer: per site float32 [L, D_in], a row per response token.
 
         Row t is the position that predicts token t of the response; the template's end-of-turn
-        token counts as part of it.
+        token counts as part of it. Raises: DataError for a response that `--data` may not have as
+        the chosen one of this prompt.
         """
         import mlx.core as mx
 
-        turns = [{"role": "user", "content": prompt}]
-        whole = self.tokenizer.conversation_tokens(
-            [*turns, {"role": "assistant", "content": response}]
-        )
-        start = np.array(self.tokenizer.prompt_tokens(turns), dtype=np.int32)
-        answer = np.array(whole[len(start) :], dtype=np.int32)
-        tapped = self.reader.policy.answer_rows(start, answer).tapped
+        turns = ({"role": "user", "content": prompt},)
+        chosen = ({"role": "assistant", "content": response},)
+        other = ({"role": "assistant", "content": f"{response}."},)  # a row has two
+        row = data.PreferenceRow(turns, chosen, other, where="", index=0)
+        pair = data.tokenize_row(row, self.tokenizer)
+        tapped = self.reader.policy.answer_rows(pair.prompt, pair.chosen).tapped
         return tuple(np.array(site.astype(mx.float32)) for site in tapped)
 
     def score(self, rows: Sequence[Row]) -> list[PairScore]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,22 @@ def test_scores_are_the_cached_ones_and_features_the_mean_of_the_encoded_rows(th
             assert len(rows) == score.tokens
             dense = score.features[0].to_dense(sae.n_features)
             np.testing.assert_allclose(dense, encode(sae, rows).mean(axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_an_answer_that_does_not_follow_the_rendered_prompt_is_refused_as_that_of_a_pair(
+    there, tmp_path
+):
+    """Its first tokens would be cut off, or the prompt's last ones taken for its own."""
+    pytest.importorskip("mlx.core")
+    from fpo_mlx import FpoError, Site, open_model
+
+    folder = shutil.copytree("my-model", tmp_path / "thinks")
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    header = "{% if add_generation_prompt %}the sea{% endif %}"
+    (folder / "chat_template.jinja").write_text(template + header)
+    model = open_model(folder, [Site(1)])
+    with pytest.raises(FpoError, match="is not how the rendered prompt"):
+        model.activations("Why?", "So.")
 
 
 def test_an_adapter_changes_what_is_seen(there, tmp_path):
