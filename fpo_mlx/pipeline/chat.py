@@ -108,6 +108,7 @@ def open_chat(
     from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.model.open import open_model
     from fpo_mlx.model.reader import encoder_of
+    from fpo_mlx.model.taps import norm_and_residual
 
     if scale != 1.0:
         check_scales(config, adapter_paths, [scale])
@@ -125,16 +126,13 @@ def open_chat(
     known = read_labels(labels)[0] if labels else {}
     base = {BASE: config.train.init_adapter} if beside_base or not adapter_paths else {}
     site, encoder = (sae.site, encoder_of(sae)) if sae else (None, None)
-    own = about.get("text_config") or about
-    eps = float(own.get("rms_norm_eps") or 1e-6)
-    residual = float(own.get("residual_multiplier") or 1.0)
     speakers = {}
     for name, adapter in {**base, **{shown_name(p): p for p in adapter_paths}}.items():
         model = open_model(
             path, adapter=adapter, scale=1.0 if name == BASE else scale,
             trust_remote_code=ref.trust_remote_code, say=say,
         ).model  # fmt: skip
-        speakers[name] = Speaker(model, site, encoder, eps, residual, say)
+        speakers[name] = Speaker(model, site, encoder, *norm_and_residual(about), say)
     chat = Chat(tokenizer, speakers, sae, known, system)
     chat.reset()
     chat.steer(steer)
