@@ -131,8 +131,15 @@ def tap_point(block: nn.Module, site: Site) -> tuple[nn.Module, str]:
             "same input, so there is no stream between them. Use resid_post, or another site."
         )
     if "pre_feedforward_layernorm" not in block and sandwiched:
-        return _child(block, MLP, site), "input"  # OLMo 2 has no norm before its MLP
-    return _child(block, PRE_MLP_NORM, site), "input"  # resid_mid, mlp_in_unscaled
+        norm = _child(block, MLP, site)  # OLMo 2 has no norm before its MLP
+    else:
+        norm = _child(block, PRE_MLP_NORM, site)
+    if kind == "mlp_in_unscaled" and not type(norm).__name__.endswith("RMSNorm"):
+        raise ModelError(
+            f"the {site} cannot be tapped: a {type(norm).__name__} of the {type(block).__name__} "
+            "reads the stream there, and no RMS norm. Use resid_post, or an SAE of another site."
+        )
+    return norm, "input"  # resid_mid, mlp_in_unscaled
 
 
 def _child(module: nn.Module, names: tuple[str, ...], site: Site) -> nn.Module:

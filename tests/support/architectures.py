@@ -18,7 +18,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import oracle
-import oracle_sites
 from helpers import K, random_adapters, random_pairs, random_sae
 
 from fpo_mlx.config import PRESETS, Objective
@@ -88,7 +87,7 @@ def forward_gap(folder: Path, truth: Path) -> tuple[tuple[SiteKind, ...], float,
     """
     loaded = load_model(folder)
     model = oracle.load_oracle(truth)
-    sites = [site for site in sites_of(loaded.model) if _in_oracle(model, site)]
+    sites = sites_of(loaded.model)
     policy = Policy(loaded.model, loaded.config, sites)
     (pair,) = random_pairs([(1, 18, 18)], seed=4)
     rows = policy.rows([pair])
@@ -103,11 +102,6 @@ def forward_gap(folder: Path, truth: Path) -> tuple[tuple[SiteKind, ...], float,
         logits[own] -= wanted_logits.numpy()
     kinds = tuple(kind for kind in SITE_KINDS if any(site.kind == kind for site in sites))
     return kinds, float(max(gaps)), float(np.abs(logits).max())
-
-
-def _in_oracle(model: Any, site: Site) -> bool:
-    """Whether there is such a tensor at all, e.g. an RMS norm before the MLP."""
-    return site.kind != "mlp_in_unscaled" or oracle_sites.has_rms_norm(model)
 
 
 # Gradient -----------------------------------------------------------------------------------------
