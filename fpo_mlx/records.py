@@ -8,7 +8,7 @@ k top-k, R rows (response positions of several responses, one after the other, n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,11 +20,11 @@ SiteKind = Literal[
     "resid_post",  # output of the block
     "attn_z",  # input of o_proj, heads concatenated
     "attn_raw",  # output of the attention module
-    "attn_out",  # what attention adds to the stream (Gemma: after its post-norm)
+    "attn_out",  # what attention adds to the stream (Gemma, GLM 4: after its post-norm)
     "mlp_in_unscaled",  # RMS-normalised input of the MLP, without the norm's gain
     "mlp_in",  # input of the MLP module
     "mlp_raw",  # output of the MLP module
-    "mlp_out",  # what the MLP adds to the stream (Gemma: after its post-norm)
+    "mlp_out",  # what the MLP adds to the stream (Gemma, GLM 4: after its post-norm)
 ]
 SITE_KINDS: tuple[str, ...] = SiteKind.__args__  # type: ignore[attr-defined]
 Activation = Literal["relu", "jumprelu", "gated", "topk", "abstopk", "groupmax", "identity"]
@@ -54,6 +54,49 @@ class Site:
 
     def __str__(self) -> str:
         return f"{self.kind} of block {self.layer}"
+
+
+# names of a block's norms, in mlx-lm and in transformers
+BEHIND_ATTENTION = ("post_self_attn_layernorm", "post_mixer_norm")
+BEFORE_MLP = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_mlp_norm", "ln_2", "ffn_norm")
+BEHIND_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_mlp_norm")
+AFTER_ATTENTION = "post_attention_layernorm"  # mostly before the MLP; in Gemma 2 behind attention
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Which of a block's norms stand between its parts and the stream, by name; None: no norm.
+
+    behind_*: what attention or MLP gives goes through it before it is added to the stream.
+    """
+
+    behind_attention: str | None
+    before_mlp: str | None
+    behind_mlp: str | None
+
+    @staticmethod
+    def of(names: Collection[str]) -> Norms:
+        """names: of all that the block has."""
+        attention, before, mlp = (
+            next((name for name in known if name in names), None)
+            for known in (BEHIND_ATTENTION, BEFORE_MLP, BEHIND_MLP)
+        )
+        if AFTER_ATTENTION in names:
+            if mlp and not attention:  # a block norms what both give, or neither
+                attention = AFTER_ATTENTION
+            else:
+                before = before or AFTER_ATTENTION
+        return Norms(attention, before, mlp)
+
+
+def residual_factor(config: Mapping[str, Any]) -> float:
+    """On what attention and MLP add to the stream: Granite's and MiniCPM's, of others 1.
+
+    config: of the language model.
+    """
+    if config.get("scale_depth"):
+        return float(config["scale_depth"]) / int(config["num_hidden_layers"]) ** 0.5
+    return float(config.get("residual_multiplier") or 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,14 @@ from mlx.utils import tree_map
 from fpo_mlx.errors import ModelError
 from fpo_mlx.model import randomness
 from fpo_mlx.model.trees import leaves_of
-from fpo_mlx.records import Site
+from fpo_mlx.records import AFTER_ATTENTION, BEFORE_MLP, Norms, Site, residual_factor
 
 ATTENTION = ("self_attn", "attn", "attention", "linear_attn", "temporal_block", "mixer")
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 OUT_PROJ = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-PRE_MLP_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "ffn_norm")
+# of blocks that do not just add what attention and MLP give: Muse Spark, DeepSeek 4.1, Talkie,
+# Kimi K3, LongCat
+MIXED = ("add_attn_alpha", "attn_hc", "attn_gain", "mlp_res_norm", "mlps")
 
 
 def swap_call(module: nn.Module, call) -> None:
@@ -105,46 +107,57 @@ def without(basis: mx.array) -> Change:
 
 
 def tap_point(block: nn.Module, site: Site) -> tuple[nn.Module, str]:
-    """The module and port ("input" | "output") that carry the site's tensor in this block."""
+    """The module and port ("input" | "output") that carry the site's tensor in this block.
+
+    Raises: ModelError for a site that this block does not have, or where it is not known.
+    """
     kind = site.kind
     if kind == "resid_post":
         return block, "output"
     if kind == "resid_pre":
         return block, "input"
-    sandwiched = "post_feedforward_layernorm" in block  # Gemma 2/3, OLMo 2: norms after, too
-    if kind in ("attn_out", "attn_raw", "attn_z"):
+    if kind in ("attn_raw", "attn_z"):
         attention = _child(block, ATTENTION, site)
-        if kind == "attn_z":
-            return _child(attention, OUT_PROJ, site), "input"
-        if kind == "attn_out" and sandwiched:
-            return block["post_attention_layernorm"], "output"
-        return attention, "output"
-    if kind == "mlp_in":
-        return _child(block, MLP, site), "input"
-    if kind == "mlp_out" and sandwiched:
-        return block["post_feedforward_layernorm"], "output"
-    if kind in ("mlp_out", "mlp_raw"):
-        return _child(block, MLP, site), "output"
-    if kind == "resid_mid" and getattr(block, "use_parallel_residual", False):  # GPT-NeoX
+        raw = kind == "attn_raw"
+        return (attention, "output") if raw else (_child(attention, OUT_PROJ, site), "input")
+    if kind in ("mlp_in", "mlp_raw"):
+        return _child(block, MLP, site), "input" if kind == "mlp_in" else "output"
+    if mixed := [name for name in MIXED if name in block]:
+        raise ModelError(
+            f"the {site} cannot be tapped: how a {type(block).__name__} with {mixed[0]} adds to "
+            "its stream is not known here. Use resid_post, or an SAE of another site."
+        )
+    norms = Norms.of([name for name, child in block.items() if isinstance(child, nn.Module)])
+    if kind in ("attn_out", "mlp_out"):
+        attends = kind == "attn_out"
+        part = _child(block, ATTENTION if attends else MLP, site)
+        behind = norms.behind_attention if attends else norms.behind_mlp
+        return block[behind] if behind else part, "output"
+    return _before_mlp(block, site, norms), "input"
+
+
+def _before_mlp(block: nn.Module, site: Site, norms: Norms) -> nn.Module:
+    """What reads the stream between attention and MLP: for resid_mid and mlp_in_unscaled."""
+    if site.kind == "resid_mid" and getattr(block, "use_parallel_residual", False):  # GPT-NeoX
         raise ModelError(
             f"the {site} cannot be tapped: attention and MLP of a {type(block).__name__} read the "
             "same input, so there is no stream between them. Use resid_post, or another site."
         )
-    if "pre_feedforward_layernorm" not in block and sandwiched:
-        norm = _child(block, MLP, site)  # OLMo 2 has no norm before its MLP
+    if norms.before_mlp is None and norms.behind_attention:
+        reader = _child(block, MLP, site)  # OLMo 2 has no norm before its MLP
     else:
-        norm = _child(block, PRE_MLP_NORM, site)
-    if kind == "mlp_in_unscaled" and not type(norm).__name__.endswith("RMSNorm"):
+        reader = _child(block, (*BEFORE_MLP, AFTER_ATTENTION), site)
+    if site.kind == "mlp_in_unscaled" and not type(reader).__name__.endswith("RMSNorm"):
         raise ModelError(
-            f"the {site} cannot be tapped: a {type(norm).__name__} of the {type(block).__name__} "
+            f"the {site} cannot be tapped: a {type(reader).__name__} of the {type(block).__name__} "
             "reads the stream there, and no RMS norm. Use resid_post, or an SAE of another site."
         )
-    return norm, "input"  # resid_mid, mlp_in_unscaled
+    return reader
 
 
 def _child(module: nn.Module, names: tuple[str, ...], site: Site) -> nn.Module:
     for name in names:
-        if name in module:
+        if isinstance(module.get(name), nn.Module):  # LongCat has lists of them
             return module[name]
     raise ModelError(
         f"the {site} cannot be tapped: {type(module).__name__} has none of {', '.join(names)} "
@@ -164,13 +177,13 @@ def refuse_streams(array: mx.array, tokens: mx.array, site: Site) -> None:
 def norm_and_residual(config: Mapping[str, Any]) -> tuple[float, float]:
     """What `finish` wants of config.json: the norms' epsilon, and the factor on the stream."""
     text = config.get("text_config") or config  # a wrapper keeps the language model's own there
-    return float(text.get("rms_norm_eps") or 1e-6), float(text.get("residual_multiplier") or 1.0)
+    return float(text.get("rms_norm_eps") or 1e-6), residual_factor(text)
 
 
 def finish(rows: mx.array, site: Site, eps: float, residual: float = 1.0) -> mx.array:
     """What is left to do to the tapped tensor.
 
-    Gain-free RMSNorm for `mlp_in_unscaled`; Granite's factor on what is added to the stream.
+    Gain-free RMSNorm for `mlp_in_unscaled`; `residual_factor` on what is added to the stream.
     """
     if site.kind in ("attn_out", "mlp_out"):
         return rows * residual if residual != 1.0 else rows

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fpo_mlx.errors import ModelError, SaeError
-from fpo_mlx.records import Site
+from fpo_mlx.records import Norms, Site, residual_factor
 
 BLOCKS = ("layers", "h", "blocks")
 ATTENTION = ("self_attn", "attn", "attention")
@@ -65,33 +65,39 @@ def find_tap(model: Any, site: Site) -> Tap:
             f"{len(blocks) - 1}. Use an SAE made for this model, or correct --layer."
         )
     block: Any = blocks[site.layer]
-    sandwiched = hasattr(block, "post_feedforward_layernorm")  # Gemma 2 and 3, OLMo 2
-    factor = float(getattr(block, "residual_multiplier", 1.0))  # Granite
+    norms = Norms.of({name for name, _ in block.named_children()})
+    factor = residual_factor(model.config.get_text_config().to_dict())
     kind = site.kind
     if kind == "resid_post":
         return Tap(site, (Port(block, "output"),))
     if kind == "resid_pre":
         return Tap(site, (Port(block, "input"),))
     if kind == "mlp_in_unscaled":
-        names = ("pre_feedforward_layernorm",) if sandwiched else ("post_attention_layernorm",)
-        norm = _child(block, names, site)
+        if norms.before_mlp is None:
+            raise SaeError(
+                f"The {site} cannot be read: no norm of {type(block).__name__} stands before its "
+                "MLP. Use an SAE of another site."
+            )
+        norm = getattr(block, norms.before_mlp)
         return Tap(site, (Port(norm, "input"),), _epsilon(norm, site))
     if kind.startswith("mlp"):
         mlp = _child(block, MLP, site)
-        if kind == "mlp_out" and sandwiched:
-            return Tap(site, (Port(block.post_feedforward_layernorm, "output"),))
-        side = "input" if kind == "mlp_in" else "output"
-        return Tap(site, (Port(mlp, side, factor if kind == "mlp_out" else 1.0),))
+        if kind == "mlp_out":
+            return Tap(site, (_added(block, mlp, norms.behind_mlp, factor),))
+        return Tap(site, (Port(mlp, "input" if kind == "mlp_in" else "output"),))
     attention = _child(block, ATTENTION, site)
     if kind == "attn_z":
         return Tap(site, (Port(_child(attention, OUT_PROJ, site), "input"),))
     if kind == "attn_raw":
         return Tap(site, (Port(attention, "output"),))
-    out = Port(attention, "output", factor)
-    if sandwiched:
-        out = Port(block.post_attention_layernorm, "output")
+    out = _added(block, attention, norms.behind_attention, factor)
     # resid_mid as a sum needs no norm behind it, so it stands for parallel blocks as well
     return Tap(site, (out,) if kind == "attn_out" else (Port(block, "input"), out))
+
+
+def _added(block: Any, part: nn.Module, norm: str | None, factor: float) -> Port:
+    """What a part of the block adds to the stream; norm: the name of the one behind it."""
+    return Port(getattr(block, norm) if norm else part, "output", factor)
 
 
 def _child(module: Any, names: tuple[str, ...], site: Site) -> nn.Module:
