@@ -23,7 +23,7 @@ from fpo_mlx.core.logprobs import token_logps
 from fpo_mlx.errors import ModelError, SaeError
 from fpo_mlx.model.policy import Policy, Splice
 from fpo_mlx.model.taps import refuse_splice, tap_point
-from fpo_mlx.model.trees import blocks_of
+from fpo_mlx.model.trees import blocks_of, input_width
 from fpo_mlx.records import Passage, SaeWeights, Site, SiteKind
 from fpo_mlx.sae import fit
 from fpo_mlx.sae.encode import decode, encode
@@ -195,16 +195,24 @@ def _unspliced(policy: Policy) -> str:
 
 
 def places_to_compare(model: nn.Module, site: Site) -> tuple[Site, ...]:
-    """The blocks before and behind, and the other places of the site's width in its block."""
+    """The blocks before and behind, and the other places of the site's block; of its width."""
     blocks = blocks_of(model)
     found = [replace(site, layer=site.layer + step) for step in (-1, 1)]
     if site.kind in RESIDUAL:
         found += [replace(site, kind=kind) for kind in RESIDUAL if kind != site.kind]
-    return tuple(place for place in found if _taps(blocks, place))
+    width = _width(blocks, site)
+    return tuple(place for place in found if _width(blocks, place) == width)
 
 
-def _taps(blocks: Sequence[nn.Module], site: Site) -> bool:
+def _width(blocks: Sequence[nn.Module], site: Site) -> int | None:
+    """Of attn_z what o_proj reads; of others 0, since all are as wide as the stream; None: no site.
+
+    Heads may be larger in some blocks (Gemma 4), and of another kind (Qwen3-Next).
+    """
+    if not 0 <= site.layer < len(blocks):
+        return None
     try:
-        return 0 <= site.layer < len(blocks) and bool(tap_point(blocks[site.layer], site))
+        module, _ = tap_point(blocks[site.layer], site)
     except ModelError:
-        return False
+        return None
+    return input_width(module) if site.kind == "attn_z" else 0

@@ -55,6 +55,14 @@ def value_count(root: Any, name: str, array: mx.array) -> int:
     return array.size * 32 // owner.bits if array.dtype == mx.uint32 else array.size
 
 
+def input_width(layer: Any) -> int:
+    """Of the vectors that a linear layer reads, whatever it stores, adapted or not."""
+    plain = layer.get("linear", layer)
+    if "scales" in plain:
+        return plain.scales.shape[-1] * plain.group_size
+    return plain.weight.shape[-1]
+
+
 def cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:
     """Turn all floating-point parameters into `dtype`; packed integers stay."""
 

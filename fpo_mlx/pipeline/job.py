@@ -22,7 +22,7 @@ from fpo_mlx.pipeline.prepared import read_splits
 from fpo_mlx.records import Projection, SaeWeights, Site, TokenPair
 from fpo_mlx.reference import weights
 from fpo_mlx.sae import load_sae
-from fpo_mlx.sae.check import check_fit, resolve_site
+from fpo_mlx.sae.check import check_fit, resolve_site, z_widths
 from fpo_mlx.sae.resolve import resolve
 from fpo_mlx.storage.hub import read_config, resolve_model
 
@@ -240,15 +240,12 @@ def at_site(
     """The SAE with its site settled and checked against the model's widths and blocks."""
     ref = config.reference
     site = resolve_site(sae, ref.layer, ref.site)
-    heads = model_config.get("num_attention_heads")
-    width = int(model_config["hidden_size"])
-    head = model_config.get("head_dim") or (width // heads if heads else None)
     warnings = check_fit(
         sae,
         site=site,
-        hidden_size=width,
+        hidden_size=int(model_config["hidden_size"]),
         n_layers=int(model_config["num_hidden_layers"]),
-        z_size=heads * head if heads and head else None,
+        z_sizes=z_widths(model_config, site.layer),
         model_name=ref.model,
     )
     for warning in warnings:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SITE_KINDS, SaeWeights, Site, SiteKind
@@ -38,28 +39,51 @@ def check_fit(
     site: Site,
     hidden_size: int,
     n_layers: int,
-    z_size: int | None = None,
+    z_sizes: Collection[int] = (),
     model_name: str | None = None,
 ) -> tuple[str, ...]:
     """Warnings, one sentence each; raises SaeError if the SAE cannot be attached at `site`.
 
-    hidden_size: D of the residual stream. z_size: heads x head size, the input of o_proj; None if
-    not known. model_name: warns when the SAE names a model that is clearly another.
+    hidden_size: D of the residual stream. z_sizes: what the block's o_proj may read (`z_widths`);
+    none if not known. model_name: warns when the SAE names a model that is clearly another.
     """
     if not 0 <= site.layer < n_layers:
         raise SaeError(
             f"{sae.source}: the SAE is for block {site.layer}, but the model has blocks 0 to "
             f"{n_layers - 1}. Use an SAE of this model, or give --layer."
         )
-    wanted = z_size if site.kind == "attn_z" else hidden_size
-    if wanted is not None and sae.d_in != wanted:
+    wanted = sorted(z_sizes) if site.kind == "attn_z" else [hidden_size]
+    if wanted and sae.d_in not in wanted:
         what = "heads x head size" if site.kind == "attn_z" else "hidden size"
         raise SaeError(
             f"{sae.source}: the SAE reads vectors of {sae.d_in}, but at {site} this model has "
-            f"{wanted} ({what}). It was trained on {sae.model_name or 'another model'}; choose an "
-            "SAE of this model (`fpo-mlx sae list --model …`)."
+            f"{' or '.join(map(str, wanted))} ({what}). It was trained on "
+            f"{sae.model_name or 'another model'}; choose an SAE of this model "
+            "(`fpo-mlx sae list --model …`)."
         )
     return tuple(_warnings(sae, site, model_name))
+
+
+def z_widths(config: Mapping[str, Any], layer: int) -> set[int]:
+    """What the output projection of a block's attention may read, by the model's config.json.
+
+    Empty where that does not say; several where it does not say which block is of which kind.
+    """
+    heads, kinds = config.get("num_attention_heads"), config.get("layer_types") or ()
+    kind = kinds[layer] if layer < len(kinds) else None
+    full, linear = kind in (None, "full_attention"), kind in (None, "linear_attention")
+    if not heads:
+        return set()
+    sizes = {config.get("head_dim") or config["hidden_size"] // heads}
+    if config.get("v_head_dim"):  # latent attention: values have a size of their own
+        sizes = {config["v_head_dim"]}
+    elif full and config.get("global_head_dim"):  # Gemma 4
+        sizes = {config["global_head_dim"]} | (sizes if kind is None else set())
+    widths = {heads * size for size in sizes}
+    if linear and config.get("linear_num_value_heads"):  # Qwen3-Next
+        own = config["linear_num_value_heads"] * config["linear_value_head_dim"]
+        widths = {own} | (widths if kind is None else set())
+    return widths
 
 
 def _warnings(sae: SaeWeights, site: Site, model_name: str | None):

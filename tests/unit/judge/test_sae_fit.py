@@ -252,6 +252,15 @@ def test_the_place_that_the_sae_reads_better_is_named(tmp_path):
     assert any("reads the resid_post of block 1 better" in text for text in report.warnings)
 
 
+def test_places_of_another_width_are_not_compared_with(tmp_path):
+    """Heads of Gemma 4 are larger where it attends to all that came before."""
+    model = load_model(tiny_models.tiny_gemma4_text(tmp_path)).model
+    assert sae_fit.places_to_compare(model, Site(1, "attn_z")) == ()
+    assert sae_fit.places_to_compare(model, Site(1)) == (
+        Site(0), Site(2), Site(1, "mlp_out"), Site(1, "attn_out"),
+    )  # fmt: skip
+
+
 # --- verdicts ----------------------------------------------------------------------------------
 GOOD = fit.FitFigures(tokens=10_000, l0=32.9, dead=0.01, fvu=0.42, gain=0.81)
 FAULTS = [

@@ -24,10 +24,13 @@ from fpo_mlx.errors import ModelError, SaeError  # noqa: E402
 from fpo_mlx.model.heads import ReplayedHead, find_backbone, find_head, split  # noqa: E402
 from fpo_mlx.model.load import dequantize, load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy, plain_caches  # noqa: E402
+from fpo_mlx.model.taps import tap_point  # noqa: E402
 from fpo_mlx.model.trees import arrays_of, blocks_of  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
+from fpo_mlx.sae.check import z_widths  # noqa: E402
 from fpo_mlx.saetrain.activations import open_reader  # noqa: E402
 from fpo_mlx.saetrain.texts import Document  # noqa: E402
+from fpo_mlx.storage.hub import read_config  # noqa: E402
 
 FAMILIES = list(tiny_models.MAKERS)
 PAIRS = random_pairs([(12, 5, 8), (3, 7, 7), (1, 4, 2)])
@@ -92,6 +95,15 @@ def test_head_of_backbone_is_the_model(folders, family):
     some = mx.array([17, 3, 3])
     np.testing.assert_allclose(np.array(head(hidden[some])), want[[17, 3, 3]], atol=1e-5)
     np.testing.assert_array_equal(np.array(loaded.model(tokens))[0], want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_output_projection_reads_is_known_from_the_config(folders, family):
+    """Heads of their own size in Gemma 4's full attention, DeepSeek's values, linear attention."""
+    loaded, config = load_model(folders(family)), read_config(folders(family))
+    for layer, block in enumerate(blocks_of(loaded.model)):
+        module, _ = tap_point(block, Site(layer, "attn_z"))
+        assert z_widths(config, layer) == {module.weight.shape[-1]}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -76,8 +76,11 @@ def test_an_sae_of_another_model_is_refused(tmp_path: Path):
         check_fit(sae, site=resolve_site(sae), hidden_size=16, n_layers=4)
     with pytest.raises(SaeError, match="for block 3, but the model has blocks 0 to 2"):
         check_fit(sae, site=resolve_site(sae), hidden_size=12, n_layers=3)
-    with pytest.raises(SaeError, match=r"has 32 \(heads x head size\)"):
-        check_fit(sae, site=resolve_site(sae, kind="attn_z"), hidden_size=12, n_layers=4, z_size=32)
+    with pytest.raises(SaeError, match=r"has 32 or 64 \(heads x head size\)"):
+        check_fit(
+            sae, site=resolve_site(sae, kind="attn_z"), hidden_size=12, n_layers=4,
+            z_sizes={64, 32},
+        )  # fmt: skip
 
 
 def test_overrides_of_site_and_another_model_are_called_out(tmp_path: Path):
