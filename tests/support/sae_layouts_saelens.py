@@ -31,6 +31,8 @@ def saelens(architecture: str, *, flat: bool = False, **settings: Any):
         names = {"model_name": "tiny", "hook_name": f"blocks.{LAYER}.hook_resid_post"}
         if flat:
             config |= {"model_name": "tiny", "hook_point": f"blocks.{LAYER}.hook_resid_post"}
+            if architecture != "standard":  # which older files do not say
+                config["architecture"] = architecture
         else:
             config |= {"architecture": architecture, "metadata": names}
         write(folder, "cfg.json", config)
@@ -117,6 +119,11 @@ SAELENS: dict[str, tuple[str, dict[str, Any]]] = {
     "transcoder": ("transcoder", {"d_out": D}),
     "skip_transcoder": ("jumprelu_skip_transcoder", {"d_out": D}),
     "pre6": ("standard", {"flat": True, "normalize_activations": False}),
+    "of_5_topk": (
+        "topk",
+        {"flat": True, "activation_fn": "topk", "activation_fn_kwargs": {"k": K}},
+    ),
+    "of_5_abstopk": ("abstopk", {"flat": True, "activation_fn_kwargs": {"k": K}}),
     "pre6_topk": (
         "standard",
         {"flat": True, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}},

@@ -104,8 +104,9 @@ def _architecture(config: dict[str, Any], source: Source) -> str:
     activation = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
     k = (config.get("activation_fn_kwargs") or {}).get("k", source.options.k)
     if name == "standard" and activation == "topk" and k is not None:
-        config.setdefault("k", k)
-        return "topk"
+        name = "topk"
+    if name in ("topk", "abstopk") and config.get("k") is None:  # version 5 has it there
+        config["k"] = k
     if name == "standard" and activation != "relu":
         raise SaeError(
             f"{where}: the activation is {activation!r} (k: {k}); wanted relu, or topk with "
