@@ -30,6 +30,7 @@ from fpo_mlx.cli.show import Bar, listing, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.records import FusedForm
+from fpo_mlx.storage.publish import upload
 
 if TYPE_CHECKING:
     from fpo_mlx.pipeline import Bound
@@ -217,8 +218,8 @@ def fuse(
     )  # fmt: skip
     result = pipeline.fuse(
         config, form, adapter_path=adapter_path or config.train.adapter_path,
-        save_path=save_path, bound=_bound(target_kl, target_drift), upload_repo=upload_repo,
-        verify=verify, overwrite=overwrite, say=say,
+        save_path=save_path, bound=_bound(target_kl, target_drift), verify=verify,
+        overwrite=overwrite, say=say,
     )  # fmt: skip
     report = result.report
     written: dict[str, Any] = {"path": str(report.path), "fused_layers": report.fused_layers}
@@ -235,6 +236,9 @@ def fuse(
     write_json(json_path, written)
     kind = "quantised" if report.quantized else "float"
     click.echo(f"{report.fused_layers} layers fused, {kind}, in {report.path}")
+    if upload_repo:  # last: what was found stands there whether the hub takes it or not
+        upload(report.path, upload_repo, "The fused model")
+        say(f"uploaded to {upload_repo}")
 
 
 def _bound(kl: float | None, drift: float | None) -> Bound | None:

@@ -12,6 +12,7 @@ from fpo_mlx.cli.show import listing, say
 from fpo_mlx.cli.train import on_signal
 from fpo_mlx.config import SaeTrainConfig, load_section
 from fpo_mlx.machine.processes import is_first
+from fpo_mlx.storage.publish import upload
 
 
 @click.command("train", cls=Command)
@@ -28,11 +29,10 @@ def train_sae(config, upload_repo, json_path, overwrite, **values) -> None:
         --data chats.jsonl --minutes 30 --output my-sae
     """
     from fpo_mlx import pipeline
+    from fpo_mlx.saetrain import finish
 
     chosen = load_section(SaeTrainConfig, {**values, "overwrite": overwrite}, config)
-    done = pipeline.sae_train(
-        chosen, upload_repo=upload_repo, say=say, report=_training_line, install_stop=on_signal
-    )
+    done = pipeline.sae_train(chosen, say=say, report=_training_line, install_stop=on_signal)
     if not is_first():
         return
     figures = {} if done.figures is None else dataclasses.asdict(done.figures)
@@ -41,6 +41,9 @@ def train_sae(config, upload_repo, json_path, overwrite, **values) -> None:
     write_json(json_path, {"tokens": done.tokens, **figures})
     listing(figures)
     click.echo(f"SAE in {done.folder}: train with --sae {done.folder}")
+    if upload_repo:
+        upload(done.folder, upload_repo, "The SAE", only=finish.PUBLISHED)
+        say(f"uploaded to {upload_repo}")
 
 
 def _training_line(report) -> None:

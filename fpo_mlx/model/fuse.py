@@ -41,7 +41,6 @@ class FuseReport:
     fused_layers: int
     quantized: bool
     gguf: Path | None = None
-    uploaded: str | None = None
     kept: Kept | None = None
     template: str = ""
     unreached: int = 0
@@ -54,7 +53,6 @@ def fuse(
     form: FusedForm = AS_BASE,
     *,
     chat_template: Path | None = None,
-    upload_repo: str | None = None,
     trust_remote_code: bool = False,
     check: Callable[[], object] = lambda: None,
 ) -> FuseReport:
@@ -79,10 +77,8 @@ def fuse(
         said = _put_template(folder, *template) if template else ""
         if gguf and export:
             gguf_file.write(folder / gguf, export, dict(arrays_of(base.parameters())), folder)
-    if upload_repo:
-        upload(save_path, upload_repo)
     place = save_path / gguf if gguf else None
-    return FuseReport(save_path, count, quantized, place, upload_repo, kept, said, unreached)
+    return FuseReport(save_path, count, quantized, place, kept, said, unreached)
 
 
 def _checked(
@@ -128,12 +124,6 @@ def _add(
     if stored is not None:
         cast_floats(base, stored)
     return count, kept, unreached
-
-
-def upload(folder: Path, repo: str) -> None:
-    from mlx_lm import utils
-
-    utils.upload_to_hub(str(folder), repo)
 
 
 def _save(folder: Path, base: Path, model: nn.Module, config: dict[str, Any]) -> None:

@@ -79,7 +79,6 @@ def fuse(
     adapter_path: str,
     save_path: Path,
     bound: Bound | None = None,
-    upload_repo: str | None = None,
     verify: str | None = None,
     overwrite: bool = False,
     say: Say,
@@ -115,7 +114,6 @@ def fuse(
     report = fusing.fuse(
         config.reference.model, Path(adapter_path), save_path, form,
         chat_template=Path(template) if template else None,
-        upload_repo=None if verify else upload_repo,
         trust_remote_code=config.reference.trust_remote_code, check=partial(claim, base),
     )  # fmt: skip
     for line in said_of(report):
@@ -123,9 +121,7 @@ def fuse(
     if not verify:
         return FuseResult(report, form.scale)
     before, after = _compare_fused(config, adapter_path, form.scale, save_path, verify, say)
-    if upload_repo:
-        fusing.upload(save_path, upload_repo)
-    return FuseResult(replace(report, uploaded=upload_repo), form.scale, within, before, after)
+    return FuseResult(report, form.scale, within, before, after)
 
 
 def _as_trained(config: RunConfig, adapter: Path) -> RunConfig:

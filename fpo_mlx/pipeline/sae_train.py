@@ -44,13 +44,11 @@ class SaeTrained:
     figures: Figures | None
     loss: LossFigures | None
     tokens: int
-    uploaded: str | None = None
 
 
 def sae_train(
     config: SaeTrainConfig,
     *,
-    upload_repo: str | None = None,
     say: Say,
     report: Callable[[Report], None] = lambda _: None,
     install_stop: InstallStop = lambda: lambda: None,
@@ -60,7 +58,7 @@ def sae_train(
     install_stop: called when training begins.
     """
     from fpo_mlx.machine.parallel import open_ranks
-    from fpo_mlx.saetrain import finish, trainer
+    from fpo_mlx.saetrain import trainer
 
     folder = Path(config.output)
     check(config)
@@ -83,10 +81,7 @@ def sae_train(
         if made is None:
             return SaeTrained(folder, None, None, tokens)
         loss = sae_finish.measure_loss(made, trust_remote_code=config.trust_remote_code)
-        if upload_repo:
-            finish.upload(folder, upload_repo)
-            say(f"uploaded to {upload_repo}")
-        return SaeTrained(folder, made.figures, loss, tokens, upload_repo)
+        return SaeTrained(folder, made.figures, loss, tokens)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import numpy as np
 
 from fpo_mlx.core.dictionary import Rule, pre_activations
 from fpo_mlx.core.selection import largest
-from fpo_mlx.errors import FpoError
 from fpo_mlx.records import SaeWeights, Site
 from fpo_mlx.sae import fit
 from fpo_mlx.sae.convert import write_saelens
@@ -25,6 +24,7 @@ from fpo_mlx.storage.runfolder import METRICS, RUN
 
 CHUNK = 1024
 CONFIG, WEIGHTS, CARD = "cfg.json", "sae_weights.safetensors", "README.md"
+PUBLISHED = (CONFIG, WEIGHTS, CARD)  # no checkpoint, no logs
 EXPORT = f"{files.TEMPORARY}0-sae"  # where the SAE is put together
 LOCK = "writer.lock"  # held while a run writes
 
@@ -122,28 +122,6 @@ def clear(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, WEIGHTS, CARD, RUN, state.STATE, METRICS):
         (folder / name).unlink(missing_ok=True)
-
-
-def upload(folder: Path, repo: str) -> None:
-    """The SAE and its card to a hub repository, made if absent; no checkpoint, no logs.
-
-    Raises FpoError for whatever the hub refuses.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repo, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo, folder_path=str(folder), allow_patterns=[CONFIG, WEIGHTS, CARD],
-            commit_message="SAE trained with fpo-mlx",
-        )  # fmt: skip
-    except Exception as error:  # the hub's client raises a dozen unrelated classes
-        raise FpoError(
-            f"{repo}: the upload failed ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0]}). The SAE is in {folder}; check HF_TOKEN and "
-            "the name (owner/name), then upload that folder."
-        ) from error
 
 
 def card(

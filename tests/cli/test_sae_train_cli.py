@@ -33,7 +33,7 @@ from fpo_mlx.sae import load_sae  # noqa: E402
 from fpo_mlx.sae.convert import write_saelens  # noqa: E402
 from fpo_mlx.saetrain import activations, finish, state, texts  # noqa: E402
 from fpo_mlx.saetrain.sizes import learning_rate, sizes, steps_in_time  # noqa: E402
-from fpo_mlx.storage import locks  # noqa: E402
+from fpo_mlx.storage import locks, publish  # noqa: E402
 
 TEXTS = [
     f"{'abcdefghijklmnopqrstuvwxyz'[i % 26]} poem {i * i} of the sea, the rain and star {i % 7}."
@@ -692,5 +692,5 @@ def test_an_upload_carries_the_sae_and_its_card_alone(llama, corpus, tmp_path, m
     ]
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub([], OSError("401 no token")))
     with pytest.raises(FpoError, match="401 no token") as refused:
-        finish.upload(tmp_path / "o", "me/sae")
+        publish.upload(tmp_path / "o", "me/sae", "The SAE")
     assert "HF_TOKEN" in str(refused.value)

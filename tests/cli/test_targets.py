@@ -201,3 +201,42 @@ def test_without_the_swap_of_the_system_it_is_two_renames(tmp_path, monkeypatch)
             (folder / text).write_text(text)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["two"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_fused_model_that_the_hub_refuses_is_there_with_all_that_was_found(
+    place, tmp_path, monkeypatch
+):
+    def refuses():
+        raise OSError("401 no token\nand more")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", refuses)
+    words = words_of("fuse", place, tmp_path / "fused")
+    done = run(*words, "--json", tmp_path / "fused.json", "--upload-repo", "me/model")
+    assert done.exit_code == 1, done.output
+    assert isinstance(done.exception, SystemExit)
+    assert "layers fused, float" in done.output
+    assert "me/model: the upload failed (OSError: 401 no token). The fused model is in" in (
+        done.output
+    )
+    assert json.loads((tmp_path / "fused.json").read_text())["fused_layers"]
+    assert (tmp_path / "fused" / "config.json").is_file()
+
+
+def test_an_uploaded_folder_is_as_it_was_fused(place, tmp_path, monkeypatch):
+    sent = []
+
+    class Hub:
+        def create_repo(self, repo, exist_ok):
+            pass
+
+        def upload_folder(self, *, folder_path, allow_patterns, **more):
+            assert allow_patterns is None
+            sent.append({p.name: p.read_bytes() for p in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    words = words_of("fuse", place, tmp_path / "fused")
+    done = run(*words, "--upload-repo", "me/model")
+    assert done.exit_code == 0, done.output
+    assert "uploaded to me/model" in done.output
+    assert sent == [{p.name: p.read_bytes() for p in (tmp_path / "fused").iterdir()}]
+    assert run(*words, "--overwrite").exit_code == 0

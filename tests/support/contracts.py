@@ -100,7 +100,6 @@ def mlx_lm_loads_and_saves_models_under_these_arguments() -> None:
     takes(utils.load_tokenizer, "eos_token_ids")
     takes(utils.save, "donate_model")
     takes(utils.save_model, "donate_model")
-    takes(utils.upload_to_hub, "path", "upload_repo")
     takes(utils.quantize_model, "group_size", "bits")
     takes(utils.save_config, "config_path")
 
