@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fpo_mlx.judge.sae_fit import LossFigures
+    from fpo_mlx.machine.parallel import Ranks
     from fpo_mlx.saetrain.finish import Figures
     from fpo_mlx.saetrain.state import State
     from fpo_mlx.saetrain.trainer import Plan, Report
@@ -58,13 +59,15 @@ def sae_train(
     install_stop: called when training begins.
     """
     from fpo_mlx.machine.parallel import open_ranks
-    from fpo_mlx.saetrain import trainer
+    from fpo_mlx.saetrain import finish, trainer
 
     folder = Path(config.output)
     check(config)
     ranks = open_ranks(count=config.batch_size, command="sae train", patience=config.peer_timeout)
     if ranks.first:
         claim(config)
+    if ranks.largest(int(ranks.first and config.resume and finish.is_there(folder))):
+        return _finished(config, ranks, say)
     setup = open_setup(config, ranks, say)
     with _writing(folder) if ranks.first else nullcontext():
         source, current, plan = (_resumed if config.resume else _begun)(setup, folder, say)
@@ -118,7 +121,7 @@ def _resumed(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, 
 
     config, run = setup.config, state.run_folder(folder)
     if setup.ranks.first:
-        _check_resumable(setup, run)
+        _check_resumable(_record(setup), run)
     with setup.ranks.file_of_first(run.record) as record:
         before = files.parse_json(record.read_text(encoding="utf-8"))
     old = before["settings"]
@@ -143,13 +146,43 @@ def _resumed(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, 
     return source, current, plan
 
 
-def _check_resumable(setup: Setup, run: RunFolder) -> None:
+def _finished(config: SaeTrainConfig, ranks: Ranks, say: Say) -> SaeTrained:
+    """A run that is resumed behind its end: SAE and card stay as they are, whoever edited them.
+
+    Raises: ConfigError where the settings are another run's; model and data are not read for that.
+    """
+    from fpo_mlx.saetrain import state
+
+    folder, tokens = Path(config.output), 0
+    if ranks.first:
+        with _writing(folder):
+            run = state.run_folder(folder)
+            given = dataclasses.asdict(config)
+            left_open = {n for n in ("layer", "width", "k") if given[n] is None} | {"aux_k"}
+            record = {"settings": given, "fingerprints": _fingerprints(run)}
+            plan = _check_resumable(record, run, left_open)["plan"]
+        tokens = plan["steps"] * plan["batch"]
+        say(
+            f"the run in {folder} finished before: its SAE and its card stay as they are "
+            "(`fpo-mlx sae evaluate` judges the SAE)"
+        )
+    return SaeTrained(folder, None, None, tokens)
+
+
+def _fingerprints(run: RunFolder) -> dict[str, str]:
+    """Of the record; {} where it is damaged, which `check_resumable` says."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return files.parse_json(run.record.read_text(encoding="utf-8"))["fingerprints"]
+    return {}
+
+
+def _check_resumable(
+    record: Mapping[str, Any], run: RunFolder, left_open: Collection[str] = ()
+) -> dict[str, Any]:
     own = options((SaeTrainConfig,))
-    run.check_resumable(
-        _record(setup),
-        {*named("may_change", (SaeTrainConfig,)), *named("by_content", (SaeTrainConfig,))},
-        {name: default_of(field) for name, field in own.items()},
-    )
+    loose = (*named("may_change", (SaeTrainConfig,)), *named("by_content", (SaeTrainConfig,)))
+    defaults = {name: default_of(field) for name, field in own.items()}
+    return run.check_resumable(record, {*loose, *left_open}, defaults)
 
 
 def _check_chunks(folder: Path, before: str | None, now: str | None) -> None:

@@ -110,6 +110,10 @@ def write(folder: Path, sae: SaeWeights, card: str) -> None:
     files.sync_folder(folder)
 
 
+def is_there(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
 def sweep(folder: Path) -> None:
     """Remove what a killed run left half written. Hold the folder's lock."""
     for name in (CONFIG, WEIGHTS, CARD, EXPORT, RUN, state.STATE):

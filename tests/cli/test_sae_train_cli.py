@@ -694,3 +694,26 @@ def test_an_upload_carries_the_sae_and_its_card_alone(llama, corpus, tmp_path, m
     with pytest.raises(FpoError, match="401 no token") as refused:
         publish.upload(tmp_path / "o", "me/sae", "The SAE")
     assert "HF_TOKEN" in str(refused.value)
+
+
+def test_a_finished_run_that_is_resumed_is_published_as_it_stands(
+    llama, corpus, tmp_path, monkeypatch
+):
+    """Its card may have been edited meanwhile."""
+    out, calls = tmp_path / "o", []
+    words = ("--model", llama, "--data", corpus, "--output", out, *QUICK)
+    assert run(*words).exit_code == 0
+    (out / "README.md").write_text("my own words")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(calls))
+    monkeypatch.setattr(model_open, "open_model", lambda *a, **k: pytest.fail("a model is opened"))
+    done = run(*words, "--resume", "--upload-repo", "me/sae", "--json", tmp_path / "r.json")
+    assert done.exit_code == 0, done.output
+    assert "finished before" in done.output
+    assert [call[:2] for call in calls] == [("create", "me/sae"), ("upload", "me/sae")]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert json.loads((tmp_path / "r.json").read_text()) == {"tokens": 2560}
+    for other, part in ((("--seed", 1), "seed: was 0, now 1"), (("--k", 7), "k: was 6, now 7")):
+        refused = run(*words, *other, "--resume")
+        assert refused.exit_code == 2, refused.output
+        assert part in refused.output
