@@ -87,8 +87,9 @@ def train(
         timed += 1
         if not math.isfinite(done[0]):
             raise Diverged(
-                f"the loss is {done[0]} at step {state.step}. Lower --learning-rate; the last "
-                "checkpoint is kept."
+                f"the loss is {done[0]} at step {state.step}. Start anew with --overwrite and a "
+                f"--learning-rate below {plan.learning_rate:g}: on --resume it may not change. The "
+                "last checkpoint is kept till then."
             )
         last = state.step == plan.steps
         if state.step % plan.report_every == 0 or last:

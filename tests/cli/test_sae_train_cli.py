@@ -717,3 +717,22 @@ def test_a_finished_run_that_is_resumed_is_published_as_it_stands(
         refused = run(*words, *other, "--resume")
         assert refused.exit_code == 2, refused.output
         assert part in refused.output
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_told_what_can_be_done(
+    llama, corpus, tmp_path, monkeypatch
+):
+    words = ("--model", llama, "--data", corpus, "--output", tmp_path / "o", *QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr("fpo_mlx.saetrain.trainer.step", lambda *a: (float("nan"), 0.0))
+        died = run(*words)
+    assert died.exit_code == 4, died.output
+    assert "--learning-rate" in died.output
+    resumed, again = run(*words, "--resume"), run(*words)
+    assert (resumed.exit_code, again.exit_code) == (2, 2)
+    for said in (died, resumed, again):
+        assert "--overwrite" in said.output
+    assert "ended before its first checkpoint" in resumed.output
+    assert "Start without --resume" not in resumed.output
+    assert "goes on with it" not in again.output
+    assert run(*words, "--overwrite").exit_code == 0

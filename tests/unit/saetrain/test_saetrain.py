@@ -154,7 +154,7 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path, architecture):
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     rule, data = small(), factors(1500)[1]
     broken = rows.Source(lambda number: data[:640] if number == 0 else data * np.nan, 1)
-    with pytest.raises(Diverged, match="--learning-rate"):
+    with pytest.raises(Diverged, match="anew with --overwrite and a --learning-rate below 0.003"):
         run_all(tmp_path / "run", rule, broken)
     kept = state.load(tmp_path / "run" / state.STATE)
     assert kept.step == 10
