@@ -184,6 +184,12 @@ def read_run(path: Path, name: str) -> Run:
         )
     faults: list[str] = []
     record, adapter = (_mapping(path / own, faults) for own in OWN)
+    if "plan" in record and not (path / OWN[1]).exists():
+        raise FpoError(
+            f"{path}: this is the run of `fpo-mlx sae train`, wanted that of `fpo-mlx train` (its "
+            "--adapter-path). What an SAE is worth is in its README.md; `fpo-mlx sae evaluate` "
+            "judges it."
+        )
     reports = _lines(path / "metrics.jsonl", faults)
     kinds = [
         [r for r in reports if r.get("kind") == k] for k in ("train", "valid", "skipped", "landed")

@@ -478,6 +478,14 @@ def test_the_command_writes_the_page_and_says_where(tmp_path):
     )
 
 
+def test_the_folder_of_an_sae_is_refused_by_name(tmp_path):
+    """Its metrics are of another kind, and a page of it would show none of them."""
+    a_run(tmp_path / "sae", record={"settings": {}, "fingerprints": {}, "plan": {"steps": 40}})
+    (tmp_path / "sae" / "adapter_config.json").unlink()
+    with pytest.raises(FpoError, match=r"the run of `fpo-mlx sae train`, .* `fpo-mlx train`"):
+        read_runs([tmp_path / "sae"])
+
+
 @pytest.mark.parametrize(
     ("words", "code", "part"),
     [
