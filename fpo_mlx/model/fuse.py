@@ -22,13 +22,9 @@ from fpo_mlx.model.trees import arrays_of, cast_floats, float_dtype
 from fpo_mlx.records import AS_BASE, FusedForm
 from fpo_mlx.storage import files
 from fpo_mlx.storage.adapter_files import TEMPLATE, model_template, own_template
+from fpo_mlx.storage.outputs import BESIDE, CODE
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-# of a base's folder: what belongs to the tokenizer and to the use of the model, not its weights
-BESIDE = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.jinja", "chat_template.json", "*.model", "*.tiktoken", "generation_config.json", "*.py",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ def _save(folder: Path, base: Path, model: nn.Module, config: dict[str, Any]) ->
     utils.save_model(folder, model)
     towers = "vision_tower" in getattr(model, "model", {})
     utils.save_config(config, folder / "config.json", keep_vision_config=towers)
-    for pattern in BESIDE:
+    for pattern in (*BESIDE, CODE):
         for file in files.listed(base, pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)

@@ -16,9 +16,10 @@ from fpo_mlx.pipeline.evaluate import check_scales, open_scorer
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
 from fpo_mlx.records import AS_BASE, FusedForm
+from fpo_mlx.storage import files
 from fpo_mlx.storage.adapter_files import own_template
 from fpo_mlx.storage.hub import resolve_model
-from fpo_mlx.storage.outputs import MODEL, Made, claim_folder
+from fpo_mlx.storage.outputs import CODE, MODEL, Made, claim_folder
 
 if TYPE_CHECKING:
     from fpo_mlx.model.fuse import FuseReport
@@ -94,9 +95,9 @@ def fuse(
     if not config.reference.model:
         raise ConfigError("--model is missing. Wanted the model that the adapter was trained on.")
 
-    def claim(*more: str | Path | None) -> Path:
-        inputs = [*config.reads(), adapter_path, verify, *more]
-        made = _made(form)
+    def claim(base: Path | None = None) -> Path:
+        inputs = [*config.reads(), adapter_path, verify, base]
+        made = _made(form, base)
         return claim_folder(save_path, "--save-path", made, inputs=inputs, overwrite=overwrite)
 
     template = config.data.chat_template
@@ -132,11 +133,16 @@ def _as_trained(config: RunConfig, adapter: Path) -> RunConfig:
     return replace(config, data=replace(config.data, chat_template=str(place)))
 
 
-def _made(form: FusedForm) -> Made:
-    """The files of a fused folder, with the GGUF's name if there is one."""
-    if form.gguf_path is None:
-        return MODEL
-    return replace(MODEL, names=f"{MODEL.names}|{re.escape(form.gguf_path)}")
+def _made(form: FusedForm, base: Path | None) -> Made:
+    """The files of a fused folder, with the GGUF's name if there is one.
+
+    Code is the base's own, by its names; before the base is known any: it is asked again.
+    """
+    code = [r"[^/]+\.py"]
+    if base is not None:
+        code = [re.escape(path.name) for path in files.listed(base, CODE)]
+    gguf = [re.escape(form.gguf_path)] if form.gguf_path else []
+    return replace(MODEL, names="|".join((MODEL.names, *code, *gguf)))
 
 
 def said_of(report: FuseReport) -> list[str]:

@@ -64,13 +64,18 @@ class Made:
         return [name for name in there if name in other or not self.named(name)]
 
 
+# of a base's folder: what belongs to the tokenizer and to the use of the model, not its weights
+BESIDE = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.jinja", "chat_template.json", "*.model", "*.tiktoken", "generation_config.json",
+)  # fmt: skip
+CODE = "*.py"  # and what code it brings
 MODEL = Made(
     "a model folder",
-    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|"
-    r"model\.safetensors\.index\.json|ggml-model-(f16|bf16|f32)\.gguf|README\.md|"
-    r"tokenizer(_config)?\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|"
-    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)|"
-    r"(modeling|configuration|tokenization)_\w+\.py",
+    r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
+    r"ggml-model-(f16|bf16|f32)\.gguf|README\.md|"
+    r"(modeling|configuration|tokenization)_\w+\.py|"
+    + "|".join(re.escape(pattern).replace(r"\*", "[^/]*") for pattern in BESIDE),
     whole=True,
     mark="config.json",
     texts=(("README.md", r"---\n((?!---).*\n)*library_name: mlx\n((?!---).*\n)*---\s*"),),

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -240,3 +241,22 @@ def test_an_uploaded_folder_is_as_it_was_fused(place, tmp_path, monkeypatch):
     assert "uploaded to me/model" in done.output
     assert sent == [{p.name: p.read_bytes() for p in (tmp_path / "fused").iterdir()}]
     assert run(*words, "--overwrite").exit_code == 0
+
+
+def test_a_fused_folder_is_replaced_with_all_that_it_has_from_its_base(place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "base")
+    beside = ("qwen.tiktoken", "spm.model", "vocab.bpe", "tools.jinja", "tokenizer_x.py",
+              "generation_utils.py")  # fmt: skip
+    for name in beside:
+        (tmp_path / "base" / name).write_text("")
+    words = words_of("fuse", place, tmp_path / "fused")
+    words[words.index(place / "model")] = tmp_path / "base"
+    assert run(*words).exit_code == 0
+    assert {*beside} <= {path.name for path in (tmp_path / "fused").iterdir()}
+    done = run(*words, "--overwrite")
+    assert done.exit_code == 0, done.output
+    (tmp_path / "fused" / "mine.py").write_text("my own")
+    refused = run(*words, "--overwrite")
+    assert refused.exit_code == 2
+    assert "holds mine.py, which a model folder does not have" in refused.output
+    assert (tmp_path / "fused" / "mine.py").read_text() == "my own"
