@@ -70,9 +70,9 @@ class FitReport:
         out |= {"fvu": f.fvu, "gain": f.gain}
         if f.fvu is None:
             out["no_fvu"] = f.why_not
+        out |= {f"fvu at {name}": fvu for name, fvu in self.elsewhere.items()}
         if loss is None:
             return out | {"no_loss": self.no_loss}
-        out |= {f"fvu at {name}": fvu for name, fvu in self.elsewhere.items()}
         out |= {"ce/clean": loss.clean, "ce/spliced": loss.spliced, "ce/ablated": loss.ablated}
         return out | {"ablation": loss.ablation, "loss_recovered": loss.recovered}
 

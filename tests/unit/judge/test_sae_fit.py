@@ -261,6 +261,17 @@ def test_places_of_another_width_are_not_compared_with(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["resid_mid", "mlp_in_unscaled"])
+def test_where_nothing_can_be_spliced_the_neighbours_figures_are_shown(tmp_path, kind):
+    here = Site(1, kind)
+    loaded = load_model(tiny_models.tiny_llama(tmp_path))
+    places = sae_fit.places_to_compare(loaded.model, here)
+    policy = Policy(loaded.model, loaded.config, (here, *places), share_prompt=False)
+    shown = sae_fit.evaluate(policy, exact_sae(here, WIDTH), passages()).as_dict()
+    assert "more than one way" in shown["no_loss"]
+    assert {f"fvu at {kind} of block 0", f"fvu at {kind} of block 2"} <= shown.keys()
+
+
 # --- verdicts ----------------------------------------------------------------------------------
 GOOD = fit.FitFigures(tokens=10_000, l0=32.9, dead=0.01, fvu=0.42, gain=0.81)
 FAULTS = [
