@@ -93,19 +93,13 @@ def claim(config: SaeTrainConfig) -> None:
     inputs = (config.model, config.data, config.chat_template, config.init)
     output, store = Path(config.output), Path(config.store) if config.store else None
     run = run_folder(output)
-    lost = run.going_on()["overwrite"]  # begun, and ended before its first checkpoint
-    if config.resume and lost:
-        raise ConfigError(
-            f"--resume: the run in {output} ended before its first checkpoint (--save-every), so "
-            "there is nothing to go on from. Begin it anew: --overwrite in place of --resume."
-        )
     if config.resume:
         run.check_begun()
         outputs.refuse_inputs(output, "--output", inputs, RUN)
         outputs.refuse_links(output, "--output", RUN)
     else:
-        made = replace(RUN, ways="") if lost else RUN
-        outputs.claim_folder(output, "--output", made, inputs=inputs, overwrite=config.overwrite)
+        made, anew = run.as_made(RUN), config.overwrite
+        outputs.claim_folder(output, "--output", made, inputs=inputs, overwrite=anew)
         if store is not None and output.resolve() in (store.resolve(), *store.resolve().parents):
             raise ConfigError(
                 f"--store {store}: lies in --output {output}, which is of one SAE and its run "

@@ -153,12 +153,15 @@ def _splits(job: Job) -> tuple[str, ...]:
 
 def claim_place(config: RunConfig) -> None:
     """Raises: ConfigError where the run would write over anything but itself."""
+    from fpo_mlx.train.checkpoint import run_folder
+
     t, flag, inputs = config.train, "--adapter-path", config.reads()
     if t.resume:
         outputs.refuse_inputs(Path(t.adapter_path), flag, inputs, RUN)
         outputs.refuse_links(Path(t.adapter_path), flag, RUN)
     else:
-        outputs.claim_folder(t.adapter_path, flag, RUN, inputs=inputs, overwrite=t.overwrite)
+        made = run_folder(Path(t.adapter_path)).as_made(RUN)
+        outputs.claim_folder(t.adapter_path, flag, made, inputs=inputs, overwrite=t.overwrite)
 
 
 def _compare_peaks(out: Folder, predicted: float, say: Say) -> None:

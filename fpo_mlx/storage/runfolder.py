@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.storage import files, lines
+from fpo_mlx.storage.outputs import Made
 
 RUN, METRICS = "run.json", "metrics.jsonl"
 
@@ -69,11 +70,25 @@ class RunFolder:
 
         A new run in an empty folder has neither.
         """
-        saved = (self.path / self.state).is_file()
-        return {"resume": saved, "overwrite": not saved and self.record.is_file()}
+        return {"resume": (self.path / self.state).is_file(), "overwrite": self.lost}
+
+    @property
+    def lost(self) -> bool:
+        """Whether a run began here and ended before its first checkpoint."""
+        return self.record.is_file() and not (self.path / self.state).is_file()
+
+    def as_made(self, made: Made) -> Made:
+        """What a command makes here, said of a folder that holds it: without --resume if `lost`."""
+        return replace(made, ways="") if self.lost else made
 
     def check_begun(self) -> None:
         """Raises: ConfigError where there is nothing to go on with."""
+        if self.lost:
+            raise ConfigError(
+                f"--resume: the run in {self.path} ended before its first checkpoint (--save-every)"
+                ", so there is nothing to go on from. Begin it anew: --overwrite in place of "
+                "--resume."
+            )
         if not (self.path / self.state).is_file() or not self.record.is_file():
             raise ConfigError(
                 f"--resume: {self.path} holds no checkpoint. Start without --resume, or give the "

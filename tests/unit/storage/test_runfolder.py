@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fpo_mlx.errors import ConfigError, ModelError
+from fpo_mlx.storage.outputs import Made
 from fpo_mlx.storage.runfolder import RunFolder
 
 RECORD = {"settings": {"lr": 1e-5, "keys": ["a"]}, "fingerprints": {"data": "x"}}
@@ -84,7 +85,11 @@ def test_a_folder_without_a_checkpoint_or_with_a_damaged_record_is_refused(folde
         with pytest.raises(ModelError, match=r"run\.json is damaged"):
             folder.check_resumable(RECORD, ())
     (folder.path / "checkpoint" / "state").unlink()
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
+    with pytest.raises(ConfigError, match="ended before its first checkpoint .* --overwrite in"):
+        folder.check_resumable(RECORD, ())
+    assert folder.as_made(Made("a run", ".*", ways="--resume goes on; ")).ways == ""
+    folder.record.unlink()
+    with pytest.raises(ConfigError, match="holds no checkpoint. Start without --resume"):
         folder.check_resumable(RECORD, ())
 
 
