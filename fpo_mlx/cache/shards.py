@@ -245,6 +245,14 @@ def check_content(shard: Shard) -> None:
         raise damaged(shard.path, "its content does not match its sha256")
 
 
+def content(shard: Shard) -> bytes:
+    """The whole file. Raises: ShardGone."""
+    try:
+        return shard.path.read_bytes()
+    except FileNotFoundError as error:
+        raise ShardGone(shard.path) from error
+
+
 def read_features(
     shard: Shard, row: int, numbers: Sequence[int], files: OpenFiles
 ) -> tuple[SparseFeatures, ...]:

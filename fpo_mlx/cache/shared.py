@@ -153,9 +153,9 @@ def _collect(
             parts = _parts(cache.folder, cache)
         for group in groups:
             _take(cache, parts, group)
-        for part in parts:  # what a killed run scored of other pairs is kept, too
+        for part in parts:  # what a killed run scored of other pairs is kept, where it is whole
             for shard in part.shards:
-                with contextlib.suppress(ShardGone):
+                with contextlib.suppress(FpoError):
                     cache.adopt(shard, part.identity)
     for part in _parts(cache.folder, cache):
         _remove(part.folder)

@@ -23,6 +23,7 @@ from fpo_mlx.cache.shards import (
     Row,
     Shard,
     check_content,
+    content,
     encode_shard,
     open_shard,
     read_features,
@@ -186,14 +187,15 @@ class ReferenceCache:
         """Take a whole shard of another cache as it is; the number of rows that were new.
 
         A row that was there stays the one that is read. A shard with nothing new is not taken.
-        Raises CacheMismatch when the other cache's identity is not this one's.
+        Raises CacheMismatch when the other cache's identity is not this one's, FpoError when the
+        shard is damaged or gone.
         """
         self._refuse_unless_same(identity)
-        check_content(shard)
         with self.writing():
             new = self.missing(shard.keys)
             if new:
-                self._write(shard.path.read_bytes())
+                check_content(shard)
+                self._write(content(shard))
         return len(new)
 
     def check_extendable(self) -> None:

@@ -56,17 +56,16 @@ def _given(flags: Mapping[str, Any], path: Path | None, known: Collection[str]) 
         where = f"{path}: " if set(unknown) & set(given) else ""
         near = _closest(unknown[0], known)
         raise ConfigError(f"{where}unknown settings {', '.join(unknown)}.{near}")
-    if is_other(given.get("data"), flags.get("data")):
+    other = flags.get("data")
+    if is_other(given.get("data"), other) and Path(str(other)).expanduser().exists():
         given = {name: value for name, value in given.items() if name not in PARTS}
     return given | {name: value for name, value in flags.items() if value is not None}
 
 
 def is_other(own: Any, other: Any) -> bool:
-    """Whether `other` is data on this disk, and not what `own` names: its PARTS are not of it."""
-    if not (own and other):
-        return False
-    place = Path(other).expanduser()
-    return place.exists() and place.resolve() != Path(str(own)).expanduser().resolve()
+    """Whether both name data, and not the same: PARTS of one are not those of the other."""
+    places = [Path(str(name)).expanduser().resolve() for name in (own, other) if name]
+    return len(places) == 2 and places[0] != places[1]
 
 
 def _typed(given: Mapping[str, Any], sections: Sequence[type]) -> dict[str, Any]:

@@ -176,9 +176,11 @@ def _refuse_single(record: Mapping) -> None:
 
 
 def whole_prompt(record: Mapping, columns: Any) -> Any:
-    """The prompt column; None where nothing is in it, or other columns belong to it."""
+    """The prompt column, and what belongs to it; None where nothing is in it."""
     given = record.get(columns.prompt)
-    return given if filled(given) and columns.prompt != "instruction" else None
+    if filled(given) and columns.prompt == "instruction":
+        return _alpaca(record)
+    return given if filled(given) else None
 
 
 def prompt_of(record: Mapping, columns: Any) -> Any:
@@ -186,10 +188,8 @@ def prompt_of(record: Mapping, columns: Any) -> Any:
 
     Raises RowFault where another of them holds words that would be left out.
     """
-    given = record.get(columns.prompt)
-    if columns.prompt == "instruction" and filled(given):
-        return _alpaca(record)
-    if filled(given) or columns.prompt != "prompt":
+    given = whole_prompt(record, columns)
+    if given is not None or columns.prompt != "prompt":
         return given
     names = [name for name in PROMPTS if filled(record.get(name))]
     if not names:

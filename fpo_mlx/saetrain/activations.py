@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,7 +37,7 @@ class Reader:
     limit: float = float("inf")
     ranks: Ranks = Ranks()
     caches: int = 0  # that every pass is given
-    blocks: int = 1  # of the model before it was cut: some ask for the cache of one far behind
+    blocks: int = 0  # of a model that asks for the cache of a block behind the cut; else 0
 
     def rows(self, documents: Sequence[Document]) -> np.ndarray:
         """Activations of all kept positions, in the documents' order: float32 [R, D].
@@ -82,7 +82,7 @@ class Reader:
         """The site's values [B, L, D] float32; what follows the site is never computed."""
         tokens = pad(sequences)
         with self.tap.recording() as seen:
-            self.backbone(tokens, cache=fresh_caches(self.caches) or [None] * self.blocks)
+            self.backbone(tokens, cache=fresh_caches(self.caches) or [None] * self.blocks or None)
         refuse_streams(seen[-1], tokens, self.site)
         values = np.array(finish(seen[-1].astype(mx.float32), self.site, self.eps, self.residual))
         mx.clear_cache()
@@ -128,11 +128,25 @@ def open_reader(model: nn.Module, config: dict, site: Site) -> Reader:
     for name, value in backbone.items():
         if isinstance(value, list) and value and value[0] is blocks[0]:
             backbone[name] = value[: site.layer + 1]
-    found = norm_and_residual(config)
-    reader = Reader(backbone, tap, site, *found, caches=caches, blocks=len(blocks))
-    reader._hidden(
-        [np.zeros(2, dtype=np.int32)]
-    )  # every process sees what no SAE can be trained on
+    return _probed(
+        Reader(backbone, tap, site, *norm_and_residual(config), caches=caches), len(blocks)
+    )
+
+
+def _probed(reader: Reader, blocks: int) -> Reader:
+    """With the caches that the model's code wants. Every process raises here, or none does."""
+    probe = [np.zeros(2, dtype=np.int32)]
+    try:
+        reader._hidden(probe)
+    except IndexError:
+        reader = replace(reader, blocks=blocks)
+        try:
+            reader._hidden(probe)
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ModelError(
+                f"--layer {reader.site.layer}: mlx-lm's code of this model does not run without "
+                "the blocks behind it. Choose a higher --layer."
+            ) from error
     return reader
 
 

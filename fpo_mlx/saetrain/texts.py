@@ -279,14 +279,15 @@ def split_held_out(
     together = list(groups.values())
     total = sum(int(item.keep.sum()) for item in items)
     wanted, got = min(share * total, most), 0
-    held: set[int] = set()
-    for taken, group in enumerate(np.random.default_rng([seed, 1]).permutation(len(together))):
-        if got >= wanted or taken + 1 >= len(together):
+    chosen: list[list[int]] = []
+    for group in np.random.default_rng([seed, 1]).permutation(len(together)):
+        if got >= wanted or len(chosen) + 1 >= len(together):
             break
         size = sum(int(items[at].keep.sum()) for at in together[group])
         if size <= total / 2:
-            held.update(together[group])
+            chosen.append(together[group])
             got += size
+    held = {at for group in chosen for at in group}
     return (
         [item for at, item in enumerate(items) if at not in held],
         [item for at, item in enumerate(items) if at in held],

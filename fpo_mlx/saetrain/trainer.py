@@ -74,7 +74,7 @@ def train(
 
     folder: for checkpoints and metrics.jsonl; None keeps nothing. ranks: the processes that a
     batch's micro-batches are dealt to; the rows have to be the same on each.
-    Raises Diverged when the loss is no longer finite (the last checkpoint stays), Interrupted
+    Raises Diverged when the loss is not finite any more (the last checkpoint stays), Interrupted
     after saving when `stop` gives an exit code.
     """
     stream = batches(source, plan.batch, plan.seed, state.position)
@@ -86,11 +86,8 @@ def train(
         state.window = [a + b for a, b in zip(state.window, (1, *done), strict=True)]
         timed += 1
         if not math.isfinite(done[0]):
-            raise Diverged(
-                f"the loss is {done[0]} at step {state.step}. Start anew with --overwrite and a "
-                f"--learning-rate below {plan.learning_rate:g}: on --resume it may not change. The "
-                "last checkpoint is kept till then."
-            )
+            what = f"the loss is {done[0]} at step {state.step}"
+            raise Diverged(f"{what}. {_what_next(plan, folder)}")
         last = state.step == plan.steps
         if state.step % plan.report_every == 0 or last:
             speed = timed * plan.batch / (time.perf_counter() - since)
@@ -106,6 +103,16 @@ def train(
         if code is not None and not last:
             ranks.largest(0)  # it is on the disk: a launcher ends all when one of them ends
             raise Interrupted(f"stopped after step {state.step}; go on with --resume", code)
+
+
+def _what_next(plan: Plan, folder: Path | None) -> str:
+    """After a loss that is no number. No folder: a few steps were timed, and no run was begun."""
+    if folder is None:
+        return "The activations may be too large for float32: choose another --layer or --site."
+    return (
+        f"Start anew with --overwrite and a --learning-rate below {plan.learning_rate:g}: on "
+        "--resume it may not change. The last checkpoint is kept till then."
+    )
 
 
 def step(

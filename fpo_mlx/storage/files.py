@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import glob
 import json
 import math
 import os
@@ -130,7 +129,8 @@ def sweep(folder: Path, name: str | None = None) -> None:
     rest = ".+" if name is None else re.escape(name) + r"(\.old)?"
     pattern = re.compile(re.escape(TEMPORARY) + r"\d+-" + rest)
     if name is not None and not (folder / name).exists():
-        for work in folder.glob(f"{TEMPORARY}*-{glob.escape(name)}"):
+        own = re.compile(re.escape(TEMPORARY) + r"\d+-" + re.escape(name))
+        for work in [path for path in folder.glob(f"{TEMPORARY}*") if own.fullmatch(path.name)]:
             old = work.with_name(f"{work.name}.old")
             if old.is_dir() and not (folder / name).exists():
                 os.replace(old, folder / name)

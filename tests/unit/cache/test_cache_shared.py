@@ -161,6 +161,21 @@ def test_what_other_pairs_left_in_parts_is_in_the_cache_of_the_next_run(tmp_path
     assert not (tmp_path / "parts").exists()
 
 
+def test_a_damaged_part_of_other_pairs_costs_its_own_rows_alone(tmp_path):
+    train, test = make_pairs(12), make_pairs(4, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, train, 1, 2, Scorer(2))
+    first, second = sorted((tmp_path / "parts" / "001-of-002").glob("rows-*"))
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 1
+    first.write_bytes(data)
+    run(tmp_path, test, 0, 1)
+    scorer = Scorer()
+    run(tmp_path, train, 0, 1, scorer)
+    assert second.parent.exists() is False
+    assert len(scorer.groups) == 5
+
+
 @pytest.mark.parametrize("made", [rc.Provenance("bfloat16", "mlx"), rc.Provenance("float32", "x")])
 def test_rows_that_were_made_otherwise_are_scored_anew_in_a_group_of_others(tmp_path, made):
     pairs = make_pairs(4)

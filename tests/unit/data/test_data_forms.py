@@ -93,7 +93,11 @@ def test_an_instruction_that_is_named_as_the_prompt_has_its_input_too():
            "rejected": "No"}  # fmt: skip
     with pytest.raises(RowFault, match="instruction and context differ"):
         parse_row(row)
-    assert parse_row(row, Columns(prompt="instruction")).prompt == (user("Translate.\nJa"),)
+    named = Columns(prompt="instruction")
+    assert parse_row(row, named).prompt == (user("Translate.\nJa"),)
+    whole = {"chosen": [user("Hi"), bot("Hallo")], "rejected": [user("Hi"), bot("Hej")]}
+    with pytest.raises(RowFault, match="no shared prompt|not in the conversations"):
+        parse_row({"instruction": "Translate to German.", **whole}, named)
 
 
 def test_alpacas_input_and_history_are_part_of_the_prompt():

@@ -14,7 +14,7 @@ mx = pytest.importorskip("mlx.core")
 import mlx.nn as nn  # noqa: E402
 from helpers import logits_of, random_pairs  # noqa: E402
 from mlx_lm import utils  # noqa: E402
-from mlx_lm.models import gemma3n  # noqa: E402
+from mlx_lm.models import falcon_h1, gemma3n  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.models.switch_layers import SwitchLinear  # noqa: E402
 from quantised import LATENT, quantised  # noqa: E402
@@ -24,7 +24,7 @@ from fpo_mlx.errors import ModelError, SaeError  # noqa: E402
 from fpo_mlx.model.heads import ReplayedHead, find_backbone, find_head, split  # noqa: E402
 from fpo_mlx.model.load import dequantize, load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy, plain_caches  # noqa: E402
-from fpo_mlx.model.taps import tap_point  # noqa: E402
+from fpo_mlx.model.taps import Tap, tap_point  # noqa: E402
 from fpo_mlx.model.trees import arrays_of, blocks_of  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
 from fpo_mlx.sae.check import z_widths  # noqa: E402
@@ -220,6 +220,23 @@ def test_an_sae_of_the_first_block_is_trained_on_what_it_will_read(folders, fami
     reader = open_reader(cut.model, cut.config, Site(0))
     got = reader.rows([Document(tokens, np.arange(7) < 6)])
     np.testing.assert_allclose(got, want.reshape(got.shape), atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_model_whose_own_empty_caches_are_no_list_of_nothing_is_read_as_it_runs(block):
+    """Falcon H1 looks into two caches of each block, and makes its own where it gets none."""
+    args = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 300}
+    args |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    args |= {"mamba_d_ssm": 32, "mamba_d_head": 8, "mamba_n_heads": 4, "mamba_d_state": 8}
+    whole = falcon_h1.Model(falcon_h1.ModelArgs(**args))
+    tokens = np.arange(5, 12).astype(np.int32)
+    tap = Tap(*tap_point(blocks_of(whole)[block], Site(block)))
+    with tap.recording() as seen:
+        whole(mx.array(tokens[None]))
+    want = np.array(seen[-1])[0, 1:]
+    reader = open_reader(whole, {"rms_norm_eps": 1e-5}, Site(block))
+    got = reader.rows([Document(tokens, np.arange(7) > 0)])
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_an_sae_is_trained_with_the_norm_that_a_wrapper_names_for_its_language_model(folders):

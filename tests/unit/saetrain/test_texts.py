@@ -189,6 +189,8 @@ def test_a_prompt_of_most_rows_is_trained_on(tmp_path, tokenizer):
     for seed in range(4):
         _, held = texts.split_held_out(items, 0.1, seed=seed, most=10**9)
         assert 2 <= len(held) <= 4
+        _, held = texts.split_held_out(items[:20], 0.1, seed=seed, most=10**9)
+        assert len(held) == 2, "of two prompts the small one is held out, whichever is drawn first"
 
 
 def test_the_name_of_a_split_is_refused_for_a_plain_text_as_for_any_one_file(tmp_path, tokenizer):

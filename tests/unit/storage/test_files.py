@@ -102,6 +102,13 @@ def test_a_folder_that_a_killed_writer_had_moved_aside_comes_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_the_old_folder_of_a_name_that_ends_alike_is_left_alone(tmp_path):
+    (tmp_path / ".tmp-999999-my-model").mkdir()
+    (tmp_path / ".tmp-999999-my-model.old").mkdir()
+    files.sweep(tmp_path, "model")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_what_is_left_of_an_old_folder_whose_place_was_taken_does_not_come_back(tmp_path):
     older(tmp_path).rename(tmp_path / ".tmp-999999-model.old")
     with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "model"):
