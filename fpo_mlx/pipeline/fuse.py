@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +15,9 @@ from fpo_mlx.pipeline.evaluate import check_scales, open_scorer
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
 from fpo_mlx.records import AS_BASE, FusedForm
-from fpo_mlx.storage import files
 from fpo_mlx.storage.adapter_files import own_template
 from fpo_mlx.storage.hub import resolve_model
-from fpo_mlx.storage.outputs import CODE, MODEL, Made, claim_folder
+from fpo_mlx.storage.outputs import claim_folder, model_made_from
 
 if TYPE_CHECKING:
     from fpo_mlx.model.fuse import FuseReport
@@ -97,7 +95,7 @@ def fuse(
 
     def claim(base: Path | None = None) -> Path:
         inputs = [*config.reads(), adapter_path, verify, base]
-        made = _made(form, base)
+        made = model_made_from(base, *filter(None, [form.gguf_path]))
         return claim_folder(save_path, "--save-path", made, inputs=inputs, overwrite=overwrite)
 
     template = config.data.chat_template
@@ -131,18 +129,6 @@ def _as_trained(config: RunConfig, adapter: Path) -> RunConfig:
     if place is None or config.data.chat_template:
         return config
     return replace(config, data=replace(config.data, chat_template=str(place)))
-
-
-def _made(form: FusedForm, base: Path | None) -> Made:
-    """The files of a fused folder, with the GGUF's name if there is one.
-
-    Code is the base's own, by its names; before the base is known any: it is asked again.
-    """
-    code = [r"[^/]+\.py"]
-    if base is not None:
-        code = [re.escape(path.name) for path in files.listed(base, CODE)]
-    gguf = [re.escape(form.gguf_path)] if form.gguf_path else []
-    return replace(MODEL, names="|".join((MODEL.names, *code, *gguf)))
 
 
 def said_of(report: FuseReport) -> list[str]:

@@ -11,17 +11,19 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.storage.files import TEMPORARY
+from fpo_mlx.storage import files
 
 # what the system leaves beside any file, and nobody misses
 SYSTEM = re.compile(r"\.DS_Store|\._.*|\.localized|Thumbs\.db")
 # the same of a killed run of ours; counts only where nothing but what is written is lost
-KILLED = re.compile(r"(store|train|writer)\.lock|\..*\.lock|" + re.escape(TEMPORARY) + r"\d+-.*")
+KILLED = re.compile(
+    r"(store|train|writer)\.lock|\..*\.lock|" + re.escape(files.TEMPORARY) + r"\d+-.*"
+)
 # of a training run's folder, what a later command reads; results may stand beside it
 RUN_FILES = re.compile(
     r".*adapters\.safetensors|adapter_model\..*|adapter_config\.json|run\.json|metrics\.jsonl"
@@ -72,14 +74,28 @@ BESIDE = (
 CODE = "*.py"  # and what code it brings
 MODEL = Made(
     "a model folder",
-    r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
-    r"ggml-model-(f16|bf16|f32)\.gguf|README\.md|"
-    r"(modeling|configuration|tokenization)_\w+\.py|"
-    + "|".join(re.escape(pattern).replace(r"\*", "[^/]*") for pattern in BESIDE),
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|"
+    r"model\.safetensors\.index\.json|ggml-model-(f16|bf16|f32)\.gguf|README\.md|"
+    r"tokenizer(_config)?\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)",
     whole=True,
     mark="config.json",
     texts=(("README.md", r"---\n((?!---).*\n)*library_name: mlx\n((?!---).*\n)*---\s*"),),
 )
+
+
+def model_made_from(base: Path | None, *more: str) -> Made:
+    """A model folder with what is copied from its base, by the names that the base has, and `more`.
+
+    Before the base is known, with any that one could have: the claim is made again with it.
+    """
+    wanted = (*BESIDE, CODE)
+    if base is None:
+        copied = [re.escape(each).replace(r"\*", "[^/]*") for each in wanted]
+    else:
+        found = [path for each in wanted for path in files.listed(base, each)]
+        copied = [re.escape(path.name) for path in found if path.is_file()]
+    return replace(MODEL, names="|".join((MODEL.names, *copied, *map(re.escape, more))))
 
 
 def claim_file(

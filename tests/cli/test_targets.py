@@ -243,20 +243,35 @@ def test_an_uploaded_folder_is_as_it_was_fused(place, tmp_path, monkeypatch):
     assert run(*words, "--overwrite").exit_code == 0
 
 
+BESIDE = ("qwen.tiktoken", "spm.model", "vocab.bpe", "tools.jinja", "tokenizer_x.py",
+          "generation_utils.py")  # fmt: skip
+MINE = ("mine.py", "modeling_mine.py", "my_variant.jinja", "tokenizer_notes.md", "vocab.csv",
+        "mine.model", "mine.tiktoken")  # fmt: skip
+
+
+def from_other_base(command: str, place: Path, base: Path, out: Path) -> list[object]:
+    """The words of a command whose base is a copy that has further files."""
+    shutil.copytree(place / "model", base)
+    for name in BESIDE:
+        (base / name).write_text("")
+    return [base if word == place / "model" else word for word in words_of(command, place, out)]
+
+
 def test_a_fused_folder_is_replaced_with_all_that_it_has_from_its_base(place, tmp_path):
-    shutil.copytree(place / "model", tmp_path / "base")
-    beside = ("qwen.tiktoken", "spm.model", "vocab.bpe", "tools.jinja", "tokenizer_x.py",
-              "generation_utils.py")  # fmt: skip
-    for name in beside:
-        (tmp_path / "base" / name).write_text("")
-    words = words_of("fuse", place, tmp_path / "fused")
-    words[words.index(place / "model")] = tmp_path / "base"
+    words = from_other_base("fuse", place, tmp_path / "base", tmp_path / "fused")
     assert run(*words).exit_code == 0
-    assert {*beside} <= {path.name for path in (tmp_path / "fused").iterdir()}
+    assert {*BESIDE} <= {path.name for path in (tmp_path / "fused").iterdir()}
     done = run(*words, "--overwrite")
     assert done.exit_code == 0, done.output
-    (tmp_path / "fused" / "mine.py").write_text("my own")
+
+
+@pytest.mark.parametrize("name", MINE)
+@pytest.mark.parametrize("command", ["fuse"])
+def test_what_only_is_called_like_a_file_of_a_model_stays(place, tmp_path, command, name):
+    words = from_other_base(command, place, tmp_path / "base", tmp_path / "out")
+    assert run(*words).exit_code == 0
+    (tmp_path / "out" / name).write_text("my own")
     refused = run(*words, "--overwrite")
-    assert refused.exit_code == 2
-    assert "holds mine.py, which a model folder does not have" in refused.output
-    assert (tmp_path / "fused" / "mine.py").read_text() == "my own"
+    assert refused.exit_code == 2, refused.output
+    assert f"holds {name}, which a model folder does not have" in refused.output
+    assert (tmp_path / "out" / name).read_text() == "my own"
