@@ -36,12 +36,13 @@ def convert(
                 f"{flag} {value}: nothing is quantised without --quantize (-q). Give both."
             )
 
-    def claim(*inputs: str | Path) -> Path:
+    def claim(base: Path | None = None) -> Path:
+        made, inputs = outputs.model_made_from(base), [base or hf_path]
         return outputs.claim_folder(
-            mlx_path, "--mlx-path", outputs.MODEL, inputs=inputs, overwrite=overwrite
+            mlx_path, "--mlx-path", made, inputs=inputs, overwrite=overwrite
         )
 
-    mlx_path = claim(hf_path)  # before a download
+    mlx_path = claim()  # before a download
     source = resolve_model(hf_path)
     claim(source)
     with files.atomic_folder(mlx_path, partial(claim, source)) as folder:

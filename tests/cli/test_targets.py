@@ -257,16 +257,19 @@ def from_other_base(command: str, place: Path, base: Path, out: Path) -> list[ob
     return [base if word == place / "model" else word for word in words_of(command, place, out)]
 
 
-def test_a_fused_folder_is_replaced_with_all_that_it_has_from_its_base(place, tmp_path):
-    words = from_other_base("fuse", place, tmp_path / "base", tmp_path / "fused")
+@pytest.mark.parametrize(
+    ("command", "copied"), [("fuse", BESIDE), ("convert", ("generation_utils.py",))]
+)
+def test_a_folder_is_replaced_with_all_that_it_has_from_its_base(place, tmp_path, command, copied):
+    words = from_other_base(command, place, tmp_path / "base", tmp_path / "out")
     assert run(*words).exit_code == 0
-    assert {*BESIDE} <= {path.name for path in (tmp_path / "fused").iterdir()}
+    assert {*copied} <= {path.name for path in (tmp_path / "out").iterdir()}
     done = run(*words, "--overwrite")
     assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize("name", MINE)
-@pytest.mark.parametrize("command", ["fuse"])
+@pytest.mark.parametrize("command", ["fuse", "convert"])
 def test_what_only_is_called_like_a_file_of_a_model_stays(place, tmp_path, command, name):
     words = from_other_base(command, place, tmp_path / "base", tmp_path / "out")
     assert run(*words).exit_code == 0
