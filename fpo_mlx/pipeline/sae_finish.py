@@ -1,7 +1,11 @@
-"""What `sae train` ends with: the SAE on the disk, then its figures, then the loss with it."""
+"""What `sae train` ends with: the SAE on the disk, then its figures, then the loss with it.
+
+run.json says which cards were written, and when all is: what is killed between is measured anew.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from fpo_mlx.saetrain.state import State
 
 LOSS_DOCUMENTS, LOSS_TOKENS = 16, 256  # held out, that the loss with the SAE spliced in is taken on
+CARDS, FINISHED = "cards", "finished"  # in run.json: digests of the cards; all figures were taken
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ def write(
     folder, facts, sae = Path(setup.config.output), _facts(setup, tokens), None
     if setup.ranks.first:
         sae = finish.finished(current, rule, sample, site=setup.site, model_name=setup.model_name)
-        finish.write(folder, sae, finish.card(sae, None, facts))
+        card = finish.card(sae, None, facts)
+        _note_card(folder, card)
+        finish.write(folder, sae, card)
     held = setup.reader.rows(setup.held_out) if setup.held_out else None
     if sae is None:
         return None
@@ -60,11 +67,33 @@ def write(
     return made
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether an SAE is here, and its card stays: all figures were taken, or a user edited it."""
+    from fpo_mlx.saetrain import finish, state
+
+    card, record = folder / finish.CARD, state.run_folder(folder).noted()
+    if not finish.is_there(folder):
+        return False
+    ours = card.is_file() and _digest(card.read_bytes()) in record.get(CARDS, ())
+    return FINISHED in record or not ours
+
+
 def measure_loss(made: Written, *, trust_remote_code: bool) -> LossFigures | None:
     """With the SAE in the site's place on held-out documents; None where it cannot be had.
 
-    The model is read again: the one that gave the activations was cut behind the site.
+    The last of the figures. The model is read again: the one that gave the activations was cut
+    behind the site.
     """
+    from fpo_mlx.saetrain import state
+
+    loss = _loss(made, trust_remote_code)
+    if loss is not None:
+        _write_card(made, loss.recovered)
+    state.run_folder(made.folder).note({FINISHED: True})
+    return loss
+
+
+def _loss(made: Written, trust_remote_code: bool) -> LossFigures | None:
     from fpo_mlx.judge import sae_fit
     from fpo_mlx.model.open import open_model
     from fpo_mlx.model.policy import Policy
@@ -79,17 +108,28 @@ def measure_loss(made: Written, *, trust_remote_code: bool) -> LossFigures | Non
     loaded = open_model(made.model, trust_remote_code=trust_remote_code)
     assert made.sae.site is not None
     policy = Policy(loaded.model, loaded.config, [made.sae.site], share_prompt=False)
-    loss = sae_fit.evaluate(policy, made.sae, passages).loss
-    if loss is not None:
-        _write_card(made, loss.recovered)
-    return loss
+    return sae_fit.evaluate(policy, made.sae, passages).loss
 
 
 def _write_card(made: Written, recovered: float | None) -> None:
     from fpo_mlx.saetrain import finish
 
     text = finish.card(made.sae, made.figures, made.facts, recovered)
+    _note_card(made.folder, text)
     files.write_text(made.folder / finish.CARD, text)
+
+
+def _note_card(folder: Path, text: str) -> None:
+    """Before it is written: a run may be killed between, and no card of ours passes for edited."""
+    from fpo_mlx.saetrain import state
+
+    run = state.run_folder(folder)
+    cards = dict.fromkeys((*run.noted().get(CARDS, ()), _digest(text.encode())))
+    run.note({CARDS: list(cards)})
+
+
+def _digest(card: bytes) -> str:
+    return hashlib.sha256(card).hexdigest()
 
 
 def _facts(setup: Setup, tokens: int) -> dict[str, Any]:

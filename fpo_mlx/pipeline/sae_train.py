@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,14 +59,14 @@ def sae_train(
     install_stop: called when training begins.
     """
     from fpo_mlx.machine.parallel import open_ranks
-    from fpo_mlx.saetrain import finish, trainer
+    from fpo_mlx.saetrain import trainer
 
     folder = Path(config.output)
     check(config)
     ranks = open_ranks(count=config.batch_size, command="sae train", patience=config.peer_timeout)
     if ranks.first:
         claim(config)
-    if ranks.largest(int(ranks.first and config.resume and finish.is_there(folder))):
+    if ranks.largest(int(ranks.first and config.resume and sae_finish.is_finished(folder))):
         return _finished(config, ranks, say)
     setup = open_setup(config, ranks, say)
     with _writing(folder) if ranks.first else nullcontext():
@@ -159,7 +159,7 @@ def _finished(config: SaeTrainConfig, ranks: Ranks, say: Say) -> SaeTrained:
             run = state.run_folder(folder)
             given = dataclasses.asdict(config)
             left_open = {n for n in ("layer", "width", "k") if given[n] is None} | {"aux_k"}
-            record = {"settings": given, "fingerprints": _fingerprints(run)}
+            record = {"settings": given, "fingerprints": run.noted().get("fingerprints", {})}
             plan = _check_resumable(record, run, left_open)["plan"]
         tokens = plan["steps"] * plan["batch"]
         say(
@@ -167,13 +167,6 @@ def _finished(config: SaeTrainConfig, ranks: Ranks, say: Say) -> SaeTrained:
             "(`fpo-mlx sae evaluate` judges the SAE)"
         )
     return SaeTrained(folder, None, None, tokens)
-
-
-def _fingerprints(run: RunFolder) -> dict[str, str]:
-    """Of the record; {} where it is damaged, which `check_resumable` says."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return files.parse_json(run.record.read_text(encoding="utf-8"))["fingerprints"]
-    return {}
 
 
 def _check_resumable(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ class RunFolder:
         """Add parts to the record; what it says of the start stays, also when it was resumed."""
         before = files.parse_json(self.record.read_text(encoding="utf-8"))
         files.write_json(self.record, {**before, **parts})
+
+    def noted(self) -> dict[str, Any]:
+        """The record; {} where there is none or it is damaged, which `check_resumable` says."""
+        with suppress(OSError, ValueError):
+            found = files.parse_json(self.record.read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else {}
+        return {}
 
     def log(self, entry: Mapping[str, Any]) -> int:
         """Append one line to metrics.jsonl, NaN and infinities as null; its length in bytes."""

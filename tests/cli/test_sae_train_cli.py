@@ -20,6 +20,7 @@ from fpo_mlx.cli import main  # noqa: E402
 from fpo_mlx.config import SaeTrainConfig, load_section  # noqa: E402
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
 from fpo_mlx.errors import FpoError  # noqa: E402
+from fpo_mlx.judge import sae_fit  # noqa: E402
 from fpo_mlx.judge.sae_fit import LossFigures  # noqa: E402
 from fpo_mlx.machine import device  # noqa: E402
 from fpo_mlx.machine.parallel import Ranks  # noqa: E402
@@ -591,6 +592,56 @@ def test_a_finished_run_that_is_resumed_is_published_as_it_stands(
         refused = run(*words, *other, "--resume")
         assert refused.exit_code == 2, refused.output
         assert part in refused.output
+
+
+def killed(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("killed_in", ["measure", "evaluate"])
+def test_a_run_that_was_killed_while_figures_were_taken_gets_them_on_resume(
+    llama, corpus, tmp_path, monkeypatch, killed_in
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    words = ("--model", llama, "--data", corpus, *QUICK)
+    loss = SimpleNamespace(loss=LossFigures(2.0, 2.5, 7.0, "zero"))
+    monkeypatch.setattr("fpo_mlx.judge.sae_fit.evaluate", lambda *a: loss)
+    assert run(*words, "--output", whole).exit_code == 0
+    with monkeypatch.context() as patch:
+        place = finish if killed_in == "measure" else sae_fit
+        patch.setattr(place, killed_in, killed)
+        assert run(*words, "--output", cut).exit_code != 0
+    assert (cut / finish.CONFIG).is_file()
+    assert "loss recovered" not in (cut / finish.CARD).read_text()
+    done = run(*words, "--output", cut, "--resume", "--json", tmp_path / "r.json")
+    assert done.exit_code == 0, done.output
+    for name in finish.PUBLISHED:
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert "loss_recovered" in json.loads((tmp_path / "r.json").read_text())
+    assert "finished before" in run(*words, "--output", cut, "--resume").output
+
+
+@pytest.mark.parametrize("change", ["card", "older"])
+def test_a_run_without_figures_stays_where_they_cannot_be_written_to_its_card(
+    llama, corpus, tmp_path, monkeypatch, change
+):
+    """An edited card is left alone, and an older version noted nothing."""
+    out = tmp_path / "o"
+    words = ("--model", llama, "--data", corpus, *QUICK, "--output", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "measure", killed)
+        assert run(*words).exit_code != 0
+    if change == "card":
+        (out / finish.CARD).write_text("my own words")
+    else:
+        record = json.loads((out / "run.json").read_text())
+        del record["cards"]
+        (out / "run.json").write_text(json.dumps(record))
+    before = (out / finish.CARD).read_bytes()
+    done = run(*words, "--resume")
+    assert done.exit_code == 0, done.output
+    assert "finished before" in done.output
+    assert (out / finish.CARD).read_bytes() == before
 
 
 def test_a_run_that_died_before_its_first_checkpoint_is_told_what_can_be_done(
