@@ -68,14 +68,18 @@ def write(
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether an SAE is here, and its card stays: all figures were taken, or a user edited it."""
+    """Whether an SAE is here, and its card stays: all figures were taken, or a user edited it.
+
+    Without a checkpoint there is nothing that they could be taken with.
+    """
     from fpo_mlx.saetrain import finish, state
 
-    card, record = folder / finish.CARD, state.run_folder(folder).noted()
+    run, card = state.run_folder(folder), folder / finish.CARD
     if not finish.is_there(folder):
         return False
+    record = run.noted()
     ours = card.is_file() and _digest(card.read_bytes()) in record.get(CARDS, ())
-    return FINISHED in record or not ours
+    return FINISHED in record or not ours or run.stateless
 
 
 def measure_loss(made: Written, *, trust_remote_code: bool) -> LossFigures | None:

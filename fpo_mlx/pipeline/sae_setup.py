@@ -93,6 +93,7 @@ def claim(config: SaeTrainConfig) -> None:
     inputs = (config.model, config.data, config.chat_template, config.init)
     output, store = Path(config.output), Path(config.store) if config.store else None
     run = run_folder(output)
+    run.check_own()
     if config.resume:
         run.check_begun()
         outputs.refuse_inputs(output, "--output", inputs, RUN)

@@ -156,12 +156,14 @@ def claim_place(config: RunConfig) -> None:
     from fpo_mlx.train.checkpoint import run_folder
 
     t, flag, inputs = config.train, "--adapter-path", config.reads()
+    run = run_folder(Path(t.adapter_path))
+    run.check_own()
     if t.resume:
         outputs.refuse_inputs(Path(t.adapter_path), flag, inputs, RUN)
         outputs.refuse_links(Path(t.adapter_path), flag, RUN)
     else:
-        made = run_folder(Path(t.adapter_path)).as_made(RUN)
-        outputs.claim_folder(t.adapter_path, flag, made, inputs=inputs, overwrite=t.overwrite)
+        made, anew = run.as_made(RUN), t.overwrite
+        outputs.claim_folder(t.adapter_path, flag, made, inputs=inputs, overwrite=anew)
 
 
 def _compare_peaks(out: Folder, predicted: float, say: Say) -> None:

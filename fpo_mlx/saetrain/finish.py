@@ -23,7 +23,7 @@ from fpo_mlx.storage import files
 from fpo_mlx.storage.runfolder import METRICS, RUN
 
 CHUNK = 1024
-CONFIG, WEIGHTS, CARD = "cfg.json", "sae_weights.safetensors", "README.md"
+CONFIG, WEIGHTS, CARD = state.CONFIG, "sae_weights.safetensors", "README.md"
 PUBLISHED = (CONFIG, WEIGHTS, CARD)  # no checkpoint, no logs
 EXPORT = f"{files.TEMPORARY}0-sae"  # where the SAE is put together
 LOCK = "writer.lock"  # held while a run writes

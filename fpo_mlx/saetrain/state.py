@@ -19,6 +19,7 @@ from fpo_mlx.storage import files
 from fpo_mlx.storage.runfolder import RunFolder
 
 STATE = "checkpoint.safetensors"
+CONFIG = "cfg.json"  # of the SAE that a run leaves: the last file of it
 _SECTIONS = ("params", "first", "second")
 
 
@@ -165,4 +166,4 @@ def load(path: Path) -> State:
 
 
 def run_folder(path: Path) -> RunFolder:
-    return RunFolder(path, Path(STATE), "--output")
+    return RunFolder(path, Path(STATE), "--output", "sae train", CONFIG, whole=True)

@@ -21,11 +21,17 @@ RUN, METRICS = "run.json", "metrics.jsonl"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """state: the checkpoint's place in the folder; flag: the option that names the folder."""
+    """state: the checkpoint's place in the folder; flag: the option that names the folder.
+
+    command: whose runs these are; result: the file that one leaves; whole: only where it ended.
+    """
 
     path: Path
     state: Path
     flag: str
+    command: str = "train"
+    result: str = "adapters.safetensors"
+    whole: bool = False
 
     @property
     def record(self) -> Path:
@@ -78,26 +84,43 @@ class RunFolder:
 
         A new run in an empty folder has neither.
         """
-        return {"resume": (self.path / self.state).is_file(), "overwrite": self.lost}
+        return {"resume": (self.path / self.state).is_file(), "overwrite": self.stateless}
 
     @property
-    def lost(self) -> bool:
-        """Whether a run began here and ended before its first checkpoint."""
+    def stateless(self) -> bool:
+        """Whether a run began here and has no checkpoint: it had none yet, or has none any more."""
         return self.record.is_file() and not (self.path / self.state).is_file()
 
     def as_made(self, made: Made) -> Made:
-        """What a command makes here, said of a folder that holds it: without --resume if `lost`."""
-        return replace(made, ways="") if self.lost else made
+        """What a command makes here, said of a folder that holds it: --resume if that can be."""
+        return replace(made, ways="") if self.stateless else made
+
+    def check_own(self) -> None:
+        """Raises: ConfigError where the run in the folder is another command's."""
+        record = self.noted()
+        other = "sae train" if "plan" in record else "train"
+        if record and other != self.command:
+            raise ConfigError(
+                f"{self.flag} {self.path}: holds a run of `fpo-mlx {other}`, not of `fpo-mlx "
+                f"{self.command}`. Name another folder."
+            )
 
     def check_begun(self) -> None:
-        """Raises: ConfigError where there is nothing to go on with."""
-        if self.lost:
+        """Raises: ConfigError where there is nothing to go on with, and no end that is whole."""
+        self.check_own()
+        there = (self.path / self.result).is_file()
+        if self.stateless and not there:
             raise ConfigError(
                 f"--resume: the run in {self.path} ended before its first checkpoint (--save-every)"
                 ", so there is nothing to go on from. Begin it anew: --overwrite in place of "
                 "--resume."
             )
-        if not (self.path / self.state).is_file() or not self.record.is_file():
+        if self.stateless and not self.whole:
+            raise ConfigError(
+                f"--resume: {self.path} holds {self.result} and no checkpoint, so there is nothing "
+                f"to go on from. Use it as it is, or start anew in another {self.flag}."
+            )
+        if not self.record.is_file():
             raise ConfigError(
                 f"--resume: {self.path} holds no checkpoint. Start without --resume, or give the "
                 f"{self.flag} of the run to continue."

@@ -571,14 +571,17 @@ def test_an_upload_carries_the_sae_and_its_card_alone(llama, corpus, tmp_path, m
     assert "HF_TOKEN" in str(refused.value)
 
 
+@pytest.mark.parametrize("checkpoint", [True, False])
 def test_a_finished_run_that_is_resumed_is_published_as_it_stands(
-    llama, corpus, tmp_path, monkeypatch
+    llama, corpus, tmp_path, monkeypatch, checkpoint
 ):
-    """Its card may have been edited meanwhile."""
+    """Its card may have been edited meanwhile, and its checkpoint removed to save room."""
     out, calls = tmp_path / "o", []
     words = ("--model", llama, "--data", corpus, "--output", out, *QUICK)
     assert run(*words).exit_code == 0
     (out / "README.md").write_text("my own words")
+    if not checkpoint:
+        (out / state.STATE).unlink()
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(calls))
     monkeypatch.setattr(model_open, "open_model", lambda *a, **k: pytest.fail("a model is opened"))
@@ -592,6 +595,20 @@ def test_a_finished_run_that_is_resumed_is_published_as_it_stands(
         refused = run(*words, *other, "--resume")
         assert refused.exit_code == 2, refused.output
         assert part in refused.output
+
+
+@pytest.mark.parametrize("how", [(), ("--resume",), ("--overwrite",)])
+def test_the_folder_of_a_run_of_adapters_is_refused_by_name(llama, corpus, tmp_path, how):
+    out, record = tmp_path / "o", {"settings": {}, "fingerprints": {}}
+    out.mkdir()
+    (out / "run.json").write_text(json.dumps(record))
+    for name in ("metrics.jsonl", "adapters.safetensors"):
+        (out / name).write_text("theirs")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    done = run("--model", llama, "--data", corpus, *QUICK, "--output", out, *how)
+    assert done.exit_code == 2, done.output
+    assert "holds a run of `fpo-mlx train`, not of `fpo-mlx sae train`" in done.output
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 def killed(*_, **__):
@@ -621,7 +638,7 @@ def test_a_run_that_was_killed_while_figures_were_taken_gets_them_on_resume(
     assert "finished before" in run(*words, "--output", cut, "--resume").output
 
 
-@pytest.mark.parametrize("change", ["card", "older"])
+@pytest.mark.parametrize("change", ["card", "checkpoint", "older"])
 def test_a_run_without_figures_stays_where_they_cannot_be_written_to_its_card(
     llama, corpus, tmp_path, monkeypatch, change
 ):
@@ -633,6 +650,8 @@ def test_a_run_without_figures_stays_where_they_cannot_be_written_to_its_card(
         assert run(*words).exit_code != 0
     if change == "card":
         (out / finish.CARD).write_text("my own words")
+    elif change == "checkpoint":
+        (out / state.STATE).unlink()
     else:
         record = json.loads((out / "run.json").read_text())
         del record["cards"]

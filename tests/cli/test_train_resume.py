@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import tiny_models
 from command_line import ROWS, lines, refused, train
@@ -53,3 +56,24 @@ def test_iterations_that_are_no_whole_updates_are_rounded_up_and_said(place, tmp
     more = dpo(place, tmp_path, "--iters", 8, "--grad-accumulation-steps", 2, "--resume")
     assert "resumed after iteration 6" in more.stderr
     assert "are done" not in more.stderr
+
+
+@pytest.mark.parametrize("how", [(), ("--resume",), ("--overwrite",)])
+def test_the_folder_of_an_sae_is_refused_by_name(place, tmp_path, how):
+    record = {"settings": {}, "fingerprints": {}, "plan": {"steps": 40}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    for name in ("metrics.jsonl", "cfg.json"):
+        (tmp_path / name).write_text("theirs")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    again = dpo(place, tmp_path, *how)
+    refused(again, 2, "holds a run of `fpo-mlx sae train`, not of `fpo-mlx train`")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_without_its_checkpoint_is_not_taken_for_one_that_made_nothing(place, tmp_path):
+    assert dpo(place, tmp_path).exit_code == 0
+    shutil.rmtree(tmp_path / "checkpoint")
+    again = dpo(place, tmp_path, "--resume")
+    refused(again, 2, "holds adapters.safetensors and no checkpoint", "Use it as it is")
+    assert "--overwrite" not in again.stderr
+    assert "goes on with it" not in dpo(place, tmp_path).stderr

@@ -421,6 +421,7 @@ def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path):
 def test_a_resumed_run_must_have_the_old_settings(tmp_path):
     state.save(tmp_path, start(small(), factors(300)[1]))
     record = {"settings": {"k": 4, "seed": 0, "output": "a"}, "fingerprints": {"data": "x"}}
+    record |= {"plan": {}}
     (tmp_path / RUN).write_text(json.dumps(record))
     other = {"settings": {"k": 5, "seed": 0, "output": "b"}, "fingerprints": {"data": "y"}}
     with pytest.raises(ConfigError) as refused:
