@@ -61,6 +61,10 @@ BEHIND_ATTENTION = ("post_self_attn_layernorm", "post_mixer_norm")
 BEFORE_MLP = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_mlp_norm", "ln_2", "ffn_norm")
 BEHIND_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_mlp_norm")
 AFTER_ATTENTION = "post_attention_layernorm"  # mostly before the MLP; in Gemma 2 behind attention
+# of blocks that do not just add what attention and MLP give: Muse Spark, DeepSeek 4.1, Talkie,
+# Kimi K3, LongCat, Gemma 3n
+MIXED = ("add_attn_alpha", "attn_hc", "attn_gain", "mlp_res_norm", "mlps", "altup")
+EXPERTS_AND_SHARED = ("block_sparse_moe", "shared_mlp")  # Granite 4 adds what both give
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,20 @@ class Norms:
             else:
                 before = before or AFTER_ATTENTION
         return Norms(attention, before, mlp)
+
+
+def unknown_addition(names: Collection[str], kind: SiteKind) -> str | None:
+    """The part of a block for which a site of this kind is not known here, by name.
+
+    names: of all that the block has. None: what it adds there is known.
+    """
+    if kind not in ("attn_out", "mlp_out", "resid_mid", "mlp_in_unscaled"):
+        return None
+    if mixed := [name for name in MIXED if name in names]:
+        return mixed[0]
+    if kind == "mlp_out" and set(EXPERTS_AND_SHARED) <= set(names):
+        return EXPERTS_AND_SHARED[1]
+    return None
 
 
 def residual_factor(config: Mapping[str, Any]) -> float:

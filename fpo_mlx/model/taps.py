@@ -18,14 +18,18 @@ from mlx.utils import tree_map
 from fpo_mlx.errors import ModelError
 from fpo_mlx.model import randomness
 from fpo_mlx.model.trees import leaves_of
-from fpo_mlx.records import AFTER_ATTENTION, BEFORE_MLP, Norms, Site, residual_factor
+from fpo_mlx.records import (
+    AFTER_ATTENTION,
+    BEFORE_MLP,
+    Norms,
+    Site,
+    residual_factor,
+    unknown_addition,
+)
 
 ATTENTION = ("self_attn", "attn", "attention", "linear_attn", "temporal_block", "mixer")
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 OUT_PROJ = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-# of blocks that do not just add what attention and MLP give: Muse Spark, DeepSeek 4.1, Talkie,
-# Kimi K3, LongCat
-MIXED = ("add_attn_alpha", "attn_hc", "attn_gain", "mlp_res_norm", "mlps")
 
 
 def swap_call(module: nn.Module, call) -> None:
@@ -122,9 +126,9 @@ def tap_point(block: nn.Module, site: Site) -> tuple[nn.Module, str]:
         return (attention, "output") if raw else (_child(attention, OUT_PROJ, site), "input")
     if kind in ("mlp_in", "mlp_raw"):
         return _child(block, MLP, site), "input" if kind == "mlp_in" else "output"
-    if mixed := [name for name in MIXED if name in block]:
+    if name := unknown_addition(block, kind):
         raise ModelError(
-            f"the {site} cannot be tapped: how a {type(block).__name__} with {mixed[0]} adds to "
+            f"the {site} cannot be tapped: how a {type(block).__name__} with {name} adds to "
             "its stream is not known here. Use resid_post, or an SAE of another site."
         )
     norms = Norms.of([name for name, child in block.items() if isinstance(child, nn.Module)])

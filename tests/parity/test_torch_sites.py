@@ -29,12 +29,25 @@ MODELS: dict[str, dict[str, Any]] = {
                  "v_head_dim": 8},
     "afmoe": {"head_dim": 8, "num_dense_layers": 4, "moe_intermediate_size": 16},
 }  # fmt: skip
+MIXED: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"num_local_experts": 4, "num_experts_per_tok": 2,
+                         "shared_intermediate_size": 16, "layer_types": ["attention"] * 4,
+                         "mamba_n_heads": 4},
+    "gemma3n_text": {"head_dim": 8, "laurel_rank": 4, "num_kv_shared_layers": 0,
+                     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300,
+                     "activation_sparsity_pattern": [0.0] * 4,
+                     "layer_types": ["full_attention"] * 4},
+}  # fmt: skip
+
+
+def opened(family: str) -> Any:
+    config = AutoConfig.for_model(family, **tiny_models.dense() | (MODELS | MIXED)[family])
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def seen_at(family: str, *kinds: SiteKind) -> list[Any]:
-    config = AutoConfig.for_model(family, **tiny_models.dense() | MODELS[family])
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = opened(family)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.2 * torch.randn_like(weight)
@@ -63,3 +76,22 @@ def test_the_mlps_unscaled_input_is_the_normed_stream_between(family):
 def test_a_model_without_an_rms_norm_before_its_mlp_has_no_unscaled_input():
     with pytest.raises(SaeError, match="cannot be read"):
         seen_at("olmo2", "mlp_in_unscaled")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "name"),
+    [
+        ("granitemoehybrid", "mlp_out", "shared_mlp"),
+        ("gemma3n_text", "attn_out", "altup"),
+        ("gemma3n_text", "mlp_out", "altup"),
+        ("gemma3n_text", "resid_mid", "altup"),
+    ],
+)
+def test_a_block_that_adds_to_its_stream_in_a_way_of_its_own_is_refused_by_name(family, kind, name):
+    with pytest.raises(SaeError, match=f"The {kind} of block 2 .* with {name} adds"):
+        find_tap(opened(family), Site(2, kind))
+
+
+def test_what_the_attention_of_a_block_with_a_shared_mlp_adds_is_read():
+    before, attention, middle = seen_at("granitemoehybrid", "resid_pre", "attn_out", "resid_mid")
+    torch.testing.assert_close(before + attention, middle)

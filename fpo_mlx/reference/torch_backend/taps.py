@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fpo_mlx.errors import ModelError, SaeError
-from fpo_mlx.records import Norms, Site, residual_factor
+from fpo_mlx.records import Norms, Site, residual_factor, unknown_addition
 
 BLOCKS = ("layers", "h", "blocks")
 ATTENTION = ("self_attn", "attn", "attention")
@@ -65,7 +65,7 @@ def find_tap(model: Any, site: Site) -> Tap:
             f"{len(blocks) - 1}. Use an SAE made for this model, or correct --layer."
         )
     block: Any = blocks[site.layer]
-    norms = Norms.of({name for name, _ in block.named_children()})
+    norms = _norms(block, site)
     factor = residual_factor(model.config.get_text_config().to_dict())
     kind = site.kind
     if kind == "resid_post":
@@ -93,6 +93,20 @@ def find_tap(model: Any, site: Site) -> Tap:
     out = _added(block, attention, norms.behind_attention, factor)
     # resid_mid as a sum needs no norm behind it, so it stands for parallel blocks as well
     return Tap(site, (out,) if kind == "attn_out" else (Port(block, "input"), out))
+
+
+def _norms(block: Any, site: Site) -> Norms:
+    """Of a block whose way of adding to its stream is known, so far as this site needs it."""
+    names = {name for name, _ in block.named_children()}
+    # the stream between is read as a sum, of what attention adds
+    kind = "attn_out" if site.kind == "resid_mid" else site.kind
+    own = names | {name for name, _ in block.named_parameters(recurse=False)}
+    if name := unknown_addition(own, kind):
+        raise SaeError(
+            f"The {site} cannot be read: how a {type(block).__name__} with {name} adds to its "
+            "stream is not known here. Use an SAE of resid_post, or of another site."
+        )
+    return Norms.of(names)
 
 
 def _added(block: Any, part: nn.Module, norm: str | None, factor: float) -> Port:

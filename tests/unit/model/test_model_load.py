@@ -298,7 +298,7 @@ def test_gemma_3n_is_scored_as_it_generates(share):
 
 @pytest.mark.parametrize("block", [3, 5])
 def test_gemma_3n_shows_the_same_activations_of_an_answer_alone_and_beside_another(block):
-    policy = Policy(gemma_3n(), {"text_config": GEMMA_3N}, [Site(block, "mlp_out")])
+    policy = Policy(gemma_3n(), {"text_config": GEMMA_3N}, [Site(block, "mlp_raw")])
     assert policy.shares_prompt
     pair = PAIRS[0]
     together = np.array(policy.rows([pair]).tapped[0])
@@ -308,7 +308,7 @@ def test_gemma_3n_shows_the_same_activations_of_an_answer_alone_and_beside_anoth
 
 @pytest.mark.parametrize("block", [3, 5])
 def test_an_sae_of_gemma_3n_is_trained_on_what_it_will_read(block):
-    site, pair = Site(block, "mlp_out"), PAIRS[0]
+    site, pair = Site(block, "mlp_raw"), PAIRS[0]
     policy = Policy(gemma_3n(), {"text_config": GEMMA_3N}, [site])
     first, tokens = len(pair.prompt) - 1, np.concatenate([pair.prompt, pair.chosen[:-1]])
     reader = open_reader(gemma_3n(), GEMMA_3N, site)

@@ -30,6 +30,10 @@ MINICPM = {"dim_model_base": 16, "scale_depth": 1.4, "scale_emb": 2.0}
 LATENT = {"q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "kv_lora_rank": 16}
 ROPE = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4,
         "original_max_position_embeddings": 64}  # fmt: skip
+GRANITE = {"residual_multiplier": 0.4, "embedding_multiplier": 2.0, "logits_scaling": 1.0,
+           "attention_multiplier": 0.3}  # fmt: skip
+EXPERTS = {"layer_types": ["attention"] * 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+           "shared_intermediate_size": 16}  # fmt: skip
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -37,20 +41,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "exaone4": {"tie_word_embeddings": False, "rope_scaling": None, "sliding_window": None,
                 "sliding_window_pattern": None},
-    "granite": {"residual_multiplier": 0.4, "embedding_multiplier": 2.0, "logits_scaling": 1.0,
-                "attention_multiplier": 0.3, "mlp_bias": False},
+    "granite": GRANITE | {"mlp_bias": False},
     "glm4": {"partial_rotary_factor": 0.5},
     "minicpm": MINICPM,
     "minicpm3": MINICPM | LATENT | {"rope_scaling": ROPE},
     "afmoe": LAYERS | {"num_dense_layers": 4, "sliding_window": 8},
     "plamo3": {"window_size": 8},
 }  # fmt: skip
+REFUSED = {"granitemoehybrid": GRANITE | EXPERTS}  # their mlp_out
 
 
 def opened(family: str) -> tuple[nn.Module, dict[str, Any]]:
     """A model whose norms have gains of their own, and its config."""
     mx.random.seed(0)
-    config = COMMON | MODELS[family] | {"model_type": family}
+    config = COMMON | (MODELS | REFUSED)[family] | {"model_type": family}
     module = importlib.import_module(f"mlx_lm.models.{family}")
     model = module.Model(module.ModelArgs.from_dict(config))
     for name, array in arrays_of(model.parameters()):
@@ -91,7 +95,12 @@ def test_the_mlps_unscaled_input_is_the_normed_stream_between(family):
 @pytest.mark.parametrize("kind", ["attn_out", "mlp_out", "resid_mid", "mlp_in_unscaled"])
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("add_attn_alpha", mx.zeros(2)), ("mlps", [nn.Linear(2, 2)]), ("attn_gain", nn.Linear(2, 2))],
+    [
+        ("add_attn_alpha", mx.zeros(2)),
+        ("mlps", [nn.Linear(2, 2)]),
+        ("attn_gain", nn.Linear(2, 2)),
+        ("altup", nn.Linear(2, 2)),
+    ],
 )
 def test_a_block_that_adds_to_its_stream_in_a_way_of_its_own_is_refused_by_name(kind, name, value):
     block = nn.Module()
@@ -101,6 +110,15 @@ def test_a_block_that_adds_to_its_stream_in_a_way_of_its_own_is_refused_by_name(
     block[name] = value
     with pytest.raises(ModelError, match=f"the {kind} of block 0 .* with {name} adds"):
         tap_point(block, Site(0, kind))
+
+
+def test_an_mlp_of_experts_and_a_shared_part_is_refused_by_name_and_its_attention_is_read():
+    """Granite 4 adds what both give; either alone is not what the stream gains."""
+    model, _ = opened("granitemoehybrid")
+    with pytest.raises(ModelError, match="the mlp_out of block 1 .* with shared_mlp adds"):
+        tap_point(blocks_of(model)[1], Site(1, "mlp_out"))
+    before, attention, middle = seen_at("granitemoehybrid", 1, "resid_pre", "attn_out", "resid_mid")
+    np.testing.assert_allclose(before + attention, middle, atol=1e-5)
 
 
 def test_parts_that_are_lists_are_refused_by_name():
