@@ -8,6 +8,7 @@ k top-k, R rows (response positions of several responses, one after the other, n
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -61,6 +62,8 @@ BEHIND_ATTENTION = ("post_self_attn_layernorm", "post_mixer_norm")
 BEFORE_MLP = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_mlp_norm", "ln_2", "ffn_norm")
 BEHIND_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_mlp_norm")
 AFTER_ATTENTION = "post_attention_layernorm"  # mostly before the MLP; in Gemma 2 behind attention
+WITHIN_MLP = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2")  # Gemma 4: two parts
+BEHIND_BOTH = ("post_per_layer_input_norm",)  # Gemma 4: of a third thing that is added
 # of blocks that do not just add what attention and MLP give: Muse Spark, DeepSeek 4.1, Talkie,
 # Kimi K3, LongCat, Gemma 3n
 MIXED = ("add_attn_alpha", "attn_hc", "attn_gain", "mlp_res_norm", "mlps", "altup")
@@ -104,7 +107,11 @@ def unknown_addition(names: Collection[str], kind: SiteKind) -> str | None:
         return mixed[0]
     if kind == "mlp_out" and set(EXPERTS_AND_SHARED) <= set(names):
         return EXPERTS_AND_SHARED[1]
-    return None
+    if kind not in ("attn_out", "mlp_out"):
+        return None
+    known = (*BEHIND_ATTENTION, *BEHIND_MLP, AFTER_ATTENTION, *WITHIN_MLP, *BEHIND_BOTH)
+    behind = [name for name in names if re.fullmatch(r"post_\w*norm\w*|\w*residual_gate\w*", name)]
+    return min(set(behind) - set(known), default=None)
 
 
 def residual_factor(config: Mapping[str, Any]) -> float:

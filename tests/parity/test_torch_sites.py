@@ -37,6 +37,10 @@ MIXED: dict[str, dict[str, Any]] = {
                      "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300,
                      "activation_sparsity_pattern": [0.0] * 4,
                      "layer_types": ["full_attention"] * 4},
+    "hyperclovax": {"head_dim": 8, "use_post_norm": True},
+    "lfm3": {"use_sandwich_norm": True, "layer_types": ["full_attention"] * 4,
+             "rope_parameters": {
+                 "full_attention": {"rope_type": "default", "rope_theta": 40000.0}}},
 }  # fmt: skip
 
 
@@ -85,6 +89,9 @@ def test_a_model_without_an_rms_norm_before_its_mlp_has_no_unscaled_input():
         ("gemma3n_text", "attn_out", "altup"),
         ("gemma3n_text", "mlp_out", "altup"),
         ("gemma3n_text", "resid_mid", "altup"),
+        ("hyperclovax", "attn_out", "post_norm1"),
+        ("hyperclovax", "resid_mid", "post_norm1"),
+        ("lfm3", "mlp_out", "post_ffn_norm"),
     ],
 )
 def test_a_block_that_adds_to_its_stream_in_a_way_of_its_own_is_refused_by_name(family, kind, name):
@@ -95,3 +102,14 @@ def test_a_block_that_adds_to_its_stream_in_a_way_of_its_own_is_refused_by_name(
 def test_what_the_attention_of_a_block_with_a_shared_mlp_adds_is_read():
     before, attention, middle = seen_at("granitemoehybrid", "resid_pre", "attn_out", "resid_mid")
     torch.testing.assert_close(before + attention, middle)
+
+
+def test_norms_behind_attention_and_mlp_that_a_model_leaves_out_are_no_hindrance(monkeypatch):
+    """HyperCLOVA X has something that does nothing in their place."""
+    monkeypatch.setitem(MODELS, "hyperclovax", {"head_dim": 8, "use_post_norm": False})
+    monkeypatch.delitem(MIXED, "hyperclovax")
+    before, attention, middle, mlp, after = seen_at(
+        "hyperclovax", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"
+    )
+    torch.testing.assert_close(before + attention, middle)
+    torch.testing.assert_close(middle + mlp, after, atol=1e-4, rtol=1e-4)

@@ -97,7 +97,8 @@ def find_tap(model: Any, site: Site) -> Tap:
 
 def _norms(block: Any, site: Site) -> Norms:
     """Of a block whose way of adding to its stream is known, so far as this site needs it."""
-    names = {name for name, _ in block.named_children()}
+    children = block.named_children()
+    names = {name for name, child in children if not isinstance(child, nn.Identity)}
     # the stream between is read as a sum, of what attention adds
     kind = "attn_out" if site.kind == "resid_mid" else site.kind
     own = names | {name for name, _ in block.named_parameters(recurse=False)}

@@ -112,6 +112,21 @@ def test_a_block_that_adds_to_its_stream_in_a_way_of_its_own_is_refused_by_name(
         tap_point(block, Site(0, kind))
 
 
+@pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
+@pytest.mark.parametrize("name", ["post_norm1", "post_ffn_norm", "post_attention_residual_gate"])
+def test_a_norm_or_gate_behind_a_part_by_an_unknown_name_is_refused_by_it(kind, name):
+    block = nn.Module()
+    block.self_attn = block.mlp = nn.Linear(2, 2)
+    block.post_attention_layernorm = block.post_feedforward_layernorm = nn.RMSNorm(2)
+    block.post_feedforward_layernorm_1 = block.post_per_layer_input_norm = nn.RMSNorm(2)
+    tap_point(block, Site(0, kind))
+    block[name] = nn.RMSNorm(2)
+    with pytest.raises(ModelError, match=f"the {kind} of block 0 .* with {name} adds"):
+        tap_point(block, Site(0, kind))
+    for other in ("mlp_raw", "attn_raw", "resid_post"):
+        tap_point(block, Site(0, other))
+
+
 def test_an_mlp_of_experts_and_a_shared_part_is_refused_by_name_and_its_attention_is_read():
     """Granite 4 adds what both give; either alone is not what the stream gains."""
     model, _ = opened("granitemoehybrid")
