@@ -20,8 +20,8 @@ def resolve_site(sae: SaeWeights, layer: int | None = None, kind: str | None = N
         raise SaeError(f"site {kind!r} is unknown; wanted one of {', '.join(SITE_KINDS)}.")
     if sae.site is None and layer is None:
         raise SaeError(
-            f"{sae.source}: does not say which block it was trained on. "
-            "Give --layer N (0-based) and --site."
+            f"{sae.source}: does not say which block and site it was trained on, or by a name "
+            "whose meaning in its model is not known here. Give --layer N (0-based) and --site."
         )
     own = sae.site or Site(cast(int, layer), "resid_post")
     return Site(own.layer if layer is None else layer, cast(SiteKind, kind) if kind else own.kind)

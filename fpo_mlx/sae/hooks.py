@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import re
 
-from fpo_mlx.records import Site, SiteKind
+from fpo_mlx.records import (
+    AFTER_ATTENTION,
+    BEFORE_MLP,
+    BEHIND_ATTENTION,
+    BEHIND_MLP,
+    Site,
+    SiteKind,
+)
 
 # TransformerLens: the rest of the name after "blocks.L."
 _TRANSFORMER_LENS: dict[str, SiteKind] = {
@@ -35,11 +42,23 @@ _MODULES: dict[str, SiteKind] = {
     "attn": "attn_raw",
     "linear_attn": "attn_raw",
     "self_attn.o_proj.input": "attn_z",
-    "pre_feedforward_layernorm.output": "mlp_in",
-    "pre_feedforward_layernorm": "mlp_in",
-    "post_feedforward_layernorm.output": "mlp_out",
-    "post_feedforward_layernorm": "mlp_out",
 }
+# Norms among them, by their output
+_NORMS: dict[str, SiteKind] = {
+    **dict.fromkeys(BEHIND_ATTENTION, "attn_out"),
+    **dict.fromkeys(BEFORE_MLP, "mlp_in"),
+    **dict.fromkeys(BEHIND_MLP, "mlp_out"),
+}
+# What AFTER_ATTENTION gives, by the name of the model: the first that is found in it decides
+_AFTER_ATTENTION: tuple[tuple[str, SiteKind], ...] = (
+    (r"gemma-?v?[2-9](?![\d.]*b)", "attn_out"),  # gemma-2-2b, but not gemma-2b
+    (r"olmo-?[23](?![\d.]*b)|flex-?olmo", "attn_out"),
+    (r"exaone-?4|afmoe|trinity-(?:nano|mini|large)|muse-?glimmer", "attn_out"),
+    (r"(?<![a-z])(?:code)?gemma-?(?:1(?:\.\d)?-)?[27]b", "mlp_in"),  # the first Gemma
+    (r"olmo-?[17]b|olmoe", "mlp_in"),
+    (r"llama|qwen|mi[sx]tral|ministral|pythia|gpt-neox|gpt-oss|smollm|deepseek|glm-?4", "mlp_in"),
+    (r"granite|phi-?[34]|vicuna|\byi-", "mlp_in"),
+)
 # dictionary_learning: "<name>_layer_L"; its hooks are on modules
 _SUBMODULES: dict[str, SiteKind] = {
     "resid_post": "resid_post",
@@ -59,7 +78,7 @@ def site_of(name: str | None, *, model_name: str | None = None) -> Site | None:
 
     `name`: "blocks.3.hook_resid_post", "model.layers.3.output", "layers.3.mlp", "h.3.attn",
     "resid_post_layer_3", "hook_embed". `model_name` decides what "post_attention_layernorm" is:
-    in Gemma it follows the attention, elsewhere it precedes the MLP.
+    behind attention (Gemma 2, OLMo 2) or before the MLP (Llama); of other models it is not known.
     """
     if not name:
         return None
@@ -78,9 +97,11 @@ def site_of(name: str | None, *, model_name: str | None = None) -> Site | None:
 
 
 def _module_kind(rest: str, model_name: str | None) -> SiteKind | None:
-    if rest.removesuffix(".output") == "post_attention_layernorm":
-        return "attn_out" if "gemma" in (model_name or "").lower() else "mlp_in"
-    return _MODULES.get(rest)
+    norm = rest.removesuffix(".output")
+    if norm != AFTER_ATTENTION:
+        return _MODULES.get(rest) or _NORMS.get(norm)
+    name = (model_name or "").lower().replace("_", "-")
+    return next((kind for part, kind in _AFTER_ATTENTION if re.search(part, name)), None)
 
 
 def layer_in(text: str) -> int | None:

@@ -56,7 +56,8 @@ def load(source: Source) -> SaeWeights:
         b_in=b_dec if subtracted else None,
         w_dec=w_dec,
         b_dec=b_dec,
-        site=site_of(trainer.get("submodule_name")) or _site_in_path(source),
+        site=site_of(trainer.get("submodule_name"), model_name=trainer.get("lm_name"))
+        or _site_in_path(source),
         model_name=trainer.get("lm_name"),
         format=FORMAT,
         source=str(source.folder),

@@ -69,7 +69,7 @@ def _kind(source: Source, config: dict[str, Any]) -> str | None:
 
 
 def _site(source: Source, config: dict[str, Any], kind: str | None) -> Site | None:
-    named = site_of(config.get("hf_hook_point_in"), model_name="gemma")
+    named = site_of(config.get("hf_hook_point_in"), model_name="gemma-3")
     layer = layer_in(source.file.as_posix())
     if named or layer is None or kind not in _KINDS:
         return named

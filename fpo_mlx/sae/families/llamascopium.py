@@ -48,7 +48,7 @@ def load(source: Source) -> SaeWeights:
         w_dec=matrix(source, "W_D"),
         b_dec=source.tensors.get("b_D"),
         transcoder=hook_in != hook_out,
-        site=site_of(hook_in),
+        site=site_of(hook_in, model_name=config.get("model_name")),
         model_name=config.get("model_name"),
         format=FORMAT,
         source=str(source.folder),

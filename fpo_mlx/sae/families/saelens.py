@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx.errors import SaeError
-from fpo_mlx.records import Normalization, SaeWeights, Site
+from fpo_mlx.records import AFTER_ATTENTION, Normalization, SaeWeights, Site
 from fpo_mlx.sae.common import (
     Source,
     assert_width,
@@ -160,7 +160,9 @@ def _normalization(config: dict[str, Any], source: Source) -> Normalization:
 
 
 def _site(config: dict[str, Any]) -> Site | None:
-    names = (config.get("hf_hook_name"), config.get("hook_name"), config.get("hook_point"))
+    names = [config.get("hf_hook_name"), config.get("hook_name"), config.get("hook_point")]
+    if AFTER_ATTENTION in (names[0] or ""):
+        names = names[:1]  # TransformerLens' name beside it is the stream before that norm
     found = (site_of(name, model_name=config.get("model_name")) for name in names)
     return next((site for site in found if site), None)
 

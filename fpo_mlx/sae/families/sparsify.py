@@ -73,7 +73,7 @@ def _site(source: Source, transcode: bool) -> Site | None:
     """The module's output, or its input for a transcoder."""
     pattern = r"(?:[\w.]*\.)?(?:layers|h)\.\d+(?:\.[\w.]+)?|embed_tokens|embed_in|wte"
     names = [part for part in source.folder.parts if re.fullmatch(pattern, part)]
-    site = site_of(names[-1]) if names else None
+    site = site_of(names[-1], model_name=_model(source)) if names else None
     if site is None or not transcode:
         return site
     return Site(site.layer, "mlp_in") if site.kind == "mlp_raw" else None

@@ -22,6 +22,11 @@ HOOKS = [
     ("blocks.5.hook_mlp_in", "resid_mid of block 5"),
     ("model.layers.3.output", "resid_post of block 3"),
     ("model.layers.3.pre_feedforward_layernorm.output", "mlp_in of block 3"),
+    ("model.layers.3.post_mlp_layernorm", "mlp_out of block 3"),
+    ("model.layers.3.post_self_attn_layernorm.output", "attn_out of block 3"),
+    ("model.layers.3.pre_mlp_layernorm", "mlp_in of block 3"),
+    ("model.layers.3.post_feedforward_layernorm", "mlp_out of block 3"),
+    ("model.layers.3.pre_mlp_layernorm.input", None),
     ("model.language_model.layers.12.mlp", "mlp_raw of block 12"),
     ("transformer.h.4.attn", "attn_raw of block 4"),
     ("gpt_neox.layers.2", "resid_post of block 2"),
@@ -39,10 +44,34 @@ def test_hook_names_become_sites(name: str | None, site: str | None):
     assert (str(found) if found else None) == site
 
 
-def test_the_norm_after_attention_is_its_output_in_gemma_and_the_mlps_input_elsewhere():
-    name = "model.layers.3.post_attention_layernorm.output"
-    assert str(site_of(name, model_name="gemma-2-2b")) == "attn_out of block 3"
-    assert str(site_of(name, model_name="Llama-3")) == "mlp_in of block 3"
+@pytest.mark.parametrize("ending", ["", ".output"])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ("gemma-2-2b", "attn_out"),
+        ("google/gemma-3-270m-it", "attn_out"),
+        ("mlx-community/gemma-3n-E2B-it-4bit", "attn_out"),
+        ("google/gemma2-27b", "attn_out"),
+        ("allenai/OLMo-2-1124-7B", "attn_out"),
+        ("allenai/Olmo-3.1-32B-Think", "attn_out"),
+        ("LGAI-EXAONE/EXAONE-4.0-1.2B", "attn_out"),
+        ("arcee-ai/Trinity-Mini", "attn_out"),
+        ("google/gemma-2b", "mlp_in"),
+        ("gemma-1.1-7b-it", "mlp_in"),
+        ("allenai/OLMo-7B-0724-hf", "mlp_in"),
+        ("allenai/OLMoE-1B-7B-0924", "mlp_in"),
+        ("meta-llama/Llama-3.2-1B", "mlp_in"),
+        ("Qwen/Qwen3-0.6B", "mlp_in"),
+        ("HuggingFaceTB/SmolLM2-135M", "mlp_in"),
+        ("google/medgemma-4b-it", None),
+        ("allenai/Olmo-Hybrid-7B", None),
+        ("my-model", None),
+        (None, None),
+    ],
+)
+def test_the_norm_after_attention_is_behind_it_or_before_the_mlp_by_the_model(model, kind, ending):
+    found = site_of(f"model.layers.3.post_attention_layernorm{ending}", model_name=model)
+    assert (found.kind if found else None) == kind
 
 
 @pytest.mark.parametrize(

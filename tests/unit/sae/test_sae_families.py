@@ -161,3 +161,24 @@ def test_the_peers_own_outputs_are_met(facts: Path):
     if (folder / "expected_recon.npy").exists() and sae.w_dec is not None:
         recon = np.load(folder / "expected_recon.npy")
         assert_close(decode(sae, encode(sae, x), x), recon.reshape(len(x), -1))
+
+
+AFTER_ATTENTION = [("google/gemma-2-2b", "attn_out"), ("allenai/OLMo-2-0425-1B", "attn_out"),
+                   ("Qwen/Qwen3-0.6B", "mlp_in"), ("my-model", None)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "kind"), AFTER_ATTENTION)
+def test_the_norm_after_attention_is_read_by_the_model_that_the_files_name(model, kind, tmp_path):
+    named = {"hf_hook_name": "model.layers.3.post_attention_layernorm", "model_name": model,
+             "hook_name": "blocks.3.hook_mlp_in"}  # fmt: skip
+    saelens, sparsify = tmp_path / "saelens", tmp_path / "layers.3.post_attention_layernorm"
+    rng = np.random.default_rng(0)
+    made = next(case for case in CASES if case.name == "saelens_topk").make(saelens, rng)
+    config = json.loads((made.path / "cfg.json").read_text())
+    (made.path / "cfg.json").write_text(json.dumps(config | {"metadata": named}))
+    plain = next(case for case in CASES if case.name == "sparsify_topk").make(tmp_path / "a", rng)
+    plain.path.rename(sparsify)
+    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
+    for path in (made.path, sparsify):
+        site = load_sae(path).site
+        assert (site.kind if site else None) == kind
