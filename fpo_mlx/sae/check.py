@@ -53,15 +53,34 @@ def check_fit(
             f"{n_layers - 1}. Use an SAE of this model, or give --layer."
         )
     wanted = sorted(z_sizes) if site.kind == "attn_z" else [hidden_size]
-    if wanted and sae.d_in not in wanted:
-        what = "heads x head size" if site.kind == "attn_z" else "hidden size"
-        raise SaeError(
-            f"{sae.source}: the SAE reads vectors of {sae.d_in}, but at {site} this model has "
-            f"{' or '.join(map(str, wanted))} ({what}). It was trained on "
-            f"{sae.model_name or 'another model'}; choose an SAE of this model "
-            "(`fpo-mlx sae list --model …`)."
-        )
+    if wanted:
+        refuse_width(sae, site, wanted)
     return tuple(_warnings(sae, site, model_name))
+
+
+def refuse_width(sae: SaeWeights, site: Site, wanted: Collection[int]) -> None:
+    """Raise SaeError where the SAE reads vectors of none of these sizes, which the site has."""
+    if sae.d_in in wanted:
+        return
+    what = "heads x head size" if site.kind == "attn_z" else "hidden size"
+    raise SaeError(
+        f"{sae.source}: the SAE reads vectors of {sae.d_in}, but at {site} this model has "
+        f"{' or '.join(map(str, wanted))} ({what}). It was trained on "
+        f"{sae.model_name or 'another model'}; choose an SAE of this model "
+        "(`fpo-mlx sae list --model …`)."
+    )
+
+
+# of config.json: where blocks differ in what their projection reads, in ways that are not read here
+# (Nemotron-H, PLaMo 2, Kimi Linear, Bailing's hybrids)
+_OWN_BLOCKS = (
+    "hybrid_override_pattern",
+    "layers_block_type",
+    "mamba_num_heads",
+    "hidden_size_per_head",
+    "linear_attn_config",
+    "layer_group_size",
+)
 
 
 def z_widths(config: Mapping[str, Any], layer: int) -> set[int]:
@@ -72,18 +91,35 @@ def z_widths(config: Mapping[str, Any], layer: int) -> set[int]:
     heads, kinds = config.get("num_attention_heads"), config.get("layer_types") or ()
     kind = kinds[layer] if layer < len(kinds) else None
     full, linear = kind in (None, "full_attention"), kind in (None, "linear_attention")
-    if not heads:
+    if not isinstance(heads, int) or any(config.get(key) for key in _OWN_BLOCKS):
         return set()
-    sizes = {config.get("head_dim") or config["hidden_size"] // heads}
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    if own := _own_heads(config, layer, kind):
+        return {own[0] * (own[1] or size)}
+    sizes = {size}
     if config.get("v_head_dim"):  # latent attention: values have a size of their own
         sizes = {config["v_head_dim"]}
     elif full and config.get("global_head_dim"):  # Gemma 4
         sizes = {config["global_head_dim"]} | (sizes if kind is None else set())
     widths = {heads * size for size in sizes}
     if linear and config.get("linear_num_value_heads"):  # Qwen3-Next
-        own = config["linear_num_value_heads"] * config["linear_value_head_dim"]
-        widths = {own} | (widths if kind is None else set())
+        values = config["linear_num_value_heads"] * config["linear_value_head_dim"]
+        widths = {values} | (widths if kind is None else set())
     return widths
+
+
+def _own_heads(
+    config: Mapping[str, Any], layer: int, kind: str | None
+) -> tuple[int, int | None] | None:
+    """How many heads a block has, and their size where that is its own, too; None: as all have."""
+    sliding = kind == "sliding_attention" or (kind is None and layer % 2 == 0)
+    if sliding and (other := config.get("attention_other_setting")):  # Step 3.5
+        return other["num_attention_heads"], None
+    if any((config.get("hybrid_layer_pattern") or ())[layer : layer + 1]):  # MiMo V2
+        return config["swa_num_attention_heads"], config["swa_v_head_dim"]
+    if counts := config.get("num_attention_heads_per_layer"):  # Laguna
+        return counts[layer], None
+    return None
 
 
 def _warnings(sae: SaeWeights, site: Site, model_name: str | None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -132,6 +133,20 @@ def test_an_sae_of_another_width_is_refused_with_both_widths(place, tmp_path):
     result = train(place, tmp_path / "out", sae=place / "wide")
     refused(result, 1, tiny_models.HIDDEN, tiny_models.HIDDEN + 16)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_config_does_not_say_what_a_projection_reads_the_model_does(place, tmp_path):
+    """Blocks of PLaMo 2 differ in it."""
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_size_per_head": 8}))
+    flags = ["--model", model, "--site", "attn_z"]
+    found = f"has {tiny_models.HIDDEN} (heads x head size)"
+    result = train(place, tmp_path / "out", *flags, sae=place / "wide")
+    refused(result, 1, "attn_z", found)
+    assert "scoring" not in result.stderr
+    done = train(place, tmp_path / "out", *flags)
+    assert done.exit_code == 0, done.stderr
 
 
 def test_an_sae_of_a_block_that_the_model_lacks_is_refused(place, tmp_path):

@@ -11,7 +11,7 @@ from tiny_saes import CASES
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights
 from fpo_mlx.sae import load_sae
-from fpo_mlx.sae.check import check_fit, resolve_site
+from fpo_mlx.sae.check import check_fit, resolve_site, z_widths
 from fpo_mlx.sae.hooks import layer_in, site_of
 
 HOOKS = [
@@ -128,3 +128,27 @@ def test_an_sae_without_a_site_needs_a_layer(tmp_path: Path):
     assert str(resolve_site(sae, layer=5)) == "resid_post of block 5"
     with pytest.raises(SaeError, match="'residual' is unknown; wanted one of resid_pre"):
         resolve_site(sae, layer=5, kind="residual")
+
+
+HEADS = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 8}
+SLIDING_FIRST = {"layer_types": ["sliding_attention", "full_attention"]}
+STEP = HEADS | {"attention_other_setting": {"num_attention_heads": 6, "num_attention_groups": 2}}
+MIMO = HEADS | {"hybrid_layer_pattern": [1, 0], "v_head_dim": 16,
+                "swa_num_attention_heads": 2, "swa_v_head_dim": 10}  # fmt: skip
+WIDTHS = [
+    (STEP | SLIDING_FIRST, [{48}, {32}]),
+    (STEP, [{48}, {32}]),
+    (HEADS | {"attention_other_setting": None}, [{32}, {32}]),
+    (MIMO, [{20}, {64}]),
+    (HEADS | {"num_attention_heads_per_layer": [3, 5]}, [{24}, {40}]),
+    (HEADS | {"hybrid_override_pattern": "M*", "mamba_num_heads": 8}, [set(), set()]),
+    (HEADS | {"hidden_size_per_head": 8}, [set(), set()]),
+    (HEADS | {"v_head_dim": 16, "layer_group_size": 2}, [set(), set()]),
+    (HEADS | {"v_head_dim": 16, "linear_attn_config": {"head_dim": 8}}, [set(), set()]),
+    (HEADS | {"num_attention_heads": [4, 2]}, [set(), set()]),
+]
+
+
+@pytest.mark.parametrize(("config", "widths"), WIDTHS)
+def test_what_a_blocks_projection_reads_is_the_blocks_own_or_not_known(config, widths):
+    assert [z_widths(config, layer) for layer in (0, 1)] == widths
