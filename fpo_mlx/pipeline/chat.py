@@ -20,6 +20,7 @@ from fpo_mlx.pipeline.job import (
     need_model,
     open_tokenizer,
     read_sae,
+    refuse_other_widths,
     warn_of_adapters,
 )
 from fpo_mlx.pipeline.prepared import check_room
@@ -132,6 +133,7 @@ def open_chat(
             path, adapter=adapter, scale=1.0 if name == BASE else scale,
             trust_remote_code=ref.trust_remote_code, say=say,
         ).model  # fmt: skip
+        refuse_other_widths([sae] if sae else [], model)
         speakers[name] = Speaker(model, site, encoder, *norm_and_residual(about), say)
     chat = Chat(tokenizer, speakers, sae, known, system)
     chat.reset()

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.pipeline.job import Job, Say, open_job, read_pairs, warn_of_adapters
+from fpo_mlx.pipeline.job import (
+    Job,
+    Say,
+    open_job,
+    read_pairs,
+    refuse_other_widths,
+    warn_of_adapters,
+)
 from fpo_mlx.pipeline.prepared import check_room
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 
@@ -161,6 +168,7 @@ def open_scorer(
         reference = dict(adapters.parameters(loaded.model))
         adapters.fill(loaded.model, Path(adapter_path), scale=scale)
         loaded.model.eval()
+    refuse_other_widths(job.saes, loaded.model)
     sites = [sae.site for sae in job.saes if sae.site is not None]
     policy = Policy(loaded.model, loaded.config, sites, share_prompt=ref.share_prompt)
     encoders = [encoder_of(sae) for sae in job.saes]

@@ -25,6 +25,7 @@ from fpo_mlx.pipeline.job import (
     open_tokenizer,
     read_pairs,
     read_sae,
+    refuse_other_widths,
     warn_of_adapters,
 )
 from fpo_mlx.pipeline.prepared import longest
@@ -163,6 +164,7 @@ def _tapped(
 
     trusted = config.reference.trust_remote_code
     loaded = open_model(path, adapter=adapter, trust_remote_code=trusted, say=say)
+    refuse_other_widths(saes, loaded.model)
     return Policy(loaded.model, loaded.config, [sae.site for sae in saes if sae.site])
 
 

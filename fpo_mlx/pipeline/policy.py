@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.pipeline.job import Job, Say
+from fpo_mlx.pipeline.job import Job, Say, refuse_other_widths
 from fpo_mlx.records import Site
-from fpo_mlx.sae.check import refuse_width
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -38,7 +37,7 @@ def outline_of(job: Job, say: Say) -> Outline:
 
     ref = job.config.reference
     model = read_model(job.model_path, trust_remote_code=ref.trust_remote_code).model
-    _refuse_other_widths(job, model)
+    refuse_other_widths(job.saes, model)
     spec = _choose_adapters(job, model, say)
     check_reach(job, model, spec)
     _say_how_deep(job, model, say)
@@ -124,19 +123,6 @@ def _sites(job: Job) -> list[Site]:
     """Where the constraint looks."""
     saes = job.saes if job.config.objective.pooled else ()
     return [sae.site for sae in saes if sae.site is not None]
-
-
-def _refuse_other_widths(job: Job, model: nn.Module) -> None:
-    """Of attn_z, for which config.json does not always say what the block's projection reads."""
-    from fpo_mlx.model.taps import tap_point
-    from fpo_mlx.model.trees import blocks_of, input_width
-
-    for sae in job.saes:
-        if sae.activation == "identity":  # reads whatever there is
-            continue
-        if sae.site is not None and sae.site.kind == "attn_z":
-            layer, _ = tap_point(blocks_of(model)[sae.site.layer], sae.site)
-            refuse_width(sae, sae.site, [input_width(layer)])
 
 
 def _choose_adapters(job: Job, model: nn.Module, say: Say) -> AdapterSpec:

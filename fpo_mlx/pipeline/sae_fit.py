@@ -19,6 +19,7 @@ from fpo_mlx.pipeline.job import (
     need_model,
     open_tokenizer,
     read_sae,
+    refuse_other_widths,
 )
 from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.records import Passage, SaeWeights, TokenPair
@@ -60,6 +61,7 @@ def sae_evaluate(
         folder, adapter=adapter_path, trust_remote_code=ref.trust_remote_code, say=say
     )
     assert sae.site is not None
+    refuse_other_widths([sae], loaded.model)
     sites = (sae.site, *sae_fit.places_to_compare(loaded.model, sae.site))
     policy = Policy(loaded.model, loaded.config, sites, share_prompt=False)
     report = sae_fit.evaluate(policy, sae, passages, ablation=ablation, progress=progress)

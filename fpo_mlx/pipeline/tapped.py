@@ -13,7 +13,7 @@ from fpo_mlx import data
 from fpo_mlx.config import load_config
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
-from fpo_mlx.pipeline.job import at_site, open_tokenizer
+from fpo_mlx.pipeline.job import at_site, open_tokenizer, refuse_other_widths
 from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
 from fpo_mlx.storage.hub import read_config, resolve_model
 
@@ -98,6 +98,7 @@ def open_tapped(
     placed = [at_site(sae, settings, about, lambda _: None) for sae in saes]
     sites = [sae.site for sae in placed if sae.site] or [t for t in taps if isinstance(t, Site)]
     loaded = open_model(folder, adapter=adapter_path, trust_remote_code=trust_remote_code)
+    refuse_other_widths(placed, loaded.model)
     policy = Policy(loaded.model, loaded.config, sites)
     reader = Reader(policy, [encoder_of(sae) for sae in placed])
     return TappedModel(folder, open_tokenizer(settings, folder), tuple(sites), reader)

@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 from command_line import BLOCK, ROWS, lines, random_sae, refused, run, train, usual  # noqa: E402, F401
 
-from fpo_mlx import cli
+from fpo_mlx import cli, open_model, read_sae
 from fpo_mlx.errors import FpoError
 from fpo_mlx.machine import upstream
 from fpo_mlx.sae.convert import write_saelens
@@ -145,6 +145,10 @@ def test_where_the_config_does_not_say_what_a_projection_reads_the_model_does(pl
     result = train(place, tmp_path / "out", *flags, sae=place / "wide")
     refused(result, 1, "attn_z", found)
     assert "scoring" not in result.stderr
+    with pytest.raises(FpoError, match="vectors of 48, but at attn_z of block"):
+        open_model(model, [read_sae(place / "wide", site="attn_z")])
+    texts = ["--sae", place / "wide", "--data", place / "data"]
+    refused(run("sae", "evaluate", *texts, *flags), 1, "attn_z", found)
     done = train(place, tmp_path / "out", *flags)
     assert done.exit_code == 0, done.stderr
 
