@@ -188,9 +188,9 @@ def prompt_of(record: Mapping, columns: Any) -> Any:
 
     Raises RowFault where another of them holds words that would be left out.
     """
-    given = whole_prompt(record, columns)
-    if given is not None or columns.prompt != "prompt":
-        return given
+    whole, given = whole_prompt(record, columns), record.get(columns.prompt)
+    if whole is not None or columns.prompt != "prompt":
+        return given if whole is None else whole
     names = [name for name in PROMPTS if filled(record.get(name))]
     if not names:
         return given
