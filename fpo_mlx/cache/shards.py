@@ -273,8 +273,12 @@ def read_features(
     return tuple(found)
 
 
-def damaged(path: Path, why: str) -> FpoError:
-    return FpoError(
+class ShardDamaged(FpoError):
+    """A shard whose bytes are not those that were written."""
+
+
+def damaged(path: Path, why: str) -> ShardDamaged:
+    return ShardDamaged(
         f"{path} is damaged: {why}. Delete this file and run `fpo-mlx precompute` again "
         "(it computes only the rows that are missing), or copy the cache once more."
     )

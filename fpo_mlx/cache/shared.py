@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fpo_mlx.cache.fill import SHARD_PAIRS, FillReport, ScorePairs, fill, plan, rows_of
 from fpo_mlx.cache.identity import CacheIdentity, Provenance
-from fpo_mlx.cache.shards import Row, Shard, ShardGone
+from fpo_mlx.cache.shards import Row, Shard, ShardDamaged, ShardGone
 from fpo_mlx.cache.store import LOCK, MANIFEST, PARTS, ReferenceCache, open_cache, shard_paths
 from fpo_mlx.errors import FpoError
 from fpo_mlx.records import ResponseScore, TokenPair
@@ -155,7 +155,7 @@ def _collect(
             _take(cache, parts, group)
         for part in parts:  # what a killed run scored of other pairs is kept, where it is whole
             for shard in part.shards:
-                with contextlib.suppress(FpoError):
+                with contextlib.suppress(ShardDamaged, ShardGone):
                     cache.adopt(shard, part.identity)
     for part in _parts(cache.folder, cache):
         _remove(part.folder)

@@ -91,7 +91,7 @@ def z_widths(config: Mapping[str, Any], layer: int) -> set[int]:
     heads, kinds = config.get("num_attention_heads"), config.get("layer_types") or ()
     kind = kinds[layer] if layer < len(kinds) else None
     full, linear = kind in (None, "full_attention"), kind in (None, "linear_attention")
-    if not isinstance(heads, int) or any(config.get(key) for key in _OWN_BLOCKS):
+    if not (isinstance(heads, int) and heads) or any(config.get(key) for key in _OWN_BLOCKS):
         return set()
     size = config.get("head_dim") or config["hidden_size"] // heads
     if own := _own_heads(config, layer, kind):
@@ -117,8 +117,8 @@ def _own_heads(
         return other["num_attention_heads"], None
     if any((config.get("hybrid_layer_pattern") or ())[layer : layer + 1]):  # MiMo V2
         return config["swa_num_attention_heads"], config["swa_v_head_dim"]
-    if counts := config.get("num_attention_heads_per_layer"):  # Laguna
-        return counts[layer], None
+    if counts := (config.get("num_attention_heads_per_layer") or ())[layer : layer + 1]:  # Laguna
+        return counts[0], None
     return None
 
 

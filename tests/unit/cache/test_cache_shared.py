@@ -176,6 +176,23 @@ def test_a_damaged_part_of_other_pairs_costs_its_own_rows_alone(tmp_path):
     assert len(scorer.groups) == 5
 
 
+def test_parts_stay_where_a_full_disk_keeps_their_rows_from_being_taken(tmp_path, monkeypatch):
+    train, test = make_pairs(12), make_pairs(2, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, train, 1, 2, Scorer(2))
+    real = rc.ReferenceCache.adopt
+
+    def full(self, part_shard, identity):
+        if part_shard.path.parent.name == "001-of-002":
+            raise FpoError("no room")
+        return real(self, part_shard, identity)
+
+    monkeypatch.setattr(rc.ReferenceCache, "adopt", full)
+    with pytest.raises(FpoError, match="no room"):
+        run(tmp_path, test, 0, 1)
+    assert len(list((tmp_path / "parts" / "001-of-002").glob("rows-*"))) == 2
+
+
 @pytest.mark.parametrize("made", [rc.Provenance("bfloat16", "mlx"), rc.Provenance("float32", "x")])
 def test_rows_that_were_made_otherwise_are_scored_anew_in_a_group_of_others(tmp_path, made):
     pairs = make_pairs(4)

@@ -152,3 +152,10 @@ WIDTHS = [
 @pytest.mark.parametrize(("config", "widths"), WIDTHS)
 def test_what_a_blocks_projection_reads_is_the_blocks_own_or_not_known(config, widths):
     assert [z_widths(config, layer) for layer in (0, 1)] == widths
+
+
+def test_a_block_or_heads_that_a_model_lacks_are_no_reason_to_break_before_they_are_told():
+    laguna = {"num_attention_heads": 4, "hidden_size": 32, "num_attention_heads_per_layer": [4, 8]}
+    assert z_widths(laguna, 1) == {64}
+    assert z_widths(laguna, 99) == {32}
+    assert z_widths({"num_attention_heads": 0, "hidden_size": 32}, 0) == set()
