@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -230,27 +231,37 @@ def _read(file: IO[bytes], tensor: Tensor, name: str, shape: tuple[int, ...]) ->
 
 
 def check_content(shard: Shard) -> None:
-    """Raises FpoError when the file's bytes are not those that were written."""
+    """Raises ShardDamaged when the file's bytes are not those that were written, ShardGone."""
     digest = hashlib.sha256()
-    try:
-        with shard.path.open("rb") as file:
-            file.seek(shard.data_start)
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-    except FileNotFoundError as error:
-        raise ShardGone(shard.path) from error
-    except OSError as error:
-        raise damaged(shard.path, str(error)) from error
-    if digest.hexdigest() != shard.sha256:
-        raise damaged(shard.path, "its content does not match its sha256")
+    with _reading(shard), shard.path.open("rb") as file:
+        file.seek(shard.data_start)
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    _compare(shard, digest.hexdigest())
 
 
 def content(shard: Shard) -> bytes:
-    """The whole file. Raises: ShardGone."""
+    """The whole file, checked. Raises: as `check_content`."""
+    with _reading(shard):
+        data = shard.path.read_bytes()
+    _compare(shard, hashlib.sha256(data[shard.data_start :]).hexdigest())
+    return data
+
+
+def _compare(shard: Shard, sha256: str) -> None:
+    if sha256 != shard.sha256:
+        raise damaged(shard.path, "its content does not match its sha256")
+
+
+@contextmanager
+def _reading(shard: Shard) -> Iterator[None]:
+    """What the system refuses, as what it means for the shard."""
     try:
-        return shard.path.read_bytes()
+        yield
     except FileNotFoundError as error:
         raise ShardGone(shard.path) from error
+    except (OSError, ValueError) as error:
+        raise damaged(shard.path, str(error)) from error
 
 
 def read_features(
@@ -258,7 +269,7 @@ def read_features(
 ) -> tuple[SparseFeatures, ...]:
     """The pooled features of one row for the SAEs of these numbers. Raises: FpoError."""
     found = []
-    try:
+    with _reading(shard):
         for s in numbers:
             first, end = shard.offsets[s][row : row + 2].tolist()
             indices, values = (
@@ -266,10 +277,6 @@ def read_features(
                 for start, dtype in zip(shard.places[s], ("<i4", "<f4"), strict=True)
             )
             found.append(SparseFeatures(indices, values))
-    except FileNotFoundError as error:
-        raise ShardGone(shard.path) from error
-    except (OSError, ValueError) as error:
-        raise damaged(shard.path, str(error)) from error
     return tuple(found)
 
 

@@ -194,7 +194,6 @@ class ReferenceCache:
         with self.writing():
             new = self.missing(shard.keys)
             if new:
-                check_content(shard)
                 self._write(content(shard))
         return len(new)
 
