@@ -17,12 +17,8 @@ from fpo_mlx.config.sections import SECTIONS, RunConfig, named, options
 from fpo_mlx.errors import ConfigError
 
 Section = TypeVar("Section")
-PARTS = (
-    "train_split",
-    "valid_split",
-    "test_split",
-    "subset",
-)  # what names parts of a data set
+# settings that name parts of a data set
+PARTS = ("train_split", "valid_split", "test_split", "subset")
 
 
 def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig:

@@ -11,6 +11,7 @@ from typing import Any
 from fpo_mlx.errors import FpoError
 from fpo_mlx.records import PAIRS_FILE, ROUND_FILE
 from fpo_mlx.storage import files
+from fpo_mlx.storage.runfolder import command_of
 
 OWN = ("run.json", "adapter_config.json")
 WEIGHTS = "adapters.safetensors"
@@ -184,7 +185,7 @@ def read_run(path: Path, name: str) -> Run:
         )
     faults: list[str] = []
     record, adapter = (_mapping(path / own, faults) for own in OWN)
-    if "plan" in record and not (path / OWN[1]).exists():
+    if command_of(record) == "sae train" and not (path / OWN[1]).exists():
         raise FpoError(
             f"{path}: this is the run of `fpo-mlx sae train`, wanted that of `fpo-mlx train` (its "
             "--adapter-path). What an SAE is worth is in its README.md; `fpo-mlx sae evaluate` "

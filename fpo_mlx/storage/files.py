@@ -128,18 +128,23 @@ def sweep(folder: Path, name: str | None = None) -> None:
     """
     rest = ".+" if name is None else re.escape(name) + r"(\.old)?"
     pattern = re.compile(re.escape(TEMPORARY) + r"\d+-" + rest)
-    if name is not None and not (folder / name).exists():
-        own = re.compile(re.escape(TEMPORARY) + r"\d+-" + re.escape(name))
-        for work in [path for path in folder.glob(f"{TEMPORARY}*") if own.fullmatch(path.name)]:
-            old = work.with_name(f"{work.name}.old")
-            if old.is_dir() and not (folder / name).exists():
-                os.replace(old, folder / name)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if pattern.fullmatch(path.name):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    there = folder.iterdir() if folder.is_dir() else ()
+    left = [path for path in there if pattern.fullmatch(path.name)]
+    if name is not None:
+        _bring_back(left, folder / name)
+    for path in left:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _bring_back(left: list[Path], target: Path) -> None:
+    """The folder that was moved aside, where what should take its place never got there."""
+    for work in left:
+        old = work.with_name(f"{work.name}.old")
+        if old in left and old.is_dir() and not target.exists():
+            os.replace(old, target)
 
 
 def sweep_killed(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.storage import files, lines
+from fpo_mlx.storage.adapter_files import WEIGHTS
 from fpo_mlx.storage.outputs import Made
 
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -30,7 +31,7 @@ class RunFolder:
     state: Path
     flag: str
     command: str = "train"
-    result: str = "adapters.safetensors"
+    result: str = WEIGHTS
     whole: bool = False
 
     @property
@@ -98,7 +99,7 @@ class RunFolder:
     def check_own(self) -> None:
         """Raises: ConfigError where the run in the folder is another command's."""
         record = self.noted()
-        other = "sae train" if "plan" in record else "train"
+        other = command_of(record)
         if record and other != self.command:
             raise ConfigError(
                 f"{self.flag} {self.path}: holds a run of `fpo-mlx {other}`, not of `fpo-mlx "
@@ -170,6 +171,11 @@ class RunFolder:
                 f"{self.record} is damaged ({error!r}). Start anew without --resume."
             ) from error
         return found
+
+
+def command_of(record: Mapping[str, Any]) -> str:
+    """Whose run a record is of."""
+    return "sae train" if "plan" in record else "train"
 
 
 def _differing(

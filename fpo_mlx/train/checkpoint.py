@@ -216,7 +216,7 @@ def is_numbered(name: str) -> bool:
 
 
 def run_folder(path: Path) -> RunFolder:
-    return RunFolder(path, STATE, "--adapter-path", "train", adapters.WEIGHTS)
+    return RunFolder(path, STATE, "--adapter-path")
 
 
 def check_resumable(folder: Path, run: Mapping[str, Any]) -> None:
