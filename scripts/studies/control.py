@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -123,22 +124,37 @@ def find_others(
     return pairs
 
 
-def twins(features: list[int], lists: np.ndarray, prose: np.ndarray) -> list[dict[str, Any]]:
+def twins(
+    features: list[int],
+    lists: np.ndarray,
+    prose: np.ndarray,
+    *,
+    along: tuple[np.ndarray, float] | None = None,
+    taken: Collection[int] = (),
+) -> list[dict[str, Any]]:
     """For each feature the one nearest in mean activation of those with AUC about 1/2.
 
     lists, prose: mean activation of every feature in each text, [N, F] and [M, F].
+    along: a figure of every feature, [F], and how far a feature and its twin may lie apart in it.
+    taken: those that are no twins.
     """
     activity = np.concatenate([lists, prose]).mean(axis=0)
     aucs = {int(i): auc(lists[:, i], prose[:, i]) for i in np.flatnonzero(activity > 0)}
     free = {i: activity[i] for i, a in aucs.items() if abs(a - 0.5) < UNRELATED}
-    free = {i: size for i, size in free.items() if i not in features}
+    free = {i: size for i, size in free.items() if i not in features and i not in taken}
     if len(free) < len(features):
         raise SystemExit(
             f"{len(free)} features tell nothing of the behaviour, wanted {len(features)}."
         )
     out = []
     for feature in features:
-        other = min(free, key=lambda i: abs(np.log(free[i] / activity[feature])))
+        near = free
+        if along:
+            figure, most = along
+            near = [i for i in free if abs(figure[i] - figure[feature]) <= most]
+            if not near:
+                raise SystemExit(f"no feature lies as near to the mean stream as {feature} does.")
+        other = min(near, key=lambda i: abs(np.log(free[i] / activity[feature])))
         del free[other]
         out.append({"feature": other, "auc": aucs[other], "activation": float(activity[other])})
         out[-1] |= {"in_place_of": feature, "its_activation": float(activity[feature])}

@@ -6,32 +6,35 @@
     python scripts/studies/control_margin.py … --family out     what that one compares, first
 
 Five ways to train on the same pairs: FPO; with the behaviour's features held (`--feature-weights`),
-or projected out (`--project-out`); each with as many unrelated ones of equal activity in their
-place. What holds also learns less, so they need not end at the same margin. Of those that are to be
-compared (FAMILIES) the one that learned least sets a margin on held-out pairs; each of them
-answers the held-out prompts at the part of its change that was measured nearest to it
-(`--levels`: shares of that margin). Compared are the rates of the behaviour in `--answers` sampled
-answers with the same noise, 95 % by bootstrap over seeds and prompts; the margins of all, which are
-means over few pairs, stand beside them. What is trained is kept in --work, what was measured in
-results/control_margin_BEHAVIOUR/: a stopped study goes on, and what was measured is not measured
-again on another machine. `--smoke` takes minutes and proves nothing.
+or projected out (`--project-out`); each with as many unrelated ones in their place, as active and
+with as much of the mean stream along them, others for each seed. What holds also learns less, so
+they need not end at the same margin. Of those that are to be compared (FAMILIES) the one that
+learned least sets a margin on held-out pairs; each of them answers the held-out prompts at the part
+of its change that was measured nearest to it (`--levels`: shares of that margin). Compared are the
+rates of the behaviour in the first tokens of `--answers` sampled answers with the same noise. The
+gaps that the study is for are `fpo less out` and `out less out, unrelated` of lists, named before
+more than one seed was seen; all else describes. Two intervals of 95 % stand there, bootstrap over
+seeds and prompts and Student's t over the seeds' gaps: the first is too narrow where runs differ
+much, the second where they do not. What is trained, and the answers, are kept in --work (FPO is the
+same for both behaviours), what was measured in results/control_margin_BEHAVIOUR/: a stopped study
+goes on, and what was measured is not measured again on another machine. `--smoke` takes minutes and
+proves nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import control
-import frontier_show
 import numpy as np
+from control_margin_show import BASE, FAMILIES, FREE, write
 from texts import (
     ROOT,
     Steps,
@@ -50,9 +53,8 @@ from texts import (
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import Sampling, load_config
 from fpo_mlx.data.feature_files import write_weights
-from fpo_mlx.storage import files
 
-FREE, BASE = "fpo", "base"
+Sides = Sequence[Sequence[float]]  # of each pair what (chosen, rejected) gained, nats per token
 KINDS: dict[str, tuple[str | None, str | None]] = {  # setting, whose features
     FREE: (None, None),
     "held": ("feature_weights", "own"),
@@ -60,13 +62,10 @@ KINDS: dict[str, tuple[str | None, str | None]] = {  # setting, whose features
     "out": ("project_out", "own"),
     "out, unrelated": ("project_out", "others"),
 }
-FAMILIES = {  # what is compared at one margin; unrelated features may slow learning more
-    "held": (FREE, "held", "held, unrelated"),
-    "held alone": (FREE, "held"),
-    "out": (FREE, "out", "out, unrelated"),
-}
 OPENING = re.compile(r"(sure|certainly|of course|absolutely|here(?:\s+(?:is|are)|['’]s))\b", re.I)
 TOKENS = {"list": 64, "opening": 16}  # of a sampled answer: what shows the behaviour
+SHOWN = {"list": None, "opening": 60}  # characters of a text that features are found by; None: all
+ALONG = 0.01  # squared cosines with the SAE's mean stream that a feature and its twin differ by
 PROMPT = 250  # characters at most, held out or of texts that are looked at: leaves room, costs less
 ROWS = 128  # answers at once: on a CPU every step packs all weights anew, whatever the rows
 
@@ -110,12 +109,13 @@ def main(words: Sequence[str] | None = None) -> None:
     place = o.output or ROOT / "scripts" / "studies" / "results" / f"control_margin_{o.behaviour}"
     anywhere = {"model": Path(model).name, "sae": o.sae.name, "data": o.data.name}
     anywhere |= {"tokens": str(TOKENS[o.behaviour]), "prompt": str(PROMPT)}
+    anywhere |= {"shown": str(SHOWN[o.behaviour]), "along": str(ALONG)}
     measured = Steps(o.work / "found" if o.smoke else place, steps.settings | anywhere)
     named = measured("features", partial(features, o, base))
-    for whose, kept in named.items():  # what was trained with, on this machine or another
-        weighted = [{"feature": one["feature"], "weight": o.weight} for one in kept]
-        write_weights(features_of(o, whose), weighted)
     for seed in o.seed or range(o.seeds):
+        for whose, kept in (("own", named["own"]), ("others", named["others"][seed])):
+            weighted = [{"feature": one["feature"], "weight": o.weight} for one in kept]
+            write_weights(features_of(o, whose, seed), weighted)  # also on another machine
         one_seed(o, base, measured, seed)
 
 
@@ -125,22 +125,25 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
     named = {kind: f"{kind.replace(', ', '-')}-{seed}" for kind in KINDS}
 
     def whole(kind: str) -> dict[str, Any]:
-        return {"margins": margins(base, trained(o, base, kind, seed), 1.0)}
+        adapter = trained(o, base, kind, seed)
+        return {"adapter": digest_of(adapter), "sides": sides(base, adapter, 1.0)}
 
     def point(way: str, kind: str, level: float, margin: float) -> dict[str, Any]:
-        adapter = trained(o, base, kind, seed)
-        part, found = part_at(base, adapter, wholes[kind], margin)
+        adapter, known = trained(o, base, kind, seed), wholes[kind]
+        if digest_of(adapter) != known["adapter"]:
+            raise SystemExit(f"{adapter} is not what {named[kind]}-whole.json was measured with.")
+        part, found = part_at(base, adapter, known["sides"], margin)
         about = {"way": way, "kind": kind, "seed": seed, "level": level, "part": part}
         there = sampled(measured, about)  # by another family, whose margin is the same
-        return about | {"margins": found, "rates": there or rates(o, base, adapter, part, seed)}
+        return about | {"sides": found} | (there or answered(o, base, adapter, part, seed))
 
     wholes = {
-        kind: measured(f"{name}-whole", partial(whole, kind))["margins"]
+        kind: measured(f"{name}-whole", partial(whole, kind))
         for kind, name in named.items()
         if any(kind in kinds for kinds in families.values())
     }
     for way, kinds in families.items():
-        least = min(float(np.mean(wholes[kind])) for kind in kinds)
+        least = min(margin_of(wholes[kind]["sides"]) for kind in kinds)
         if least <= 0:
             say(f"seed {seed}, {way}: a kind of it did not learn the preference; left out")
             continue
@@ -149,49 +152,43 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
             measured(f"{named[kind]}-by-{way.replace(' ', '-')}-at-{level:g}", step)
             write(measured)
     about = {"way": "", "kind": BASE, "seed": seed, "level": 0.0, "part": 0.0}
-    measured(f"{BASE}-{seed}", lambda: about | {"rates": rates(o, base, None, 1.0, seed)})
+    measured(f"{BASE}-{seed}", lambda: about | answered(o, base, None, 1.0, seed))
     write(measured)
 
 
-def sampled(measured: Steps, about: Mapping[str, Any]) -> list[float] | None:
-    """The rates of this part of an adapter, where they are known."""
+def digest_of(adapter: Path) -> str:
+    return hashlib.sha256((adapter / "adapters.safetensors").read_bytes()).hexdigest()
+
+
+def sampled(measured: Steps, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `answered` gave for this part of an adapter, where that is known."""
     same = ("kind", "seed", "part")
     points = (found for found in measured.values().values() if "rates" in found)
-    return next((p["rates"] for p in points if all(p[n] == about[n] for n in same)), None)
+    found = next((p for p in points if all(p[n] == about[n] for n in same)), None)
+    return found and {name: found[name] for name in ("rates", "answers")}
+
+
+def margin_of(sides: Sides) -> float:
+    return float(np.mean([chosen - rejected for chosen, rejected in sides]))
 
 
 def part_at(
-    base: dict[str, Any], adapter: Path, whole: list[float], margin: float
-) -> tuple[float, list[float]]:
-    """The part of an adapter nearest to this margin, and its margins; as the end of a run finds it.
+    base: dict[str, Any], adapter: Path, whole: Sides, margin: float
+) -> tuple[float, Sides]:
+    """The part of an adapter nearest to this margin, and its sides; as the end of a run finds it.
 
-    whole: the margins of part 1, per pair.
+    whole: the sides of part 1, per pair.
     """
     from fpo_mlx.train.landing import meeting
 
     seen = {1.0: whole}
 
     def look(part: float) -> float:
-        seen[part] = margins(base, adapter, part)
-        return float(np.mean(seen[part]))
+        seen[part] = sides(base, adapter, part)
+        return margin_of(seen[part])
 
-    part = meeting(look, float(np.mean(whole)), margin) or 1.0
+    part = meeting(look, margin_of(whole), margin) or 1.0
     return part, seen[part]
-
-
-def write(measured: Steps) -> None:
-    """The comparison, from all points that are there."""
-    points = [found for found in measured.values().values() if "rates" in found]
-    levels = sorted({point["level"] for point in points if point["kind"] != BASE})
-    result = {
-        f"{way} at {level:g}": found
-        for way, level in itertools.product(FAMILIES, levels)
-        if (found := compared(points, way, level))
-    }
-    files.write_json(measured.folder.parent / "compared.json", result)
-    print(json.dumps(result, indent=2), flush=True)
-    with suppress(ImportError):
-        draw(result, measured.folder.parent / "rates.svg")
 
 
 def shows(text: str, behaviour: str) -> bool:
@@ -218,33 +215,53 @@ def text_sets(o: argparse.Namespace) -> tuple[Path, Path]:
         for row in rows(o.data / "train.jsonl")
         if len(row["prompt"]) <= PROMPT and row["prompt"] not in asked
     )
-    return answers_apart(short, partial(shows, behaviour=o.behaviour), o.texts, o.work)
+    shown = partial(shows, behaviour=o.behaviour)
+    return answers_apart(short, shown, o.texts, o.work, SHOWN[o.behaviour])
 
 
-def features_of(o: argparse.Namespace, whose: str) -> Path:
-    return o.work / f"{whose}.csv"
+def features_of(o: argparse.Namespace, whose: str, seed: int) -> Path:
+    return o.work / (f"{whose}.csv" if whose == "own" else f"{whose}-{seed}.csv")
 
 
-def features(o: argparse.Namespace, base: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The behaviour's, and as many that are as active and tell nothing of it."""
+def features(o: argparse.Namespace, base: dict[str, Any]) -> dict[str, Any]:
+    """The behaviour's, and for each seed as many others that are as active and tell nothing of it.
+
+    along: of each set, the share of the SAE's mean stream that lies in its decoders' span.
+    """
+    from fpo_mlx.api import read_sae
+
     texts = text_sets(o)
     found = pipeline.find_features(
         load_config(base), positive=texts[0], negative=texts[1], limit=o.texts, top=o.features,
         say=say,
     )  # fmt: skip
     seen = pipeline.text_activations(load_config(base), texts, limit=o.texts, say=say)
-    others = control.twins([one.feature for one in found], seen[0].mean, seen[1].mean)
-    return {"own": [{"feature": one.feature, "auc": one.auc} for one in found], "others": others}
+    sae = read_sae(o.sae)
+    stream = sae.b_dec / np.linalg.norm(sae.b_dec)
+    along = (sae.w_dec @ stream) ** 2 / (sae.w_dec**2).sum(axis=1)
+    names, others = [one.feature for one in found], []
+    for _ in range(o.seeds):
+        taken = {one["feature"] for twins in others for one in twins}
+        others.append(
+            control.twins(names, seen[0].mean, seen[1].mean, along=(along, ALONG), taken=taken)
+        )
+    sets = [names, *([one["feature"] for one in twins] for twins in others)]
+    spans = [np.linalg.qr(sae.w_dec[kept].T)[0].T @ stream for kept in sets]
+    own = [
+        {"feature": one.feature, "auc": one.auc, "held_out_auc": one.held_out_auc} for one in found
+    ]
+    return {"own": own, "others": others, "along": [float(part @ part) for part in spans]}
 
 
 def trained(o: argparse.Namespace, base: dict[str, Any], kind: str, seed: int) -> Path:
     """The adapter of a kind; trained, or gone on with, where it is not there."""
-    folder = o.work / f"{kind.replace(', ', '-')}-{seed}"
+    place = o.work.with_name("smoke" if o.smoke else "both") if kind == FREE else o.work
+    folder = place / f"{kind.replace(', ', '-')}-{seed}"
     ready = folder.with_name(f"at-{folder.name}")
     if (ready / "adapters.safetensors").exists():
         return ready
     setting, whose = KINDS[kind]
-    own = base | ({setting: str(features_of(o, whose))} if setting and whose else {})
+    own = base | ({setting: str(features_of(o, whose, seed))} if setting and whose else {})
     own |= {"adapter_path": str(folder), "seed": seed, "iters": o.iters, "batch_size": 1}
     own |= {"learning_rate": o.learning_rate, "val_batches": 0}
     own |= {"max_margin": 1e3, "max_logp_drop": 1e9}  # weighted D is in |u| / beta; all end alike
@@ -254,22 +271,25 @@ def trained(o: argparse.Namespace, base: dict[str, Any], kind: str, seed: int) -
     return as_adapter(folder, o.iters, ready)
 
 
-def margins(base: dict[str, Any], adapter: Path, part: float) -> list[float]:
-    """On held-out pairs: nats per token of each side, against the reference, per pair."""
+def sides(base: dict[str, Any], adapter: Path, part: float) -> Sides:
+    """Of each held-out pair: what chosen and rejected gained on the reference, nats per token."""
     judged = pipeline.evaluate_all(
         load_config(base | {"objective": "dpo"}), adapter_paths=[str(adapter)], scales=(part,),
         split="valid", measure_kl=False, say=say,
     )  # fmt: skip
     (report,) = judged.adapters.values()
-    return [chosen - rejected for chosen, rejected in map(gains, report.pairs)]
+    return [gains(pair) for pair in report.pairs]
 
 
-def rates(
+def answered(
     o: argparse.Namespace, base: dict[str, Any], adapter: Path | None, part: float, seed: int
-) -> list[float]:
-    """The share of each prompt's sampled answers that show the behaviour; noise by the seed."""
+) -> dict[str, Any]:
+    """The share of each prompt's sampled answers that show the behaviour; noise by the seed.
+
+    The answers stay in the work folder, to be read; what they are like is told beside the rates.
+    """
     from fpo_mlx.data.tokenizer import load_tokenizer
-    from fpo_mlx.judge.sampling import sample_all
+    from fpo_mlx.judge.sampling import distinct_n, sample_all
     from fpo_mlx.judge.slots import Asked
     from fpo_mlx.model.open import open_model
 
@@ -284,77 +304,22 @@ def rates(
         )
         for i, p in enumerate(prompts)
     ]
-    seen = np.zeros(len(prompts))
     settings = Sampling(TOKENS[o.behaviour], 1.0, seed)
-    answers = sample_all(model, asked, settings, tokenizer.eos_token_ids, rows=ROWS)
-    for i, _, answer in answers:
-        seen[i] += shows(tokenizer.decode(answer.tokens.tolist(), skip_special=True), o.behaviour)
-    return (seen / each).tolist()
-
-
-def compared(points: Sequence[Mapping[str, Any]], way: str, level: float) -> dict[str, Any]:
-    """Of the seeds that have all kinds of a family: rates, gaps, margins, each with its 95 %."""
-    kinds, own = FAMILIES[way], [p for p in points if (p["way"], p["level"]) == (way, level)]
-    found = {(p["kind"], p["seed"]): p for p in own}
-    seeds = sorted({s for _, s in found if all((kind, s) in found for kind in kinds)})
-    if not seeds:
-        return {}
-
-    def of(name: str, kind: str) -> np.ndarray:
-        return np.array([found[kind, s][name] for s in seeds])
-
-    rates = {kind: of("rates", kind) for kind in kinds}
-    begun = {p["seed"]: p["rates"] for p in points if p["kind"] == BASE}
-    pairs = list(itertools.combinations(kinds, 2))
-    if all(s in begun for s in seeds):
-        rates[BASE] = np.array([begun[s] for s in seeds])
-        pairs.append((FREE, BASE))
-    margins = {kind: of("margins", kind) for kind in kinds}
-    return {
-        "seeds": len(seeds),
-        "parts": {kind: float(of("part", kind).mean()) for kind in kinds},
-        "margins": {kind: with_interval(one, 0 * one) for kind, one in margins.items()},
-        "margins less fpo's": {
-            kind: with_interval(margins[kind], margins[FREE]) for kind in kinds if kind != FREE
-        },
-        "rates": {kind: with_interval(one, 0 * one) for kind, one in rates.items()},
-        "gaps": {f"{a} less {b}": with_interval(rates[a], rates[b]) for a, b in pairs},
+    drawn = sample_all(model, asked, settings, tokenizer.eos_token_ids, rows=ROWS)
+    answers = {(i, j): answer for i, j, answer in drawn}
+    seen, kept = np.zeros(len(prompts)), []
+    for (i, j), answer in sorted(answers.items()):
+        text = tokenizer.decode(answer.tokens.tolist(), skip_special=True)
+        seen[i] += shows(text, o.behaviour)
+        kept.append({"prompt": prompts[i], "answer": j, "text": text, "logp": answer.logp})
+    name = f"{adapter.name if adapter else BASE}-{seed}-{part:.4f}.jsonl"
+    write_rows(o.work / "answers" / name, kept)
+    like = {
+        "tokens": float(np.mean([len(one.tokens) for one in answers.values()])),
+        "finished": float(np.mean([one.finished for one in answers.values()])),
+        "distinct_2": distinct_n([one.tokens for one in answers.values()], 2),
     }
-
-
-def with_interval(ours: np.ndarray, theirs: np.ndarray) -> list[float]:
-    """Mean difference of [seeds, prompts], and its 95 %."""
-    return [float(ours.mean() - theirs.mean()), *frontier_show.interval(ours, theirs, np.mean)]
-
-
-def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Rate of the behaviour against the margin, a line for each kind from the base on."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "control"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(FAMILIES), figsize=(11, 4.5), sharey=True)
-    for (way, kinds), axis in zip(FAMILIES.items(), axes, strict=True):
-        there = [
-            f for name, f in result.items() if name.startswith(f"{way} at ") and BASE in f["rates"]
-        ]
-        for kind in kinds if there else ():
-            line = [(0.0, there[0]["rates"][BASE])]
-            line += [(found["margins"][kind][0], found["rates"][kind]) for found in there]
-            low, high = ([abs(rate[0] - rate[end]) for _, rate in line] for end in (1, 2))
-            axis.errorbar(
-                [margin for margin, _ in line], [rate[0] for _, rate in line], yerr=[low, high],
-                label=kind, capsize=3, linewidth=1,
-            )  # fmt: skip
-        axis.set(xlabel="margin on held-out pairs, nats per token", title=way)
-        if there:
-            axis.legend(fontsize=7)
-    axes[0].set_ylabel("answers that show it")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    return {"rates": (seen / each).tolist(), "answers": like}
 
 
 if __name__ == "__main__":

@@ -58,13 +58,18 @@ def _size(row: Mapping[str, Any]) -> int:
 
 
 def answers_apart(
-    pairs: Iterable[Mapping[str, Any]], shows: Callable[[str], bool], count: int, folder: Path
+    pairs: Iterable[Mapping[str, Any]],
+    shows: Callable[[str], bool],
+    count: int,
+    folder: Path,
+    characters: int | None = None,
 ) -> tuple[Path, Path]:
     """Chosen answers that show a behaviour and that do not, by one writer; `count` of each at most.
 
-    They lie in with.jsonl and without.jsonl of the folder, in the order of the pairs.
+    They lie in with.jsonl and without.jsonl of the folder, in the order of the pairs; characters:
+    of each no more than its first.
     """
-    answers = [{"prompt": row["prompt"], "response": row["chosen"]} for row in pairs]
+    answers = [{"prompt": row["prompt"], "response": row["chosen"][:characters]} for row in pairs]
     with_, without = (
         [row for row in answers if shows(row["response"]) == shown][:count]
         for shown in (True, False)

@@ -28,6 +28,19 @@ def test_a_twin_serves_one_feature_only():
     assert [one["feature"] for one in control.twins([0, 1], lists, prose)] == [2, 3]
 
 
+def test_a_twin_lies_as_near_to_what_is_named_and_was_not_taken_before():
+    """Of 2, 3 and 4, in this order of nearness, 2 lies elsewhere and 3 is another's."""
+    lists, prose = np.zeros((2, 5)), np.zeros((2, 5))
+    lists[:, 0] = 2.0
+    lists[:, 2:], prose[:, 2:] = [1.0, 1.5, 9.0], [1.0, 1.5, 9.0]
+    figure = (np.array([0.3, 0.0, 0.5, 0.31, 0.29]), 0.1)
+    for along, taken, twin in ((None, (), 2), (figure, (), 3), (figure, (3,), 4)):
+        (one,) = control.twins([0], lists, prose, along=along, taken=taken)
+        assert one["feature"] == twin
+    with pytest.raises(SystemExit, match="no feature lies as near"):
+        control.twins([0], lists, prose, along=(figure[0], 0.001))
+
+
 def test_a_feature_is_no_twin_of_its_own():
     same = np.array([[1.0, 2.0, 3.0]] * 4)
     assert [one["feature"] for one in control.twins([0], same, same)] == [1]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import control_margin
+import numpy as np
 import pytest
 import texts
 from command_line import lines
-from control_margin import BASE, FAMILIES, FREE
+from control_margin_show import BASE, FAMILIES, FREE, compared, gap
 from texts import Steps
 
 WHOLE = {FREE: 1.6, "held": 0.4, "held, unrelated": 0.8, "out": 1.2, "out, unrelated": 1.6}
@@ -16,9 +17,11 @@ WHOLE = {FREE: 1.6, "held": 0.4, "held, unrelated": 0.8, "out": 1.2, "out, unrel
 
 def point(kind, rates, seed=0, way="held"):
     about = {"way": "", "kind": BASE, "seed": seed, "level": 0.0, "part": 0.0, "rates": rates}
+    about["answers"] = {"tokens": 9.0}
     if kind == BASE:
         return about
-    return about | {"way": way, "kind": kind, "level": 1.0, "part": 1.0, "margins": [0.3, 0.5]}
+    own = {"way": way, "kind": kind, "level": 1.0, "part": 1.0}
+    return about | own | {"sides": [[-0.1, -0.4], [0.1, -0.4]]}
 
 
 @pytest.fixture
@@ -26,16 +29,19 @@ def asked(monkeypatch):
     """Whose answers were sampled. A margin grows with the part here: least / whole is found."""
     asked = []
     monkeypatch.setattr(control_margin, "trained", lambda o, base, kind, seed: kind)
+    monkeypatch.setattr(control_margin, "digest_of", lambda adapter: f"weights of {adapter}")
     monkeypatch.setattr(
-        control_margin, "margins",
-        lambda base, adapter, part: [part * WHOLE[adapter] - 0.1, part * WHOLE[adapter] + 0.1],
+        control_margin, "sides",
+        lambda base, adapter, part: [
+            (part * WHOLE[adapter] - 0.1, 0.0), (0.05, -part * WHOLE[adapter] - 0.05)
+        ],
     )  # fmt: skip
 
-    def rates(o, base, adapter, part, seed):
+    def answered(o, base, adapter, part, seed):
         asked.append((adapter, seed))
-        return [part / 10, part / 10]
+        return {"rates": [part / 10, part / 10], "answers": {"tokens": 9.0}}
 
-    monkeypatch.setattr(control_margin, "rates", rates)
+    monkeypatch.setattr(control_margin, "answered", answered)
     return asked
 
 
@@ -52,16 +58,30 @@ def test_each_way_is_compared_at_the_margin_of_the_least_and_nothing_is_measured
         here = found[f"{way} at 1"]
         least = min(WHOLE[kind] for kind in kinds)
         for kind in kinds:
-            assert here["margins"][kind][0] == pytest.approx(least, rel=0.03)
-            assert here["parts"][kind] == pytest.approx(least / WHOLE[kind], rel=0.03)
-            assert here["rates"][kind][0] == pytest.approx(here["parts"][kind] / 10)
+            assert here["margins"][kind] == [pytest.approx(least, rel=0.03)]
+            (part,) = here["parts"][kind]
+            assert part == pytest.approx(least / WHOLE[kind], rel=0.03)
+            assert here["rates"][kind]["mean"] == pytest.approx(part / 10)
+            assert here["chosen gained"][kind] == [pytest.approx((part * WHOLE[kind] - 0.05) / 2)]
+            less = here["gaps"][f"{kind} less base"]["mean"]
+            assert less == pytest.approx(part / 10 - 0.1)
         own = way.removesuffix(" alone")
-        assert here["gaps"][f"fpo less {own}"][0] == pytest.approx(
-            (here["parts"][FREE] - here["parts"][own]) / 10
+        assert here["gaps"][f"fpo less {own}"]["mean"] == pytest.approx(
+            (here["parts"][FREE][0] - here["parts"][own][0]) / 10
         )
-        assert here["gaps"]["fpo less base"][0] == pytest.approx(here["parts"][FREE] / 10 - 0.1)
-    assert found["held at 1"]["parts"]["held"] == 1.0
-    assert found["held at 1"]["parts"][FREE] < 0.3 < 0.7 < found["out at 1"]["parts"][FREE]
+    assert found["held at 1"]["parts"]["held"] == [1.0]
+    free = [found[f"{way} at 1"]["parts"][FREE][0] for way in ("held", "out")]
+    assert free[0] < 0.3 < 0.7 < free[1]
+
+
+def test_what_was_trained_anew_is_not_put_to_what_was_measured_before(tmp_path, monkeypatch, asked):
+    o = control_margin.parse(["--family", "out"])
+    steps = Steps(tmp_path, {})
+    control_margin.one_seed(o, {}, steps, seed=0)
+    (steps.folder / "out-0-by-out-at-1.json").unlink()
+    monkeypatch.setattr(control_margin, "digest_of", lambda adapter: "others")
+    with pytest.raises(SystemExit, match=r"out is not what out-0-whole.json was measured with"):
+        control_margin.one_seed(o, {}, steps, seed=0)
 
 
 def test_a_family_by_itself_measures_no_kind_of_others(tmp_path, asked):
@@ -87,14 +107,16 @@ def test_a_kind_that_learned_nothing_leaves_its_own_way_out_and_no_other(
 def test_a_seed_that_lacks_a_kind_is_left_out():
     whole = [point(kind, [0.2, 0.4]) for kind in FAMILIES["held"]]
     begun = [{**p, "seed": 1, "rates": [0.9, 0.9]} for p in whole[:2]]
-    found = control_margin.compared([*whole, *begun], "held", 1.0)
+    found = compared([*whole, *begun], "held", 1.0)
     assert found["seeds"] == 1
-    mean, low, high = found["rates"][FREE]
-    assert mean == pytest.approx(0.3)
-    assert (low, high) == pytest.approx((0.2, 0.4))  # both prompts drawn alike
+    rate = found["rates"][FREE]
+    assert rate["mean"] == pytest.approx(0.3)
+    assert rate["drawn"] == pytest.approx([0.2, 0.4])  # both prompts drawn alike
+    assert rate["of_seeds"] == [pytest.approx(0.3)]
+    assert "t" not in rate
     assert "fpo less base" not in found["gaps"]
-    assert control_margin.compared(whole, "out", 1.0) == {}
-    assert control_margin.compared(whole[:2], "held", 1.0) == {}
+    assert compared(whole, "out", 1.0) == {}
+    assert compared(whole[:2], "held", 1.0) == {}
 
 
 def test_gaps_have_the_interval_of_seeds_and_prompts_drawn_anew():
@@ -102,11 +124,24 @@ def test_gaps_have_the_interval_of_seeds_and_prompts_drawn_anew():
     points = [point(BASE, [0.1, 0.2], seed) for seed in (0, 1)]
     for kind, off in zip(FAMILIES["held"], (0.3, 0.1, 0.3), strict=True):
         points += [point(kind, [0.1 + off, 0.2 + off], seed) for seed in (0, 1)]
-    gaps = control_margin.compared(points, "held", 1.0)["gaps"]
-    assert gaps["fpo less held"] == pytest.approx([0.2] * 3)
-    assert gaps["fpo less held, unrelated"] == pytest.approx([0.0] * 3)
-    assert gaps["held less held, unrelated"] == pytest.approx([-0.2] * 3)
-    assert gaps["fpo less base"] == pytest.approx([0.3] * 3)
+    gaps = compared(points, "held", 1.0)["gaps"]
+    of = {
+        "fpo less held": 0.2, "fpo less held, unrelated": 0.0, "held less held, unrelated": -0.2,
+        "fpo less base": 0.3, "held less base": 0.1,
+    }  # fmt: skip
+    for name, by in of.items():
+        for figure in ("drawn", "t", "of_seeds"):
+            assert gaps[name][figure] == pytest.approx([by] * 2)
+
+
+def test_the_interval_over_seeds_is_student_s_by_hand():
+    """Gaps of .1, .2, .6: mean .3, deviation √.07, and t of 2 degrees of freedom is 4.3027."""
+    ours = np.array([[0.1, 0.1], [0.2, 0.2], [0.6, 0.6]])
+    found = gap(ours, 0 * ours)
+    off = 4.3027 * (0.07 / 3) ** 0.5
+    assert found["mean"] == pytest.approx(0.3)
+    assert found["t"] == pytest.approx([0.3 - off, 0.3 + off], rel=1e-4)
+    assert found["of_seeds"] == pytest.approx([0.1, 0.2, 0.6])
 
 
 def test_a_margin_is_what_both_sides_gained_by_hand():
@@ -122,7 +157,7 @@ def test_texts_that_choose_features_are_short_and_none_is_asked(tmp_path):
     def row(prompt, chosen):
         return {"prompt": prompt, "chosen": chosen, "rejected": "no"}
 
-    rows = [row(f"p{i}", "Sure, here." if i % 2 else "A poem.") for i in range(12)]
+    rows = [row(f"p{i}", "Sure, here." if i % 2 else "A poem. " * 9) for i in range(12)]
     lines(tmp_path / "data" / "train.jsonl", row("long " * 60, "Sure!"), *rows)
     lines(tmp_path / "data" / "valid.jsonl", row("v", "Sure."))
     o = control_margin.parse(
@@ -135,6 +170,8 @@ def test_texts_that_choose_features_are_short_and_none_is_asked(tmp_path):
         [row["prompt"] for row in texts.rows(path)] for path in control_margin.text_sets(o)
     )
     assert with_ == ["p1", "p3", "p5", "p7", "p11"]
+    (response,) = {row["response"] for row in texts.rows(tmp_path / "opening" / "without.jsonl")}
+    assert len(response) == control_margin.SHOWN["opening"] == 60
     assert without == ["p0", "p2", "p4", "p6", "p10"]
 
 
