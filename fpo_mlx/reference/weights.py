@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from fpo_mlx.errors import ModelError
 from fpo_mlx.storage.adapter_files import deciding, is_peft, read_adapter
-from fpo_mlx.storage.files import listed, parse_json
+from fpo_mlx.storage.files import listed, read_object
 from fpo_mlx.storage.tensors import read_header
 
 CHUNK = 1 << 22  # bytes read at a time
@@ -137,12 +137,9 @@ def _content(tensor: _Tensor) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} cannot be read ({error}). Wanted a model folder with config.json, or an "
             "adapter folder with adapter_config.json."
         ) from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object.")
-    return value

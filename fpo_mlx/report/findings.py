@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ JUDGED = ("model", "sae", "data", "objective", "init_adapter", "reference") + tu
     field.name
     for section in (DataConfig, ReferenceConfig, Objective)
     for field in fields(section)
-    if field.name not in ("model", "sae", "data")
+    if field.name not in ("model", "sae", "data") and not field.metadata["yaml_only"]
 )  # what `evaluate` and `features` take
 COMPARED = ("model", "data", "trust_remote_code", "init_adapter") + tuple(
     field.name for field in fields(DataConfig) if field.name != "data"
@@ -188,6 +189,9 @@ def _words(flag: str, value: Any) -> Iterator[str]:
         return
     if isinstance(value, bool):
         yield flag if value else f"--no-{flag[2:]}"
+        return
+    if isinstance(value, Mapping):
+        yield from (flag, json.dumps(value))
         return
     for one in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
         yield from (flag, str(one) if isinstance(one, int | float) else text(one))

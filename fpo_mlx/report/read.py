@@ -222,8 +222,13 @@ def _read(path: Path, faults: list[str]) -> Any:
 
 
 def _mapping(path: Path, faults: list[str]) -> Mapping[str, Any]:
+    """The file's object; {} where there is no file, and with a fault where it cannot be read."""
     value = _read(path, faults) if path.exists() else {}
-    return value if isinstance(value, Mapping) else {}
+    if isinstance(value, Mapping):
+        return value
+    if value is not None:
+        faults.append(f"{path} holds {type(value).__name__}, wanted a JSON object")
+    return {}
 
 
 def _lines(path: Path, faults: list[str]) -> list[Mapping[str, Any]]:

@@ -191,9 +191,17 @@ def objective(run: Run) -> str:
     if s.get("constraint") == "none":
         parts.append("no constraint")
     else:
-        parts.append(f"α {text(s.get('alpha'))} on {text(s.get('constraint'))}")
+        parts.append(f"{_held(s)} on {text(s.get('constraint'))}")
         parts += [] if s.get("stop_gradient") else ["no stop-gradient"]
     return f"{text(s.get('objective'))}: " + ", ".join(parts)
+
+
+def _held(settings: Mapping[str, Any]) -> str:
+    """How far: by alpha, or by the target that alpha was found for."""
+    for name, of in (("target_drift", "drift"), ("target_kl", "KL")):
+        if settings.get(name) is not None:
+            return f"α for a {of} of {text(settings[name])}"
+    return f"α {text(settings.get('alpha'))}"
 
 
 def evaluation(runs: Sequence[Run]) -> tuple[Table | None, Table | None]:

@@ -92,9 +92,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     """
     path = folder / CONFIG
     try:
-        config = files.parse_json(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError("no JSON object")
+        config = files.read_object(path)
         if is_peft(config):
             return _read_peft(folder, config)
         return _read_mlx(folder, config)

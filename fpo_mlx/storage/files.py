@@ -208,6 +208,14 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises: OSError; ValueError for a file that holds none."""
+    value = parse_json(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {type(value).__name__}, wanted a JSON object")
+    return value
+
+
 def finite(value: Any) -> Any:
     """The value with None for every number that JSON does not have: NaN and the infinities."""
     if isinstance(value, float):

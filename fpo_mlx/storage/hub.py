@@ -76,10 +76,10 @@ def read_config(path: Path) -> dict[str, Any]:
     A multimodal one's text part is laid over the top level. Raises: ModelError.
     """
     try:
-        config = files.parse_json((path / "config.json").read_text(encoding="utf-8"))
+        config = files.read_object(path / "config.json")
     except (OSError, ValueError) as error:
         raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
-    inner = config.get("text_config") or {} if isinstance(config, dict) else None
+    inner = config.get("text_config") or {}
     if not isinstance(inner, dict):
         raise ModelError(f"{path / 'config.json'}: wanted a JSON object, as a model folder has it.")
     config = {**config, **inner}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx.storage.files import listed
+from fpo_mlx.storage.files import listed, read_object
 from fpo_mlx.storage.tensors import read_header
 
 # the last parts of the names under which architectures keep these matrices
@@ -55,10 +54,8 @@ def model_limits(folder: Path) -> ModelLimits:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(config, dict):
+        config = read_object(folder / "config.json")
+    except (OSError, ValueError):
         return {}
     inner = config.get("text_config")
     config = {**config, **inner} if isinstance(inner, dict) else config

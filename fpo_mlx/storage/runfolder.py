@@ -43,15 +43,16 @@ class RunFolder:
         files.write_json(self.record, dict(run))
 
     def note(self, parts: Mapping[str, Any]) -> None:
-        """Add parts to the record; what it says of the start stays, also when it was resumed."""
-        before = files.parse_json(self.record.read_text(encoding="utf-8"))
-        files.write_json(self.record, {**before, **parts})
+        """Add parts to the record; what it says of the start stays, also when it was resumed.
+
+        Raises: ModelError where the record is damaged.
+        """
+        files.write_json(self.record, {**self._read_record(), **parts})
 
     def noted(self) -> dict[str, Any]:
         """The record; {} where there is none or it is damaged, which `check_resumable` says."""
         with suppress(OSError, ValueError):
-            found = files.parse_json(self.record.read_text(encoding="utf-8"))
-            return found if isinstance(found, dict) else {}
+            return files.read_object(self.record)
         return {}
 
     def log(self, entry: Mapping[str, Any]) -> int:
@@ -163,12 +164,13 @@ class RunFolder:
 
     def _read_record(self) -> dict[str, Any]:
         try:
-            found = files.parse_json(self.record.read_text(encoding="utf-8"))
+            found = files.read_object(self.record)
             if not all(isinstance(found[part], dict) for part in ("settings", "fingerprints")):
                 raise TypeError("settings or fingerprints are no objects")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
-                f"{self.record} is damaged ({error!r}). Start anew without --resume."
+                f"{self.record} is damaged ({error!r}), so no run can go on from it. Start anew in "
+                f"another {self.flag}."
             ) from error
         return found
 

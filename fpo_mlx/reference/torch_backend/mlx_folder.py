@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from fpo_mlx.errors import ModelError
-from fpo_mlx.storage.files import listed
+from fpo_mlx.storage.files import listed, read_object
 
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
 STACKED = re.compile(r"(.+)\.switch_mlp\.(gate|up|down)_proj\.weight")
@@ -134,12 +133,12 @@ def _checkpoint_names(name: str, weight: torch.Tensor) -> Iterator[tuple[str, to
         yield f"{block}.experts.{number}.{own}.weight", part
 
 
-def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A folder's JSON object of this name. Raises ModelError when it cannot be read."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands there. Raises ModelError when it cannot be read."""
+    path = folder / "config.json"
     try:
-        return dict(json.loads((folder / name).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return read_object(path)
+    except (OSError, ValueError) as error:
         raise ModelError(
-            f"{folder / name} cannot be read ({error}). Wanted the folder of a Hugging Face or "
-            "MLX model, and for an adapter one that mlx_lm.lora or fpo-mlx train wrote."
+            f"{path} cannot be read ({error}). Wanted the folder of a Hugging Face or MLX model."
         ) from error

@@ -23,6 +23,7 @@ from fpo_mlx.report.findings import missing, warnings
 from fpo_mlx.report.plots import POINTS, Line, _spans, draw, points
 from fpo_mlx.report.read import Run, kind_of, unique_names
 from fpo_mlx.report.rounds import rounds
+from fpo_mlx.report.tables import objective
 
 
 def said(runs: list[Run]) -> str:
@@ -147,11 +148,28 @@ def test_the_command_names_the_split_that_is_there(tmp_path):
 def test_the_commands_that_a_report_names_are_commands_with_these_flags(tmp_path):
     import shlex
 
-    for m in missing(read_runs([a_run(tmp_path / "run")])):
+    settings = {"link_parameters": {"rho": 0.3}, "chat_template_args": {"thinking": False}}
+    runs = [a_run(tmp_path / "run"), a_run(tmp_path / "own", record={"settings": settings})]
+    for m in missing(read_runs(runs)):
         words = shlex.split(m.command)
         if command := main.commands.get(words[1]):
             known = {name for p in command.params for name in p.opts}
             assert set(words[2::2]) <= known, m.command
+        if m.run == "own" and words[1] == "evaluate":
+            given = dict(zip(words[2::2], words[3::2], strict=True))
+            assert json.loads(given["--chat-template-args"]) == {"thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("of", "said"),
+    [({"target_drift": 0.3}, "fpo: β 0.1, α for a drift of 0.3 on features"),
+     ({"target_kl": 5.0}, "fpo: β 0.1, α for a KL of 5 on features"),
+     ({"target_drift": None}, "fpo: β 0.1, α 0.5 on features")],
+)  # fmt: skip
+def test_an_alpha_that_was_found_is_named_by_its_target(tmp_path, of, said):
+    settings = {"objective": "fpo", "beta": 0.1, "alpha": 0.5, "constraint": "features"}
+    record = {"settings": {**settings, "stop_gradient": True, **of}}
+    assert objective(read_runs([a_run(tmp_path / "run", record=record)])[0]) == said
 
 
 def test_damaged_files_are_told_and_the_rest_is_shown(tmp_path):
@@ -164,6 +182,7 @@ def test_damaged_files_are_told_and_the_rest_is_shown(tmp_path):
     runs = read_runs([run])
     assert len(runs[0].train) == 3
     assert "evaluate.json cannot be read" in said(runs)
+    assert "run.json holds list, wanted a JSON object" in said(runs)
     assert "deep.json cannot be read: nested too deeply" in said(runs)
     assert "metrics.jsonl:4" in said(runs)
     assert "fpo-mlx evaluate" in render(runs)

@@ -82,8 +82,11 @@ def test_a_setting_that_an_older_version_did_not_have_was_at_its_default(folder)
 def test_a_folder_without_a_checkpoint_or_with_a_damaged_record_is_refused(folder):
     for text in ("[]", "{", '{"settings": 1, "fingerprints": {}}'):
         folder.record.write_text(text)
-        with pytest.raises(ModelError, match=r"run\.json is damaged"):
+        with pytest.raises(ModelError, match=r"run\.json is damaged .* in another --out\."):
             folder.check_resumable(RECORD, ())
+        with pytest.raises(ModelError, match=r"run\.json is damaged"):
+            folder.note({"memory": 1})
+        assert folder.record.read_text() == text
     (folder.path / "checkpoint" / "state").unlink()
     with pytest.raises(ConfigError, match="ended before its first checkpoint .* --overwrite in"):
         folder.check_resumable(RECORD, ())

@@ -150,5 +150,5 @@ def test_what_cannot_be_read_is_refused_by_name(model, tmp_path):
     with pytest.raises(ModelError, match="holds no safetensors weights"):
         model_fingerprint(model)
     (model / "config.json").write_text("[]")
-    with pytest.raises(ModelError, match="no JSON object"):
+    with pytest.raises(ModelError, match="wanted a JSON object"):
         model_fingerprint(model)
