@@ -28,6 +28,7 @@ OURS = {
     "sae": VOCABULARY,
     "cache": VOCABULARY | {"machine"},
     "model": VOCABULARY | {"core", "machine"},
+    "model.tapping": VOCABULARY | {"core", "machine", "sae"},
     "saetrain": VOCABULARY | {"core", "machine", "sae"},
     "saetrain.activations": VOCABULARY | {"machine", "model"},
     "saetrain.sizes": VOCABULARY | {"config"},

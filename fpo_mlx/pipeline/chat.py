@@ -20,7 +20,6 @@ from fpo_mlx.pipeline.job import (
     need_model,
     open_tokenizer,
     read_sae,
-    refuse_other_widths,
     warn_of_adapters,
 )
 from fpo_mlx.pipeline.prepared import check_room
@@ -109,6 +108,7 @@ def open_chat(
     from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.model.open import open_model
     from fpo_mlx.model.reader import encoder_of
+    from fpo_mlx.model.tapping import refuse_other_widths
     from fpo_mlx.model.taps import norm_and_residual
 
     if scale != 1.0:

@@ -15,7 +15,6 @@ from fpo_mlx.pipeline.job import (
     Say,
     open_job,
     read_pairs,
-    refuse_other_widths,
     warn_of_adapters,
 )
 from fpo_mlx.pipeline.prepared import check_room
@@ -149,8 +148,8 @@ def open_scorer(
     """
     from fpo_mlx.model import adapters
     from fpo_mlx.model.open import open_model
-    from fpo_mlx.model.policy import Policy
     from fpo_mlx.model.reader import encoder_of
+    from fpo_mlx.model.tapping import tapped
     from fpo_mlx.train.scoring import Scorer
 
     ref = job.config.reference
@@ -168,9 +167,7 @@ def open_scorer(
         reference = dict(adapters.parameters(loaded.model))
         adapters.fill(loaded.model, Path(adapter_path), scale=scale)
         loaded.model.eval()
-    refuse_other_widths(job.saes, loaded.model)
-    sites = [sae.site for sae in job.saes if sae.site is not None]
-    policy = Policy(loaded.model, loaded.config, sites, share_prompt=ref.share_prompt)
+    policy = tapped(loaded, job.saes, share_prompt=ref.share_prompt)
     encoders = [encoder_of(sae) for sae in job.saes]
     scorer = Scorer(
         policy, encoders, job.config.objective,

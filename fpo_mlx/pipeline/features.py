@@ -25,7 +25,6 @@ from fpo_mlx.pipeline.job import (
     open_tokenizer,
     read_pairs,
     read_sae,
-    refuse_other_widths,
     warn_of_adapters,
 )
 from fpo_mlx.pipeline.prepared import longest
@@ -160,12 +159,11 @@ def _tapped(
     config: RunConfig, path: Path, saes: Sequence[SaeWeights], adapter: str | Path | None, say: Say
 ) -> Policy:
     from fpo_mlx.model.open import open_model
-    from fpo_mlx.model.policy import Policy
+    from fpo_mlx.model.tapping import tapped
 
     trusted = config.reference.trust_remote_code
     loaded = open_model(path, adapter=adapter, trust_remote_code=trusted, say=say)
-    refuse_other_widths(saes, loaded.model)
-    return Policy(loaded.model, loaded.config, [sae.site for sae in saes if sae.site])
+    return tapped(loaded, saes)
 
 
 def find_features(

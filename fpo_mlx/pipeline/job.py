@@ -22,12 +22,12 @@ from fpo_mlx.pipeline.prepared import read_splits
 from fpo_mlx.records import Projection, SaeWeights, Site, TokenPair
 from fpo_mlx.reference import weights
 from fpo_mlx.sae import load_sae
-from fpo_mlx.sae.check import check_fit, refuse_width, resolve_site, z_widths
+from fpo_mlx.sae.check import check_fit, resolve_site, z_widths
 from fpo_mlx.sae.resolve import resolve
 from fpo_mlx.storage.hub import read_config, resolve_model
 
 if TYPE_CHECKING:
-    import mlx.nn as nn
+    pass
 
 
 @dataclass(frozen=True)
@@ -254,22 +254,6 @@ def at_site(
     for warning in warnings:
         say(f"warning: {warning}")
     return replace(sae, site=site)
-
-
-def refuse_other_widths(saes: Iterable[SaeWeights], model: nn.Module) -> None:
-    """Of attn_z, for which config.json does not always say what the block's projection reads.
-
-    Raises: SaeError; ModelError where the block has no such place.
-    """
-    from fpo_mlx.model.taps import tap_point
-    from fpo_mlx.model.trees import blocks_of, input_width
-
-    for sae in saes:
-        if sae.activation == "identity":  # reads whatever there is
-            continue
-        if sae.site is not None and sae.site.kind == "attn_z":
-            layer, _ = tap_point(blocks_of(model)[sae.site.layer], sae.site)
-            refuse_width(sae, sae.site, [input_width(layer)])
 
 
 def _identity_sae(site: Site | None, width: int) -> SaeWeights:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.pipeline.job import Job, Say, refuse_other_widths
+from fpo_mlx.pipeline.job import Job, Say
 from fpo_mlx.records import Site
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def outline_of(job: Job, say: Say) -> Outline:
     Raises: ConfigError, as `check_reach` does; SaeError, ModelError for a site that does not fit.
     """
     from fpo_mlx.model.load import read_model
+    from fpo_mlx.model.tapping import refuse_other_widths
 
     ref = job.config.reference
     model = read_model(job.model_path, trust_remote_code=ref.trust_remote_code).model
@@ -91,8 +92,8 @@ def open_policy(
     import mlx.core as mx
 
     from fpo_mlx.model.open import open_model
-    from fpo_mlx.model.policy import Policy
     from fpo_mlx.model.reader import encoder_of
+    from fpo_mlx.model.tapping import tapped
     from fpo_mlx.train.scoring import Scorer
 
     t, o, ref = job.config.train, job.config.objective, job.config.reference
@@ -104,10 +105,9 @@ def open_policy(
         say(f"warning: --gamma {o.gamma} does nothing: it is of --margin constant")
     mx.random.seed(t.seed)
     put_adapters(job, loaded.model, spec)
-    policy = Policy(
-        loaded.model,
-        loaded.config,
-        _sites(job),
+    policy = tapped(
+        loaded,
+        job.saes if o.pooled else (),
         share_prompt=ref.share_prompt,
         grad_checkpoint=t.grad_checkpoint,
         projections=job.projections,

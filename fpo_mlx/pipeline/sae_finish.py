@@ -100,7 +100,7 @@ def measure_loss(made: Written, *, trust_remote_code: bool) -> LossFigures | Non
 def _loss(made: Written, trust_remote_code: bool) -> LossFigures | None:
     from fpo_mlx.judge import sae_fit
     from fpo_mlx.model.open import open_model
-    from fpo_mlx.model.policy import Policy
+    from fpo_mlx.model.tapping import tapped
 
     passages = [
         Passage(document.tokens[:first], document.tokens[first : first + LOSS_TOKENS])
@@ -110,8 +110,7 @@ def _loss(made: Written, trust_remote_code: bool) -> LossFigures | None:
     if not passages:
         return None
     loaded = open_model(made.model, trust_remote_code=trust_remote_code)
-    assert made.sae.site is not None
-    policy = Policy(loaded.model, loaded.config, [made.sae.site], share_prompt=False)
+    policy = tapped(loaded, [made.sae], share_prompt=False)
     return sae_fit.evaluate(policy, made.sae, passages).loss
 
 

@@ -19,7 +19,6 @@ from fpo_mlx.pipeline.job import (
     need_model,
     open_tokenizer,
     read_sae,
-    refuse_other_widths,
 )
 from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.records import Passage, SaeWeights, TokenPair
@@ -46,7 +45,7 @@ def sae_evaluate(
     """One SAE on base (+ adapter), on answers of --data, or of the demo's pairs without it."""
     from fpo_mlx.judge import sae_fit
     from fpo_mlx.model.open import open_model
-    from fpo_mlx.model.policy import Policy
+    from fpo_mlx.model.tapping import tapped
 
     ref, notes = config.reference, []
     model = need_model(config)
@@ -61,9 +60,8 @@ def sae_evaluate(
         folder, adapter=adapter_path, trust_remote_code=ref.trust_remote_code, say=say
     )
     assert sae.site is not None
-    refuse_other_widths([sae], loaded.model)
-    sites = (sae.site, *sae_fit.places_to_compare(loaded.model, sae.site))
-    policy = Policy(loaded.model, loaded.config, sites, share_prompt=False)
+    places = sae_fit.places_to_compare(loaded.model, sae.site)
+    policy = tapped(loaded, [sae], also=places, share_prompt=False)
     report = sae_fit.evaluate(policy, sae, passages, ablation=ablation, progress=progress)
     said = (note.removeprefix("warning: ") for note in notes)
     return replace(report, warnings=(*said, *report.warnings))

@@ -13,7 +13,7 @@ from fpo_mlx import data
 from fpo_mlx.config import load_config
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
-from fpo_mlx.pipeline.job import at_site, open_tokenizer, refuse_other_widths
+from fpo_mlx.pipeline.job import at_site, open_tokenizer
 from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
 from fpo_mlx.storage.hub import read_config, resolve_model
 
@@ -83,8 +83,7 @@ def open_tapped(
     Raises: ModelError, SaeError for what does not fit; ConfigError for places and SAEs mixed.
     """
     from fpo_mlx.model.open import open_model
-    from fpo_mlx.model.policy import Policy
-    from fpo_mlx.model.reader import Reader, encoder_of
+    from fpo_mlx.model.tapping import reader_of
 
     settings = load_config({"model": str(model), "trust_remote_code": trust_remote_code})
     folder = resolve_model(model)
@@ -96,9 +95,7 @@ def open_tapped(
             "Name the SAE's own place, or open the model twice."
         )
     placed = [at_site(sae, settings, about, lambda _: None) for sae in saes]
-    sites = [sae.site for sae in placed if sae.site] or [t for t in taps if isinstance(t, Site)]
+    places = [tap for tap in taps if isinstance(tap, Site)]
     loaded = open_model(folder, adapter=adapter_path, trust_remote_code=trust_remote_code)
-    refuse_other_widths(placed, loaded.model)
-    policy = Policy(loaded.model, loaded.config, sites)
-    reader = Reader(policy, [encoder_of(sae) for sae in placed])
-    return TappedModel(folder, open_tokenizer(settings, folder), tuple(sites), reader)
+    reader = reader_of(loaded, placed, also=places)
+    return TappedModel(folder, open_tokenizer(settings, folder), reader.policy.sites, reader)

@@ -10,8 +10,7 @@ import numpy as np
 
 from fpo_mlx.machine import device
 from fpo_mlx.model.open import open_model
-from fpo_mlx.model.policy import Policy
-from fpo_mlx.model.reader import Reader, encoder_of
+from fpo_mlx.model.tapping import reader_of
 from fpo_mlx.records import PairScore, Projection, SaeWeights, TokenPair
 
 
@@ -32,11 +31,7 @@ class MlxBackend:
     ) -> None:
         """Raises: ModelError, SaeError for a model, adapter or site that does not fit."""
         loaded = open_model(model_path, adapter=adapter_path, trust_remote_code=trust_remote_code)
-        sites = [sae.site for sae in saes if sae.site is not None]
-        policy = Policy(
-            loaded.model, loaded.config, sites, share_prompt=share_prompt, projections=projections
-        )
-        self._reader = Reader(policy, [encoder_of(sae) for sae in saes])
+        self._reader = reader_of(loaded, saes, share_prompt=share_prompt, projections=projections)
         self.notes = loaded.notes
         self.dtype = loaded.dtype
 

@@ -149,6 +149,8 @@ def test_where_the_config_does_not_say_what_a_projection_reads_the_model_does(pl
         open_model(model, [read_sae(place / "wide", site="attn_z")])
     texts = ["--sae", place / "wide", "--data", place / "data"]
     refused(run("sae", "evaluate", *texts, *flags), 1, "attn_z", found)
+    cache = ["--output", tmp_path / "cache", "--no-check-sae"]
+    refused(run("precompute", *texts, *flags, *cache), 1, "attn_z", found)
     done = train(place, tmp_path / "out", *flags)
     assert done.exit_code == 0, done.stderr
 
