@@ -282,6 +282,11 @@ class SaeWeights:
         """Neighbouring features of which one alone fires: groupmax; 1 elsewhere."""
         return self.n_features // self.k if self.k and self.activation == "groupmax" else 1
 
+    @property
+    def writes_back(self) -> bool:
+        """Whether its decoder is there, and writes at the place that the SAE reads."""
+        return self.w_dec is not None and not self.transcoder and self.w_dec.shape[1] == self.d_in
+
     def fingerprint(self) -> str:
         """sha256 over everything that changes `encode` (not the decoder, not the metadata)."""
         digest = hashlib.sha256(f"{self.activation}|{self.k}|{self.normalize}".encode())

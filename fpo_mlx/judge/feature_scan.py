@@ -12,7 +12,7 @@ from fpo_mlx.core import features as F
 from fpo_mlx.judge.feature_report import Context, Tally, TextActivations
 from fpo_mlx.judge.scaling import Scaled, Scaling
 from fpo_mlx.model.policy import Policy
-from fpo_mlx.records import Passage, SaeWeights
+from fpo_mlx.records import Passage, SaeWeights, TokenPair
 from fpo_mlx.train.metrics import ScoredPairs
 from fpo_mlx.train.scoring import Scorer
 
@@ -41,8 +41,9 @@ def tally(scorer: Scorer, data: ScoredPairs, report: Callable[[int], None]) -> l
     return tallies
 
 
-def pair_texts(data: ScoredPairs) -> Iterator[Passage]:
-    for pair in data.pairs:
+def pair_texts(pairs: Iterable[TokenPair]) -> Iterator[Passage]:
+    """Both responses of each pair."""
+    for pair in pairs:
         for side, response in zip(("chosen", "rejected"), pair.responses, strict=True):
             yield Passage(pair.prompt, response, f"pair {pair.index}, {side}")
 

@@ -52,7 +52,7 @@ class Scaled:
 
 def wanting(sae: SaeWeights) -> str:
     """What latent scaling needs and this SAE is not; "" where it fits."""
-    if sae.w_dec is None or sae.b_dec is None or sae.transcoder:
+    if not sae.writes_back or sae.b_dec is None:
         return "the decoder of the SAE's own site"
     return "an SAE of raw activations" if sae.normalize != "none" or sae.centred else ""
 

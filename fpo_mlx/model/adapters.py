@@ -31,8 +31,6 @@ from fpo_mlx.storage.adapter_files import (
 )
 from fpo_mlx.storage.adapter_files import WEIGHTS as WEIGHTS
 
-LEAVES = ADAPTED
-
 
 @dataclass(frozen=True)
 class AdapterSpec:
@@ -266,7 +264,7 @@ def _from_peft(
 def parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
     """(path, array) of every adapter leaf, sorted by path."""
     flat = arrays_of(model.parameters())
-    return sorted((k, v) for k, v in flat if k.rsplit(".", 1)[-1] in LEAVES)
+    return sorted((k, v) for k, v in flat if k.rsplit(".", 1)[-1] in ADAPTED)
 
 
 def update(model: nn.Module, weights: Mapping[str, mx.array]) -> None:

@@ -11,7 +11,7 @@ from fpo_mlx import cache
 from fpo_mlx.cache import MergeReport, VerifyReport
 from fpo_mlx.config import RunConfig
 from fpo_mlx.errors import ConfigError, FpoError
-from fpo_mlx.pipeline.job import Say, has_split, open_job, read_pairs
+from fpo_mlx.pipeline.job import Say, open_job, read_pairs, splits_of
 from fpo_mlx.pipeline.store import as_kept, open_engine
 from fpo_mlx.records import PairScore, ResponseScore, TokenPair
 from fpo_mlx.reference import weights
@@ -52,8 +52,7 @@ def cache_verify(
     job = open_job(config, adapter=adapter, say=say, backend=backend, device=device, projected=True)
     identity = as_kept(folder, job, say)
     store = cache.open_cache(folder, identity)
-    names = [name for name in ("train", "valid", "test") if has_split(job, name)] or ["train"]
-    pairs = [pair for name in names for pair in read_pairs(job, name, say)]
+    pairs = [pair for name in splits_of(job) for pair in read_pairs(job, name, say)]
     engine = open_engine(job, say=say)
 
     def score(group: Sequence[TokenPair]) -> list[PairScore]:

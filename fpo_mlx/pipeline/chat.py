@@ -18,6 +18,7 @@ from fpo_mlx.pipeline.job import (
     Say,
     at_site,
     need_model,
+    one_sae,
     open_tokenizer,
     read_sae,
     warn_of_adapters,
@@ -52,9 +53,9 @@ class Chat:
                 speaker.steer(None)
             return
         sae = self.sae
-        if sae is None or sae.w_dec is None or sae.site is None:
+        if sae is None or sae.site is None:
             raise ConfigError("--steer: --sae is missing. Wanted the SAE whose features it names.")
-        if sae.transcoder or sae.normalize != "none" or sae.w_dec.shape[1] != sae.d_in:
+        if sae.w_dec is None or not sae.writes_back or sae.normalize != "none":
             raise ConfigError(
                 f"--steer: {sae.source} does not write into the stream that it reads, so its "
                 "features have no direction there. Use an SAE without normalised inputs."
@@ -115,8 +116,8 @@ def open_chat(
         check_scales(config, adapter_paths, [scale])
     path = resolve_model(need_model(config))
     ref = config.reference
-    if (show or steer) and len(ref.sae) != 1:
-        raise ConfigError(f"--show-features and --steer need one --sae; found {len(ref.sae)}.")
+    if show or steer:
+        one_sae(config, "--show-features and --steer")
     tokenizer = open_tokenizer(config, path, say)
     for adapter in adapter_paths:
         read_spec(Path(adapter))  # before the long part

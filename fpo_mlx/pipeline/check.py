@@ -13,8 +13,8 @@ from fpo_mlx import __version__, data
 from fpo_mlx.config import RunConfig
 from fpo_mlx.data.prepare import KEPT_FROM, keeping
 from fpo_mlx.data.tokenizer import ChatTokenizer
-from fpo_mlx.errors import ConfigError, FpoError
-from fpo_mlx.pipeline.job import Say, columns, hub_splits, open_tokenizer
+from fpo_mlx.errors import FpoError
+from fpo_mlx.pipeline.job import Say, columns, hub_splits, need_data, open_tokenizer
 from fpo_mlx.pipeline.prepared import Ticker, longest, token_folder
 from fpo_mlx.storage import files, outputs, paths
 from fpo_mlx.storage.hub import resolve_model
@@ -39,8 +39,7 @@ def check(
     Raises: ConfigError without data, or when `fix` would lose something (`storage.outputs`).
     """
     d, ref = config.data, config.reference
-    if not d.data:
-        raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
+    need_data(config)
     claim = partial(
         outputs.claim_folder, flag="--fix", made=CLEAN, inputs=config.reads(), overwrite=overwrite
     )

@@ -16,6 +16,7 @@ from fpo_mlx.pipeline.job import (
     Job,
     Say,
     need_features,
+    one_sae,
     open_job,
     read_pairs,
     read_sae,
@@ -77,10 +78,10 @@ def feature_page(
 
     Raises: ConfigError for several SAEs or a feature that there is not; DataError without pairs.
     """
+    from fpo_mlx.judge.feature_scan import pair_texts
     from fpo_mlx.model.adapters import read_spec
 
-    if len(config.reference.sae) != 1:
-        raise ConfigError(f"features show needs one --sae; found {len(config.reference.sae)}.")
+    one = one_sae(config, "features show")
     need_features(config, "features show")
     if adapter_path:
         read_spec(Path(adapter_path))  # before the long part
@@ -94,13 +95,10 @@ def feature_page(
     pairs = read_pairs(job, split, say)[:limit]
     if not pairs:
         raise DataError(f"--split {split}: no pairs to look at.")
-    texts = [
-        Passage(pair.prompt, response, f"pair {pair.index}, {side}")
-        for pair in pairs
-        for side, response in zip(("chosen", "rejected"), pair.responses, strict=True)
-    ]
-    whole = read_sae(config.reference.sae[0], config, say)
-    return _page(job, whole, feature, texts, adapter_path, examples, known, split, say)
+    whole = read_sae(one, config, say)
+    return _page(
+        job, whole, feature, list(pair_texts(pairs)), adapter_path, examples, known, split, say
+    )
 
 
 def _page(
@@ -132,9 +130,8 @@ def _page(
         near = [
             (i, c, known.get(i, "")) for i, c in pages.similar(whole.w_dec, feature, NEIGHBOURS)
         ]
-        fits = not whole.transcoder and whole.w_dec.shape[1] == whole.d_in
         row = whole.w_dec[feature]
-        weights = pages.logit_weights(policies[0], sae.site, row) if fits else None
+        weights = pages.logit_weights(policies[0], sae.site, row) if whole.writes_back else None
         if weights is not None:
             more["promoted"], more["suppressed"] = pages.extremes(weights, TOKENS, decode)
     return FeaturePage(

@@ -102,7 +102,7 @@ def features(
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     scorer = open_scorer(job, adapter_path, measure_kl=False, say=say)
     tallies = feature_scan.tally(scorer, data, count)
-    texts = list(feature_scan.pair_texts(data))
+    texts = list(feature_scan.pair_texts(pairs))
     found = [one.changes(top, sort, sae=i) for i, one in enumerate(tallies)]
     if scaling:
         found = _with_scaling(found, job, scorer, whole, texts, say)

@@ -62,8 +62,7 @@ def open_job(
     heed --project-out, which is of training passes and of the reference they are compared with.
     """
     model = need_model(config)
-    if not config.data.data:
-        raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
+    need_data(config)
     path = resolve_model(model)
     tokenizer = open_tokenizer(config, path, say)
     start = adapter or config.train.init_adapter
@@ -89,6 +88,20 @@ def need_model(config: RunConfig) -> str:
     if not config.reference.model:
         raise ConfigError("--model is missing. Wanted a model folder or hub id.")
     return config.reference.model
+
+
+def need_data(config: RunConfig) -> None:
+    """Raises: ConfigError where --data says nothing."""
+    if not config.data.data:
+        raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
+
+
+def one_sae(config: RunConfig, what: str) -> str:
+    """The --sae of a command that takes one. Raises: ConfigError for none or several."""
+    saes = config.reference.sae
+    if len(saes) != 1:
+        raise ConfigError(f"--sae: found {len(saes)}, wanted exactly one for {what}.")
+    return saes[0]
 
 
 def warn_of_adapters(
@@ -159,12 +172,13 @@ def open_projections(
     for sae, features in zip(saes, named, strict=True):
         if not features:
             continue
-        if sae.w_dec is None or sae.transcoder or sae.w_dec.shape[1] != sae.d_in:
+        if not sae.writes_back:
             raise SaeError(
                 f"--project-out {path}: {sae.source} has no decoder at the place that it reads, so "
                 "its features have no direction there. Use an SAE that has one."
             )
         assert sae.site is not None  # at_site has settled it
+        assert sae.w_dec is not None
         own = np.ascontiguousarray(sae.w_dec[sorted(features)], dtype="<f4")
         digest.update(f"{sae.site}|{own.shape}".encode() + own.tobytes())
         rows.setdefault(sae.site, []).append(own)
@@ -267,6 +281,12 @@ def _identity_sae(site: Site | None, width: int) -> SaeWeights:
 def read_pairs(job: Job, split: str, say: Say) -> list[TokenPair]:
     """One split as token pairs; cuts and drops are said."""
     return read_splits(job.config, job.tokenizer, (split,), say)[split]
+
+
+def splits_of(job: Job) -> tuple[str, ...]:
+    """Every split that the data have; train where there is none, which then says what is wrong."""
+    there = data.find_splits(job.config.data.data, hub_splits(job.config))
+    return tuple(name for name in data.SPLITS if name in there) or ("train",)
 
 
 def has_split(job: Job, split: str) -> bool:

@@ -10,7 +10,7 @@ from fpo_mlx import cache
 from fpo_mlx.config import RunConfig
 from fpo_mlx.machine import device as machine
 from fpo_mlx.machine.processes import find_share
-from fpo_mlx.pipeline.job import Say, has_split, open_job
+from fpo_mlx.pipeline.job import Say, open_job, splits_of
 from fpo_mlx.pipeline.prepared import read_splits
 from fpo_mlx.pipeline.store import OnFill, check_keep, default_cache, fill_cache
 from fpo_mlx.storage.outputs import refuse_inputs
@@ -51,9 +51,7 @@ def precompute(
         refuse_inputs(output, "--output", inputs)
     job = open_job(config, adapter=adapter, say=say, backend=backend, device=device, projected=True)
     job = replace(job, identity=replace(job.identity, pooled_keep=keep_features))
-    names = ("train", "valid", "test") if split == "all" else (split,)
-    if split == "all":
-        names = tuple(name for name in names if has_split(job, name)) or ("train",)
+    names = splits_of(job) if split == "all" else (split,)
     splits = read_splits(config, job.tokenizer, names, say, doctor=True)
     pairs = [pair for name in names for pair in splits[name]]
     folder = output or default_cache(job.identity)

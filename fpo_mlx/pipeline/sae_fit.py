@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from fpo_mlx import data, demo
 from fpo_mlx.config import RunConfig
-from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import (
     Say,
     at_site,
     columns,
     hub_splits,
     need_model,
+    one_sae,
     open_tokenizer,
     read_sae,
 )
@@ -49,12 +49,11 @@ def sae_evaluate(
 
     ref, notes = config.reference, []
     model = need_model(config)
-    if len(ref.sae) != 1:
-        raise ConfigError(f"--sae: found {len(ref.sae)}, wanted exactly one.")
+    one = one_sae(config, "sae evaluate")
     folder = resolve_model(model)
-    sae = at_site(read_sae(ref.sae[0], config, say), config, read_config(folder), notes.append)
+    sae = at_site(read_sae(one, config, say), config, read_config(folder), notes.append)
     for note in sae.notes:
-        say(f"{ref.sae[0]}: {note}")
+        say(f"{one}: {note}")
     passages = read_passages(config, folder, sequences)
     loaded = open_model(
         folder, adapter=adapter_path, trust_remote_code=ref.trust_remote_code, say=say

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx.config import RunConfig
-from fpo_mlx.errors import ConfigError, FpoError
-from fpo_mlx.pipeline.job import Say, at_site, read_sae
+from fpo_mlx.errors import FpoError
+from fpo_mlx.pipeline.job import Say, at_site, one_sae, read_sae
 from fpo_mlx.sae import registry
 from fpo_mlx.sae.check import placed
 from fpo_mlx.sae.convert import ConvertReport, SaeDtype, write_saelens
@@ -25,7 +25,7 @@ SAE = Made("an SAE", r"cfg\.json|sae_weights\.safetensors", whole=True, mark="cf
 
 def sae_info(spec: str, config: RunConfig, say: Say) -> dict[str, Any]:
     """What an SAE is, as plain values; its site is where --layer and --site put it."""
-    sae, ref = read_sae(spec, config, say), config.reference
+    sae, ref = read_sae(spec, config, say, on_disk=True), config.reference
     if ref.model:
         sae = at_site(sae, config, read_config(resolve_model(ref.model)), say)
     else:
@@ -86,8 +86,7 @@ def sae_convert(
 
 def sae_encode(config: RunConfig, *, input: Path, say: Say) -> np.ndarray:
     """Activations of a .npy of vectors [N, D] (or [N, heads, head size]): float32 [N, F]."""
-    if len(config.reference.sae) != 1:
-        raise ConfigError(f"--sae: found {len(config.reference.sae)}, wanted exactly one.")
+    one = one_sae(config, "sae encode")
     try:
         vectors = np.load(input, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -99,7 +98,7 @@ def sae_encode(config: RunConfig, *, input: Path, say: Say) -> np.ndarray:
     if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiu":
         found = getattr(vectors, "dtype", "an archive of several arrays")
         raise FpoError(f"{input}: found {found}, wanted a .npy file of [N, D] floats.")
-    sae = read_sae(config.reference.sae[0], config, say)
+    sae = read_sae(one, config, say)
     if vectors.ndim > 2 and np.prod(vectors.shape[1:]) == sae.d_in:  # [N, heads, head size]
         vectors = vectors.reshape(len(vectors), -1)
     return encode(sae, vectors)

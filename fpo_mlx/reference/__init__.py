@@ -50,8 +50,8 @@ def open_backend(
 ) -> ReferenceBackend:
     """Load the reference model, a folder, with its adapter.
 
-    device, dtype and tokens_per_batch are the torch backend's. All but the paths and the SAEs
-    change time and memory only (dtype also the rounding). Every SAE needs its `site`.
+    device, dtype and tokens_per_batch are the torch backend's. All but the paths, the SAEs and the
+    projections change time and memory only (dtype also the rounding). Every SAE needs its `site`.
     projections: what the model goes on without, in every pass.
     Raises: ConfigError for a backend that is unknown or not installed, ModelError and SaeError for
     a model, adapter or SAE that cannot be used.

@@ -126,7 +126,7 @@ def test_the_command_asks_steers_and_shows_features(place):
 
 @pytest.mark.parametrize(
     ("words", "part"),
-    [(["--steer", "3=+4"], "need one --sae"), (["--show-features", "2"], "need one --sae")],
+    [(["--steer", "3=+4"], "wanted exactly one"), (["--show-features", "2"], "found 0")],
 )
 def test_what_needs_an_sae_says_so(place, words, part):
     refused(run("chat", "--model", place / "model", "--prompt", "a", *words), 2, part)

@@ -169,7 +169,7 @@ def test_contexts_are_the_oracles_strongest_tokens(tmp_path):
     folder = tiny_models.tiny_llama(tmp_path)
     scorer, _ = scorer_with_lora(folder, Objective(top_k=K), [sae])
     pairs = random_pairs([(9, 5, 8), (4, 7, 3)])
-    texts = list(feature_scan.pair_texts(ScoredPairs(pairs, [])))
+    texts = list(feature_scan.pair_texts(pairs))
     assert [t.where for t in texts[:2]] == ["pair 0, chosen", "pair 0, rejected"]
     model, features, best = oracle.load_oracle(folder), [1, 5, 9, 30], {}
     for text in texts:
