@@ -18,7 +18,10 @@ from fpo_mlx.pairs.settings import BuildConfig
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair and where it came from. gap: difference of the scores it was chosen by."""
+    """One pair and where it came from. gap: difference of the scores it was chosen by.
+
+    person: a person decided it, whatever the scores say, which are other judges'.
+    """
 
     id: str
     prompt: Turns
@@ -30,6 +33,7 @@ class Pair:
     agreement: float
     tokens: tuple[int, int]
     source: dict[str, Any]
+    person: bool = False
 
     @property
     def gap(self) -> float:
@@ -61,7 +65,7 @@ class Left:
 def pairs_of(
     found: Candidates, labels: Sequence[Label], settings: BuildConfig, left: Left
 ) -> list[Pair]:
-    """The pairs of one prompt, widest gap first.
+    """The pairs of one prompt: a person's before all others, then by the widest gap.
 
     Scores are those of the judges; where they gave none, an answer's share of wins, a tie half.
     """
@@ -78,7 +82,7 @@ def pairs_of(
         else:
             pairs.append(_pair(found, label, scores))
     kept = [pair for pair in pairs if _fits(pair, found, settings, left)]
-    kept.sort(key=lambda pair: (-pair.gap, -pair.agreement))
+    kept.sort(key=lambda pair: (not pair.person, -pair.gap, -pair.agreement))
     most = settings.per_prompt or (None if settings.margin is not None else 1)
     chosen = kept[:most]
     left.out("more pairs than asked for per prompt", len(kept) - len(chosen))
@@ -93,7 +97,7 @@ def _fits(pair: Pair, found: Candidates, settings: BuildConfig, left: Left) -> b
         left.out("an empty answer")
     elif pair.chosen.strip() == pair.rejected.strip():
         left.out("equal answers")
-    elif settings.margin is not None and not pair.gap >= settings.margin:
+    elif settings.margin is not None and not (pair.person or pair.gap >= settings.margin):
         left.out("below --margin")
     else:
         return True
@@ -122,6 +126,7 @@ def _pair(found: Candidates, label: Label, scores: dict[int, float]) -> Pair:
         found.id, found.prompt.turns, found.prompt.tools, chosen.text, rejected.text,
         scores[best], scores[worst], label.agreement, (chosen.tokens, rejected.tokens),
         {"chosen": best, "rejected": worst, "models": [chosen.model, rejected.model]},
+        label.person,
     )  # fmt: skip
 
 
@@ -134,7 +139,7 @@ def _edited(found: Candidates, label: Label, scores: dict[int, float]) -> Iterat
         yield Pair(
             found.id, found.prompt.turns, found.prompt.tools, text, rejected.text, 1.0,
             min(scores[n], 0.5), 1.0, (length, rejected.tokens),
-            {"chosen": None, "rejected": n, "models": [HUMAN, rejected.model]},
+            {"chosen": None, "rejected": n, "models": [HUMAN, rejected.model]}, label.person,
         )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ class Label:
     score_a: float | None = None
     score_b: float | None = None
     edited: str | None = None  # a person's text that beats both
+    person: bool = False  # a person said it
 
 
 def comparisons(
@@ -87,11 +88,11 @@ def resolve(verdicts: Sequence[Verdict]) -> Label | None:
     if last.judge == PERSON:
         if edits := [v for v in verdicts if v.edited is not None]:  # it may come again
             own = max(edits, key=lambda v: v.time or 0.0)
-            return Label(a, b, "both_bad", edited=own.edited)
+            return Label(a, b, "both_bad", edited=own.edited, person=True)
         said = {v.verdict for v in verdicts} - {"skip", "unreadable"}
         if not said:
             return None
-        return Label(a, b, said.pop() if len(said) == 1 else "tie")
+        return Label(a, b, said.pop() if len(said) == 1 else "tie", person=True)
     if last.order == "none":
         if last.verdict in ("skip", "unreadable"):
             return None
