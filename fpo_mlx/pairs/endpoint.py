@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from fpo_mlx.errors import ConfigError, FpoError
+from fpo_mlx.pairs.settings import JudgeConfig
 from fpo_mlx.storage import lines
 from fpo_mlx.storage.files import parse_json
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # worth another try
+OF_ONE = (400, 413, 422)  # of one request: too long for the model, or refused for what it says
 LONGEST_WAIT = 60.0
 LARGEST_REPLY = 4 << 20
+SHOWN = 200  # characters of what an endpoint says to a refusal
+
+Read = Callable[[Any], tuple[float | None, str]]  # a reply -> (what it says or None, its text)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -37,39 +42,46 @@ class Endpoint:
     url: str
     model: str
     cache: Path
-    key_variable: str = "OPENAI_API_KEY"
-    timeout: float = 60.0
-    retries: int = 6
+    key_variable: str = JudgeConfig.key_variable
+    timeout: float = JudgeConfig.timeout
+    retries: int = JudgeConfig.retries
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self._opener = urllib.request.build_opener(_NoRedirects)
-        self._logprobs = True
+        self._logprobs: bool | None = None  # whether it gives them; None: not asked yet
         self._known: dict[str, Any] = {}
         if self.cache.exists():
             for number, _, line in lines.read_lines(self.cache):
                 record = lines.decode(line, f"{self.cache.name}:{number}")
                 self._known[str(record.get("request"))] = record.get("reply")
+        self._answers = bool(self._known)  # it has answered a request, now or before
         self._writer = lines.LineWriter(self.cache)
 
     def close(self) -> None:
         self._writer.close()
 
-    def ask(self, messages: list[dict[str, str]], read: Callable[[Any], Any]) -> Any:
+    def ask(self, messages: list[dict[str, str]], read: Read) -> tuple[float | None, str]:
         """What `read` makes of the reply; a reply it refuses (ValueError) is asked for again.
+
+        One that says nothing is not kept: the endpoint may be mended. Nor does a request that is
+        refused stop those after it, where others are answered.
 
         Raises: ConfigError where asking again cannot help; FpoError after all retries.
         """
         content = {"url": self.url, "model": self.model, "messages": messages}
         name = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        if name in self._known:
-            return read(self._known[name])
+        if name in self._known and (found := read(self._known[name]))[0] is not None:
+            return found
         reply, found = self._insist(messages, read)
-        self._known[name] = reply
-        self._writer.append({"request": name, "reply": reply})
+        if found[0] is not None:
+            self._known[name] = reply
+            self._writer.append({"request": name, "reply": reply})
         return found
 
-    def _insist(self, messages: list[dict[str, str]], read: Callable[[Any], Any]) -> Any:
+    def _insist(
+        self, messages: list[dict[str, str]], read: Read
+    ) -> tuple[Any, tuple[float | None, str]]:
         wait, why = 1.0, ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -78,9 +90,12 @@ class Endpoint:
                 reply = self._reply(messages)
                 return _kept(reply), read(_kept(reply))
             except urllib.error.HTTPError as error:
-                why = f"HTTP {error.code}"
+                with error:  # its connection, too
+                    why = self._said(error)
+                if error.code in OF_ONE and self._answers:
+                    return None, (None, why)
                 if error.code not in AGAIN:
-                    raise ConfigError(self._refused(error)) from None
+                    raise ConfigError(self._refused(error.code, why)) from None
                 wait = max(2.0**attempt, _asked_wait(error))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 why = str(getattr(error, "reason", error)) or type(error).__name__
@@ -92,19 +107,23 @@ class Endpoint:
 
     def _reply(self, messages: list[dict[str, str]]) -> Any:
         """One reply. Where log-probs are refused it is asked for without them, from then on."""
+        logprobs = self._logprobs is not False
         try:
-            return self._send(messages)
+            reply = self._send(messages, logprobs)
         except urllib.error.HTTPError as error:
-            if error.code not in (400, 422) or not self._logprobs:
+            if error.code not in (400, 422) or self._logprobs is not None:
                 raise
-        self._logprobs = False  # it may not know them; that is found out once and is no try
-        return self._send(messages)
+            error.close()
+            logprobs = False  # it may not know them; that is found out once and is no try
+            reply = self._send(messages, logprobs)
+        self._logprobs, self._answers = logprobs, True
+        return reply
 
-    def _send(self, messages: list[dict[str, str]]) -> Any:
+    def _send(self, messages: list[dict[str, str]], logprobs: bool) -> Any:
         body: dict[str, Any] = {
             "model": self.model, "messages": messages, "temperature": 0, "max_tokens": 4,
         }  # fmt: skip
-        if self._logprobs:
+        if logprobs:
             body |= {"logprobs": True, "top_logprobs": 10}
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable):
@@ -117,11 +136,24 @@ class Endpoint:
             raise ValueError("the reply was cut off or is too large")
         return parse_json(data)
 
-    def _refused(self, error: urllib.error.HTTPError) -> str:
+    def _refused(self, code: int, said: str) -> str:
         hint = "Check the address and --judge-model."
-        if error.code in (401, 403):
+        if code in OF_ONE:
+            hint = "Check --judge-model, and that its context holds a prompt and two answers."
+        if code in (401, 403):
             hint = f"Set the key in the environment variable {self.key_variable} (--key-variable)."
-        return f"--judge-url {self.url} answers HTTP {error.code} {error.reason}. {hint}"
+        return f"--judge-url {self.url} answers {said}. {hint}"
+
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        """The refusal and the beginning of its reason; a key that it repeats is left out."""
+        try:
+            body = error.read(LARGEST_REPLY).decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException):
+            body = ""
+        if key := os.environ.get(self.key_variable):
+            body = body.replace(key, "…")
+        shown = " ".join("".join(c if c.isprintable() else " " for c in body).split())[:SHOWN]
+        return f"HTTP {error.code} {error.reason}" + (f": {shown}" if shown else "")
 
 
 def _kept(reply: Any) -> dict[str, Any]:

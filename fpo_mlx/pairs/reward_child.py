@@ -9,12 +9,14 @@ import inspect
 import json
 import os
 import resource
+import signal
 import sys
 
 MODULE = "_reward_of_the_user"  # nobody's name: "reward" could be a file that this one imports
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends this one
     path, name, memory = sys.argv[1], sys.argv[2], int(float(sys.argv[3]))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the function prints does not come between its answers

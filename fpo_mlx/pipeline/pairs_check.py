@@ -176,6 +176,7 @@ def _verdicts(path: Path, answers: Answers | None) -> FileCheck:
     found = _Found()
     known: dict[Key, Verdict] = {}
     places: dict[tuple[str, int, int, str], str] = {}
+    unread: dict[Key, tuple[str, str]] = {}
     for where, one in found.records(path, parse_verdict):
         if one.key in known:
             found.add("verdict again", where, f"{one.judge} said it above; this line counts")
@@ -186,8 +187,11 @@ def _verdicts(path: Path, answers: Answers | None) -> FileCheck:
                 continue  # it counts for the candidates that it is on
         known[one.key] = replace(one, raw="")
         places[one.id, one.a, one.b, one.judge] = where
+        unread.pop(one.key, None)  # it was asked again
         if what is None and one.verdict == "unreadable":
-            found.add("unreadable verdict", where, f"{one.judge} said neither letter")
+            unread[one.key] = where, f"{one.judge} said neither letter"
+    for where, why in unread.values():
+        found.add("unreadable verdict", where, why)
     for key, orders in _orders(known.values()).items():
         if len(orders) == 1 and orders != {"none"}:
             found.add("one order only", places[key], f"{key[3]} judged {orders.pop()} alone")

@@ -36,6 +36,7 @@ from fpo_mlx.reference.weights import model_fingerprint
 from fpo_mlx.storage.hub import at_hand, read_config, resolve_model
 from fpo_mlx.storage.lines import LineWriter
 
+IN_A_ROW = 10  # replies that say nothing, before that is told
 Task = tuple[int, int, str]  # a, b, order
 Judge = Callable[[Candidates, list[Task]], Iterator[Verdict]]
 
@@ -65,17 +66,18 @@ def pairs_judge(
 ) -> JudgeReport:
     """Judge every comparison that has no verdict of this judge yet.
 
-    A model or an endpoint sees both orders; a reward function scores each answer once. against: a
-    file of a person's votes to compare with. progress: prompts done, prompts in all.
+    A model or an endpoint sees both orders; a reward function scores each answer once. What an
+    endpoint said and could not be read is asked again. against: a file of a person's votes to
+    compare with. progress: prompts done, prompts in all.
 
     Raises: ConfigError, DataError, ModelError; FpoError when an endpoint stays silent.
     """
     found = open_candidates(candidates)
     if not len(found):
         raise DataError(f"{candidates} holds no candidates. Run `fpo-mlx pairs generate` first.")
-    done = set(read_verdicts(output)) if output.exists() else set()
+    done = _done(output, settings)
     votes = read_verdicts(against).values() if against else ()
-    written = 0
+    written, watch = 0, _Watch(settings, say)
     with ExitStack() as stack:
         writer = stack.enter_context(LineWriter(output))
         name, orders, judge = _open(settings, output, found, say, stack)
@@ -92,9 +94,44 @@ def pairs_judge(
             # what a request or a question costs is kept at once, a reward's verdicts per prompt
             for group in [list(made)] if settings.reward else ([verdict] for verdict in made):
                 writer.append(*(verdict.as_dict() for verdict in group))
+                watch(group)
                 written += len(group)
             progress(number, len(found))
     return JudgeReport(written, len(done), judges_of(output, found, votes), name)
+
+
+def _done(output: Path, settings: JudgeConfig) -> set[Key]:
+    """What is not judged again. A model says the same again, an endpoint may have been mended."""
+    found = read_verdicts(output) if output.exists() else {}
+    again = bool(settings.judge_url)
+    return {key for key, v in found.items() if not (again and v.verdict == "unreadable")}
+
+
+class _Watch:
+    """Says once, while there is time, that a judge's replies cannot be read."""
+
+    def __init__(self, settings: JudgeConfig, say: Say) -> None:
+        self._url, self._say = settings.judge_url, say
+        self._row, self._told = 0, False
+
+    def __call__(self, group: Iterable[Verdict]) -> None:
+        for verdict in group:
+            self._row = self._row + 1 if verdict.verdict == "unreadable" else 0
+            if self._row == IN_A_ROW and not self._told:
+                self._told = True
+                self._tell(verdict)
+
+    def _tell(self, last: Verdict) -> None:
+        hint = "take another judge"
+        if self._url:
+            hint = (
+                "if it thinks first, switch that off where it is served; the same command asks "
+                "these again"
+            )
+        self._say(
+            f"warning: {IN_A_ROW} replies of {last.judge} in a row are neither A nor B, the last: "
+            f"{last.raw[:100]!r}. Stop with Ctrl-C and mend that: {hint}"
+        )
 
 
 def check_judge(settings: JudgeConfig) -> None:

@@ -138,6 +138,8 @@ def test_a_model_that_says_neither_letter_labels_nothing(place, tmp_path, monkey
     said = {json.loads(line)["verdict"] for line in (tmp_path / "v").read_text().splitlines()}
     assert said == {"unreadable"}
     assert "cannot be read" in done.stderr
+    again = run("pairs", "judge", source, "--judge", place / "model", "--output", tmp_path / "v")
+    assert "0 verdicts, 4 were there already" in again.stdout  # it would say the same again
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def says(letter: str) -> dict[str, Any]:
 def endpoint(reply: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """A server on this machine: its address, and the requests it saw (with their headers).
 
-    reply gives the body of a 200, an int for an HTTP error, bytes to send as they are, or None to
-    close the connection without a word.
+    reply gives the body of a 200, an int for an HTTP error or (error, body), bytes to send as they
+    are, or None to close the connection without a word.
     """
     seen: list[dict[str, Any]] = []
 
@@ -76,11 +76,11 @@ def endpoint(reply: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
                 self.close_connection = True
                 self.connection.close()
                 return
-            status, data = 200, json.dumps(found).encode()
-            if isinstance(found, int):
-                status, data = found, b"{}"
-            elif isinstance(found, bytes):
-                data = found
+            status, data = found if isinstance(found, tuple) else (200, found)
+            if isinstance(data, int):
+                status, data = data, b"{}"
+            elif not isinstance(data, bytes):
+                data = json.dumps(data).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             if status == 302:
