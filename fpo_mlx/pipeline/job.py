@@ -12,13 +12,13 @@ from fpo_mlx import data
 from fpo_mlx.cache import CacheIdentity
 from fpo_mlx.config import ReferenceConfig, RunConfig, SaeTrainConfig
 from fpo_mlx.data.feature_files import Weights, read_weights
-from fpo_mlx.data.tokenizer import ChatTokenizer, load_tokenizer
+from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, SaeError
 from fpo_mlx.pipeline.origins import warn_of_origin
 from fpo_mlx.pipeline.prepared import Say as Say
 from fpo_mlx.pipeline.prepared import columns as columns
 from fpo_mlx.pipeline.prepared import hub_splits as hub_splits
-from fpo_mlx.pipeline.prepared import read_splits
+from fpo_mlx.pipeline.prepared import read_splits, tokenizer_of
 from fpo_mlx.records import Projection, SaeWeights, Site, TokenPair
 from fpo_mlx.reference import weights
 from fpo_mlx.sae import load_sae
@@ -119,16 +119,8 @@ def need_features(config: RunConfig, what: str) -> None:
 
 def open_tokenizer(config: RunConfig, path: Path, say: Say = lambda _: None) -> ChatTokenizer:
     """The tokenizer of the model folder `path`, with the chat template of the settings."""
-    template = config.data.chat_template
-    tokenizer = load_tokenizer(
-        path,
-        chat_template=Path(template) if template else None,
-        template_kwargs=config.data.chat_template_args,
-        trust_remote_code=config.reference.trust_remote_code,
-    )
-    for note in tokenizer.notes:
-        say(note)
-    return tokenizer
+    d, trust = config.data, config.reference.trust_remote_code
+    return tokenizer_of(path, d.chat_template, d.chat_template_args, trust, say)
 
 
 def open_weights(config: RunConfig, saes: Sequence[SaeWeights]) -> Weights:

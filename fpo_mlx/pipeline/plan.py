@@ -93,7 +93,7 @@ def plan(config: RunConfig, *, memory_gb: float | None = None, say: Say) -> Plan
 def _open(config: RunConfig, say: Say) -> Job:
     """As `open_job`, but without fingerprints: those read every byte of the weights."""
     path = resolve_model(need_model(config))
-    tokenizer = open_tokenizer(config, path)
+    tokenizer = open_tokenizer(config, path, say)
     saes = open_saes(config, read_config(path), say=say)
     start = config.train.init_adapter
     own = Path(start) if start else None

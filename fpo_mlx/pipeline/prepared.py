@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from fpo_mlx import data
 from fpo_mlx.config import RunConfig
 from fpo_mlx.data.findings import Kind, by_kind, leakage
 from fpo_mlx.data.prepare import Prepared, prepare
-from fpo_mlx.data.tokenizer import ChatTokenizer
+from fpo_mlx.data.tokenizer import ChatTokenizer, load_tokenizer
 from fpo_mlx.errors import DataError
 from fpo_mlx.records import TokenPair
 from fpo_mlx.storage import paths
@@ -100,6 +100,24 @@ def _beyond_training(name: str, pairs: Sequence[TokenPair], tokenizer: ChatToken
         f"{name}: warning: {over} pairs are longer than the {trained} tokens that the model was "
         f"trained on (the longest has {max(lengths)}); --max-seq-length {trained} cuts them"
     ]
+
+
+def tokenizer_of(
+    path: Path, template: str | None, variables: Mapping[str, Any], trust: bool, say: Say
+) -> ChatTokenizer:
+    """The tokenizer of a model's folder with the chat template of a command's settings.
+
+    variables: of the template; a slip in them changes nothing, and is said.
+    """
+    tokenizer = load_tokenizer(
+        path,
+        chat_template=Path(template) if template else None,
+        template_kwargs=variables,
+        trust_remote_code=trust,
+    )
+    for note in tokenizer.notes:
+        say(note)
+    return tokenizer
 
 
 def longest(max_seq_length: int, tokenizer: ChatTokenizer, say: Say = lambda _: None) -> int:

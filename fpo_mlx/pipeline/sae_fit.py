@@ -54,7 +54,7 @@ def sae_evaluate(
     sae = at_site(read_sae(one, config, say), config, read_config(folder), notes.append)
     for note in sae.notes:
         say(f"{one}: {note}")
-    passages = read_passages(config, folder, sequences)
+    passages = read_passages(config, folder, sequences, say)
     loaded = open_model(
         folder, adapter=adapter_path, trust_remote_code=ref.trust_remote_code, say=say
     )
@@ -66,15 +66,15 @@ def sae_evaluate(
     return replace(report, warnings=(*said, *report.warnings))
 
 
-def read_passages(config: RunConfig, model: Path, count: int) -> list[Passage]:
+def read_passages(config: RunConfig, model: Path, count: int, say: Say) -> list[Passage]:
     """Answers to judge on: of the split that is held out, where the data has one."""
     d = config.data
     source = d.data or str(Path(demo.__file__).parent / "data")
     splits = data.find_splits(source, hub_splits(config), want="valid")
     split = next((name for name in HELD_OUT_FIRST if name in splits), "train")
     read = partial(data.iterate_raw, source, split, hub_splits(config))
-    tokenizer = open_tokenizer(config, model)
-    most = longest(d.max_seq_length, tokenizer)
+    tokenizer = open_tokenizer(config, model, say)
+    most = longest(d.max_seq_length, tokenizer, say)
     return data.read_passages(read, tokenizer, count, most, columns(config))
 
 

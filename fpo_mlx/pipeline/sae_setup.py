@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 from fpo_mlx import data
 from fpo_mlx.config import SaeTrainConfig, named
-from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import ConfigError, SaeError
 from fpo_mlx.pipeline.job import Say, read_sae_as
-from fpo_mlx.pipeline.prepared import longest
+from fpo_mlx.pipeline.prepared import longest, tokenizer_of
 from fpo_mlx.records import SITE_KINDS, SaeWeights, Site
 from fpo_mlx.reference import weights
 from fpo_mlx.saetrain import rows, texts
@@ -212,18 +211,16 @@ def _fingerprint(sae: SaeWeights) -> str:
 
 
 def _documents(config: SaeTrainConfig, model: Path, say: Say) -> texts.Documents:
-    template = Path(config.chat_template) if config.chat_template else None
-    tokenizer = load_tokenizer(
-        model, chat_template=template, template_kwargs=config.chat_template_args,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
+    tokenizer = tokenizer_of(
+        model, config.chat_template, config.chat_template_args, config.trust_remote_code, say
+    )
     documents = texts.read_documents(
         config.data, tokenizer, max_length=longest(config.max_seq_length, tokenizer, say),
         kind=config.data_kind, tokens=config.tokens,
         limit=config.training_tokens or MOST_POSITIONS, columns=_columns(config),
         hub=data.HubSplits(train=config.train_split, subset=config.subset),
     )  # fmt: skip
-    for note in (*tokenizer.notes, *documents.notes):
+    for note in documents.notes:
         say(note)
     return documents
 
