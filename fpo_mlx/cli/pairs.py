@@ -19,8 +19,9 @@ from fpo_mlx.cli.options import (
 )
 from fpo_mlx.cli.pairs_look import check, plan, show_judges
 from fpo_mlx.cli.show import Steps, say
+from fpo_mlx.config import load_section
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, load
+from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig
 
 
 @click.group(cls=Group)
@@ -50,7 +51,7 @@ def generate(config, output, json_path, **values) -> None:
     """
     from fpo_mlx import pipeline
 
-    settings = load(GenerateConfig, values, config)
+    settings = load_section(GenerateConfig, values, config)
     done = pipeline.pairs_generate(settings, output=output, say=say, progress=_Answers())
     write_json(json_path, dataclasses.asdict(done))
     if done.cut:
@@ -86,7 +87,7 @@ def judge(candidates, config, output, against, json_path, **values) -> None:
     """
     from fpo_mlx import pipeline
 
-    settings = load(JudgeConfig, values, config)
+    settings = load_section(JudgeConfig, values, config)
     done = pipeline.pairs_judge(
         settings, candidates=candidates, output=output, against=against, say=say,
         progress=Steps("prompts"),
@@ -118,7 +119,7 @@ def build(candidates, verdicts, reward, config, output, json_path, overwrite, **
     """
     from fpo_mlx import pipeline
 
-    settings = load(BuildConfig, values, config)
+    settings = load_section(BuildConfig, values, config)
     if not verdicts and not reward:
         raise ConfigError("--verdicts is missing: give a file of verdicts, or --reward.")
     done = pipeline.pairs_build(

@@ -10,15 +10,17 @@ import click
 from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
     PATH,
+    READ,
     claims,
     json_option,
     overwrite_option,
     section_options,
     write_json,
 )
-from fpo_mlx.cli.show import listing, table
+from fpo_mlx.cli.show import listing, say, table
+from fpo_mlx.config import load_section
 from fpo_mlx.errors import ConfigError, DataError
-from fpo_mlx.pairs.settings import GenerateConfig, load
+from fpo_mlx.pairs.settings import GenerateConfig
 
 if TYPE_CHECKING:
     from fpo_mlx.pipeline.pairs_plan import Cost
@@ -28,8 +30,8 @@ GB = 1e9
 
 @click.command(cls=Command)
 @section_options(GenerateConfig)
-@click.option("--judge", help="Model that will judge: folder or hub id.")
-@click.option("--criteria", help="Text file that says what a better answer is.")
+@click.option("--judge", type=READ, help="Model that will judge: folder or hub id.")
+@click.option("--criteria", type=READ, help="Text file that says what a better answer is.")
 @click.option(
     "--compare", type=click.Choice(["all", "neighbours"]), default="all", show_default=True,
     help="Pairs of a prompt's answers to compare.",
@@ -50,8 +52,9 @@ def plan(config, judge, criteria, compare, memory_gb, json_path, **values) -> No
     from fpo_mlx import pipeline
 
     found = pipeline.pairs_plan(
-        load(GenerateConfig, values, config), judge=judge, neighbours=compare == "neighbours",
-        criteria=criteria, memory_gb=memory_gb,
+        load_section(GenerateConfig, values, config),
+        judge=judge, neighbours=compare == "neighbours", criteria=criteria, memory_gb=memory_gb,
+        say=say,
     )  # fmt: skip
     write_json(json_path, found.as_dict())
     click.echo(f"generate: {found.answers} answers to {found.prompts} prompts")

@@ -16,8 +16,9 @@ from fpo_mlx.cli.options import (
     write_json,
 )
 from fpo_mlx.cli.show import say, table
+from fpo_mlx.config import load_section
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.pairs.settings import RoundsConfig, load
+from fpo_mlx.pairs.settings import RoundsConfig
 
 
 @click.command(cls=Command)
@@ -41,7 +42,7 @@ def rounds(config, json_path) -> None:
     if config is None:
         raise ConfigError("--config is missing: give the YAML file that describes the rounds.")
     found = pipeline.rounds(config, say=say)
-    root = Path(load(RoundsConfig, {}, config).output)
+    root = Path(load_section(RoundsConfig, {}, config).output)
     write_json(json_path, [asdict(one) for one in found])
     table(
         [

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fpo_mlx.data.messages import kind
-from fpo_mlx.data.rows import Message, RowFault, Turns, parse_row
+from fpo_mlx.data.rows import RowFault, Turns, parse_row
 from fpo_mlx.errors import DataError
 from fpo_mlx.storage import lines
 
@@ -30,7 +30,6 @@ PERSON = "person"  # the judge of votes from the page
 VERDICTS = ("a", "b", "tie", "both_bad", "skip", "unreadable")
 LARGEST = 1e300  # score; differences of two stay finite
 ORDERS = ("ab", "ba", "none")
-LABELS = ("a", "b", "tie", "both_bad")  # those that say something
 MOST = 65  # candidates of one prompt: what `pairs generate` may make, and a person's
 
 Key = tuple[str, int, int, str, str, str | None]
@@ -293,7 +292,3 @@ def _number(record: Mapping[str, Any], name: str, where: str) -> float | None:
             f"{where}: {name} {str(value)[:40]}, wanted a finite number of at most {LARGEST:g}."
         )
     return float(value)
-
-
-def as_messages(turns: Turns) -> list[Message]:
-    return [dict(turn) for turn in turns]

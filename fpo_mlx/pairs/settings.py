@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from fpo_mlx import config
 from fpo_mlx.config.fields import setting
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pairs.records import MOST
 
-T = TypeVar("T")
+MOST_SECONDS = 1e6  # a socket and a pipe cannot be told much more
+MOST_GB = 1e6
 
 
-def _opt(
-    default: Any, help: str, group: str = "answers", first: bool = True, path: bool = False
-) -> Any:
-    return setting(default, help, group, first=first, path=path)
+def _opt(default: Any, help: str, group: str = "answers", path: bool = False) -> Any:
+    return setting(default, help, group, first=True, path=path)
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,8 @@ class GenerateConfig:
             faults.append(f"--temp 0: all {self.n} answers would be the same; wanted more than 0.")
         if self.seed < 0:
             faults.append(f"--seed {self.seed}: wanted 0 or more.")
+        if self.score_in_prompt is not None and not math.isfinite(self.score_in_prompt):
+            faults.append(f"--score-in-prompt {self.score_in_prompt}: wanted a finite number.")
         _refuse(faults)
 
 
@@ -88,7 +85,13 @@ class JudgeConfig:
     )
 
     def __post_init__(self) -> None:
-        faults = _not_positive(self, "timeout", "memory_gb")
+        faults = [
+            f"--{name} {value}: wanted more than 0, {most:g} at most."
+            for name, value, most in (
+                ("timeout", self.timeout, MOST_SECONDS), ("memory-gb", self.memory_gb, MOST_GB),
+            )
+            if not 0 < value <= most
+        ]  # fmt: skip
         if self.retries < 0:
             faults.append(f"--retries {self.retries}: wanted 0 or more.")
         given = [name for name in ("judge", "judge_url", "reward") if getattr(self, name)]
@@ -188,23 +191,6 @@ class RoundsConfig:
         _refuse(faults)
 
 
-def load(cls: type[T], flags: Mapping[str, Any], path: Path | None = None) -> T:
-    """Flags over a YAML file over defaults; ~ is spelled out in places on disk.
-
-    Raises ConfigError for unknown keys and bad values.
-    """
-    given = config.read_yaml(path) if path else {}
-    hints = typing.get_type_hints(cls)
-    if unknown := sorted(set(given) - set(hints)):
-        raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}.")
-    given |= {name: value for name, value in flags.items() if value is not None}
-    typed = {n: config.coerce(n, v, hints[n]) for n, v in given.items()}
-    for one in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if one.metadata.get("path") and isinstance(typed.get(one.name), str):
-            typed[one.name] = os.path.expanduser(typed[one.name])
-    return cls(**typed)
-
-
 def _not_positive(settings: Any, *names: str) -> list[str]:
     return [
         f"--{name.replace('_', '-')} {getattr(settings, name)}: wanted more than 0."
@@ -220,7 +206,3 @@ def _names(cls: type) -> set[str]:
 def _refuse(faults: list[str]) -> None:
     if faults:
         raise ConfigError("\n".join(faults))
-
-
-def as_dict(settings: Any) -> dict[str, Any]:
-    return dataclasses.asdict(settings)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx.config import load_config
+from fpo_mlx.config import load_config, load_section
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs import choose
 from fpo_mlx.pairs.choose import Left, Pair
@@ -109,7 +109,8 @@ def _by_reward(
     reward: str, settings: BuildConfig, candidates: Path, output: Path, say: Say
 ) -> list[Verdict]:
     """This reward's verdicts; the file keeps those of earlier ones."""
-    asked = JudgeConfig(reward=reward, against_reference=settings.against_reference)
+    given = {"reward": reward, "against_reference": settings.against_reference}
+    asked = load_section(JudgeConfig, given)  # which spells ~ out
     judged = pairs_judge(asked, candidates=candidates, output=output, say=say)
     say(f"{judged.written} verdicts of {reward} in {output}")
     return [v for v in read_verdicts(output).values() if v.judge == judged.judge]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx.config import Sampling
-from fpo_mlx.data.tokenizer import ChatTokenizer, load_tokenizer
+from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs import prompts as asking
 from fpo_mlx.pairs.augment import with_score
@@ -25,6 +25,7 @@ from fpo_mlx.pairs.records import (
 from fpo_mlx.pairs.settings import GenerateConfig
 from fpo_mlx.pipeline.job import Say
 from fpo_mlx.pipeline.origins import warn_of_origin
+from fpo_mlx.pipeline.prepared import longest, tokenizer_of
 from fpo_mlx.storage.hub import resolve_model
 from fpo_mlx.storage.lines import LineWriter
 
@@ -77,8 +78,8 @@ def pairs_generate(
     warn_of_origin([adapter], settings.model, path, template, say)
     there = open_candidates(output) if output.exists() else CandidateFile(output)
     done = set(there.offsets)
-    tokenizer = _tokenizer(path, settings)
-    _lengths(settings, tokenizer, done)
+    tokenizer = _tokenizer(path, settings, say)
+    _lengths(settings, tokenizer, done, say)
     _warn_of_others(settings, there, say)
     with LineWriter(output) as writer:
         model = _open(path, settings, say)
@@ -104,26 +105,26 @@ def _inputs(settings: GenerateConfig) -> Path:
     return path
 
 
-def _tokenizer(path: Path, settings: GenerateConfig) -> ChatTokenizer:
-    return load_tokenizer(
-        path, trust_remote_code=settings.trust_remote_code,
-        chat_template=Path(settings.chat_template) if settings.chat_template else None,
-        template_kwargs=settings.chat_template_args,
-    )  # fmt: skip
+def _tokenizer(path: Path, settings: GenerateConfig, say: Say) -> ChatTokenizer:
+    template, variables = settings.chat_template, settings.chat_template_args
+    return tokenizer_of(path, template, variables, settings.trust_remote_code, say)
 
 
-def prompt_lengths(settings: GenerateConfig) -> tuple[Path, list[int]]:
+def prompt_lengths(settings: GenerateConfig, say: Say) -> tuple[Path, list[int]]:
     """The model's folder, and the tokens of each prompt. Raises: as `pairs_generate` does."""
     path = _inputs(settings)
-    return path, _lengths(settings, _tokenizer(path, settings), set())
+    return path, _lengths(settings, _tokenizer(path, settings, say), set(), say)
 
 
-def _lengths(settings: GenerateConfig, tokenizer: ChatTokenizer, done: set[str]) -> list[int]:
+def _lengths(
+    settings: GenerateConfig, tokenizer: ChatTokenizer, done: set[str], say: Say
+) -> list[int]:
     """Tokens of each prompt that has no answers yet. Raises: DataError with all that have no room
     or that the template refuses; an answer may be hours from the first."""
     lengths: dict[str, int] = {}
     faults: list[str] = []
-    room = settings.max_seq_length - settings.max_tokens
+    most = longest(settings.max_seq_length, tokenizer, say)
+    room = most - settings.max_tokens
     for window in asking.windows(_asked(settings), WINDOW):
         found = _rendered(window, tokenizer, faults)
         new = {id: one for id, one in found.items() if id not in done and id not in lengths}
@@ -134,9 +135,9 @@ def _lengths(settings: GenerateConfig, tokenizer: ChatTokenizer, done: set[str])
                 faults.append(f"{len(tokens)} tokens: {prompt.text[:80]!r}")
     if faults:
         raise DataError(
-            f"{settings.prompts}: {len(faults)} prompts cannot be asked. --max-seq-length "
-            f"{settings.max_seq_length} with --max-tokens {settings.max_tokens} leaves room for "
-            f"{room} tokens. Shorten them, leave them out, or change these settings.",
+            f"{settings.prompts}: {len(faults)} prompts cannot be asked. --max-seq-length {most} "
+            f"with --max-tokens {settings.max_tokens} leaves room for {room} tokens. Shorten them, "
+            "leave them out, or change these settings.",
             faults,
         )
     return list(lengths.values())
@@ -155,6 +156,18 @@ def _warn_of_others(settings: GenerateConfig, there: CandidateFile, say: Say) ->
             f"warning: {there.path} was begun otherwise ({'; '.join(other)}); those answers stay, "
             "and only prompts without any are asked. Name another --output for answers of one kind"
         )
+    answers = (c for one in there for c in one.candidates)
+    cut = next((c for c in answers if _may_be_longer(c, settings)), None)
+    if cut is not None:
+        say(
+            f"warning: {there.path} holds answers that were cut at {cut.tokens} tokens; they stay, "
+            f"and --max-tokens {settings.max_tokens} makes none of them longer. Name another "
+            "--output for answers that may be"
+        )
+
+
+def _may_be_longer(one: Candidate, settings: GenerateConfig) -> bool:
+    return one.finish == "length" and one.tokens < settings.max_tokens
 
 
 def _name(settings: GenerateConfig) -> str:
@@ -272,13 +285,9 @@ def _candidates(
 
 
 def _open(path: Path, settings: GenerateConfig, say: Say) -> nn.Module:
-    from fpo_mlx.model import adapters
-    from fpo_mlx.model.load import load_model
+    from fpo_mlx.model.open import open_model  # which loads MLX
 
-    loaded = load_model(path, trust_remote_code=settings.trust_remote_code)
-    for note in loaded.notes:
-        say(note)
-    if settings.adapter_path:
-        adapters.load(loaded.model, Path(settings.adapter_path))
-    loaded.model.eval()
-    return loaded.model
+    trust = settings.trust_remote_code
+    return open_model(
+        path, adapter=settings.adapter_path or None, trust_remote_code=trust, say=say
+    ).model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from fpo_mlx.machine.memory import ModelShape, Term, total
 from fpo_mlx.pairs import question
 from fpo_mlx.pairs.labels import combined
 from fpo_mlx.pairs.settings import GenerateConfig
+from fpo_mlx.pipeline.job import Say
 from fpo_mlx.pipeline.pairs_generate import WINDOW, prompt_lengths
 from fpo_mlx.storage.hub import read_config, resolve_model
 
@@ -59,7 +61,7 @@ class PairsPlan:
 
 def pairs_plan(
     settings: GenerateConfig, *, judge: str | None = None, neighbours: bool = False,
-    criteria: str | None = None, memory_gb: float | None = None,
+    criteria: str | None = None, memory_gb: float | None = None, say: Say,
 ) -> PairsPlan:  # fmt: skip
     """Predict memory and time of `pairs generate` and, with a judge model, of `pairs judge`.
 
@@ -69,10 +71,10 @@ def pairs_plan(
     """
     from fpo_mlx.machine import device
 
-    if memory_gb is not None and memory_gb <= 0:
-        raise ConfigError(f"--memory-gb {memory_gb:g}: wanted more than 0.")
+    if memory_gb is not None and not 0 < memory_gb < math.inf:
+        raise ConfigError(f"--memory-gb {memory_gb:g}: wanted a finite number, more than 0.")
     memory = device.memory() if memory_gb is None else memory_gb * 1e9
-    path, lengths = prompt_lengths(settings)
+    path, lengths = prompt_lengths(settings, say)
     model, speed = _shape(path, settings.trust_remote_code), measure()
     batches = _batches(lengths, settings)
     made = answering.answer_terms(model, batches, settings.rows)

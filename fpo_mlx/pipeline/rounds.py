@@ -6,18 +6,18 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fpo_mlx.config import RunConfig, load_config
+from fpo_mlx.config import RunConfig, load_config, load_section, named
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pairs.labels import by_prompt, labels_of
 from fpo_mlx.pairs.prompts import check_prompts
 from fpo_mlx.pairs.records import HUMAN, Candidates, open_candidates, read_verdicts
-from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, RoundsConfig, load
+from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, RoundsConfig
 from fpo_mlx.pipeline.job import Say, open_saes
 from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
 from fpo_mlx.pipeline.pairs_generate import pairs_generate
@@ -35,8 +35,9 @@ MADE_WITH = {  # what each setting has a part in; ANY of those that are not here
     "prompts": ("round-*/candidates.jsonl",),
     "judge": ("round-*/*verdicts.jsonl",),
     "build": ("round-*/pairs",),
-    "keep_old": ("round-*/adapters/checkpoint",),
-    "train": ("round-*/adapters/checkpoint",),
+    "keep_old": ("round-*/data", "round-*/adapters/checkpoint"),
+    # before it has a state, a run begins anew
+    "train": ("round-*/adapters/checkpoint/state.safetensors", f"round-*/{DONE}"),
     "max_drift": (f"round-*/{DONE}",),
 }
 
@@ -63,10 +64,10 @@ def rounds(path: Path, *, say: Say) -> list[Round]:
     max_drift.
     Raises: ConfigError, and whatever the steps raise.
     """
-    settings = load(RoundsConfig, {}, path)
+    settings = load_section(RoundsConfig, {}, path)
     parts = _check(settings, say)
     root, found = Path(settings.output), []
-    _same_settings(root, settings)
+    _same_settings(root, settings, say)
     held_out = _answers(settings, root / "round-0", None, settings.held_out, "held-out", say)
     adapter: Path | None = None
     for number in range(1, settings.rounds + 1):
@@ -85,7 +86,8 @@ def _check(settings: RoundsConfig, say: Say) -> tuple[JudgeConfig, BuildConfig]:
     """Every section, and all that it names, is looked at before the first step."""
     _generate(settings, None, settings.prompts, 0)
     training = _training(settings, Path("data"), Path("adapters"), None)
-    judge, build = load(JudgeConfig, settings.judge), load(BuildConfig, settings.build)
+    judge = load_section(JudgeConfig, settings.judge)
+    build = load_section(BuildConfig, settings.build)
     for prompts in (settings.prompts, settings.held_out):
         check_prompts(Path(prompts))
     check_judge(judge)
@@ -94,8 +96,11 @@ def _check(settings: RoundsConfig, say: Say) -> tuple[JudgeConfig, BuildConfig]:
     return judge, build
 
 
-def _same_settings(root: Path, settings: RoundsConfig) -> None:
-    """What was made with other settings is not gone on with; more rounds may be asked for."""
+def _same_settings(root: Path, settings: RoundsConfig, say: Say) -> None:
+    """What was made with other settings is not gone on with; more rounds may be asked for.
+
+    Of `train` that holds for what a resumed run may not change, or nothing would get past a guard.
+    """
     now, path = {**asdict(settings), "rounds": None}, root / "settings.json"
     if path.exists():
         before = files.parse_json(path.read_text(encoding="utf-8"))
@@ -104,13 +109,15 @@ def _same_settings(root: Path, settings: RoundsConfig) -> None:
         changed = [
             k for k in {**now, **was} if k not in was or _one(k, was[k]) != _one(k, now.get(k))
         ]
-        if changed and not any(_is_made(root, name) for name in changed):
-            files.write_json(path, now)
-        elif changed:
+        if any(_is_made(root, name) for name in changed):
             raise ConfigError(
                 f"{root} was begun with other settings ({', '.join(changed)}). Name another "
                 "output, or give the settings it was begun with."
             )
+        if was.get("train") != now["train"] and _is_made(root, "train"):
+            say("train has other settings now; a round that is done stays as it is")
+        if now != was:
+            files.write_json(path, now)
     else:
         inputs = (settings.model, settings.prompts, settings.held_out)
         outputs.claim_folder(root, "output", ROUNDS, inputs=inputs)
@@ -124,9 +131,13 @@ def _is_made(root: Path, name: str) -> bool:
 
 
 def _one(name: str, value: Any) -> Any:
-    """A setting's value; a place on disk under its real name, however it is spelled."""
+    """A setting's value as it is compared: a place on disk under its real name, however it is
+    spelled, and `train` without what its --resume takes."""
     if name in ("model", "prompts", "held_out", "output") and (found := outputs.existing([value])):
         return str(found[0].resolve())
+    if name == "train" and isinstance(value, Mapping):
+        free = named("may_change")
+        return {setting: given for setting, given in value.items() if setting not in free}
     return value
 
 
@@ -169,8 +180,9 @@ def _generate(
 ) -> GenerateConfig:
     """Each round draws new answers; held-out ones (number 0) have the same noise in every round."""
     given = {"model": settings.model, "prompts": prompts, **settings.generate}
-    given["seed"] = int(given.get("seed", 0)) + number
-    return load(GenerateConfig, given | ({"adapter_path": str(adapter)} if adapter else {}))
+    given |= {"adapter_path": str(adapter)} if adapter else {}
+    found = load_section(GenerateConfig, given)
+    return replace(found, seed=found.seed + number)
 
 
 def _answers(
@@ -251,6 +263,7 @@ def _against(
                 if name not in there:
                     writer.append(Candidates(name, one.get(id).prompt, answers).as_dict())
     verdicts = folder / "versus-verdicts.jsonl"
+    judge = replace(judge, against_reference=False)  # no answer of a person's is among them
     pairs_judge(judge, candidates=versus, output=verdicts, say=say)
     for name, group in by_prompt(read_verdicts(verdicts).values()).items():
         for label in labels_of(group):

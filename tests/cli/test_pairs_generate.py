@@ -217,3 +217,43 @@ def test_a_model_of_other_caches_answers_one_after_the_other(tmp_path, prompts, 
     assert generate(tmp_path, prompts, tmp_path / "b.jsonl").exit_code == 0
     for one, two in zip(*(records(tmp_path / f"{n}.jsonl") for n in "ab"), strict=True):
         assert [c["text"] for c in one["candidates"]] == [c["text"] for c in two["candidates"]]
+
+
+def test_a_prompt_that_runs_past_a_table_of_positions_is_refused(tmp_path):
+    """GPT-2 and OPT look positions up; past the end MLX reads what lies there."""
+    tiny_models.tiny_gpt2(tmp_path / "model", tokenizer=True, n_positions=64)
+    (tmp_path / "p.txt").write_text("Why?\n" + "long " * 60 + "\n")
+    done = generate(tmp_path, tmp_path / "p.txt", tmp_path / "c.jsonl")
+    refused(done, 3, "1 prompts cannot be asked", "--max-seq-length 64", "room for 58 tokens")
+    assert "the model has 64 positions" in done.stderr
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_a_slip_in_the_templates_variables_is_said(place, prompts, tmp_path):
+    words = ("--chat-template-args", '{"enable_thoughts": false}')
+    done = generate(place, prompts, tmp_path / "c.jsonl", *words)
+    assert done.exit_code == 0, done.stderr
+    assert "has no variable 'enable_thoughts'" in done.stderr
+
+
+def test_answers_that_were_cut_stay_so_and_that_is_said(place, prompts, tmp_path):
+    out = tmp_path / "c.jsonl"
+    assert generate(place, prompts, out).exit_code == 0
+    before = out.read_bytes()
+    done = generate(place, prompts, out, "--max-tokens", 12)
+    assert done.exit_code == 0, done.stderr
+    assert "answers that were cut at 6 tokens" in done.stderr
+    assert "--output" in done.stderr
+    assert out.read_bytes() == before
+    assert "were cut at" not in generate(place, prompts, out, "--max-tokens", 5).stderr
+
+
+def test_what_yaml_says_wrong_is_said_all_at_once_and_a_near_name_is_named(
+    place, prompts, tmp_path
+):
+    yaml = tmp_path / "g.yaml"
+    yaml.write_text("rows: many\nseed: 1.9\n")
+    refused(generate(place, prompts, tmp_path / "c.jsonl", "-c", yaml), 2, "--rows", "--seed 1.9")
+    yaml.write_text("max_token: 3\n")
+    done = generate(place, prompts, tmp_path / "c.jsonl", "-c", yaml)
+    refused(done, 2, "g.yaml", "Did you mean max_tokens?")

@@ -15,6 +15,8 @@ from command_line import refused, run  # noqa: E402
 from evaluated import own_cache, place  # noqa: E402, F401
 from judges import candidates  # noqa: E402
 
+from fpo_mlx.errors import ConfigError  # noqa: E402
+from fpo_mlx.pairs.records import read_verdicts  # noqa: E402
 from fpo_mlx.pairs.settings import JudgeConfig, RoundsConfig  # noqa: E402
 from fpo_mlx.pipeline.rounds import _training  # noqa: E402
 
@@ -105,7 +107,8 @@ def test_rounds_end_where_nothing_is_won(place, tmp_path):
     [({"held_out": ""}, "held_out is missing"), ({"rounds": 0}, "--rounds 0"),
      ({"train": {"adapter_path": "x"}}, "settled by the rounds"), ({"odd": 1}, "odd"),
      ({"judge": {}}, "--judge"), ({"train": {"lerning_rate": 1}}, "lerning_rate"),
-     ({"generate": {"m": 1}}, "m"),
+     ({"generate": {"m": 1}}, "m"), ({"generate": {"seed": "abc"}}, "--seed 'abc'"),
+     ({"generate": {"seed": 1.9}}, "--seed 1.9"),
      ({"train": {"objective": "dpo", "chat_template": "t.jinja"}}, "chat_template differs")],
 )  # fmt: skip
 def test_what_cannot_be_is_said_before_the_first_step(place, tmp_path, changes, part):
@@ -143,7 +146,7 @@ def test_what_nothing_was_made_with_may_be_mended(place, tmp_path, monkeypatch):
     done = run("rounds", "-c", write(place, tmp_path, rounds=1))
     assert done.exit_code == 0, done.stderr
     assert (tmp_path / "rounds/round-1/candidates.jsonl").stat().st_mtime_ns == answers
-    changed = write(place, tmp_path, rounds=1, train={"objective": "dpo", "iters": 1})
+    changed = write(place, tmp_path, rounds=1, train={"objective": "dpo", "learning_rate": 1})
     refused(run("rounds", "-c", changed), 2, "begun with other settings (train)")
 
 
@@ -193,6 +196,50 @@ def test_a_model_that_says_nothing_any_more_loses(tmp_path):
     one = rounds.Round(2, 1, None, 0.0, 0.0, rate, interval, 1.0, None)
     settings = RoundsConfig(model="m", prompts="p", held_out="h")
     assert "lose to those of the round before" in rounds._end(one, settings)
+
+
+def test_rounds_are_told_apart_where_the_judge_compares_with_a_persons_answers(tmp_path):
+    rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
+    before = candidates(tmp_path / "b.jsonl", {f"Q{i}?": ["long words " * 9] for i in range(10)})
+    after = candidates(tmp_path / "a.jsonl", {f"Q{i}?": ["short"] for i in range(10)})
+    judge = JudgeConfig(reward="brevity", against_reference=True)
+    rate, _ = rounds._against(before, after, judge, tmp_path, lambda _: None)
+    assert rate == 1.0
+    assert len(read_verdicts(tmp_path / "versus-verdicts.jsonl")) == 10
+
+
+def begun(tmp_path, **train):
+    """Rounds with these settings of training are begun, or gone on with; what is said."""
+    rounds, said = importlib.import_module("fpo_mlx.pipeline.rounds"), []
+    settings = RoundsConfig(
+        model="m", prompts="p", held_out="h", output=str(tmp_path / "rounds"), train=train
+    )
+    rounds._same_settings(tmp_path / "rounds", settings, said.append)
+    return said
+
+
+def test_what_a_resumed_training_may_change_gets_a_round_past_the_guard(tmp_path):
+    assert begun(tmp_path, learning_rate=1e-3) == []
+    adapters = tmp_path / "rounds/round-1/adapters"
+    (adapters / "checkpoint").mkdir(parents=True)
+    (adapters / "checkpoint/state.safetensors").write_text("a state")
+    said = begun(tmp_path, learning_rate=1e-3, on_divergence="skip", max_margin=float("inf"))
+    assert "a round that is done stays as it is" in said[0]
+    assert begun(tmp_path, learning_rate=1e-3, on_divergence="skip", max_margin=float("inf")) == []
+    with pytest.raises(ConfigError, match="begun with other settings \\(train\\)"):
+        begun(tmp_path, learning_rate=1e-4, on_divergence="skip")
+
+
+def test_a_round_that_the_guard_stopped_before_a_state_may_learn_slower(tmp_path):
+    assert begun(tmp_path, learning_rate=1e-3) == []
+    (tmp_path / "rounds/round-1/adapters/checkpoint").mkdir(parents=True)
+    assert begun(tmp_path, learning_rate=1e-4) == []
+
+
+def test_a_seed_that_is_left_empty_is_the_usual_one():
+    rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
+    settings = RoundsConfig(model="m", prompts="p", held_out="h", generate={"seed": None})
+    assert rounds._generate(settings, None, "p", 2).seed == 2
 
 
 def test_a_round_that_was_killed_before_its_first_state_trains_anew(tmp_path):

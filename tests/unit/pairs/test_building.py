@@ -82,6 +82,25 @@ def test_a_persons_own_text_beats_both_answers():
     assert sorted(pairs) == [("mine", "one"), ("mine", "two")]
 
 
+@pytest.mark.parametrize("settings", [{}, {"margin": 3.0}, {"margin": 3.0, "per_prompt": 1}])
+def test_a_persons_vote_comes_before_a_wider_gap_of_a_judge(settings):
+    """The two that the vote is on have their scores from the judge's other comparisons."""
+    labels = [Label(0, 1, "b", person=True), *by_score(20.0, 5.0, 9.0)[1:]]
+    pairs, left = chosen(found("one", "two", "three"), labels, **settings)
+    assert pairs[0] == ("two", "one")
+    assert "below --margin" not in left
+
+
+def test_a_persons_own_text_comes_first_on_any_scale_of_scores():
+    own = Label(0, 1, "both_bad", edited="mine", person=True)
+    pairs, _ = chosen(found("one", "two", "three"), [own, *by_score(20.0, 5.0, 9.0)[1:]])
+    assert [winner for winner, _ in pairs] == ["mine"]
+    pairs, _ = chosen(
+        found("one", "two", "three"), [own, *by_score(20.0, 5.0, 9.0)[1:]], margin=2.0
+    )
+    assert [winner for winner, _ in pairs][:2] == ["mine", "mine"]
+
+
 def test_a_persons_answer_is_used_against_the_reference_only():
     answers = (*found("one", "two").candidates, Candidate("hers", 1, "stop", model="human"))
     three = Candidates("id", found("x").prompt, answers)
@@ -272,6 +291,14 @@ def test_a_second_reward_is_not_read_from_what_the_first_one_left(tmp_path):
     assert {score for _, score in first} == {2.0}
     assert {score for _, score in second} == {0.0}
     assert first == third
+
+
+def test_the_users_folder_is_spelled_out_in_a_reward(tmp_path, monkeypatch):
+    """As `pairs judge` does it: a shell leaves the ~ of --reward=~/f.py:f alone."""
+    path, _ = source(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = run("pairs", "build", path, "--reward=~/grade.py:grade", "--output", tmp_path / "pairs")
+    assert done.exit_code == 0, done.stderr
 
 
 def test_too_few_pairs_are_refused_with_the_reasons_and_written_by_force(tmp_path):

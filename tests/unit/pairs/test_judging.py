@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections import Counter
 
@@ -214,8 +218,6 @@ def test_a_silent_endpoint_ends_the_run_and_the_next_goes_on(tmp_path):
 
 
 def test_a_reply_that_takes_too_long_is_given_up(tmp_path):
-    import threading
-
     stop = threading.Event()
     source = candidates(tmp_path / "c.jsonl", graded(1))
     with endpoint(lambda body: stop.wait(5) and None) as (url, _):
@@ -289,6 +291,82 @@ def test_an_endpoint_that_refuses_with_and_without_log_probs_is_asked_twice_and_
     assert ["logprobs" in body for body in seen] == [True, False]
 
 
+def test_what_an_endpoint_said_and_could_not_be_read_is_asked_again_when_it_is_mended(tmp_path):
+    """A model that thinks first fills its few tokens with that, until it is told not to."""
+    source, out = candidates(tmp_path / "c.jsonl", graded(8)), tmp_path / "v.jsonl"
+    mended = []
+    with endpoint(lambda body: says("A" if mended else "<think>\nHmm")) as (url, seen):
+        first, said = judge(url, source, out)
+        (warning,) = [line for line in said if line.startswith("warning")]
+        assert "10 replies of stub@" in warning
+        assert "thinks first" in warning
+        assert (tmp_path / "v.jsonl.requests").read_bytes() == b""
+        assert next(iter(first.judges.values())).unreadable == 16
+        mended.append(True)
+        second, said = judge(url, source, out)
+        assert not any(line.startswith("warning") for line in said)
+        assert (second.written, second.before) == (16, 0)
+        assert len(seen) == 32
+        assert judge(url, source, out)[0].written == 0
+    assert next(iter(second.judges.values())).unreadable == 0
+    (_, found) = pairs_check(source, [out])
+    assert "unreadable verdict" not in {kind.kind for kind in found.kinds}
+
+
+def test_an_unreadable_reply_that_an_older_version_kept_is_asked_again(tmp_path):
+    source, out = candidates(tmp_path / "c.jsonl", graded(1)), tmp_path / "v.jsonl"
+    with endpoint(lambda body: says("A")) as (url, seen):
+        judge(url, source, out)
+        kept = tmp_path / "v.jsonl.requests"
+        kept.write_text(kept.read_text().replace('"A"', '"Hmm"'))
+        out.unlink()
+        assert judge(url, source, out)[0].written == 2
+        assert len(seen) == 4
+    assert {v.verdict for v in read_verdicts(out).values()} == {"a", "b"}
+
+
+def too_long(body):
+    return "number 1 " in body["messages"][-1]["content"]
+
+
+def test_one_question_that_an_endpoint_refuses_does_not_stop_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    why = b'{"error":\n "maximum context is 10 tokens", "key": "sk-very-secret"}' + b" more" * 99
+    source, out = candidates(tmp_path / "c.jsonl", graded(4)), tmp_path / "v.jsonl"
+    with endpoint(lambda body: (400, why) if too_long(body) else says("A")) as (url, seen):
+        report, _ = judge(url, source, out)
+        assert report.written == 8
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        refused = [row for row in rows if row["verdict"] == "unreadable"]
+        assert {row["id"] for row in refused} == {"Question number 1 of many?"}
+        assert len(refused) == 2
+        assert refused[0]["raw"].startswith('HTTP 400 Bad Request: {"error": "maximum context is')
+        assert len(refused[0]["raw"]) < 250
+        assert all("logprobs" in body for body in seen)  # it is not they that were refused
+        assert len(seen) == 8
+        again, _ = judge(url, source, out)  # now it is the first that is asked
+        assert (again.written, again.before) == (2, 6)
+    for path in tmp_path.iterdir():
+        assert b"secret" not in path.read_bytes()
+
+
+def test_the_first_refusal_ends_the_run_with_the_endpoints_own_reason(tmp_path):
+    source = candidates(tmp_path / "c.jsonl", graded(2))
+    refuses = (400, b'{"error": "model \x1b[31mstub is not loaded"}')
+    with endpoint(lambda body: refuses) as (url, _), pytest.raises(ConfigError) as error:
+        judge(url, source, tmp_path / "v.jsonl")
+    assert "HTTP 400 Bad Request: {" in str(error.value)
+    assert "stub is not loaded" in str(error.value)
+    assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["timeout", "memory_gb"])
+@pytest.mark.parametrize("value", [float("inf"), 1e300, 0.0, -1.0])
+def test_limits_that_no_system_can_be_told_are_refused(name, value):
+    with pytest.raises(ConfigError, match="wanted more than 0, 1e"):
+        JudgeConfig(reward="brevity", **{name: value})
+
+
 def test_a_verdict_on_an_answer_that_is_not_there_is_counted_and_stops_nothing():
     (of_j,) = summarise(
         [said(0, 9, "none", "a"), said(0, 1, "none", "b")], lambda id: [3, 4]
@@ -331,8 +409,9 @@ def test_a_person_has_the_last_word_and_the_majority_of_judges_before():
     (label,) = labels_of(three)
     assert label.verdict == "a"
     assert label.agreement == pytest.approx(2 / 3)
+    assert not label.person
     (label,) = labels_of([*three, said(0, 1, "ba", "b", judge=PERSON)])
-    assert label.verdict == "b"
+    assert (label.verdict, label.person) == ("b", True)
     (label,) = labels_of(three[1:])
     assert label.verdict == "tie"
 
@@ -341,7 +420,7 @@ def test_a_person_has_the_last_word_and_the_majority_of_judges_before():
 def test_a_persons_own_text_stands_whatever_they_say_of_the_two_when_they_come_again(again):
     edited = said(0, 1, "ab", "both_bad", judge=PERSON, edited="mine", time=1.0)
     votes = [edited, said(0, 1, "ba", again, judge=PERSON, time=2.0)]
-    assert [label.edited for label in labels_of(votes)] == ["mine"]
+    assert [(label.edited, label.person) for label in labels_of(votes)] == [("mine", True)]
     (of_them,) = summarise(votes, lambda id: [3, 4]).values()
     assert of_them.flip_rate is None  # one says nothing of the two, so they did not turn round
 
@@ -435,6 +514,58 @@ def test_a_file_that_cannot_be_used_is_said_before_the_first_row(tmp_path, body)
 def test_a_reward_that_is_not_there_is_refused(tmp_path, spec):
     with pytest.raises(ConfigError, match="--reward"):
         by_reward(tmp_path, spec)
+
+
+SLOW = """
+import os, sys, time
+from fpo_mlx.pairs.reward import Reward
+with Reward(sys.argv[1], timeout=60.0, memory_gb=4.0) as reward:
+    print(reward._process.pid, flush=True)
+    if sys.argv[2] == "asked":
+        reward.scores("", ["an answer"], "here")
+    time.sleep(60)
+"""
+
+
+def slow(tmp_path, what):
+    """A run that waits for its reward, or for nothing; and the number of the reward's process."""
+    spec = reward(tmp_path, "import time\ndef score(prompt, answer):\n    time.sleep(30)\n")
+    run = subprocess.Popen(
+        [sys.executable, "-c", SLOW, spec, what], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert run.stdout is not None
+    return run, int(run.stdout.readline())
+
+
+def is_gone(pid):
+    """Whether a process ends soon; one that nobody has waited for yet has ended, too."""
+    for _ in range(100):
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True).stdout
+        if not state or state.startswith(b"Z"):
+            return True
+        threading.Event().wait(0.1)
+    return False
+
+
+@pytest.mark.parametrize("what", ["asked", "idle"])
+def test_ctrl_c_ends_a_reward_without_a_word_of_its_own(tmp_path, what):
+    run, pid = slow(tmp_path, what)
+    threading.Event().wait(0.5)  # it is in the function by now, or waits to be asked
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=20)
+    assert err.count("Traceback") == 1, (
+        err
+    )  # the run's own, which the command line turns into words
+    assert "reward_child" not in err
+    assert is_gone(pid)
+
+
+def test_a_reward_ends_when_the_run_is_killed(tmp_path):
+    run, pid = slow(tmp_path, "idle")
+    run.kill()
+    run.communicate(timeout=20)
+    assert is_gone(pid)
 
 
 def test_the_examples_prefer_what_they_say():
