@@ -178,7 +178,7 @@ def gather(values: dict[str, Any]) -> RunConfig:
     path = values.pop("config", None)
     known = {f.name for section in SECTIONS for f in dataclasses.fields(section)} | {"objective"}
     flags = {k: v for k, v in values.items() if k in known and v not in (None, ())}
-    return load_config(flags, path)
+    return load_config(flags, path, say)
 
 
 def claims(*, grows: Mapping[str, str] | None = None, **flags: str) -> Callable:

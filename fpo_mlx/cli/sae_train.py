@@ -31,7 +31,7 @@ def train_sae(config, upload_repo, json_path, overwrite, **values) -> None:
     from fpo_mlx import pipeline
     from fpo_mlx.saetrain import finish
 
-    chosen = load_section(SaeTrainConfig, {**values, "overwrite": overwrite}, config)
+    chosen = load_section(SaeTrainConfig, {**values, "overwrite": overwrite}, config, say)
     done = pipeline.sae_train(chosen, say=say, report=_training_line, install_stop=on_signal)
     if not is_first():
         return

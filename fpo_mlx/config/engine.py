@@ -8,29 +8,43 @@ import os
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fpo_mlx.config.objective import PRESETS
-from fpo_mlx.config.sections import SECTIONS, RunConfig, named, options
+from fpo_mlx.config.objective import PRESETS, Objective
+from fpo_mlx.config.sections import SECTIONS, RunConfig, default_of, named, options
 from fpo_mlx.errors import ConfigError
 
 Section = TypeVar("Section")
 # settings that name parts of a data set
 PARTS = ("train_split", "valid_split", "test_split", "subset")
+Say = Callable[[str], None]
 
 
-def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig:
+def _silent(text: str) -> None:
+    """The default of `say`: a library does not print."""
+
+
+def load_config(
+    flags: Mapping[str, Any], path: Path | None = None, say: Say = _silent
+) -> RunConfig:
     """Settings from flags that were given (not None) over those of a YAML file over defaults.
 
+    say: told where flags and file do not simply add up: what of the file a flag leaves out, and
+    what stays of it in an objective that a flag chose.
     Raises: ConfigError for unknown keys, wrong types and values out of range, all at once.
     """
-    given = _given(flags, path, {*options(), "objective"})
+    yaml = read_yaml(path) if path else {}
+    given = _given(flags, yaml, path, SECTIONS, say, "objective")
     preset = given.pop("objective", "fpo")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"--objective {preset}: wanted one of {', '.join(PRESETS)}.")
     values = _typed({**PRESETS[preset], **given}, SECTIONS)
+    if preset != yaml.get("objective", "fpo"):
+        _tell_parts(
+            preset, {n: values[n] for n in _PARTS_OF_PRESETS if n in yaml}, flags, path, say
+        )
     sections = [
         section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
         for section in SECTIONS
@@ -39,23 +53,61 @@ def load_config(flags: Mapping[str, Any], path: Path | None = None) -> RunConfig
 
 
 def load_section(
-    section: type[Section], flags: Mapping[str, Any], path: Path | None = None
+    section: type[Section], flags: Mapping[str, Any], path: Path | None = None, say: Say = _silent
 ) -> Section:
     """The same for a settings class that stands alone, as `SaeTrainConfig` and `Sampling` do."""
-    return section(**_typed(_given(flags, path, options((section,))), (section,)))
+    yaml = read_yaml(path) if path else {}
+    return section(**_typed(_given(flags, yaml, path, (section,), say), (section,)))
 
 
-def _given(flags: Mapping[str, Any], path: Path | None, known: Collection[str]) -> dict[str, Any]:
-    """Flags that were given over the settings of a YAML file. Raises: ConfigError."""
-    given = read_yaml(path) if path else {}
-    if unknown := sorted({*given, *flags} - set(known)):
+def _given(
+    flags: Mapping[str, Any],
+    yaml: Mapping[str, Any],
+    path: Path | None,
+    sections: Sequence[type],
+    say: Say,
+    *more: str,
+) -> dict[str, Any]:
+    """Flags that were given over the settings of a YAML file. Raises: ConfigError.
+
+    more: names that are known beside the settings of the sections.
+    """
+    fields, given = options(sections), dict(yaml)
+    known = {*fields, *more}
+    if unknown := sorted({*given, *flags} - known):
         where = f"{path}: " if set(unknown) & set(given) else ""
         near = _closest(unknown[0], known)
         raise ConfigError(f"{where}unknown settings {', '.join(unknown)}.{near}")
     other = flags.get("data")
     if is_other(given.get("data"), other) and Path(str(other)).expanduser().exists():
         given = {name: value for name, value in given.items() if name not in PARTS}
-    return given | {name: value for name, value in flags.items() if value is not None}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    for name in flags:
+        old = (fields[name].metadata["instead_of"] if name in fields else None) or ""
+        if given.get(old) is not None and old not in flags:
+            say(f"{_flag(name)} {flags[name]} stands in the place of {old} of {path}")
+            del given[old]
+    return given | flags
+
+
+_PARTS_OF_PRESETS = {name: None for preset in PRESETS.values() for name in preset}
+_HELD = ("alpha", "stop_gradient")  # nothing without a constraint
+
+
+def _tell_parts(
+    preset: str, yaml: Mapping[str, Any], flags: Mapping[str, Any], path: Path | None, say: Say
+) -> None:
+    """Say which parts of a preset that a flag chose are those of the YAML file."""
+    own = {name: default_of(field) for name, field in options((Objective,)).items()}
+    own |= PRESETS[preset]
+    idle = _HELD if yaml.get("constraint", own["constraint"]) == "none" else ()
+    other = [
+        f"{name} {value} ({preset}: {own[name]})"
+        for name, value in yaml.items()
+        if name not in idle and flags.get(name) is None and value != own[name]
+    ]
+    if other:
+        say(f"--objective {preset}: {path} has parts of its own, which stand: {', '.join(other)}")
 
 
 def is_other(own: Any, other: Any) -> bool:
@@ -93,7 +145,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         if value is None:
             return None
         return coerce(name, value, next(a for a in arguments if a is not type(None)))
-    flag = "--" + name.replace("_", "-")
+    flag = _flag(name)
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
             raise ConfigError(f"{flag} {value}: wanted one of {', '.join(arguments)}.")
@@ -113,8 +165,16 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
             return number
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+    wanted = {
+        float: "a number", int: "a whole number", bool: "true or false", str: "a text",
+        dict: "a mapping, {name: value}",
+    }  # fmt: skip
     raise ConfigError(f"{flag} {value!r}: wanted {wanted.get(hint, hint)}.")
+
+
+def _flag(name: str) -> str:
+    """What a user writes for a setting."""
+    return name if name in named("yaml_only") else "--" + name.replace("_", "-")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -122,9 +182,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's numbers: 1e-5 is one, which PyYAML reads as text."""
+        """YAML 1.2's numbers: 1e-5 is one, which PyYAML reads as text. No key stands twice."""
 
-    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)")
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            lines: dict[str, int] = {}
+            for key, _ in node.value:
+                line = key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                    raise ConfigError(
+                        f"{path}: {key.value} stands there twice, in line {lines[key.value]} and "
+                        f"in line {line}. Remove one of them."
+                    )
+                lines[str(key.value)] = line
+            return super().construct_mapping(node, deep)
+
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)\Z")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader

@@ -25,24 +25,30 @@ def setting(
     sae_files: bool = False,
     may_change: bool = False,
     by_content: bool = False,
+    instead_of: str | None = None,
 ) -> Any:
     """A field of a settings class.
 
     first: among the dozen that `--help` shows; path: a place on disk (or a hub id), where YAML may
     write ~; yaml_only: too large for a flag; sae_files: says how an SAE's files are read;
     may_change: a resumed run may have another value; by_content: it may be spelled otherwise, as a
-    fingerprint of what it names decides.
+    fingerprint of what it names decides; instead_of: a setting of YAML that a flag of this one
+    leaves out, as the two exclude each other.
     """
     if group not in GROUPS:
         raise ValueError(f"{group!r} is no group of settings")
     metadata = {
         "help": help, "group": group, "first": first, "path": path, "yaml_only": yaml_only,
         "sae_files": sae_files, "may_change": may_change, "by_content": by_content,
+        "instead_of": instead_of,
     }  # fmt: skip
     if isinstance(default, (list, dict)):
         kind = type(default)
         return dataclasses.field(default_factory=lambda: kind(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+MOST = 1e12  # of a figure that becomes a count; infinity is none
 
 
 def is_number(value: Any) -> bool:

@@ -69,11 +69,13 @@ class Objective:
         "find alpha while training so that features move by this part of their size, such as 0.1",
         "objective",
         first=True,
+        instead_of="target_kl",
     )
     target_kl: float | None = setting(
         None,
         "find alpha while training so that the rejected responses' KL is so many nats",
         "objective",
+        instead_of="target_drift",
     )
     feature_weights: str | None = setting(
         None,

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from fpo_mlx.config.fields import setting
+from fpo_mlx.config.fields import MOST, setting
 from fpo_mlx.errors import ConfigError
 
 
@@ -99,9 +99,14 @@ class SaeTrainConfig:
         "schedule",
         first=True,
         may_change=True,
+        instead_of="training_tokens",
     )
     training_tokens: int | None = setting(
-        None, "tokens to train on, in place of --minutes", "schedule", first=True
+        None,
+        "tokens to train on, in place of --minutes",
+        "schedule",
+        first=True,
+        instead_of="minutes",
     )
     passes: float = setting(8.0, "most passes over the data", "schedule", may_change=True)
     batch_size: int = setting(2048, "tokens per update", "schedule")
@@ -166,6 +171,11 @@ class SaeTrainConfig:
             and isinstance(value := getattr(self, f.name), int | float)
             and not isinstance(value, bool)
             and not value > 0
+        ]
+        faults += [
+            f"--{name.replace('_', '-')} {value:g}: wanted less than {MOST:g}."
+            for name in ("minutes", "passes", "memory_gb")
+            if (value := getattr(self, name)) is not None and not value < MOST
         ]
         if not 0 <= self.held_out < 1:
             faults.append(f"--held-out {self.held_out}: wanted a share from 0 to below 1.")

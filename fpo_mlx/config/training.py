@@ -43,16 +43,25 @@ class TrainConfig:
         "schedule",
         first=True,
         may_change=True,
+        instead_of="epochs",
     )
     epochs: float | None = setting(
-        None, "passes over the data, in place of --iters", "schedule", may_change=True
+        None,
+        "passes over the data, in place of --iters",
+        "schedule",
+        may_change=True,
+        instead_of="iters",
     )
     batch_size: int = setting(4, "pairs per iteration", "schedule", first=True)
     grad_accumulation_steps: int = setting(1, "iterations per optimizer update", "schedule")
     micro_batch_size: int = setting(
-        1, "pairs in memory at once; changes memory and time only", "memory"
+        1,
+        "pairs in memory at once; changes memory, time, rounding, and what dropout draws",
+        "memory",
     )
-    learning_rate: float = setting(1e-5, "learning rate", "schedule", first=True)
+    learning_rate: float = setting(
+        1e-5, "learning rate", "schedule", first=True, instead_of="lr_schedule"
+    )
     lr_schedule: dict | None = setting(
         None, "mlx-lm's block: {name, arguments, warmup, warmup_init}", "schedule", yaml_only=True
     )

@@ -274,6 +274,8 @@ def test_a_plan_that_does_not_fit_says_what_to_change(place):
     ("words", "code", "text"),
     [
         (("--memory-gb", "0"), 2, "--memory-gb 0: wanted more than 0"),
+        (("--memory-gb", "inf"), 2, "--memory-gb inf: wanted more than 0 and less than 1e+12"),
+        (("--memory-gb", "nan"), 2, "--memory-gb nan: wanted more than 0"),
         (("--objective", "fpo"), 2, "--sae is missing"),
         (("--model", "/nowhere"), 1, "found no config.json"),
     ],
