@@ -77,11 +77,11 @@ def compare(
         gather(values), adapter_paths=adapter_path, scale=adapter_scale, prompts=prompts,
         prompts_file=prompts_file, split=split, count=count, sampling=sampling, say=say,
     )  # fmt: skip
-    _write(output, result)
     width = shutil.get_terminal_size((100, 24)).columns
     for i, prompt in enumerate(result.prompts):
         for line in shown(prompt, {name: t[i] for name, t in result.answers.items()}, width):
             click.echo(line)
+    _write(output, result)
 
 
 def _write(output: Path | None, result: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,6 @@ def features(
         gather(values), adapter_path=adapter_path, split=split, limit=limit, top=top, sort=sort,
         examples=examples, labels=labels, scaling=scaling, say=say, progress=Bar("reference"),
     )  # fmt: skip
-    write_json(json_path, report.as_dict())
-    write_csv(csv_path, report.rows())
     columns = ("chosen before", "after", "rejected before", "after", "change", "effect", "of D")
     rows: list[list[Any]] = [["feature", *columns, *(["moved"] if scaling else []), "label"]]
     for c in report.changes:
@@ -96,6 +94,8 @@ def features(
     click.echo(f"{report.pairs} pairs, mean D {', '.join(f'{d:.4g}' for d in report.distance)}")
     table(rows)
     _examples(report.changes)
+    write_json(json_path, report.as_dict())
+    write_csv(csv_path, report.rows())
 
 
 @features.command()
@@ -142,6 +142,8 @@ def find(
         gather(values), positive=positive, negative=negative, limit=limit, top=top,
         held_out=held_out, examples=examples, labels=labels, say=say,
     )  # fmt: skip
+    if found:
+        _show_found(found)
     rows = [{"weight": weight, **dataclasses.asdict(one)} for one in found]
     write_json(json_path, result_file("features find", {"found": rows}))
     if not found:
@@ -158,6 +160,9 @@ def find(
 
         plain = [{k: v for k, v in row.items() if k != "contexts"} for row in rows]
         put(output, lambda name: write_weights(name, plain))
+
+
+def _show_found(found: Sequence[Any]) -> None:
     names = ("feature", "AUC", "held out", "mean", "elsewhere", "token", "elsewhere", "label")
     cells = [
         [feature_name(f.sae, f.feature), *(_short(v) for v in _figures(f)), f.label or f.link]

@@ -84,11 +84,11 @@ def data(top, json_path, csv_path, save_reward, overwrite, **values) -> None:
         reward=save_reward is not None, overwrite=overwrite,
     )  # fmt: skip
     report = pipeline.features_data(gather(values), asked, say=say, progress=Bar("reference"))
+    _show(report, top)
     write_json(json_path, report.as_dict())
     write_csv(csv_path, report.rows())
     if (reward := report.reward) is not None:
         put(save_reward, lambda name: pipeline.write_reward(name, reward))
-    _show(report, top)
     if report.written == 0:
         raise DataError(
             f"--drop-against leaves no row at --against {asked.against:g}; {asked.output} was not "

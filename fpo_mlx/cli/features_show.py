@@ -59,11 +59,10 @@ def show(
         gather(values), feature, adapter_path=adapter_path, split=split, limit=limit,
         examples=examples, labels=labels, say=say,
     )  # fmt: skip
-    written = None if output is None else write_text(output, page.html())
-    write_json(json_path, page.as_dict())
     _print(page)
-    if written is not None:
-        click.echo(f"page in {written}")
+    if output is not None:
+        click.echo(f"page in {write_text(output, page.html())}")
+    write_json(json_path, page.as_dict())
 
 
 def _print(page: Any) -> None:

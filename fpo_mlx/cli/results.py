@@ -100,8 +100,6 @@ def evaluate(
         gather(values), adapter_paths=adapter_path, scales=scales, split=split, measure_kl=kl,
         samples=samples, sampling=sampling, say=say, progress=Bar("reference"),
     )  # fmt: skip
-    write_json(json_path, judged.as_dict())
-    write_csv(csv_path, judged.rows())
     if judged.base is None:
         listing(next(iter(judged.adapters.values())).summary)
     else:
@@ -112,6 +110,8 @@ def evaluate(
         for path, reports in judged.by_path().items():
             sentence = meeting(reports, figure, target)
             click.echo(f"{path}: {sentence}" if len(adapter_path) > 1 else sentence)
+    write_json(json_path, judged.as_dict())  # last: what was found is seen, come what may
+    write_csv(csv_path, judged.rows())
 
 
 def parse_scales(text: str) -> tuple[float, ...]:
@@ -233,9 +233,9 @@ def fuse(
         for name, before in result.before.items():
             click.echo(f"{name:<36} {before:.5f} -> {result.after[name]:.5f}")
         written |= {"before": result.before, "after": result.after}
-    write_json(json_path, written)
     kind = "quantised" if report.quantized else "float"
     click.echo(f"{report.fused_layers} layers fused, {kind}, in {report.path}")
+    write_json(json_path, written)
     if upload_repo:  # last: what was found stands there whether the hub takes it or not
         upload(report.path, upload_repo, "The fused model")
         say(f"uploaded to {upload_repo}")

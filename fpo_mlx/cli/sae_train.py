@@ -38,9 +38,9 @@ def train_sae(config, upload_repo, json_path, overwrite, **values) -> None:
     figures = {} if done.figures is None else dataclasses.asdict(done.figures)
     if done.loss is not None:
         figures["loss_recovered"] = done.loss.recovered
-    write_json(json_path, {"tokens": done.tokens, **figures})
     listing(figures)
     click.echo(f"SAE in {done.folder}: train with --sae {done.folder}")
+    write_json(json_path, {"tokens": done.tokens, **figures})
     if upload_repo:
         upload(done.folder, upload_repo, "The SAE", only=finish.PUBLISHED)
         say(f"uploaded to {upload_repo}")

@@ -155,7 +155,7 @@ def evaluate(adapter_path, sequences, ablation, json_path, **values) -> None:
         gather(values), adapter_path=adapter_path, sequences=sequences, ablation=ablation, say=say,
         progress=Steps("passes"),
     )  # fmt: skip
-    write_json(json_path, report.as_dict() | {"warnings": list(report.warnings)})
     listing(report.as_dict())
     for warning in report.warnings:
         say(f"warning: {warning}")
+    write_json(json_path, report.as_dict() | {"warnings": list(report.warnings)})
