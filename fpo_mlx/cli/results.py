@@ -158,7 +158,10 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
 
 
 @click.command(cls=Command)
-@settings("model", "trust_remote_code", "chat_template", "sae", "layer", "site", *READING, "top_k")
+@settings(
+    "model", "trust_remote_code", "chat_template", "chat_template_args", "sae", "layer", "site",
+    *READING, "top_k",
+)  # fmt: skip
 @click.option("--adapter-path", type=READ, help="Adapter folder. [default: adapters]")
 @click.option(
     "--save-path", type=PATH, default="fused_model", show_default=True, help="Folder to write."

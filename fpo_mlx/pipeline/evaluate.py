@@ -143,7 +143,7 @@ def open_scorer(
     """Base + adapter, looking at every SAE that was given whatever the objective needs.
 
     scale: part of the adapter's change that is taken (`adapters.fill`).
-    model: judged in the place of the job's own, against the job's reference.
+    model: judged in the place of the job's own and its adapter, against the job's reference.
     half: the reference's scores carry rounding of half precision.
     """
     from fpo_mlx.model import adapters
@@ -155,7 +155,7 @@ def open_scorer(
     ref = job.config.reference
     loaded = open_model(
         model or job.model_path,
-        adapter=None if adapter_path else job.adapter,
+        adapter=None if adapter_path or model else job.adapter,
         trust_remote_code=ref.trust_remote_code,
         say=say,
     )

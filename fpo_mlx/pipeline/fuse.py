@@ -13,6 +13,7 @@ from fpo_mlx.config import PARTS, RunConfig, is_other
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pipeline.evaluate import check_scales, open_scorer
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
+from fpo_mlx.pipeline.origins import warn_of_origin
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
 from fpo_mlx.records import AS_BASE, FusedForm
 from fpo_mlx.storage.adapter_files import own_template
@@ -99,16 +100,19 @@ def fuse(
         return claim_folder(save_path, "--save-path", made, inputs=inputs, overwrite=overwrite)
 
     template = config.data.chat_template
-    held_out = "" if bound is None else _check_bound(config, bound, verify, form.scale)
+    pairs = "" if bound is None else _check_bound(config, bound, verify, form.scale)
     if bound is not None or form.scale != 1.0:
         check_scales(config, [adapter_path], [form.scale])
         adapters.read_spec(Path(adapter_path))  # before the long part
     save_path = claim()  # before a download
     base = resolve_model(config.reference.model)
     claim(base)
-    config, within = _as_trained(config, Path(adapter_path)), None
+    config, held, within = _as_trained(config, Path(adapter_path)), None, None
+    _warn(config, adapter_path, base, say, asked=bool(verify))
     if bound is not None:
-        within = _scale_within(config, adapter_path, held_out, bound, say)
+        held = _held_out(config, pairs, say, saes=bound.kind == "drift")
+        within = _scale_within(held, adapter_path, bound, say)
+        held = _without_saes(held)  # it fuses next, and needs their room
         form = replace(form, scale=within.part)
     report = fusing.fuse(
         config.reference.model, Path(adapter_path), save_path, form,
@@ -119,7 +123,8 @@ def fuse(
         say(line)
     if not verify:
         return FuseResult(report, form.scale)
-    before, after = _compare_fused(config, adapter_path, form.scale, save_path, verify, say)
+    held = held or _held_out(config, verify, say)
+    before, after = _compare_fused(held, adapter_path, form.scale, save_path, say)
     return FuseResult(report, form.scale, within, before, after)
 
 
@@ -129,6 +134,13 @@ def _as_trained(config: RunConfig, adapter: Path) -> RunConfig:
     if place is None or config.data.chat_template:
         return config
     return replace(config, data=replace(config.data, chat_template=str(place)))
+
+
+def _warn(config: RunConfig, adapter: str, base: Path, say: Say, *, asked: bool) -> None:
+    """Of an adapter of another model; where pairs are read, of other variables of its template."""
+    d = config.data
+    arguments = d.chat_template_args if asked else None
+    warn_of_origin([adapter], config.reference.model, base, d.chat_template, say, arguments)
 
 
 def said_of(report: FuseReport) -> list[str]:
@@ -171,10 +183,11 @@ def _check_bound(config: RunConfig, bound: Bound, verify: str | None, scale: flo
     return verify
 
 
-def _scale_within(
-    config: RunConfig, adapter_path: str, verify: str, bound: Bound, say: Say
-) -> Within:
-    """By bisection over the parts, each judged on the pairs of `verify`.
+Held = tuple[Job, "ScoredPairs", bool]  # pairs; the last: the base's scores in half precision?
+
+
+def _scale_within(held: Held, adapter_path: str, bound: Bound, say: Say) -> Within:
+    """By bisection over the parts, each judged on the held-out pairs.
 
     Raises: FpoError where the smallest of them is not within.
     """
@@ -183,7 +196,7 @@ def _scale_within(
     from fpo_mlx.model import adapters
     from fpo_mlx.train.drift import named_as
 
-    job, scored, half = _held_out(config, verify, say, saes=bound.kind == "drift")
+    job, scored, half = held
     scorer = open_scorer(job, adapter_path, half=half, measure_kl=bound.kind == "kl", say=say)
     whole, fresh = Path(adapter_path), scorer.reference_weights()
 
@@ -205,10 +218,8 @@ def _scale_within(
     return within
 
 
-def _held_out(
-    config: RunConfig, verify: str, say: Say, *, saes: bool = False
-) -> tuple[Job, ScoredPairs, bool]:
-    """The pairs of `verify` with the scores of the base, and whether these are in half precision.
+def _held_out(config: RunConfig, verify: str, say: Say, *, saes: bool = False) -> Held:
+    """The pairs of `verify` with the scores of the base.
 
     saes: with features, for a drift.
     """
@@ -229,13 +240,21 @@ def _held_out(
     return job, ScoredPairs(pairs, CachedScores(store, pairs)), store.half
 
 
+def _without_saes(held: Held) -> Held:
+    """The same for log-probs alone."""
+    job, scored, half = held
+    objective = replace(job.config.objective, constraint="none")
+    plain = replace(job.config, objective=objective)
+    return replace(job, config=plain, saes=(), feature_weights=()), scored, half
+
+
 def _compare_fused(
-    config: RunConfig, adapter_path: str, scale: float, fused: Path, verify: str, say: Say
+    held: Held, adapter_path: str, scale: float, fused: Path, say: Say
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Accuracy and margin of base + adapter and of the fused folder, against one reference."""
     from fpo_mlx.judge import evaluate as evaluation
 
-    job, scored, half = _held_out(config, verify, say)
+    job, scored, half = held
     results = []
     for path, adapter in ((job.model_path, adapter_path), (fused, None)):
         scorer = open_scorer(

@@ -108,7 +108,8 @@ def warn_of_adapters(
     adapters: Iterable[str | Path | None], config: RunConfig, path: Path, say: Say
 ) -> None:
     """`warn_of_origin` by the settings; path: of the model's folder."""
-    warn_of_origin(adapters, need_model(config), path, config.data.chat_template, say)
+    d = config.data
+    warn_of_origin(adapters, need_model(config), path, d.chat_template, say, d.chat_template_args)
 
 
 def need_features(config: RunConfig, what: str) -> None:

@@ -20,6 +20,7 @@ from fpo_mlx.storage.tensors import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
+RUN = "run.json"  # what a run says of itself
 TEMPLATE = "chat_template.jinja"  # of any model's folder; an adapter's has that of its training
 PREFIX = "base_model.model."
 PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}  # PEFT's: mlx-lm's
@@ -37,10 +38,15 @@ _BEYOND = (
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these starts change the base too
 
 
+def run_of(adapter: Path) -> Path:
+    """The folder of the run that an adapter is of: of one in a run's best/ the one above."""
+    inner = adapter.name == "best" and not (adapter / RUN).is_file()
+    return adapter.parent if inner else adapter
+
+
 def own_template(adapter: Path) -> Path | None:
     """The chat template beside an adapter: that of its training."""
-    run = adapter.parent if adapter.name == "best" else adapter
-    place = run / TEMPLATE
+    place = run_of(adapter) / TEMPLATE
     return place if place.is_file() else None
 
 

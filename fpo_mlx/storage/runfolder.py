@@ -14,10 +14,10 @@ from typing import Any
 
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.storage import files, lines
-from fpo_mlx.storage.adapter_files import WEIGHTS
+from fpo_mlx.storage.adapter_files import RUN, WEIGHTS
 from fpo_mlx.storage.outputs import Made
 
-RUN, METRICS = "run.json", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)

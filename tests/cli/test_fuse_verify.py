@@ -1,0 +1,77 @@
+"""`fuse` before it fuses and after: what it warns of, and what --verify compares."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from command_line import run  # noqa: E402
+from evaluated import K, own_cache, place  # noqa: E402, F401
+
+from fpo_mlx.reference.weights import model_fingerprint  # noqa: E402
+
+
+def fuse(place, out, *words, adapter="one"):
+    folder = adapter if hasattr(adapter, "joinpath") else place / adapter
+    return run("fuse", "--model", place / "model", "--adapter-path", folder, "--save-path",
+               out / "fused", *words)  # fmt: skip
+
+
+def trained(place, folder, **record):
+    """The adapter of a run: what it says of its start lies in the folder of the run."""
+    shutil.copytree(place / "one", folder)
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_the_fused_folder_is_judged_as_it_is_whatever_adapter_training_began_from(place, tmp_path):
+    """The SFT adapter was put onto the fused folder a second time."""
+    (tmp_path / "run.yaml").write_text(json.dumps({"init_adapter": str(place / "two")}))
+    done = fuse(place, tmp_path, "-c", tmp_path / "run.yaml", "--verify", place / "data",
+                "--json", tmp_path / "f.json")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    found = json.loads((tmp_path / "f.json").read_text())
+    for name, before in found["before"].items():
+        assert found["after"][name] == pytest.approx(before, abs=1e-4), name
+    assert abs(found["before"]["logps_per_token/chosen_change"]) > 1e-3  # the two do differ
+
+
+def test_fuse_warns_of_an_adapter_of_another_model(place, tmp_path):
+    said = "was made for another model"
+    own = trained(
+        place, tmp_path / "own", fingerprints={"model": model_fingerprint(place / "model")}
+    )
+    assert said not in fuse(place, tmp_path, adapter=own).stderr
+    other = trained(place, tmp_path / "other", fingerprints={"model": "0" * 64})
+    assert said in fuse(place, tmp_path / "b", adapter=other).stderr
+
+
+def test_fuse_takes_variables_of_the_template_and_names_those_of_the_training(place, tmp_path):
+    folder = trained(place, tmp_path / "own", settings={"chat_template_args": {"shout": True}})
+    said = """give '{"shout": true}' to ask as in training"""
+    verify = ("--verify", place / "data")
+    assert said not in fuse(place, tmp_path / "a", adapter=folder).stderr  # nothing is asked
+    assert said in fuse(place, tmp_path / "b", *verify, adapter=folder).stderr
+    given = ("--chat-template-args", '{"shout": true}')
+    done = fuse(place, tmp_path / "c", *verify, *given, adapter=folder)
+    assert done.exit_code == 0, done.stderr
+    assert said not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["kl", "drift"])
+def test_held_out_pairs_are_opened_once(place, tmp_path, monkeypatch, kind):
+    module, opened = importlib.import_module("fpo_mlx.pipeline.fuse"), []
+    read = module.read_pairs
+    monkeypatch.setattr(module, "read_pairs", lambda *a: opened.append(1) or read(*a))
+    (tmp_path / "run.yaml").write_text(json.dumps({"top_k": K}))
+    done = fuse(place, tmp_path, "-c", tmp_path / "run.yaml", "--verify", place / "data", "--sae",
+                place / "sae", f"--target-{kind}", 1000)  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert opened == [1]
+    assert re.search(r"rewards/margins +\S+ -> \S+", done.stdout)
