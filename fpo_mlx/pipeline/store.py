@@ -47,7 +47,15 @@ def reference_of(
     folder = Path(reference) if reference else default_cache(job.identity)
     if reference:
         job = replace(job, identity=as_kept(folder, job, say))
-    store = find_whole(folder, job.identity, pairs, other_weights=other_weights)
+    try:
+        store = find_whole(folder, job.identity, pairs, other_weights=other_weights)
+    except CacheMismatch as error:
+        if not reference or other_weights:
+            raise
+        raise CacheMismatch(
+            f"{error} Or leave `reference` out, or give --reference a new folder: this model is "
+            "then scored itself."
+        ) from error
     if agree(folder, store is None):
         return score_into(folder, job, pairs, say=say, progress=progress)
     assert store is not None  # or `agree` would have been told of rows lacking

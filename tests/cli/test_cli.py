@@ -229,6 +229,15 @@ def test_a_cache_of_another_model_is_refused_with_both_fingerprints(place, tmp_p
     assert {p.name: p.read_bytes() for p in (place / "ref").iterdir()} == before
 
 
+@pytest.mark.parametrize("command", ["evaluate", "features"])
+def test_a_cache_that_only_training_takes_names_the_way_out(place, tmp_path, command):
+    words = ["--split", "valid", "--reference", place / "ref", "--top-k", 5]
+    adapter = tmp_path / "out"
+    assert train(place, adapter, model=place / "other").exit_code == 0
+    result = run(command, *usual(place, model=place / "other"), *words, "--adapter-path", adapter)
+    refused(result, 1, "made for something else", "leave `reference` out")
+
+
 def test_divergence_has_its_own_exit_code_and_leaves_whole_adapters(place, tmp_path):
     result = train(
         place, tmp_path / "out", "--reference", place / "ref", "--learning-rate", 0.3,
