@@ -75,6 +75,7 @@ def _train(
     with out.writing():
         if config.train.resume:
             trainer.resume()
+            out.resumed(ready.record, trainer.progress.iteration)
             say(f"resumed after iteration {trainer.progress.iteration}")
         else:
             if trainer.ranks.first:  # again: hours may lie between
@@ -218,6 +219,7 @@ def _compare_weights(trainer: Trainer, store: ReferenceCache, say: Say) -> None:
 
 
 def _announce(trainer: Trainer, say: Say) -> None:
+    from fpo_mlx.train import landing
     from fpo_mlx.train.optimizer import trainable_count
 
     trainable, total = trainable_count(trainer.model)
@@ -231,6 +233,10 @@ def _announce(trainer: Trainer, say: Say) -> None:
         f"training {trainable / 1e6:.3f} M of {total / 1e6:.1f} M parameters on "
         f"{len(trainer.train)} pairs, {trainer.total} iterations of {t.batch_size}"
     )
+    if trainer.drift is not None and t.land:
+        why = landing.hindrance(t, trainer.validation_pairs)
+        if why is not None:
+            say(f"no landing on the target at the end: {why}")
 
 
 def run_record(job: Job, data_fingerprint: str, valid: str) -> dict[str, Any]:

@@ -161,7 +161,8 @@ def load(path: Path) -> State:
         return State(params, first, second, unused, centre, **numbers, lengths=lengths)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{path} cannot be read ({error}). Start anew without --resume."
+            f"{path} cannot be read ({error}). Begin the run anew: --overwrite in place of "
+            "--resume, or another --output."
         ) from error
 
 

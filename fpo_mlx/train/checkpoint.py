@@ -28,8 +28,8 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 
-from fpo_mlx.config import default_of, named, options
-from fpo_mlx.errors import ModelError
+from fpo_mlx.config import TrainConfig, default_of, named, options
+from fpo_mlx.errors import Interrupted, ModelError
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.model.trees import arrays_of, read_arrays
 from fpo_mlx.storage import files, locks
@@ -149,8 +149,18 @@ class AdapterFolder:
         if template is not None:
             files.write_text(self.path / TEMPLATE, template)
 
+    def resumed(self, run: Mapping[str, Any], iteration: int) -> None:
+        """Note in run.json what a resumed run has changed of its settings, and since when."""
+        before = self.run.noted()
+        old, new = before.get("settings", {}), json.loads(json.dumps(run["settings"]))
+        free = set(named("may_change")) - {"adapter_path"}  # this very folder
+        was = {n: old[n] for n in sorted(free) if n in old and n in new and old[n] != new[n]}
+        if was:
+            changes = [*before.get("changes", []), {"iteration": iteration, "before": was}]
+            self.note({"settings": old | {n: new[n] for n in was}, "changes": changes})
+
     def note(self, parts: Mapping[str, Any]) -> None:
-        """Add parts to run.json; what it says of the start stays, also when the run was resumed."""
+        """Add parts to run.json."""
         self.run.note(parts)
 
     def log(self, entry: Mapping[str, Any], progress: Progress) -> None:
@@ -171,7 +181,8 @@ class NoFolder:
     def _nothing(self, *_: Any, **__: Any) -> None:
         return None
 
-    save_adapters = save_part = save_best = save_state = start = note = log = rewind_log = _nothing
+    save_adapters = save_part = save_best = save_state = start = _nothing
+    resumed = note = log = rewind_log = _nothing
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -194,8 +205,9 @@ def load_state(
         high, low = cast("list[int]", arrays["random"].tolist())
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{path} cannot be read ({error}). Start the run anew without --resume; its numbered "
-            "adapters, in the folder above, are still good."
+            f"{path} cannot be read ({error}). Start the run anew in another --adapter-path. Its "
+            "numbered adapters, in the folder above, are still good; copy them first where it is "
+            "to be the same: --overwrite removes them."
         ) from error
 
     def part(name: str) -> dict[str, mx.array]:
@@ -208,6 +220,16 @@ def load_state(
     optimizer.state = tree_unflatten(list(part("optimizer").items()))
     randomness.go_to((high << 32) | low)
     return progress, part("reference"), part("good")
+
+
+def interrupted(iteration: int, folder: Path, config: TrainConfig, code: int) -> Interrupted:
+    """What a run that was asked to stop ends with, once all is saved."""
+    how = " in place of --overwrite" if config.overwrite else ""
+    return Interrupted(
+        f"stopped after iteration {iteration}; everything is in {folder}. Go on with the same "
+        f"command and --resume{how}.",
+        exit_code=code,
+    )
 
 
 def is_numbered(name: str) -> bool:

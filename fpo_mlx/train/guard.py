@@ -98,14 +98,14 @@ def parted_twins(config: TrainConfig) -> str | None:
     )
 
 
-def short_steps(o: Objective) -> str:
+def short_steps(o: Objective, config: TrainConfig) -> str:
     """What is said once where steps had to become shorter for the drift that was asked for."""
     kl, drift = o.target_kl, o.target_drift
     asked = f"--target-kl {kl:g}" if drift is None else f"--target-drift {drift:g}"
     return (
         f"{asked} is less than what the optimizer's steps cause by themselves, so alpha "
-        "stays where it is and the steps become shorter (`step` in the reports). A lower "
-        "--learning-rate begins there; a larger target leaves more to learn"
+        "stays where it is and the steps become shorter (`step` in the reports). With "
+        f"{rate_of(config)} lowered it begins there; a larger target leaves more to learn"
     )
 
 
@@ -216,7 +216,15 @@ class Trouble:
     remedy: str
 
 
-NOT_FINITE = "Lower --learning-rate, warm it up (lr_schedule), or set --max-grad-norm where it is 0"
+def rate_of(config: TrainConfig) -> str:
+    """Where a run's learning rate is set."""
+    return "the rates of lr_schedule" if config.lr_schedule else "--learning-rate"
+
+
+def against_infinity(config: TrainConfig) -> str:
+    """For figures that are not finite."""
+    warm = "warm it up longer (warmup)" if config.lr_schedule else "warm it up (lr_schedule)"
+    return f"Lower {rate_of(config)}, {warm}, or set --max-grad-norm where it is 0"
 
 
 def divergence(
@@ -230,29 +238,29 @@ def divergence(
     u = float(np.abs(values["u"]).mean()) / objective.beta
     drop = -float(values["logps_per_token/chosen_change"] @ tokens) / max(tokens.sum(), FEW)
     if not (np.isfinite(values["loss"]).all() and math.isfinite(grad_norm)):
-        return Trouble("the loss or its gradient is not finite", NOT_FINITE)
+        return Trouble("the loss or its gradient is not finite", against_infinity(config))
     if objective.length_normalize and u > config.max_margin:
         return Trouble(
             f"the margin is {u:.3g} nats a token, over --max-margin {config.max_margin:g}",
-            _against_margins(objective),
+            _against_margins(objective, config),
         )
     if drop > config.max_logp_drop:
         return Trouble(
             f"the chosen log-prob fell {drop:.3g} nats a token below the reference's, over "
             f"--max-logp-drop {config.max_logp_drop:g}",
-            _against_falling(objective),
+            _against_falling(objective, config),
         )
-    return _too_far(values, config.max_feature_distance, objective)
+    return _too_far(values, config, objective)
 
 
-def _against_margins(o: Objective) -> str:
+def _against_margins(o: Objective, config: TrainConfig) -> str:
     """For a margin that grows without end: what ends it."""
     if o.constraint == "none":
         held = "hold the policy with --constraint features or kl"
     else:
         held = _hold_harder(o)
     other = "" if o.link == "ipo" else ", or take --link ipo, which wants a margin and no more"
-    return f"Lower --learning-rate, {held}{other}"
+    return f"Lower {rate_of(config)}, {held}{other}"
 
 
 def _hold_harder(o: Objective) -> str:
@@ -262,7 +270,7 @@ def _hold_harder(o: Objective) -> str:
     return f"raise --alpha above {o.alpha:g}"
 
 
-def _against_falling(o: Objective) -> str:
+def _against_falling(o: Objective, config: TrainConfig) -> str:
     """For a chosen response that dies: what keeps it alive."""
     if not o.nll_weight:
         size = ""
@@ -271,22 +279,23 @@ def _against_falling(o: Objective) -> str:
             size = f" {o.preference_weight * o.beta / 2 if o.length_normalize else 1.0:.3g}"
         return (
             f"Give --nll-weight{size}, which keeps the chosen response alive, or lower "
-            "--learning-rate"
+            f"{rate_of(config)}"
         )
-    return f"Lower --learning-rate, or raise --nll-weight above {o.nll_weight:g}"
+    return f"Lower {rate_of(config)}, or raise --nll-weight above {o.nll_weight:g}"
 
 
 def _too_far(
-    values: Mapping[str, np.ndarray], bound: float | None, objective: Objective
+    values: Mapping[str, np.ndarray], config: TrainConfig, objective: Objective
 ) -> Trouble | None:
     """D of the chosen or the rejected responses, mean over pairs, past the user's bound."""
+    bound = config.max_feature_distance
     for side in ("chosen", "rejected"):
         far = values.get(f"features/{side}")
         if bound is not None and far is not None and far.mean() > bound:
             return Trouble(
                 f"the feature distance D of the {side} responses is {far.mean():.3g}, over "
                 f"--max-feature-distance {bound:g}",
-                f"Lower --learning-rate, or {_hold_harder(objective)}",
+                f"Lower {rate_of(config)}, or {_hold_harder(objective)}",
             )
     return None
 

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from fpo_mlx.config import TrainConfig
 from fpo_mlx.model import adapters
 from fpo_mlx.train.drift import named_as
 from fpo_mlx.train.events import LandedReport
@@ -48,6 +49,15 @@ class Landed:
             named_as(figure, before), self.part, named_as(figure, after), means.pop("loss"), means,
             len(self.values["loss"]), seconds,
         )  # fmt: skip
+
+
+def hindrance(config: TrainConfig, pairs: int) -> str | None:
+    """Why a run cannot be landed on so many validation pairs; None where it can."""
+    if config.init_adapter:
+        return "the change from another adapter (--init-adapter) has no parts"
+    if pairs < FEWEST:
+        return f"{pairs} validation pairs, {FEWEST} are needed"
+    return None
 
 
 def land(

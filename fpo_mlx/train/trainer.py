@@ -14,11 +14,11 @@ import numpy as np
 
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.data import batches, mirrored, pair_lengths
-from fpo_mlx.errors import Diverged, Interrupted, ModelError
+from fpo_mlx.errors import Diverged, ModelError
 from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.train import guard, landing
-from fpo_mlx.train.checkpoint import STATE, Folder, Progress, load_state
+from fpo_mlx.train.checkpoint import STATE, Folder, Progress, interrupted, load_state
 from fpo_mlx.train.drift import Controller
 from fpo_mlx.train.events import (
     LandedReport,
@@ -128,11 +128,7 @@ class Trainer:
                 yield self._stopped()
                 return
             if code and not last:
-                raise Interrupted(
-                    f"stopped after iteration {iteration}; everything is in {self.folder.path}. "
-                    "Go on with the same command and --resume.",
-                    exit_code=code,
-                )
+                raise interrupted(iteration, self.folder.path, self.config, code)
 
     @cached_property
     def _twins(self) -> np.ndarray | None:
@@ -190,7 +186,7 @@ class Trainer:
         after = drift.after(float(values[figure].mean()))
         self._steer(after)
         if after.told and not drift.told:
-            self._window.notes.append(guard.short_steps(self.scorer.objective))
+            self._window.notes.append(guard.short_steps(self.scorer.objective, self.config))
 
     def _gradient(self, indices: np.ndarray) -> tuple[dict[str, np.ndarray], Any]:
         """Mean gradient over the pairs, and their values in order: the same on every process."""
@@ -232,7 +228,8 @@ class Trainer:
             return None
         adapters.update(self.model, self._good)
         self.optimizer.state = before
-        return guard.Trouble("the update made the adapters infinite", guard.NOT_FINITE)
+        remedy = guard.against_infinity(self.config)
+        return guard.Trouble("the update made the adapters infinite", remedy)
 
     def _skip(self, iteration: int, trouble: guard.Trouble) -> SkippedReport:
         """Leave an update out and count it; Diverged where that is not wanted, or no way on."""
@@ -301,7 +298,7 @@ class Trainer:
         return report
 
     @property
-    def _validation_pairs(self) -> int:
+    def validation_pairs(self) -> int:
         """How many a validation looks at."""
         n = 0 if self.valid is None else len(self.valid)
         if self.config.val_batches >= 0:
@@ -313,17 +310,18 @@ class Trainer:
         assert self.valid is not None
         if self.drift is not None:  # alpha is another one at each validation: without its part
             self.scorer.alpha = self.scorer.objective.judged_alpha
-        values = self._measure(self.valid, self._validation_pairs)
+        values = self._measure(self.valid, self.validation_pairs)
         self._steer(self.drift)
         return values
 
     def _validate(self) -> ValidReport:
-        started, n = time.perf_counter(), self._validation_pairs
+        started, n = time.perf_counter(), self.validation_pairs
         values = self._validated = self._looked()
         means = means_of(values)
         loss, progress = means.pop("loss"), self.progress
         if not math.isfinite(loss):
-            trouble = guard.Trouble("the validation loss is not finite", guard.NOT_FINITE)
+            remedy = guard.against_infinity(self.config)
+            trouble = guard.Trouble("the validation loss is not finite", remedy)
             self._diverge(progress.iteration, trouble)
         best = progress.best_loss is None or loss < progress.best_loss
         if best:
@@ -341,16 +339,15 @@ class Trainer:
     def _land(self) -> Iterator[LandedReport]:
         """Save the part of the change that has the target on the pairs that validation looks at.
 
-        Nothing where there is no target, too little to see it on, no need, or it was done.
+        Nothing where there is no target, something is in its way, no need, or it was done.
         """
         drift, progress = self.drift, self.progress
         if progress.landed and not self.config.land:  # --resume --no-land takes it back
             progress.landed = False
             self._save(numbered=False)
-        few = self._validation_pairs < landing.FEWEST
-        if drift is None or progress.landed or few or not self.config.land:
+        if drift is None or progress.landed or not self.config.land:
             return
-        if self.config.init_adapter:  # the change from another adapter has no parts
+        if landing.hindrance(self.config, self.validation_pairs):
             return
         started = time.perf_counter()
         self.model.eval()  # of a resumed run none was updated yet

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny_models
 from command_line import ROWS, lines, refused, train
 
 pytest.importorskip("mlx.core")
+
+from fpo_mlx.config import TrainConfig  # noqa: E402
+from fpo_mlx.train.checkpoint import interrupted  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +81,42 @@ def test_a_run_without_its_checkpoint_is_not_taken_for_one_that_made_nothing(pla
     refused(again, 2, "holds adapters.safetensors and no checkpoint", "Use it as it is")
     assert "--overwrite" not in again.stderr
     assert "goes on with it" not in dpo(place, tmp_path).stderr
+
+
+def test_what_a_resumed_run_has_changed_is_in_its_record(place, tmp_path):
+    """`report` said of a run that had gone on that it was at its end, or far from it."""
+    assert dpo(place, tmp_path, "--iters", 2).exit_code == 0
+    assert dpo(place, tmp_path, "--iters", 3, "--save-every", 7, "--resume").exit_code == 0
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["settings"]["iters"], record["settings"]["save_every"]) == (3, 7)
+    assert record["changes"] == [{"iteration": 2, "before": {"iters": 2, "save_every": 100}}]
+    again = dpo(place, tmp_path, "--iters", 4, "--save-every", 7, "--resume")
+    assert again.exit_code == 0, again.stderr
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["settings"]["iters"] == 4
+    assert [change["before"].get("iters") for change in record["changes"]] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ((), "1 validation pairs, 16 are needed"),
+        (("--val-batches", 0), "0 validation pairs, 16 are needed"),
+        (("--no-land",), None),
+    ],
+)
+def test_a_run_that_cannot_be_landed_says_so_before_it_trains(place, tmp_path, words, why):
+    flags = ("--objective", "tdpo2", "--target-kl", 0.5)
+    done = train(place, tmp_path, *flags, *words, sae=None)
+    assert done.exit_code == 0, done.stderr
+    assert ("no landing" in done.stderr) is (why is not None)
+    assert why is None or why in done.stderr
+    assert done.stderr.find("no landing") < done.stderr.index("loss ")
+
+
+def test_a_stopped_run_names_the_command_that_goes_on():
+    """The same command with --overwrite and --resume is refused."""
+    for overwrite in (False, True):
+        ended = interrupted(3, Path("out"), TrainConfig(overwrite=overwrite), 130)
+        assert ("in place of --overwrite" in str(ended)) is overwrite
+        assert ended.exit_code == 130

@@ -62,6 +62,11 @@ def test_each_kind_of_divergence_has_its_reason(seen, grad_norm, reason):
     assert found is not None
     assert reason in found.what
     assert "--learning-rate" in found.remedy
+    scheduled = dataclasses.replace(CONFIG, lr_schedule={"name": "cosine_decay"})
+    found = guard.divergence(seen, TOKENS, grad_norm, scheduled, FPO)
+    assert found is not None
+    assert "the rates of lr_schedule" in found.remedy
+    assert "--learning-rate" not in found.remedy  # it does nothing there
 
 
 @pytest.mark.parametrize(

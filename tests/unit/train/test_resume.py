@@ -235,8 +235,10 @@ def test_a_damaged_state_is_a_plain_error(llama, tmp_path, stopped, damage):
         cut = {"empty": b"", "cut": whole[:-999], "header": whole[:60], "garbage": b"\xff" * 999}
         path.write_bytes(cut[damage])
     trainer = open_run(llama, tmp_path, start=False)
-    with pytest.raises(ModelError, match="state.safetensors cannot be read"):
+    with pytest.raises(ModelError, match="state.safetensors cannot be read") as error:
         trainer.resume()
+    assert "in another --adapter-path" in str(error.value)
+    assert "copy them first" in str(error.value)  # --overwrite removes them
 
 
 def test_a_state_of_other_adapters_is_refused(llama, tmp_path, stopped):
