@@ -11,6 +11,7 @@ import click
 from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
     PATH,
+    READ,
     READING,
     adapter_scale_option,
     gather,
@@ -29,7 +30,7 @@ HELP = "/steer 812=+4,97=0 steers (alone: ends it), /reset forgets, /quit ends"
     "model", "sae", "layer", "site", *READING, "trust_remote_code", "chat_template",
     "chat_template_args", "init_adapter",
 )  # fmt: skip
-@click.option("--adapter-path", multiple=True, help="Adapter that answers; repeatable.")
+@click.option("--adapter-path", type=READ, multiple=True, help="Adapter that answers; repeatable.")
 @click.option("--beside-base", is_flag=True, help="The base answers too, before the adapters.")
 @adapter_scale_option
 @click.option(

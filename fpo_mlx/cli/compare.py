@@ -24,7 +24,7 @@ from fpo_mlx.cli.options import (
     write_json,
     write_text,
 )
-from fpo_mlx.cli.show import end_of, padded, printable, say, wrapped
+from fpo_mlx.cli.show import Steps, end_of, padded, printable, say, wrapped
 from fpo_mlx.config import DataConfig
 from fpo_mlx.errors import ConfigError
 
@@ -76,6 +76,7 @@ def compare(
     result = pipeline.compare(
         gather(values), adapter_paths=adapter_path, scale=adapter_scale, prompts=prompts,
         prompts_file=prompts_file, split=split, count=count, sampling=sampling, say=say,
+        progress=Steps("answers"),
     )  # fmt: skip
     width = shutil.get_terminal_size((100, 24)).columns
     for i, prompt in enumerate(result.prompts):

@@ -26,7 +26,7 @@ from fpo_mlx.cli.options import (
     write_csv,
     write_json,
 )
-from fpo_mlx.cli.show import Bar, feature_name, one_line, say, table
+from fpo_mlx.cli.show import Bar, Steps, feature_name, one_line, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.judge import SORTS
@@ -82,6 +82,7 @@ def features(
     report = pipeline.features(
         gather(values), adapter_path=adapter_path, split=split, limit=limit, top=top, sort=sort,
         examples=examples, labels=labels, scaling=scaling, say=say, progress=Bar("reference"),
+        count=Steps("pairs"),
     )  # fmt: skip
     columns = ("chosen before", "after", "rejected before", "after", "change", "effect", "of D")
     rows: list[list[Any]] = [["feature", *columns, *(["moved"] if scaling else []), "label"]]

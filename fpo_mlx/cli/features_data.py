@@ -32,18 +32,18 @@ SHARE = click.FloatRange(0, 1, min_open=True)
 @settings(DataConfig, ReferenceConfig, "top_k", "init_adapter", "reference")
 @pairs_looked_at("train")
 @click.option(
-    "--rate", type=SHARE, default=0.05, show_default=True,
+    "--rate", type=SHARE, default=DataAsked.rate, show_default=True,
     help="Rate of false discoveries among the features that are shown.",
 )  # fmt: skip
 @click.option(
-    "--folds", type=click.IntRange(min=2), default=5, show_default=True,
+    "--folds", type=click.IntRange(min=2), default=DataAsked.folds, show_default=True,
     help="Parts of the cross-validation; a prompt is never in two.",
 )  # fmt: skip
 @click.option(
     "--top", type=click.IntRange(min=1), default=20, show_default=True, help="Features to show."
 )
 @click.option(
-    "--examples", type=click.IntRange(min=0), default=2, show_default=True,
+    "--examples", type=click.IntRange(min=0), default=DataAsked.examples, show_default=True,
     help="Pairs for and against to show of each feature.",
 )  # fmt: skip
 @click.option(
@@ -51,11 +51,11 @@ SHARE = click.FloatRange(0, 1, min_open=True)
 )
 @click.option("--labels", type=PATH, help="What features mean: JSON, YAML, CSV or Neuronpedia's.")
 @click.option(
-    "--doubles", type=SHARE, default=0.98, show_default=True,
+    "--doubles", type=SHARE, default=DataAsked.doubles, show_default=True,
     help="Cosine of the features from which two pairs are near doubles.",
 )  # fmt: skip
 @click.option(
-    "--against", type=SHARE, default=0.2, show_default=True,
+    "--against", type=SHARE, default=DataAsked.against, show_default=True,
     help="A row goes against the trend where its label is less likely than this.",
 )  # fmt: skip
 @click.option("--select", type=click.IntRange(min=1), help="Rows of a covering subset to write.")

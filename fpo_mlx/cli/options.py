@@ -40,7 +40,10 @@ class Place(click.Path):
 
 
 class PlaceOrName(click.types.StringParamType):
-    """What a command reads, on disk or on the hub."""
+    """What a command reads, on disk or on the hub; ~ as above."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return os.path.expanduser(super().convert(value, param, ctx))
 
 
 PATH, READ = Place(path_type=Path), PlaceOrName()

@@ -38,7 +38,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Summed:
     """One micro-batch: sums over its tokens times the weight it was given."""
 
     grads: Arrays
@@ -70,7 +70,7 @@ def activate(rule: Rule, params: Arrays, pre: mx.array) -> mx.array:
 
 def gradients(
     rule: Rule, params: Arrays, x: mx.array, weight: float, l0_pull: mx.array, dead: mx.array | None
-) -> Parts:
+) -> Summed:
     """Loss and gradient of a micro-batch.
 
     weight: 1 / tokens of the whole batch, so that the parts of micro-batches add up.
@@ -90,7 +90,7 @@ def gradients(
     aux = mx.array(0.0)
     if dead is not None:
         aux, grads = _auxiliary(rule, params, inputs, pre, -done.error, dead, weight, grads)
-    return Parts(grads, done.loss, done.active * weight, aux, done.fired, done.threshold)
+    return Summed(grads, done.loss, done.active * weight, aux, done.fired, done.threshold)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class _Decoded:
     loss: mx.array  # scalar
     active: mx.array  # scalar, active entries
     fired: mx.array  # bool [F]
-    threshold: mx.array  # scalar, see Parts
+    threshold: mx.array  # scalar, see Summed
     grads: Arrays  # b_dec's without its part by the encoder's input
     d_acts: mx.array | None = None  # [n, F], silent features included; for the thresholds
 
@@ -226,7 +226,7 @@ def _auxiliary(
     return aux, grads | {name: grads[name].at[rows].add(part) for name, part in added.items()}
 
 
-def add_parts(parts: Sequence[Parts]) -> Parts:
+def add_parts(parts: Sequence[Summed]) -> Summed:
     """Micro-batches of one batch."""
     if len(parts) == 1:
         return parts[0]
@@ -237,7 +237,7 @@ def add_parts(parts: Sequence[Parts]) -> Parts:
         grads = {name: grads[name] + value for name, value in part.grads.items()}
         loss, l0, aux = loss + part.loss, l0 + part.l0, aux + part.aux
         fired, least = fired | part.fired, mx.minimum(least, part.threshold)
-    return Parts(grads, loss, l0, aux, fired, least)
+    return Summed(grads, loss, l0, aux, fired, least)
 
 
 B1, B2, EPSILON, TINY = 0.9, 0.999, 1e-8, 1e-30

@@ -33,7 +33,7 @@ def read_weights(
     flag: the option that named the file, for messages.
     Raises: ConfigError naming every entry that cannot be used.
     """
-    entries = _read(Path(path), flag, "weight", len(sizes))
+    entries = _read(Path(path), flag, "weight")
     faults: list[str] = []
     out: Weights = tuple({} for _ in sizes)
     for sae, index, value in entries:
@@ -78,7 +78,7 @@ def read_steering(text: str, size: int) -> dict[int, float | None]:
 def read_labels(path: str | Path, n_saes: int = 1) -> tuple[dict[int, str], ...]:
     """What the features mean, in somebody's words. Raises: ConfigError."""
     out: tuple[dict[int, str], ...] = tuple({} for _ in range(n_saes))
-    for sae, index, text in _read(Path(path), "--labels", "label", n_saes):
+    for sae, index, text in _read(Path(path), "--labels", "label"):
         feature = _index(index)
         if feature is None or not 0 <= sae < n_saes:
             raise ConfigError(f"--labels {path}: feature {index!r} of SAE {sae} cannot be one.")
@@ -119,7 +119,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 Entry = tuple[int, Any, Any]  # number of the SAE, feature, value
 
 
-def _read(path: Path, flag: str, value: str, n_saes: int) -> list[Entry]:
+def _read(path: Path, flag: str, value: str) -> list[Entry]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,6 @@ def check(
     fix: Path | None,
     overwrite: bool = False,
     say: Say,
-    progress: Callable[[int], None] | None = None,
 ) -> data.CheckReport:
     """Check every row of every split; `fix` names a folder for the rows that are good.
 
@@ -67,7 +66,7 @@ def check(
             tokenizer,
             limit,
             columns(config),
-            progress or Ticker(say, "checked"),
+            Ticker(say, "checked"),
             keep_clean=fix is not None,
             each=lambda name, item: takes[name](item) if takes else None,
         )

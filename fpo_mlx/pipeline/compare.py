@@ -71,11 +71,12 @@ def compare(
     count: int = 5,
     sampling: Sampling,
     say: Say,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
     """Answer prompts (given, from a file, or the first of a split) with base and adapters.
 
-    scale: part of each adapter's change that is taken (`adapters.fill`).
+    scale: part of each adapter's change that is taken (`adapters.fill`); progress: of the answers
+    of all, (done, to do).
     """
     from fpo_mlx.judge.evaluate import name_of
     from fpo_mlx.judge.sampling import sample
@@ -98,7 +99,8 @@ def compare(
     warn_of_adapters([config.train.init_adapter, *adapter_paths], config, path, say)
     answers: dict[str, tuple[str, ...]] = {}
     asked_of = {name_of(shown_name(path), scale): path for path in adapter_paths}
-    for name, adapter in {BASE: config.train.init_adapter, **asked_of}.items():
+    models = {BASE: config.train.init_adapter, **asked_of}
+    for name, adapter in models.items():
         trust = config.reference.trust_remote_code
         part = 1.0 if name == BASE else scale
         model = open_model(
@@ -107,7 +109,7 @@ def compare(
         texts = []
         for answer in sample(model, tokens, sampling, tokenizer.eos_token_ids):
             texts.append(tokenizer.decode(answer.tokens.tolist(), skip_special=True))
-            progress(name, len(texts), len(tokens))
+            progress(len(answers) * len(tokens) + len(texts), len(models) * len(tokens))
         answers[name] = tuple(texts)
         del model  # one in memory at a time
     shown = tuple(prompt.text for prompt in asked)

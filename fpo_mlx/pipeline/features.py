@@ -77,13 +77,14 @@ def features(
     scaling: bool = False,
     say: Say,
     progress: OnFill = lambda _: None,
-    count: Callable[[int], None] = lambda _: None,
+    count: Callable[[int, int], None] = lambda done, total: None,
 ) -> FeatureReport:
     """What an adapter did to the SAE's features on a split, against the cached reference.
 
     limit: pairs to look at; examples: contexts of each feature, found in a second pass; 0 for none;
-    scaling: ask of each feature whether it is the stream that moved (`judge.scaling`), for which
-    both models are in memory and run once more.
+    count: of the pairs that were looked at, (done, to do); scaling: ask of each feature whether it
+    is the stream that moved (`judge.scaling`), for which both models are in memory and run once
+    more.
     """
     from fpo_mlx.judge import feature_scan
     from fpo_mlx.model.adapters import read_spec
@@ -101,7 +102,7 @@ def features(
     pairs = read_pairs(job, split, say)[:limit]
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     scorer = open_scorer(job, adapter_path, measure_kl=False, say=say)
-    tallies = feature_scan.tally(scorer, data, count)
+    tallies = feature_scan.tally(scorer, data, lambda done: count(done, len(pairs)))
     texts = list(feature_scan.pair_texts(pairs))
     found = [one.changes(top, sort, sae=i) for i, one in enumerate(tallies)]
     if scaling:

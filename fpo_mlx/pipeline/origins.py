@@ -10,6 +10,7 @@ from typing import Any
 
 from fpo_mlx.reference.weights import model_fingerprint
 from fpo_mlx.storage.adapter_files import RUN, model_template, own_template, run_of
+from fpo_mlx.storage.files import read_object
 
 Say = Callable[[str], None]
 
@@ -80,7 +81,6 @@ def _last(name: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_object(path)
+    except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}

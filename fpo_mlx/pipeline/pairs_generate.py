@@ -75,7 +75,8 @@ def pairs_generate(
     """
     path = _inputs(settings)
     adapter, template = settings.adapter_path, settings.chat_template
-    warn_of_origin([adapter], settings.model, path, template, say)
+    arguments = settings.chat_template_args
+    warn_of_origin([adapter], settings.model, path, template, say, arguments)
     there = open_candidates(output) if output.exists() else CandidateFile(output)
     done = set(there.offsets)
     tokenizer = _tokenizer(path, settings, say)

@@ -123,7 +123,7 @@ def _resumed(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, 
     if setup.ranks.first:
         _check_resumable(_record(setup), run)
     with setup.ranks.file_of_first(run.record) as record:
-        before = files.parse_json(record.read_text(encoding="utf-8"))
+        before = files.read_object(record)
     old = before["settings"]
     _check_chunks(folder, old.get("store"), config.store)
     source, _ = _source(setup, say)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -153,6 +153,3 @@ def _probed(reader: Reader, blocks: int) -> Reader:
 def norm_limit(rows: np.ndarray) -> float:
     """The stated rule: a position whose norm exceeds OUTLIER medians is left out."""
     return OUTLIER * float(np.median(norms(rows)))
-
-
-RowsOf = Callable[[Sequence[Document]], np.ndarray]

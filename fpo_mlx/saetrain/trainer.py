@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from fpo_mlx.core import dictionary
-from fpo_mlx.core.dictionary import Parts, Rule
+from fpo_mlx.core.dictionary import Rule, Summed
 from fpo_mlx.errors import Diverged, Interrupted
 from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.saetrain import state as files_of
@@ -152,7 +152,7 @@ def warm(state: State, rule: Rule, plan: Plan, rows: np.ndarray, ranks: Ranks = 
 
 def _measured(
     state: State, rule: Rule, plan: Plan, rows: np.ndarray, ranks: Ranks = ALONE
-) -> Parts:
+) -> Summed:
     """Loss and gradient of a batch of raw rows [n, D], in micro-batches dealt to the processes."""
     x = (mx.array(rows) - mx.array(state.centre)) * state.scale
     pull = mx.array(2 * L0_WEIGHT * (state.l0 / rule.k - 1) / rule.k)
@@ -167,7 +167,7 @@ def _measured(
     return _of_all(dictionary.add_parts(parts), ranks)
 
 
-def _of_all(own: Parts, ranks: Ranks) -> Parts:
+def _of_all(own: Summed, ranks: Ranks) -> Summed:
     """The parts of all processes, added; one message."""
     if ranks.size == 1:
         return own
@@ -175,7 +175,7 @@ def _of_all(own: Parts, ranks: Ranks) -> Parts:
     grads, loss, l0, aux, fired, least = ranks.sum(
         [own.grads, own.loss, own.l0, own.aux, own.fired.astype(mx.float32), least]
     )
-    return Parts(grads, loss, l0, aux, fired > 0, least.min())
+    return Summed(grads, loss, l0, aux, fired > 0, least.min())
 
 
 def dead_list(unused: np.ndarray, after: int) -> mx.array | None:
@@ -187,7 +187,7 @@ def dead_list(unused: np.ndarray, after: int) -> mx.array | None:
     return mx.array(np.pad(found, (0, size - len(found)), constant_values=-1).astype(np.int32))
 
 
-def _remember(state: State, done: Parts) -> None:
+def _remember(state: State, done: Summed) -> None:
     """Running means; the first steps count fully."""
     keep = min(SMOOTH, state.step / (state.step + 1))
     least = float(done.threshold)

@@ -68,9 +68,7 @@ def backward(ground: Ground, indices: np.ndarray, update: int) -> tuple[Values, 
         total = gradient if total is None else tree_map(mx.add, total, gradient)
         mx.eval(total, losses, seen)
         device.tidy()
-        parts.append(
-            pair_metrics(PairLosses(*losses), Measures(**seen), scorer.objective.beta, scorer.half)
-        )
+        parts.append(pair_metrics(PairLosses(*losses), Measures(**seen), scorer.half))
     return ground.ranks.gather(joined(parts), own, len(indices)), ground.ranks.sum(total)
 
 
@@ -143,9 +141,7 @@ def _two_passes(
     halves = (None if a is None else (a + b) / 2 for a, b in zip(*seen, strict=True))
     middle = Seen(*halves)  # type: ignore[arg-type]
     losses = [preference_losses(now, o, held_at=middle) for now in seen]
-    values = [
-        pair_metrics(*both, o.beta, scorer.half) for both in zip(losses, measures, strict=True)
-    ]
+    values = [pair_metrics(*both, scorer.half) for both in zip(losses, measures, strict=True)]
     rise = {RISE: values[0]["loss"] - values[1]["loss"]}
     return rise | {name: (first + values[1][name]) / 2 for name, first in values[0].items()}
 

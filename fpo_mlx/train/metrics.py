@@ -36,7 +36,7 @@ class ScoredPairs:
 
 @np.errstate(invalid="ignore", over="ignore")  # the guard speaks of what is not finite
 def pair_metrics(
-    losses: PairLosses, measures: Measures, beta: float, half: bool = False
+    losses: PairLosses, measures: Measures, half: bool = False
 ) -> dict[str, np.ndarray]:
     """Per-pair values [B] under TRL's metric names; logps and kl are per response, in nats.
 
@@ -89,7 +89,7 @@ def measure(
     for i in range(0, len(wanted), size):
         some = data.take(wanted[i : i + size])
         losses, measures = scorer.losses(some.pairs, some.refs, grad=False)
-        parts.append(pair_metrics(losses, measures, scorer.objective.beta, scorer.half))
+        parts.append(pair_metrics(losses, measures, scorer.half))
         device.tidy()
     return joined(parts)
 
