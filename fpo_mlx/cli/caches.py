@@ -50,8 +50,8 @@ def info(folder, json_path) -> None:
     from fpo_mlx import pipeline
 
     about = pipeline.cache_info(folder)
-    write_json(json_path, about)
     listing(about)
+    write_json(json_path, about)
 
 
 @cache.command()
@@ -86,8 +86,8 @@ def verify(folder, adapter, backend, device, sample, tolerance, json_path, **val
         gather(values), folder, adapter=adapter, backend=backend, device=device, sample=sample,
         tolerance=tolerance, say=say,
     )  # fmt: skip
-    write_json(json_path, asdict(report))
     listing(asdict(report))
+    write_json(json_path, asdict(report))
 
 
 @cache.command()
@@ -106,8 +106,8 @@ def merge(parts, output, json_path) -> None:
     from fpo_mlx import pipeline
 
     report = pipeline.cache_merge(parts, output)
-    write_json(json_path, asdict(report))
     listing(asdict(report))
+    write_json(json_path, asdict(report))
 
 
 @cache.command()

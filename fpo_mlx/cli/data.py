@@ -53,7 +53,6 @@ def check(fix, json_path, overwrite, **values) -> None:
         return
     unit = "tokens" if config.reference.model else "letters"
     report = pipeline.check(config, fix=fix, overwrite=overwrite, say=say)
-    write_json(json_path, report.as_dict())
     table(
         [
             ("split", "rows", "refused", "clean", f"chosen {unit}", f"rejected {unit}", "longer"),
@@ -67,6 +66,7 @@ def check(fix, json_path, overwrite, **values) -> None:
     click.echo()
     kinds = by_kind(report.findings)
     table((kind.first.level, kind.first.kind, kind.count, str(kind.first)) for kind in kinds)
+    write_json(json_path, report.as_dict())
     if report.refused:
         faults = [str(finding) for finding in report.findings if finding.level == "refused"]
         total = sum(split.rows for split in report.splits.values())

@@ -56,11 +56,11 @@ def doctor(hub, device_check, small, json_path, overwrite) -> None:
     from fpo_mlx.pipeline.doctor import examine
 
     findings = examine() if hub else examine(hub_seconds=0)
-    write_json(json_path, [asdict(finding) for finding in findings])
     table(("" if f.level == "ok" else f.level, f.topic, f.text) for f in findings)
     for finding in findings:
         if finding.advice:
             click.echo(f"{finding.topic}: {finding.advice}")
+    write_json(json_path, [asdict(finding) for finding in findings])
 
 
 def _check_device(json_path: Path | None, small: bool, overwrite: bool) -> None:
@@ -72,9 +72,9 @@ def _check_device(json_path: Path | None, small: bool, overwrite: bool) -> None:
     found = check_device(
         small=small, show=lambda line: result(f"{line.verdict:<5}  {line.name}: {line.text}")
     )
-    write_json(place, found.as_dict())
     wrong = f"{found.wrong} WRONG" if found.wrong else "nothing wrong"
-    result(f"{found.machine['device']}: {wrong}; {found.seconds:.0f} s; written to {place}")
+    result(f"{found.machine['device']}: {wrong}; {found.seconds:.0f} s; to {place}")
+    write_json(place, found.as_dict())
     if not found.gpu:
         result(NO_GPU)
     if found.wrong:

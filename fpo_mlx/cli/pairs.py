@@ -53,7 +53,6 @@ def generate(config, output, json_path, **values) -> None:
 
     settings = load_section(GenerateConfig, values, config)
     done = pipeline.pairs_generate(settings, output=output, say=say, progress=_Answers())
-    write_json(json_path, dataclasses.asdict(done))
     if done.cut:
         say(
             f"{done.cut} of {done.answers} answers were cut at --max-tokens {settings.max_tokens}; "
@@ -63,6 +62,7 @@ def generate(config, output, json_path, **values) -> None:
         f"{done.answers} answers to {done.prompts} prompts in {done.seconds:.0f} s, "
         f"{done.before} prompts were there already; in {output}"
     )
+    write_json(json_path, dataclasses.asdict(done))
 
 
 @pairs.command()
@@ -92,9 +92,9 @@ def judge(candidates, config, output, against, json_path, **values) -> None:
         settings, candidates=candidates, output=output, against=against, say=say,
         progress=Steps("prompts"),
     )  # fmt: skip
-    write_json(json_path, done.as_dict())
     _show_judges(done.judges)
     click.echo(f"{done.written} verdicts, {done.before} were there already; in {output}")
+    write_json(json_path, done.as_dict())
 
 
 @pairs.command()
@@ -126,12 +126,12 @@ def build(candidates, verdicts, reward, config, output, json_path, overwrite, **
         settings, candidates=candidates, verdicts=verdicts, reward=reward, output=output,
         overwrite=overwrite, say=say,
     )  # fmt: skip
-    write_json(json_path, done.as_dict())
     for reason, count in done.left.items():
         say(f"left out: {count} × {reason}")
     rows = ", ".join(f"{count} {name}" for name, count in done.splits.items() if count)
     share = "-" if done.longer_share is None else f"{done.longer_share:.0%}"
     click.echo(f"{done.pairs} pairs ({rows} rows); the longer answer wins {share}; in {output}")
+    write_json(json_path, done.as_dict())
 
 
 @pairs.command()

@@ -56,7 +56,6 @@ def plan(config, judge, criteria, compare, memory_gb, json_path, **values) -> No
         judge=judge, neighbours=compare == "neighbours", criteria=criteria, memory_gb=memory_gb,
         say=say,
     )  # fmt: skip
-    write_json(json_path, found.as_dict())
     click.echo(f"generate: {found.answers} answers to {found.prompts} prompts")
     _cost(found.generate, found.memory)
     click.echo(
@@ -65,6 +64,7 @@ def plan(config, judge, criteria, compare, memory_gb, json_path, **values) -> No
     )
     if found.judge:
         _cost(found.judge, found.memory)
+    write_json(json_path, found.as_dict())
 
 
 def _cost(cost: Cost, memory: float) -> None:
@@ -102,12 +102,12 @@ def check_files(candidates: Path | None, verdicts: tuple[Path, ...], json_path: 
     from fpo_mlx import pipeline
 
     checks = pipeline.pairs_check(candidates, verdicts)
-    write_json(json_path, [one.as_dict() for one in checks])
     for one in checks:
         click.echo(f"{one.path}: {one.lines} lines of {one.holds}")
         listing({f"  {name}": value for name, value in one.figures.items()})
         show_judges(one.judges)
         table((kind.level, kind.kind, kind.count, kind.first) for kind in one.kinds)
+    write_json(json_path, [one.as_dict() for one in checks])
     if refused := sum(one.refused for one in checks):
         faults = [kind.first for one in checks for kind in one.kinds if kind.level == "refused"]
         total = sum(one.lines for one in checks)

@@ -36,7 +36,6 @@ def plan(memory_gb, json_path, **values) -> None:
     from fpo_mlx import pipeline
 
     report = pipeline.plan(gather(values), memory_gb=memory_gb, say=say)
-    write_json(json_path, report.as_dict())
     longest = report.longest
     click.echo(
         f"heaviest pair: prompt {longest.prompt}, responses {longest.chosen} and "
@@ -54,6 +53,7 @@ def plan(memory_gb, json_path, **values) -> None:
     click.echo()
     for line in report.advice:
         click.echo(line)
+    write_json(json_path, report.as_dict())
 
 
 def _time(command: CommandPlan) -> str:

@@ -43,7 +43,6 @@ def rounds(config, json_path) -> None:
         raise ConfigError("--config is missing: give the YAML file that describes the rounds.")
     found = pipeline.rounds(config, say=say)
     root = Path(load_section(RoundsConfig, {}, config).output)
-    write_json(json_path, [asdict(one) for one in found])
     table(
         [
             ("round", "pairs", "chosen", "rejected", "longer", "tokens", "drift", "wins", "95 %"),
@@ -59,3 +58,4 @@ def rounds(config, json_path) -> None:
     click.echo(f"the last adapters in {root}/round-{found[-1].number}/adapters")
     if page:
         click.echo(f"all rounds on one page in {page}")
+    write_json(json_path, [asdict(one) for one in found])

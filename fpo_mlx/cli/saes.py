@@ -72,8 +72,8 @@ def info(spec, json_path, **values) -> None:
     from fpo_mlx import pipeline
 
     about = pipeline.sae_info(spec, gather(values), say)
-    write_json(json_path, about)
     listing(about)
+    write_json(json_path, about)
 
 
 @sae.command()

@@ -4,7 +4,7 @@ Command line beats YAML beats preset beats default. Unknown keys are errors.
 """
 
 from fpo_mlx.config.engine import PARTS, coerce, is_other, load_config, load_section, read_yaml
-from fpo_mlx.config.fields import GROUPS, MOST
+from fpo_mlx.config.fields import COUNTABLE, GROUPS
 from fpo_mlx.config.objective import PRESETS, Objective
 from fpo_mlx.config.sae_training import SaeTrainConfig
 from fpo_mlx.config.sections import (
@@ -20,7 +20,7 @@ from fpo_mlx.config.sections import (
 from fpo_mlx.config.training import TrainConfig
 
 __all__ = [
-    "GROUPS", "MOST", "PARTS", "PRESETS", "SECTIONS", "DataConfig", "Objective", "ReferenceConfig",
-    "RunConfig", "SaeTrainConfig", "Sampling", "TrainConfig", "coerce", "default_of", "is_other",
-    "load_config", "load_section", "named", "options", "read_yaml",
+    "COUNTABLE", "GROUPS", "PARTS", "PRESETS", "SECTIONS", "DataConfig", "Objective",
+    "ReferenceConfig", "RunConfig", "SaeTrainConfig", "Sampling", "TrainConfig", "coerce",
+    "default_of", "is_other", "load_config", "load_section", "named", "options", "read_yaml",
 ]  # fmt: skip

@@ -100,7 +100,8 @@ def _tell_parts(
     """Say which parts of a preset that a flag chose are those of the YAML file."""
     own = {name: default_of(field) for name, field in options((Objective,)).items()}
     own |= PRESETS[preset]
-    idle = _HELD if yaml.get("constraint", own["constraint"]) == "none" else ()
+    constraint = flags.get("constraint") or yaml.get("constraint") or own["constraint"]
+    idle = _HELD if constraint == "none" else ()
     other = [
         f"{name} {value} ({preset}: {own[name]})"
         for name, value in yaml.items()
@@ -184,7 +185,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         """YAML 1.2's numbers: 1e-5 is one, which PyYAML reads as text. No key stands twice."""
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        def flatten_mapping(self, node: Any) -> None:
+            if node in looked_at:  # what it merges stands in it by now
+                return super().flatten_mapping(node)
+            looked_at.append(node)
             lines: dict[str, int] = {}
             for key, _ in node.value:
                 line = key.start_mark.line + 1
@@ -194,8 +198,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
                         f"in line {line}. Remove one of them."
                     )
                 lines[str(key.value)] = line
-            return super().construct_mapping(node, deep)
+            return super().flatten_mapping(node)
 
+    looked_at: list[Any] = []
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)\Z")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:

@@ -48,7 +48,7 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-MOST = 1e12  # of a figure that becomes a count; infinity is none
+COUNTABLE = 1e12  # of a figure that becomes a count; infinity is none
 
 
 def is_number(value: Any) -> bool:

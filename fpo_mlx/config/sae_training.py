@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from fpo_mlx.config.fields import MOST, setting
+from fpo_mlx.config.fields import COUNTABLE, setting
 from fpo_mlx.errors import ConfigError
 
 
@@ -173,9 +173,9 @@ class SaeTrainConfig:
             and not value > 0
         ]
         faults += [
-            f"--{name.replace('_', '-')} {value:g}: wanted less than {MOST:g}."
+            f"--{name.replace('_', '-')} {value:g}: wanted less than {COUNTABLE:g}."
             for name in ("minutes", "passes", "memory_gb")
-            if (value := getattr(self, name)) is not None and not value < MOST
+            if (value := getattr(self, name)) is not None and not value < COUNTABLE
         ]
         if not 0 <= self.held_out < 1:
             faults.append(f"--held-out {self.held_out}: wanted a share from 0 to below 1.")

@@ -51,11 +51,13 @@ class Endpoint:
         self._opener = urllib.request.build_opener(_NoRedirects)
         self._logprobs: bool | None = None  # whether it gives them; None: not asked yet
         self._known: dict[str, Any] = {}
+        self._name = _digest([self.url, self.model])
+        self._answers = False  # it has answered a request, now or before
         if self.cache.exists():
             for number, _, line in lines.read_lines(self.cache):
                 record = lines.decode(line, f"{self.cache.name}:{number}")
                 self._known[str(record.get("request"))] = record.get("reply")
-        self._answers = bool(self._known)  # it has answered a request, now or before
+                self._answers |= record.get("by") == self._name
         self._writer = lines.LineWriter(self.cache)
 
     def close(self) -> None:
@@ -69,14 +71,13 @@ class Endpoint:
 
         Raises: ConfigError where asking again cannot help; FpoError after all retries.
         """
-        content = {"url": self.url, "model": self.model, "messages": messages}
-        name = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        name = _digest({"url": self.url, "model": self.model, "messages": messages})
         if name in self._known and (found := read(self._known[name]))[0] is not None:
             return found
         reply, found = self._insist(messages, read)
         if found[0] is not None:
             self._known[name] = reply
-            self._writer.append({"request": name, "reply": reply})
+            self._writer.append({"request": name, "by": self._name, "reply": reply})
         return found
 
     def _insist(
@@ -154,6 +155,10 @@ class Endpoint:
             body = body.replace(key, "…")
         shown = " ".join("".join(c if c.isprintable() else " " for c in body).split())[:SHOWN]
         return f"HTTP {error.code} {error.reason}" + (f": {shown}" if shown else "")
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _kept(reply: Any) -> dict[str, Any]:

@@ -92,6 +92,9 @@ class Reward:
         except DataError as error:
             self._stop()
             raise ConfigError(str(error)) from error
+        except BaseException:  # Ctrl-C, which the process heeds not
+            self._stop()
+            raise
         if "error" in reply:
             self._stop()
             raise ConfigError(f"--reward {self._spec}: the file gives {reply['error']}.")

@@ -100,7 +100,7 @@ def fuse(
         return claim_folder(save_path, "--save-path", made, inputs=inputs, overwrite=overwrite)
 
     template = config.data.chat_template
-    pairs = "" if bound is None else _check_bound(config, bound, verify, form.scale)
+    place = "" if bound is None else _check_bound(config, bound, verify, form.scale)
     if bound is not None or form.scale != 1.0:
         check_scales(config, [adapter_path], [form.scale])
         adapters.read_spec(Path(adapter_path))  # before the long part
@@ -110,7 +110,7 @@ def fuse(
     config, held, within = _as_trained(config, Path(adapter_path)), None, None
     _warn(config, adapter_path, base, say, asked=bool(verify))
     if bound is not None:
-        held = _held_out(config, pairs, say, saes=bound.kind == "drift")
+        held = _held_out(config, place, say, saes=bound.kind == "drift")
         within = _scale_within(held, adapter_path, bound, say)
         held = _without_saes(held)  # it fuses next, and needs their room
         form = replace(form, scale=within.part)

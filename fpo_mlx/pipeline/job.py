@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fpo_mlx import data
 from fpo_mlx.cache import CacheIdentity
@@ -25,9 +25,6 @@ from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.check import check_fit, resolve_site, z_widths
 from fpo_mlx.sae.resolve import resolve
 from fpo_mlx.storage.hub import read_config, resolve_model
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

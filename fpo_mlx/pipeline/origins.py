@@ -35,35 +35,55 @@ def warn_of_origin(
         if adapter is None:
             continue
         folder = Path(adapter).expanduser()
-        own = _read(folder / "adapter_config.json")
-        name = own.get("model") or own.get("base_model_name_or_path")
         run = _read(run_of(folder) / RUN)
-        print_of = _part(run, "fingerprints").get("model")
-        if isinstance(print_of, str):
-            other = print_of != fingerprint(path)
-        else:
-            other = isinstance(name, str) and bool(name) and _last(name) != _last(model)
-        if other:
-            say(
-                f"warning: the adapter {adapter} was made for another model "
-                f"({name if isinstance(name, str) and name else 'its name is not kept'}) than "
-                f"--model {model}; where the shapes happen to fit, its answers mean nothing"
-            )
-        given = _part(run, "settings").get("chat_template_args")
-        if arguments is not None and isinstance(given, dict) and given != dict(arguments):
-            theirs, ours = json.dumps(given), json.dumps(dict(arguments))
-            say(
-                f"warning: the adapter {adapter} was trained with --chat-template-args {theirs} "
-                f"and is asked with {ours}; give '{theirs}' to ask as in training"
-            )
-        theirs = own_template(folder)
-        if theirs is None or template:
-            continue
-        if theirs.read_text(encoding="utf-8", errors="replace") != model_template(path):
-            say(
-                f"warning: the adapter {adapter} was trained with another chat template than the "
-                f"model's, with which it is asked; --chat-template {theirs} asks as in training"
-            )
+        for warning in (
+            _of_model(folder, run, model, lambda: fingerprint(path)),
+            None if arguments is None else _of_variables(run, arguments),
+            None if template else _of_template(folder, path),
+        ):
+            if warning:
+                say(f"warning: the adapter {adapter} was {warning}")
+
+
+def _of_model(
+    folder: Path, run: Mapping[str, Any], model: str, fingerprint: Callable[[], str]
+) -> str | None:
+    own = _read(folder / "adapter_config.json")
+    name = own.get("model") or own.get("base_model_name_or_path")
+    name = name if isinstance(name, str) else ""
+    known = _part(run, "fingerprints").get("model")
+    if isinstance(known, str):
+        other = known != fingerprint()
+    else:
+        other = bool(name) and _last(name) != _last(model)
+    if not other:
+        return None
+    return (
+        f"made for another model ({name or 'its name is not kept'}) than --model {model}; where "
+        "the shapes happen to fit, its answers mean nothing"
+    )
+
+
+def _of_variables(run: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    theirs = _part(run, "settings").get("chat_template_args")
+    if not isinstance(theirs, dict) or theirs == dict(ours):
+        return None
+    return (
+        f"trained with --chat-template-args {json.dumps(theirs)} and is asked with "
+        f"{json.dumps(dict(ours))}; give '{json.dumps(theirs)}' to ask as in training"
+    )
+
+
+def _of_template(folder: Path, model: Path) -> str | None:
+    theirs = own_template(folder)
+    if theirs is None:
+        return None
+    if theirs.read_text(encoding="utf-8", errors="replace") == model_template(model):
+        return None
+    return (
+        "trained with another chat template than the model's, with which it is asked; "
+        f"--chat-template {theirs} asks as in training"
+    )
 
 
 def _part(run: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -178,7 +178,7 @@ def _verdicts(path: Path, answers: Answers | None) -> FileCheck:
     places: dict[tuple[str, int, int, str], str] = {}
     unread: dict[Key, tuple[str, str]] = {}
     for where, one in found.records(path, parse_verdict):
-        if one.key in known:
+        if one.key in known and known[one.key].verdict != "unreadable":
             found.add("verdict again", where, f"{one.judge} said it above; this line counts")
         what = None if answers is None else _unknown(one, answers)
         if what is not None:

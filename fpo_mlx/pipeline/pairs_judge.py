@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +75,8 @@ def pairs_judge(
     found = open_candidates(candidates)
     if not len(found):
         raise DataError(f"{candidates} holds no candidates. Run `fpo-mlx pairs generate` first.")
-    done = _done(output, settings)
+    known = read_verdicts(output) if output.exists() else {}
+    done = _done(known, settings)
     votes = read_verdicts(against).values() if against else ()
     written, watch = 0, _Watch(settings, say)
     with ExitStack() as stack:
@@ -93,16 +94,16 @@ def pairs_judge(
             made = (replace(v, texts=one.texts(v.a, v.b)) for v in found_now)
             # what a request or a question costs is kept at once, a reward's verdicts per prompt
             for group in [list(made)] if settings.reward else ([verdict] for verdict in made):
-                writer.append(*(verdict.as_dict() for verdict in group))
+                new = [v for v in group if v.verdict != "unreadable" or v.key not in known]
+                writer.append(*(verdict.as_dict() for verdict in new))
                 watch(group)
-                written += len(group)
+                written += len(new)
             progress(number, len(found))
     return JudgeReport(written, len(done), judges_of(output, found, votes), name)
 
 
-def _done(output: Path, settings: JudgeConfig) -> set[Key]:
+def _done(found: Mapping[Key, Verdict], settings: JudgeConfig) -> set[Key]:
     """What is not judged again. A model says the same again, an endpoint may have been mended."""
-    found = read_verdicts(output) if output.exists() else {}
     again = bool(settings.judge_url)
     return {key for key, v in found.items() if not (again and v.verdict == "unreadable")}
 
@@ -128,6 +129,8 @@ class _Watch:
                 "if it thinks first, switch that off where it is served; the same command asks "
                 "these again"
             )
+        if self._url and last.raw.startswith("HTTP "):
+            hint = "its context may be too short for these questions"
         self._say(
             f"warning: {IN_A_ROW} replies of {last.judge} in a row are neither A nor B, the last: "
             f"{last.raw[:100]!r}. Stop with Ctrl-C and mend that: {hint}"

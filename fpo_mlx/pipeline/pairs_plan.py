@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx.config import COUNTABLE
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.machine import answering
 from fpo_mlx.machine.answering import Batch, Speed
@@ -71,8 +71,10 @@ def pairs_plan(
     """
     from fpo_mlx.machine import device
 
-    if memory_gb is not None and not 0 < memory_gb < math.inf:
-        raise ConfigError(f"--memory-gb {memory_gb:g}: wanted a finite number, more than 0.")
+    if memory_gb is not None and not 0 < memory_gb < COUNTABLE:
+        raise ConfigError(
+            f"--memory-gb {memory_gb:g}: wanted more than 0 and less than {COUNTABLE:g}."
+        )
     memory = device.memory() if memory_gb is None else memory_gb * 1e9
     path, lengths = prompt_lengths(settings, say)
     model, speed = _shape(path, settings.trust_remote_code), measure()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fpo_mlx.cache import CacheIdentity
-from fpo_mlx.config import MOST, RunConfig
+from fpo_mlx.config import COUNTABLE, RunConfig
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.machine import device
 from fpo_mlx.machine import fits as fitting
@@ -75,8 +75,10 @@ def plan(config: RunConfig, *, memory_gb: float | None = None, say: Say) -> Plan
     """
     from fpo_mlx.pipeline import doctor
 
-    if memory_gb is not None and not 0 < memory_gb < MOST:
-        raise ConfigError(f"--memory-gb {memory_gb:g}: wanted more than 0 and less than {MOST:g}.")
+    if memory_gb is not None and not 0 < memory_gb < COUNTABLE:
+        raise ConfigError(
+            f"--memory-gb {memory_gb:g}: wanted more than 0 and less than {COUNTABLE:g}."
+        )
     job = _open(config, say)
     pairs = read_pairs(job, "train", say) if config.data.data else []
     lengths = lengths_of(pairs) if pairs else _assumed(config, say)

@@ -136,7 +136,7 @@ def _one(name: str, value: Any) -> Any:
     if name in ("model", "prompts", "held_out", "output") and (found := outputs.existing([value])):
         return str(found[0].resolve())
     if name == "train" and isinstance(value, Mapping):
-        free = named("may_change")
+        free = {*named("may_change")} - {*named("path")}  # a file's content is not asked here
         return {setting: given for setting, given in value.items() if setting not in free}
     return value
 

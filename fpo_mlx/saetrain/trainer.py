@@ -102,7 +102,8 @@ def train(
             files_of.save(folder, state)
         if code is not None and not last:
             ranks.largest(0)  # it is on the disk: a launcher ends all when one of them ends
-            raise Interrupted(f"stopped after step {state.step}; go on with --resume", code)
+            how = "go on with --resume, in place of --overwrite if that was given"
+            raise Interrupted(f"stopped after step {state.step}; {how}", code)
 
 
 def _what_next(plan: Plan, folder: Path | None) -> str:

@@ -43,11 +43,9 @@ class RunFolder:
         files.write_json(self.record, dict(run))
 
     def note(self, parts: Mapping[str, Any]) -> None:
-        """Add parts to the record; what it says of the start stays, also when it was resumed.
-
-        Raises: ModelError where the record is damaged.
-        """
-        files.write_json(self.record, {**self._read_record(), **parts})
+        """Put parts into the record; the others stay. Raises: ModelError where it is damaged."""
+        then = "; what was to be added is lost, what the run made is whole."
+        files.write_json(self.record, {**self._read_record(then), **parts})
 
     def noted(self) -> dict[str, Any]:
         """The record; {} where there is none or it is damaged, which `check_resumable` says."""
@@ -143,7 +141,9 @@ class RunFolder:
         Raises: ConfigError naming the settings that would make this another run, ModelError.
         """
         self.check_begun()
-        before, now = self._read_record(), json.loads(json.dumps(dict(run)))  # tuples become lists
+        then = f", so no run can go on from it. Start anew in another {self.flag}."
+        before = self._read_record(then)
+        now = json.loads(json.dumps(dict(run)))  # tuples become lists
         usual = json.loads(json.dumps(dict(defaults or {})))
         old, new = before["settings"], now["settings"]
         names = (old.keys() | new.keys()) - set(may_change)
@@ -162,16 +162,13 @@ class RunFolder:
             )
         return before
 
-    def _read_record(self) -> dict[str, Any]:
+    def _read_record(self, then: str) -> dict[str, Any]:
         try:
             found = files.read_object(self.record)
             if not all(isinstance(found[part], dict) for part in ("settings", "fingerprints")):
                 raise TypeError("settings or fingerprints are no objects")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"{self.record} is damaged ({error!r}), so no run can go on from it. Start anew in "
-                f"another {self.flag}."
-            ) from error
+            raise ModelError(f"{self.record} is damaged ({error!r}){then}") from error
         return found
 
 

@@ -56,7 +56,8 @@ def hindrance(config: TrainConfig, pairs: int) -> str | None:
     if config.init_adapter:
         return "the change from another adapter (--init-adapter) has no parts"
     if pairs < FEWEST:
-        return f"{pairs} validation pairs, {FEWEST} are needed"
+        more = "more rows in valid, or more --val-batches"
+        return f"{pairs} validation pairs, {FEWEST} are needed: {more}"
     return None
 
 

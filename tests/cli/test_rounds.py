@@ -228,6 +228,8 @@ def test_what_a_resumed_training_may_change_gets_a_round_past_the_guard(tmp_path
     assert begun(tmp_path, learning_rate=1e-3, on_divergence="skip", max_margin=float("inf")) == []
     with pytest.raises(ConfigError, match="begun with other settings \\(train\\)"):
         begun(tmp_path, learning_rate=1e-4, on_divergence="skip")
+    with pytest.raises(ConfigError, match="begun with other settings \\(train\\)"):
+        begun(tmp_path, learning_rate=1e-3, project_out="other.csv")  # another objective
 
 
 def test_a_round_that_the_guard_stopped_before_a_state_may_learn_slower(tmp_path):

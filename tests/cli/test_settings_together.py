@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fpo_mlx.config import SaeTrainConfig, load_config, load_section
+from fpo_mlx.config import SaeTrainConfig, load_config, load_section, read_yaml
 from fpo_mlx.errors import ConfigError
 
 SCHEDULE = {"name": "cosine_decay", "arguments": [2e-5, 500]}
@@ -103,12 +103,15 @@ def test_a_key_that_stands_twice_is_refused_with_its_lines(settings, tmp_path, t
         assert str(part) in str(error.value)
 
 
-def test_a_key_may_stand_in_two_mappings_and_over_a_merged_one(settings):
+def test_a_key_may_stand_in_two_mappings_and_over_a_merged_one(settings, tmp_path):
     text = (
         "lora_parameters: &a {rank: 4, scale: 10.0}\n"
         "optimizer_config: {adam: {eps: 1e-8}, adamw: {eps: 1e-8}}\n"
     )
     assert settings({}, text)[0].train.lora["rank"] == 4
+    nested = "x: &x {k: 1}\nb: {inner: &y {<<: *x, k: 2}}\nc: {<<: *y}\n"
+    (tmp_path / "nested.yaml").write_text(nested)
+    assert read_yaml(tmp_path / "nested.yaml")["b"] == {"inner": {"k": 2}}
     merged = "optimizer_config:\n  adam: &a {eps: 1e-8}\n  adamw: {<<: *a, eps: 1e-7}\n"
     assert settings({}, merged)[0].train.optimizer_config["adamw"] == {"eps": 1e-7}
 

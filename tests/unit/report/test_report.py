@@ -150,14 +150,14 @@ def test_the_commands_that_a_report_names_are_commands_with_these_flags(tmp_path
 
     settings = {"link_parameters": {"rho": 0.3}, "chat_template_args": {"thinking": False}}
     runs = [a_run(tmp_path / "run"), a_run(tmp_path / "own", record={"settings": settings})]
-    for m in missing(read_runs(runs)):
-        words = shlex.split(m.command)
+    commands = [shlex.split(m.command) for m in missing(read_runs(runs))]
+    for words in commands:
         if command := main.commands.get(words[1]):
             known = {name for p in command.params for name in p.opts}
-            assert set(words[2::2]) <= known, m.command
-        if m.run == "own" and words[1] == "evaluate":
-            given = dict(zip(words[2::2], words[3::2], strict=True))
-            assert json.loads(given["--chat-template-args"]) == {"thinking": False}
+            assert set(words[2::2]) <= known, words
+    (own,) = (words for words in commands if words[1] == "evaluate" and str(runs[1].path) in words)
+    given = dict(zip(own[2::2], own[3::2], strict=True))
+    assert json.loads(given["--chat-template-args"]) == {"thinking": False}
 
 
 @pytest.mark.parametrize(
