@@ -15,10 +15,12 @@ rates of the behaviour in the first tokens of `--answers` sampled answers with t
 gaps that the study is for are `fpo less out` and `out less out, unrelated` of lists, named before
 more than one seed was seen; all else describes. Two intervals of 95 % stand there, bootstrap over
 seeds and prompts and Student's t over the seeds' gaps: the first is too narrow where runs differ
-much, the second where they do not. What is trained, and the answers, are kept in --work (FPO is the
-same for both behaviours), what was measured in results/control_margin_BEHAVIOUR/: a stopped study
-goes on, and what was measured is not measured again on another machine. `--smoke` takes minutes and
-proves nothing.
+much, the second where they do not. How likely the base finds the answers, nats per token, says
+whether they are still language. What is trained, and the answers, are kept in --work (FPO is the
+same for both behaviours: train one of them first), what was measured in
+results/control_margin_BEHAVIOUR/: a stopped study goes on. On another machine bring --work along:
+what is trained anew differs in its last bits, and is not put to what was measured. `--smoke` takes
+minutes and proves nothing.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from texts import (
     is_list,
     rows,
     say,
+    settings_of,
     study_parser,
     write_rows,
 )
@@ -67,6 +70,7 @@ TOKENS = {"list": 64, "opening": 16}  # of a sampled answer: what shows the beha
 SHOWN = {"list": None, "opening": 60}  # characters of a text that features are found by; None: all
 ALONG = 0.01  # squared cosines with the SAE's mean stream that a feature and its twin differ by
 PROMPT = 250  # characters at most, held out or of texts that are looked at: leaves room, costs less
+READ = 2  # answers to a prompt that the base reads
 ROWS = 128  # answers at once: on a CPU every step packs all weights anew, whatever the rows
 
 
@@ -91,6 +95,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     o = parser.parse_args(words)
     if not all(0 < level <= 1 for level in o.levels):
         parser.error(f"--levels: found {o.levels}, wanted shares above 0, at most 1")
+    if any(seed not in range(o.seeds) for seed in o.seed):
+        parser.error(f"--seed {o.seed}: wanted seeds below --seeds {o.seeds}")
+    o.shown, o.along, o.sets = SHOWN[o.behaviour], ALONG, o.seeds
     o.work = o.work / f"{o.behaviour}{'-smoke' if o.smoke else ''}"
     if o.smoke:
         o.seeds, o.iters, o.train_pairs, o.pairs, o.prompts = 1, 2, 2, 2, 2
@@ -109,7 +116,6 @@ def main(words: Sequence[str] | None = None) -> None:
     place = o.output or ROOT / "scripts" / "studies" / "results" / f"control_margin_{o.behaviour}"
     anywhere = {"model": Path(model).name, "sae": o.sae.name, "data": o.data.name}
     anywhere |= {"tokens": str(TOKENS[o.behaviour]), "prompt": str(PROMPT)}
-    anywhere |= {"shown": str(SHOWN[o.behaviour]), "along": str(ALONG)}
     measured = Steps(o.work / "found" if o.smoke else place, steps.settings | anywhere)
     named = measured("features", partial(features, o, base))
     for seed in o.seed or range(o.seeds):
@@ -131,11 +137,19 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
     def point(way: str, kind: str, level: float, margin: float) -> dict[str, Any]:
         adapter, known = trained(o, base, kind, seed), wholes[kind]
         if digest_of(adapter) != known["adapter"]:
-            raise SystemExit(f"{adapter} is not what {named[kind]}-whole.json was measured with.")
+            raise SystemExit(
+                f"{adapter} is not what {named[kind]}-whole.json was measured with. Bring the "
+                f"--work of then along, or remove {named[kind]}-*.json to measure it anew."
+            )
         part, found = part_at(base, adapter, known["sides"], margin)
         about = {"way": way, "kind": kind, "seed": seed, "level": level, "part": part}
         there = sampled(measured, about)  # by another family, whose margin is the same
         return about | {"sides": found} | (there or answered(o, base, adapter, part, seed))
+
+    def read(step: str, name: str, found: Mapping[str, Any]) -> None:
+        path = answers_of(o, name, seed, found["part"])
+        if path.exists():  # else they lie on another machine
+            measured(f"{step}-read", partial(read_by_base, base, path, found))
 
     wholes = {
         kind: measured(f"{name}-whole", partial(whole, kind))
@@ -149,10 +163,13 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
             continue
         for level, kind in itertools.product(o.levels, kinds):
             step = partial(point, way, kind, level, level * least)
-            measured(f"{named[kind]}-by-{way.replace(' ', '-')}-at-{level:g}", step)
+            name = f"{named[kind]}-by-{way.replace(' ', '-')}-at-{level:g}"
+            found = measured(name, step)
+            read(name, f"at-{named[kind]}", found)
             write(measured)
     about = {"way": "", "kind": BASE, "seed": seed, "level": 0.0, "part": 0.0}
-    measured(f"{BASE}-{seed}", lambda: about | answered(o, base, None, 1.0, seed))
+    found = measured(f"{BASE}-{seed}", lambda: about | answered(o, base, None, 1.0, seed))
+    read(f"{BASE}-{seed}", BASE, found | {"part": 1.0})
     write(measured)
 
 
@@ -216,7 +233,7 @@ def text_sets(o: argparse.Namespace) -> tuple[Path, Path]:
         if len(row["prompt"]) <= PROMPT and row["prompt"] not in asked
     )
     shown = partial(shows, behaviour=o.behaviour)
-    return answers_apart(short, shown, o.texts, o.work, SHOWN[o.behaviour])
+    return answers_apart(short, shown, o.texts, o.work, o.shown)
 
 
 def features_of(o: argparse.Namespace, whose: str, seed: int) -> Path:
@@ -243,7 +260,7 @@ def features(o: argparse.Namespace, base: dict[str, Any]) -> dict[str, Any]:
     for _ in range(o.seeds):
         taken = {one["feature"] for twins in others for one in twins}
         others.append(
-            control.twins(names, seen[0].mean, seen[1].mean, along=(along, ALONG), taken=taken)
+            control.twins(names, seen[0].mean, seen[1].mean, along=(along, o.along), taken=taken)
         )
     sets = [names, *([one["feature"] for one in twins] for twins in others)]
     spans = [np.linalg.qr(sae.w_dec[kept].T)[0].T @ stream for kept in sets]
@@ -255,7 +272,11 @@ def features(o: argparse.Namespace, base: dict[str, Any]) -> dict[str, Any]:
 
 def trained(o: argparse.Namespace, base: dict[str, Any], kind: str, seed: int) -> Path:
     """The adapter of a kind; trained, or gone on with, where it is not there."""
-    place = o.work.with_name("smoke" if o.smoke else "both") if kind == FREE else o.work
+    place = o.work
+    if kind == FREE:
+        place = o.work.with_name("smoke" if o.smoke else "both")
+        own = ("behaviour", "shown", "along", "sets", "texts", "features", "weight")
+        Steps(place, settings_of(o, "levels", "family", *own))  # refuses what others trained
     folder = place / f"{kind.replace(', ', '-')}-{seed}"
     ready = folder.with_name(f"at-{folder.name}")
     if (ready / "adapters.safetensors").exists():
@@ -312,14 +333,40 @@ def answered(
         text = tokenizer.decode(answer.tokens.tolist(), skip_special=True)
         seen[i] += shows(text, o.behaviour)
         kept.append({"prompt": prompts[i], "answer": j, "text": text, "logp": answer.logp})
-    name = f"{adapter.name if adapter else BASE}-{seed}-{part:.4f}.jsonl"
-    write_rows(o.work / "answers" / name, kept)
+    write_rows(answers_of(o, adapter.name if adapter else BASE, seed, part), kept)
     like = {
         "tokens": float(np.mean([len(one.tokens) for one in answers.values()])),
         "finished": float(np.mean([one.finished for one in answers.values()])),
         "distinct_2": distinct_n([one.tokens for one in answers.values()], 2),
     }
     return {"rates": (seen / each).tolist(), "answers": like}
+
+
+def answers_of(o: argparse.Namespace, name: str, seed: int, part: float) -> Path:
+    return o.work / "answers" / f"{name}-{seed}-{part:.4f}.jsonl"
+
+
+def read_by_base(base: dict[str, Any], path: Path, point: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base makes of two answers to each prompt, nats per token: its own have least."""
+    from fpo_mlx.api import open_model
+    from fpo_mlx.records import TokenPair
+
+    opened = open_model(base["model"])
+    tokenizer, texts = opened.tokenizer, {}
+    for row in rows(path):
+        if row["answer"] < READ and row["text"]:
+            texts.setdefault(row["prompt"], []).append(row["text"])
+    nats, tokens = 0.0, 0
+    for i, (prompt, two) in enumerate(texts.items()):
+        if len(two) < READ:
+            continue
+        asked = np.array(tokenizer.prompt_tokens([{"role": "user", "content": prompt}]), np.int32)
+        sides = [np.array(ids, np.int32) for ids in tokenizer.encode(two)]
+        (scores,) = opened.reader.scores([TokenPair(asked, *sides, index=i, where=str(i))])
+        nats -= sum(side.logps for side in scores)
+        tokens += sum(side.tokens for side in scores)
+    same = ("way", "kind", "seed", "level")
+    return {**{key: point[key] for key in same}, "base_nats": nats / max(tokens, 1)}
 
 
 if __name__ == "__main__":

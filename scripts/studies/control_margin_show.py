@@ -26,7 +26,13 @@ FAMILIES = {  # what is compared at one margin; unrelated features may slow lear
 
 def write(measured: Steps) -> None:
     """The comparison, from all points that are there."""
-    points = [found for found in measured.values().values() if "rates" in found]
+    found = measured.values().values()
+    nats = {_of(one): one["base_nats"] for one in found if "base_nats" in one}
+    points = [
+        one | {"answers": one["answers"] | {"base_nats": nats.get(_of(one))}}
+        for one in found
+        if "rates" in one
+    ]
     levels = sorted({point["level"] for point in points if point["kind"] != BASE})
     result = {
         f"{way} at {level:g}": found
@@ -37,6 +43,10 @@ def write(measured: Steps) -> None:
     print(json.dumps(result, indent=2), flush=True)
     with suppress(ImportError):
         draw(result, measured.folder.parent / "rates.svg")
+
+
+def _of(found: Mapping[str, Any]) -> tuple[Any, ...]:
+    return found["way"], found["kind"], found["seed"], found["level"]
 
 
 def compared(points: Sequence[Mapping[str, Any]], way: str, level: float) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import control_margin
 import numpy as np
 import pytest
 import texts
 from command_line import lines
-from control_margin_show import BASE, FAMILIES, FREE, compared, gap
+from control_margin_show import BASE, FAMILIES, FREE, compared, gap, write
 from texts import Steps
+
+from fpo_mlx.records import ResponseScore
 
 WHOLE = {FREE: 1.6, "held": 0.4, "held, unrelated": 0.8, "out": 1.2, "out, unrelated": 1.6}
 
@@ -182,3 +185,42 @@ def test_texts_that_choose_features_are_short_and_none_is_asked(tmp_path):
 )  # fmt: skip
 def test_an_opening_is_what_an_answer_begins_with(text, opens):
     assert control_margin.shows(text, "opening") is opens
+
+
+def test_the_base_reads_two_answers_of_each_prompt_and_its_nats_are_per_token(
+    tmp_path, monkeypatch
+):
+    class Tokenizer:
+        def prompt_tokens(self, turns):
+            return [len(turns[0]["content"])]
+
+        def encode(self, texts):
+            return [list(range(len(text))) for text in texts]
+
+    def scores(pairs):
+        (pair,) = pairs
+        return [[ResponseScore(-2.0 * len(side), len(side)) for side in pair.responses]]
+
+    opened = SimpleNamespace(tokenizer=Tokenizer(), reader=SimpleNamespace(scores=scores))
+    monkeypatch.setattr("fpo_mlx.api.open_model", lambda model: opened)
+    answers = [("p", 0, "abc"), ("p", 1, "d"), ("p", 2, "not read"), ("q", 0, "e"), ("q", 1, "")]
+    lines(
+        tmp_path / "answers.jsonl",
+        *({"prompt": p, "answer": n, "text": text} for p, n, text in answers),
+    )
+    seen = control_margin.read_by_base(
+        {"model": "m"}, tmp_path / "answers.jsonl", point(FREE, [0.1]) | {"part": 0.5}
+    )
+    assert seen == {"way": "held", "kind": FREE, "seed": 0, "level": 1.0, "base_nats": 2.0}
+
+
+def test_what_the_base_makes_of_the_answers_stands_beside_their_rates(tmp_path):
+    steps = Steps(tmp_path, {})
+    for kind in FAMILIES["out"]:
+        one = point(kind, [0.2], way="out")
+        steps(f"{kind}-point", lambda one=one: one)
+        same = {name: one[name] for name in ("way", "kind", "seed", "level")}
+        steps(f"{kind}-read", lambda same=same: same | {"base_nats": 4.5})
+    write(steps)
+    found = json.loads((tmp_path / "compared.json").read_text())["out at 1"]
+    assert found["answers"][FREE] == [{"tokens": 9.0, "base_nats": 4.5}]
