@@ -57,6 +57,7 @@ bench: $(TORCH_STAMP)
 	$(BIN)/python scripts/bench/bench.py $(BENCH_ARGS)
 
 lock: $(TOOLS)/uv
+	$(PYTHON) $(CHECK)
 	$(PYTHON) scripts/make/lock.py --uv $<
 
 # An environment of its own each time: what was left in it from last week would hide a fault.

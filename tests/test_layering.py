@@ -56,6 +56,7 @@ OTHERS = {
     "errors": set(),
     "records": {"numpy"},
     "storage": set(),
+    "storage.certificates": {"certifi"},
     "storage.hub": {"huggingface_hub"},
     "storage.publish": {"huggingface_hub"},
     "machine": set(),

@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+AFFINE_LEAST = 32  # values of a group
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -77,7 +79,8 @@ def rounded_to(base: Any, change: mx.array, bits: int | None) -> Any:
     if not isinstance(base, nn.QuantizedLinear):
         return layer
     if bits is not None and bits > base.bits:  # a mixed model has layers of more bits already
-        return nn.QuantizedLinear.from_linear(layer, base.group_size, bits, mode="affine")
+        size = max(base.group_size, AFFINE_LEAST)  # nvfp4's groups are smaller than affine's
+        return nn.QuantizedLinear.from_linear(layer, size, bits, mode="affine")
     return nn.QuantizedLinear.from_linear(layer, base.group_size, base.bits, mode=base.mode)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +18,7 @@ from typing import Any
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pairs.settings import JudgeConfig
 from fpo_mlx.storage import lines
+from fpo_mlx.storage.certificates import trusted
 from fpo_mlx.storage.files import parse_json
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # worth another try
@@ -48,7 +50,14 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        https = urllib.request.HTTPSHandler(context=trusted())
+        self._opener = urllib.request.build_opener(_NoRedirects, https)
+        self._key = os.environ.get(self.key_variable, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):  # urllib would print it
+            raise ConfigError(
+                f"{self.key_variable}: the key has characters that no request can carry. Set it "
+                "anew."
+            )
         self._logprobs: bool | None = None  # whether it gives them; None: not asked yet
         self._known: dict[str, Any] = {}
         self._name = _digest([self.url, self.model])
@@ -99,6 +108,11 @@ class Endpoint:
                     raise ConfigError(self._refused(error.code, why)) from None
                 wait = max(2.0**attempt, _asked_wait(error))
             except (OSError, http.client.HTTPException, ValueError) as error:
+                if isinstance(getattr(error, "reason", error), ssl.SSLCertVerificationError):
+                    raise ConfigError(
+                        f"--judge-url {self.url}: its certificate is not trusted: {error}. Name "
+                        "the file of whoever signed it in SSL_CERT_FILE."
+                    ) from None
                 why = str(getattr(error, "reason", error)) or type(error).__name__
                 wait = 2.0**attempt
         raise FpoError(
@@ -127,8 +141,8 @@ class Endpoint:
         if logprobs:
             body |= {"logprobs": True, "top_logprobs": 10}
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key_variable):
-            headers["Authorization"] = f"Bearer {key}"
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         with self._opener.open(request, timeout=self.timeout) as response:
             data = response.read(LARGEST_REPLY + 1)
@@ -151,8 +165,8 @@ class Endpoint:
             body = error.read(LARGEST_REPLY).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
             body = ""
-        if key := os.environ.get(self.key_variable):
-            body = body.replace(key, "…")
+        if self._key:
+            body = body.replace(self._key, "…")
         shown = " ".join("".join(c if c.isprintable() else " " for c in body).split())[:SHOWN]
         return f"HTTP {error.code} {error.reason}" + (f": {shown}" if shown else "")
 

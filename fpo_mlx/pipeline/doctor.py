@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from fpo_mlx import __version__
 from fpo_mlx.machine import blas, upstream
 from fpo_mlx.machine import device as machine
+from fpo_mlx.storage.certificates import trusted
 from fpo_mlx.storage.paths import cache_root
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def hub(seconds: float) -> Finding:
     advice = "Use local folders for --model, --sae and --data, or set HF_ENDPOINT to a mirror."
     request = urllib.request.Request(f"{host}/api/models?limit=1", method="HEAD")
     try:
-        with urllib.request.urlopen(request, timeout=seconds) as answer:
+        with urllib.request.urlopen(request, timeout=seconds, context=trusted()) as answer:
             return Finding("hub", f"{host} answers ({answer.status})")
     except urllib.error.HTTPError as e:  # it spoke, so it is there
         level: Level = "ok" if e.code < 500 and e.code not in (403, 407) else "note"

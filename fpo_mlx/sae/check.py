@@ -83,6 +83,9 @@ _OWN_BLOCKS = (
 )
 
 
+GEMMA_HEAD = 256  # the default of Gemma 3's class
+
+
 def z_widths(config: Mapping[str, Any], layer: int) -> set[int]:
     """What the output projection of a block's attention may read, by the model's config.json.
 
@@ -97,6 +100,8 @@ def z_widths(config: Mapping[str, Any], layer: int) -> set[int]:
     if own := _own_heads(config, layer, kind):
         return {own[0] * (own[1] or size)}
     sizes = {size}
+    if not config.get("head_dim") and str(config.get("model_type")).startswith("gemma3"):
+        sizes.add(GEMMA_HEAD)  # Gemma 3 12B's says nothing and means this
     if config.get("v_head_dim"):  # latent attention: values have a size of their own
         sizes = {config["v_head_dim"]}
     elif full and config.get("global_head_dim"):  # Gemma 4

@@ -67,10 +67,21 @@ def listed_weights(files: Sequence[str], inside: str, repo: str) -> str:
     below = [name for name in files if name.startswith(prefix) and is_weights(_name(name))]
     if not below:
         raise SaeError(
-            f"{repo} has no SAE at {inside or 'its root'!r}. It has, among others:\n{_some(files)}"
+            f"{repo} has no SAE at {inside or 'its root'!r}. It has, among others:\n"
+            f"{_some(_near(files, inside))}"
         )
     depth = min(name.count("/") for name in below)
     return _only([name for name in below if name.count("/") == depth], f"{repo}/{inside}")
+
+
+def _near(files: Sequence[str], inside: str) -> Sequence[str]:
+    """The files in the deepest folder on the way to `inside` that there is."""
+    parts = inside.split("/")
+    for depth in range(len(parts), 0, -1):
+        folder = "/".join(parts[:depth]) + "/"
+        if below := [name for name in files if name.startswith(folder)]:
+            return below
+    return files
 
 
 def companions(files: Sequence[str], weights: str) -> list[str]:

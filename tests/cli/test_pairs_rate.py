@@ -64,6 +64,20 @@ def ask(address, path="/next", body=b"{}", method="POST", **headers):
         connection.close()
 
 
+def test_ctrl_c_is_the_way_to_end_and_says_what_was_voted(tmp_path):
+    source = candidates(tmp_path / "c.jsonl", graded(2))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fpo_mlx", "pairs", "rate", str(source), "--no-browser",
+         "--output", str(tmp_path / "v.jsonl")],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    ask(re.search(r"http://\S+", process.stderr.readline())[0])  # it serves
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f"0 votes in {tmp_path / 'v.jsonl'}" in out
+
+
 @pytest.fixture(scope="module")
 def open_page(tmp_path_factory):
     root = tmp_path_factory.mktemp("rate")

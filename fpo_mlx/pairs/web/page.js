@@ -7,17 +7,22 @@ const keys = { 1: "first", ArrowLeft: "first", 2: "second", ArrowRight: "second"
 let current = null;
 let busy = false;
 let side = 0;
+let edited = null;
+const note = byId("editor-note").textContent;
 
+// Whether the server took it.
 async function ask(path, body) {
-  if (busy) return;
+  if (busy) return false;
   busy = true;
   try {
     const reply = await fetch(path, { method: "POST", body: JSON.stringify(body || {}),
       headers: { "Content-Type": "application/json", "X-Token": token } });
     show(await reply.json());
+    return reply.ok;
   } catch {
     byId("message").textContent =
       "The server does not answer. Your votes are saved. Start `fpo-mlx pairs rate` again.";
+    return false;
   } finally {
     busy = false;
   }
@@ -55,22 +60,26 @@ function minutes(seconds) {
   return seconds < 90 ? `${seconds.toFixed(0)} s` : `${(seconds / 60).toFixed(0)} min`;
 }
 
-function vote(choice, edited) {
-  if (current !== null) ask("/vote", { name: current, choice, edited });
+async function vote(choice, edited) {
+  return current !== null && ask("/vote", { name: current, choice, edited });
 }
 
 function edit(at) {
   if (current === null) return;
   side = at;
+  edited = current;
+  byId("editor-note").textContent = note;
   byId("editor-title").textContent = `Edit answer ${at + 1}`;
   byId("edited").value = byId(`answer-${at}`).textContent;
   byId("editor").showModal();
   byId("edited").focus();
 }
 
-function save() {
-  byId("editor").close();
-  vote("both_bad", { side, text: byId("edited").value });
+// The editor stays open, and the text in it, until the text is saved.
+async function save() {
+  if (current !== edited) byId("editor").close(); // decided on another page
+  else if (await vote("both_bad", { side, text: byId("edited").value })) byId("editor").close();
+  else byId("editor-note").textContent = byId("message").textContent;
 }
 
 document.addEventListener("keydown", (event) => {
@@ -89,6 +98,11 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
+// A button that was clicked does not keep the space bar, which skips.
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button && event.detail > 0) button.blur();
+});
 document.querySelectorAll("[data-choice]").forEach((button) =>
   button.addEventListener("click", () => vote(button.dataset.choice)));
 document.querySelectorAll("[data-edit]").forEach((button) =>

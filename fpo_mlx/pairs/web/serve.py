@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 import uvicorn
 
@@ -35,6 +36,7 @@ def serve(rating: Rating, *, port: int, opened: Callable[[str], None]) -> None:
     )  # fmt: skip
     opened(f"http://127.0.0.1:{port}/?token={token}")
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # which it passes on when it has shut down
+            uvicorn.Server(config).run(sockets=[listener])
     finally:
         listener.close()

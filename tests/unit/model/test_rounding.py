@@ -11,7 +11,7 @@ import mlx.nn as nn  # noqa: E402
 from mlx_lm.tuner.lora import LoRALinear  # noqa: E402
 
 from fpo_mlx.model.fuse import FuseReport, fuse_layers  # noqa: E402
-from fpo_mlx.model.rounding import Kept  # noqa: E402
+from fpo_mlx.model.rounding import Kept, plain_weight, rounded_to  # noqa: E402
 from fpo_mlx.pipeline.fuse import said_of  # noqa: E402
 
 
@@ -78,3 +78,11 @@ def test_fusing_says_what_rounding_left_and_the_way_around_it(tmp_path, bits, er
     report = FuseReport(tmp_path, 1, bits == (4,), kept=Kept(0.9, error, bits))
     said = f"rounding to {bits[0]} bits left 90% of the adapters' change, with an error "
     assert said_of(report) == [f"{said}{error:.2f} times its size{way}"]
+
+
+def test_more_bits_than_nvfp4_has_are_those_of_affine_in_groups_that_it_knows():
+    base = nn.QuantizedLinear.from_linear(nn.Linear(64, 32, bias=False), 16, 4, mode="nvfp4")
+    fused = rounded_to(base, mx.zeros((32, 64)), 8)
+    assert (fused.mode, fused.bits, fused.group_size) == ("affine", 8, 32)
+    off = mx.abs(plain_weight(fused) - plain_weight(base)).max().item()
+    assert off < 0.01 * mx.abs(plain_weight(base)).max().item()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 from judges import candidates, endpoint, graded, grades, says
@@ -233,3 +236,30 @@ def test_the_first_refusal_ends_the_run_with_the_endpoints_own_reason(tmp_path):
     assert "HTTP 400 Bad Request: {" in str(error.value)
     assert "stub is not loaded" in str(error.value)
     assert "\x1b" not in str(error.value)
+
+
+def test_a_key_that_no_request_can_carry_is_refused_without_being_shown(tmp_path, monkeypatch):
+    """urllib says `Invalid header value b'Bearer sk-…'`."""
+    source = candidates(tmp_path / "c.jsonl", graded(1))
+    with endpoint(lambda body: says("A")) as (url, seen):
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\r\n")  # the end of a line is no part of it
+        judge(url, source, tmp_path / "v.jsonl")
+        assert len(seen) == 2
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-\rsecret")
+        with pytest.raises(ConfigError, match="OPENAI_API_KEY: the key has characters") as error:
+            judge(url, source, tmp_path / "w.jsonl")
+    assert "secret" not in str(error.value)
+
+
+def test_a_certificate_that_is_not_trusted_is_said_at_once(tmp_path, monkeypatch):
+    tried, why = [], ssl.SSLCertVerificationError("self-signed certificate")
+
+    def fails(self, request, **_):
+        tried.append(request)
+        raise urllib.error.URLError(why)
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", fails)
+    source = candidates(tmp_path / "c.jsonl", graded(1))
+    with pytest.raises(ConfigError, match="not trusted: .*self-signed.*SSL_CERT_FILE"):
+        judge("https://judge.example/v1", source, tmp_path / "v.jsonl")
+    assert len(tried) == 1

@@ -12,6 +12,7 @@ from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SaeWeights
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.check import check_fit, resolve_site, z_widths
+from fpo_mlx.sae.files import listed_weights
 from fpo_mlx.sae.hooks import layer_in, site_of
 
 HOOKS = [
@@ -159,3 +160,22 @@ def test_a_block_or_heads_that_a_model_lacks_are_no_reason_to_break_before_they_
     assert z_widths(laguna, 1) == {64}
     assert z_widths(laguna, 99) == {32}
     assert z_widths({"num_attention_heads": 0, "hidden_size": 32}, 0) == set()
+
+
+def test_where_gemma_3_leaves_its_heads_size_out_it_may_be_the_class_s_own():
+    """As the 12B's config.json does: 16 heads of 256, and a hidden size of 3840."""
+    config = {"model_type": "gemma3_text", "hidden_size": 3840, "num_attention_heads": 16}
+    assert z_widths(config, 0) == {16 * 256, 3840}
+    assert z_widths(config | {"head_dim": 128}, 0) == {16 * 128}
+    assert z_widths(config | {"model_type": "llama"}, 0) == {3840}
+
+
+def test_a_name_that_is_not_there_is_answered_with_what_lies_nearest():
+    names = [f"attn_out/layer_{i}/params.safetensors" for i in range(20)]
+    names += [f"resid_post_all/layer_{i}_width_16k/params.safetensors" for i in (3, 5)]
+    with pytest.raises(SaeError) as error:
+        listed_weights(names, "resid_post_all/layer_4_width_16k", "google/it")
+    assert "layer_3_width_16k" in str(error.value)
+    assert "attn_out" not in str(error.value)
+    with pytest.raises(SaeError, match="attn_out/layer_0"):
+        listed_weights(names, "else/where", "google/it")
