@@ -20,6 +20,8 @@ from fpo_mlx.errors import FpoError
 from fpo_mlx.storage import locks
 
 TEMPORARY = ".tmp-"
+ASIDE = ".old"  # behind the process's number, where no target's name can stand
+WRITERS = re.escape(TEMPORARY) + rf"\d+({re.escape(ASIDE)})?-"  # before the name of what they write
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -99,7 +101,7 @@ def put_in_place(work: Path, target: Path) -> None:
     if not target.exists() or not any(target.iterdir()):
         os.replace(work, target)
     elif not _exchange(work, target):  # no such call here: a moment without a folder
-        old = work.with_name(f"{work.name}.old")
+        old = _aside(work)
         os.replace(target, old)
         try:
             os.replace(work, target)
@@ -107,6 +109,12 @@ def put_in_place(work: Path, target: Path) -> None:
             os.replace(old, target)
             raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(work: Path) -> Path:
+    """Where the folder goes whose place `work` takes: no target's work folder bears this name."""
+    number, name = work.name.removeprefix(TEMPORARY).split("-", 1)
+    return work.with_name(f"{TEMPORARY}{number}{ASIDE}-{name}")
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -126,8 +134,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
     A folder of this name that one of them had moved aside, to put its own there, comes back.
     """
-    rest = ".+" if name is None else re.escape(name) + r"(\.old)?"
-    pattern = re.compile(re.escape(TEMPORARY) + r"\d+-" + rest)
+    pattern = re.compile(WRITERS + (".+" if name is None else re.escape(name)))
     there = folder.iterdir() if folder.is_dir() else ()
     left = [path for path in there if pattern.fullmatch(path.name)]
     if name is not None:
@@ -142,18 +149,16 @@ def sweep(folder: Path, name: str | None = None) -> None:
 def _bring_back(left: list[Path], target: Path) -> None:
     """The folder that was moved aside, where what should take its place never got there."""
     for work in left:
-        old = work.with_name(f"{work.name}.old")
+        old = _aside(work)
         if old in left and old.is_dir() and not target.exists():
             os.replace(old, target)
 
 
 def sweep_killed(folder: Path) -> None:
     """Remove what writers of folders in this one left, but for those that are at work."""
-    pattern = re.compile(re.escape(TEMPORARY) + r"\d+-(.+)")
+    pattern = re.compile(WRITERS + "(?P<name>.+)")
     names = {
-        found[1].removesuffix(".old")
-        for path in folder.iterdir()
-        if (found := pattern.fullmatch(path.name))
+        found["name"] for path in folder.iterdir() if (found := pattern.fullmatch(path.name))
     }
     for name in sorted(names):
         with suppress(OSError, FpoError), locks.held(folder / f".{name}.lock", folder):

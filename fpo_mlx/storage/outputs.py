@@ -21,9 +21,7 @@ from fpo_mlx.storage import files
 # what the system leaves beside any file, and nobody misses
 SYSTEM = re.compile(r"\.DS_Store|\._.*|\.localized|Thumbs\.db")
 # the same of a killed run of ours; counts only where nothing but what is written is lost
-KILLED = re.compile(
-    r"(store|train|writer)\.lock|\..*\.lock|" + re.escape(files.TEMPORARY) + r"\d+-.*"
-)
+KILLED = re.compile(r"(store|train|writer)\.lock|\..*\.lock|" + files.WRITERS + ".*")
 # of a training run's folder, what a later command reads; results may stand beside it
 RUN_FILES = re.compile(
     r".*adapters\.safetensors|adapter_model\..*|adapter_config\.json|run\.json|metrics\.jsonl"

@@ -186,7 +186,7 @@ def test_any_other_error_in_the_block_stays_what_it_is(tmp_path):
 
 def test_a_folder_is_swapped_in_one_step_and_killed_writers_leavings_go(tmp_path):
     (tmp_path / ".tmp-7-out").mkdir()
-    (tmp_path / ".tmp-7-out.old").mkdir()
+    (tmp_path / ".tmp-7.old-out").mkdir()
     (tmp_path / ".tmp-7-other-out").mkdir()
     for text in ("one", "two"):
         with files.atomic_folder(tmp_path / "out") as folder:

@@ -94,7 +94,7 @@ def test_a_folder_that_could_not_be_replaced_is_back_under_its_name(tmp_path, mo
 def test_a_folder_that_a_killed_writer_had_moved_aside_comes_back(tmp_path):
     """Killed between the two renames, both are there under its temporary names."""
     folder = older(tmp_path)
-    folder.rename(tmp_path / ".tmp-999999-model.old")
+    folder.rename(tmp_path / ".tmp-999999.old-model")
     (tmp_path / ".tmp-999999-model").mkdir()
     with pytest.raises(RuntimeError), files.atomic_folder(folder):
         raise RuntimeError
@@ -104,13 +104,40 @@ def test_a_folder_that_a_killed_writer_had_moved_aside_comes_back(tmp_path):
 
 def test_the_old_folder_of_a_name_that_ends_alike_is_left_alone(tmp_path):
     (tmp_path / ".tmp-999999-my-model").mkdir()
-    (tmp_path / ".tmp-999999-my-model.old").mkdir()
+    (tmp_path / ".tmp-999999.old-my-model").mkdir()
     files.sweep(tmp_path, "model")
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize(("writing", "beside"), [("model", "model.old"), ("model.old", "model")])
+def test_the_work_folder_of_a_writer_beside_it_is_left_alone(tmp_path, writing, beside):
+    with files.atomic_folder(tmp_path / beside) as work:
+        (work / "config.json").write_text("beside")
+        with files.atomic_folder(tmp_path / writing) as other:
+            (other / "config.json").write_text("own")
+        assert (work / "config.json").read_text() == "beside"
+
+
+def test_a_folder_moved_aside_is_no_work_folder_of_a_name_that_ends_alike(
+    tmp_path, monkeypatch, no_swap
+):
+    """Between the two renames another process writes `model.old`; then the disk is full."""
+    folder, real = older(tmp_path), os.replace
+
+    def failing(source, target):
+        if Path(target) == folder and ".old" not in Path(source).name:
+            files.sweep(tmp_path, "model.old")
+            raise OSError(errno.ENOSPC, "full")
+        real(source, target)
+
+    monkeypatch.setattr(files.os, "replace", failing)
+    with pytest.raises(FpoError, match="untouched"), files.atomic_folder(folder) as work:
+        (work / "config.json").write_text("new")
+    assert (folder / "config.json").read_text() == "old"
+
+
 def test_what_is_left_of_an_old_folder_whose_place_was_taken_does_not_come_back(tmp_path):
-    older(tmp_path).rename(tmp_path / ".tmp-999999-model.old")
+    older(tmp_path).rename(tmp_path / ".tmp-999999.old-model")
     with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "model"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
