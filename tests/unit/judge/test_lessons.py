@@ -344,6 +344,16 @@ def test_near_doubles_are_those_of_a_look_at_every_two():
         assert cosine == pytest.approx(unit[i] @ unit[j])
 
 
+def test_near_doubles_take_no_memory_for_features_that_no_row_has():
+    """With a sign for each of them an SAE of a million features took 6 GB."""
+    columns = np.array([3, 10**9, 5, 3, 10**9], np.int64)
+    values = np.array([1.0, 2.0, 1.0, 2.0, 4.0])
+    rows = SparseRows(np.array([0, 2, 3, 5]), columns, values, 10**12)
+    for seed in (0, 1):
+        ((i, j, cosine),) = cover.near_doubles(rows, 0.97, seed)
+        assert (i, j, cosine) == (0, 2, pytest.approx(1.0))
+
+
 @given(sets=st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=9),
        count=st.integers(1, 9))  # fmt: skip
 def test_a_cover_is_the_slow_greedy_one(sets, count):
