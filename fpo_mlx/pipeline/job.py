@@ -24,7 +24,7 @@ from fpo_mlx.reference import weights
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.check import check_fit, resolve_site, z_widths
 from fpo_mlx.sae.resolve import resolve
-from fpo_mlx.storage.hub import read_config, resolve_model
+from fpo_mlx.storage.hub import read_config, resolve_model, size_in
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def open_saes(
         opened = [_identity_sae(sae.site, sae.d_in) for sae in opened if sae.site]
         if not opened and ref.layer is not None:
             site = Site(ref.layer, ref.site or "resid_post")  # type: ignore[arg-type]
-            opened = [_identity_sae(site, int(model_config["hidden_size"]))]
+            opened = [_identity_sae(site, size_in(model_config, "hidden_size"))]
         if not opened:
             raise ConfigError("--constraint activations: give --layer (and --site), or an --sae.")
     return tuple(opened)
@@ -250,8 +250,8 @@ def at_site(
     warnings = check_fit(
         sae,
         site=site,
-        hidden_size=int(model_config["hidden_size"]),
-        n_layers=int(model_config["num_hidden_layers"]),
+        hidden_size=size_in(model_config, "hidden_size"),
+        n_layers=size_in(model_config, "num_hidden_layers"),
         z_sizes=z_widths(model_config, site.layer),
         model_name=ref.model,
     )

@@ -20,7 +20,7 @@ from fpo_mlx.machine.memory import Lengths, ModelShape, SaeShape, Setup, Term, T
 from fpo_mlx.pipeline.job import Job, Say, need_model, open_saes, open_tokenizer, read_pairs
 from fpo_mlx.pipeline.policy import Outline, outline_of, put_adapters
 from fpo_mlx.records import SaeWeights, TokenPair
-from fpo_mlx.storage.hub import read_config, resolve_model
+from fpo_mlx.storage.hub import read_config, resolve_model, size_in, todays_names
 
 FUSED_HEADS = (64, 72, 80, 96, 128, 192, 256, 512)  # of the fused backward pass in MLX 0.32.4
 
@@ -155,7 +155,7 @@ def shape_of(model: Any, config: Mapping[str, Any], *, share_prompt: bool) -> Mo
     here = device.here()
     arrays = arrays_of(model.parameters())
     stated = _stated(model, config)
-    hidden, heads = int(stated["hidden_size"]), int(stated.get("num_attention_heads") or 1)
+    hidden, heads = size_in(stated, "hidden_size"), _most(stated.get("num_attention_heads")) or 1
     head_dim = int(stated.get("head_dim") or hidden // heads)
     experts = _experts_share(stated)
     blocks = blocks_of(model)
@@ -169,7 +169,7 @@ def shape_of(model: Any, config: Mapping[str, Any], *, share_prompt: bool) -> Mo
         blocks=len(blocks),
         hidden=hidden,
         heads=heads,
-        kv_heads=int(stated.get("num_key_value_heads") or heads),
+        kv_heads=_most(stated.get("num_key_value_heads")) or heads,
         head_dim=head_dim,
         inner=_inner(stated, hidden),
         vocab=vocab_size(model, stated),
@@ -200,7 +200,12 @@ def _stated(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part in (model, getattr(model, "language_model", None)):
         found |= vars(getattr(part, "args", None) or SimpleNamespace())
-    return found | {name: value for name, value in config.items() if value is not None}
+    return todays_names(found | {name: v for name, v in config.items() if v is not None})
+
+
+def _most(count: Any) -> int:
+    """Of a number for each block, as OpenELM's heads are, the largest; 0 for none."""
+    return max(map(int, count), default=0) if isinstance(count, list | tuple) else int(count or 0)
 
 
 def _experts_share(config: Mapping[str, Any]) -> float:

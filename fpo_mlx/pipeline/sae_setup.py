@@ -19,7 +19,7 @@ from fpo_mlx.reference import weights
 from fpo_mlx.saetrain import rows, texts
 from fpo_mlx.saetrain import sizes as sizing
 from fpo_mlx.storage import outputs
-from fpo_mlx.storage.hub import read_config, resolve_model
+from fpo_mlx.storage.hub import read_config, resolve_model, size_in
 
 if TYPE_CHECKING:
     from fpo_mlx.machine.parallel import Ranks
@@ -119,7 +119,7 @@ def open_setup(config: SaeTrainConfig, ranks: Ranks, say: Say) -> Setup:
     model_config = read_config(path)
     init = _init(config, say) if config.init else None
     config = config if init is None else _settled(config, init)
-    layer = sizing.sizes(config, model_config, int(model_config["hidden_size"])).layer
+    layer = sizing.sizes(config, model_config, size_in(model_config, "hidden_size")).layer
     site = Site(layer, config.site)  # type: ignore[arg-type]
     documents = _documents(config, path, say)
     train, held_out = texts.split_held_out(

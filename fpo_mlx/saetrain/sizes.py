@@ -8,6 +8,7 @@ from typing import Any
 
 from fpo_mlx.config import SaeTrainConfig
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.storage.hub import size_in
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def sizes(settings: SaeTrainConfig, model: Mapping[str, Any], hidden: int) -> Si
 
     Raises ConfigError for what does not fit together.
     """
-    n = int(model["num_hidden_layers"])
+    n = size_in(model, "num_hidden_layers")
     layer = n - 1 - max(1, round(n / 15)) if settings.layer is None else settings.layer
     if not 0 <= layer < n:
         raise ConfigError(f"--layer {layer}: the model's blocks are 0 to {n - 1}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from fpo_mlx.storage import files
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.tiktoken"]
 
-# GPT-2's names of what all others call otherwise
+# what GPT-2 and Lille, OpenELM, AFM 7, phixtral and EXAONE call otherwise than all others
 OLD_NAMES = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
+    "hidden_size": ("n_embd", "model_dim", "hidden_dim"),
+    "num_hidden_layers": ("n_layer", "num_transformer_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "num_query_heads", "num_heads"),
+    "num_key_value_heads": ("num_kv_heads", "n_kv_heads"),
+    "vocab_size": ("num_vocab",),
 }
 NO_CODE = ["*.py", "*.pyc", "*.so", "*.sh"]  # "tokenizer*" would let tokenizer_x.py in
 TWICE = ["consolidated*.safetensors"]  # Mistral's second copy of the weights, which nothing reads
@@ -83,5 +86,29 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(inner, dict):
         raise ModelError(f"{path / 'config.json'}: wanted a JSON object, as a model folder has it.")
     config = {**config, **inner}
-    old = {new: config[name] for new, name in OLD_NAMES.items() if name in config}
-    return {**old, **config}
+    return todays_names(config)
+
+
+def todays_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, and those of other names under today's too. What has today's name counts."""
+    known = {name for name, value in config.items() if value is not None}
+    if "hidden_size" in known:
+        known -= {"num_heads"}  # Mamba 2's, which are no attention's
+    renamed = {
+        new: config[name]
+        for new, names in OLD_NAMES.items()
+        for name in reversed(names)  # the first one stays
+        if name in known and new not in known
+    }
+    return {**config, **renamed}
+
+
+def size_in(config: Mapping[str, Any], name: str) -> int:
+    """A whole number that config.json has to say. Raises: ModelError naming what it lacks."""
+    if config.get(name) is None:
+        others = " or ".join((name, *OLD_NAMES.get(name, ())))
+        raise ModelError(
+            f"config.json of this model ({config.get('model_type') or 'of no model_type'}) says no "
+            f"{name}, wanted {others}. Add it to the model's config.json."
+        )
+    return int(config[name])

@@ -317,6 +317,74 @@ def test_gpt2_goes_through_every_command(gpt2, tmp_path, monkeypatch, command):
     assert done.exception is None
 
 
+ELSEWHERE = {  # families whose config.json has names of their own, in mlx-lm alone
+    "openelm": {
+        "head_dim": 12, "num_transformer_layers": 2, "model_dim": 48, "ffn_dim_divisor": 8,
+        "num_query_heads": [2, 4], "num_kv_heads": [1, 2], "ffn_multipliers": [0.5, 4.0],
+    },
+    "afm7": {
+        "hidden_dim": 48, "num_layers": 3, "num_kv_reuse_layers": 1, "num_heads": 4,
+        "num_kv_heads": 2,
+    },
+    "phixtral": {
+        "model_dim": 48, "num_layers": 2, "num_heads": 4, "rotary_dim": 8, "num_vocab": 300,
+    },
+}  # fmt: skip
+
+
+def elsewhere(folder, family):
+    """Such a model with random weights, beside a tokenizer."""
+    import importlib
+
+    mx = pytest.importorskip("mlx.core")
+    from mlx.utils import tree_flatten
+    from tiny_tokenizer import build_tiny_tokenizer
+
+    config = {"model_type": family, "vocab_size": 300} | ELSEWHERE[family]
+    code = importlib.import_module(f"mlx_lm.models.{family}")
+    model = code.Model(code.ModelArgs.from_dict(config))
+    build_tiny_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+
+
+@pytest.mark.parametrize("family", list(ELSEWHERE))
+def test_a_model_whose_config_has_other_names_is_planned_and_trained(tmp_path, monkeypatch, family):
+    """Each of the three ended in KeyError: 'hidden_size'. mlx-lm's phixtral cannot be trained."""
+    from command_line import ROWS, lines, random_sae, run, usual
+
+    from fpo_mlx.model.load import load_model
+    from fpo_mlx.pipeline.plan import shape_of
+    from fpo_mlx.sae.convert import write_saelens
+    from fpo_mlx.storage.hub import read_config
+
+    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
+    elsewhere(tmp_path / "model", family)
+    write_saelens(random_sae(48), tmp_path / "sae")
+    lines(tmp_path / "data" / "train.jsonl", *ROWS)
+    adapters = ["--adapter-path", tmp_path / "a", "--iters", 1]
+    for command, words in (("plan", []), ("train", adapters)):
+        if (command, family) != ("train", "phixtral"):
+            done = run(command, *usual(tmp_path), "--top-k", 5, *words)
+            assert done.exit_code == 0, done.output
+    config = read_config(tmp_path / "model")
+    shape = shape_of(load_model(tmp_path / "model").model, config, share_prompt=True)
+    assert (shape.hidden, shape.heads, shape.head_dim) == (48, 4, 12)
+    assert (shape.kv_heads, shape.vocab) == (4 if family == "phixtral" else 2, 300)
+
+
+def test_a_config_without_a_width_is_a_plain_error_that_names_it():
+    from fpo_mlx.errors import ModelError
+    from fpo_mlx.storage.hub import size_in, todays_names
+
+    with pytest.raises(ModelError, match="odd.* says no hidden_size, wanted hidden_size or n_embd"):
+        size_in({"model_type": "odd"}, "hidden_size")
+    mamba = {"hidden_size": 64, "num_heads": 8}
+    assert todays_names(mamba) == mamba
+    assert todays_names({"n_embd": 8, "hidden_size": None})["hidden_size"] == 8
+
+
 def test_what_a_published_config_leaves_out_is_the_models_own_default(tmp_path):
     """Gemma 3's has neither the vocabulary nor the heads, on either level."""
     from fpo_mlx.model.load import load_model
