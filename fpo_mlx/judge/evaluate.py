@@ -59,6 +59,7 @@ class EvalTable:
     adapters: Mapping[str, EvalReport]  # by the name that the user gave; path*0.25 for a part
     base: EvalReport | None = None
     objective: Mapping[str, Any] = field(default_factory=dict)  # settings that made the losses
+    split: str | None = None  # of the data that was judged on
 
     @property
     def columns(self) -> dict[str, EvalReport]:
@@ -69,6 +70,7 @@ class EvalTable:
     def as_dict(self) -> dict[str, Any]:
         """One adapter: its path, summary and pairs, and the base; several: a list of them."""
         base = {"objective": dict(self.objective)} if self.objective else {}
+        base |= {"split": self.split} if self.split else {}
         base |= {BASE: self.base.as_dict()} if self.base else {}
         if len(self.adapters) == 1:
             ((path, report),) = self.adapters.items()

@@ -92,7 +92,7 @@ def evaluate_all(
         del scorer  # one model in memory at a time
     o = config.objective
     settings = {"preset": config.preset, **asdict(o), "alpha": o.judged_alpha}
-    return evaluation.EvalTable(reports, base, settings)
+    return evaluation.EvalTable(reports, base, settings, split)
 
 
 def check_scales(config: RunConfig, adapter_paths: Sequence[str], scales: Sequence[float]) -> None:

@@ -157,9 +157,7 @@ def _bring_back(left: list[Path], target: Path) -> None:
 def sweep_killed(folder: Path) -> None:
     """Remove what writers of folders in this one left, but for those that are at work."""
     pattern = re.compile(WRITERS + "(?P<name>.+)")
-    names = {
-        found["name"] for path in folder.iterdir() if (found := pattern.fullmatch(path.name))
-    }
+    names = {found["name"] for path in folder.iterdir() if (found := pattern.fullmatch(path.name))}
     for name in sorted(names):
         with suppress(OSError, FpoError), locks.held(folder / f".{name}.lock", folder):
             sweep(folder, name)

@@ -275,6 +275,7 @@ def test_a_part_that_cannot_be_taken_is_a_usage_error(place, words, parts):
 def test_a_result_names_its_adapter_and_one_called_base_does_not_hide_the_base(place, tmp_path):
     one, _ = judge(place, "--adapter-path", place / "one", out=tmp_path / "a.json")
     assert one["adapter_path"] == str(place / "one")
+    assert one["split"] == "valid"
     assert judge(place, out=tmp_path / "b.json")[0]["adapter_path"] is None
     table = EvalTable({"base": EvalReport({"n": 1}, [])}, EvalReport({"n": 2}, []))
     assert [(r["model"], r["n"]) for r in table.rows()] == [("base", 2), ("./base", 1)]
