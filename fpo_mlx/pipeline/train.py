@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from fpo_mlx.pipeline.plan import predicted_peak
 from fpo_mlx.pipeline.policy import open_policy, outline_of
 from fpo_mlx.pipeline.prepared import read_splits
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
+from fpo_mlx.records import PAIRS_FILE
 from fpo_mlx.storage import outputs
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ def _train(
         if config.train.resume:
             trainer.resume()
             out.resumed(ready.record, trainer.progress.iteration)
+            out.note({"source": ready.record["source"]})  # the same pairs may lie elsewhere now
             say(f"resumed after iteration {trainer.progress.iteration}")
         else:
             if trainer.ranks.first:  # again: hours may lie between
@@ -239,12 +242,26 @@ def _announce(trainer: Trainer, say: Say) -> None:
             say(f"no landing on the target at the end: {why}")
 
 
+def _source(source: str | None) -> dict[str, str | None]:
+    """Where the pairs lie, from wherever it is asked, and sha256 of the pairs.json beside them.
+
+    Empty for a data set of the hub. No setting: a run goes on where its data has moved.
+    """
+    place = Path(source or "").expanduser()
+    if not source or not place.exists():
+        return {}
+    about = place / PAIRS_FILE
+    said = hashlib.sha256(about.read_bytes()).hexdigest() if about.is_file() else None
+    return {"data": str(place.resolve()), "pairs": said}
+
+
 def run_record(job: Job, data_fingerprint: str, valid: str) -> dict[str, Any]:
     """What run.json holds: settings, versions, fingerprints. No environment, no tokens."""
     from importlib.metadata import version
 
     names = ("mlx", "mlx-lm", "numpy", "transformers")
     return {
+        "source": _source(job.config.data.data),
         "settings": outputs.of_the_run(job.config.as_dict()),
         "fingerprints": {
             "model": job.identity.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -32,6 +33,21 @@ def own_cache(place, monkeypatch):
 
 def dpo(place, out, *words, **changes):
     return train(place, out, "--objective", "dpo", *words, sae=None, **changes)
+
+
+def test_a_record_says_where_the_pairs_lay_and_follows_them(place, tmp_path, monkeypatch):
+    """No setting: a run goes on where its data has moved."""
+    data, run = tmp_path / "pairs", tmp_path / "run"
+    shutil.copytree(place / "data", data)
+    (data / "pairs.json").write_text("{}")
+    said = hashlib.sha256(b"{}").hexdigest()
+    monkeypatch.chdir(tmp_path)
+    for place_of_data, words in ((data, ()), (data.with_name("moved"), ("--resume",))):
+        data.rename(place_of_data)
+        done = dpo(place, run, "--iters", 2 + len(words), *words, data=place_of_data.name)
+        assert done.exit_code == 0, done.stderr
+        record = json.loads((run / "run.json").read_text())
+        assert record["source"] == {"data": str(place_of_data), "pairs": said}
 
 
 @pytest.mark.parametrize(("before", "after"), [(25, 0), (0, 25)])
