@@ -11,8 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
-from fpo_mlx.report.read import Run, figure
-from fpo_mlx.report.tables import COLLAPSE, chosen_drop, defaults, number, summary_of, text
+from fpo_mlx.report.read import Run, figure, on_training
+from fpo_mlx.report.tables import (
+    COLLAPSE,
+    chosen_drop,
+    defaults,
+    judged,
+    judged_on,
+    number,
+    part_judged,
+    summary_of,
+    text,
+)
 
 LENGTH_GAP = 0.15  # of accuracy between pairs whose chosen is longer and the others
 JUDGED = ("model", "sae", "data", "objective", "init_adapter", "reference") + tuple(
@@ -63,9 +73,24 @@ def _of_one(run: Run) -> Iterator[str]:
     yield from _landed(run)
     yield from _collapse(run)
     yield from _length(run)
+    yield from _judged_otherwise(run)
     for kind, result in run.results.items():
         if result.stale:
             yield f"{result.path.name} ({kind}) is older than the adapters: run it again."
+
+
+def _judged_otherwise(run: Run) -> Iterator[str]:
+    """The evaluation is not of the whole adapter on pairs that it did not see."""
+    if on_training(judged(run)):
+        yield (
+            f"{run.results['evaluate'].path.name} is of training pairs, which say little of "
+            "others: evaluate on held-out ones."
+        )
+    if scale := part_judged(run):
+        yield (
+            f"{run.results['evaluate'].path.name} is of the adapter{scale}, a part of its change: "
+            "evaluate it without --adapter-scale."
+        )
 
 
 def _not_finite(loss: Any) -> bool:
@@ -137,6 +162,9 @@ def _between(runs: Sequence[Run]) -> Iterator[str]:
         if len(seen) > 1:
             yield f"The runs differ in {name} (see the fingerprints). {why}"
     pairs = {n for run in runs if (n := figure(summary_of(run).get("n"))) is not None}
+    splits = {judged_on(run) for run in runs if "split" in judged(run)}
+    if len(splits) > 1:
+        yield f"The evaluations are over different pairs: {', '.join(sorted(splits))}."
     if len(pairs) > 1:
         yield f"The evaluations are over {', '.join(map(number, sorted(pairs)))} pairs."
 

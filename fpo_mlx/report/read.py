@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -118,11 +120,38 @@ def _with_result(runs: Sequence[Run], file: Path) -> list[Run]:
     if kind == "compare":  # the same answers stand once, whoever they are of
         parts = [p if not any(parts[:i]) else None for i, p in enumerate(parts)]
     return [
-        replace(run, results={**run.results, kind: Result(file, p, _stale(file, run.path))})
-        if p and kind
-        else run
+        _with_one(run, kind, Result(file, p, _stale(file, run.path))) if p and kind else run
         for run, p in zip(runs, parts, strict=True)
     ]
+
+
+def _with_one(run: Run, kind: str, result: Result) -> Run:
+    """The run with a result that was named, unless it has one that says more of it."""
+    held = run.results.get(kind)
+    if held and _standing(held) > _standing(result):
+        told = (
+            f"{result.path} is not shown, {held.path} is: held-out pairs come before training "
+            "pairs, the whole adapter before a part"
+        )
+        return replace(run, faults=(*run.faults, told))
+    return replace(run, results={**run.results, kind: result})
+
+
+def _standing(result: Result) -> tuple[bool, bool]:
+    """What counts before the time: held-out pairs before those of training, all before a part."""
+    return not on_training(result.value), scale_of(result.value) == 1.0
+
+
+def on_training(evaluation: Any) -> bool:
+    """Whether a result says that the pairs which it is over were those of training."""
+    return isinstance(evaluation, Mapping) and evaluation.get("split") == "train"
+
+
+def scale_of(evaluation: Any) -> float:
+    """The part of the adapter's change that was judged; 1 where nothing is said."""
+    found = evaluation.get("adapter_scale") if isinstance(evaluation, Mapping) else None
+    scale = figure(found)
+    return 1.0 if scale is None else scale
 
 
 def _of_run(
@@ -137,7 +166,7 @@ def _of_run(
 
     def is_ours(name: Any) -> bool:
         moved = (own or alone) and isinstance(name, str) and Path(name).name == home.name
-        return moved or is_of(name, folder)
+        return (moved and not _of_another(name, home)) or is_of(name, folder)
 
     home = folder.resolve()
     if kind == "compare":
@@ -147,14 +176,35 @@ def _of_run(
         return value if own or any(map(is_ours, names)) else None  # names: without their parts
     listed = value.get("adapters") if kind == "evaluate" else None
     if isinstance(listed, list):
-        found = [one for one in listed if isinstance(one, Mapping)]
+        found = [dict(one) for one in listed if isinstance(one, Mapping)]
         exact = [one for one in found if is_of(one.get("adapter_path"), folder)]
         ours = exact or [one for one in found if is_ours(one.get("adapter_path"))]
-        return {**ours[0], "base": value.get("base")} if ours else None
+        shared = {name: value[name] for name in ("base", "split") if name in value}
+        return min(ours, key=lambda one: abs(scale_of(one) - 1)) | shared if ours else None
     if kind is None or "adapter_path" not in value:
         return value if kind and (own or alone) else None
     name = value["adapter_path"]  # None: the base alone
-    return value if name is not None and (own or is_ours(name)) else None
+    if name is None or (own and _of_another(name, home)):
+        return None
+    return value if own or is_ours(name) else None
+
+
+def _of_another(name: Any, home: Path) -> bool:
+    """Whether an adapter's path, as a command was given it, means another one that is there.
+
+    The run's own best/ is another one, too. Where the command ran is not known: a relative path
+    that `home` ends with is this one's, and an adapter of the same weights is a copy of it.
+    """
+    path = Path(name) if isinstance(name, str) else Path()
+    if not path.is_absolute() and home.parts[len(home.parts) - len(path.parts) :] == path.parts:
+        return False
+    there = {place.resolve() for place in (path, home / path.name)} - {home}
+    return any((place / OWN[1]).is_file() and not _same_weights(place, home) for place in there)
+
+
+def _same_weights(*folders: Path) -> bool:
+    one, other = (folder / WEIGHTS for folder in folders)
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def is_of(name: Any, folder: Path) -> bool:
@@ -205,12 +255,40 @@ def read_run(path: Path, name: str) -> Run:
 
 def _pairs_of(path: Path, record: Mapping[str, Any], faults: list[str]) -> Mapping[str, Any]:
     """Figures beside the data that a run was trained on, or of the round it belongs to."""
-    data = part(record, "settings").get("data")
-    places = [Path(data)] if isinstance(data, str) and data else []
-    for place in (*places, path.parent / "pairs"):
-        if (place / PAIRS_FILE).is_file():
-            return _mapping(place / PAIRS_FILE, faults)
-    return {}
+    source = part(record, "source")
+    recorded, then = source.get("data"), source.get("pairs")
+    places = [Path(recorded)] if isinstance(recorded, str) and recorded else []
+    places += _named_data(path, part(record, "settings"))
+    found = [file for place in places if (file := place / PAIRS_FILE).is_file()]
+    if found and "pairs" in source and _sha256(found[0]) != then:
+        faults.append(f"{found[0]} was written after the run began, so it was left out")
+        return {}
+    of_round = re.fullmatch(r"round-\d+", path.parent.name)
+    file = found[0] if found else path.parent / "pairs" / PAIRS_FILE
+    return _mapping(file, faults) if found or of_round else {}
+
+
+def _sha256(file: Path) -> str | None:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def _named_data(path: Path, settings: Mapping[str, Any]) -> list[Path]:
+    """The data as the run was told, from where it was told so; [] where that is not known.
+
+    A run of a relative --adapter-path ran where its folder's path begins.
+    """
+    data, own = settings.get("data"), settings.get("adapter_path")
+    if not isinstance(data, str) or not data:
+        return []
+    if Path(data).is_absolute():
+        return [Path(data)]
+    folder, parts = path.resolve(), Path(own).parts if isinstance(own, str) else ()
+    if not parts or folder.parts[-len(parts) :] != parts:
+        return []
+    return [folder.parents[len(parts) - 1] / data]
 
 
 def _read(path: Path, faults: list[str]) -> Any:
@@ -254,7 +332,8 @@ def _lines(path: Path, faults: list[str]) -> list[Mapping[str, Any]]:
 def _results(path: Path, faults: list[str]) -> dict[str, Result]:
     """Results of other commands: in the folder, or beside it as NAME.json or NAME.*.json.
 
-    They are known by what they hold, not by their names; the newest of a kind counts.
+    They are known by what they hold, not by their names. Of a kind the newest counts, but first
+    what is of held-out pairs, and of the whole adapter.
     """
     inside = [p for p in files.listed(path, "*.json") if p.name not in OWN]
     home = path.resolve()
@@ -263,12 +342,17 @@ def _results(path: Path, faults: list[str]) -> dict[str, Result]:
         p for p in files.listed(home.parent, "*.json") if _owner(p.name, folders) == home.name
     ]
     found: dict[str, Result] = {}
+    others: dict[str, str] = {}  # what is of another adapter; told where it is all there is
     for file in sorted((*outside, *inside), key=lambda p: p.stat().st_mtime):
         value = _read(file, faults)
         kind = kind_of(value)
         ours = _of_run(kind, value, path, own=True)
-        if kind and ours:
-            found[kind] = Result(file, ours, _stale(file, path))
+        result = Result(file, ours, _stale(file, path))
+        if kind and ours and (kind not in found or _standing(result) >= _standing(found[kind])):
+            found[kind] = result
+        elif kind and not ours and isinstance(name := value.get("adapter_path"), str):
+            others[kind] = f"{file} is of another adapter, {name}, and was left out"
+    faults += [told for kind, told in others.items() if kind not in found]
     return found
 
 

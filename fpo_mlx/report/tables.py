@@ -10,7 +10,7 @@ from typing import Any
 
 from fpo_mlx.config import PRESETS, options
 from fpo_mlx.report.plots import value_of
-from fpo_mlx.report.read import Run, figure, part
+from fpo_mlx.report.read import Run, figure, on_training, part, scale_of
 
 NONE = "–"
 ROWS_OF_CURVES = 12  # of the table beside the plots
@@ -144,13 +144,34 @@ def summary_of(run: Run) -> Mapping[str, Any]:
     return part(found.value, "summary") if found else {}
 
 
+def judged(run: Run) -> Mapping[str, Any]:
+    """What an evaluation says beside its figures: the split, the part; empty without one."""
+    found = run.results.get("evaluate")
+    return found.value if found else {}
+
+
+def judged_on(run: Run) -> str:
+    """ "held-out pairs (valid)"; an older file does not say of which split it is."""
+    split = judged(run).get("split")
+    if on_training(judged(run)):
+        return "training pairs"
+    return f"held-out pairs ({split})" if isinstance(split, str) else "held-out pairs"
+
+
+def part_judged(run: Run) -> str:
+    """ " × 0.25" where an evaluation is of that part of the adapter's change; nothing of all."""
+    scale = scale_of(judged(run))
+    return "" if scale == 1.0 else f" × {number(scale)}"
+
+
 def card(run: Run, colour: int) -> Card:
     """The figures that matter, from held-out pairs where there are some."""
-    summary, source = summary_of(run), "held-out pairs, by fpo-mlx evaluate"
-    if summary:
-        n = figure(summary.get("n"))
-        source = f"{number(n)} {source}" if n else source
-    elif run.end or run.valid:
+    summary, held_out = summary_of(run), run.end or run.valid
+    if summary and not (on_training(judged(run)) and held_out):
+        n, scale = figure(summary.get("n")), part_judged(run)
+        source = f"{f'{number(n)} ' if n else ''}{judged_on(run)}, by fpo-mlx evaluate"
+        source += f", of the adapter{scale}" if scale else ""
+    elif held_out:
         last = run.end or run.valid[-1]
         summary, source = part(last, "metrics"), (
             f"validation pairs: {text(last.get('pairs'))}, iteration {text(last.get('iteration'))}"
@@ -172,7 +193,7 @@ def card(run: Run, colour: int) -> Card:
 def chosen_drop(run: Run) -> float:
     """Nats a token that the chosen answers lost against the reference; 0 where it is not known."""
     key = "logps_per_token/chosen_change"
-    change = figure(summary_of(run).get(key))
+    change = None if part_judged(run) else figure(summary_of(run).get(key))
     if change is None and run.end:
         change = figure(part(run.end, "metrics").get(key))
     if change is None and run.train:
@@ -206,14 +227,19 @@ def _held(settings: Mapping[str, Any]) -> str:
 
 def evaluation(runs: Sequence[Run]) -> tuple[Table | None, Table | None]:
     """(what matters, everything else): metrics down, runs across, the base where there is one."""
-    columns = [(run.name, summary_of(run)) for run in runs]
-    for run in runs:
-        found = run.results.get("evaluate")
-        base = part(found.value, "base") if found else {}
+    training = {on_training(judged(run)) for run in runs if summary_of(run)}
+    told = len(training) > 1
+
+    def column(name: str, run: Run) -> str:
+        return f"{name}, training pairs" if told and on_training(judged(run)) else name
+
+    columns = [(column(run.name + part_judged(run), run), summary_of(run)) for run in runs]
+    for run in sorted(runs, key=lambda run: on_training(judged(run))):
+        base = part(judged(run), "base")
         if base:
             own = part(base, "summary") or base  # its rewards are 0 by definition: they say nothing
             own = {k: v for k, v in own.items() if not k.startswith("rewards/")}
-            columns.insert(0, ("base model", own))
+            columns.insert(0, (column("base model", run), own))
             break
     columns = [(name, s) for name, s in columns if s]
     if not columns:
@@ -225,11 +251,12 @@ def evaluation(runs: Sequence[Run]) -> tuple[Table | None, Table | None]:
     around = any("/ci95" in key for _, summary in columns for key in summary)
     note = "Below a figure: its 95 % bootstrap interval over the pairs." if around else ""
     head = ["Metric", *(name for name, _ in columns)]
-    told = [row for key, row in rows.items() if key in PRIMARY_METRICS]
+    first = [row for key, row in rows.items() if key in PRIMARY_METRICS]
     rest = [row for key, row in rows.items() if key not in PRIMARY_METRICS]
+    what = "Training pairs" if training == {True} else "Held-out pairs"
     return (
-        Table("Held-out pairs", head, told, note=note) if told else None,
-        Table("Held-out pairs, all other figures", head, rest) if rest else None,
+        Table(what, head, first, note=note) if first else None,
+        Table(f"{what}, all other figures", head, rest) if rest else None,
     )
 
 

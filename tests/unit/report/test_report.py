@@ -155,7 +155,7 @@ def test_the_commands_that_a_report_names_are_commands_with_these_flags(tmp_path
         if command := main.commands.get(words[1]):
             known = {name for p in command.params for name in p.opts}
             assert set(words[2::2]) <= known, words
-    (own,) = (words for words in commands if words[1] == "evaluate" and str(runs[1].path) in words)
+    (own,) = (words for words in commands if words[1] == "evaluate" and str(runs[1]) in words)
     given = dict(zip(own[2::2], own[3::2], strict=True))
     assert json.loads(given["--chat-template-args"]) == {"thinking": False}
 

@@ -1,0 +1,203 @@
+"""Whose figures a report shows: of which adapter, which part of it, which pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+
+import pytest
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+from report_runs import SUMMARY, Elements, a_report, a_run
+
+from fpo_mlx.errors import FpoError
+from fpo_mlx.report import read_runs, render
+from fpo_mlx.report.findings import warnings
+from fpo_mlx.report.read import Run
+from fpo_mlx.report.rounds import rounds
+from fpo_mlx.report.tables import card, chosen_drop, evaluation
+
+VALID = {"kind": "valid", "iteration": 30, "loss": 0.6, "pairs": 8,
+         "metrics": {"rewards/accuracies": 0.625}}  # fmt: skip
+
+
+def said(run: Run) -> str:
+    return "\n".join(w.text for w in warnings([run]))
+
+
+def n_of(run: Run):
+    found = run.results.get("evaluate")
+    return found.value["summary"]["n"] if found else None
+
+
+def write(path, value, when=None):
+    path.write_text(json.dumps(value))
+    if when is not None:
+        os.utime(path, (when, when))
+    return path
+
+
+def summary(n, **more):
+    return {"summary": SUMMARY | {"n": n}} | more
+
+
+def text_of(*runs):
+    return " ".join(Elements(render(runs)).text.split())
+
+
+def parts(run, *scales):
+    return [
+        {"adapter_path": str(run)} | summary(i, **({} if scale == 1 else {"adapter_scale": scale}))
+        for i, scale in enumerate(scales)
+    ]
+
+
+def test_of_several_parts_of_an_adapter_the_whole_is_shown(tmp_path):
+    run = a_run(tmp_path / "run")
+    write(run / "evaluate.json", {"base": {}, "adapters": parts(run, 0.1, 0.25, 1, 2)})
+    (read,) = read_runs([run])
+    assert n_of(read) == 2
+    assert "×" not in text_of(read)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_part_is_shown_only_where_the_whole_is_not_judged_and_as_a_part(tmp_path, listed):
+    run = a_run(tmp_path / "run")
+    own = parts(run, 0.1, 0.5)
+    write(run / "evaluate.json", {"adapters": own} if listed else own[1], 9e9)
+    (read,) = read_runs([run])
+    assert n_of(read) == 1
+    assert "1 held-out pairs, by fpo-mlx evaluate, of the adapter × 0.5" in card(read, 0).source
+    table, _ = evaluation([read])
+    assert table is not None
+    assert table.head == ["Metric", "run × 0.5"]
+    assert "evaluate.json is of the adapter × 0.5" in said(read)
+    assert chosen_drop(read) == 0.01  # of the training: what a part lost is not all
+    write(run / "whole.json", summary(7), 1)
+    assert n_of(read_runs([run])[0]) == 7
+
+
+def test_figures_of_training_pairs_are_named_and_give_way_to_others(tmp_path):
+    run = a_run(tmp_path / "run")
+    write(run / "train.json", {"kind": "evaluate", "split": "train"} | summary(9), 9e9)
+    (read,) = read_runs([run])
+    assert card(read, 0).source == "9 training pairs, by fpo-mlx evaluate"
+    text = text_of(read)
+    assert "Training pairs" in text
+    assert "Held-out pairs" not in text
+    assert "train.json is of training pairs" in said(read)
+    write(run / "evaluate.json", {"kind": "evaluate", "split": "valid"} | summary(5), 1)
+    (read,) = read_runs([run])
+    assert card(read, 0).source == "5 held-out pairs (valid), by fpo-mlx evaluate"
+    assert "Training pairs" not in text_of(read)
+    (read,) = read_runs([run], [run / "train.json"])
+    assert n_of(read) == 5
+    assert "train.json is not shown" in said(read)
+
+
+def test_validation_figures_of_the_run_come_before_those_of_training_pairs(tmp_path):
+    run = a_run(tmp_path / "run", [a_report(30), VALID], evaluate=summary(9, split="train"))
+    shown = card(read_runs([run])[0], 0)
+    assert shown.source == "validation pairs: 8, iteration 30"
+    assert ("Reward accuracy", "0.625", "") in shown.figures
+
+
+def test_training_and_held_out_pairs_side_by_side_are_told_apart(tmp_path):
+    base = {"base": {"summary": {"policy_accuracy": 0.5}}}
+    runs = read_runs([
+        a_run(tmp_path / "a", evaluate=summary(40, split="train", **base)),
+        a_run(tmp_path / "b", evaluate=summary(40, split="test")),
+    ])  # fmt: skip
+    table, _ = evaluation(runs)
+    assert table is not None
+    assert table.caption == "Held-out pairs"
+    assert table.head == ["Metric", "base model, training pairs", "a, training pairs", "b"]
+    between = "\n".join(w.text for w in warnings(runs))
+    assert "over different pairs: held-out pairs (test), training pairs" in between
+
+
+def test_the_best_adapter_of_a_run_is_not_the_run(tmp_path, monkeypatch):
+    """Named as it was given, from there and from elsewhere."""
+    run = a_run(tmp_path / "run")
+    best = run / "best"
+    best.mkdir()
+    write(best / "adapter_config.json", {})
+    for folder in (best, run):
+        (folder / "adapters.safetensors").write_bytes(folder.name.encode())
+    write(run / "best.json", {"adapter_path": "run/best"} | summary(3), 9e9)
+    for place in (tmp_path, "/"):
+        monkeypatch.chdir(place)
+        (read,) = read_runs([run])
+        assert n_of(read) is None
+        assert "best.json is of another adapter, run/best, and was left out" in said(read)
+    write(run / "evaluate.json", {"adapter_path": "run"} | summary(4), 9e9)
+    (read,) = read_runs([run])
+    assert n_of(read) == 4
+    assert "another adapter" not in said(read)
+    with pytest.raises(FpoError, match="found nothing of run"):
+        read_runs([run], [run / "best.json"])
+
+
+def test_a_name_of_another_adapter_that_is_there_is_refused_and_one_that_moved_is_not(
+    tmp_path, monkeypatch
+):
+    for place in ("here", "there"):
+        a_run(tmp_path / place / "adapters")
+    a_run(tmp_path / "here" / "other")
+    run = tmp_path / "there" / "adapters"
+    monkeypatch.chdir(tmp_path / "here")
+    for name, n in (
+        ("adapters", 1),  # as it was called when the command ran in `there`
+        ("./adapters", 1),
+        ("gone/adapters", 1),
+        ("renamed", 1),
+        ("other", None),
+        (str(tmp_path / "here" / "adapters"), None),
+        ("../here/adapters", None),
+    ):
+        write(run / "evaluate.json", {"adapter_path": name} | summary(1))
+        assert n_of(read_runs([run])[0]) == n, name
+    for place in ("here", "there"):  # a copy
+        (tmp_path / place / "adapters" / "adapters.safetensors").write_bytes(b"same")
+    assert n_of(read_runs([run])[0]) == 1
+
+
+def pairs_at(folder, pairs):
+    folder.mkdir(parents=True)
+    return hashlib.sha256(write(folder / "pairs.json", {"pairs": pairs}).read_bytes()).hexdigest()
+
+
+def test_the_pairs_of_a_run_are_those_that_it_was_trained_on(tmp_path, monkeypatch):
+    """Whatever lies under that name where the report is made."""
+    known = pairs_at(tmp_path / "mine" / "pairs", 5)
+    pairs_at(tmp_path / "yours" / "pairs", 7)
+    settings = {"data": "pairs", "adapter_path": "adapters"}
+    source = {"data": str(tmp_path / "mine" / "pairs"), "pairs": known}
+    run = a_run(tmp_path / "runs" / "adapters", record={"settings": settings, "source": source})
+    older = a_run(tmp_path / "mine" / "adapters", record={"settings": settings})
+    monkeypatch.chdir(tmp_path / "yours")
+    assert [read.pairs for read in read_runs([run, older])] == [{"pairs": 5}] * 2
+    renamed = (tmp_path / "mine" / "adapters").rename(tmp_path / "mine" / "first")
+    assert read_runs([renamed])[0].pairs == {}
+
+
+@pytest.mark.parametrize("then", ["0" * 64, None])
+def test_pairs_that_were_made_since_are_left_out_and_it_is_said(tmp_path, then):
+    pairs_at(tmp_path / "pairs", 5)
+    source = {"data": str(tmp_path / "pairs"), "pairs": then}
+    run = a_run(tmp_path / "adapters", record={"settings": {"data": "x"}, "source": source})
+    (read,) = read_runs([run])
+    assert read.pairs == {}
+    assert "pairs.json was written after the run began" in said(read)
+
+
+def test_pairs_beside_a_run_are_its_own_only_in_a_round(tmp_path):
+    record = {"settings": {"data": "owner/set", "adapter_path": "adapters"}}
+    for name, known in (("round-2", {"pairs": 4}), ("project", {})):
+        pairs_at(tmp_path / name / "pairs", 4)
+        (read,) = read_runs([a_run(tmp_path / name / "adapters", record=record)])
+        assert read.pairs == known
+    assert rounds([read]) is None
