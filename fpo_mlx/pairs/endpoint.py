@@ -66,7 +66,7 @@ class Endpoint:
             for number, _, line in lines.read_lines(self.cache):
                 record = lines.decode(line, f"{self.cache.name}:{number}")
                 self._known[str(record.get("request"))] = record.get("reply")
-                self._answers |= record.get("by") == self._name
+                self._answers |= record.get("by", self._name) == self._name  # as older ones lack
         self._writer = lines.LineWriter(self.cache)
 
     def close(self) -> None:

@@ -185,9 +185,12 @@ def _missing(run: Run) -> Iterator[Missing]:
         ("features", "feature changes", "--json"),
         ("compare", "sample answers", "--output"),
     ):
-        if kind in run.results or (kind == "features" and not run.settings.get("sae")):
+        less = kind == "evaluate" and (on_training(judged(run)) or part_judged(run))
+        if kind in run.results and not less:
             continue
-        to = shlex.quote(str(run.path / f"{kind}.json"))
+        if kind == "features" and not run.settings.get("sae"):
+            continue
+        to = shlex.quote(str(run.path / (f"{kind}.whole.json" if less else f"{kind}.json")))
         usual = _usual(run, COMPARED if kind == "compare" else JUDGED)
         yield Missing(run.name, what, f"fpo-mlx {kind} {usual} {adapter} {flag} {to}")
 

@@ -110,7 +110,7 @@ def _with_result(runs: Sequence[Run], file: Path) -> list[Run]:
     if faults:
         raise FpoError(f"--results {faults[0]}.")
     kind = kind_of(value)
-    parts = [_of_run(kind, value, run.path, alone=len(runs) == 1) for run in runs]
+    parts = [_of_run(kind, value, file, run.path, alone=len(runs) == 1) for run in runs]
     if not any(parts):
         raise FpoError(
             f"--results {file}: found nothing of {', '.join(run.name for run in runs)}, wanted "
@@ -131,7 +131,7 @@ def _with_one(run: Run, kind: str, result: Result) -> Run:
     if held and _standing(held) > _standing(result):
         told = (
             f"{result.path} is not shown, {held.path} is: held-out pairs come before training "
-            "pairs, the whole adapter before a part"
+            "pairs, the whole adapter before a part. Move that one away to see the other."
         )
         return replace(run, faults=(*run.faults, told))
     return replace(run, results={**run.results, kind: result})
@@ -155,9 +155,15 @@ def scale_of(evaluation: Any) -> float:
 
 
 def _of_run(
-    kind: str | None, value: Any, folder: Path, *, own: bool = False, alone: bool = False
+    kind: str | None,
+    value: Any,
+    file: Path,
+    folder: Path,
+    *,
+    own: bool = False,
+    alone: bool = False,
 ) -> Any:
-    """What a result file says of the run in `folder`; None when it speaks of others.
+    """What the value of a result file says of the run in `folder`; None when it speaks of others.
 
     own: the file lies in the folder or bears its name, so that what it says of one adapter is of
     this one, wherever that lay then. alone: there is no other run that it could be of, so that a
@@ -166,7 +172,7 @@ def _of_run(
 
     def is_ours(name: Any) -> bool:
         moved = (own or alone) and isinstance(name, str) and Path(name).name == home.name
-        return (moved and not _of_another(name, home)) or is_of(name, folder)
+        return (moved and not _of_another(name, home, file)) or is_of(name, folder)
 
     home = folder.resolve()
     if kind == "compare":
@@ -184,22 +190,26 @@ def _of_run(
     if kind is None or "adapter_path" not in value:
         return value if kind and (own or alone) else None
     name = value["adapter_path"]  # None: the base alone
-    if name is None or (own and _of_another(name, home)):
+    if name is None or (own and _of_another(name, home, file)):
         return None
     return value if own or is_ours(name) else None
 
 
-def _of_another(name: Any, home: Path) -> bool:
-    """Whether an adapter's path, as a command was given it, means another one that is there.
+def _of_another(name: Any, home: Path, file: Path) -> bool:
+    """Whether an adapter's path, as the command that wrote `file` was given it, means another one.
 
     The run's own best/ is another one, too. Where the command ran is not known: a relative path
-    that `home` ends with is this one's, and an adapter of the same weights is a copy of it.
+    that `home` ends with is this one's, an adapter of the same weights is a copy of it, and one
+    that is newer than the file was trained after this one had been moved away.
     """
     path = Path(name) if isinstance(name, str) else Path()
     if not path.is_absolute() and home.parts[len(home.parts) - len(path.parts) :] == path.parts:
         return False
     there = {place.resolve() for place in (path, home / path.name)} - {home}
-    return any((place / OWN[1]).is_file() and not _same_weights(place, home) for place in there)
+    return any(
+        (place / OWN[1]).is_file() and not _stale(file, place) and not _same_weights(place, home)
+        for place in there
+    )
 
 
 def _same_weights(*folders: Path) -> bool:
@@ -346,7 +356,7 @@ def _results(path: Path, faults: list[str]) -> dict[str, Result]:
     for file in sorted((*outside, *inside), key=lambda p: p.stat().st_mtime):
         value = _read(file, faults)
         kind = kind_of(value)
-        ours = _of_run(kind, value, path, own=True)
+        ours = _of_run(kind, value, file, path, own=True)
         result = Result(file, ours, _stale(file, path))
         if kind and ours and (kind not in found or _standing(result) >= _standing(found[kind])):
             found[kind] = result

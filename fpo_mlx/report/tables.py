@@ -167,7 +167,8 @@ def part_judged(run: Run) -> str:
 def card(run: Run, colour: int) -> Card:
     """The figures that matter, from held-out pairs where there are some."""
     summary, held_out = summary_of(run), run.end or run.valid
-    if summary and not (on_training(judged(run)) and held_out):
+    less = on_training(judged(run)) or part_judged(run)  # than the run's own figures say
+    if summary and not (less and held_out):
         n, scale = figure(summary.get("n")), part_judged(run)
         source = f"{f'{number(n)} ' if n else ''}{judged_on(run)}, by fpo-mlx evaluate"
         source += f", of the adapter{scale}" if scale else ""

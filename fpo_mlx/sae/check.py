@@ -97,11 +97,11 @@ def z_widths(config: Mapping[str, Any], layer: int) -> set[int]:
     if not (isinstance(heads, int) and heads) or any(config.get(key) for key in _OWN_BLOCKS):
         return set()
     size = config.get("head_dim") or config["hidden_size"] // heads
+    if not config.get("head_dim") and str(config.get("model_type")).startswith("gemma3"):
+        size = GEMMA_HEAD  # which is what its class takes, as for the 12B
     if own := _own_heads(config, layer, kind):
         return {own[0] * (own[1] or size)}
     sizes = {size}
-    if not config.get("head_dim") and str(config.get("model_type")).startswith("gemma3"):
-        sizes.add(GEMMA_HEAD)  # Gemma 3 12B's says nothing and means this
     if config.get("v_head_dim"):  # latent attention: values have a size of their own
         sizes = {config["v_head_dim"]}
     elif full and config.get("global_head_dim"):  # Gemma 4

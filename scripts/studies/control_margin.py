@@ -148,8 +148,10 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
 
     def read(step: str, name: str, found: Mapping[str, Any]) -> None:
         path = answers_of(o, name, seed, found["part"])
-        if path.exists():  # else they lie on another machine
+        if path.exists():
             measured(f"{step}-read", partial(read_by_base, base, path, found))
+        else:
+            say(f"{path} is not here, so the base does not read it")
 
     wholes = {
         kind: measured(f"{name}-whole", partial(whole, kind))
@@ -275,7 +277,8 @@ def trained(o: argparse.Namespace, base: dict[str, Any], kind: str, seed: int) -
     place = o.work
     if kind == FREE:
         place = o.work.with_name("smoke" if o.smoke else "both")
-        own = ("behaviour", "shown", "along", "sets", "texts", "features", "weight")
+        own = ("behaviour", "shown", "along", "sets", "texts", "features", "weight", "prompts")
+        own += ("answers", "pairs")
         Steps(place, settings_of(o, "levels", "family", *own))  # refuses what others trained
     folder = place / f"{kind.replace(', ', '-')}-{seed}"
     ready = folder.with_name(f"at-{folder.name}")

@@ -42,16 +42,24 @@ def asked(monkeypatch):
 
     def answered(o, base, adapter, part, seed):
         asked.append((adapter, seed))
+        name = f"at-{adapter}-{seed}".replace(", ", "-") if adapter else BASE
+        texts.write_rows(control_margin.answers_of(o, name, seed, part), [])
         return {"rates": [part / 10, part / 10], "answers": {"tokens": 9.0}}
 
     monkeypatch.setattr(control_margin, "answered", answered)
+
+    def read(base, path, point):
+        same = ("way", "kind", "seed", "level")
+        return {key: point[key] for key in same} | {"base_nats": 2.5}
+
+    monkeypatch.setattr(control_margin, "read_by_base", read)
     return asked
 
 
 def test_each_way_is_compared_at_the_margin_of_the_least_and_nothing_is_measured_twice(
     tmp_path, asked
 ):
-    o = control_margin.parse(["--levels", "1"])
+    o = control_margin.parse(["--levels", "1", "--work", str(tmp_path)])
     for _ in range(2):
         control_margin.one_seed(o, {}, Steps(tmp_path, {}), seed=3)
     ways = [*FAMILIES["held"], *FAMILIES["out"]]  # `held alone` is at the parts of `held` here
@@ -60,6 +68,7 @@ def test_each_way_is_compared_at_the_margin_of_the_least_and_nothing_is_measured
     for way, kinds in FAMILIES.items():
         here = found[f"{way} at 1"]
         least = min(WHOLE[kind] for kind in kinds)
+        assert here["answers"][FREE] == [{"tokens": 9.0, "base_nats": 2.5}]
         for kind in kinds:
             assert here["margins"][kind] == [pytest.approx(least, rel=0.03)]
             (part,) = here["parts"][kind]
@@ -78,7 +87,7 @@ def test_each_way_is_compared_at_the_margin_of_the_least_and_nothing_is_measured
 
 
 def test_what_was_trained_anew_is_not_put_to_what_was_measured_before(tmp_path, monkeypatch, asked):
-    o = control_margin.parse(["--family", "out"])
+    o = control_margin.parse(["--family", "out", "--work", str(tmp_path)])
     steps = Steps(tmp_path, {})
     control_margin.one_seed(o, {}, steps, seed=0)
     (steps.folder / "out-0-by-out-at-1.json").unlink()
@@ -88,7 +97,7 @@ def test_what_was_trained_anew_is_not_put_to_what_was_measured_before(tmp_path, 
 
 
 def test_a_family_by_itself_measures_no_kind_of_others(tmp_path, asked):
-    o = control_margin.parse(["--family", "out"])
+    o = control_margin.parse(["--family", "out", "--work", str(tmp_path)])
     control_margin.one_seed(o, {}, Steps(tmp_path, {}), seed=0)
     assert asked == [*((kind, 0) for kind in FAMILIES["out"]), (None, 0)]
     assert set(json.loads((tmp_path / "compared.json").read_text())) == {"out at 1"}
@@ -98,7 +107,7 @@ def test_a_kind_that_learned_nothing_leaves_its_own_way_out_and_no_other(
     tmp_path, monkeypatch, asked, capsys
 ):
     monkeypatch.setitem(WHOLE, "out", -0.1)
-    o = control_margin.parse(["--levels", "1"])
+    o = control_margin.parse(["--levels", "1", "--work", str(tmp_path)])
     control_margin.one_seed(o, {}, Steps(tmp_path, {}), seed=3)
     assert "seed 3, out: a kind of it did not learn" in capsys.readouterr().err
     assert asked == [*((kind, 3) for kind in FAMILIES["held"]), (None, 3)]

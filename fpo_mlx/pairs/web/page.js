@@ -9,6 +9,7 @@ let busy = false;
 let side = 0;
 let edited = null;
 const note = byId("editor-note").textContent;
+const TOO_LATE = "This comparison was decided meanwhile. Copy your text, then cancel.";
 
 // Whether the server took it.
 async function ask(path, body) {
@@ -65,7 +66,7 @@ async function vote(choice, edited) {
 }
 
 function edit(at) {
-  if (current === null) return;
+  if (current === null || busy) return;
   side = at;
   edited = current;
   byId("editor-note").textContent = note;
@@ -77,7 +78,7 @@ function edit(at) {
 
 // The editor stays open, and the text in it, until the text is saved.
 async function save() {
-  if (current !== edited) byId("editor").close(); // decided on another page
+  if (current !== edited) byId("editor-note").textContent = TOO_LATE;
   else if (await vote("both_bad", { side, text: byId("edited").value })) byId("editor").close();
   else byId("editor-note").textContent = byId("message").textContent;
 }
@@ -102,7 +103,7 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (button && event.detail > 0) button.blur();
-});
+}, true); // before the button's own: a dialog gives the focus back to who had it
 document.querySelectorAll("[data-choice]").forEach((button) =>
   button.addEventListener("click", () => vote(button.dataset.choice)));
 document.querySelectorAll("[data-edit]").forEach((button) =>

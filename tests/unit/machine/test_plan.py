@@ -319,12 +319,13 @@ def test_gpt2_goes_through_every_command(gpt2, tmp_path, monkeypatch, command):
 
 ELSEWHERE = {  # families whose config.json has names of their own, in mlx-lm alone
     "openelm": {
-        "head_dim": 12, "num_transformer_layers": 2, "model_dim": 48, "ffn_dim_divisor": 8,
+        "vocab_size": 300, "head_dim": 12, "num_transformer_layers": 2, "model_dim": 48,
+        "ffn_dim_divisor": 8,
         "num_query_heads": [2, 4], "num_kv_heads": [1, 2], "ffn_multipliers": [0.5, 4.0],
     },
     "afm7": {
-        "hidden_dim": 48, "num_layers": 3, "num_kv_reuse_layers": 1, "num_heads": 4,
-        "num_kv_heads": 2,
+        "vocab_size": 300, "hidden_dim": 48, "num_layers": 3, "num_kv_reuse_layers": 1,
+        "num_heads": 4, "num_kv_heads": 2,
     },
     "phixtral": {
         "model_dim": 48, "num_layers": 2, "num_heads": 4, "rotary_dim": 8, "num_vocab": 300,
@@ -340,7 +341,7 @@ def elsewhere(folder, family):
     from mlx.utils import tree_flatten
     from tiny_tokenizer import build_tiny_tokenizer
 
-    config = {"model_type": family, "vocab_size": 300} | ELSEWHERE[family]
+    config = {"model_type": family} | ELSEWHERE[family]
     code = importlib.import_module(f"mlx_lm.models.{family}")
     model = code.Model(code.ModelArgs.from_dict(config))
     build_tiny_tokenizer(folder)

@@ -15,7 +15,7 @@ from report_runs import SUMMARY, Elements, a_report, a_run
 
 from fpo_mlx.errors import FpoError
 from fpo_mlx.report import read_runs, render
-from fpo_mlx.report.findings import warnings
+from fpo_mlx.report.findings import missing, warnings
 from fpo_mlx.report.read import Run
 from fpo_mlx.report.rounds import rounds
 from fpo_mlx.report.tables import card, chosen_drop, evaluation
@@ -201,3 +201,25 @@ def test_pairs_beside_a_run_are_its_own_only_in_a_round(tmp_path):
         (read,) = read_runs([a_run(tmp_path / name / "adapters", record=record)])
         assert read.pairs == known
     assert rounds([read]) is None
+
+
+@pytest.mark.parametrize(("trained", "shown"), [(1, None), (3, 7)])
+def test_a_name_that_another_run_took_over_later_is_still_that_of_the_one_that_moved(
+    tmp_path, trained, shown
+):
+    """Judged at 2 as `adapters`, then renamed; another was trained there before, or after."""
+    run, other = a_run(tmp_path / "first"), a_run(tmp_path / "adapters")
+    for folder, when in ((run, 1), (other, trained)):
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapters.safetensors").write_text(folder.name)
+        os.utime(folder / "adapters.safetensors", (when, when))
+    write(run / "evaluate.json", {"adapter_path": str(other)} | summary(7), 2)
+    assert n_of(read_runs([run])[0]) == shown
+
+
+def test_the_run_s_own_validation_comes_before_a_part_of_it(tmp_path):
+    part = summary(9, adapter_scale=0.25)
+    (read,) = read_runs([a_run(tmp_path / "run", [a_report(30), VALID], evaluate=part)])
+    assert card(read, 0).source == "validation pairs: 8, iteration 30"
+    (what,) = (m for m in missing([read]) if m.what == "held-out figures")
+    assert what.command.endswith("evaluate.whole.json")
