@@ -72,9 +72,9 @@ def _check_device(json_path: Path | None, small: bool, overwrite: bool) -> None:
     found = check_device(
         small=small, show=lambda line: result(f"{line.verdict:<5}  {line.name}: {line.text}")
     )
+    write_json(place, found.as_dict())  # its lines are on the screen already
     wrong = f"{found.wrong} WRONG" if found.wrong else "nothing wrong"
-    result(f"{found.machine['device']}: {wrong}; {found.seconds:.0f} s; to {place}")
-    write_json(place, found.as_dict())
+    result(f"{found.machine['device']}: {wrong}; {found.seconds:.0f} s; written to {place}")
     if not found.gpu:
         result(NO_GPU)
     if found.wrong:

@@ -554,4 +554,6 @@ def test_the_device_check_prints_a_line_each_writes_one_file_and_exits_by_it(tmp
 def test_a_json_file_that_cannot_be_written_is_an_error_without_traceback(place, tmp_path):
     (tmp_path / "file").write_text("")
     result = run("sae", "info", place / "sae", "--json", tmp_path / "file" / "x.json")
+    assert "d_in" in result.stdout  # what was found is there
+    result.stdout_bytes = b""  # and is not the message
     refused(result, 1, tmp_path / "file" / "x.json", "cannot be written")
