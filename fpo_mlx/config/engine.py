@@ -22,12 +22,8 @@ PARTS = ("train_split", "valid_split", "test_split", "subset")
 Say = Callable[[str], None]
 
 
-def _silent(text: str) -> None:
-    """The default of `say`: a library does not print."""
-
-
 def load_config(
-    flags: Mapping[str, Any], path: Path | None = None, say: Say = _silent
+    flags: Mapping[str, Any], path: Path | None = None, say: Say = lambda _: None
 ) -> RunConfig:
     """Settings from flags that were given (not None) over those of a YAML file over defaults.
 
@@ -53,7 +49,10 @@ def load_config(
 
 
 def load_section(
-    section: type[Section], flags: Mapping[str, Any], path: Path | None = None, say: Say = _silent
+    section: type[Section],
+    flags: Mapping[str, Any],
+    path: Path | None = None,
+    say: Say = lambda _: None,
 ) -> Section:
     """The same for a settings class that stands alone, as `SaeTrainConfig` and `Sampling` do."""
     yaml = read_yaml(path) if path else {}

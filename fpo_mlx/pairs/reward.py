@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs import example_rewards, reward_child
 from fpo_mlx.pairs.records import LARGEST
+from fpo_mlx.storage.files import sha256_of
 
 EXAMPLES = ("brevity", "plainness")
 STARTS = 60.0  # seconds that the file may take to import
@@ -38,7 +38,7 @@ def locate(spec: str) -> tuple[Path, str]:
 def judge_name(spec: str) -> str:
     """The name in verdicts: it changes when the file does."""
     path, name = locate(spec)
-    return f"reward:{name}@{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    return f"reward:{name}@{sha256_of(path)[:8]}"
 
 
 class Reward:

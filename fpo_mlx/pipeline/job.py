@@ -10,7 +10,7 @@ from typing import Any
 
 from fpo_mlx import data
 from fpo_mlx.cache import CacheIdentity
-from fpo_mlx.config import ReferenceConfig, RunConfig, SaeTrainConfig
+from fpo_mlx.config import COUNTABLE, ReferenceConfig, RunConfig, SaeTrainConfig
 from fpo_mlx.data.feature_files import Weights, read_weights
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, SaeError
@@ -91,6 +91,22 @@ def need_data(config: RunConfig) -> None:
     """Raises: ConfigError where --data says nothing."""
     if not config.data.data:
         raise ConfigError("--data is missing. Wanted a folder, a .jsonl file or a hub data set id.")
+
+
+def memory_of(memory_gb: float | None) -> float:
+    """Bytes that may be used: of --memory-gb, or what this machine lets MLX use.
+
+    Raises: ConfigError for what is no size.
+    """
+    from fpo_mlx.machine import device
+
+    if memory_gb is None:
+        return device.memory()
+    if not 0 < memory_gb < COUNTABLE:
+        raise ConfigError(
+            f"--memory-gb {memory_gb:g}: wanted more than 0 and less than {COUNTABLE:g}."
+        )
+    return memory_gb * 1e9
 
 
 def one_sae(config: RunConfig, what: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fpo_mlx.reference.weights import model_fingerprint
 from fpo_mlx.storage.adapter_files import RUN, model_template, own_template, run_of
-from fpo_mlx.storage.files import read_object
+from fpo_mlx.storage.files import known_object
 
 Say = Callable[[str], None]
 
@@ -35,7 +35,7 @@ def warn_of_origin(
         if adapter is None:
             continue
         folder = Path(adapter).expanduser()
-        run = _read(run_of(folder) / RUN)
+        run = known_object(run_of(folder) / RUN)
         for warning in (
             _of_model(folder, run, model, lambda: fingerprint(path)),
             None if arguments is None else _of_variables(run, arguments),
@@ -48,7 +48,7 @@ def warn_of_origin(
 def _of_model(
     folder: Path, run: Mapping[str, Any], model: str, fingerprint: Callable[[], str]
 ) -> str | None:
-    own = _read(folder / "adapter_config.json")
+    own = known_object(folder / "adapter_config.json")
     name = own.get("model") or own.get("base_model_name_or_path")
     name = name if isinstance(name, str) else ""
     known = _part(run, "fingerprints").get("model")
@@ -97,10 +97,3 @@ def _last(name: str) -> str:
     for end in ("-mlx", "-4bit", "-8bit", "-6bit", "-3bit", "-bf16", "-fp16"):
         last = last.removesuffix(end)
     return last
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_object(path)
-    except (OSError, ValueError):
-        return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -33,6 +32,7 @@ from fpo_mlx.pairs.summary import JudgeSummary, summarise
 from fpo_mlx.pipeline.feature_reward import open_reward, read_reward
 from fpo_mlx.pipeline.job import Say
 from fpo_mlx.reference.weights import model_fingerprint
+from fpo_mlx.storage.files import sha256_of
 from fpo_mlx.storage.hub import at_hand, read_config, resolve_model
 from fpo_mlx.storage.lines import LineWriter
 
@@ -229,7 +229,7 @@ def _by_features(path: Path, settings: JudgeConfig, say: Say) -> tuple[str, tupl
     """A regression of `features data`: the verdicts say which features decided."""
     reward = read_reward(path)
     score = open_reward(reward, path, trust_remote_code=settings.trust_remote_code, say=say)
-    name = f"features:{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    name = f"features:{sha256_of(path)[:8]}"
 
     def judge(one: Candidates, tasks: list[Task]) -> Iterator[Verdict]:
         numbers = sorted({n for a, b, _ in tasks for n in (a, b)})

@@ -8,15 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx.config import COUNTABLE
-from fpo_mlx.errors import ConfigError
 from fpo_mlx.machine import answering
 from fpo_mlx.machine.answering import Batch, Speed
 from fpo_mlx.machine.memory import ModelShape, Term, total
 from fpo_mlx.pairs import question
 from fpo_mlx.pairs.labels import combined
 from fpo_mlx.pairs.settings import GenerateConfig
-from fpo_mlx.pipeline.job import Say
+from fpo_mlx.pipeline.job import Say, memory_of
 from fpo_mlx.pipeline.pairs_generate import WINDOW, prompt_lengths
 from fpo_mlx.storage.hub import read_config, resolve_model
 
@@ -69,13 +67,8 @@ def pairs_plan(
     this machine lets MLX use.
     Raises: ConfigError, DataError, ModelError.
     """
-    from fpo_mlx.machine import device
 
-    if memory_gb is not None and not 0 < memory_gb < COUNTABLE:
-        raise ConfigError(
-            f"--memory-gb {memory_gb:g}: wanted more than 0 and less than {COUNTABLE:g}."
-        )
-    memory = device.memory() if memory_gb is None else memory_gb * 1e9
+    memory = memory_of(memory_gb)
     path, lengths = prompt_lengths(settings, say)
     model, speed = _shape(path, settings.trust_remote_code), measure()
     batches = _batches(lengths, settings)

@@ -10,14 +10,21 @@ from types import SimpleNamespace
 from typing import Any
 
 from fpo_mlx.cache import CacheIdentity
-from fpo_mlx.config import COUNTABLE, RunConfig
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.config import RunConfig
 from fpo_mlx.machine import device
 from fpo_mlx.machine import fits as fitting
 from fpo_mlx.machine import memory as model_of
 from fpo_mlx.machine.fits import Case
 from fpo_mlx.machine.memory import Lengths, ModelShape, SaeShape, Setup, Term, Tiles
-from fpo_mlx.pipeline.job import Job, Say, need_model, open_saes, open_tokenizer, read_pairs
+from fpo_mlx.pipeline.job import (
+    Job,
+    Say,
+    memory_of,
+    need_model,
+    open_saes,
+    open_tokenizer,
+    read_pairs,
+)
 from fpo_mlx.pipeline.policy import Outline, outline_of, put_adapters
 from fpo_mlx.records import SaeWeights, TokenPair
 from fpo_mlx.storage.hub import read_config, resolve_model, size_in, todays_names
@@ -75,15 +82,11 @@ def plan(config: RunConfig, *, memory_gb: float | None = None, say: Say) -> Plan
     """
     from fpo_mlx.pipeline import doctor
 
-    if memory_gb is not None and not 0 < memory_gb < COUNTABLE:
-        raise ConfigError(
-            f"--memory-gb {memory_gb:g}: wanted more than 0 and less than {COUNTABLE:g}."
-        )
+    memory = memory_of(memory_gb)
     job = _open(config, say)
     pairs = read_pairs(job, "train", say) if config.data.data else []
     lengths = lengths_of(pairs) if pairs else _assumed(config, say)
     case = case_of(job, lengths)
-    memory = device.memory() if memory_gb is None else memory_gb * 1e9
     speed = doctor.gflops()
     train = _train_plan(case, lengths, config, len(pairs), memory, speed)
     first = _precompute_plan(case, lengths, len(pairs), memory, speed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from fpo_mlx.pipeline.policy import open_policy, outline_of
 from fpo_mlx.pipeline.prepared import read_splits
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import PAIRS_FILE
-from fpo_mlx.storage import outputs
+from fpo_mlx.storage import files, outputs
 
 if TYPE_CHECKING:
     from fpo_mlx.machine.parallel import Ranks
@@ -251,7 +250,7 @@ def _source(source: str | None) -> dict[str, str | None]:
     if not source or not place.exists():
         return {}
     about = place / PAIRS_FILE
-    said = hashlib.sha256(about.read_bytes()).hexdigest() if about.is_file() else None
+    said = files.sha256_of(about) if about.is_file() else None
     return {"data": str(place.resolve()), "pairs": said}
 
 

@@ -17,6 +17,7 @@ from fpo_mlx.report.tables import (
     chosen_drop,
     defaults,
     judged,
+    judged_less,
     judged_on,
     number,
     part_judged,
@@ -185,7 +186,7 @@ def _missing(run: Run) -> Iterator[Missing]:
         ("features", "feature changes", "--json"),
         ("compare", "sample answers", "--output"),
     ):
-        less = kind == "evaluate" and (on_training(judged(run)) or part_judged(run))
+        less = kind == "evaluate" and judged_less(run)
         if kind in run.results and not less:
             continue
         if kind == "features" and not run.settings.get("sae"):

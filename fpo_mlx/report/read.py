@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -128,7 +127,7 @@ def _with_result(runs: Sequence[Run], file: Path) -> list[Run]:
 def _with_one(run: Run, kind: str, result: Result) -> Run:
     """The run with a result that was named, unless it has one that says more of it."""
     held = run.results.get(kind)
-    if held and _standing(held) > _standing(result):
+    if held and standing(held) > standing(result):
         told = (
             f"{result.path} is not shown, {held.path} is: held-out pairs come before training "
             "pairs, the whole adapter before a part. Move that one away to see the other."
@@ -137,7 +136,7 @@ def _with_one(run: Run, kind: str, result: Result) -> Run:
     return replace(run, results={**run.results, kind: result})
 
 
-def _standing(result: Result) -> tuple[bool, bool]:
+def standing(result: Result) -> tuple[bool, bool]:
     """What counts before the time: held-out pairs before those of training, all before a part."""
     return not on_training(result.value), scale_of(result.value) == 1.0
 
@@ -270,7 +269,7 @@ def _pairs_of(path: Path, record: Mapping[str, Any], faults: list[str]) -> Mappi
     places = [Path(recorded)] if isinstance(recorded, str) and recorded else []
     places += _named_data(path, part(record, "settings"))
     found = [file for place in places if (file := place / PAIRS_FILE).is_file()]
-    if found and "pairs" in source and _sha256(found[0]) != then:
+    if found and "pairs" in source and not _is_of_then(found[0], then):
         faults.append(f"{found[0]} was written after the run began, so it was left out")
         return {}
     of_round = re.fullmatch(r"round-\d+", path.parent.name)
@@ -278,11 +277,11 @@ def _pairs_of(path: Path, record: Mapping[str, Any], faults: list[str]) -> Mappi
     return _mapping(file, faults) if found or of_round else {}
 
 
-def _sha256(file: Path) -> str | None:
+def _is_of_then(file: Path, digest: Any) -> bool:
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return files.sha256_of(file) == digest
     except OSError:
-        return None
+        return False
 
 
 def _named_data(path: Path, settings: Mapping[str, Any]) -> list[Path]:
@@ -358,7 +357,7 @@ def _results(path: Path, faults: list[str]) -> dict[str, Result]:
         kind = kind_of(value)
         ours = _of_run(kind, value, file, path, own=True)
         result = Result(file, ours, _stale(file, path))
-        if kind and ours and (kind not in found or _standing(result) >= _standing(found[kind])):
+        if kind and ours and (kind not in found or standing(result) >= standing(found[kind])):
             found[kind] = result
         elif kind and not ours and isinstance(name := value.get("adapter_path"), str):
             others[kind] = f"{file} is of another adapter, {name}, and was left out"

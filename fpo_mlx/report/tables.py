@@ -10,7 +10,7 @@ from typing import Any
 
 from fpo_mlx.config import PRESETS, options
 from fpo_mlx.report.plots import value_of
-from fpo_mlx.report.read import Run, figure, on_training, part, scale_of
+from fpo_mlx.report.read import Run, figure, on_training, part, scale_of, standing
 
 NONE = "–"
 ROWS_OF_CURVES = 12  # of the table beside the plots
@@ -150,6 +150,12 @@ def judged(run: Run) -> Mapping[str, Any]:
     return found.value if found else {}
 
 
+def judged_less(run: Run) -> bool:
+    """Whether its evaluation is one of training pairs, or of a part of the adapter."""
+    found = run.results.get("evaluate")
+    return found is not None and not all(standing(found))
+
+
 def judged_on(run: Run) -> str:
     """ "held-out pairs (valid)"; an older file does not say of which split it is."""
     split = judged(run).get("split")
@@ -167,8 +173,7 @@ def part_judged(run: Run) -> str:
 def card(run: Run, colour: int) -> Card:
     """The figures that matter, from held-out pairs where there are some."""
     summary, held_out = summary_of(run), run.end or run.valid
-    less = on_training(judged(run)) or part_judged(run)  # than the run's own figures say
-    if summary and not (less and held_out):
+    if summary and not (judged_less(run) and held_out):
         n, scale = figure(summary.get("n")), part_judged(run)
         source = f"{f'{number(n)} ' if n else ''}{judged_on(run)}, by fpo-mlx evaluate"
         source += f", of the adapter{scale}" if scale else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -217,6 +218,18 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"it holds {type(value).__name__}, wanted a JSON object")
     return value
+
+
+def known_object(path: Path) -> dict[str, Any]:
+    """The same; {} where the file is not there or holds none."""
+    with suppress(OSError, ValueError):
+        return read_object(path)
+    return {}
+
+
+def sha256_of(path: Path) -> str:
+    """Of a small file's bytes, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def finite(value: Any) -> Any:

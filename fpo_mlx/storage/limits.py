@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx.storage.files import listed, read_object
+from fpo_mlx.storage.files import known_object, listed
 from fpo_mlx.storage.tensors import read_header
 
 # the last parts of the names under which architectures keep these matrices
@@ -53,10 +53,7 @@ def model_limits(folder: Path) -> ModelLimits:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = read_object(folder / "config.json")
-    except (OSError, ValueError):
-        return {}
+    config = known_object(folder / "config.json")
     inner = config.get("text_config")
     config = {**config, **inner} if isinstance(inner, dict) else config
     parameters = config.get("rope_parameters")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,9 +48,7 @@ class RunFolder:
 
     def noted(self) -> dict[str, Any]:
         """The record; {} where there is none or it is damaged, which `check_resumable` says."""
-        with suppress(OSError, ValueError):
-            return files.read_object(self.record)
-        return {}
+        return files.known_object(self.record)
 
     def log(self, entry: Mapping[str, Any]) -> int:
         """Append one line to metrics.jsonl, NaN and infinities as null; its length in bytes."""

@@ -26,7 +26,6 @@ minutes and proves nothing.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -56,6 +55,7 @@ from texts import (
 from fpo_mlx import machine, pipeline
 from fpo_mlx.config import Sampling, load_config
 from fpo_mlx.data.feature_files import write_weights
+from fpo_mlx.storage import files
 
 Sides = Sequence[Sequence[float]]  # of each pair what (chosen, rejected) gained, nats per token
 KINDS: dict[str, tuple[str | None, str | None]] = {  # setting, whose features
@@ -176,7 +176,7 @@ def one_seed(o: argparse.Namespace, base: dict[str, Any], measured: Steps, seed:
 
 
 def digest_of(adapter: Path) -> str:
-    return hashlib.sha256((adapter / "adapters.safetensors").read_bytes()).hexdigest()
+    return files.sha256_of(adapter / "adapters.safetensors")
 
 
 def sampled(measured: Steps, about: Mapping[str, Any]) -> dict[str, Any] | None:
