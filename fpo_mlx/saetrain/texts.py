@@ -8,6 +8,7 @@ sinks, Xiao et al. 2023, arXiv 2309.17453; massive activations, Sun et al. 2024,
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ class Document:
 
     tokens: np.ndarray  # int32 [L]
     keep: np.ndarray  # bool [L], positions that are trained on
-    prompt: bytes = b""  # of a pair: documents that share it begin with the same activations
+    prompt: bytes = b""  # of a pair or chat: who shares it begins with the same activations
 
 
 @dataclass(frozen=True)
@@ -233,13 +234,21 @@ def _chat(
     columns: data.Columns,
 ) -> Document:
     turns, tools = documents.chat_of(record, columns)
+    begun = _beginning(turns)
     if tokens == "all":
-        return _whole(tokenizer.conversation_tokens(turns, tools)[:max_length])
+        whole = _whole(tokenizer.conversation_tokens(turns, tools)[:max_length])
+        return replace(whole, prompt=begun)
     ids, own = answer_tokens(turns, tokenizer, tools)
     whole = _whole(ids[:max_length])
     keep = np.zeros(len(whole.tokens), dtype=bool)
     keep[:-1] = own[1 : len(keep)]  # the next token is the assistant's
-    return Document(whole.tokens, keep & whole.keep)
+    return Document(whole.tokens, keep & whole.keep, begun)
+
+
+def _beginning(turns: Sequence[Mapping[str, Any]]) -> bytes:
+    """The turns of a chat as far as its first question."""
+    asked = next((at for at, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
+    return json.dumps(turns[: asked + 1], sort_keys=True, default=str).encode()
 
 
 def _pair(
@@ -269,8 +278,8 @@ def split_held_out(
 ) -> tuple[list[Document], list[Document]]:
     """(train, held out): documents at random until `share` of the positions, at most `most`.
 
-    Both answers of a pair, and all pairs of one prompt, are on one side; a prompt with more than
-    half of all positions is trained on.
+    Both answers of a pair, all pairs of one prompt and all chats of one first question are on one
+    side; a prompt with more than half of all positions is trained on.
     """
     items = list(items)
     groups: dict[bytes | int, list[int]] = {}

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import frontier_show
+import intervals
 import numpy as np
 from texts import ROOT, Steps, as_adapter, gains, goes_on, say, settings_of, shared, short_pairs
 
@@ -237,10 +238,17 @@ def point(report: Any) -> dict[str, Any]:
         "part": report.adapter_scale,
         KL: (said["kl/chosen"] + said["kl/rejected"]) / 2,
         MARGIN: np.round(gained[:, 0] - gained[:, 1], 5).tolist(),
+        "of_sums": [round(_sum(pair), 4) for pair in report.pairs],
         "accuracy": said["rewards/accuracies"],
         "chosen_change": said["logps_per_token/chosen_change"],
         "drift": said["drift/rejected"] ** 0.5 if "drift/rejected" in said else None,
     }
+
+
+def _sum(pair: Mapping[str, Any]) -> float:
+    """The margin of a pair by its sums, nats: DPO's measure."""
+    chosen, rejected = pair["chosen"], pair["rejected"]
+    return chosen["logp"] - chosen["ref_logp"] - rejected["logp"] + rejected["ref_logp"]
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -269,20 +277,26 @@ def at_level(
     def reached(line: list[Any], name: str) -> np.ndarray | None:
         return frontier_show.at(line, level, name)
 
+    def chosen(lines: Mapping[int, list[Any]], seeds: Sequence[int]) -> float:
+        return float(np.mean([reached(lines[s], "chosen_change") for s in seeds]))
+
     there = [s for s, line in own.items() if reached(line, MARGIN) is not None]
     if not there:
         return {}
-    found: dict[str, Any] = {"seeds": len(there)}
-    for name, key in (("margin", MARGIN), ("chosen_change", "chosen_change")):
-        found[name] = float(np.mean([reached(own[s], key) for s in there]))
+    found: dict[str, Any] = {"seeds": len(there), "chosen_change": chosen(own, there)}
+    found["margin"] = float(np.mean([reached(own[s], MARGIN) for s in there]))
     for rival, its in rivals.items():
         both = [s for s in there if s in its and reached(its[s], MARGIN) is not None]
         if both:
             ours, theirs = (np.array([reached(of[s], MARGIN) for s in both]) for of in (own, its))
+            gap = intervals.gap(ours, theirs)
             found[f"above {rival}"] = {
                 "seeds": len(both),
-                "margin": float(ours.mean() - theirs.mean()),
-                "interval": frontier_show.interval(ours, theirs, np.mean),
+                "margin": gap["mean"],
+                "chosen_change": chosen(own, both) - chosen(its, both),
+                "interval": gap["drawn"],
+                "t": gap.get("t"),
+                "of_seeds": gap["of_seeds"],
             }
     return found
 

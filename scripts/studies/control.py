@@ -20,6 +20,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import intervals
 import numpy as np
 from find_features import text_sets
 from texts import ROOT, begin, gains, is_list, rows, say, study_parser, write_rows
@@ -215,7 +216,7 @@ def answers(
 
 
 def verdict(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates over all seeds with 95 % bootstrap intervals; prompts are resampled, seeds together."""
+    """Rates over all seeds with both 95 % intervals."""
     out: dict[str, Any] = {}
     for key in MEASURED:
         for kind in KINDS:
@@ -224,9 +225,9 @@ def verdict(runs: list[dict[str, Any]]) -> dict[str, Any]:
     lists = {kind: _matrix(runs, kind, "lists") for kind in ("base", *KINDS)}
     right = {kind: _matrix(runs, kind, "right") for kind in KINDS}
     for kind, matrix in lists.items():
-        out[f"lists/{kind}"] = {"rate": float(matrix.mean()), "ci95": _interval(matrix)}
+        out[f"lists/{kind}"] = {"rate": float(matrix.mean()), **_interval(matrix)}
     for kind, matrix in right.items():
-        out[f"accuracy/{kind}"] = {"rate": float(matrix.mean()), "ci95": _interval(matrix)}
+        out[f"accuracy/{kind}"] = {"rate": float(matrix.mean()), **_interval(matrix)}
     for name, values in (
         ("lists/free - base", lists["free"] - lists["base"]),
         ("lists/held - base", lists["held"] - lists["base"]),
@@ -238,7 +239,7 @@ def verdict(runs: list[dict[str, Any]]) -> dict[str, Any]:
         ("accuracy/others - free", right["others"] - right["free"]),
         ("accuracy/held - others", right["held"] - right["others"]),
     ):
-        out[name] = {"points": 100 * float(values.mean()), "ci95": _interval(100 * values)}
+        out[name] = {"points": 100 * float(values.mean()), **_interval(100 * values)}
     # without this there was nothing to hold back, and the rest says nothing
     out["lists were learned without control"] = out["lists/free - base"]["ci95"][0] > 0
     out["within 5 points"] = {
@@ -253,11 +254,10 @@ def _matrix(runs: list[dict[str, Any]], kind: str, key: str) -> np.ndarray:
     return np.array([run[key] for run in runs if run["kind"] == kind], dtype=np.float64)
 
 
-def _interval(values: np.ndarray) -> list[float]:
-    """Of the mean over seeds and prompts. values: [seeds, n]."""
-    rng, means = np.random.default_rng(0), values.mean(axis=0)
-    picks = rng.integers(0, len(means), size=(2000, len(means)))
-    return [float(v) for v in np.percentile(means[picks].mean(axis=1), [2.5, 97.5])]
+def _interval(values: np.ndarray) -> dict[str, Any]:
+    """Of the mean over seeds and prompts, and over seeds alone. values: [seeds, n]."""
+    found = intervals.gap(values, 0 * values)
+    return {"ci95": found["drawn"], "t": found.get("t")}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import frontier_show
+import intervals
 import numpy as np
 from texts import Steps
 
@@ -74,29 +74,13 @@ def compared(points: Sequence[Mapping[str, Any]], way: str, level: float) -> dic
         "margins": {kind: one.mean(axis=1).tolist() for kind, one in margins.items()},
         "chosen gained": {kind: one[..., 0].mean(axis=1).tolist() for kind, one in gained.items()},
         "margins less fpo's": {
-            kind: gap(margins[kind], margins[FREE]) for kind in kinds if kind != FREE
+            kind: intervals.gap(margins[kind], margins[FREE]) for kind in kinds if kind != FREE
         },
         "answers": {kind: [found[kind, s]["answers"] for s in seeds] for kind in kinds}
         | ({BASE: [begun[s]["answers"] for s in seeds]} if BASE in rates else {}),
-        "rates": {kind: gap(one, 0 * one) for kind, one in rates.items()},
-        "gaps": {f"{a} less {b}": gap(rates[a], rates[b]) for a, b in pairs},
+        "rates": {kind: intervals.gap(one, 0 * one) for kind, one in rates.items()},
+        "gaps": {f"{a} less {b}": intervals.gap(rates[a], rates[b]) for a, b in pairs},
     }
-
-
-def gap(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    """Mean difference of [seeds, prompts], its 95 % in both ways, and each seed's.
-
-    drawn: bootstrap, over prompts alone where there is one seed. t: Student's, over the seeds.
-    """
-    from scipy.stats import t
-
-    each = (ours - theirs).mean(axis=1)
-    mean, n = float(each.mean()), len(each)
-    found = {"mean": mean, "drawn": frontier_show.interval(ours, theirs, np.mean)}
-    if n > 1:
-        off = float(t.ppf(0.975, n - 1) * each.std(ddof=1) / np.sqrt(n))
-        found["t"] = [mean - off, mean + off]
-    return found | {"of_seeds": each.tolist()}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import intervals
 import numpy as np
 
 from fpo_mlx.storage import files
 
 RIVAL = "dpo"
-LEVELS = (2.0, 5.0, 10.0)  # nats per answer, at which methods are compared
+LEVELS = (2.0, 5.0, 10.0, 15.0)  # nats per answer, at which methods are compared
 SHARES = (0.1, 0.3, 1.0)  # of the KL that all rates reach, where they are compared
-RESAMPLES = 2000
 SHOWN = (
     "reward", "kl", "unrelated_drift", "greedy_agreement", "base_nats_per_token", "tokens",
     "distinct_2", "sums", "formats",
@@ -40,14 +40,11 @@ def write(work: Path, to: Path) -> None:
 Line = list[Mapping[str, Any]]  # points of one run, by KL
 
 
-Mean = Callable[..., Any]  # of values; of one axis of them, where axis is given
-
-
 def root_mean_square(values: np.ndarray, axis: int | None = None) -> Any:
     return np.sqrt(np.mean(np.square(values), axis=axis))
 
 
-MEANS: dict[str, Mean] = {  # what is compared, and its mean over prompts
+MEANS: dict[str, intervals.Mean] = {  # what is compared, and its mean over prompts
     "reward": np.mean, "unrelated_drift": root_mean_square, "greedy_agreement": np.mean,
 }  # fmt: skip
 
@@ -120,33 +117,23 @@ def against(found: Mapping[str, Mapping[int, Line]], name: str) -> list[dict[str
 
 
 def _gap(both: Sequence[tuple[Line, Line]], kl: float) -> dict[str, Any]:
-    """Of a run and the rival's per seed; where each prompt's figure was kept, with its interval."""
+    """Of a run and the rival's per seed; where each prompt's figure was kept, with intervals."""
 
     def values(name: str) -> np.ndarray:
         """[2, seeds, prompts]: ours and the rival's."""
         return np.array([[at(line, kl, name) for line in side] for side in zip(*both, strict=True)])
 
-    found = {"kl": kl, "seeds": len(both)}
+    found: dict[str, Any] = {"kl": kl, "seeds": len(both)}
     for name, mean in MEANS.items():
         each = f"{name}/of_prompts"
         known = all(each in point for pair in both for line in pair for point in line)
         ours, theirs = values(each if known else name)
         found[name] = float(mean(ours) - mean(theirs))
-        found[f"{name}/of_seeds"] = (mean(ours, axis=1) - mean(theirs, axis=1)).tolist()
+        gaps = mean(ours, axis=1) - mean(theirs, axis=1)
+        found |= {f"{name}/of_seeds": gaps.tolist(), f"{name}/t": intervals.of_seeds(gaps)}
         if known:
-            found[f"{name}/interval"] = interval(ours, theirs, mean)
+            found[f"{name}/interval"] = intervals.drawn(ours, theirs, mean)
     return found
-
-
-def interval(ours: np.ndarray, theirs: np.ndarray, mean: Mean) -> list[float]:
-    """Of mean(ours) - mean(theirs), both [seeds, prompts]; both axes are drawn anew."""
-    rng = np.random.default_rng(0)
-    seeds = rng.integers(0, len(ours), (RESAMPLES, len(ours)))
-    prompts = rng.integers(0, ours.shape[1], (RESAMPLES, ours.shape[1]))
-    gaps = [
-        mean(ours[s][:, p]) - mean(theirs[s][:, p]) for s, p in zip(seeds, prompts, strict=True)
-    ]
-    return np.percentile(gaps, [2.5, 97.5]).tolist()
 
 
 def markdown(
@@ -173,15 +160,15 @@ def markdown(
         "", "## At equal KL", "",
         f"Above parts of the {RIVAL} adapter of the same seed, where both reach the KL (between "
         "points by the root of the KL; the base is one). In brackets 95 %, by bootstrap over seeds "
-        "and prompts, where each prompt's figure was kept.", "",
+        "and prompts, where each prompt's figure was kept; t: by Student's t over the seeds.", "",
         f"| method | KL | seeds | {' | '.join(f'{name} above' for name in MEANS)} "
-        "| reward of each seed |",
-        "|---|---|---|" + "---|" * len(MEANS) + "---|",
+        "| reward of each seed | t |",
+        "|---|---|---|" + "---|" * len(MEANS) + "---|---|",
     ]  # fmt: skip
     lines += [
         f"| {row['method']} | {row['kl']:g} | {row['seeds']} | "
         f"{' | '.join(_above(row, name) for name in MEANS)} | "
-        f"{', '.join(f'{gap:+.2f}' for gap in row['reward/of_seeds'])} |"
+        f"{', '.join(f'{gap:+.2f}' for gap in row['reward/of_seeds'])} | {_in_brackets(row)} |"
         for row in compared
     ]
     return "\n".join(lines) + "\n"
@@ -190,6 +177,10 @@ def markdown(
 def _above(row: Mapping[str, Any], name: str) -> str:
     low, high = row.get(f"{name}/interval", (None, None))
     return f"{row[name]:+.3f}" + ("" if low is None else f" [{low:+.3f}, {high:+.3f}]")
+
+
+def _in_brackets(row: Mapping[str, Any]) -> str:
+    return "" if row["reward/t"] is None else "[{:+.3f}, {:+.3f}]".format(*row["reward/t"])
 
 
 def draw(found: Mapping[str, Mapping[int, Line]], base: Mapping[str, Any], path: Path) -> None:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import intervals
 import numpy as np
 from texts import ROOT, SAE, Steps, in_time, say
 
@@ -308,20 +309,17 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def compare(
     name: str, of_seeds: dict[int, dict[str, Any]], before: str, after: str
 ) -> dict[str, Any] | None:
-    from fpo_mlx.judge.evaluate import bootstrap_interval
-
     if not of_seeds:
         return None
     seeds = sorted(of_seeds)
     sides = {
         side: np.array([of_seeds[s][side]["reward"] for s in seeds]) for side in (before, after)
     }
-    gains = sides[after] - sides[before]
-    of_prompts = gains.mean(axis=0)
+    gap = intervals.gap(sides[after], sides[before])
     row = {
         "what": name, "seeds": seeds, "from": float(sides[before].mean()),
-        "to": float(sides[after].mean()), "gain": float(gains.mean()),
-        "interval": list(bootstrap_interval(of_prompts)), "of seeds": gains.mean(axis=1).tolist(),
+        "to": float(sides[after].mean()), "gain": gap["mean"], "interval": gap["drawn"],
+        "t": gap.get("t"), "of seeds": gap["of_seeds"],
     }  # fmt: skip
     row["stopped"] = [s for s in seeds if of_seeds[s].get("stopped")]
     for key in ("tokens", "cut", "different"):
@@ -333,16 +331,17 @@ def compare(
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| what | seeds | mean reward from | to | difference (95 %) | of each seed | tokens |"
-        " different answers | seeds the guard stopped |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| what | seeds | mean reward from | to | difference (95 %) | by t | of each seed |"
+        " tokens | different answers | seeds the guard stopped |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         low, high = row["interval"]
+        by_t = "[{:+.3f}, {:+.3f}]".format(*row["t"]) if row["t"] else ""
         of_seeds = ", ".join(f"{gain:+.3f}" for gain in row["of seeds"])
         lines.append(
             f"| {row['what']} | {len(row['seeds'])} | {row['from']:.3f} | {row['to']:.3f} |"
-            f" {row['gain']:+.3f} [{low:+.3f}, {high:+.3f}] | {of_seeds} |"
+            f" {row['gain']:+.3f} [{low:+.3f}, {high:+.3f}] | {by_t} | {of_seeds} |"
             f" {row['tokens'][0]:.0f} → {row['tokens'][1]:.0f} |"
             f" {row['different'][0]:.0%} → {row['different'][1]:.0%} |"
             f" {', '.join(map(str, row['stopped'])) or 'none'} |"

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -135,7 +136,10 @@ def gains(pair: Mapping[str, Any]) -> tuple[float, float]:
 
 
 class Steps:
-    """Runs each named step once; its result outlives a killed process."""
+    """Runs each named step once; its result outlives a killed process.
+
+    made.jsonl says which commit each was made by: a study may outlive many.
+    """
 
     def __init__(self, work: Path, settings: dict[str, str]) -> None:
         self.folder, self.settings = work / "steps", settings
@@ -157,11 +161,28 @@ class Steps:
         if self.done(name):
             return json.loads(path.read_text())
         say(f"--- {name}")
-        start = time.perf_counter()
+        start, commit = time.perf_counter(), commit_of(ROOT)
         value = run()
         files.write_json(path, value)
-        say(f"--- {name}: {time.perf_counter() - start:.0f} s")
+        made = {"step": name, "commit": commit, "seconds": round(time.perf_counter() - start)}
+        with (self.folder / "made.jsonl").open("a") as known:  # by several processes: one write
+            known.write(json.dumps(made) + "\n")
+        say(f"--- {name}: {made['seconds']} s")
         return value
+
+
+def commit_of(folder: Path) -> str | None:
+    """The checkout's commit, with a + where package or scripts were changed since."""
+
+    def git(*words: str) -> str:
+        asked = ["git", "-C", str(folder), *words]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "fpo_mlx/*.py", "scripts/*.py")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def in_time(

@@ -47,7 +47,8 @@ def main() -> None:
         "model": model, "sae": (str(o.sae),), "data": str(o.data),
         "max_seq_length": o.max_seq_length, "reference": str(o.reference or o.work / "reference"),
     }  # fmt: skip
-    result: dict[str, Any] = {"share": o.share, "seeds": []}
+    kept = {"sae": o.sae.name, "iters": o.iters, "max_seq_length": o.max_seq_length}
+    result: dict[str, Any] = {"share": o.share, "settings": kept, "seeds": []}
     for seed in range(o.seeds):
         found = steps(f"find-{seed}", lambda s=seed: find(base, o.share, s))
         one = {"seed": seed, "pairs": found["pairs"], "auc": found["auc"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import blocks
 import pytest
@@ -97,9 +98,23 @@ def test_at_equal_kl_a_margin_is_compared_with_dpos_of_the_same_seeds():
     assert place["above dpo"]["seeds"] == 1
     gap = place["above dpo"]["margin"]
     assert gap == pytest.approx(0.8 - 0.5)  # of seed 0, the other stays below
+    assert place["above dpo"]["chosen_change"] == pytest.approx(-0.8 + 0.5)
     low, high = place["above dpo"]["interval"]
     assert low == pytest.approx(0.3 - 0.05)  # the rival's scatter is half of its own at KL 4
     assert high == pytest.approx(0.3 + 0.05)
+
+
+def test_a_margin_by_sums_weighs_the_longer_answer_more_by_hand():
+    """4 tokens gain 2 nats, 1 token loses 1: .5 + 1 per token, 2 + 1 by sums."""
+
+    def side(logp, ref_logp, tokens):
+        return {"logp": logp, "ref_logp": ref_logp, "tokens": tokens}
+
+    pair = {"chosen": side(-4.0, -6.0, 4), "rejected": side(-9.0, -8.0, 1)}
+    summary = {"rewards/accuracies": 1.0, "logps_per_token/chosen_change": 0.5}
+    summary |= {"kl/chosen": 1.0, "kl/rejected": 3.0}
+    found = blocks.point(SimpleNamespace(pairs=[pair], summary=summary, adapter_scale=0.5))
+    assert (found[blocks.MARGIN], found["of_sums"], found["kl"]) == ([1.5], [3.0], 2.0)
 
 
 def test_a_variant_is_compared_with_its_own_place():

@@ -69,3 +69,4 @@ def test_rates_and_differences_are_means_over_seeds_and_prompts():
     assert found["rewards/margins/held"] == {"mean": 0.5, "seeds": [0, 1]}
     low, high = found["lists/held - base"]["ci95"]
     assert low == high == 0  # the same answers at every prompt: nothing to resample
+    assert found["lists/free - base"]["t"] == [50, 50]  # both seeds alike

@@ -6,11 +6,12 @@ import json
 from types import SimpleNamespace
 
 import control_margin
+import intervals
 import numpy as np
 import pytest
 import texts
 from command_line import lines
-from control_margin_show import BASE, FAMILIES, FREE, compared, gap, write
+from control_margin_show import BASE, FAMILIES, FREE, compared, write
 from texts import Steps
 
 from fpo_mlx.records import ResponseScore
@@ -149,7 +150,7 @@ def test_gaps_have_the_interval_of_seeds_and_prompts_drawn_anew():
 def test_the_interval_over_seeds_is_student_s_by_hand():
     """Gaps of .1, .2, .6: mean .3, deviation √.07, and t of 2 degrees of freedom is 4.3027."""
     ours = np.array([[0.1, 0.1], [0.2, 0.2], [0.6, 0.6]])
-    found = gap(ours, 0 * ours)
+    found = intervals.gap(ours, 0 * ours)
     off = 4.3027 * (0.07 / 3) ** 0.5
     assert found["mean"] == pytest.approx(0.3)
     assert found["t"] == pytest.approx([0.3 - off, 0.3 + off], rel=1e-4)

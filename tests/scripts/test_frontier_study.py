@@ -126,6 +126,8 @@ def test_the_gap_at_equal_kl_is_ours_less_the_rivals_of_the_same_seed(monkeypatc
     (row,) = show.against({"fpo": ours, show.RIVAL: theirs}, "fpo")
     assert (row["kl"], row["seeds"], row["reward"]) == (1.0, 2, 1.75)
     assert (row["reward/interval"], row["reward/of_seeds"]) == ([0.5, 3.0], [0.5, 3.0])
+    off = 12.7062 * 1.25  # Student's t of one degree of freedom, times the standard error
+    assert row["reward/t"] == pytest.approx([1.75 - off, 1.75 + off], rel=1e-5)
     assert row["unrelated_drift"] == pytest.approx(((0.1**2 + 0.2**2) / 2) ** 0.5 - 0.2)
     assert row["greedy_agreement"] == pytest.approx(0.2 - (0.1 + 0.2) / 2)
     assert "greedy_agreement/interval" not in row  # no prompt's figure was kept
@@ -144,7 +146,10 @@ def test_a_drift_over_prompts_is_a_root_mean_square_with_its_interval(monkeypatc
     alone = 0.2  # of either prompt
     assert row["unrelated_drift/interval"] == pytest.approx([row["unrelated_drift"], alone])
     table = show.markdown("plain", {**lines[0][0][0], **dict.fromkeys(show.SHOWN, 0.0)}, [], [row])
-    assert "| fpo | 4 | 1 | +0.000 [+0.000, +0.000] | +0.195 [+0.195, +0.200] | +0.000 |" in table
+    assert (
+        "| fpo | 4 | 1 | +0.000 [+0.000, +0.000] | +0.195 [+0.195, +0.200] | +0.000 | +0.00 |  |"
+        in table
+    )
 
 
 def test_what_one_of_them_never_reaches_is_not_compared(monkeypatch):

@@ -76,13 +76,14 @@ def side(*reward):
     return {"reward": list(reward), "tokens": 3.0, "cut": 0.0, "different": 1.0}
 
 
-def test_a_gain_is_the_mean_over_seeds_and_its_interval_that_over_prompts_by_hand():
+def test_a_gain_is_the_mean_over_seeds_and_its_interval_that_over_both_by_hand():
     row = study.compare(
         "x", {0: {"a": side(0.0, 0.5), "b": side(1.0, 0.5)},
               1: {"a": side(0.0, 0.5), "b": side(0.5, 1.0)}}, "a", "b",
     )  # fmt: skip
     assert (row["from"], row["to"], row["gain"]) == (0.25, 0.75, 0.5)
     assert row["of seeds"] == [0.5, 0.5]
-    assert row["interval"] == [0.25, 0.75]  # gains of the two prompts, over the seeds
+    assert row["interval"] == [0.0, 1.0]  # gains 1, 0 of one seed, .5, .5 of the other
+    assert row["t"] == [0.5, 0.5]
     assert study.compare("x", {}, "a", "b") is None
-    assert "+0.500 [+0.250, +0.750]" in study.markdown([row])
+    assert "+0.500 [+0.000, +1.000] | [+0.500, +0.500] |" in study.markdown([row])

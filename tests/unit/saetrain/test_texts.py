@@ -151,6 +151,22 @@ def test_pairs_of_one_prompt_are_held_out_together(tmp_path, tokenizer):
     assert len(held) == 4 * len(begun[1])
 
 
+def test_chats_that_begin_with_one_question_are_held_out_together(tmp_path, tokenizer):
+    """As pairs are: other models' answers to it have the same beginning, and its activations."""
+
+    def chat(number, answer):
+        turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": number}]
+        return {"messages": [*turns, {"role": "assistant", "content": answer}]}
+
+    rows = [chat(f"What is {i // 3}?", f"Answer {i}.") for i in range(60)]
+    items = documents_of(tmp_path, tokenizer, rows).items
+    train, held = texts.split_held_out(items, 0.2, seed=0, most=10**9)
+    assert held
+    assert len(held) % 3 == 0
+    assert not {item.prompt for item in train} & {item.prompt for item in held}
+    assert len({item.prompt for item in items}) == 20
+
+
 def test_held_out_documents_are_not_trained_on(tmp_path, tokenizer):
     items = documents_of(tmp_path, tokenizer, CHATS).items
     train, held = texts.split_held_out(items, 0.2, seed=0, most=10**9)
