@@ -20,6 +20,8 @@ from fpo_mlx.config import GROUPS
 
 OWN, GENERAL, ARGUMENTS = "Options", "General", "Arguments"
 SHORT = 18  # a command with no more options than this shows them all at once
+PLACES = "Of a file that is named its place may change, not what is in it."
+_HOW = ("resume", "overwrite")
 ALL = "fpo_mlx.help_all"  # key of click's context: every option was asked for
 
 LOOK = RichHelpConfiguration(
@@ -30,11 +32,16 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "rich_help_config": LOOK}
 
 
 class Grouped(RichOption):
-    """An option in a named group of the help; one that is not `first` waits for --help-all."""
+    """An option in a named group of the help; one that is not `first` waits for --help-all.
 
-    def __init__(self, *args: Any, group: str, first: bool = True, **kwargs: Any) -> None:
+    may_change: a resumed run may have another value.
+    """
+
+    def __init__(
+        self, *args: Any, group: str, first: bool = True, may_change: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, panel=group, **kwargs)
-        self.first = first
+        self.first, self.may_change = first, may_change
 
 
 def _help_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -74,11 +81,14 @@ class Command(RichCommand):
 
     def format_options(self, ctx: click.Context, formatter: Any) -> None:
         given = [p for p in self.get_params(ctx) if not getattr(p, "hidden", False)]
-        shown = shown_of(given, everything=ctx.meta.get(ALL, False))
+        whole = ctx.meta.get(ALL, False)
+        shown = shown_of(given, everything=whole)
         for title, names in grouped(shown):
             formatter.write(RichOptionPanel(title, names).render(self, ctx, formatter))  # type: ignore
         if left := len(given) - len(shown):
             formatter.write(f"{left} more settings: {ctx.command_path} --help-all")
+        if whole and (free := changeable(given)):
+            formatter.write(f"May change on --resume: {', '.join(free)}.\n{PLACES}")
 
 
 def _unfilled(text: str) -> str:
@@ -135,6 +145,13 @@ def shown_of(params: Iterable[click.Parameter], *, everything: bool) -> list[cli
     if everything or len(params) <= SHORT:
         return params
     return [p for p in params if getattr(p, "first", True)]
+
+
+def changeable(params: Iterable[click.Parameter]) -> list[str]:
+    """What a resumed run may have another value of; nothing for a command that resumes none."""
+    free = {p.name: p.opts[0] for p in params if getattr(p, "may_change", False)}
+    # these two say what becomes of the older run
+    return [flag for name, flag in free.items() if name not in _HOW] if "resume" in free else []
 
 
 def grouped(params: Iterable[click.Parameter]) -> Iterator[tuple[str, list[str]]]:

@@ -132,7 +132,8 @@ def _option(field: dataclasses.Field, hint: Any) -> Callable:
     help = field.metadata["help"] + "."
     if field.default not in SILENT:
         help += f" [default: {'on' if hint is bool else field.default}]"
-    place = {"cls": Grouped, "group": field.metadata["group"], "first": field.metadata["first"]}
+    facts = {name: field.metadata[name] for name in ("group", "first", "may_change")}
+    place = {"cls": Grouped, **facts}
     if hint is bool:
         both = f"{name}/--no-{name[2:]}"
         return click.option(both, field.name, default=None, help=help, **place)

@@ -16,7 +16,7 @@ from terminal import on_a_terminal
 from fpo_mlx.cli import THE_WAY, main
 from fpo_mlx.cli.help import SHORT, Command, grouped, shown_of
 from fpo_mlx.cli.options import READING
-from fpo_mlx.config import GROUPS, SECTIONS, options
+from fpo_mlx.config import GROUPS, SECTIONS, SaeTrainConfig, named, options
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAG = re.compile(r"--[a-z][a-z-]*")
@@ -129,6 +129,17 @@ def test_help_all_shows_every_setting_under_its_group():
                 group = field.metadata["group"]
                 assert "--" + name.replace("_", "-") in found[group[0].upper() + group[1:]]
     assert "more settings" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "sections"), [(["train"], SECTIONS), (["sae", "train"], (SaeTrainConfig,))]
+)
+def test_help_all_names_what_a_resumed_run_may_have_otherwise(words, sections):
+    said = run(*words, "--help-all").stdout.split("May change on --resume: ")
+    assert len(said) == 2
+    may = {"--" + name.replace("_", "-") for name in named("may_change", sections)}
+    assert set(FLAG.findall(said[1])) == may - {"--resume", "--overwrite"}
+    assert "May change" not in run("evaluate", "--help-all").stdout, "it resumes nothing"
 
 
 @pytest.mark.parametrize("path", EVERY, ids=" ".join)
