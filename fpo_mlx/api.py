@@ -54,13 +54,22 @@ def open_model(
     taps: Sequence[Site | SaeWeights] = (),
     *,
     adapter_path: str | Path | None = None,
+    chat_template: str | Path | None = None,
+    chat_template_args: dict[str, Any] | None = None,
+    max_seq_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> TappedModel:
     """A model folder or hub id, loaded, frozen, and tapped at these places or SAEs.
 
+    chat_template (a file), chat_template_args and max_seq_length: as a run had them, for the keys
+    of its cache; without max_seq_length no answer is cut.
     Raises: ModelError, SaeError for what does not fit; ConfigError for places and SAEs mixed.
     """
-    return open_tapped(model, taps, adapter_path=adapter_path, trust_remote_code=trust_remote_code)
+    return open_tapped(
+        model, taps, adapter_path=adapter_path, chat_template=chat_template,
+        chat_template_args=chat_template_args, max_seq_length=max_seq_length,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
 def score_pairs(model: TappedModel, rows: Sequence[Row]) -> list[PairScore]:

@@ -14,6 +14,7 @@ from fpo_mlx.config import load_config
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pipeline.job import at_site, open_tokenizer
+from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.records import PairScore, SaeWeights, Site, TokenPair
 from fpo_mlx.storage.hub import read_config, resolve_model
 
@@ -31,13 +32,18 @@ class TappedModel:
     tokenizer: ChatTokenizer
     sites: tuple[Site, ...]
     reader: Reader
+    limit: int | None = None  # tokens of prompt + response; None: answers are whole
 
     def pair_of(self, row: Row) -> TokenPair:
         """A row, in any form that `--data` takes, as tokens; its `keys` name it in a cache.
 
         Raises: DataError for a row that cannot be used.
         """
-        return data.tokenize_row(data.parse_row(row), self.tokenizer)
+        return self._tokens(data.parse_row(row))
+
+    def _tokens(self, row: data.PreferenceRow) -> TokenPair:
+        pair = data.tokenize_row(row, self.tokenizer)
+        return pair if self.limit is None else data.cut_to([pair], self.limit).pairs[0]
 
     def activations(self, prompt: str, response: str) -> tuple[np.ndarray, ...]:
         """What the taps see of an answer: per site float32 [L, D_in], a row per response token.
@@ -52,7 +58,7 @@ class TappedModel:
         chosen = ({"role": "assistant", "content": response},)
         other = ({"role": "assistant", "content": f"{response}."},)  # a row has two
         row = data.PreferenceRow(turns, chosen, other, where="", index=0)
-        pair = data.tokenize_row(row, self.tokenizer)
+        pair = self._tokens(row)
         tapped = self.reader.policy.answer_rows(pair.prompt, pair.chosen).tapped
         return tuple(np.array(site.astype(mx.float32)) for site in tapped)
 
@@ -75,17 +81,26 @@ def open_tapped(
     taps: Sequence[Site | SaeWeights] = (),
     *,
     adapter_path: str | Path | None = None,
+    chat_template: str | Path | None = None,
+    chat_template_args: dict[str, Any] | None = None,
+    max_seq_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> TappedModel:
     """Load a model folder or hub id, with an adapter if one is named, and tap it.
 
-    taps: places, or SAEs, which are tapped where they read.
+    taps: places, or SAEs, which are tapped where they read. max_seq_length: cuts answers as a run
+    does; without it they are whole.
     Raises: ModelError, SaeError for what does not fit; ConfigError for places and SAEs mixed.
     """
     from fpo_mlx.model.open import open_model
     from fpo_mlx.model.tapping import reader_of
 
-    settings = load_config({"model": str(model), "trust_remote_code": trust_remote_code})
+    given = {
+        "model": str(model), "trust_remote_code": trust_remote_code,
+        "chat_template": str(chat_template) if chat_template else None,
+        "chat_template_args": chat_template_args, "max_seq_length": max_seq_length,
+    }  # fmt: skip
+    settings = load_config(given)
     folder = resolve_model(model)
     about = read_config(folder)
     saes = [tap for tap in taps if isinstance(tap, SaeWeights)]
@@ -98,4 +113,6 @@ def open_tapped(
     places = [tap for tap in taps if isinstance(tap, Site)]
     loaded = open_model(folder, adapter=adapter_path, trust_remote_code=trust_remote_code)
     reader = reader_of(loaded, placed, also=places)
-    return TappedModel(folder, open_tokenizer(settings, folder), reader.policy.sites, reader)
+    tokenizer = open_tokenizer(settings, folder)
+    limit = None if max_seq_length is None else longest(settings.data.max_seq_length, tokenizer)
+    return TappedModel(folder, tokenizer, reader.policy.sites, reader, limit)

@@ -138,6 +138,32 @@ def test_scores_are_the_cached_ones_and_features_the_mean_of_the_encoded_rows(th
             np.testing.assert_allclose(dense, encode(sae, rows).mean(axis=0), rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_may_be_opened_with_the_template_and_the_length_of_a_run(there, tmp_path):
+    """So that its keys are those of the run's cache: of other texts, and of answers cut short."""
+    pytest.importorskip("mlx.core")
+    from fpo_mlx import FpoError, Site, open_model, pipeline, read_cache, read_settings
+
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ lead }}{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
+    how = {"chat_template": str(template), "chat_template_args": {"lead": "Go: "}}
+    plain = open_model("my-model", [Site(BLOCK)])
+    long = max(len(r) for row in ROWS for r in plain.pair_of(row).responses)
+    whole = open_model("my-model", [Site(BLOCK)], **how)
+    limit = len(whole.pair_of(ROWS[0]).prompt) + long // 2
+    settings = read_settings(
+        model="my-model", sae="my-sae", data="pairs", top_k=5, max_seq_length=limit, **how
+    )
+    pipeline.precompute(settings, output=Path("other"), say=lambda _: None)
+    cache = read_cache("other")
+    model = open_model("my-model", [Site(BLOCK)], **how, max_seq_length=limit)
+    assert all(key in cache for row in ROWS for key in model.pair_of(row).keys)
+    assert not any(key in cache for row in ROWS for key in whole.pair_of(row).keys)
+    (rows,) = model.activations(ROWS[0]["prompt"], "x" * 100)
+    assert len(rows) == limit - len(whole.pair_of(ROWS[0]).prompt)
+    with pytest.raises(FpoError, match="every prompt alone fills"):
+        model.pair_of({**ROWS[0], "prompt": "Why? " * limit})
+
+
 def test_an_answer_that_does_not_follow_the_rendered_prompt_is_refused_as_that_of_a_pair(
     there, tmp_path
 ):
