@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -17,6 +18,11 @@ from fpo_mlx.cache.identity import VERSION
 from fpo_mlx.cli import main
 from fpo_mlx.config import PRESETS, Objective, load_config
 from fpo_mlx.data import parse_row
+from fpo_mlx.judge.feature_report import Change, Found
+from fpo_mlx.pipeline.feature_page import FeaturePage
+from fpo_mlx.pipeline.pairs_build import BuildReport
+from fpo_mlx.pipeline.rounds import Round
+from fpo_mlx.train.events import LandedReport, SkippedReport, StepReport, ValidReport
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
@@ -215,6 +221,26 @@ def test_the_cache_format_is_quoted_from_the_package():
     for words in arrays:
         assert " ".join(words) in said
     assert f"format version {VERSION}" in page
+
+
+RECORDS = {
+    "| `train` |": StepReport,
+    "| `valid` |": ValidReport,
+    "| `skipped` |": SkippedReport,
+    "| `landed` |": LandedReport,
+    "| `pairs/pairs.json` |": BuildReport,
+    "| `round-N/round.json` |": Round,
+    "| `features --json` |": Change,
+    "| `features show --json` |": FeaturePage,
+    "| `features find --json` |": Found,
+}
+
+
+@pytest.mark.parametrize("start", RECORDS)
+def test_the_page_on_files_names_every_field_of_what_is_written(start):
+    (row,) = (line for line in TEXTS["docs/files.md"].splitlines() if line.startswith(start))
+    fields = {field.name for field in dataclasses.fields(RECORDS[start])} - {"iteration"}
+    assert fields - set(re.findall(r"`(\w+)`", row)) == set()
 
 
 def test_the_page_on_architecture_names_every_room_of_the_package_in_its_table_of_layers():
