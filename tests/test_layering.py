@@ -93,7 +93,7 @@ OTHERS = {
     "pairs.doubles": {"datasketch"},
     "pairs.web": {"starlette", "uvicorn", "jinja2"},
     "report": {"matplotlib", "jinja2"},
-    "demo": {"numpy", "safetensors", "mlx_lm"},
+    "demo": {"numpy", "safetensors", "mlx", "mlx_lm"},
     "pipeline": {"numpy", *MLX},
     "pipeline.doctor": {"numpy", "mlx", "huggingface_hub"},
     "cli": {"click", "rich_click", "tqdm", "yaml"},

