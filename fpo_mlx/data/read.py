@@ -21,7 +21,7 @@ from fpo_mlx.storage.files import listed
 
 SPLITS = ("train", "valid", "test")
 
-# Names under which data sets keep a split, the first that exists wins. UltraFeedback-binarized
+# Names under which data sets keep a split. UltraFeedback-binarized
 # has train_prefs and test_prefs only; a plain "test" is never taken for validation by itself.
 _NAMES = {
     "train": ("train", "train_prefs", "training"),
@@ -242,12 +242,19 @@ def _check_parts(group: list[Path]) -> None:
 
 
 def _named(source: str, places: dict[str, Any], hub: HubSplits) -> dict[str, Place]:
-    """Which of the named places is which split. Raises FpoError for a name that is not there."""
+    """Which of the named places is which split.
+
+    Raises FpoError for a name that is not there, and for two that are one split's.
+    """
     found: dict[str, Place] = {}
     for split in SPLITS:
         asked = getattr(hub, split)
         wanted = (asked, asked.lower()) if asked else _NAMES[split]
-        name = next((name for name in wanted if name in places), None)
+        names = [name for name in wanted if name in places]
+        if not asked:
+            free = [name for name in names if places[name] not in found.values()]
+            _refuse_two(source, split, free)
+        name = next(iter(names), None)
         if name is not None:
             # rows that were looked at in training are no test, unless somebody says so
             if asked or places[name] not in found.values():
@@ -257,6 +264,17 @@ def _named(source: str, places: dict[str, Any], hub: HubSplits) -> dict[str, Pla
                 f"{source}: no split {asked!r} (--{split}-split); it has {', '.join(places)}."
             )
     return found
+
+
+def _refuse_two(source: str, split: str, names: list[str]) -> None:
+    """Raises FpoError where more than one name is this split's: nothing says which is meant."""
+    if split == "valid":  # beside one of its own, test_prefs is the test
+        names = [name for name in names if name not in _NAMES["test"]]
+    if len(names) > 1:
+        raise FpoError(
+            f"{source}: found {' and '.join(names)}, each a name of the {split} split, wanted one. "
+            f"Choose with --{split}-split, or keep one of them there."
+        )
 
 
 def _no_split(source: str | Path, split: str, found: dict[str, Place]) -> str:

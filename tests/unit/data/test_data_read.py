@@ -36,6 +36,29 @@ def test_a_file_is_the_one_split_that_is_asked_for(tmp_path):
     assert read_split(file, "test")[0].where == "pairs.jsonl:1"
 
 
+@pytest.mark.parametrize(
+    ("split", "one", "other"),
+    [("valid", "valid", "validation"), ("train", "train", "train_prefs"), ("test", "test_prefs",
+     "test")],
+)  # fmt: skip
+def test_two_names_of_one_split_are_refused_unless_one_is_asked_for(tmp_path, split, one, other):
+    for name in {"train", "valid", one, other}:
+        (tmp_path / f"{name}.jsonl").write_text(lines(PAIR))
+    with pytest.raises(FpoError, match=f"each a name of the {split} split") as caught:
+        find_splits(tmp_path)
+    assert all(part in str(caught.value) for part in (one, other, f"--{split}-split"))
+    asked = HubSplits(**{split: other})
+    assert find_splits(tmp_path, asked)[split] == tmp_path / f"{other}.jsonl"
+
+
+def test_test_prefs_is_the_test_beside_a_split_called_valid(tmp_path):
+    for name in ("train", "valid", "test_prefs"):
+        (tmp_path / f"{name}.jsonl").write_text(lines(PAIR))
+    found = find_splits(tmp_path)
+    assert found["valid"] == tmp_path / "valid.jsonl"
+    assert found["test"] == tmp_path / "test_prefs.jsonl"
+
+
 def test_blank_lines_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path):
     file = tmp_path / "pairs.jsonl"
     row = json.dumps(PAIR).encode()
