@@ -36,11 +36,13 @@ class EvalReport:
     pairs: Sequence[Mapping[str, Any]]
     answers: Sequence[Mapping[str, Any]] = ()  # sampled, as `sampling.records` gives them
     adapter_scale: float = 1.0  # part of the adapter's change that was taken
+    trained_on: bool = False  # these very pairs, by its run.json
 
     def as_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"summary": dict(self.summary), "pairs": list(self.pairs)}
         if self.adapter_scale != 1.0:
             out["adapter_scale"] = self.adapter_scale
+        out |= {"trained_on": True} if self.trained_on else {}
         return out | ({"answers": list(self.answers)} if self.answers else {})
 
     def with_answers(

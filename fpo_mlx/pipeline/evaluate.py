@@ -17,6 +17,7 @@ from fpo_mlx.pipeline.job import (
     read_pairs,
     warn_of_adapters,
 )
+from fpo_mlx.pipeline.origins import warn_of_training_pairs
 from fpo_mlx.pipeline.prepared import check_room
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 
@@ -71,6 +72,7 @@ def evaluate_all(
     job = open_job(config, say=say, need_sae=False)
     warn_of_adapters(adapter_paths, config, job.model_path, say)
     pairs = read_pairs(job, split, say)
+    seen = () if split == "train" else warn_of_training_pairs(adapter_paths, pairs, say)
     store = reference_of(job, pairs, say, progress)
     data = ScoredPairs(pairs, CachedScores(store, pairs))
     reports: dict[str, EvalReport] = {}
@@ -82,7 +84,8 @@ def evaluate_all(
         scorer = open_scorer(
             job, adapter, scale=scale, half=store.half, measure_kl=measure_kl, say=say
         )
-        report = replace(evaluation.evaluate(scorer, data), adapter_scale=scale)
+        report = evaluation.evaluate(scorer, data)
+        report = replace(report, adapter_scale=scale, trained_on=path in seen)
         if base is None and adapter_paths:
             base = evaluation.reference_report(data, report.summary)
             with scorer.as_reference():

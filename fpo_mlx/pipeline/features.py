@@ -27,6 +27,7 @@ from fpo_mlx.pipeline.job import (
     read_sae,
     warn_of_adapters,
 )
+from fpo_mlx.pipeline.origins import warn_of_training_pairs
 from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import Passage, SaeWeights, result_file
@@ -99,7 +100,10 @@ def features(
     for sae in whole:
         Scaling(sae, ())  # refuses, before the long part
     warn_of_adapters([adapter_path], config, job.model_path, say)
-    pairs = read_pairs(job, split, say)[:limit]
+    pairs = read_pairs(job, split, say)
+    if split != "train":
+        warn_of_training_pairs([adapter_path], pairs, say)
+    pairs = pairs[:limit]
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     scorer = open_scorer(job, adapter_path, measure_kl=False, say=say)
     tallies = feature_scan.tally(scorer, data, lambda done: count(done, len(pairs)))

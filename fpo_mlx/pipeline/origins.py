@@ -1,13 +1,15 @@
-"""Which model and which chat template an adapter says that it was made for."""
+"""Which model, which chat template and which pairs an adapter says that it was made with."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx.data import data_fingerprint
+from fpo_mlx.records import TokenPair
 from fpo_mlx.reference.weights import model_fingerprint
 from fpo_mlx.storage.adapter_files import RUN, model_template, own_template, run_of
 from fpo_mlx.storage.files import known_object
@@ -43,6 +45,23 @@ def warn_of_origin(
         ):
             if warning:
                 say(f"warning: the adapter {adapter} was {warning}")
+
+
+def warn_of_training_pairs(
+    adapters: Iterable[str | Path], pairs: Sequence[TokenPair], say: Say
+) -> set[str]:
+    """Name every adapter whose run.json says that it was trained on these very pairs; those."""
+    ours, found = data_fingerprint(pairs), set()
+    for adapter in dict.fromkeys(map(str, adapters)):
+        run = known_object(run_of(Path(adapter).expanduser()) / RUN)
+        if _part(run, "fingerprints").get("data") == ours:
+            found.add(adapter)
+            say(
+                f"warning: the adapter {adapter} was trained on these very pairs, so that its "
+                "figures say little of others. Hold some back: a folder with train.jsonl and "
+                "valid.jsonl as --data"
+            )
+    return found
 
 
 def _of_model(

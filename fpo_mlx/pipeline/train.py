@@ -118,7 +118,7 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     if ranks.first:
         claim_place(config)
     job = open_job(config, say=say, projected=True)
-    splits = read_splits(config, job.tokenizer, _splits(job), say, doctor=True)
+    splits = read_splits(config, job.tokenizer, _splits(job, say), say, doctor=True)
     pairs, valid = splits["train"], splits.get("valid", [])
     record = run_record(job, data.data_fingerprint(pairs), data.data_fingerprint(valid))
     if t.resume and ranks.first:
@@ -137,7 +137,7 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     return _Ready(trainer, out, store, record, template, predicted)
 
 
-def _splits(job: Job) -> tuple[str, ...]:
+def _splits(job: Job, say: Say) -> tuple[str, ...]:
     """What is read; validation pairs only where there are some and they are wanted.
 
     Raises: ConfigError where they are needed and cannot be had.
@@ -150,6 +150,12 @@ def _splits(job: Job) -> tuple[str, ...]:
             f"--early-stopping {t.early_stopping}: found no validation pairs in {source}, or "
             "--val-batches is 0. Add a valid.jsonl (or --valid-split of a hub data set), or drop "
             "the setting."
+        )
+    if t.val_batches:
+        say(
+            f"no validation pairs in {source}, so nothing is held out: all figures will be of "
+            "pairs that are trained on. A valid.jsonl beside train.jsonl (or --valid-split) "
+            "holds some back"
         )
     return ("train",)
 

@@ -143,7 +143,9 @@ def standing(result: Result) -> tuple[bool, bool]:
 
 def on_training(evaluation: Any) -> bool:
     """Whether a result says that the pairs which it is over were those of training."""
-    return isinstance(evaluation, Mapping) and evaluation.get("split") == "train"
+    if not isinstance(evaluation, Mapping):
+        return False
+    return evaluation.get("split") == "train" or evaluation.get("trained_on") is True
 
 
 def scale_of(evaluation: Any) -> float:

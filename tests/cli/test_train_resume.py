@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from command_line import ROWS, lines, refused, train
+from command_line import ROWS, lines, refused, run, train, usual
 
 pytest.importorskip("mlx.core")
 
@@ -37,16 +37,16 @@ def dpo(place, out, *words, **changes):
 
 def test_a_record_says_where_the_pairs_lay_and_follows_them(place, tmp_path, monkeypatch):
     """No setting: a run goes on where its data has moved."""
-    data, run = tmp_path / "pairs", tmp_path / "run"
+    data, out = tmp_path / "pairs", tmp_path / "run"
     shutil.copytree(place / "data", data)
     (data / "pairs.json").write_text("{}")
     said = hashlib.sha256(b"{}").hexdigest()
     monkeypatch.chdir(tmp_path)
     for place_of_data, words in ((data, ()), (data.with_name("moved"), ("--resume",))):
         data.rename(place_of_data)
-        done = dpo(place, run, "--iters", 2 + len(words), *words, data=place_of_data.name)
+        done = dpo(place, out, "--iters", 2 + len(words), *words, data=place_of_data.name)
         assert done.exit_code == 0, done.stderr
-        record = json.loads((run / "run.json").read_text())
+        record = json.loads((out / "run.json").read_text())
         assert record["source"] == {"data": str(place_of_data), "pairs": said}
 
 
@@ -58,6 +58,17 @@ def test_validation_may_be_left_out_or_begun_by_a_resumed_run(place, tmp_path, b
     assert ((tmp_path / "best").is_dir()) == (max(before, after) > 0)
     log = (tmp_path / "metrics.jsonl").read_text()
     assert log.count('"valid"') == (2 if before else 1)
+
+
+def test_a_run_without_held_out_pairs_says_so(place, tmp_path):
+    """A lone file of pairs is trained on whole."""
+    lone, told = place / "data" / "train.jsonl", "nothing is held out"
+    assert told in dpo(place, tmp_path / "a", data=lone).stderr
+    assert told not in dpo(place, tmp_path / "b").stderr
+    assert told not in dpo(place, tmp_path / "c", "--val-batches", 0, data=lone).stderr
+    words = usual(place, sae=None, data=lone)
+    judged = run("evaluate", *words, "--adapter-path", tmp_path / "a", "--samples", 0)
+    assert "was trained on these very pairs" in judged.stderr
 
 
 def test_other_validation_pairs_are_refused(place, tmp_path):

@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from command_line import ROWS, lines, random_sae, refused, run, usual  # noqa: E
 from evaluated import K, adapter, own_cache, place  # noqa: E402, F401
 
 from fpo_mlx.config import Sampling  # noqa: E402
+from fpo_mlx.data import data_fingerprint, read_split  # noqa: E402
+from fpo_mlx.data.tokenize import tokenize_row  # noqa: E402
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
 from fpo_mlx.judge import evaluate as evaluation  # noqa: E402
 from fpo_mlx.judge import sampling, slots  # noqa: E402
@@ -279,6 +282,30 @@ def test_a_result_names_its_adapter_and_one_called_base_does_not_hide_the_base(p
     assert judge(place, out=tmp_path / "b.json")[0]["adapter_path"] is None
     table = EvalTable({"base": EvalReport({"n": 1}, [])}, EvalReport({"n": 2}, []))
     assert [(r["model"], r["n"]) for r in table.rows()] == [("base", 2), ("./base", 1)]
+
+
+@pytest.mark.parametrize("inner", [".", "best"])
+def test_figures_of_the_pairs_that_an_adapter_was_trained_on_are_named(place, tmp_path, inner):
+    """A lone file is whatever split is asked for: that of the training was called held out."""
+    shutil.copytree(place / "one", tmp_path / "own" / inner, dirs_exist_ok=True)
+    words = ["--data", place / "data" / "valid.jsonl", "--adapter-path", tmp_path / "own" / inner]
+    words += ["--adapter-path", place / "two"]
+    flags = ["--samples", 0, "--no-kl", "--json", tmp_path / "e.json", "--overwrite"]
+
+    def judged(split, pairs):
+        record = {"fingerprints": {"data": pairs}}
+        (tmp_path / "own" / "run.json").write_text(json.dumps(record))
+        done = run("evaluate", *usual(place, data=None, sae=None), "--split", split, *words, *flags)
+        assert done.exit_code == 0, done.stderr
+        own, other = json.loads((tmp_path / "e.json").read_text())["adapters"]
+        assert "trained_on" not in other
+        return own.get("trained_on"), done.stderr.count("was trained on these very pairs")
+
+    tokenizer, rows = load_tokenizer(place / "model"), read_split(place / "data", "valid")
+    pairs = data_fingerprint(tokenize_row(row, tokenizer) for row in rows)
+    assert judged("test", pairs) == (True, 1)
+    assert judged("test", "others") == (None, 0)
+    assert judged("train", pairs) == (None, 0)  # which the user asked for, and the file says
 
 
 def test_strata_by_length_cover_every_pair_once(place, tmp_path):

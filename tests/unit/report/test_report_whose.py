@@ -98,6 +98,13 @@ def test_figures_of_training_pairs_are_named_and_give_way_to_others(tmp_path):
     assert "train.json is not shown" in said(read)
 
 
+def test_pairs_of_training_that_were_called_held_out_are_training_pairs(tmp_path):
+    own = summary(9, split="valid", trained_on=True)
+    (read,) = read_runs([a_run(tmp_path / "run", evaluate=own)])
+    assert card(read, 0).source == "9 training pairs, by fpo-mlx evaluate"
+    assert "evaluate.json is of training pairs" in said(read)
+
+
 def test_validation_figures_of_the_run_come_before_those_of_training_pairs(tmp_path):
     run = a_run(tmp_path / "run", [a_report(30), VALID], evaluate=summary(9, split="train"))
     shown = card(read_runs([run])[0], 0)
