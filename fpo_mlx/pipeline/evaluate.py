@@ -17,7 +17,7 @@ from fpo_mlx.pipeline.job import (
     read_pairs,
     warn_of_adapters,
 )
-from fpo_mlx.pipeline.origins import warn_of_training_pairs
+from fpo_mlx.pipeline.origins import start_of, warn_of_training_pairs
 from fpo_mlx.pipeline.prepared import check_room
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 
@@ -104,11 +104,13 @@ def check_scales(config: RunConfig, adapter_paths: Sequence[str], scales: Sequen
         raise ConfigError("--adapter-scale: there is no adapter to scale. Add --adapter-path.")
     if not all(math.isfinite(scale) and scale >= 0 for scale in scales):
         raise ConfigError(f"--adapter-scale {scales}: wanted finite numbers, 0 or more.")
-    if config.train.init_adapter:
-        raise ConfigError(
-            "--adapter-scale with --init-adapter: the change from another adapter is no multiple "
-            "of this one. Fuse the first adapter, and give the fused model as --model."
-        )
+    for path in adapter_paths:
+        if start := config.train.init_adapter or start_of(path):
+            raise ConfigError(
+                f"{path}: no part of it can be taken (--adapter-scale). It began from the adapter "
+                f"{start} and holds it whole, so that its change from there is no multiple of it. "
+                "For parts, fuse that one first and train on the fused model."
+            )
 
 
 def _with_answers(

@@ -37,7 +37,7 @@ def warn_of_origin(
         if adapter is None:
             continue
         folder = Path(adapter).expanduser()
-        run = known_object(run_of(folder) / RUN)
+        run = _run(folder)
         for warning in (
             _of_model(folder, run, model, lambda: fingerprint(path)),
             None if arguments is None else _of_variables(run, arguments),
@@ -53,7 +53,7 @@ def warn_of_training_pairs(
     """Name every adapter whose run.json says that it was trained on these very pairs; those."""
     ours, found = data_fingerprint(pairs), set()
     for adapter in dict.fromkeys(map(str, adapters)):
-        run = known_object(run_of(Path(adapter).expanduser()) / RUN)
+        run = _run(Path(adapter).expanduser())
         if _part(run, "fingerprints").get("data") == ours:
             found.add(adapter)
             say(
@@ -62,6 +62,16 @@ def warn_of_training_pairs(
                 "valid.jsonl as --data"
             )
     return found
+
+
+def start_of(adapter: str | Path) -> str | None:
+    """The adapter that this one's training began from, by its run.json."""
+    found = _part(_run(Path(adapter).expanduser()), "settings").get("init_adapter")
+    return found if isinstance(found, str) and found else None
+
+
+def _run(adapter: Path) -> Mapping[str, Any]:
+    return known_object(run_of(adapter) / RUN)
 
 
 def _of_model(

@@ -275,6 +275,22 @@ def test_a_part_that_cannot_be_taken_is_a_usage_error(place, words, parts):
     refused(run("evaluate", *usual(place), "--split", "valid", *words), 2, *parts)
 
 
+@pytest.mark.parametrize("inner", [".", "best"])
+@pytest.mark.parametrize(
+    "words",
+    [["evaluate", "--adapter-scales", "0.5,1"], ["compare", "--adapter-scale", 0.5],
+     ["chat", "--adapter-scale", 0.5], ["fuse", "--adapter-scale", 0.5],
+     ["fuse", "--target-kl", 3, "--verify", "pairs.jsonl"]],
+)  # fmt: skip
+def test_of_an_adapter_that_began_from_another_no_part_is_taken(place, tmp_path, words, inner):
+    """Half of both was taken, the SFT adapter's and the change, without a word."""
+    shutil.copytree(place / "one", tmp_path / inner, dirs_exist_ok=True)
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"init_adapter": "sft"}}))
+    name, *others = words
+    of = ["--model", place / "model", "--adapter-path", tmp_path / inner]
+    refused(run(name, *of, *others), 2, "began from the adapter sft", "fuse that one first")
+
+
 def test_a_result_names_its_adapter_and_one_called_base_does_not_hide_the_base(place, tmp_path):
     one, _ = judge(place, "--adapter-path", place / "one", out=tmp_path / "a.json")
     assert one["adapter_path"] == str(place / "one")
