@@ -185,7 +185,10 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
 )
 @click.option("--upload-repo", help="Hub repository to upload the fused model to.")
 @click.option(
-    "--verify", type=READ, metavar="DATA", help="Compare margin and accuracy before and after."
+    "--verify",
+    type=READ,
+    metavar="DATA",
+    help="Compare margin and accuracy before and after, on its test split, else valid, else train.",
 )
 @click.option(
     "--target-kl", type=float,

@@ -13,7 +13,7 @@ from fpo_mlx.config import PARTS, RunConfig, is_other
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pipeline.evaluate import check_scales, open_scorer
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
-from fpo_mlx.pipeline.origins import warn_of_origin
+from fpo_mlx.pipeline.origins import warn_of_origin, warn_of_training_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
 from fpo_mlx.records import AS_BASE, FusedForm
 from fpo_mlx.storage.adapter_files import own_template
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fpo_mlx.model.fuse import FuseReport
     from fpo_mlx.train.metrics import ScoredPairs
 
+VERIFIED = ("test", "valid", "train")  # splits of --verify, the first that is there
 TOLERABLE = 0.2  # error of the rounding over the size of the change
 
 
@@ -110,7 +111,7 @@ def fuse(
     config, held, within = _as_trained(config, Path(adapter_path)), None, None
     _warn(config, adapter_path, base, say, asked=bool(verify))
     if bound is not None:
-        held = _held_out(config, place, say, saes=bound.kind == "drift")
+        held = _held_out(config, place, adapter_path, say, saes=bound.kind == "drift")
         within = _scale_within(held, adapter_path, bound, say)
         held = _without_saes(held)  # it fuses next, and needs their room
         form = replace(form, scale=within.part)
@@ -123,7 +124,7 @@ def fuse(
         say(line)
     if not verify:
         return FuseResult(report, form.scale)
-    held = held or _held_out(config, verify, say)
+    held = held or _held_out(config, verify, adapter_path, say)
     before, after = _compare_fused(held, adapter_path, form.scale, save_path, say)
     return FuseResult(report, form.scale, within, before, after)
 
@@ -218,10 +219,13 @@ def _scale_within(held: Held, adapter_path: str, bound: Bound, say: Say) -> With
     return within
 
 
-def _held_out(config: RunConfig, verify: str, say: Say, *, saes: bool = False) -> Held:
+def _held_out(
+    config: RunConfig, verify: str, adapter: str, say: Say, *, saes: bool = False
+) -> Held:
     """The pairs of `verify` with the scores of the base.
 
-    saes: with features, for a drift.
+    saes: with features, for a drift. Said is of which split they are, and whether the adapter was
+    trained on them.
     """
     from fpo_mlx.train.metrics import ScoredPairs
 
@@ -234,8 +238,10 @@ def _held_out(config: RunConfig, verify: str, say: Say, *, saes: bool = False) -
         there = replace(there, **dict.fromkeys(PARTS))
     config = replace(config, data=there, objective=objective)
     job = open_job(config, say=say)
-    split = next((s for s in ("test", "valid", "train") if has_split(job, s)), "test")
+    split = next((s for s in VERIFIED if has_split(job, s)), VERIFIED[0])
     pairs = read_pairs(job, split, say)
+    say(f"--verify {verify}: on its {len(pairs)} pairs of the {split} split")
+    warn_of_training_pairs([adapter], pairs, say)
     store = fill_cache(job, pairs, folder=default_cache(job.identity), say=say)
     return job, ScoredPairs(pairs, CachedScores(store, pairs)), store.half
 

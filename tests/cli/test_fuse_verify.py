@@ -11,9 +11,12 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from command_line import run  # noqa: E402
+from command_line import ROWS, lines, run  # noqa: E402
 from evaluated import K, own_cache, place  # noqa: E402, F401
 
+from fpo_mlx.data import data_fingerprint, read_split  # noqa: E402
+from fpo_mlx.data.tokenize import tokenize_row  # noqa: E402
+from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
 from fpo_mlx.reference.weights import model_fingerprint  # noqa: E402
 
 
@@ -62,6 +65,24 @@ def test_fuse_takes_variables_of_the_template_and_names_those_of_the_training(pl
     done = fuse(place, tmp_path / "c", *verify, *given, adapter=folder)
     assert done.exit_code == 0, done.stderr
     assert said not in done.stderr
+
+
+def test_fuse_says_on_which_split_it_measures_and_whether_the_adapter_knows_its_pairs(
+    place, tmp_path
+):
+    """Of a folder without held-out pairs it took those of the training, without a word."""
+    rows = [tokenize_row(row, load_tokenizer(place / "model"))
+            for row in read_split(place / "data", "valid")]  # fmt: skip
+    own = trained(place, tmp_path / "own", fingerprints={"data": data_fingerprint(rows)})
+    (tmp_path / "pairs").mkdir()
+    for split, known in (("train", True), ("valid", True), ("test", False)):
+        shutil.copy(place / "data" / "valid.jsonl", tmp_path / "pairs" / f"{split}.jsonl")
+        if not known:
+            lines(tmp_path / "pairs" / f"{split}.jsonl", *ROWS[:3])
+        done = fuse(place, tmp_path / split, "--verify", tmp_path / "pairs", adapter=own)
+        assert done.exit_code == 0, done.stderr
+        assert f"{4 if known else 3} pairs of the {split} split" in done.stderr
+        assert ("was trained on these very pairs" in done.stderr) is known
 
 
 @pytest.mark.parametrize("kind", ["kl", "drift"])
