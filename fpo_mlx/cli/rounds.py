@@ -16,6 +16,7 @@ from fpo_mlx.cli.options import (
     write_json,
 )
 from fpo_mlx.cli.show import say, table
+from fpo_mlx.cli.train import on_signal_within
 from fpo_mlx.config import load_section
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pairs.settings import RoundsConfig
@@ -41,7 +42,7 @@ def rounds(config, json_path) -> None:
 
     if config is None:
         raise ConfigError("--config is missing: give the YAML file that describes the rounds.")
-    found = pipeline.rounds(config, say=say)
+    found = pipeline.rounds(config, say=say, stopping=on_signal_within)
     root = Path(load_section(RoundsConfig, {}, config).output)
     table(
         [

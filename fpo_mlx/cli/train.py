@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -55,6 +56,20 @@ def train(**values) -> None:
     result(f"adapters in {config.train.adapter_path}")
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def on_signal_within() -> Iterator[Callable[[], Callable[[], int | None]]]:
+    """`on_signal` of one part of a command: behind it signals do what they did before."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        yield on_signal
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def on_signal() -> Callable[[], int | None]:
     """Ctrl-C and SIGTERM end the run after the update in work; a second Ctrl-C ends it at once."""
     seen: list[int] = []
@@ -67,6 +82,6 @@ def on_signal() -> Callable[[], int | None]:
             number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         )
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         signal.signal(number, note)
     return lambda: seen[0] if seen else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx.config import RunConfig, load_config, load_section, named
-from fpo_mlx.errors import ConfigError, FpoError
+from fpo_mlx.errors import ConfigError, FpoError, Interrupted
 from fpo_mlx.pairs.labels import by_prompt, labels_of
 from fpo_mlx.pairs.prompts import check_prompts
 from fpo_mlx.pairs.records import HUMAN, Candidates, open_candidates, read_verdicts
@@ -22,10 +23,13 @@ from fpo_mlx.pipeline.job import Say, open_saes
 from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
 from fpo_mlx.pipeline.pairs_generate import pairs_generate
 from fpo_mlx.pipeline.pairs_judge import check_judge, pairs_judge
-from fpo_mlx.pipeline.train import train
+from fpo_mlx.pipeline.train import InstallStop, Stop, train
 from fpo_mlx.records import ROUND_FILE
 from fpo_mlx.storage import files, lines, outputs
 from fpo_mlx.storage.hub import read_config, resolve_model
+
+# entered around each training: what installs its stop, and is gone again behind it
+Stopping = Callable[[], AbstractContextManager[InstallStop]]
 
 DONE = ROUND_FILE
 ROUNDS = outputs.Made("rounds", r"round-\d+/|settings\.json", mark="settings.json")
@@ -57,12 +61,14 @@ class Round:
     drift: float | None  # of the chosen answers' log-prob, nats per token, at the end of training
 
 
-def rounds(path: Path, *, say: Say) -> list[Round]:
+def rounds(
+    path: Path, *, say: Say, stopping: Stopping = lambda: nullcontext(lambda: lambda: None)
+) -> list[Round]:
     """Run the rounds that the YAML file describes; a stopped run goes on at the step it was in.
 
     They end early when the held-out win rate's interval is not above 50 %, or drift passes
-    max_drift.
-    Raises: ConfigError, and whatever the steps raise.
+    max_drift. stopping: ends a round's training after the update in work, all of it saved.
+    Raises: ConfigError, Interrupted, and whatever the steps raise.
     """
     settings = load_section(RoundsConfig, {}, path)
     parts = _check(settings, say)
@@ -73,7 +79,7 @@ def rounds(path: Path, *, say: Say) -> list[Round]:
     for number in range(1, settings.rounds + 1):
         folder = root / f"round-{number}"
         say(f"--- round {number} of {settings.rounds}, in {folder}")
-        found.append(_round(settings, parts, number, folder, adapter, held_out, say))
+        found.append(_round(settings, parts, number, folder, adapter, held_out, say, stopping))
         adapter, held_out = folder / "adapters", folder / "held-out.jsonl"
         if why := _end(found[-1], settings):
             say(f"round {number} is the last: {why}")
@@ -143,7 +149,7 @@ def _one(name: str, value: Any) -> Any:
 
 def _round(
     settings: RoundsConfig, parts: tuple[JudgeConfig, BuildConfig], number: int, folder: Path,
-    adapter: Path | None, before: Path, say: Say,
+    adapter: Path | None, before: Path, say: Say, stopping: Stopping,
 ) -> Round:  # fmt: skip
     if (folder / DONE).exists():
         record = files.parse_json((folder / DONE).read_text(encoding="utf-8"))
@@ -159,7 +165,8 @@ def _round(
     about = files.parse_json((folder / "pairs" / ABOUT).read_text(encoding="utf-8"))
     data = _with_old(settings, number, folder)
     start = adapter if settings.start == "previous" else None
-    drift = _train(_training(settings, data, folder / "adapters", start), say)
+    _train(_training(settings, data, folder / "adapters", start), say, stopping)
+    drift = _drift(folder / "adapters")
     after = _answers(settings, folder, folder / "adapters", settings.held_out, "held-out", say)
     win_rate, interval = _against(before, after, judge, folder, say)
     answers = [c.tokens for one in open_candidates(after) for c in one.candidates]
@@ -203,13 +210,34 @@ def _training(settings: RoundsConfig, data: Path, adapter: Path, start: Path | N
     return load_config(given)
 
 
-def _train(config: RunConfig, say: Say) -> float | None:
-    """Train to the end; the last drift that was reported, of this sitting or one before."""
-    for report in train(config, say=say):
-        iteration, loss = getattr(report, "iteration", None), getattr(report, "loss", None)
-        if loss is not None:
-            say(f"{iteration:>6}  loss {loss:.4f}")
-    log = Path(config.train.adapter_path) / "metrics.jsonl"
+def _train(config: RunConfig, say: Say, stopping: Stopping) -> None:
+    """Raises: Interrupted where it was asked to stop, though it may have been at its end."""
+    asked: list[Stop] = []
+
+    def install() -> Stop:
+        asked.append(install_stop())
+        return asked[0]
+
+    with stopping() as install_stop:
+        try:
+            for report in train(config, say=say, install_stop=install):
+                iteration, loss = getattr(report, "iteration", None), getattr(report, "loss", None)
+                if loss is not None:
+                    say(f"{iteration:>6}  loss {loss:.4f}")
+            code = next((stop() for stop in asked), None)
+        except Interrupted as stopped:
+            code = stopped.exit_code
+    if code:
+        raise Interrupted(
+            f"stopped in training; everything is in {config.train.adapter_path}. The same command "
+            "goes on.",
+            code,
+        )
+
+
+def _drift(adapter: Path) -> float | None:
+    """The last one that its training reported, in this sitting or one before."""
+    log = adapter / "metrics.jsonl"
     drift = None
     for number, _, line in lines.read_lines(log) if log.exists() else ():
         record = lines.decode(line, f"{log}:{number}")

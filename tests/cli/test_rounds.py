@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import yaml
@@ -92,6 +94,27 @@ def test_a_run_that_lost_its_later_steps_makes_them_again_alike(place, tmp_path,
     assert json.loads((root / "rounds.json").read_text()) == want
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_signal_ends_a_round_s_training_with_all_of_it_saved(place, tmp_path, monkeypatch, at):
+    """It lost what was trained since --save-every; at 2 it came in the last update."""
+    command = importlib.import_module("fpo_mlx.cli.rounds")
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end(text):
+        if text.strip().startswith(f"{at}  loss"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    path = write(place, tmp_path, rounds=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "say", end)
+        refused(run("rounds", "-c", path), 143, "stopped in training", "The same command goes on")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / "rounds/round-1/held-out.jsonl").exists()
+    again = run("rounds", "-c", path)
+    assert again.exit_code == 0, again.stderr
+    assert f"resumed after iteration {at}" in again.stderr
+
+
 def test_rounds_end_where_nothing_is_won(place, tmp_path):
     train = {"objective": "dpo", "iters": 1, "batch_size": 1, "learning_rate": 1e-9,
              "val_batches": 0}  # fmt: skip
@@ -157,15 +180,13 @@ def test_how_answers_are_made_may_be_mended_before_the_first_one(place, tmp_path
     assert run("rounds", "-c", write(place, tmp_path, rounds=1)).exit_code == 0
 
 
-def test_a_drift_that_is_no_finite_number_ends_the_rounds(tmp_path, monkeypatch):
+def test_a_drift_that_is_no_finite_number_ends_the_rounds(tmp_path):
     rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
     settings = RoundsConfig(model="m", prompts="p", held_out="h", output=str(tmp_path), max_drift=1)
-    config = _training(settings, tmp_path, tmp_path / "adapters", None)
-    monkeypatch.setattr(rounds, "train", lambda *_, **__: ())
     (tmp_path / "adapters").mkdir()
     log = tmp_path / "adapters/metrics.jsonl"
     log.write_text(json.dumps({"metrics": {"logps_per_token/chosen_change": None}}) + "\n")
-    drift = rounds._train(config, lambda _: None)
+    drift = rounds._drift(tmp_path / "adapters")
     one = rounds.Round(1, 1, None, 0.0, 0.0, 0.9, (0.8, 1.0), 1.0, drift)
     assert "over max_drift" in rounds._end(one, settings)
 
