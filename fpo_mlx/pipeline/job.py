@@ -263,6 +263,8 @@ def at_site(
     """The SAE with its site settled and checked against the model's widths and blocks."""
     ref = config.reference
     site = resolve_site(sae, ref.layer, ref.site)
+    if sae.site is None and ref.site is None:
+        say(f"{sae.source} does not say its site: {site} is taken, --site names another")
     warnings = check_fit(
         sae,
         site=site,

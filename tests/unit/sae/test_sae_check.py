@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import random_sae
 from tiny_saes import CASES
 
+from fpo_mlx.config import load_config
 from fpo_mlx.errors import SaeError
-from fpo_mlx.records import SaeWeights
+from fpo_mlx.pipeline.job import at_site
+from fpo_mlx.records import SaeWeights, Site
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.check import check_fit, resolve_site, z_widths
 from fpo_mlx.sae.files import listed_weights
@@ -43,6 +47,21 @@ HOOKS = [
 def test_hook_names_become_sites(name: str | None, site: str | None):
     found = site_of(name)
     assert (str(found) if found else None) == site
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "told"),
+    [(None, {}, True), (None, {"site": "mlp_out"}, False), (Site(1, "mlp_out"), {}, False)],
+)
+def test_a_site_that_is_assumed_is_said(own, given, told):
+    """Files without a site were read at the block's output without a word."""
+    said: list[str] = []
+    sae = replace(random_sae(16), site=own, source="their-sae")
+    config = load_config({"layer": 1, **given})
+    about = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    placed = at_site(sae, config, about, said.append).site
+    assert str(placed) == f"{'resid_post' if told else 'mlp_out'} of block 1"
+    assert ("their-sae does not say its site" in "".join(said)) is told
 
 
 @pytest.mark.parametrize("ending", ["", ".output"])
