@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx.data.messages import kind
+from fpo_mlx.data.messages import conversation_in, kind, messages
 from fpo_mlx.data.rows import RowFault, Turns, parse_row
 from fpo_mlx.errors import DataError
 from fpo_mlx.storage import lines
@@ -168,7 +168,7 @@ def prompt_id(rendered: str) -> str:
 def parse_prompt(record: Mapping[str, Any], where: str) -> Prompt:
     """A prompt as rows of data write it: text, messages or a transcript, with system and tools.
 
-    A text `answer`, or the `chosen` text of a finished pair, is a person's answer.
+    An `answer`, or the `chosen` of a finished pair, is a person's answer.
     Raises: DataError.
     """
     known = {name: record[name] for name in ("prompt", "system", "tools") if name in record}
@@ -178,8 +178,22 @@ def parse_prompt(record: Mapping[str, Any], where: str) -> Prompt:
         row = parse_row(known | {"chosen": "a", "rejected": "b"}, where=where)
     except RowFault as fault:
         raise DataError(f"{where}: {fault}.") from fault
-    answer = record.get("answer", record.get("chosen"))
+    answer = _answer(record.get("answer", record.get("chosen")), row.prompt)
     return Prompt(row.prompt, row.tools, answer if _says_something(answer) else None)
+
+
+def _answer(value: Any, prompt: Turns) -> str | None:
+    """A text, or what one message of the assistant says, alone or behind the prompt's turns."""
+    try:
+        said = conversation_in(value, "answer") if isinstance(value, str) else value
+        turns = messages(said, "answer") if isinstance(said, list | Mapping) else ()
+    except RowFault:
+        return None
+    if not turns:
+        return value if isinstance(value, str) else None
+    *before, last = turns
+    fits = last.keys() == {"role", "content"} and tuple(before) in ((), prompt)
+    return last["content"] if fits and last["role"] == "assistant" else None
 
 
 def parse_candidates(record: Any, where: str) -> Candidates:

@@ -19,7 +19,13 @@ from fpo_mlx.pairs.augment import score_turns
 from fpo_mlx.pairs.choose import Left, asks_alike, augmented, balanced, pairs_of, split_of
 from fpo_mlx.pairs.doubles import finder
 from fpo_mlx.pairs.labels import Label
-from fpo_mlx.pairs.records import Candidate, Candidates, Prompt, open_candidates
+from fpo_mlx.pairs.records import (
+    Candidate,
+    Candidates,
+    Prompt,
+    open_candidates,
+    parse_prompt,
+)
 from fpo_mlx.pairs.settings import BuildConfig
 
 
@@ -36,6 +42,22 @@ def by_score(*scores):
         for b, y in enumerate(scores)
         if a < b
     ]
+
+
+USER, HERS = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [("So.", "So."), ([HERS], "So."), (HERS, "So."), ([USER, HERS], "So."),
+     ([{"from": "gpt", "value": "So."}], "So."), (json.dumps([HERS]), "So."),
+     ([{**USER, "content": "Who?"}, HERS], None), ([HERS, HERS], None), ([USER], None),
+     ([{"role": "assistant", "content": " "}], None), ([], None), (3, None), ([3], None)],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["answer", "chosen"])
+def test_a_person_s_answer_is_read_as_rows_of_data_write_it(name, answer, said):
+    """As messages, which is how `pairs build` writes it, it was left out without a word."""
+    assert parse_prompt({"prompt": [USER], name: answer}, "p.jsonl:1").answer == said
 
 
 def chosen(candidates, labels, **settings):
