@@ -20,6 +20,7 @@ from fpo_mlx.cli.options import (
     settings,
 )
 from fpo_mlx.cli.show import one_line, printable, say
+from fpo_mlx.config import ChatSampling
 from fpo_mlx.errors import FpoError
 
 HELP = "/steer 812=+4,97=0 steers (alone: ends it), /reset forgets, /quit ends"
@@ -44,7 +45,7 @@ HELP = "/steer 812=+4,97=0 steers (alone: ends it), /reset forgets, /quit ends"
 @click.option("--labels", type=PATH, help="What features mean: JSON, YAML, CSV or Neuronpedia's.")
 @click.option("--system", help="System message of the conversation.")
 @click.option("--prompt", "prompts", multiple=True, help="Ask this and end; repeatable.")
-@sampling_options
+@sampling_options(ChatSampling)
 def chat(
     adapter_path, beside_base, adapter_scale, steer, show_features, labels, system, prompts,
     **values,
@@ -60,7 +61,7 @@ def chat(
     """
     from fpo_mlx import pipeline
 
-    sampling = gather_sampling(values)
+    sampling = gather_sampling(values, ChatSampling)
     talk = pipeline.open_chat(
         gather(values), adapter_paths=adapter_path, scale=adapter_scale, beside_base=beside_base,
         steer=steer, system=system, labels=labels, show=show_features, say=say,
@@ -74,6 +75,8 @@ def chat(
                     click.echo(f"[{name}]")
                 said = talk.answer(name, prompt, sampling, show=show_features)
                 _print(said, talk.labels, bool(show_features))
+                if talk.cut:
+                    say(f"cut at --max-tokens {sampling.max_tokens}: the answer is not at its end")
         except FpoError as error:
             if prompts:
                 raise

@@ -50,7 +50,7 @@ NARROWEST = 28  # columns that are narrower than this stand below each other
     help="Prompts to take from --data.",
 )  # fmt: skip
 @adapter_scale_option
-@sampling_options
+@sampling_options()
 @click.option("--output", type=PATH, help="Write the answers here: .json or .md.")
 @overwrite_option
 @claims(output="--output")

@@ -117,12 +117,16 @@ def settings(*parts: type | str) -> Callable:
 
 def section_options(section: type) -> Callable:
     """Options for all of a settings class that is none of a run's sections, and --config."""
+    return lambda command: config_option(_options_of(section)(command))
+
+
+def _options_of(section: type) -> Callable:
     hints = typing.get_type_hints(section)
 
     def decorate(command: Callable) -> Callable:
         for field in reversed(dataclasses.fields(section)):
             command = _option(field, hints[field.name])(command)
-        return config_option(command)
+        return command
 
     return decorate
 
@@ -163,18 +167,15 @@ def pairs_looked_at(split: str) -> Callable:
     return decorate
 
 
-def sampling_options(command: Callable) -> Callable:
-    """--max-tokens, --temp and --seed of sampled answers."""
-    hints = typing.get_type_hints(Sampling)
-    for field in reversed(dataclasses.fields(Sampling)):
-        command = _option(field, hints[field.name])(command)
-    return command
+def sampling_options(section: type[Sampling] = Sampling) -> Callable:
+    """--max-tokens, --temp and --seed of sampled answers, with the defaults of `section`."""
+    return _options_of(section)
 
 
-def gather_sampling(values: dict[str, Any]) -> Sampling:
+def gather_sampling(values: dict[str, Any], section: type[Sampling] = Sampling) -> Sampling:
     """Takes the sampling options out of the values; what was not given is the default."""
-    given = {field.name: values.pop(field.name, None) for field in dataclasses.fields(Sampling)}
-    return load_section(Sampling, given)
+    given = {field.name: values.pop(field.name, None) for field in dataclasses.fields(section)}
+    return load_section(section, given)
 
 
 def gather(values: dict[str, Any]) -> RunConfig:

@@ -72,7 +72,7 @@ SHOWN = (  # rows of the table of several models; --json and --csv have every me
     show_default=True,
     help="Prompts of the split to answer, for entropy and distinct-n; 0 for none.",
 )
-@sampling_options
+@sampling_options()
 @json_option
 @csv_option
 @overwrite_option

@@ -173,6 +173,13 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class ChatSampling(Sampling):
+    """The same of answers that are read, not measured: they may come to their end."""
+
+    max_tokens: int = setting(512, "longest answer, in tokens", "answers")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All settings of a command, by section."""
 

@@ -43,6 +43,7 @@ class Chat:
     labels: dict[int, str]
     system: str | None
     turns: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    cut: bool = False  # whether the last answer ended by its length
 
     def steer(self, text: str) -> None:
         """ "812=+4,97=0"; "" ends it. Raises: ConfigError, ModelError."""
@@ -86,6 +87,7 @@ class Chat:
             yield piece, one.features
         if text[len(shown) :]:
             yield text[len(shown) :], ()
+        self.cut = not ids or ids[-1] not in self.tokenizer.eos_token_ids
         self.turns[name] = [*turns, {"role": "assistant", "content": text}]
 
 

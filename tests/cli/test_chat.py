@@ -8,6 +8,7 @@ import re
 import select
 import time
 from dataclasses import replace
+from unittest.mock import patch
 
 import forked
 import mlx.core as mx
@@ -122,6 +123,21 @@ def test_the_command_asks_steers_and_shows_features(place):
     assert plain.stdout != steered.stdout
     shown = run(*words, "--max-tokens", 6, "--temp", 0, "--show-features", 2)
     assert len(re.findall(r"^['\"].*['\"] +\d+ [\d.e+-]+  \d+ ", shown.stdout, re.M)) == 6
+
+
+def test_an_answer_that_was_cut_is_told(place):
+    """Answers ended at 64 tokens, in the middle of a sentence, without a word."""
+    words = ["chat", "--model", place / "model", "--prompt", "Why?", "--temp", 0]
+    assert "cut at --max-tokens 6" in run(*words, "--max-tokens", 6).stderr
+    chat = open_chat(load_config({"model": str(place / "model")}), say=print)
+    first = next(iter(chat.speakers.values())).speak(PROMPT, Sampling(1, 0.0), END)
+    (token,) = (one.token for one in first)
+    with patch.object(type(chat.tokenizer), "eos_token_ids", {token}), \
+            patch.object(type(chat.tokenizer), "prompt_tokens", lambda *_: PROMPT):  # fmt: skip
+        list(chat.answer("base", "Why?", Sampling(1, 0.0)))
+        assert not chat.cut
+    assert "[default: 512]" in " ".join(run("chat", "--help").stdout.split())
+    assert "[default: 64]" in " ".join(run("compare", "--help").stdout.split())
 
 
 @pytest.mark.parametrize(
