@@ -43,7 +43,8 @@ GB = 1e9
 def plan(config, judge, criteria, compare, memory_gb, json_path, **values) -> None:
     """Say whether answering and judging fit into memory, and how long they take.
 
-    No weight is read. Every answer is taken to be as long as it may be.
+    No weight is loaded, but a model of the hub is downloaded. Every answer is taken to be as long
+    as it may be.
 
     \b
     Example:

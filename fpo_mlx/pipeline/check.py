@@ -45,7 +45,7 @@ def check(
     fix = None if fix is None else claim(fix)
     tokenizer = None
     if ref.model:
-        tokenizer = open_tokenizer(config, resolve_model(ref.model), say)
+        tokenizer = open_tokenizer(config, resolve_model(ref.model, weights=False), say)
     else:
         say("no --model: chat template and lengths in tokens are not checked")
     hub = hub_splits(config)

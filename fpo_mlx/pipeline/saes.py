@@ -27,7 +27,8 @@ def sae_info(spec: str, config: RunConfig, say: Say) -> dict[str, Any]:
     """What an SAE is, as plain values; its site is where --layer and --site put it."""
     sae, ref = read_sae(spec, config, say, on_disk=True), config.reference
     if ref.model:
-        sae = at_site(sae, config, read_config(resolve_model(ref.model)), say)
+        about = read_config(resolve_model(ref.model, weights=False))
+        sae = at_site(sae, config, about, say)
     else:
         sae = placed(sae, ref.layer, ref.site)
     info = {

@@ -9,7 +9,8 @@ from typing import Any
 from fpo_mlx.errors import ModelError
 from fpo_mlx.storage import files
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.tiktoken"]
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.tiktoken"]
+WEIGHT_FILES = ["*.safetensors"]
 
 # what GPT-2 and Lille, OpenELM, AFM 7, phixtral and EXAONE call otherwise than all others
 OLD_NAMES = {
@@ -23,9 +24,10 @@ NO_CODE = ["*.py", "*.pyc", "*.so", "*.sh"]  # "tokenizer*" would let tokenizer_
 TWICE = ["consolidated*.safetensors"]  # Mistral's second copy of the weights, which nothing reads
 
 
-def resolve_model(spec: str | Path) -> Path:
+def resolve_model(spec: str | Path, *, weights: bool = True) -> Path:
     """A local folder as it is; else a hub id `owner/name[@revision]`, fetched without code files.
 
+    weights: False where settings and tokenizer are all that is read.
     Raises: ModelError when neither can be had.
     """
     path = Path(spec).expanduser()
@@ -42,8 +44,8 @@ def resolve_model(spec: str | Path) -> Path:
     try:
         return Path(
             snapshot_download(
-                repo, revision=revision or None, allow_patterns=MODEL_FILES,
-                ignore_patterns=[*NO_CODE, *TWICE],
+                repo, revision=revision or None, ignore_patterns=[*NO_CODE, *TWICE],
+                allow_patterns=[*SMALL_FILES, *(WEIGHT_FILES if weights else ())],
             )
         )  # fmt: skip
     except Exception as error:  # huggingface_hub raises a dozen unrelated classes

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import tiny_models
-from command_line import ROWS, lines, run
+from command_line import ROWS, lines, random_sae, run
 
 pytest.importorskip("mlx.core")
+
+from fpo_mlx.sae.convert import write_saelens  # noqa: E402
 
 DPO = ("--objective", "dpo")
 
@@ -71,6 +74,26 @@ def test_train_and_precompute_say_what_check_finds_before_the_long_part(place, t
             assert kind in block, kind
         assert f"{2 * (len(ROWS) + 1)}  train.jsonl:1: chosen does not end" in block
     assert trained.stderr.index("finds in these rows") < trained.stderr.index("scoring")
+
+
+def test_of_a_model_of_the_hub_check_and_sae_info_fetch_no_weights(place, tmp_path, monkeypatch):
+    """All of it was fetched, for its tokenizer or the width of its stream."""
+    asked = []
+
+    def download(repo, **settings):
+        asked.extend(settings["allow_patterns"])
+        folder = tmp_path / "of-the-hub"
+        wanted = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(place / "model", folder, ignore=wanted, dirs_exist_ok=True)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    write_saelens(random_sae(tiny_models.HIDDEN), tmp_path / "sae")
+    for words in (["check", "--data", place / "data"], ["sae", "info", tmp_path / "sae"]):
+        done = run(*words, "--model", "owner/model")
+        assert done.exit_code == 0, done.output
+    assert asked.count("*.json") == 2
+    assert "*.safetensors" not in asked
 
 
 def test_the_check_of_a_large_set_is_read_until_anything_it_depends_on_changes(

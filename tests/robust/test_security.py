@@ -157,6 +157,10 @@ def test_no_code_is_downloaded_with_a_model(monkeypatch, tmp_path):
     names = ("modeling.py", "tokenizer_x.py", "tokenizer.so", "a/tokenizer.py", "model.bin")
     for name in (*names, "consolidated.safetensors", "consolidated-00001-of-00002.safetensors"):
         assert not taken(name), name
+    hub.resolve_model("owner/model", weights=False)
+    assert taken("tokenizer.json")
+    for name in (*names, "model.safetensors", "model-00001-of-00002.safetensors"):
+        assert not taken(name), name
 
 
 def test_trust_is_off_and_nothing_implies_it():
