@@ -7,21 +7,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fpo_mlx.config.fields import check_finite, check_positive, is_number, setting
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.config.fields import is_number, out_of_bounds, refuse, setting
 
 
 @dataclass(frozen=True)
 class Objective:
     """One point of the family of `core.objectives`; table of presets: docs/objective.md."""
 
-    beta: float = setting(0.1, "strength of the preference term", "objective")
-    alpha: float = setting(
-        0.5, "strength of the constraint, relative to beta", "objective", first=True
+    beta: float = setting(
+        0.1, "strength of the preference term", "objective", above=0, below=math.inf
     )
-    gamma: float = setting(0.0, "constant margin: u = beta * difference - gamma", "objective")
+    alpha: float = setting(
+        0.5,
+        "strength of the constraint, relative to beta",
+        "objective",
+        first=True,
+        least=0,
+        below=math.inf,
+    )
+    gamma: float = setting(
+        0.0, "constant margin: u = beta * difference - gamma", "objective", below=math.inf
+    )
     score_margin: float = setting(
-        0.0, "margin per point that score_chosen is above score_rejected, taken from u", "objective"
+        0.0,
+        "margin per point that score_chosen is above score_rejected, taken from u",
+        "objective",
+        below=math.inf,
     )
     link: Literal["sigmoid", "ipo", "hinge", "ada", "sail", "apo-zero", "apo-down", "each"] = (
         setting("sigmoid", "how u becomes a loss", "objective")
@@ -30,16 +41,22 @@ class Objective:
         {}, "ada: tau_min, tau_max, rho; sail: rho, share", "objective", yaml_only=True
     )
     preference_weight: float = setting(
-        1.0, "weight of the preference term; 0 for none", "objective"
+        1.0, "weight of the preference term; 0 for none", "objective", least=0, below=math.inf
     )
     nll_weight: float = setting(
         0.0,
         "weight of -log p of the chosen response, per token: keeps it alive",
         "objective",
         first=True,
+        least=0,
+        below=math.inf,
     )
     label_smoothing: float = setting(
-        0.0, "share of the labels that are taken to be wrong, below 0.5", "objective"
+        0.0,
+        "share of the labels that are taken to be wrong, below 0.5",
+        "objective",
+        least=0,
+        below=0.5,
     )
     robust_smoothing: bool = setting(
         False, "label smoothing that undoes flips instead of hedging", "objective"
@@ -58,7 +75,9 @@ class Objective:
     stop_gradient: bool = setting(
         True, "no gradient through the chosen response's constraint", "objective"
     )
-    top_k: int = setting(50, "features of each side that the distance looks at", "objective")
+    top_k: int = setting(
+        50, "features of each side that the distance looks at", "objective", above=0
+    )
     feature_scale: Literal["raw", "reference"] = setting(
         "raw",
         "raw: the paper's D; reference: D over the mean square of the reference's top-k",
@@ -70,12 +89,16 @@ class Objective:
         "objective",
         first=True,
         instead_of="target_kl",
+        least=1e-6,
+        most=1e6,
     )
     target_kl: float | None = setting(
         None,
         "find alpha while training so that the rejected responses' KL is so many nats",
         "objective",
         instead_of="target_drift",
+        least=1e-6,
+        most=1e6,
     )
     feature_weights: str | None = setting(
         None,
@@ -86,41 +109,24 @@ class Objective:
     )
 
     def __post_init__(self) -> None:
-        check_positive(self, "beta", "top_k")
-        check_finite(
-            self, "beta", "alpha", "gamma", "score_margin", "preference_weight", "nll_weight",
-        )  # fmt: skip
-        for name in ("alpha", "preference_weight", "nll_weight"):
-            if getattr(self, name) < 0:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} {getattr(self, name)}: wanted 0 or more.")
+        faults = out_of_bounds(self)
         if self.preference_weight == 0 and self.nll_weight == 0:
-            raise ConfigError(
+            faults.append(
                 "--preference-weight and --nll-weight are both 0: nothing would be trained."
             )
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(
-                f"--label-smoothing {self.label_smoothing}: wanted 0 or more and less than 0.5."
-            )
-        _check_link(self.link, self.link_parameters, self.link_arguments)
-        check_positive(self, "target_drift", "target_kl")
-        check_finite(self, "target_drift", "target_kl")
-        for name in ("target_drift", "target_kl"):
-            value = getattr(self, name)
-            if value is not None and not 1e-6 <= value <= 1e6:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} {value:g}: wanted between 1e-6 and 1e6.")
+        faults += _link_faults(self.link, self.link_parameters, self.link_arguments)
         if self.target_drift is not None and not self.pooled:
-            raise ConfigError(
+            faults.append(
                 f"--target-drift needs a constraint on features or activations, found "
                 f"--constraint {self.constraint}. Use --objective fpo, or --target-kl with a KL "
                 "constraint."
             )
         if self.target_kl is not None and self.constraint != "kl":
-            raise ConfigError(
+            faults.append(
                 f"--target-kl needs --constraint kl (tdpo1, tdpo2, simpo-kl), found "
                 f"{self.constraint}."
             )
+        refuse(faults)
 
     @property
     def link_arguments(self) -> Mapping[str, float]:
@@ -153,20 +159,20 @@ LINK_PARAMETERS: dict[str, dict[str, float]] = {  # the papers' own
 }
 
 
-def _check_link(link: str, given: Mapping[str, Any], used: Mapping[str, Any]) -> None:
-    """Raises: ConfigError for link_parameters that the link does not take, or cannot have."""
+def _link_faults(link: str, given: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
+    """What is wrong with link_parameters: names that the link does not take, impossible values."""
     known = LINK_PARAMETERS.get(link, {})
     if unknown := sorted(set(map(str, given)) - set(known)):
         wanted = f"wanted {', '.join(known)}" if known else f"--link {link} takes none"
-        raise ConfigError(f"link_parameters: unknown {', '.join(unknown)}; {wanted}.")
+        return [f"link_parameters: unknown {', '.join(unknown)}; {wanted}."]
+    wanted = ""
     if not all(is_number(value) and value > 0 for value in used.values()):
-        raise ConfigError(f"link_parameters {dict(given)}: wanted numbers above 0.")
-    if link == "ada" and not (used["tau_min"] <= used["tau_max"] and used["rho"] < math.log(2)):
-        raise ConfigError(
-            f"link_parameters {dict(given)}: wanted tau_min <= tau_max and rho below ln 2."
-        )
-    if link == "sail" and used["share"] > 1:
-        raise ConfigError(f"link_parameters {dict(given)}: wanted a share of 1 at most.")
+        wanted = "numbers above 0"
+    elif link == "ada" and not (used["tau_min"] <= used["tau_max"] and used["rho"] < math.log(2)):
+        wanted = "tau_min <= tau_max and rho below ln 2"
+    elif link == "sail" and used["share"] > 1:
+        wanted = "a share of 1 at most"
+    return [f"link_parameters {dict(given)}: wanted {wanted}."] if wanted else []
 
 
 _SUMS = {"length_normalize": False, "constraint": "none"}  # DPO and what differs by its link

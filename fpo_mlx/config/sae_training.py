@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from fpo_mlx.config.fields import COUNTABLE, setting
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.config.fields import COUNTABLE, out_of_bounds, refuse, setting
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,15 @@ class SaeTrainConfig:
         None, "family of --init's files (default: recognised)", "model and SAE", sae_files=True
     )
     sae_k: int | None = setting(
-        None, "k of a top-k --init whose files do not hold it", "model and SAE", sae_files=True
+        None,
+        "k of a top-k --init whose files do not hold it",
+        "model and SAE",
+        sae_files=True,
+        above=0,
     )
     norm_scaling_factor: float | None = setting(
         None, "scale of --init's inputs, where its files do not hold it", "model and SAE",
-        sae_files=True,
+        sae_files=True, above=0
     )  # fmt: skip
     llama_scope_gate: Literal["authors", "saelens"] = setting(
         "authors", "how --init is gated, if it is a Llama Scope", "model and SAE", sae_files=True
@@ -64,7 +66,7 @@ class SaeTrainConfig:
         "auto", "what the rows are", "data"
     )
     tokens: Literal["all", "response"] = setting("all", "positions to train on", "data")
-    max_seq_length: int = setting(1024, "longest document, in tokens", "data", first=True)
+    max_seq_length: int = setting(1024, "longest document, in tokens", "data", first=True, least=2)
     chat_template: str | None = setting(
         None, "file with a chat template, in place of the model's", "data", path=True,
         by_content=True,
@@ -85,13 +87,18 @@ class SaeTrainConfig:
         False, "nested prefixes of features, each to reconstruct alone", "model and SAE"
     )
     width: int | None = setting(
-        None, "features (default: about 8 times the hidden size)", "model and SAE", first=True
+        None,
+        "features (default: about 8 times the hidden size)",
+        "model and SAE",
+        first=True,
+        above=0,
     )
     k: int | None = setting(
         None,
         "active features a token (default: 32, or 64 for wide models)",
         "model and SAE",
         first=True,
+        above=0,
     )
     minutes: float | None = setting(
         None,
@@ -100,6 +107,8 @@ class SaeTrainConfig:
         first=True,
         may_change=True,
         instead_of="training_tokens",
+        above=0,
+        below=COUNTABLE,
     )
     training_tokens: int | None = setting(
         None,
@@ -107,33 +116,40 @@ class SaeTrainConfig:
         "schedule",
         first=True,
         instead_of="minutes",
+        above=0,
     )
-    passes: float = setting(8.0, "most passes over the data", "schedule", may_change=True)
-    batch_size: int = setting(2048, "tokens per update", "schedule")
+    passes: float = setting(
+        8.0, "most passes over the data", "schedule", may_change=True, above=0, below=COUNTABLE
+    )
+    batch_size: int = setting(2048, "tokens per update", "schedule", above=0)
     micro_batch_size: int | None = setting(
-        None, "tokens in memory at once (default: the batch)", "memory"
+        None, "tokens in memory at once (default: the batch)", "memory", above=0
     )
     learning_rate: float | None = setting(
-        None, "highest (default: 3e-3, less above 4096 features)", "schedule"
+        None, "highest (default: 3e-3, less above 4096 features)", "schedule", above=0
     )
     centre: Literal["geometric_median", "mean"] = setting(
         "geometric_median", "start of b_dec", "schedule"
     )
     aux_k: int | None = setting(
-        None, "dead features a token revives (default: half the hidden size)", "schedule"
+        None, "dead features a token revives (default: half the hidden size)", "schedule", above=0
     )
     dead_after: int | None = setting(
-        None, "tokens without a use (default: a sixtieth of the tokens)", "schedule"
+        None, "tokens without a use (default: a sixtieth of the tokens)", "schedule", above=0
     )
     bandwidth: float = setting(
-        0.1, "of JumpReLU's gradient, in units of the scaled activations", "schedule"
+        0.1, "of JumpReLU's gradient, in units of the scaled activations", "schedule", above=0
     )
-    memory_gb: float = setting(2.0, "bound of the activations in memory", "memory")
+    memory_gb: float = setting(
+        2.0, "bound of the activations in memory", "memory", above=0, below=COUNTABLE
+    )
     wired_share: float = setting(
         0.75,
         "part of Metal's working set that stays wired while it trains; 0 for none",
         "memory",
         may_change=True,
+        least=0,
+        most=1,
     )
     store: str | None = setting(
         None,
@@ -143,10 +159,16 @@ class SaeTrainConfig:
         path=True,
         may_change=True,
     )
-    held_out: float = setting(0.05, "share of the data to judge on, 65536 tokens at most", "data")
-    seed: int = setting(0, "seed of weights and order", "schedule")
-    save_every: int = setting(200, "updates between checkpoints", "saving", may_change=True)
-    steps_per_report: int = setting(20, "updates between reports", "saving", may_change=True)
+    held_out: float = setting(
+        0.05, "share of the data to judge on, 65536 tokens at most", "data", least=0, below=1
+    )
+    seed: int = setting(0, "seed of weights and order", "schedule", least=0)
+    save_every: int = setting(
+        200, "updates between checkpoints", "saving", may_change=True, above=0
+    )
+    steps_per_report: int = setting(
+        20, "updates between reports", "saving", may_change=True, above=0
+    )
     resume: bool = setting(
         False,
         "continue the run in --output exactly where it stopped",
@@ -160,38 +182,17 @@ class SaeTrainConfig:
     )
     peer_timeout: float = setting(
         600.0, "seconds to wait for the other processes of a launcher before giving up", "safety",
-        may_change=True,
+        may_change=True, above=0
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        faults = [
-            f"--{f.name.replace('_', '-')} {value}: wanted more than 0."
-            for f in dataclasses.fields(self)
-            if f.name not in ("layer", "seed", "held_out", "wired_share")
-            and isinstance(value := getattr(self, f.name), int | float)
-            and not isinstance(value, bool)
-            and not value > 0
-        ]
-        faults += [
-            f"--{name.replace('_', '-')} {value:g}: wanted less than {COUNTABLE:g}."
-            for name in ("minutes", "passes", "memory_gb")
-            if (value := getattr(self, name)) is not None and not value < COUNTABLE
-        ]
-        if not 0 <= self.held_out < 1:
-            faults.append(f"--held-out {self.held_out}: wanted a share from 0 to below 1.")
+        faults = out_of_bounds(self)
         readings = ("sae_format", "sae_k", "norm_scaling_factor")
         if self.init is None and any(getattr(self, name) is not None for name in readings):
             names = ", ".join(f"--{name.replace('_', '-')}" for name in readings)
             faults.append(f"{names} say how --init is read; --init is missing.")
-        if not 0 <= self.wired_share <= 1:
-            faults.append(f"--wired-share {self.wired_share:g}: wanted 0 to 1.")
         if self.resume and self.overwrite:
             faults.append("--resume and --overwrite exclude each other; give one.")
-        if self.seed < 0:
-            faults.append(f"--seed {self.seed}: wanted 0 or more.")
         if self.minutes is not None and self.training_tokens is not None:
             faults.append("--minutes and --training-tokens exclude each other; give one.")
-        if self.max_seq_length == 1:
-            faults.append("--max-seq-length 1: wanted 2 or more.")
-        if faults:
-            raise ConfigError("\n".join(faults))
+        refuse(faults)

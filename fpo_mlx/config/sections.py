@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fpo_mlx.config.fields import check_positive, setting
+from fpo_mlx.config.fields import out_of_bounds, refuse, setting
 from fpo_mlx.config.objective import Objective
 from fpo_mlx.config.training import TrainConfig
-from fpo_mlx.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,9 @@ class DataConfig:
         path=True,
         by_content=True,
     )
-    max_seq_length: int = setting(2048, "longest prompt + response, in tokens", "data", first=True)
+    max_seq_length: int = setting(
+        2048, "longest prompt + response, in tokens", "data", first=True, least=2
+    )
     train_split: str | None = setting(None, "split of a hub dataset to train on", "data")
     valid_split: str | None = setting(
         None, "split of a hub dataset to validate on", "data", may_change=True
@@ -65,8 +66,7 @@ class DataConfig:
     subset: str | None = setting(None, "configuration of a hub dataset that has several", "data")
 
     def __post_init__(self) -> None:
-        if self.max_seq_length < 2:
-            raise ConfigError(f"--max-seq-length {self.max_seq_length}: wanted 2 or more.")
+        refuse(out_of_bounds(self))
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,18 @@ class ReferenceConfig:
         None, "family of the SAE's files (default: recognised)", "model and SAE", sae_files=True
     )
     sae_k: int | None = setting(
-        None, "k of a top-k SAE whose files do not hold it", "model and SAE", sae_files=True
+        None,
+        "k of a top-k SAE whose files do not hold it",
+        "model and SAE",
+        sae_files=True,
+        above=0,
     )
     norm_scaling_factor: float | None = setting(
         None,
         "factor on the SAE's inputs, where it was trained with one that its files do not hold",
         "model and SAE",
         sae_files=True,
+        above=0,
     )
     llama_scope_gate: Literal["authors", "saelens"] = setting(
         "authors",
@@ -140,6 +145,7 @@ class ReferenceConfig:
         "tokens in a batch of the torch backend, padding included (default: by the device)",
         "memory",
         may_change=True,
+        above=0,
     )
     share_prompt: bool = setting(True, "run the prompt of a pair once for both responses", "memory")
     wired_share: float = setting(
@@ -147,36 +153,37 @@ class ReferenceConfig:
         "part of Metal's working set that train and precompute keep wired; 0 for none",
         "memory",
         may_change=True,
+        least=0,
+        most=1,
     )
 
     def __post_init__(self) -> None:
-        asked = ("sae_k", "norm_scaling_factor", "tokens_per_batch")
-        check_positive(self, *(name for name in asked if getattr(self, name) is not None))
-        if not 0 <= self.wired_share <= 1:
-            raise ConfigError(f"--wired-share {self.wired_share:g}: wanted 0 to 1.")
+        refuse(out_of_bounds(self))
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Answers drawn from a model; names and meanings are mlx_lm.generate's."""
 
-    max_tokens: int = setting(64, "longest answer, in tokens", "answers")
-    temp: float = setting(1.0, "temperature of the answers; 0 takes the likeliest token", "answers")
-    seed: int = setting(0, "seed of the answers, the same for every model", "answers")
+    max_tokens: int = setting(64, "longest answer, in tokens", "answers", above=0)
+    temp: float = setting(
+        1.0,
+        "temperature of the answers; 0 takes the likeliest token",
+        "answers",
+        least=0,
+        below=math.inf,
+    )
+    seed: int = setting(0, "seed of the answers, the same for every model", "answers", least=0)
 
     def __post_init__(self) -> None:
-        check_positive(self, "max_tokens")
-        if not 0 <= self.temp < math.inf:
-            raise ConfigError(f"--temp {self.temp}: wanted a finite number, 0 or more.")
-        if self.seed < 0:
-            raise ConfigError(f"--seed {self.seed}: wanted 0 or more.")
+        refuse(out_of_bounds(self))
 
 
 @dataclass(frozen=True)
 class ChatSampling(Sampling):
     """The same of answers that are read, not measured: they may come to their end."""
 
-    max_tokens: int = setting(512, "longest answer, in tokens", "answers")
+    max_tokens: int = setting(512, "longest answer, in tokens", "answers", above=0)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fpo_mlx.config.fields import check_finite, check_positive, is_number, setting
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.config.fields import is_number, out_of_bounds, refuse, setting
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class TrainConfig:
         first=True,
         may_change=True,
         instead_of="epochs",
+        least=1,
     )
     epochs: float | None = setting(
         None,
@@ -51,16 +51,27 @@ class TrainConfig:
         "schedule",
         may_change=True,
         instead_of="iters",
+        above=0,
+        most=1e6,
     )
-    batch_size: int = setting(4, "pairs per iteration", "schedule", first=True)
-    grad_accumulation_steps: int = setting(1, "iterations per optimizer update", "schedule")
+    batch_size: int = setting(4, "pairs per iteration", "schedule", first=True, above=0)
+    grad_accumulation_steps: int = setting(
+        1, "iterations per optimizer update", "schedule", above=0
+    )
     micro_batch_size: int = setting(
         1,
         "pairs in memory at once; changes memory, time, rounding, and what dropout draws",
         "memory",
+        above=0,
     )
     learning_rate: float = setting(
-        1e-5, "learning rate", "schedule", first=True, instead_of="lr_schedule"
+        1e-5,
+        "learning rate",
+        "schedule",
+        first=True,
+        instead_of="lr_schedule",
+        above=0,
+        below=math.inf,
     )
     lr_schedule: dict | None = setting(
         None, "mlx-lm's block: {name, arguments, warmup, warmup_init}", "schedule", yaml_only=True
@@ -72,7 +83,7 @@ class TrainConfig:
         {}, "arguments of the optimizer, by its name", "schedule", yaml_only=True
     )
     max_grad_norm: float | None = setting(
-        1.0, "clip the gradient's global norm; 0 for never", "schedule"
+        1.0, "clip the gradient's global norm; 0 for never", "schedule", least=0
     )
     fine_tune_type: Literal["lora", "dora"] = setting("lora", "kind of adapter", "adapters")
     num_layers: int | None = setting(
@@ -105,19 +116,29 @@ class TrainConfig:
         "forward: estimate it from two passes without gradient, in the memory of inference",
         "memory",
     )
-    forward_rank: int = setting(2, "rank of a forward gradient's direction", "memory")
+    forward_rank: int = setting(2, "rank of a forward gradient's direction", "memory", above=0)
     forward_interval: int = setting(
-        50, "updates that share one half of a forward gradient's direction", "memory"
+        50, "updates that share one half of a forward gradient's direction", "memory", above=0
     )
-    forward_epsilon: float = setting(1e-3, "step of a forward gradient's two passes", "memory")
-    seed: int = setting(0, "seed of adapters, dropout and data order", "schedule")
-    steps_per_report: int = setting(10, "iterations between reports", "saving", may_change=True)
-    steps_per_eval: int = setting(200, "iterations between validations", "saving", may_change=True)
+    forward_epsilon: float = setting(
+        1e-3, "step of a forward gradient's two passes", "memory", above=0
+    )
+    seed: int = setting(0, "seed of adapters, dropout and data order", "schedule", least=0)
+    steps_per_report: int = setting(
+        10, "iterations between reports", "saving", may_change=True, above=0
+    )
+    steps_per_eval: int = setting(
+        200, "iterations between validations", "saving", may_change=True, above=0
+    )
     val_batches: int = setting(
-        25, "batches of a validation, -1 for all, 0 for no validation", "saving", may_change=True
+        25,
+        "batches of a validation, -1 for all, 0 for no validation",
+        "saving",
+        may_change=True,
+        least=-1,
     )
     save_every: int = setting(
-        100, "iterations between numbered checkpoints", "saving", may_change=True
+        100, "iterations between numbered checkpoints", "saving", may_change=True, above=0
     )
     resume: bool = setting(
         False,
@@ -147,6 +168,7 @@ class TrainConfig:
         "stop after so many validations in a row without a better loss",
         "safety",
         may_change=True,
+        above=0,
     )
     on_divergence: Literal["stop", "skip"] = setting(
         "stop",
@@ -155,7 +177,11 @@ class TrainConfig:
         may_change=True,
     )
     max_skipped_updates: int = setting(
-        5, "updates left out in a row that end the run all the same", "safety", may_change=True
+        5,
+        "updates left out in a row that end the run all the same",
+        "safety",
+        may_change=True,
+        above=0,
     )
     max_start_gap: float = setting(
         0.05,
@@ -163,15 +189,17 @@ class TrainConfig:
         "precision): policy and reference differ",
         "safety",
         may_change=True,
+        above=0,
     )
     peer_timeout: float = setting(
         600.0,
         "seconds to wait for the other processes of a launcher before giving up",
         "safety",
         may_change=True,
+        above=0,
     )
     max_margin: float = setting(
-        50.0, "largest |u| / beta of an update, in nats a token", "safety", may_change=True
+        50.0, "largest |u| / beta of an update, in nats a token", "safety", may_change=True, above=0
     )
     max_logp_drop: float = setting(
         5.0,
@@ -179,48 +207,22 @@ class TrainConfig:
         "update; few tokens count as 16",
         "safety",
         may_change=True,
+        above=0,
     )
     max_feature_distance: float | None = setting(
         None,
         "largest D of an update; its scale is the SAE's, so there is no bound by default",
         "safety",
         may_change=True,
+        above=0,
     )
 
     def __post_init__(self) -> None:
-        check_positive(
-            self, "batch_size", "grad_accumulation_steps", "micro_batch_size", "learning_rate",
-            "steps_per_report", "steps_per_eval", "save_every", "max_margin", "max_logp_drop",
-            "early_stopping", "max_skipped_updates", "max_feature_distance",
-            "max_start_gap", "peer_timeout", "forward_rank", "forward_interval", "forward_epsilon",
-        )  # fmt: skip
-        check_finite(self, "learning_rate", "epochs")
-        if self.iters is not None and self.epochs is not None:
-            raise ConfigError("--iters and --epochs exclude each other; give one.")
-        if self.iters is not None and self.iters < 1:
-            raise ConfigError(f"--iters {self.iters}: wanted 1 or more.")
-        if self.epochs is not None and self.epochs <= 0:
-            raise ConfigError(f"--epochs {self.epochs:g}: wanted more than 0.")
-        if self.resume and self.overwrite:
-            raise ConfigError("--resume and --overwrite exclude each other; give one.")
-        if self.seed < 0:
-            raise ConfigError(f"--seed {self.seed}: wanted 0 or more.")
-        if self.val_batches < -1:
-            raise ConfigError(f"--val-batches {self.val_batches}: wanted 0 or more, or -1 for all.")
-        if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
-            raise ConfigError(
-                f"--max-grad-norm {self.max_grad_norm}: wanted more than 0, or 0 for no clipping."
-            )
-        if (self.epochs or 0) > 1e6:
-            raise ConfigError(f"--epochs {self.epochs}: wanted a million at most.")
-        unknown = set(self.lora_parameters) - {"rank", "scale", "dropout", "keys"}
-        if unknown:
-            hint = " mlx-lm uses scale, = alpha / rank." if "alpha" in unknown else ""
-            raise ConfigError(
-                f"lora_parameters: unknown {', '.join(sorted(unknown))}; "
-                f"wanted rank, scale, dropout, keys.{hint}"
-            )
-        _check_lora(self.lora)
+        faults = out_of_bounds(self)
+        for one, other in (("iters", "epochs"), ("resume", "overwrite")):
+            if getattr(self, one) and getattr(self, other):
+                faults.append(f"--{one} and --{other} exclude each other; give one.")
+        refuse(faults + _lora_faults(self.lora_parameters, self.lora))
 
     @property
     def pairs_per_update(self) -> int:
@@ -243,8 +245,14 @@ class TrainConfig:
         return {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": None, **self.lora_parameters}
 
 
-def _check_lora(lora: Mapping[str, Any]) -> None:
-    """Raises: ConfigError for values that lora_parameters cannot have, all at once."""
+def _lora_faults(given: Mapping[str, Any], lora: Mapping[str, Any]) -> list[str]:
+    """Names that are none of lora_parameters, or the values that these cannot have, in one line."""
+    if unknown := sorted(set(given) - {"rank", "scale", "dropout", "keys"}):
+        hint = " mlx-lm uses scale, = alpha / rank." if "alpha" in unknown else ""
+        return [
+            f"lora_parameters: unknown {', '.join(unknown)}; wanted rank, scale, dropout, keys."
+            f"{hint}"
+        ]
     rank, scale, dropout, keys = (lora[name] for name in ("rank", "scale", "dropout", "keys"))
     faults = []
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -256,5 +264,4 @@ def _check_lora(lora: Mapping[str, Any]) -> None:
     texts = isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys)
     if keys is not None and not texts:
         faults.append(f"keys {keys!r}, wanted a list of names such as self_attn.q_proj")
-    if faults:
-        raise ConfigError(f"lora_parameters: {'; '.join(faults)}.")
+    return [f"lora_parameters: {'; '.join(faults)}."] if faults else []

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fpo_mlx import config
-from fpo_mlx.config.fields import setting
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.config.fields import out_of_bounds, refuse, setting
 from fpo_mlx.pairs.records import MOST
 
 MOST_SECONDS = 1e6  # a socket and a pipe cannot be told much more
 MOST_GB = 1e6
 
 
-def _opt(default: Any, help: str, group: str = "answers", path: bool = False) -> Any:
-    return setting(default, help, group, first=True, path=path)
+def _opt(default: Any, help: str, group: str = "answers", **facts: Any) -> Any:
+    return setting(default, help, group, first=True, **facts)
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,15 @@ class GenerateConfig:
     prompts: str = _opt(
         "", "file of prompts: one per line, or rows with a `prompt` (.jsonl, .csv …)", path=True
     )
-    n: int = _opt(4, "answers per prompt")
-    max_tokens: int = _opt(256, "longest answer, in tokens")
-    temp: float = _opt(1.0, "temperature of the answers")
-    seed: int = _opt(0, "seed of the answers")
-    rows: int = _opt(32, "answers in work at once")
-    max_seq_length: int = _opt(2048, "longest prompt + answer, in tokens")
-    score_in_prompt: float | None = _opt(None, "score to ask for, after --reward-augmented pairs")
+    n: int = _opt(4, "answers per prompt", least=1, most=MOST - 1)
+    max_tokens: int = _opt(256, "longest answer, in tokens", above=0)
+    temp: float = _opt(1.0, "temperature of the answers", least=0, below=math.inf)
+    seed: int = _opt(0, "seed of the answers", least=0)
+    rows: int = _opt(32, "answers in work at once", above=0)
+    max_seq_length: int = _opt(2048, "longest prompt + answer, in tokens", above=0)
+    score_in_prompt: float | None = _opt(
+        None, "score to ask for, after --reward-augmented pairs", below=math.inf
+    )
     chat_template: str | None = _opt(
         None, "file with a chat template, in place of the model's", path=True
     )
@@ -47,18 +48,10 @@ class GenerateConfig:
     trust_remote_code: bool = _opt(False, "let the model folder run its own Python code", "safety")
 
     def __post_init__(self) -> None:
-        faults = _not_positive(self, "n", "max_tokens", "rows", "max_seq_length")
-        if self.n > MOST - 1:  # and a person's
-            faults.append(f"--n {self.n}: wanted {MOST - 1} or less.")
-        if not 0 <= self.temp < math.inf:
-            faults.append(f"--temp {self.temp}: wanted a finite number, 0 or more.")
+        faults = out_of_bounds(self)
         if self.temp == 0 and self.n > 1:
             faults.append(f"--temp 0: all {self.n} answers would be the same; wanted more than 0.")
-        if self.seed < 0:
-            faults.append(f"--seed {self.seed}: wanted 0 or more.")
-        if self.score_in_prompt is not None and not math.isfinite(self.score_in_prompt):
-            faults.append(f"--score-in-prompt {self.score_in_prompt}: wanted a finite number.")
-        _refuse(faults)
+        refuse(faults)
 
 
 @dataclass(frozen=True)
@@ -77,23 +70,20 @@ class JudgeConfig:
     compare: Literal["all", "neighbours"] = _opt("all", "pairs of a prompt's answers to compare")
     against_reference: bool = _opt(False, "compare each answer with the person's of its row")
     key_variable: str = _opt("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
-    timeout: float = _opt(60.0, "seconds until a request or a call of the reward is given up")
-    retries: int = _opt(6, "times that a request is tried again")
-    memory_gb: float = _opt(4.0, "memory that the reward function may use")
+    timeout: float = _opt(
+        60.0,
+        "seconds until a request or a call of the reward is given up",
+        above=0,
+        most=MOST_SECONDS,
+    )
+    retries: int = _opt(6, "times that a request is tried again", least=0)
+    memory_gb: float = _opt(4.0, "memory that the reward function may use", above=0, most=MOST_GB)
     trust_remote_code: bool = _opt(
         False, "let the judge's folder run its own Python code", "safety"
     )
 
     def __post_init__(self) -> None:
-        faults = [
-            f"--{name} {value}: wanted more than 0, {most:g} at most."
-            for name, value, most in (
-                ("timeout", self.timeout, MOST_SECONDS), ("memory-gb", self.memory_gb, MOST_GB),
-            )
-            if not 0 < value <= most
-        ]  # fmt: skip
-        if self.retries < 0:
-            faults.append(f"--retries {self.retries}: wanted 0 or more.")
+        faults = out_of_bounds(self)
         given = [name for name in ("judge", "judge_url", "reward") if getattr(self, name)]
         if len(given) != 1:
             found = ", ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
@@ -102,19 +92,23 @@ class JudgeConfig:
             faults.append(f"--judge-url {self.judge_url}: wanted http://… or https://….")
         if self.judge_url and not self.judge_model:
             faults.append("--judge-model is missing: the endpoint has to be told which model.")
-        _refuse(faults)
+        refuse(faults)
 
 
 @dataclass(frozen=True)
 class BuildConfig:
     """Which candidates become pairs."""
 
-    margin: float | None = _opt(None, "least difference of score (default: any)")
-    per_prompt: int | None = _opt(None, "pairs per prompt (default: 1; with --margin all)")
+    margin: float | None = _opt(
+        None, "least difference of score (default: any)", least=0, below=math.inf
+    )
+    per_prompt: int | None = _opt(None, "pairs per prompt (default: 1; with --margin all)", least=1)
     keep_cut: bool = _opt(False, "keep answers that ended by length")
-    near_duplicates: float = _opt(0.9, "similarity from which pairs count as the same; 1 for equal")
-    valid_share: float = _opt(0.1, "share of the prompts for validation")
-    test_share: float = _opt(0.0, "share of the prompts for the test")
+    near_duplicates: float = _opt(
+        0.9, "similarity from which pairs count as the same; 1 for equal", above=0, most=1
+    )
+    valid_share: float = _opt(0.1, "share of the prompts for validation", least=0)
+    test_share: float = _opt(0.0, "share of the prompts for the test", least=0)
     balance_length: bool = _opt(False, "leave out pairs until the longer answer wins half")
     reward_augmented: bool = _opt(False, "two rows per pair, the wanted score in the system text")
     against_reference: bool = _opt(False, "pairs of a person's answer and the model's")
@@ -123,17 +117,10 @@ class BuildConfig:
     force: bool = _opt(False, "write fewer than 30 pairs")
 
     def __post_init__(self) -> None:
-        faults = []
-        if self.margin is not None and not 0 <= self.margin < math.inf:
-            faults.append(f"--margin {self.margin}: wanted a finite number, 0 or more.")
-        if self.per_prompt is not None and self.per_prompt < 1:
-            faults.append(f"--per-prompt {self.per_prompt}: wanted 1 or more.")
-        if not 0 < self.near_duplicates <= 1:
-            faults.append(f"--near-duplicates {self.near_duplicates}: wanted above 0, up to 1.")
-        shares = (self.valid_share, self.test_share)
-        if min(shares) < 0 or sum(shares) >= 1:
-            faults.append("--valid-share and --test-share: wanted 0 or more, together below 1.")
-        _refuse(faults)
+        faults = out_of_bounds(self)
+        if self.valid_share + self.test_share >= 1:
+            faults.append("--valid-share and --test-share: wanted together below 1.")
+        refuse(faults)
 
 
 @dataclass(frozen=True)
@@ -144,13 +131,16 @@ class RoundsConfig:
     prompts: str = _opt("", "file of prompts to learn from", "data", path=True)
     held_out: str = _opt("", "file of prompts that each round is measured on", "data", path=True)
     output: str = _opt("rounds", "folder to write, one folder a round in it", "saving", path=True)
-    rounds: int = _opt(3, "most rounds", "schedule")
-    keep_old: int = _opt(0, "pairs of earlier rounds that are mixed in", "data")
+    rounds: int = _opt(3, "most rounds", "schedule", above=0)
+    keep_old: int = _opt(0, "pairs of earlier rounds that are mixed in", "data", least=0)
     start: Literal["first", "previous"] = _opt(
         "previous", "model that a round starts from and is held to", "model and SAE"
     )
     max_drift: float | None = _opt(
-        None, "change of the chosen log-prob, in nats per token, that ends the rounds", "safety"
+        None,
+        "change of the chosen log-prob, in nats per token, that ends the rounds",
+        "safety",
+        above=0,
     )
     generate: dict = _opt({}, "settings of `pairs generate`", "answers")
     judge: dict = _opt({}, "settings of `pairs judge`", "answers")
@@ -163,11 +153,7 @@ class RoundsConfig:
             for name in ("model", "prompts", "held_out")
             if not getattr(self, name)
         ]
-        faults += _not_positive(self, "rounds")
-        if self.keep_old < 0:
-            faults.append(f"keep_old {self.keep_old}: wanted 0 or more.")
-        if self.max_drift is not None and not self.max_drift > 0:
-            faults.append(f"max_drift {self.max_drift}: wanted more than 0.")
+        faults += out_of_bounds(self, flags=False)
         owned = {
             "generate": {"model", "adapter_path", "prompts"}, "judge": set(), "build": {"seed"},
             "train": {"model", "data", "adapter_path", "init_adapter", "reference", "resume"},
@@ -188,21 +174,8 @@ class RoundsConfig:
         for section, names in known.items():
             if unknown := sorted(set(map(str, getattr(self, section))) - names):
                 faults.append(f"{section}: unknown settings {', '.join(unknown)}.")
-        _refuse(faults)
-
-
-def _not_positive(settings: Any, *names: str) -> list[str]:
-    return [
-        f"--{name.replace('_', '-')} {getattr(settings, name)}: wanted more than 0."
-        for name in names
-        if not getattr(settings, name) > 0
-    ]
+        refuse(faults)
 
 
 def _names(cls: type) -> set[str]:
     return {one.name for one in dataclasses.fields(cls)}
-
-
-def _refuse(faults: list[str]) -> None:
-    if faults:
-        raise ConfigError("\n".join(faults))

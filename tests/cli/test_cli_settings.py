@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import typing
@@ -19,6 +20,7 @@ from click.testing import CliRunner
 from fpo_mlx import pipeline
 from fpo_mlx.cli import main, trackers
 from fpo_mlx.config import PRESETS, SECTIONS, RunConfig, load_config, named, options
+from fpo_mlx.config.fields import Bounds
 from fpo_mlx.errors import ConfigError
 
 YAML_ONLY = named("yaml_only")
@@ -153,6 +155,37 @@ BAD_SETTINGS = {
     "lora_parameters: {keys: self_attn.q_proj}": "keys 'self_attn.q_proj', wanted a list",
     "lora_parameters: {keys: 5}": "keys 5",
 }
+
+
+NO_NUMBER = math.nan
+BOUNDS = {  # in words; what is within, what is not
+    "more than 0": (Bounds(above=0), [1e-9, math.inf], [0, -1, NO_NUMBER]),
+    "0 or more": (Bounds(least=0), [0, math.inf], [-1e-9, NO_NUMBER]),
+    "0 to 1": (Bounds(least=0, most=1), [0, 1], [-0.1, 1.1, NO_NUMBER]),
+    "more than 0, 5 at most": (Bounds(above=0, most=5), [5], [0, 6, math.inf]),
+    "0 or more, less than 0.5": (Bounds(least=0, below=0.5), [0, 0.49], [0.5]),
+    "a finite number": (Bounds(below=math.inf), [-1e300, 0], [math.inf, -math.inf, NO_NUMBER]),
+    "a finite number, more than 0": (Bounds(above=0, below=math.inf), [1], [0, math.inf]),
+    "": (Bounds(), [NO_NUMBER, math.inf, True], []),
+}
+
+
+@pytest.mark.parametrize("words", BOUNDS)
+def test_bounds_hold_what_their_words_say(words):
+    bounds, within, outside = BOUNDS[words]
+    assert str(bounds) == words
+    assert all(map(bounds.hold, within))
+    assert not any(map(bounds.hold, outside))
+
+
+def test_all_that_is_wrong_with_a_section_is_said_at_once():
+    with pytest.raises(ConfigError) as error:
+        load_config({"beta": 0.0, "top_k": 0, "label_smoothing": 0.5})
+    assert str(error.value).splitlines() == [
+        "--beta 0: wanted a finite number, more than 0.",
+        "--label-smoothing 0.5: wanted 0 or more, less than 0.5.",
+        "--top-k 0: wanted more than 0.",
+    ]
 
 
 @pytest.mark.parametrize("text", BAD_SETTINGS)

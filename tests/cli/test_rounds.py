@@ -127,7 +127,7 @@ def test_rounds_end_where_nothing_is_won(place, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "part"),
-    [({"held_out": ""}, "held_out is missing"), ({"rounds": 0}, "--rounds 0"),
+    [({"held_out": ""}, "held_out is missing"), ({"rounds": 0}, "rounds 0"),
      ({"train": {"adapter_path": "x"}}, "settled by the rounds"), ({"odd": 1}, "odd"),
      ({"judge": {}}, "--judge"), ({"train": {"lerning_rate": 1}}, "lerning_rate"),
      ({"generate": {"m": 1}}, "m"), ({"generate": {"seed": "abc"}}, "--seed 'abc'"),

@@ -136,5 +136,5 @@ def test_what_is_no_mapping_is_named_as_it_is_written(settings, text, name):
 def test_a_budget_without_end_is_refused_by_name(settings, name, value):
     """It was an OverflowError, after the text had been read."""
     flag = "--" + name.replace("_", "-")
-    with pytest.raises(ConfigError, match=f"{flag} .*: wanted less than 1e"):
+    with pytest.raises(ConfigError, match=f"{flag} .*: wanted more than 0, less than 1e"):
         settings({name: float(value)}, {}, SaeTrainConfig)

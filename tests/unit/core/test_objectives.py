@@ -269,8 +269,8 @@ def test_log_odds_are_finite_with_slopes_up_to_certainty():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"label_smoothing": 0.5}, "--label-smoothing 0.5: wanted 0 or more and less than 0.5"),
-        ({"nll_weight": -1}, "--nll-weight -1.0: wanted 0 or more"),
+        ({"label_smoothing": 0.5}, "--label-smoothing 0.5: wanted 0 or more, less than 0.5"),
+        ({"nll_weight": -1}, "--nll-weight -1: wanted a finite number, 0 or more"),
         ({"objective": "sft", "nll_weight": 0}, "are both 0: nothing would be trained"),
         ({"link_parameters": {"rho": 1}}, "unknown rho; --link sigmoid takes none"),
         ({"link": "ada", "link_parameters": {"tau": 1}}, "unknown tau; wanted tau_min"),
