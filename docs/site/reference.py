@@ -126,7 +126,9 @@ def row(field: dataclasses.Field, hint: Any) -> tuple[str, ...]:
     shown = (
         "" if default in (None, "", (), {}, []) and default is not False else f"`{plain(default)}`"
     )
-    return (name, values(hint), shown, prose(facts["help"]), "yes" if facts["may_change"] else "no")
+    bounds = str(facts["bounds"]).removeprefix("a finite number").removeprefix(", ")
+    kinds = ", ".join(filter(None, (values(hint), bounds)))
+    return (name, kinds, shown, prose(facts["help"]), "yes" if facts["may_change"] else "no")
 
 
 def plain(value: Any) -> str:

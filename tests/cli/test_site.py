@@ -62,7 +62,7 @@ def test_the_reference_has_every_setting_of_sae_training_once(settings):
 
 def test_a_row_of_the_settings_says_key_values_default_meaning_and_resume(settings):
     rows = settings.splitlines()
-    assert "| `beta` | number | `0.1` | strength of the preference term | no |" in rows
+    assert "| `beta` | number, more than 0 | `0.1` | strength of the preference term | no |" in rows
     assert any(row.startswith("| `feature_scale` | `raw`, `reference` | `raw` |") for row in rows)
     assert any(row.startswith("| `lora_parameters` (only in YAML) | mapping |") for row in rows)
     assert any(row.startswith("| `iters` |") and row.endswith("| yes |") for row in rows)
