@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -118,7 +119,8 @@ def attach(model: nn.Module, spec: AdapterSpec) -> None:
         raise ConfigError(f"--fine-tune-type {spec.fine_tune_type}: {error}") from error
     for _, module in model.named_modules():
         if type(module) is LoRALinear and not spec.dropout:
-            swap_call(module, partial(_lora, module))
+            # a proxy: its class holds the call, and a cycle would keep the weights
+            swap_call(module, partial(_lora, weakref.proxy(module)))
     model.train(model.training)  # layers are made as of training, whatever the model is
 
 

@@ -21,6 +21,7 @@ from quantised import LATENT, quantised  # noqa: E402
 
 from fpo_mlx.core.vocabulary import LinearHead  # noqa: E402
 from fpo_mlx.errors import ModelError, SaeError  # noqa: E402
+from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.model.heads import ReplayedHead, find_backbone, find_head, split  # noqa: E402
 from fpo_mlx.model.load import dequantize, load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy, plain_caches  # noqa: E402
@@ -107,12 +108,16 @@ def test_what_the_output_projection_reads_is_known_from_the_config(folders, fami
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 def test_a_policy_that_is_let_go_gives_its_models_memory_back_at_once(
-    folders, family, grad_checkpoint
+    folders, family, adapted, grad_checkpoint
 ):
     """A cycle held it until Python looked for cycles: the reference's weights through training."""
     loaded = load_model(folders(family))
+    if adapted:
+        n, keys = adapters.adapted_paths(loaded.model, -1, len(blocks_of(loaded.model)) - 1, None)
+        adapters.attach(loaded.model, adapters.AdapterSpec("lora", n, 2, 2.0, 0.0, keys))
     policy = Policy(loaded.model, loaded.config, [Site(1)], grad_checkpoint=grad_checkpoint)
     mx.eval(policy.rows(PAIRS[:1]).hidden)
     # mlx-lm's experts share one activation, which is a module without weights
