@@ -174,7 +174,9 @@ def token_logps_and_kl(
     def kl(rows: mx.array, ref_rows: mx.array, goals: mx.array) -> mx.array:
         del goals
         ref = log_softmax(head(ref_rows))  # [r, V]
-        return (mx.exp(ref) * (ref - log_softmax(head(rows)))).sum(axis=-1)
+        gap = ref - log_softmax(head(rows))
+        gap = mx.where(ref > -mx.inf, gap, 0.0)  # 0 (-inf - -inf) is no number
+        return (mx.exp(ref) * gap).sum(axis=-1)
 
     extra = [mx.stop_gradient(ref_hidden), targets]
     logps_rows, kl_rows = _by_rows([logps, kl], hidden, extra, vocab_size, grad)

@@ -113,8 +113,9 @@ def logit_weights(policy: Policy, site: Site, row: np.ndarray) -> np.ndarray | N
     gain, centred = _final_gain(policy.model, len(row))
     direction = row - row.mean() if centred else row
     rows = mx.array(np.stack([direction * gain, np.zeros_like(row)])).astype(policy.dtype)
-    logits = np.array(policy.head(rows).astype(mx.float32))
-    return logits[0] - logits[1]
+    there, without = np.array(policy.head(rows).astype(mx.float32))
+    said = np.isfinite(without)  # -inf at ids that are no tokens (Phi-3-small)
+    return np.subtract(there, without, out=np.zeros_like(there), where=said)
 
 
 def _final_gain(model: nn.Module, width: int) -> tuple[np.ndarray, bool]:

@@ -96,7 +96,9 @@ def find_head(model: nn.Module, backbone: nn.Module, config: Mapping[str, Any]) 
             wanted = replayed(rows).astype(mx.float32)
         except ValueError:  # of another width: Gemma 4 has a second embedding of the vocabulary
             continue
-        allowed = AGREES.get(rows.dtype, 1e-4) * mx.abs(wanted).max()
+        # of the finite ones: no matrix gives the -inf of ids that are no tokens (Phi-3-small)
+        size = mx.where(mx.isfinite(wanted), mx.abs(wanted), 0.0).max()
+        allowed = AGREES.get(rows.dtype, 1e-4) * size
         for scale, cap in _numbers(model, config):
             head = replace(plain, scale=scale, cap=cap)
             got = head(rows)

@@ -53,6 +53,21 @@ def test_kl_by_hand():
     np.testing.assert_allclose(np.array(kl), [0.5 * math.log(4 / 3)], rtol=1e-5)
 
 
+def test_a_token_that_neither_model_can_say_adds_nothing_to_the_kl_or_its_slope():
+    """Phi-3-small puts -inf at ids that are no tokens; 0 (-inf - -inf) is no number."""
+
+    def head(rows):
+        return mx.concatenate([rows, mx.full((rows.shape[0], 1), -mx.inf)], axis=-1)
+
+    def kl(rows):
+        return logprobs.token_logps_and_kl(rows, ref, mx.array([0]), head, 3)[1].sum()
+
+    policy, ref = mx.array([[0.0, math.log(3)]]), mx.array([[5.0, 5.0]])
+    value, slope = mx.value_and_grad(kl)(policy)
+    np.testing.assert_allclose(value.item(), 0.5 * math.log(4 / 3), rtol=1e-5)
+    np.testing.assert_allclose(slope, [[1 / 4 - 1 / 2, 3 / 4 - 1 / 2]], rtol=1e-5)
+
+
 @pytest.mark.parametrize("with_kl", [False, True])
 @pytest.mark.parametrize("head", ["plain", "linear"])
 def test_log_collisions_by_hand(head, with_kl):

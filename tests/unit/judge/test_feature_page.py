@@ -74,6 +74,17 @@ def test_logit_weights_are_the_decoder_row_through_the_norm_and_the_head(place):
     assert feature_page.logit_weights(policy, Site(1, "mlp_in"), sae.w_dec[7]) is None
 
 
+def test_ids_that_the_model_never_says_are_neither_promoted_nor_suppressed(place):
+    loaded, sae = load_model(place / "model"), load_sae(place / "sae")
+    policy = Policy(loaded.model, loaded.config, [sae.site])
+    plain = feature_page.logit_weights(policy, sae.site, sae.w_dec[7])
+    head, never = policy.head, mx.arange(300) >= 290
+    policy.head = lambda rows: mx.where(never, -mx.inf, head(rows))
+    found = feature_page.logit_weights(policy, sae.site, sae.w_dec[7])
+    np.testing.assert_array_equal(found[290:], 0)
+    np.testing.assert_array_equal(found[:290], plain[:290])
+
+
 def test_the_command_shows_what_the_sae_says_before_and_after(place, tmp_path):
     out, page = tmp_path / "out.json", tmp_path / "page.html"
     words = ["features", "show", 7, *usual(place), "--examples", 2]

@@ -171,6 +171,24 @@ def test_a_head_that_is_no_plain_matrix_is_replayed(folders):
     assert isinstance(head, ReplayedHead)
 
 
+def test_logits_that_are_minus_infinity_do_not_hide_a_scale(folders):
+    """Phi-3-small divides by a number of its own, and some ids are no tokens."""
+    loaded = load_model(folders("llama"))
+    own = type(loaded.model).__call__
+
+    class Masked(type(loaded.model)):
+        def __call__(self, *args, **kwargs):
+            out = own(self, *args, **kwargs) / 8.0
+            out[..., mx.array([7, 298, 299])] = -mx.inf
+            return out
+
+    loaded.model.__class__ = Masked
+    tokens = mx.array([list(range(10, 30))])
+    want = np.array(loaded.model(tokens))[0]
+    backbone, head = split(loaded.model, loaded.config)
+    np.testing.assert_allclose(np.array(head(backbone(tokens)[0])), want, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_once_equals_whole_sequences_on_every_family(folders, family):
     """Windows of 6 tokens (gemma3, cohere2) are crossed within prompts and responses."""
