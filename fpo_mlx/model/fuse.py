@@ -182,7 +182,7 @@ def fuse_layers(
             continue
         base: nn.Module = module["linear"] if "linear" in module else module["embedding"]
         change = change_of(module)
-        if change is None:  # an embedding or a block of experts: mlx-lm's own way
+        if change is None:  # an embedding: mlx-lm's own way
             new: nn.Module = module.fuse(dequantize=dequantize)
         else:
             new = rounded_to(base, change, keep_bits)

@@ -56,9 +56,13 @@ def is_plain(adapted: Any) -> bool:
 
 
 def change_of(adapted: Any) -> mx.array | None:
-    """What a LoRA or DoRA layer adds to its weight, [out, in] in float32; None for other kinds."""
-    if not is_plain(adapted):
+    """What an adapted layer adds to its weight, [.., out, in] in float32; None for an embedding."""
+    if "linear" not in adapted:
         return None
+    if not is_plain(adapted):  # [E, out, r] and [E, r, in], of each expert its own
+        return (adapted.scale * adapted.lora_b.astype(mx.float32)) @ adapted.lora_a.astype(
+            mx.float32
+        )
     delta = (adapted.scale * adapted.lora_b.T.astype(mx.float32)) @ adapted.lora_a.T.astype(
         mx.float32
     )
@@ -70,8 +74,10 @@ def change_of(adapted: Any) -> mx.array | None:
 
 
 def rounded_to(base: Any, change: mx.array, bits: int | None) -> Any:
-    """A layer of base + change, quantised as the base is, or to so many bits."""
+    """A layer of base + change, quantised as the base is, or, if it is linear, to so many bits."""
     weight = plain_weight(base) + change
+    if weight.ndim == 3:
+        return _experts(base, weight)
     layer = nn.Linear(1, 1, bias=False)
     layer.weight = weight
     if "bias" in base:
@@ -84,9 +90,26 @@ def rounded_to(base: Any, change: mx.array, bits: int | None) -> Any:
     return nn.QuantizedLinear.from_linear(layer, base.group_size, base.bits, mode=base.mode)
 
 
+def _experts(base: Any, weight: mx.array) -> Any:
+    """A block of experts of these weights [E, out, in], quantised as the base is.
+
+    mlx-lm's own fuse leaves out the scale that each expert of nvfp4 may have.
+    """
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    layer = SwitchLinear(1, 1, 1, bias=False)
+    layer.weight = weight
+    if "bias" in base:
+        layer.bias = base.bias
+    if "scales" not in base:
+        return layer
+    own = {"global_scale": True} if "global_scale" in base else {}
+    return layer.to_quantized(base.group_size, base.bits, base.mode, **own)
+
+
 def is_rounded(fused: Any) -> bool:
     """Whether the weight is stored in fewer than 32 bits."""
-    return isinstance(fused, nn.QuantizedLinear) or fused.weight.dtype != mx.float32
+    return fused.weight.dtype != mx.float32  # what is packed is integers
 
 
 def kept_of(base: Any, change: mx.array, fused: Any) -> tuple[float, float, float, int]:
@@ -96,4 +119,4 @@ def kept_of(base: Any, change: mx.array, fused: Any) -> tuple[float, float, floa
     sums = [(after * change).sum(), (off * off).sum(), (change * change).sum()]
     mx.eval(sums)
     along, error, size = (float(value) for value in sums)
-    return along, error, size, fused.bits if isinstance(fused, nn.QuantizedLinear) else 16
+    return along, error, size, getattr(fused, "bits", 16)

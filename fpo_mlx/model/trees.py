@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from fpo_mlx.machine.upstream import leaning_on
 
 ADAPTED = ("lora_a", "lora_b", "m")  # an adapter's own arrays
+SCALE = "global_scale"  # of nvfp4 experts; MLX reads it in float32 only
 
 
 def arrays_of(tree: Any) -> list[tuple[str, mx.array]]:
@@ -37,8 +38,8 @@ def float_dtype(model: nn.Module) -> mx.Dtype:
 
     Adapters are float32 whatever the model is.
     """
-    named = arrays_of(model.parameters())
-    kinds = (array.dtype for name, array in named if name.split(".")[-1] not in ADAPTED)
+    named, other = arrays_of(model.parameters()), (*ADAPTED, SCALE)
+    kinds = (array.dtype for name, array in named if name.split(".")[-1] not in other)
     return next(kind for kind in kinds if mx.issubdtype(kind, mx.floating))
 
 
@@ -64,12 +65,13 @@ def input_width(layer: Any) -> int:
 
 
 def cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Turn all floating-point parameters into `dtype`; packed integers stay."""
+    """Turn all floating-point parameters into `dtype`; packed integers stay, and nvfp4's scales."""
 
-    def cast_one(array: mx.array) -> mx.array:
-        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+    def cast_one(path: str, array: mx.array) -> mx.array:
+        stays = path.endswith(SCALE) or not mx.issubdtype(array.dtype, mx.floating)
+        return array if stays else array.astype(dtype)
 
-    model.update(tree_map(cast_one, model.parameters()))
+    model.update(tree_map_with_path(cast_one, model.parameters()))
 
 
 def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:

@@ -8,11 +8,61 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 import mlx.nn as nn  # noqa: E402
-from mlx_lm.tuner.lora import LoRALinear  # noqa: E402
+from mlx_lm.models.switch_layers import SwitchLinear  # noqa: E402
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear  # noqa: E402
 
 from fpo_mlx.model.fuse import FuseReport, fuse_layers  # noqa: E402
 from fpo_mlx.model.rounding import Kept, plain_weight, rounded_to  # noqa: E402
+from fpo_mlx.model.trees import cast_floats, float_dtype  # noqa: E402
 from fpo_mlx.pipeline.fuse import said_of  # noqa: E402
+
+
+def adapted_experts(size, *form, **more):
+    """A quantised block of experts, one of small and one of large weights, and their change."""
+    mx.random.seed(0)
+    model, plain = nn.Module(), SwitchLinear(64, 32, 3)
+    plain.weight = plain.weight * mx.array([0.1, 1.0, 3.0])[:, None, None]
+    experts = plain.to_quantized(*form, **more)
+    model.experts = LoRASwitchLinear.from_base(experts, r=4, scale=2.0)
+    model.experts.lora_b = mx.random.normal(model.experts.lora_b.shape) * size
+    lora = model.experts
+    change = 2.0 * np.einsum("eor,eri->eoi", _numbers(lora.lora_b), _numbers(lora.lora_a))
+    return model, _numbers(plain_weight(experts)), change
+
+
+NVFP4 = (16, 4, "nvfp4")
+
+
+@pytest.mark.parametrize("more", [{}, {"global_scale": True}])
+def test_an_adapter_that_changes_nothing_leaves_experts_as_they_were(more):
+    """mlx-lm's fuse forgets the scale that each expert has: 2688 where a weight is 0.006."""
+    model, before, _ = adapted_experts(0.0, *NVFP4, **more)
+    assert fuse_layers(model, {}) == (1, None)
+    np.testing.assert_allclose(_numbers(plain_weight(model.experts)), before, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", [NVFP4, (32, 4, "affine")])
+def test_what_rounding_leaves_of_a_change_of_experts_is_measured(form):
+    model, before, change = adapted_experts(0.1, *form)
+    _, kept = fuse_layers(model, {})
+    after = _numbers(plain_weight(model.experts)) - before
+    assert kept is not None
+    assert kept.bits == (4,)
+    assert kept.share == pytest.approx((after * change).sum() / (change**2).sum(), rel=1e-4)
+    error = np.linalg.norm(after - change) / np.linalg.norm(change)
+    assert kept.error == pytest.approx(error, rel=1e-4)
+
+
+def test_the_scale_of_an_expert_stays_float32_whatever_is_stored():
+    """MLX refuses to read it in another type."""
+    model, before, _ = adapted_experts(0.0, *NVFP4, global_scale=True)
+    fuse_layers(model, {}, stored=mx.bfloat16)
+    cast_floats(model, mx.bfloat16)
+    assert model.experts.global_scale.dtype == mx.float32
+    np.testing.assert_allclose(_numbers(plain_weight(model.experts)), before, rtol=1e-6)
+    model.norm = nn.RMSNorm(4)
+    cast_floats(model, mx.bfloat16)
+    assert float_dtype(model) == mx.bfloat16
 
 
 class One(nn.Module):
