@@ -18,7 +18,7 @@ from fpo_mlx.model import adapters, gguf_file
 from fpo_mlx.model.load import dequantize as dequantize_layers
 from fpo_mlx.model.load import read_model
 from fpo_mlx.model.rounding import Kept, change_of, is_plain, is_rounded, kept_of, rounded_to
-from fpo_mlx.model.trees import arrays_of, cast_floats, float_dtype
+from fpo_mlx.model.trees import arrays_of, cast_floats, float_dtype, module_at
 from fpo_mlx.records import AS_BASE, FusedForm
 from fpo_mlx.storage import files
 from fpo_mlx.storage.adapter_files import TEMPLATE, model_template, own_template
@@ -69,7 +69,7 @@ def fuse(
     count, kept, unreached = _add(base, config, adapter_path, form, export)
     template = _template(chat_template, adapter_path)
     with files.atomic_folder(save_path, check) as folder:
-        _save(folder, path, base, config)
+        _save(folder, path, base, config, donate=not export)
         said = _put_template(folder, *template) if template else ""
         if gguf and export:
             gguf_file.write(folder / gguf, export, dict(arrays_of(base.parameters())), folder)
@@ -122,11 +122,16 @@ def _add(
     return count, kept, unreached
 
 
-def _save(folder: Path, base: Path, model: nn.Module, config: dict[str, Any]) -> None:
-    """Weights and configuration as mlx-lm writes them, everything else as the base has it."""
+def _save(
+    folder: Path, base: Path, model: nn.Module, config: dict[str, Any], *, donate: bool
+) -> None:
+    """Weights and configuration as mlx-lm writes them, everything else as the base has it.
+
+    donate: each file's weights are let go as it is written.
+    """
     from mlx_lm import utils
 
-    utils.save_model(folder, model)
+    utils.save_model(folder, model, donate_model=donate)
     towers = "vision_tower" in getattr(model, "model", {})
     utils.save_config(config, folder / "config.json", keep_vision_config=towers)
     for pattern in (*BESIDE, CODE):
@@ -176,26 +181,36 @@ def fuse_layers(
     Returns: how many there were, and what rounding left of their change (None without rounding).
     keep_bits is written into `config` for the layers concerned.
     """
-    fused, sums = [], []
-    for name, module in model.named_modules():
-        if "lora_a" not in module:
-            continue
-        base: nn.Module = module["linear"] if "linear" in module else module["embedding"]
-        change = change_of(module)
-        if change is None:  # an embedding: mlx-lm's own way
-            new: nn.Module = module.fuse(dequantize=dequantize)
-        else:
-            new = rounded_to(base, change, keep_bits)
-            if isinstance(new, nn.QuantizedLinear) and new.bits != base.bits:
-                own = {"group_size": new.group_size, "bits": new.bits}
-                config["quantization"][name] = own
-        new = _typed_as(base, new, stored)
-        if change is not None and is_rounded(new):
-            sums.append(kept_of(base, change, new))
-        fused.append((name, new))
-    if fused:
-        model.update_modules(tree_unflatten(fused))
-    return len(fused), Kept.of(sums)
+    # by name: a list of the modules would hold each layer's float32 base until the last
+    names = [name for name, module in model.named_modules() if "lora_a" in module]
+    sums = [_fuse_one(model, name, config, dequantize, keep_bits, stored) for name in names]
+    return len(names), Kept.of([one for one in sums if one is not None])
+
+
+def _fuse_one(
+    model: nn.Module,
+    name: str,
+    config: dict[str, Any],
+    dequantize: bool,
+    keep_bits: int | None,
+    stored: mx.Dtype | None,
+) -> tuple[float, float, float, int] | None:
+    """Put one fused layer in the adapted one's place; what `kept_of` says, where it is rounded."""
+    module = module_at(model, name)
+    base: nn.Module = module["linear"] if "linear" in module else module["embedding"]
+    change, kept = change_of(module), None
+    if change is None:  # an embedding: mlx-lm's own way
+        new: nn.Module = module.fuse(dequantize=dequantize)
+    else:
+        new = rounded_to(base, change, keep_bits)
+        if isinstance(new, nn.QuantizedLinear) and new.bits != base.bits:
+            config["quantization"][name] = {"group_size": new.group_size, "bits": new.bits}
+    new = _typed_as(base, new, stored)
+    if change is not None and is_rounded(new):
+        kept = kept_of(base, change, new)
+    mx.eval(new.parameters())  # it keeps nothing of the base from now on
+    model.update_modules(tree_unflatten([(name, new)]))
+    return kept
 
 
 def _typed_as(base: nn.Module, fused: nn.Module, stored: mx.Dtype | None) -> nn.Module:

@@ -43,12 +43,17 @@ def float_dtype(model: nn.Module) -> mx.Dtype:
     return next(kind for kind in kinds if mx.issubdtype(kind, mx.floating))
 
 
+def module_at(root: Any, path: str) -> Any:
+    """The module of that path, as `named_modules` has it; "" for `root` itself."""
+    for part in path.split(".") if path else ():
+        root = root[int(part)] if isinstance(root, list) else root[part]
+    return root
+
+
 def value_count(root: Any, name: str, array: mx.array) -> int:
     """Values that a stored array stands for; scales and biases of a packing stand for none."""
-    *path, leaf = name.split(".")
-    owner = root
-    for part in path:
-        owner = owner[int(part)] if isinstance(owner, list) else owner[part]
+    path, _, leaf = name.rpartition(".")
+    owner = module_at(root, path)
     if not hasattr(owner, "bits"):
         return array.size
     if leaf in ("scales", "biases"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import numpy as np
@@ -13,13 +14,15 @@ mx = pytest.importorskip("mlx.core")
 import mlx.nn as nn  # noqa: E402
 from helpers import SIZES, logits_of, open_trainer, random_pairs  # noqa: E402
 from mlx_lm import utils  # noqa: E402
+from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 from quantised import LATENT, quantised  # noqa: E402
 
 from fpo_mlx.errors import ConfigError, ModelError  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
-from fpo_mlx.model.fuse import fuse  # noqa: E402
-from fpo_mlx.model.load import read_model  # noqa: E402
+from fpo_mlx.model.fuse import fuse, fuse_layers  # noqa: E402
+from fpo_mlx.model.load import dequantize, read_model  # noqa: E402
 from fpo_mlx.model.rounding import rounded_to  # noqa: E402
+from fpo_mlx.model.trees import arrays_of  # noqa: E402
 from fpo_mlx.records import FusedForm  # noqa: E402
 
 TOKENS = [5, 17, 250, 3, 99, 42]
@@ -105,6 +108,41 @@ def test_dequantising_loses_nothing_of_the_adapted_model(made, tmp_path, bits, k
     assert "quantization" not in json.loads((tmp_path / "fused/config.json").read_text())
     got = logits_of(utils.load(str(tmp_path / "fused"))[0], TOKENS)
     np.testing.assert_allclose(got, adapted_logits(folder, adapter), atol=1e-4)
+
+
+def test_fusing_a_dequantised_model_holds_one_layer_in_float32_at_a_time():
+    """All of them at once were 6 bytes a weight: no room for a model of twice its bfloat16 size."""
+    n, width = 64, 256
+    plain = [nn.Linear(width, width, bias=False) for _ in range(n)]
+    model = nn.Sequential(*(nn.QuantizedLinear.from_linear(layer, 64, 4) for layer in plain))
+    mx.eval(model.parameters())
+    dequantize(model)
+    keys = {f"layers.{i}" for i in range(n)}
+    linear_to_lora_layers(model, n, {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": keys})
+    del plain
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        assert fuse_layers(model, {}, dequantize=True, stored=mx.bfloat16)[0] == n
+        peak, after = mx.get_peak_memory() - before, mx.get_active_memory() - before
+    finally:
+        gc.enable()
+    assert peak < 3.0 * n * width**2
+    assert after < 2.1 * n * width**2
+
+
+def test_what_is_written_is_let_go(made, tmp_path, monkeypatch):
+    folder, adapter = made["llama", "lora"]
+    saved, save = [], utils.save_model
+
+    def spy(target, model, **more):
+        saved.append(model)
+        save(target, model, **more)
+
+    monkeypatch.setattr(utils, "save_model", spy)
+    fuse(str(folder), adapter, tmp_path / "fused")
+    assert sum(array.nbytes for _, array in arrays_of(saved[0].parameters())) == 0
 
 
 def test_latent_attention_is_dequantised_with_the_rest(tmp_path):
