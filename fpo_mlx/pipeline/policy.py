@@ -134,6 +134,12 @@ def _choose_adapters(job: Job, model: nn.Module, say: Say) -> AdapterSpec:
     spec = adapters.read_spec(job.adapter, model)
     say(f"starting from {job.adapter}; its rank, scale and layers are kept")
     blocks = adapters.block_of(model)
+    if outside := [key for key in spec.keys if key not in blocks]:
+        raise ConfigError(
+            f"--init-adapter {job.adapter} adapts {outside[0]}, which lies in no block "
+            f"({len(outside)} of {len(spec.keys)} layers). Only layers of blocks are trained: fuse "
+            "it into the model (`fpo-mlx fuse`), and train new adapters on the fused folder."
+        )
     highest = max(blocks[key] for key in spec.keys)
     if (sites := _sites(job)) and highest > max(_deepest(sites)):
         say(

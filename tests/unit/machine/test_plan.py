@@ -261,6 +261,29 @@ def test_an_adapter_that_training_starts_from_is_planned_with_its_own_rank_and_b
     assert found["adapters and optimizer"] == 4 * 4 * sum(one.size for one in values.values())
 
 
+@pytest.mark.parametrize("outside", ["lm_head", "model.embed_tokens"])
+def test_an_adapter_of_layers_outside_the_blocks_is_refused_before_anything_runs(
+    place, tmp_path, outside
+):
+    """mlx_lm.lora takes such keys; no gradient reaches the head's own adapter here."""
+    from command_line import run
+    from evaluated import adapter
+
+    (tmp_path / "sft").mkdir()
+    adapter(tmp_path / "sft", place / "model", 0)
+    config = json.loads((tmp_path / "sft/adapter_config.json").read_text())
+    config["lora_parameters"]["keys"].append(outside)
+    (tmp_path / "sft/adapter_config.json").write_text(json.dumps(config))
+    words = ["--model", place / "model", "--data", place / "train.jsonl", "--objective", "dpo"]
+    words += ["--init-adapter", tmp_path / "sft"]
+    for command, more in (("plan", []), ("train", ["--adapter-path", tmp_path / "a"])):
+        result = run(command, *words, *more)
+        assert result.exit_code == 2, result.output
+        assert f"sft adapts {outside}, which lies in no block" in result.stderr
+        assert "fuse" in result.stderr
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_plan_that_does_not_fit_says_what_to_change(place):
     result = run(place, "--memory-gb", 0.003, "--max-seq-length", 4096)
     assert result.exit_code == 0, result.stderr
