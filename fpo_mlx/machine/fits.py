@@ -72,7 +72,7 @@ def changes(case: Case) -> list[tuple[str, Case]]:
     if not setup.forward:
         way = replace(case, setup=replace(case.setup, forward=True))
         ways.append(("or --gradient forward (the memory of inference, many more updates)", way))
-    now_adapted = setup.last_adapted - setup.first_adapted + 1
+    now_adapted = setup.adapted_blocks
     ways += [
         (f"and {n} adapted blocks (--num-layers {n})", fewer(case, n))
         for n in (8, 4, 2)
@@ -89,12 +89,13 @@ def changes(case: Case) -> list[tuple[str, Case]]:
 def fewer(case: Case, blocks: int) -> Case:
     """The same with adapters on at most so many blocks."""
     setup = case.setup
-    now = setup.last_adapted - setup.first_adapted + 1
+    now = setup.adapted_blocks
     blocks = min(blocks, now)
     smaller = replace(
         setup,
         first_adapted=setup.last_adapted + 1 - blocks,
         adapter_parameters=setup.adapter_parameters * blocks // now,
+        adapted=setup.adapted.part(blocks / now),
     )
     return replace(case, setup=smaller)
 

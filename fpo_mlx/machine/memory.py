@@ -125,6 +125,18 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Adapted:
+    """What the adapted layers keep beside their blocks' arrays; sums over all of them."""
+
+    inputs: int = 0  # widths: in half precision, each has a float32 copy of its own for x A
+    outputs: int = 0  # widths of DoRA's, kept before the magnitude multiplies them
+    unpacked: int = 0  # values of packed matrices, which DoRA unpacks in every pass
+
+    def part(self, of: float) -> Adapted:
+        return Adapted(round(self.inputs * of), round(self.outputs * of), round(self.unpacked * of))
+
+
+@dataclass(frozen=True)
 class Setup:
     """The settings that memory and time depend on."""
 
@@ -139,6 +151,11 @@ class Setup:
     stop_gradient: bool = True
     top_k: int = 50
     forward: bool = False  # the gradient comes from two passes without one
+    adapted: Adapted = Adapted()
+
+    @property
+    def adapted_blocks(self) -> int:
+        return self.last_adapted - self.first_adapted + 1
 
 
 @dataclass(frozen=True)
@@ -217,7 +234,10 @@ def train_terms(
 def _work(model: ModelShape, setup: Setup, calls: Sequence[Pass]) -> tuple[float, float]:
     """(kept for the backward pass, the block in work)."""
     heaviest = max(calls, key=lambda call: _block(model, call))
-    work = (WORK_AGAIN if setup.grad_checkpoint else WORK) * _block(model, heaviest)
+    block = _block(model, heaviest)
+    if setup.grad_checkpoint:  # else all that adapted layers keep is counted among what is kept
+        block += _adapted(model, setup.adapted, heaviest) / setup.adapted_blocks
+    work = (WORK_AGAIN if setup.grad_checkpoint else WORK) * block
     return sum(_kept(model, setup, call) for call in calls), work
 
 
@@ -281,7 +301,14 @@ def _kept(model: ModelShape, setup: Setup, call: Pass) -> float:
     if setup.grad_checkpoint:
         edge = model.hidden * call.tokens + model.keys * call.tokens
         return blocks * model.value_bytes * edge
-    return blocks * _block(model, call)
+    return blocks * _block(model, call) + _adapted(model, setup.adapted, call)
+
+
+def _adapted(model: ModelShape, adapted: Adapted, call: Pass) -> float:
+    """Bytes that all adapted layers keep of one pass, beside what `_block` counts."""
+    copies = FLOAT * adapted.inputs if model.value_bytes < FLOAT else 0
+    dora = model.value_bytes * (adapted.outputs * call.tokens + adapted.unpacked)
+    return copies * call.tokens + dora
 
 
 def _head(model: ModelShape, tiles: Tiles, rows: int, *, grad: bool, kl: bool) -> float:

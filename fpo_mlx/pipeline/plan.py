@@ -15,7 +15,7 @@ from fpo_mlx.machine import device
 from fpo_mlx.machine import fits as fitting
 from fpo_mlx.machine import memory as model_of
 from fpo_mlx.machine.fits import Case
-from fpo_mlx.machine.memory import Lengths, ModelShape, SaeShape, Setup, Term, Tiles
+from fpo_mlx.machine.memory import Adapted, Lengths, ModelShape, SaeShape, Setup, Term, Tiles
 from fpo_mlx.pipeline.job import (
     Job,
     Say,
@@ -136,11 +136,29 @@ def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None
         sum(array.size for _, array in adapters.parameters(model)),
         t.optimizer, t.micro_batch_size, t.pairs_per_update,
         t.grad_checkpoint, o.constraint == "kl", o.stop_gradient, o.top_k,
-        t.gradient == "forward",
+        t.gradient == "forward", adapted_of(model, read_config(job.model_path)),
     )  # fmt: skip
     tiles = Tiles.of(device.here())
     saes = tuple(_sae_shape(sae) for sae in job.saes) if o.pooled else ()
     return Case(shape, saes, setup, tiles, fitting.heaviest(lengths), job.adapter is None)
+
+
+def adapted_of(model: Any, config: Mapping[str, Any]) -> Adapted:
+    """Of a model that has its adapters."""
+    from fpo_mlx.model.trees import input_width
+
+    used = _used_experts(_stated(model, config))
+    inputs = outputs = unpacked = 0
+    for _, layer in model.named_modules():
+        if "lora_a" not in layer:
+            continue
+        plain, width = layer["linear"], input_width(layer)
+        inputs += width * (used if plain.weight.ndim == 3 else 1)
+        if "m" in layer:
+            outputs += plain.weight.shape[-2]
+            packed = "scales" in plain and not device.here().widen
+            unpacked += plain.weight.shape[-2] * width if packed else 0
+    return Adapted(inputs, outputs, unpacked)
 
 
 def _sae_shape(sae: SaeWeights) -> SaeShape:
@@ -220,8 +238,12 @@ def _experts_share(config: Mapping[str, Any]) -> float:
 
 def _inner(config: Mapping[str, Any], hidden: int) -> int:
     inner = config.get("moe_intermediate_size") or config.get("intermediate_size") or 4 * hidden
-    used = config.get("num_experts_per_tok") or 1
-    return int(inner) * int(used)
+    return int(inner) * _used_experts(config)
+
+
+def _used_experts(config: Mapping[str, Any]) -> int:
+    """That a token runs through; 1 without experts."""
+    return int(config.get("num_experts_per_tok") or 1)
 
 
 def _terms(case: Case, lengths: Lengths) -> list[Term]:

@@ -15,7 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fpo_mlx.machine import answering, device
 from fpo_mlx.machine.fits import Case
-from fpo_mlx.machine.memory import Lengths, ModelShape, SaeShape, Setup, Tiles, total
+from fpo_mlx.machine.memory import (
+    Adapted,
+    Lengths,
+    ModelShape,
+    SaeShape,
+    Setup,
+    Tiles,
+    total,
+)
 
 BITS = 4.5  # of a weight: 4, and scales and biases of groups of 64
 MACS = {8: 5.7e9, 16: 11.5e9, 36: 29e9}  # GB of memory -> bytes that Metal recommends at most
@@ -50,9 +58,10 @@ QUESTIONS = (1024, 4096)  # tokens: criteria, conversation and two answers
 
 def case(model: ModelShape, tokens: int, mac: float, checkpoint: bool) -> Case:
     widths = 4 * model.hidden + 2 * model.query + model.keys + 3 * (model.hidden + model.inner)
+    inputs = 5 * model.hidden + model.query + model.inner  # of q, k, v, o, gate, up, down
     setup = Setup(
         model.blocks - ADAPTED, model.blocks - 1, RANK * ADAPTED * widths,
-        grad_checkpoint=checkpoint,
+        grad_checkpoint=checkpoint, adapted=Adapted(ADAPTED * inputs),
     )  # fmt: skip
     half = tokens // 2
     pair = Lengths(half, tokens - half, tokens - half)

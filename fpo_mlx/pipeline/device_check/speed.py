@@ -25,7 +25,7 @@ from fpo_mlx.pipeline.device_check.lines import Line
 from fpo_mlx.pipeline.device_check.models import World
 from fpo_mlx.pipeline.device_check.places import Size, under_test
 from fpo_mlx.pipeline.doctor import product_rate
-from fpo_mlx.pipeline.plan import shape_of
+from fpo_mlx.pipeline.plan import adapted_of, shape_of
 from fpo_mlx.records import TokenPair
 from fpo_mlx.train.gradients import GRADIENTS, Ground
 from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update
@@ -164,6 +164,7 @@ def _setup(world: World) -> tuple[Setup, Lengths, list[SaeShape]]:
     adapted = {block[name.rpartition(".")[0]] for name, _ in arrays}
     setup = Setup(
         min(adapted), max(adapted), sum(array.size for _, array in arrays), batch_size=1,
+        adapted=adapted_of(world.model, world.config),
     )  # fmt: skip
     lengths = Lengths(len(pair.prompt), len(pair.chosen), len(pair.rejected))
     assert encoder.w_enc is not None
