@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from command_line import ROWS, lines, refused, run, train, usual
+from command_line import ROWS, lines, random_sae, refused, run, train, usual
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 pytest.importorskip("mlx.core")
 
 from fpo_mlx.config import TrainConfig  # noqa: E402
+from fpo_mlx.sae.convert import write_saelens  # noqa: E402
 from fpo_mlx.train.checkpoint import interrupted  # noqa: E402
 
 
@@ -147,3 +150,50 @@ def test_a_stopped_run_names_the_command_that_goes_on():
         ended = interrupted(3, Path("out"), TrainConfig(overwrite=overwrite), 130)
         assert ("in place of --overwrite" in str(ended)) is overwrite
         assert ended.exit_code == 130
+
+
+@pytest.fixture(scope="module")
+def own(place, tmp_path_factory):
+    """A model and an SAE whose files a test may change, and the adapters to begin with."""
+    root = tmp_path_factory.mktemp("own")
+    for name in ("model", "data"):
+        shutil.copytree(place / name, root / name)
+    write_saelens(random_sae(tiny_models.HIDDEN), root / "sae")
+    begun = train(root, root / "init", "--learning-rate", 1e-2)
+    assert begun.exit_code == 0, begun.stderr
+    return root
+
+
+def other_template(root: Path) -> None:
+    path = root / "model" / "chat_template.jinja"
+    path.write_text(path.read_text() + "{{ '' }}")
+
+
+def other_numbers(path: Path) -> None:
+    """The last number of every tensor is another one."""
+    with safe_open(path, framework="np") as file:
+        arrays = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
+        about = file.metadata()
+    for array in arrays.values():
+        array.reshape(-1)[-1] += 0.01
+    save_file(arrays, path, about)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer", other_template),
+        ("saes", lambda root: other_numbers(root / "sae" / "sae_weights.safetensors")),
+        ("adapter", lambda root: other_numbers(root / "init" / "adapters.safetensors")),
+        ("model", lambda root: other_numbers(root / "model" / "model.safetensors")),
+    ],
+)
+def test_what_lies_at_the_same_path_and_is_another_one_is_refused(own, tmp_path, name, change):
+    root = shutil.copytree(own, tmp_path / "root")
+    words = ("--init-adapter", root / "init")
+    begun = train(root, root / "run", *words, "--iters", 1)
+    assert begun.exit_code == 0, begun.stderr
+    change(root)
+    again = train(root, root / "run", *words, "--iters", 1, "--resume")
+    refused(again, 2, f"fingerprints.{name}")
+    assert again.stderr.count("fingerprints.") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from fpo_mlx.data.rows import RowFault
 from fpo_mlx.data.tokenize import PrefixFault, truncate_pairs
 from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.errors import ConfigError, DataError
-from fpo_mlx.records import TokenPair
+from fpo_mlx.records import NO_FACTS, PairFacts, TokenPair
 
 
 def row(prompt="What?", chosen="This.", rejected="That.", number=1):
@@ -183,6 +185,12 @@ def test_the_fingerprint_follows_tokens_and_order(tokenizer):
     assert data_fingerprint(pairs[:1]) != first
     swapped = [TokenPair(p.prompt, p.rejected, p.chosen, p.index, p.where) for p in pairs]
     assert data_fingerprint(swapped) != first
+
+
+def test_what_a_row_says_of_its_pair_is_in_the_fingerprint(tokenizer):
+    (pair,) = tokenize_rows([row()], tokenizer, 512).pairs
+    said = (NO_FACTS, PairFacts(agreement=0.5), PairFacts(weight=0.5), PairFacts(score_gap=0.5))
+    assert len({data_fingerprint([replace(pair, facts=facts)]) for facts in said}) == 4
 
 
 def test_progress_is_told(tokenizer):
