@@ -23,6 +23,7 @@ from fpo_mlx.storage import files, locks
 
 pytest.importorskip("mlx.core")
 
+ROOM = 5000  # bytes: more than a run's record has, less than its adapters
 COMMANDS = ("precompute", "train", "fuse", "convert", "sae convert")
 
 
@@ -111,15 +112,26 @@ def test_a_full_disk_is_a_plain_error_and_damages_nothing(place, tmp_path, comma
     plain(result, "cannot be written", "What was there is untouched")
     after = tree(tmp_path / "stage")
     if command == "train":  # a new run has begun: the older one's log and checkpoints are gone
-        assert after.items() <= before.items() | tree(out.parent).items()
-        assert not [name for name in after if ".tmp" in name or "lock" in name]
-        assert "out/adapters.safetensors" not in after or (
-            after["out/adapters.safetensors"] == before["out/adapters.safetensors"]
-        )
+        assert after == {"out/run.json": before["out/run.json"]}
     else:
         assert after == before
     repeated = run(*words_of(command, place, out), *again(command, out))
     assert repeated.exit_code == 0, repeated.output
+
+
+def test_a_disk_that_is_full_after_a_runs_first_files_leaves_them_whole(place, tmp_path):
+    """There is room for its record and its log, and none for adapters."""
+    out = tmp_path / "out"
+    older("train", place, out)
+    with files_end_at(ROOM):
+        done = run(*words_of("train", place, out), "--overwrite", "--steps-per-report", 1)
+    plain(done, "adapters.safetensors cannot be written")
+    left = {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert set(left) == {"run.json", "metrics.jsonl"}
+    assert json.loads(left["run.json"])["settings"]["data"] == str(place / "data")
+    log = left["metrics.jsonl"].decode()
+    assert log.endswith("\n")
+    assert [json.loads(line)["iteration"] for line in log.splitlines()] == [1]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

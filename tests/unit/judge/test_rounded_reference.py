@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("mlx.core")
 
-from command_line import ROWS, lines, run, usual  # noqa: E402
+from command_line import ROWS, lines, run, train, usual  # noqa: E402
 from evaluated import K, place  # noqa: E402, F401
+from helpers import log_of  # noqa: E402
 
 from fpo_mlx import cache  # noqa: E402
 
@@ -62,3 +63,13 @@ def test_a_part_of_nothing_wins_no_pair_beside_a_fused_model(place, tmp_path):
     for side in ("before", "after"):
         assert found[side]["rewards/margins"] > 0
         assert found[side]["rewards/accuracies"] == 0
+
+
+def test_the_first_update_wins_no_pair_either(place, tmp_path):
+    lines(tmp_path / "data" / "train.jsonl", *ROWS)
+    done = train(place, tmp_path / "run", "--batch-size", 4, data=tmp_path / "data")
+    assert done.exit_code == 0, done.stderr
+    assert "scoring" not in done.stderr
+    first = log_of(tmp_path / "run")[0]["metrics"]
+    assert first["rewards/margins"] > 0
+    assert first["rewards/accuracies"] == 0

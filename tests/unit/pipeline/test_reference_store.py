@@ -1,10 +1,12 @@
 """Which cache a run reads, and that all processes are asked alike before any of them scores."""
 
+import os
 from dataclasses import replace
 
 import pytest
 from cached import IDENTITY, filled, make_pairs
 
+from fpo_mlx import cache
 from fpo_mlx.config import load_config
 from fpo_mlx.errors import CacheMismatch
 from fpo_mlx.pipeline import store
@@ -73,3 +75,14 @@ def test_a_cache_that_lacks_a_row_is_scored_into(job, tmp_path, monkeypatch):
     questions, run = asked(job, PAIRS)
     assert run() == ("scored", "ref")
     assert questions == [("ref", True)]
+
+
+@pytest.mark.parametrize("model", [IDENTITY.model, "other"])
+def test_a_cache_that_a_run_takes_counts_as_new_for_cache_prune(job, tmp_path, model):
+    """Whether it is this model's own, or another's that --reference names."""
+    filled(tmp_path / "ref", PAIRS, identity=replace(IDENTITY, model=model))
+    for path in (tmp_path / "ref").iterdir():
+        os.utime(path, (0, 0))
+    assert asked(job, PAIRS, other_weights=True)[1]() is not None
+    (entry,) = cache.list_caches(tmp_path)
+    assert entry.days < 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fpo_mlx.config import PRESETS, Objective, TrainConfig, load_config
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.errors import CacheMismatch, ConfigError
+from fpo_mlx.pipeline.train import _compare_weights
 from fpo_mlx.records import ResponseScore
 from fpo_mlx.train import guard
 
@@ -287,3 +289,21 @@ def test_a_bound_of_zero_is_refused(setting):
         ConfigError, match=f"--{setting.replace('_', '-')} 0(.0)?: wanted more than 0"
     ):
         load_config({setting: 0})
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_cache_of_other_weights_may_be_farther_off_in_half_precision(half):
+    """Between the bound and twice the bound: told of, or refused."""
+    store = SimpleNamespace(folder="ref", differences={"model": ("old", "new")})
+    trainer = SimpleNamespace(
+        start_gaps=lambda: (0.01, 1.5 * CONFIG.max_start_gap),
+        config=CONFIG,
+        scorer=SimpleNamespace(half=half),
+    )
+    said = []
+    if half:
+        _compare_weights(trainer, store, said.append)
+    else:
+        with pytest.raises(CacheMismatch, match=f"over --max-start-gap {CONFIG.max_start_gap:g}"):
+            _compare_weights(trainer, store, said.append)
+    assert len(said) == half
