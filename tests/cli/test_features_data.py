@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from judges import candidates
 
 from fpo_mlx import cache
 from fpo_mlx.pipeline.feature_reward import read_reward
+from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.convert import write_saelens
 
 pytest.importorskip("mlx.core")
@@ -215,3 +217,16 @@ def test_answers_are_judged_by_the_regression_and_the_features_that_decided_are_
     (tmp_path / "other.json").write_text(json.dumps(other))
     words = [source, "--reward", tmp_path / "other.json", "--output", tmp_path / "w.jsonl"]
     refused(run("pairs", "judge", *words), 1, "another model", reward.model_fingerprint)
+
+
+def test_a_regression_on_another_saes_features_is_refused(place, tmp_path):
+    """Under the same name lies another SAE than the one whose features the weights are of."""
+    told(place, "--save-reward", tmp_path / "reward.json")
+    record = json.loads((tmp_path / "reward.json").read_text())
+    sae = load_sae(place / "sae")
+    write_saelens(replace(sae, b_enc=sae.b_enc + 0.5), tmp_path / "sae")
+    record["saes"][0][0] = str(tmp_path / "sae")
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    source = candidates(tmp_path / "c.jsonl", {"1?": ["yes", "no or so"]})
+    words = [source, "--reward", tmp_path / "other.json", "--output", tmp_path / "v.jsonl"]
+    refused(run("pairs", "judge", *words), 1, "another SAE", record["saes"][0][1])

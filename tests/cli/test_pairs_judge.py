@@ -59,6 +59,20 @@ def test_both_orders_are_judged_by_what_the_model_would_say_next(place, tmp_path
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("compare", "pairs"),
+    [("all", [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]),
+     ("neighbours", [(0, 1), (0, 3), (1, 2), (2, 3)])],
+)  # fmt: skip
+def test_answers_are_compared_each_with_each_or_in_a_ring(tmp_path, compare, pairs):
+    source, out = candidates(tmp_path / "c.jsonl", graded(1, 4)), tmp_path / "v.jsonl"
+    words = ["--reward", "brevity", "--compare", compare, "--output", out]
+    done = run("pairs", "judge", source, *words)
+    assert done.exit_code == 0, done.stderr
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted((v["a"], v["b"]) for v in found) == pairs
+
+
 THINKS = CHATML.replace(
     "assistant\n{% endif %}",
     "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"

@@ -1,11 +1,14 @@
 """What is sent to Weights & Biases and TensorBoard, and that they are told when the run is over."""
 
+import json
 import math
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import tiny_models
+from command_line import ROWS, lines, train
 
 from fpo_mlx.cli.trackers import tracking
 from fpo_mlx.config import load_config
@@ -125,3 +128,18 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_command(monkeypatch, 
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf'pip install "fpo-mlx\[{name}\]"'):
         tracking(name, None, CONFIG).__enter__()
+
+
+def test_train_sends_every_report_of_the_run(wandb, tmp_path, monkeypatch):
+    pytest.importorskip("mlx.core")
+    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
+    tiny_models.tiny_llama(tmp_path / "model", tokenizer=True)
+    lines(tmp_path / "data" / "train.jsonl", *ROWS)
+    words = ["--objective", "dpo", "--report-to", "wandb", "--project-name", "mine"]
+    done = train(tmp_path, tmp_path / "run", *words, sae=None)
+    assert done.exit_code == 0, done.stderr
+    assert [settings["project"] for settings in wandb.init] == ["mine"]
+    assert [step for step, _ in wandb.logged] == [1, 2]
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [values["train/loss"] for _, values in wandb.logged] == [one["loss"] for one in log]
+    assert wandb.finished == 1

@@ -199,20 +199,24 @@ def test_no_reader_of_the_package_unpickles_or_evaluates():
         )
 
 
-def test_a_model_id_cannot_be_a_path_out_of_the_cache():
-    for spec in (
-        "../x",
-        "a/../b",
-        "/etc",
-        "~/x/y",
-        "a\\..\\b",
-        "a/b/c",
-        "..",
-        "owner/..",
-        "a/b/c@v1",
-    ):
-        with pytest.raises(FpoError):
-            hub.resolve_model(spec)
+@pytest.mark.parametrize(
+    "spec",
+    ["../x", "a/../b", "/etc", "~/x/y", "a\\..\\b", "a/b/c", "..", "./x", "a/b/c@v1"],
+)
+def test_a_model_id_that_is_a_path_is_refused_before_the_hub_is_asked(spec, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **_: asked.append(a))
+    with pytest.raises(FpoError, match="found no config.json there"):
+        hub.resolve_model(spec)
+    assert asked == []
+
+
+def test_a_model_id_that_looks_like_one_cannot_be_a_path_out_of_the_cache():
+    """The hub's own code refuses it, before it asks anybody."""
+    with pytest.raises(FpoError, match="owner/.*: neither a local folder nor a model .*HFValid"):
+        hub.resolve_model("owner/..")
 
 
 def test_a_hub_that_fails_without_a_word_is_a_plain_error(monkeypatch):

@@ -12,11 +12,11 @@ from judges import candidates, endpoint, graded, grades, says
 
 from fpo_mlx.cli.pairs import _show_judges
 from fpo_mlx.errors import ConfigError, DataError
-from fpo_mlx.pairs.labels import labels_of, resolve
+from fpo_mlx.pairs.labels import by_prompt, labels_of, resolve
 from fpo_mlx.pairs.question import judge_name
 from fpo_mlx.pairs.records import PERSON, Verdict, read_verdicts
 from fpo_mlx.pairs.settings import BuildConfig, JudgeConfig
-from fpo_mlx.pairs.summary import cohen_kappa, summarise
+from fpo_mlx.pairs.summary import cohen_kappa, self_agreement, summarise
 from fpo_mlx.pipeline import pairs_build, pairs_check, pairs_judge
 
 
@@ -195,13 +195,20 @@ def test_both_orders_must_name_the_same_answer(ab, ba, want):
 
 def test_the_label_is_the_same_whichever_way_round_the_line_is_written():
     one = labels_of([said(0, 1, "ab", "a", p=0.9), said(0, 1, "ba", "a", p=0.7)])
-    from fpo_mlx.pairs.labels import by_prompt
-
     turned = by_prompt([said(1, 0, "ba", "b", p=0.1), said(1, 0, "ab", "b", p=0.3)])["id"]
     (left,), (right,) = one, labels_of(turned)
     assert left.verdict == right.verdict == "a"
     assert left.agreement == pytest.approx(0.8)
     assert right.agreement == pytest.approx(0.8)
+
+
+def test_scores_and_texts_turn_with_the_answers_that_they_are_of():
+    more = {"p": 0.75, "score_a": 3.0, "score_b": 1.0, "texts": "x-y"}
+    wanted = said(0, 1, "none", "a", **more)
+    turned = {"p": 0.25, "score_a": 1.0, "score_b": 3.0, "texts": "y-x"}
+    assert by_prompt([said(1, 0, "none", "b", **turned)]) == {"id": [wanted]}
+    (label,) = labels_of([wanted])
+    assert (label.score_a, label.score_b) == (3.0, 1.0)
 
 
 def test_a_person_has_the_last_word_and_the_majority_of_judges_before():
@@ -223,6 +230,18 @@ def test_a_persons_own_text_stands_whatever_they_say_of_the_two_when_they_come_a
     assert [(label.edited, label.person) for label in labels_of(votes)] == [("mine", True)]
     (of_them,) = summarise(votes, lambda id: [3, 4]).values()
     assert of_them.flip_rate is None  # one says nothing of the two, so they did not turn round
+
+
+def test_a_persons_agreement_with_themselves_is_counted_over_what_they_were_asked_twice():
+    """Two pairs said the same of, one not; one skipped the second time, one asked once."""
+    words = [("a", "a"), ("b", "a"), ("tie", "tie"), ("a", "skip")]
+    votes = [
+        said(0, n, order, word, judge=PERSON)
+        for n, both in enumerate(words, start=1)
+        for order, word in zip(("ab", "ba"), both, strict=True)
+    ]
+    votes += [said(1, 2, "ab", "a", judge=PERSON), said(1, 3, "ab", "a"), said(1, 3, "ba", "b")]
+    assert self_agreement(votes) == (2, 3)
 
 
 def test_cohens_kappa_by_hand():

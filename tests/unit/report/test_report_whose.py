@@ -126,6 +126,17 @@ def test_training_and_held_out_pairs_side_by_side_are_told_apart(tmp_path):
     assert "over different pairs: held-out pairs (test), training pairs" in between
 
 
+@pytest.mark.parametrize("name", ["model", "data", "tokenizer", "saes"])
+def test_runs_that_differ_in_one_thing_are_said_to_differ_in_that(tmp_path, name):
+    same = dict.fromkeys(("model", "data", "tokenizer", "saes", "adapter"), "a" * 64)
+    runs = read_runs([
+        a_run(tmp_path / part, record={"settings": {}, "fingerprints": prints})
+        for part, prints in (("one", same), ("two", same | {name: "b" * 64}))
+    ])  # fmt: skip
+    told = [w.text for w in warnings(runs) if "differ in" in w.text]
+    assert [text.split(" (")[0] for text in told] == [f"The runs differ in {name}"]
+
+
 def test_the_best_adapter_of_a_run_is_not_the_run(tmp_path, monkeypatch):
     """Named as it was given, from there and from elsewhere."""
     run = a_run(tmp_path / "run")

@@ -60,6 +60,49 @@ def test_any_other_trouble_with_a_lock_stays_what_it_is(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_lock_whose_file_went_before_it_was_locked_is_taken_anew(tmp_path, monkeypatch, taken):
+    """Its owner let go between our open and our lock; another may have made a new file by then."""
+    path, real, calls = tmp_path / "lock", locks.fcntl.flock, []
+
+    def flock(handle, how):
+        if not calls:
+            path.unlink()
+            if taken:
+                path.write_text("another's")
+        calls.append(handle)
+        real(handle, how)
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    handle = locks.acquire(path, tmp_path)
+    try:
+        assert len(calls) == 2
+        assert os.fstat(handle).st_ino == path.stat().st_ino
+        with pytest.raises(FpoError, match=f"being written by pid {os.getpid()}"):
+            locks.acquire(path, tmp_path)
+    finally:
+        locks.release(path, handle)
+
+
+def test_what_is_put_into_a_folder_is_on_the_disk_before_the_folder_has_its_name(
+    tmp_path, monkeypatch
+):
+    """A power cut after the rename would leave empty files under a good name."""
+    synced, real, target = [], files.flush, tmp_path / "model"
+
+    def flush(handle):
+        synced.append((os.fstat(handle).st_ino, target.exists()))
+        real(handle)
+
+    monkeypatch.setattr(files, "flush", flush)
+    with files.atomic_folder(target) as work:
+        (work / "below").mkdir()
+        (work / "below" / "a.txt").write_text("a")
+    for path in (target, target / "below", target / "below" / "a.txt"):
+        assert (path.stat().st_ino, False) in synced
+    assert (tmp_path.stat().st_ino, True) in synced
+
+
 @pytest.fixture
 def no_swap(monkeypatch):
     """A disk that cannot exchange two names, as exFAT and network disks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from fpo_mlx.errors import DataError, FpoError
+from fpo_mlx.storage import lines
 from fpo_mlx.storage.lines import LineWriter, decode, json_line, read_lines
 
 ROWS = [{"n": n, "text": "ä" * n} for n in range(5)]
@@ -86,3 +88,24 @@ def test_a_last_line_of_somebody_else_is_refused_with_the_file_and_nothing_stays
         LineWriter(path)
     assert len(os.listdir("/dev/fd")) == before
     assert path.read_bytes() == b"my notes"
+
+
+def test_lines_that_the_disk_did_not_take_are_gone_and_the_next_ones_follow_the_last_good(
+    tmp_path, monkeypatch
+):
+    path, real = tmp_path / "a.jsonl", lines.flush
+    fails = iter([True])
+
+    def full(handle):
+        if next(fails, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    with LineWriter(path) as writer:
+        writer.append({"a": 1})
+        monkeypatch.setattr(lines, "flush", full)
+        with pytest.raises(FpoError, match="cannot be written: No space left"):
+            writer.append({"lost": 1}, {"lost": 2})
+        assert path.read_bytes() == b'{"a": 1}\n'
+        writer.append({"b": 2})
+    assert path.read_bytes() == b'{"a": 1}\n{"b": 2}\n'

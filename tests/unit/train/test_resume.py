@@ -11,6 +11,7 @@ mx = pytest.importorskip("mlx.core")
 
 from helpers import SIZES, log_of, open_trainer, random_pairs  # noqa: E402
 
+from fpo_mlx.config.sections import named  # noqa: E402
 from fpo_mlx.errors import ConfigError, Interrupted, ModelError  # noqa: E402
 from fpo_mlx.train.checkpoint import STATE, check_resumable  # noqa: E402
 from fpo_mlx.train.events import (  # noqa: E402
@@ -205,6 +206,21 @@ def test_changed_settings_are_refused_by_name(llama, tmp_path):
         assert part in text
     assert "iters" not in text
     assert "model" not in text
+
+
+def test_only_these_settings_may_be_others_in_a_resumed_run():
+    """Where it writes, how long it goes on, when it stops, what it costs: no step is another."""
+    length = {"iters", "epochs", "early_stopping"}
+    ends = {"on_divergence", "max_skipped_updates", "max_margin", "max_logp_drop"}
+    looks = {"val_batches", "valid_split", "test_split", "steps_per_report", "steps_per_eval"}
+    looks |= {"save_every", "land", "check_sae", "max_start_gap", "max_feature_distance"}
+    places = {"adapter_path", "resume", "overwrite", "report_to", "project_name"}
+    costs = {"grad_checkpoint", "wired_share", "tokens_per_batch", "peer_timeout"}
+    code = {"allow_pickle", "trust_remote_code"}
+    by_fingerprint = {"reference", "dtype", "feature_weights", "project_out"}
+    free = length | ends | looks | places | costs | code | by_fingerprint
+    assert set(named("may_change")) == free
+    assert set(named("by_content")) == {"model", "sae", "data", "chat_template", "init_adapter"}
 
 
 def test_resuming_where_nothing_was_saved_is_refused(tmp_path):
