@@ -6,7 +6,7 @@ The same for every kind of training; what a checkpoint holds is the training's o
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,16 @@ class RunFolder:
     def record(self) -> Path:
         return self.path / RUN
 
-    def write_record(self, run: Mapping[str, Any]) -> None:
-        """run: `settings`, `fingerprints` and what else is to be known of the start."""
-        files.write_json(self.record, dict(run))
+    def write_record(
+        self, run: Mapping[str, Any], clear: Callable[[], object] = lambda: None
+    ) -> None:
+        """run: `settings`, `fingerprints` and what else is to be known of the start.
+
+        clear: takes an older run away; called when the disk has the new record, under another name.
+        """
+        with files.atomic_path(self.record) as path:
+            files.write_json(path, dict(run))
+            clear()
 
     def note(self, parts: Mapping[str, Any]) -> None:
         """Put parts into the record; the others stay. Raises: ModelError where it is damaged."""

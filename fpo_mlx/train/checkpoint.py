@@ -131,7 +131,12 @@ class AdapterFolder:
 
         template: the chat template of training, where it is not the model's own; `fuse` takes it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.run.write_record(run, self._clear)  # the folder's mark, before anything else is in it
+        if template is not None:
+            files.write_text(self.path / TEMPLATE, template)
+
+    def _clear(self) -> None:
+        """Take an older run's files away, and none of others."""
         (self.path / STATE).unlink(missing_ok=True)  # first: half a folder must not be resumed
         best = self.path / "best"
         numbered = (p for p in files.listed(self.path, f"*{NUMBERED}") if is_numbered(p.name))
@@ -145,9 +150,6 @@ class AdapterFolder:
         for folder in (best, (self.path / STATE).parent):
             with suppress(OSError):  # not there, or it holds things of others
                 folder.rmdir()
-        self.run.write_record(run)  # the folder's mark, before anything else is in it
-        if template is not None:
-            files.write_text(self.path / TEMPLATE, template)
 
     def resumed(self, run: Mapping[str, Any], iteration: int) -> None:
         """Note in run.json what a resumed run has changed of its settings, and since when."""
