@@ -8,7 +8,7 @@ Bytes throughout; FLOPs count a multiplication and an addition as two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fpo_mlx.machine.device import Device
@@ -17,6 +17,7 @@ FLOAT = 4  # bytes: adapters, optimizer state, log-probs and SAE arithmetic are 
 # Fitted to measured peaks (scripts/bench/plan.py):
 # arrays of each width that a block keeps for its backward pass: hidden, query, keys, MLP
 KEPT = {"hidden": 4.8, "query": 0.4, "keys": 3.0, "inner": 4.7}
+STATES = 2.3  # float32 states of a gated delta rule a token: mlx-lm trains it token by token
 SCORES = 1.2  # the same for attention weights, where attention has no fused kernel
 FORWARD = {"hidden": 4.0, "inner": 4.0}  # the same in work without gradient
 FORWARD_SCORES = 1.5
@@ -56,6 +57,7 @@ class ModelShape:
     fused_attention: bool = False  # a kernel that never writes the scores
     window: int | None = None  # positions beyond it need a mask array, which no kernel fuses
     half_head: bool = False  # logits come from a plain matrix of fewer than 32 bits
+    states: tuple[int, ...] = ()  # of each block, values of its gated delta rule's state, or 0
 
     @property
     def query(self) -> int:
@@ -234,7 +236,7 @@ def train_terms(
 def _work(model: ModelShape, setup: Setup, calls: Sequence[Pass]) -> tuple[float, float]:
     """(kept for the backward pass, the block in work)."""
     heaviest = max(calls, key=lambda call: _block(model, call))
-    block = _block(model, heaviest)
+    block = _block(model, heaviest) + _states(model, setup, heaviest, max)
     if setup.grad_checkpoint:  # else all that adapted layers keep is counted among what is kept
         block += _adapted(model, setup.adapted, heaviest) / setup.adapted_blocks
     work = (WORK_AGAIN if setup.grad_checkpoint else WORK) * block
@@ -301,7 +303,15 @@ def _kept(model: ModelShape, setup: Setup, call: Pass) -> float:
     if setup.grad_checkpoint:
         edge = model.hidden * call.tokens + model.keys * call.tokens
         return blocks * model.value_bytes * edge
-    return blocks * _block(model, call) + _adapted(model, setup.adapted, call)
+    states = _states(model, setup, call, sum)
+    return blocks * _block(model, call) + _adapted(model, setup.adapted, call) + states
+
+
+def _states(
+    model: ModelShape, setup: Setup, call: Pass, of: Callable[[Sequence[int]], int]
+) -> float:
+    """Bytes of the states that the blocks with a gradient, or the largest of them, keep."""
+    return STATES * FLOAT * call.tokens * of(model.states[setup.first_adapted :] or (0,))
 
 
 def _adapted(model: ModelShape, adapted: Adapted, call: Pass) -> float:

@@ -201,7 +201,21 @@ def shape_of(model: Any, config: Mapping[str, Any], *, share_prompt: bool) -> Mo
         fused_attention=here.gpu and fuses_attention(blocks[0], head_dim),
         window=int(stated.get("sliding_window") or 0) or None,
         half_head=not here.widen and half_head(model, stated),
+        states=tuple(map(_state_of, blocks)),
     )
+
+
+def _state_of(block: Any) -> int:
+    """Values of the block's gated-delta state (Qwen3-Next, Kimi Linear); 0 where it has none."""
+    import sys
+
+    for _, part in block.named_modules():
+        if "A_log" in part and hasattr(sys.modules[type(part).__module__], "gated_delta_update"):
+            own = hasattr(part, "num_v_heads")
+            names = ("num_v_heads", "head_v_dim", "head_k_dim")
+            sizes = names if own else ("num_heads", "head_dim", "head_dim")
+            return math.prod(getattr(part, name) for name in sizes)
+    return 0
 
 
 def fuses_attention(block: Any, head_dim: int) -> bool:
