@@ -24,6 +24,7 @@ from fpo_mlx.errors import ConfigError, FpoError, ModelError, SaeError
 from fpo_mlx.records import SITE_KINDS, SaeWeights, Site, TokenPair
 from fpo_mlx.reference import open_backend
 from fpo_mlx.reference.torch_backend import TorchBackend, mlx_folder, passes
+from fpo_mlx.reference.torch_backend.load import add_adapter
 from fpo_mlx.reference.torch_backend.saes import encode, on_device
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -503,6 +504,39 @@ def test_an_adapter_scores_as_mlx_lm_runs_it(kind, quantised, tmp_path):
         np.testing.assert_allclose([s.logps for s in scores], want, rtol=1e-4)
         assert abs(plain[0].logps - want[0]) > 0.01
     assert any("4 adapted layers" in note for note in backend.notes)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_half_precision_does_not_round_a_small_adapter_away(kind, bias, tmp_path):
+    """Weights of +-1, which are 1/128 apart in bfloat16, and a change of 1/512 of each.
+
+    Merged, nothing of it is left. 512 inputs of 1: it adds 1 to each output. DoRA has m twice the
+    norm here, which doubles what lies before the bias.
+    """
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Module()
+    model.layer = layer = torch.nn.Linear(512, 8, bias=bias, dtype=torch.bfloat16)
+    layer.requires_grad_(False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(0, 2, (8, 512), generator=generator) * 2 - 1)
+    x, shift = torch.ones(1, 512, dtype=torch.bfloat16), torch.zeros(8)
+    if bias:
+        torch.nn.init.constant_(layer.bias, 0.25)
+        shift += 0.25
+    tensors = {"layer.lora_a": torch.full((512, 2), 1 / 512), "layer.lora_b": torch.ones(2, 8) / 4}
+    sums, times = layer.weight.float().sum(dim=1), 1.0
+    if kind == "dora":
+        times = 2.0
+        tensors["layer.m"] = 2.0 * (layer.weight.float() + 1 / 512).norm(dim=1)
+    safetensors.torch.save_file(tensors, tmp_path / "adapters.safetensors")
+    lora = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["layer"]}
+    config = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": lora}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert add_adapter(model, tmp_path) == 1
+    with torch.no_grad():
+        found = layer(x).float()[0]
+    np.testing.assert_allclose(found, times * (sums + 1.0) + shift, atol=0.26)  # as bfloat16 rounds
 
 
 def test_an_adapter_on_the_embedding_is_merged_too(tmp_path):

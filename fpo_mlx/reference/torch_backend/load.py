@@ -65,7 +65,7 @@ def load_model(
     *,
     trust_remote_code: bool = False,
 ) -> tuple[Any, tuple[str, ...]]:
-    """The frozen model with its adapter merged in, and notes on how it was read.
+    """The frozen model with its adapter, and notes on how it was read.
 
     Raises ModelError when the folder or the adapter cannot be read, or do not fit.
     """
@@ -80,8 +80,10 @@ def load_model(
         notes.append(f"{folder.name}: quantised weights were dequantised to {dtype}")
     _check_complete(folder, loading)
     if adapter is not None:
-        count = merge_adapter(model, adapter)
-        notes.append(f"{adapter.name}: {count} adapted layers were merged into the weights")
+        count, where = add_adapter(model, adapter), "merged into the weights"
+        if dtype != torch.float32:
+            where = "kept beside the weights, in float32"
+        notes.append(f"{adapter.name}: {count} adapted layers were {where}")
     model.eval().requires_grad_(False)
     return model.to(device), tuple(notes)
 
@@ -141,10 +143,12 @@ def _check_complete(folder: Path, loading: dict[str, Any]) -> None:
         )
 
 
-def merge_adapter(model: nn.Module, folder: Path) -> int:
-    """Add an adapter of mlx-lm or PEFT to the weights, in float32; the number of layers.
+def add_adapter(model: nn.Module, folder: Path) -> int:
+    """Add an adapter of mlx-lm or PEFT to the model, in float32; the number of layers.
 
     LoRA: W + scale (A B)^T. DoRA: each row of that divided by its norm and multiplied by m.
+    It goes into weights of float32, and beside a linear layer's of fewer bits, which would round a
+    small change away.
     Raises ModelError when a layer is absent, of another kind or of another shape.
     """
     found = read_adapter(folder)
@@ -169,8 +173,12 @@ def merge_adapter(model: nn.Module, folder: Path) -> int:
                 f"{folder}: {path} has factors of shapes {list(a.shape)} and {list(b.shape)}, not "
                 "[in, rank] and [rank, out] of one layer. Fuse the adapter first, or --backend mlx."
             )
-        delta = scales.get(path, found.scale) * (a.float() @ b.float())
-        _merge(folder, path, _module_at(model, path), delta, m)
+        module, b = _module_at(model, path), scales.get(path, found.scale) * b.float()
+        change = _change(folder, path, module, a.float() @ b)
+        if isinstance(module, nn.Linear) and module.weight.dtype != torch.float32:
+            _put_beside(module, a.float(), b, change, m)
+        elif module is not None:
+            _merge(module, change, m)
     return len(paths)
 
 
@@ -186,24 +194,53 @@ def _from_peft(
     return out, {path: layer.scale for path, layer in found.layers.items()}
 
 
-def _merge(
-    folder: Path, path: str, module: nn.Module | None, delta: torch.Tensor, m: torch.Tensor | None
-) -> None:
-    if isinstance(module, nn.Linear):
-        delta = delta.T  # [out, in]
-    if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.shape != delta.shape:
+def _change(folder: Path, path: str, module: Any, product: torch.Tensor) -> torch.Tensor:
+    """Of the layer's weight, as it lies. product: A B. Raises ModelError where it does not fit."""
+    change = product.T if isinstance(module, nn.Linear) else product
+    if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.shape != change.shape:
         shape = list(getattr(getattr(module, "weight", None), "shape", ()))
         found = f"{type(module).__name__} of shape {shape}" if module is not None else "nothing"
         raise ModelError(
-            f"{folder}: {path} is for a layer of shape {list(delta.shape)}, and the model has "
+            f"{folder}: {path} is for a layer of shape {list(change.shape)}, and the model has "
             f"{found} there. Name the model that "
             "the adapter was trained on, or fuse the adapter first."
         )
+    return change
+
+
+def _merge(module: Any, change: torch.Tensor, m: torch.Tensor | None) -> None:
     with torch.no_grad():
-        merged = module.weight.float() + delta
+        merged = module.weight.float() + change
         if m is not None:
             merged *= (m.float() / merged.norm(dim=1))[:, None]
         module.weight.copy_(merged)
+
+
+def _put_beside(
+    module: nn.Linear,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    change: torch.Tensor,
+    m: torch.Tensor | None,
+) -> None:
+    """What mlx-lm's own layers compute, rounded where they round."""
+    module.register_buffer("lora_a", a, persistent=False)  # goes where the model goes
+    module.register_buffer("lora_b", b, persistent=False)
+    if m is not None:
+        rows = (m.float() / (module.weight.float() + change).norm(dim=1)).to(module.weight.dtype)
+        module.register_buffer("dora_rows", rows, persistent=False)
+    module.register_forward_hook(_adapted)
+
+
+def _adapted(module: Any, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+    x = given[0]
+    change = ((x.float() @ module.lora_a) @ module.lora_b).to(out.dtype)
+    rows = getattr(module, "dora_rows", None)
+    if rows is None:
+        return out + change
+    plain = out if module.bias is None else nn.functional.linear(x, module.weight)
+    adapted = rows * (plain + change)
+    return adapted if module.bias is None else adapted + module.bias
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module | None:
