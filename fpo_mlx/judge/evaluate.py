@@ -37,9 +37,11 @@ class EvalReport:
     answers: Sequence[Mapping[str, Any]] = ()  # sampled, as `sampling.records` gives them
     adapter_scale: float = 1.0  # part of the adapter's change that was taken
     trained_on: bool = False  # these very pairs, by its run.json
+    adapter_sha256: str | None = None  # of the adapter's weights; None of the base
 
     def as_dict(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"summary": dict(self.summary), "pairs": list(self.pairs)}
+        own = {"adapter_sha256": self.adapter_sha256} if self.adapter_sha256 else {}
+        out = {**own, "summary": dict(self.summary), "pairs": list(self.pairs)}
         if self.adapter_scale != 1.0:
             out["adapter_scale"] = self.adapter_scale
         out |= {"trained_on": True} if self.trained_on else {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fpo_mlx.pipeline.job import (
 )
 from fpo_mlx.pipeline.prepared import check_room, longest
 from fpo_mlx.records import BASE, result_file, shown_name
+from fpo_mlx.storage.adapter_files import read_adapter
 from fpo_mlx.storage.hub import resolve_model
 
 
@@ -35,13 +36,15 @@ class Comparison:
     prompts: tuple[str, ...]  # the last user turn of each
     answers: dict[str, tuple[str, ...]]
     sampling: Sampling
+    digests: Mapping[str, str | None] = field(default_factory=dict)  # of the adapters' weights
 
     def as_dict(self) -> dict[str, Any]:
         rows = [
             {"prompt": prompt, "answers": {name: texts[i] for name, texts in self.answers.items()}}
             for i, prompt in enumerate(self.prompts)
         ]
-        return result_file("compare", {"sampling": vars(self.sampling), "prompts": rows})
+        about = {"sampling": vars(self.sampling), "adapter_sha256": dict(self.digests)}
+        return result_file("compare", {**about, "prompts": rows})
 
     def markdown(self) -> str:
         """One table a prompt, models side by side; what the model wrote cannot break it."""
@@ -80,7 +83,6 @@ def compare(
     """
     from fpo_mlx.judge.evaluate import name_of
     from fpo_mlx.judge.sampling import sample
-    from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.model.open import open_model
 
     if scale != 1.0:
@@ -94,11 +96,10 @@ def compare(
     tokenizer = open_tokenizer(config, path, say)
     tokens = _tokens(asked, tokenizer, longest(config.data.max_seq_length, tokenizer, say))
     check_room(tokens, sampling.max_tokens, tokenizer)
-    for adapter in adapter_paths:
-        read_spec(Path(adapter))  # before the long part
+    asked_of = {name_of(shown_name(path), scale): path for path in adapter_paths}
+    digests = {n: read_adapter(Path(p)).digest for n, p in asked_of.items()}  # before the long part
     warn_of_adapters([config.train.init_adapter, *adapter_paths], config, path, say)
     answers: dict[str, tuple[str, ...]] = {}
-    asked_of = {name_of(shown_name(path), scale): path for path in adapter_paths}
     models = {BASE: config.train.init_adapter, **asked_of}
     for name, adapter in models.items():
         trust = config.reference.trust_remote_code
@@ -113,7 +114,7 @@ def compare(
         answers[name] = tuple(texts)
         del model  # one in memory at a time
     shown = tuple(prompt.text for prompt in asked)
-    return Comparison(shown, answers, sampling)
+    return Comparison(shown, answers, sampling, digests)
 
 
 def _tokens(asked: Sequence[Prompt], tokenizer: ChatTokenizer, limit: int) -> list[Any]:

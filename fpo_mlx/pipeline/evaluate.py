@@ -20,6 +20,7 @@ from fpo_mlx.pipeline.job import (
 from fpo_mlx.pipeline.origins import start_of, warn_of_training_pairs
 from fpo_mlx.pipeline.prepared import check_room
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
+from fpo_mlx.storage.adapter_files import read_adapter
 
 if TYPE_CHECKING:
     from fpo_mlx.judge.evaluate import EvalReport, EvalTable
@@ -62,13 +63,11 @@ def evaluate_all(
     samples: prompts of the split to answer, for entropy and distinct-n; 0 for none.
     """
     from fpo_mlx.judge import evaluate as evaluation
-    from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.train.metrics import ScoredPairs
 
     if scales != (1.0,):
         check_scales(config, adapter_paths, scales)
-    for path in adapter_paths:
-        read_spec(Path(path))  # before the long part
+    digests = {p: read_adapter(Path(p)).digest for p in adapter_paths}  # before the long part
     job = open_job(config, say=say, need_sae=False)
     warn_of_adapters(adapter_paths, config, job.model_path, say)
     pairs = read_pairs(job, split, say)
@@ -85,7 +84,9 @@ def evaluate_all(
             job, adapter, scale=scale, half=store.half, measure_kl=measure_kl, say=say
         )
         report = evaluation.evaluate(scorer, data)
-        report = replace(report, adapter_scale=scale, trained_on=path in seen)
+        report = replace(
+            report, adapter_scale=scale, trained_on=path in seen, adapter_sha256=digests.get(path)
+        )
         if base is None and adapter_paths:
             base = evaluation.reference_report(data, report.summary)
             with scorer.as_reference():

@@ -31,6 +31,7 @@ from fpo_mlx.pipeline.origins import warn_of_training_pairs
 from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import Passage, SaeWeights, result_file
+from fpo_mlx.storage.adapter_files import read_adapter
 from fpo_mlx.storage.hub import read_config, resolve_model
 
 if TYPE_CHECKING:
@@ -49,11 +50,12 @@ class FeatureReport:
     distance: list[float]
     pairs: int
     adapter_path: str
+    adapter_sha256: str | None  # of its weights
 
     def as_dict(self) -> dict[str, Any]:
-        about = {"adapter_path": self.adapter_path, "pairs": self.pairs, "distance": self.distance}
+        names = ("adapter_path", "adapter_sha256", "pairs", "distance")
         moved = {"features": [change.as_dict() for change in self.changes]}
-        return result_file("features", about | moved)
+        return result_file("features", {name: getattr(self, name) for name in names} | moved)
 
     def rows(self) -> list[dict[str, Any]]:
         """Flat, for a CSV: the contexts as their tokens."""
@@ -88,12 +90,11 @@ def features(
     more.
     """
     from fpo_mlx.judge import feature_scan
-    from fpo_mlx.model.adapters import read_spec
     from fpo_mlx.train.metrics import ScoredPairs
 
     if scaling:
         need_features(config, "--scaling")
-    read_spec(Path(adapter_path))  # before the long part
+    digest = read_adapter(Path(adapter_path)).digest  # before the long part
     job = open_job(config, say=say, need_sae=True)
     known = read_labels(labels, len(job.saes)) if labels else ({},) * len(job.saes)
     whole = [read_sae(spec, config, say) for spec in config.reference.sae] if scaling else []
@@ -118,7 +119,7 @@ def features(
         for one in of_sae
     ]
     distance = [float(one.distance.sum() / one.responses) for one in tallies]
-    return FeatureReport(changes, distance, len(pairs), adapter_path)
+    return FeatureReport(changes, distance, len(pairs), adapter_path, digest)
 
 
 def _with_scaling(

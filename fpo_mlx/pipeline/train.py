@@ -258,9 +258,7 @@ def _source(source: str | None) -> dict[str, str | None]:
     place = Path(source or "").expanduser()
     if not source or not place.exists():
         return {}
-    about = place / PAIRS_FILE
-    said = files.sha256_of(about) if about.is_file() else None
-    return {"data": str(place.resolve()), "pairs": said}
+    return {"data": str(place.resolve()), "pairs": files.known_digest(place / PAIRS_FILE)}
 
 
 def run_record(job: Job, data_fingerprint: str, valid: str) -> dict[str, Any]:

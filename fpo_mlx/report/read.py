@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from fpo_mlx.errors import FpoError
-from fpo_mlx.records import PAIRS_FILE, ROUND_FILE
+from fpo_mlx.records import BASE, PAIRS_FILE, ROUND_FILE
 from fpo_mlx.storage import files
+from fpo_mlx.storage.adapter_files import CONFIG, RUN, WEIGHTS, run_of
 from fpo_mlx.storage.runfolder import command_of
-
-OWN = ("run.json", "adapter_config.json")
-WEIGHTS = "adapters.safetensors"
 
 
 @dataclass(frozen=True)
 class Result:
-    """A JSON file that another command wrote; `stale` when the adapters are newer."""
+    """What a file of another command says of a run; `stale` when its adapters changed since."""
 
     path: Path
     value: Any
@@ -35,6 +32,7 @@ class Run:
     path: Path
     record: Mapping[str, Any] = field(default_factory=dict)  # run.json
     adapter: Mapping[str, Any] = field(default_factory=dict)  # adapter_config.json
+    digest: str | None = None  # sha256 of its adapters.safetensors
     train: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "train"
     valid: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "valid"
     skipped: Sequence[Mapping[str, Any]] = ()  # metrics.jsonl, kind "skipped": updates left out
@@ -108,8 +106,8 @@ def _with_result(runs: Sequence[Run], file: Path) -> list[Run]:
     value = _read(file, faults)
     if faults:
         raise FpoError(f"--results {faults[0]}.")
-    kind = kind_of(value)
-    parts = [_of_run(kind, value, file, run.path, alone=len(runs) == 1) for run in runs]
+    kind, alone = kind_of(value), len(runs) == 1
+    parts = [_of_run(run, value, file, alone=alone) for run in runs]
     if not any(parts):
         raise FpoError(
             f"--results {file}: found nothing of {', '.join(run.name for run in runs)}, wanted "
@@ -118,10 +116,8 @@ def _with_result(runs: Sequence[Run], file: Path) -> list[Run]:
         )
     if kind == "compare":  # the same answers stand once, whoever they are of
         parts = [p if not any(parts[:i]) else None for i, p in enumerate(parts)]
-    return [
-        _with_one(run, kind, Result(file, p, _stale(file, run.path))) if p and kind else run
-        for run, p in zip(runs, parts, strict=True)
-    ]
+    both = zip(runs, parts, strict=True)
+    return [_with_one(run, kind, found) if found and kind else run for run, found in both]
 
 
 def _with_one(run: Run, kind: str, result: Result) -> Run:
@@ -130,15 +126,16 @@ def _with_one(run: Run, kind: str, result: Result) -> Run:
     if held and standing(held) > standing(result):
         told = (
             f"{result.path} is not shown, {held.path} is: held-out pairs come before training "
-            "pairs, the whole adapter before a part. Move that one away to see the other."
+            "pairs, the whole adapter before a part or an older one. Move that one away to see "
+            "the other."
         )
         return replace(run, faults=(*run.faults, told))
     return replace(run, results={**run.results, kind: result})
 
 
-def standing(result: Result) -> tuple[bool, bool]:
+def standing(result: Result) -> tuple[bool, bool, bool]:
     """What counts before the time: held-out pairs before those of training, all before a part."""
-    return not on_training(result.value), scale_of(result.value) == 1.0
+    return not on_training(result.value), scale_of(result.value) == 1.0, not result.stale
 
 
 def on_training(evaluation: Any) -> bool:
@@ -156,66 +153,59 @@ def scale_of(evaluation: Any) -> float:
 
 
 def _of_run(
-    kind: str | None,
-    value: Any,
-    file: Path,
-    folder: Path,
-    *,
-    own: bool = False,
-    alone: bool = False,
-) -> Any:
-    """What the value of a result file says of the run in `folder`; None when it speaks of others.
+    run: Run, value: Any, file: Path, *, own: bool = False, alone: bool = False
+) -> Result | None:
+    """What a result file says of the run, of its present adapters first; None where of others.
 
-    own: the file lies in the folder or bears its name, so that what it says of one adapter is of
-    this one, wherever that lay then. alone: there is no other run that it could be of, so that a
-    file that names no adapter, or one of the folder's name elsewhere, is taken as this one's.
+    own: the file lies in the folder or bears its name. alone: there is no other run that a file
+    that names no adapter could be of.
     """
 
-    def is_ours(name: Any) -> bool:
-        moved = (own or alone) and isinstance(name, str) and Path(name).name == home.name
-        return (moved and not _of_another(name, home, file)) or is_of(name, folder)
+    def is_ours(one: Mapping[str, Any]) -> bool:
+        if "adapter_path" not in one:  # version 0.1 did not say
+            return own or alone
+        if not isinstance(name := one["adapter_path"], str):  # null: the base alone
+            return False
+        path, home = Path(name), run.path.resolve()
+        if is_of(name, home) or (own and home.parts[-len(path.parts) :] == path.parts):
+            return True  # the same path, here or where the command ran
+        if run.digest and (then := one.get("adapter_sha256")):
+            return then == run.digest
+        lone = "adapters" not in value and run_of(path) == path  # not best/
+        return own and (lone or path.name == home.name)  # an older version's, of a run that moved
 
-    home = folder.resolve()
+    def order(found: Result) -> tuple[bool, bool, float]:
+        elsewhere = not is_of(found.value.get("adapter_path"), run.path)
+        return found.stale, elsewhere, abs(scale_of(found.value) - 1)
+
+    ours = [Result(file, one, _stale(one, file, run)) for one in _named(value) if is_ours(one)]
+    return min(ours, key=order, default=None)
+
+
+def _named(value: Any) -> list[Mapping[str, Any]]:
+    """What a result file says, once for each adapter that it names."""
+    kind = kind_of(value)
     if kind == "compare":
-        rows = value["prompts"] if isinstance(value["prompts"], list) else []
+        rows = value["prompts"] if isinstance(value.get("prompts"), list) else []
         answers = [part(row, "answers") for row in rows if isinstance(row, Mapping)]
-        names = {re.sub(r"\*[-+.\de]+$", "", str(name)) for one in answers for name in one}
-        return value if own or any(map(is_ours, names)) else None  # names: without their parts
-    listed = value.get("adapters") if kind == "evaluate" else None
-    if isinstance(listed, list):
-        found = [dict(one) for one in listed if isinstance(one, Mapping)]
-        exact = [one for one in found if is_of(one.get("adapter_path"), folder)]
-        ours = exact or [one for one in found if is_ours(one.get("adapter_path"))]
+        digests, names = part(value, "adapter_sha256"), {n for one in answers for n in one} - {BASE}
+        return [
+            {**value, "adapter_path": re.sub(r"\*[-+.\de]+$", "", name)}  # without its part
+            | {"adapter_sha256": digests.get(name)}
+            for name in sorted(names)
+        ]
+    if kind == "evaluate" and isinstance(value.get("adapters"), list):
         shared = {name: value[name] for name in ("base", "split") if name in value}
-        return min(ours, key=lambda one: abs(scale_of(one) - 1)) | shared if ours else None
-    if kind is None or "adapter_path" not in value:
-        return value if kind and (own or alone) else None
-    name = value["adapter_path"]  # None: the base alone
-    if name is None or (own and _of_another(name, home, file)):
-        return None
-    return value if own or is_ours(name) else None
+        return [{**one, **shared} for one in value["adapters"] if isinstance(one, Mapping)]
+    return [value] if kind else []
 
 
-def _of_another(name: Any, home: Path, file: Path) -> bool:
-    """Whether an adapter's path, as the command that wrote `file` was given it, means another one.
-
-    The run's own best/ is another one, too. Where the command ran is not known: a relative path
-    that `home` ends with is this one's, an adapter of the same weights is a copy of it, and one
-    that is newer than the file was trained after this one had been moved away.
-    """
-    path = Path(name) if isinstance(name, str) else Path()
-    if not path.is_absolute() and home.parts[len(home.parts) - len(path.parts) :] == path.parts:
-        return False
-    there = {place.resolve() for place in (path, home / path.name)} - {home}
-    return any(
-        (place / OWN[1]).is_file() and not _stale(file, place) and not _same_weights(place, home)
-        for place in there
-    )
-
-
-def _same_weights(*folders: Path) -> bool:
-    one, other = (folder / WEIGHTS for folder in folders)
-    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+def _stale(one: Mapping[str, Any], file: Path, run: Run) -> bool:
+    """Whether the adapters changed since; of a file without their digest its time says so."""
+    if then := one.get("adapter_sha256"):
+        return run.digest not in (None, then)
+    weights = run.path / WEIGHTS
+    return weights.exists() and file.stat().st_mtime < weights.stat().st_mtime
 
 
 def is_of(name: Any, folder: Path) -> bool:
@@ -245,23 +235,22 @@ def read_run(path: Path, name: str) -> Run:
             "`fpo-mlx train` run (its --adapter-path)."
         )
     faults: list[str] = []
-    record, adapter = (_mapping(path / own, faults) for own in OWN)
-    if command_of(record) == "sae train" and not (path / OWN[1]).exists():
+    record, adapter = (_mapping(path / own, faults) for own in (RUN, CONFIG))
+    if command_of(record) == "sae train" and not (path / CONFIG).exists():
         raise FpoError(
             f"{path}: this is the run of `fpo-mlx sae train`, wanted that of `fpo-mlx train` (its "
             "--adapter-path). What an SAE is worth is in its README.md; `fpo-mlx sae evaluate` "
             "judges it."
         )
     reports = _lines(path / "metrics.jsonl", faults)
-    kinds = [
+    train, valid, skipped, landed = (
         [r for r in reports if r.get("kind") == k] for k in ("train", "valid", "skipped", "landed")
-    ]
-    results = _results(path, faults)
+    )
+    digest = files.known_digest(path / WEIGHTS)
+    run = Run(name, path, record, adapter, digest, train, valid, skipped, landed)
+    results = _results(run, faults)
     pairs, around = _pairs_of(path, record, faults), _mapping(path.parent / ROUND_FILE, faults)
-    return Run(
-        name, path, record, adapter, *kinds, results=results, pairs=pairs, round=around,
-        faults=tuple(faults),
-    )  # fmt: skip
+    return replace(run, results=results, pairs=pairs, round=around, faults=tuple(faults))
 
 
 def _pairs_of(path: Path, record: Mapping[str, Any], faults: list[str]) -> Mapping[str, Any]:
@@ -271,19 +260,12 @@ def _pairs_of(path: Path, record: Mapping[str, Any], faults: list[str]) -> Mappi
     places = [Path(recorded)] if isinstance(recorded, str) and recorded else []
     places += _named_data(path, part(record, "settings"))
     found = [file for place in places if (file := place / PAIRS_FILE).is_file()]
-    if found and "pairs" in source and not _is_of_then(found[0], then):
+    if found and "pairs" in source and files.known_digest(found[0]) != then:
         faults.append(f"{found[0]} was written after the run began, so it was left out")
         return {}
     of_round = re.fullmatch(r"round-\d+", path.parent.name)
     file = found[0] if found else path.parent / "pairs" / PAIRS_FILE
     return _mapping(file, faults) if found or of_round else {}
-
-
-def _is_of_then(file: Path, digest: Any) -> bool:
-    try:
-        return files.sha256_of(file) == digest
-    except OSError:
-        return False
 
 
 def _named_data(path: Path, settings: Mapping[str, Any]) -> list[Path]:
@@ -340,14 +322,14 @@ def _lines(path: Path, faults: list[str]) -> list[Mapping[str, Any]]:
     return rows
 
 
-def _results(path: Path, faults: list[str]) -> dict[str, Result]:
+def _results(run: Run, faults: list[str]) -> dict[str, Result]:
     """Results of other commands: in the folder, or beside it as NAME.json or NAME.*.json.
 
     They are known by what they hold, not by their names. Of a kind the newest counts, but first
     what is of held-out pairs, and of the whole adapter.
     """
-    inside = [p for p in files.listed(path, "*.json") if p.name not in OWN]
-    home = path.resolve()
+    inside = [p for p in files.listed(run.path, "*.json") if p.name not in (RUN, CONFIG)]
+    home = run.path.resolve()
     folders = [p.name for p in files.listed(home.parent) if p.is_dir()]
     outside = [
         p for p in files.listed(home.parent, "*.json") if _owner(p.name, folders) == home.name
@@ -356,13 +338,12 @@ def _results(path: Path, faults: list[str]) -> dict[str, Result]:
     others: dict[str, str] = {}  # what is of another adapter; told where it is all there is
     for file in sorted((*outside, *inside), key=lambda p: p.stat().st_mtime):
         value = _read(file, faults)
-        kind = kind_of(value)
-        ours = _of_run(kind, value, file, path, own=True)
-        result = Result(file, ours, _stale(file, path))
-        if kind and ours and (kind not in found or standing(result) >= standing(found[kind])):
-            found[kind] = result
-        elif kind and not ours and isinstance(name := value.get("adapter_path"), str):
-            others[kind] = f"{file} is of another adapter, {name}, and was left out"
+        kind, ours = kind_of(value), _of_run(run, value, file, own=True)
+        if kind and ours and (kind not in found or standing(ours) >= standing(found[kind])):
+            found[kind] = ours
+        names = [name for one in _named(value) if (name := one.get("adapter_path"))]
+        if kind and names and not ours:
+            others[kind] = f"{file} is of another adapter, {names[0]}, and was left out"
     faults += [told for kind, told in others.items() if kind not in found]
     return found
 
@@ -371,11 +352,6 @@ def _owner(file: str, folders: Sequence[str]) -> str | None:
     """The folder that a file beside it is named after: of `fpo.long.json` fpo.long before fpo."""
     named = [folder for folder in folders if file.startswith(f"{folder}.")]
     return max(named, key=len, default=None)
-
-
-def _stale(file: Path, folder: Path) -> bool:
-    weights = folder / WEIGHTS
-    return weights.exists() and file.stat().st_mtime < weights.stat().st_mtime
 
 
 def kind_of(value: Any) -> str | None:

@@ -81,6 +81,11 @@ class AdapterFile:
     def peft(self) -> bool:
         return self.weights.name == PEFT_WEIGHTS
 
+    @property
+    def digest(self) -> str | None:
+        """sha256 of the weights, by which `report` knows whose a result is; None without them."""
+        return files.known_digest(self.weights)
+
 
 @dataclass(frozen=True)
 class PeftLayer:

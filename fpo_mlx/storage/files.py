@@ -228,8 +228,15 @@ def known_object(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a small file's bytes, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_digest(path: Path) -> str | None:
+    """sha256 of a file's bytes; None where it cannot be read."""
+    with suppress(OSError):
+        return sha256_of(path)
 
 
 def finite(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from fpo_mlx.cli.compare import shown  # noqa: E402
 from fpo_mlx.cli.show import cells, wrapped  # noqa: E402
 from fpo_mlx.config import Sampling  # noqa: E402
 from fpo_mlx.pipeline import Comparison  # noqa: E402
+from fpo_mlx.storage.files import sha256_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,9 @@ def test_prompts_of_a_split_are_answered_once_each_by_every_model(place, tmp_pat
     assert [row["prompt"] for row in got["prompts"]] == [row["prompt"] for row in ROWS]
     names = ["base", str(place / "one"), str(place / "two")]
     assert all(list(row["answers"]) == names for row in got["prompts"])
+    assert got["adapter_sha256"] == {
+        name: sha256_of(Path(name) / "adapters.safetensors") for name in names[1:]
+    }
     assert len({tuple(row["answers"].values()) for row in got["prompts"]}) > 1
     assert any(len(set(row["answers"].values())) == 3 for row in got["prompts"])
 

@@ -30,6 +30,7 @@ from fpo_mlx.judge.sampling import distinct_n, entropy, sample  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.records import TokenPair  # noqa: E402
+from fpo_mlx.storage.files import sha256_of  # noqa: E402
 
 
 def judge(place, *words, out):
@@ -109,6 +110,8 @@ def test_several_adapters_make_one_table_and_each_is_what_it_is_alone(place, tmp
     assert first == ["base", str(place / "one"), str(place / "two")]
     assert "[" in next(line for line in text.splitlines() if line.startswith("kl/margin"))
     assert [a["adapter_path"] for a in got["adapters"]] == first[1:]
+    digests = [sha256_of(place / name / "adapters.safetensors") for name in ("one", "two")]
+    assert [a["adapter_sha256"] for a in got["adapters"]] == digests
     alone, _ = judge(place, "--adapter-path", place / "two", out=tmp_path / "b.json")
     assert got["adapters"][1]["summary"] == alone["summary"]
     assert got["adapters"][1]["answers"] == alone["answers"]
@@ -294,8 +297,11 @@ def test_of_an_adapter_that_began_from_another_no_part_is_taken(place, tmp_path,
 def test_a_result_names_its_adapter_and_one_called_base_does_not_hide_the_base(place, tmp_path):
     one, _ = judge(place, "--adapter-path", place / "one", out=tmp_path / "a.json")
     assert one["adapter_path"] == str(place / "one")
+    assert one["adapter_sha256"] == sha256_of(place / "one" / "adapters.safetensors")
     assert one["split"] == "valid"
-    assert judge(place, out=tmp_path / "b.json")[0]["adapter_path"] is None
+    alone, _ = judge(place, out=tmp_path / "b.json")
+    assert alone["adapter_path"] is None
+    assert "adapter_sha256" not in alone
     table = EvalTable({"base": EvalReport({"n": 1}, [])}, EvalReport({"n": 2}, []))
     assert [(r["model"], r["n"]) for r in table.rows()] == [("base", 2), ("./base", 1)]
 

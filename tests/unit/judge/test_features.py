@@ -15,6 +15,7 @@ from fpo_mlx.data.feature_files import read_weights
 from fpo_mlx.judge.feature_report import Tally, TextActivations, _parts, auc, find
 from fpo_mlx.records import SaeWeights, Site
 from fpo_mlx.sae.encode import encode
+from fpo_mlx.storage.files import sha256_of
 
 # find ---------------------------------------------------------------------------------------------
 
@@ -208,6 +209,7 @@ def test_features_says_what_an_adapter_moved(place, tmp_path):  # noqa: F811
     assert done.exit_code == 0, done.stderr
     got = json.loads((tmp_path / "f.json").read_text())
     assert got["pairs"] == len(ROWS)
+    assert got["adapter_sha256"] == sha256_of(place / "one" / "adapters.safetensors")
     assert len(got["features"]) == 6
     shares = [row["share_of_d"] for row in got["features"]]
     assert shares == sorted(shares, reverse=True)

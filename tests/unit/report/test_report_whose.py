@@ -137,50 +137,122 @@ def test_runs_that_differ_in_one_thing_are_said_to_differ_in_that(tmp_path, name
     assert [text.split(" (")[0] for text in told] == [f"The runs differ in {name}"]
 
 
-def test_the_best_adapter_of_a_run_is_not_the_run(tmp_path, monkeypatch):
-    """Named as it was given, from there and from elsewhere."""
-    run = a_run(tmp_path / "run")
-    best = run / "best"
-    best.mkdir()
-    write(best / "adapter_config.json", {})
-    for folder in (best, run):
-        (folder / "adapters.safetensors").write_bytes(folder.name.encode())
-    write(run / "best.json", {"adapter_path": "run/best"} | summary(3), 9e9)
-    for place in (tmp_path, "/"):
-        monkeypatch.chdir(place)
+def trained(path, weights):
+    """A run whose adapters are these bytes, and what a result says of them."""
+    (a_run(path) / "adapters.safetensors").write_bytes(weights)
+    return path, {"adapter_path": str(path), "adapter_sha256": sha256(weights)}
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def compared(names):
+    """The JSON of `compare`: names of adapters with their digests."""
+    answers = {name: f"of {name}" for name in ("base", *names)}
+    prompts = [{"prompt": "Q", "answers": answers}]
+    return {"kind": "compare", "adapter_sha256": names, "prompts": prompts}
+
+
+KINDS = {  # a result file of one adapter
+    "evaluate": lambda told: summary(1) | told,
+    "features": lambda told: {"features": [{"feature": 1}]} | told,
+    "compare": lambda told: compared({told["adapter_path"]: told["adapter_sha256"]}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_result_of_the_run_s_very_adapters_is_its_own_whatever_they_were_called(tmp_path, kind):
+    """Moved, renamed, or judged as a copy: among other runs, and within the folder."""
+    (run, own), (other, _) = trained(tmp_path / "a", b"a"), trained(tmp_path / "b", b"b")
+    for name in ("gone/x", "a/best", str(tmp_path / "copy")):
+        value = KINDS[kind](own | {"adapter_path": name})
+        file = write(tmp_path / "judged.json", value, 1)  # file times say nothing
+        first, second = read_runs([run, other], [file])
+        assert not first.results[kind].stale, name
+        assert kind not in second.results, name
+        write(run / "r.json", value, 1)
+        assert not read_runs([run])[0].results[kind].stale, name
+        (run / "r.json").unlink()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_result_of_adapters_that_changed_since_is_stale(tmp_path, kind):
+    run, own = trained(tmp_path / "a" / "adapters", b"now")
+    for name in (str(run), "adapters", "./a/adapters"):  # as called from above the folder
+        told = own | {"adapter_path": name, "adapter_sha256": sha256(b"then")}
+        write(run / "r.json", KINDS[kind](told), 9e9)
         (read,) = read_runs([run])
-        assert n_of(read) is None
-        assert "best.json is of another adapter, run/best, and was left out" in said(read)
-    write(run / "evaluate.json", {"adapter_path": "run"} | summary(4), 9e9)
-    (read,) = read_runs([run])
-    assert n_of(read) == 4
-    assert "another adapter" not in said(read)
-    with pytest.raises(FpoError, match="found nothing of run"):
-        read_runs([run], [run / "best.json"])
+        assert read.results[kind].stale, name
+        assert f"r.json ({kind}) is older than the adapters" in said(read)
+    write(run / "fresh.json", KINDS[kind](own), 1)
+    assert read_runs([run])[0].results[kind].path.name == "fresh.json"
 
 
-def test_a_name_of_another_adapter_that_is_there_is_refused_and_one_that_moved_is_not(
-    tmp_path, monkeypatch
-):
-    for place in ("here", "there"):
-        a_run(tmp_path / place / "adapters")
-    a_run(tmp_path / "here" / "other")
-    run = tmp_path / "there" / "adapters"
-    monkeypatch.chdir(tmp_path / "here")
-    for name, n in (
-        ("adapters", 1),  # as it was called when the command ran in `there`
-        ("./adapters", 1),
-        ("gone/adapters", 1),
-        ("renamed", 1),
-        ("other", None),
-        (str(tmp_path / "here" / "adapters"), None),
-        ("../here/adapters", None),
-    ):
-        write(run / "evaluate.json", {"adapter_path": name} | summary(1))
-        assert n_of(read_runs([run])[0]) == n, name
-    for place in ("here", "there"):  # a copy
-        (tmp_path / place / "adapters" / "adapters.safetensors").write_bytes(b"same")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_result_of_another_adapter_is_left_out_and_it_is_said(tmp_path, kind):
+    """The run's own best/, too."""
+    run, own = trained(tmp_path / "run", b"run")
+    for name in ("run/best", str(run / "best"), str(tmp_path / "other" / "run"), "renamed"):
+        told = own | {"adapter_path": name, "adapter_sha256": sha256(b"other")}
+        file = write(run / "best.json", KINDS[kind](told), 9e9)
+        (read,) = read_runs([run])
+        assert kind not in read.results, name
+        assert f"best.json is of another adapter, {name}, and was left out" in said(read)
+        with pytest.raises(FpoError, match="found nothing of run"):
+            read_runs([run], [file])
+    write(run / "own.json", KINDS[kind](own), 1)
+    assert "another adapter" not in said(read_runs([run])[0])
+
+
+def test_a_file_of_several_adapters_gives_a_run_the_row_of_its_present_adapters(tmp_path):
+    run, own = trained(tmp_path / "run", b"now")
+    rows = [own | {"adapter_sha256": sha256(b"then")}, own | {"adapter_path": "copy"},
+            own | {"adapter_path": "x/run", "adapter_sha256": sha256(b"x")}]  # fmt: skip
+    listed = [row | summary(i) for i, row in enumerate(rows)]
+    write(run / "all.json", {"adapters": listed})
     assert n_of(read_runs([run])[0]) == 1
+    write(run / "all.json", {"adapters": listed[:1] + listed[2:]})
+    (read,) = read_runs([run])
+    assert n_of(read) == 0
+    assert "older than the adapters" in said(read)
+
+
+@pytest.mark.parametrize(
+    ("name", "within", "named"),
+    [
+        ("{run}", True, True),
+        ("old/x", True, False),
+        ("x/run", True, False),
+        ("x/best", False, False),
+    ],
+)
+def test_of_a_file_without_a_digest_its_place_and_its_path_say_whose_it_is(
+    tmp_path, name, within, named
+):
+    """As older versions wrote it: of the run's folder, or its path is the run's; and its time."""
+    run, _ = trained(tmp_path / "run", b"now")
+    value = {"adapter_path": name.format(run=run)} | summary(3)
+    file = write(tmp_path / "elsewhere.json", value, 9e9)
+    if named:
+        assert n_of(read_runs([run], [file])[0]) == 3
+    else:
+        with pytest.raises(FpoError, match="found nothing of run"):
+            read_runs([run], [file])
+    write(run / "evaluate.json", value, 1)
+    (read,) = read_runs([run])
+    assert n_of(read) == (3 if within else None)
+    assert ("older than the adapters" in said(read)) == within
+
+
+def test_a_folder_without_its_adapters_keeps_its_results(tmp_path):
+    """Copied without what is large."""
+    run, own = trained(tmp_path / "run", b"run")
+    (run / "adapters.safetensors").unlink()
+    write(run / "evaluate.json", own | {"adapter_path": "elsewhere/run"} | summary(3))
+    (read,) = read_runs([run])
+    assert n_of(read) == 3
+    assert "older" not in said(read)
 
 
 def pairs_at(folder, pairs):
@@ -219,20 +291,6 @@ def test_pairs_beside_a_run_are_its_own_only_in_a_round(tmp_path):
         (read,) = read_runs([a_run(tmp_path / name / "adapters", record=record)])
         assert read.pairs == known
     assert rounds([read]) is None
-
-
-@pytest.mark.parametrize(("trained", "shown"), [(1, None), (3, 7)])
-def test_a_name_that_another_run_took_over_later_is_still_that_of_the_one_that_moved(
-    tmp_path, trained, shown
-):
-    """Judged at 2 as `adapters`, then renamed; another was trained there before, or after."""
-    run, other = a_run(tmp_path / "first"), a_run(tmp_path / "adapters")
-    for folder, when in ((run, 1), (other, trained)):
-        (folder / "adapter_config.json").write_text("{}")
-        (folder / "adapters.safetensors").write_text(folder.name)
-        os.utime(folder / "adapters.safetensors", (when, when))
-    write(run / "evaluate.json", {"adapter_path": str(other)} | summary(7), 2)
-    assert n_of(read_runs([run])[0]) == shown
 
 
 def test_the_run_s_own_validation_comes_before_a_part_of_it(tmp_path):
