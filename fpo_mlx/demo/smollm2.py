@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -36,6 +36,7 @@ GROUP_SIZE = 32  # the file's own; with 64 this small model answers nonsense
 BITS = 4
 
 Say = Callable[[str], None]
+Loaded = tuple[dict[str, "mx.array"], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def read_gguf(path: Path) -> GgufFile:
     import mlx.core as mx
 
     try:
-        tensors, found = mx.load(str(path), return_metadata=True)
+        tensors, found = cast("Loaded", mx.load(str(path), return_metadata=True))
     except RuntimeError as e:
         raise ModelError(f"{path.name} is no whole GGUF file: {e} Fetch it again.") from e
     numbers = {key: value.tolist() for key, value in found.items() if isinstance(value, mx.array)}
