@@ -132,8 +132,8 @@ def test_an_answer_that_was_cut_is_told(place):
     chat = open_chat(load_config({"model": str(place / "model")}), say=print)
     first = next(iter(chat.speakers.values())).speak(PROMPT, Sampling(1, 0.0), END)
     (token,) = (one.token for one in first)
-    with patch.object(type(chat.tokenizer), "eos_token_ids", {token}), \
-            patch.object(type(chat.tokenizer), "prompt_tokens", lambda *_: PROMPT):  # fmt: skip
+    chat.tokenizer = replace(chat.tokenizer, eos_token_ids=(token,))
+    with patch.object(type(chat.tokenizer), "prompt_tokens", lambda *_: PROMPT):
         list(chat.answer("base", "Why?", Sampling(1, 0.0)))
         assert not chat.cut
     assert "[default: 512]" in " ".join(run("chat", "--help").stdout.split())
