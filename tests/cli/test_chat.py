@@ -136,8 +136,8 @@ def test_an_answer_that_was_cut_is_told(place):
     with patch.object(type(chat.tokenizer), "prompt_tokens", lambda *_: PROMPT):
         list(chat.answer("base", "Why?", Sampling(1, 0.0)))
         assert not chat.cut
-    assert "[default: 512]" in " ".join(run("chat", "--help").stdout.split())
-    assert "[default: 64]" in " ".join(run("compare", "--help").stdout.split())
+    assert "[default: 512]" in " ".join(run("chat", "--help-all").stdout.split())
+    assert "[default: 64]" in " ".join(run("compare", "--help-all").stdout.split())
 
 
 @pytest.mark.parametrize(
