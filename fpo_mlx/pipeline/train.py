@@ -104,7 +104,6 @@ class _Ready:
 def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress: OnFill) -> _Ready:
     """Everything that can be refused is refused before the reference runs."""
     from fpo_mlx.machine.parallel import open_ranks
-    from fpo_mlx.model.trainable import refuse_untrainable
     from fpo_mlx.train.checkpoint import AdapterFolder, NoFolder, check_resumable
     from fpo_mlx.train.metrics import ScoredPairs
     from fpo_mlx.train.optimizer import make_optimizer
@@ -125,9 +124,7 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     if t.resume and ranks.first:
         check_resumable(place, record)
     outline = outline_of(job, say)  # refuses adapters out of reach
-    predicted = predicted_peak(job, pairs, outline)  # the outline has its adapters now
-    if t.gradient != "forward":
-        refuse_untrainable(outline.model)
+    predicted = predicted_peak(job, pairs, outline)
     say(f"predicted peak memory of training: {predicted / 1e9:.2f} GB")
     agree = _agreement(ranks)
     store = reference_of(job, [*pairs, *valid], say, progress, other_weights=True, agree=agree)

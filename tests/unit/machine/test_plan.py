@@ -398,66 +398,6 @@ def test_a_model_whose_config_has_other_names_is_planned_and_trained(tmp_path, m
     assert (shape.kv_heads, shape.vocab) == (4 if family == "phixtral" else 2, 300)
 
 
-def test_a_model_that_mlx_lm_cannot_train_is_refused_before_the_reference_runs(
-    tmp_path, monkeypatch
-):
-    """Its gradient is taken by shapes, of no weight."""
-    from command_line import ROWS, lines, refused, train
-
-    cache = tmp_path / "user-cache"
-    monkeypatch.setenv("FPO_MLX_CACHE", str(cache))
-    elsewhere(tmp_path / "model", "phixtral")
-    lines(tmp_path / "data" / "train.jsonl", *ROWS)
-    done = train(tmp_path, tmp_path / "a", "--objective", "dpo", sae=None)
-    why = "missing 1 required positional argument: 'mask'"
-    refused(done, 1, "mlx_lm.models.phixtral cannot be trained", why, "another architecture")
-    assert not list(cache.glob("reference/*"))
-
-
-def test_an_operation_without_a_gradient_is_refused_in_words(place, monkeypatch):
-    """As a kernel of Metal's has none that comes without a VJP (mlx-lm's RWKV-7)."""
-    import mlx.core as mx
-
-    from fpo_mlx.errors import ModelError
-    from fpo_mlx.model import adapters
-    from fpo_mlx.model.load import read_model
-    from fpo_mlx.model.trainable import refuse_untrainable
-
-    @mx.custom_function
-    def kernel(x):
-        return x
-
-    @kernel.vjp
-    def _refuse(primal, cotangent, output):
-        raise ValueError("[Primitive::vjp] Not implemented for CustomKernel.")
-
-    model = read_model(place / "model").model
-    adapters.attach(
-        model, adapters.AdapterSpec("lora", 4, 2, 1.0, 0.0, ("model.layers.0.mlp.up_proj",))
-    )
-    norm = model.model.norm
-    own = type("Norm", (type(norm),), {"__call__": lambda self, x: kernel(x)})
-    norm.__class__ = own
-    with pytest.raises(ModelError, match="llama cannot be trained.*CustomKernel. Use a model"):
-        refuse_untrainable(model)
-
-
-def test_the_gradient_that_is_asked_for_beforehand_reads_no_weight(place):
-    import mlx.core as mx
-
-    from fpo_mlx.model import adapters
-    from fpo_mlx.model.load import read_model
-    from fpo_mlx.model.trainable import refuse_untrainable
-
-    model = read_model(place / "model").model
-    n, keys = adapters.adapted_paths(model, -1, 3, None)
-    adapters.attach(model, adapters.AdapterSpec("lora", n, 2, 1.0, 0.0, keys))
-    own, before = dict(adapters.parameters(model)), mx.get_active_memory()
-    refuse_untrainable(model)
-    assert mx.get_active_memory() - before < 1000
-    assert all(array is own[name] for name, array in adapters.parameters(model))
-
-
 def test_a_config_without_a_width_is_a_plain_error_that_names_it():
     from fpo_mlx.errors import ModelError
     from fpo_mlx.storage.hub import size_in, todays_names
