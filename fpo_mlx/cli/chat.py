@@ -75,8 +75,10 @@ def chat(
                     click.echo(f"[{name}]")
                 said = talk.answer(name, prompt, sampling, show=show_features)
                 _print(said, talk.labels, bool(show_features))
-                if talk.cut:
-                    say(f"cut at --max-tokens {sampling.max_tokens}: the answer is not at its end")
+                if talk.cut is not None:
+                    most = sampling.max_tokens
+                    why = f"--max-tokens {most}" if talk.cut == most else "the model's positions"
+                    say(f"cut after {talk.cut} tokens, by {why}: the answer is not at its end")
         except FpoError as error:
             if prompts:
                 raise

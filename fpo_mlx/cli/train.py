@@ -67,7 +67,8 @@ def on_signal_within() -> Iterator[Callable[[], Callable[[], int | None]]]:
         yield on_signal
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # of one that C installed there is no telling
+                signal.signal(number, handler)
 
 
 def on_signal() -> Callable[[], int | None]:

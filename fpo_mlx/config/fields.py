@@ -102,7 +102,8 @@ def out_of_bounds(config: Any, flags: bool = True) -> list[str]:
         if value is None or isinstance(value, str | dict | tuple) or bounds.hold(value):
             continue
         name = f"--{field.name.replace('_', '-')}" if flags else field.name
-        found = f"{value:g}" if isinstance(value, float) else value
+        short = f"{value:g}"
+        found = short if float(short) == value else value  # rounded, it may lie within them
         faults.append(f"{name} {found}: wanted {bounds}.")
     return faults
 

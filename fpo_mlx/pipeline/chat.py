@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from fpo_mlx.pipeline.job import (
     read_sae,
     warn_of_adapters,
 )
-from fpo_mlx.pipeline.prepared import check_room
+from fpo_mlx.pipeline.prepared import room_for
 from fpo_mlx.records import BASE, SaeWeights, shown_name
 from fpo_mlx.storage.hub import read_config, resolve_model
 
@@ -43,7 +43,7 @@ class Chat:
     labels: dict[int, str]
     system: str | None
     turns: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    cut: bool = False  # whether the last answer ended by its length
+    cut: int | None = None  # tokens after which the last answer was cut
 
     def steer(self, text: str) -> None:
         """ "812=+4,97=0"; "" ends it. Raises: ConfigError, ModelError."""
@@ -75,7 +75,8 @@ class Chat:
         """What one model says to the next question, piece by piece. Raises: DataError."""
         turns = [*self.turns[name], {"role": "user", "content": prompt}]
         tokens = np.array(self.tokenizer.prompt_tokens(turns), dtype=np.int32)
-        check_room([tokens], sampling.max_tokens, self.tokenizer)
+        room = room_for(tokens, sampling.max_tokens, self.tokenizer)
+        sampling = replace(sampling, max_tokens=room)
         ids: list[int] = []
         shown, text = "", ""
         speaker = self.speakers[name]
@@ -87,7 +88,8 @@ class Chat:
             yield piece, one.features
         if text[len(shown) :]:
             yield text[len(shown) :], ()
-        self.cut = not ids or ids[-1] not in self.tokenizer.eos_token_ids
+        ended = ids and ids[-1] in self.tokenizer.eos_token_ids
+        self.cut = None if ended else room
         self.turns[name] = [*turns, {"role": "assistant", "content": text}]
 
 

@@ -210,7 +210,9 @@ def _state_of(block: Any) -> int:
     import sys
 
     for _, part in block.named_modules():
-        if "A_log" in part and hasattr(sys.modules[type(part).__module__], "gated_delta_update"):
+        if "A_log" in part and hasattr(
+            sys.modules.get(type(part).__module__), "gated_delta_update"
+        ):
             own = hasattr(part, "num_v_heads")
             names = ("num_v_heads", "head_v_dim", "head_k_dim")
             sizes = names if own else ("num_heads", "head_dim", "head_dim")
@@ -226,7 +228,7 @@ def fuses_attention(block: Any, head_dim: int) -> bool:
     import inspect
     import sys
 
-    code = inspect.getsource(sys.modules[type(block).__module__])
+    code = inspect.getsource(sys.modules.get(type(block).__module__) or type(block))
     return "scaled_dot_product_attention(" in code and head_dim in FUSED_HEADS
 
 

@@ -140,6 +140,13 @@ def check_room(prompts: Sequence[Any], max_tokens: int, tokenizer: ChatTokenizer
         )
 
 
+def room_for(prompt: Sequence[int], max_tokens: int, tokenizer: ChatTokenizer) -> int:
+    """max_tokens, or what the model's table of positions leaves. Raises: DataError for nothing."""
+    check_room([prompt], 1, tokenizer)
+    positions = tokenizer.limits.positions
+    return max_tokens if positions is None else min(max_tokens, positions - len(prompt))
+
+
 def columns(config: RunConfig) -> data.Columns:
     d = config.data
     scores = (d.score_chosen_feature, d.score_rejected_feature)

@@ -172,7 +172,8 @@ def _of_run(
         if run.digest and (then := one.get("adapter_sha256")):
             return then == run.digest
         lone = "adapters" not in value and run_of(path) == path  # not best/
-        return own and (lone or path.name == home.name)  # an older version's, of a run that moved
+        older = lone and not one.get("adapter_sha256")  # an older version's, of a run that moved
+        return own and (older or path.name == home.name)
 
     def order(found: Result) -> tuple[bool, bool, float]:
         elsewhere = not is_of(found.value.get("adapter_path"), run.path)

@@ -31,6 +31,7 @@ from fpo_mlx.model.reader import encoder_of
 from fpo_mlx.pipeline import open_chat
 from fpo_mlx.records import Site
 from fpo_mlx.sae.encode import encode
+from fpo_mlx.storage.limits import ModelLimits
 
 PROMPT = np.array([5, 17, 3, 250, 99, 42, 7, 8, 120], np.int32)
 END = ()
@@ -128,14 +129,18 @@ def test_the_command_asks_steers_and_shows_features(place):
 def test_an_answer_that_was_cut_is_told(place):
     """Answers ended at 64 tokens, in the middle of a sentence, without a word."""
     words = ["chat", "--model", place / "model", "--prompt", "Why?", "--temp", 0]
-    assert "cut at --max-tokens 6" in run(*words, "--max-tokens", 6).stderr
+    assert "cut after 6 tokens, by --max-tokens 6" in run(*words, "--max-tokens", 6).stderr
     chat = open_chat(load_config({"model": str(place / "model")}), say=print)
     first = next(iter(chat.speakers.values())).speak(PROMPT, Sampling(1, 0.0), END)
     (token,) = (one.token for one in first)
     chat.tokenizer = replace(chat.tokenizer, eos_token_ids=(token,))
     with patch.object(type(chat.tokenizer), "prompt_tokens", lambda *_: PROMPT):
         list(chat.answer("base", "Why?", Sampling(1, 0.0)))
-        assert not chat.cut
+        assert chat.cut is None
+        few = ModelLimits(positions=len(PROMPT) + 3)
+        chat.tokenizer = replace(chat.tokenizer, limits=few, eos_token_ids=(-1,))
+        assert len(list(chat.answer("base", "Why?", Sampling(512, 0.0)))) <= 3
+        assert chat.cut == 3
     assert "[default: 512]" in " ".join(run("chat", "--help-all").stdout.split())
     assert "[default: 64]" in " ".join(run("compare", "--help-all").stdout.split())
 

@@ -178,6 +178,11 @@ def test_bounds_hold_what_their_words_say(words):
     assert not any(map(bounds.hold, outside))
 
 
+def test_a_number_just_beyond_its_bound_is_not_rounded_into_it():
+    with pytest.raises(ConfigError, match=r"--epochs 1000000.5: wanted .* 1e\+06 at most"):
+        load_config({"epochs": 1000000.5})
+
+
 def test_all_that_is_wrong_with_a_section_is_said_at_once():
     with pytest.raises(ConfigError) as error:
         load_config({"beta": 0.0, "top_k": 0, "label_smoothing": 0.5})

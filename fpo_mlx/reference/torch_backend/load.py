@@ -82,7 +82,7 @@ def load_model(
     if adapter is not None:
         count, where = add_adapter(model, adapter), "merged into the weights"
         if dtype != torch.float32:
-            where = "kept beside the weights, in float32"
+            where = "kept in float32 beside the weights of linear layers, merged into others"
         notes.append(f"{adapter.name}: {count} adapted layers were {where}")
     model.eval().requires_grad_(False)
     return model.to(device), tuple(notes)
