@@ -210,9 +210,8 @@ def _state_of(block: Any) -> int:
     import sys
 
     for _, part in block.named_modules():
-        if "A_log" in part and hasattr(
-            sys.modules.get(type(part).__module__), "gated_delta_update"
-        ):
+        code = sys.modules.get(type(part).__module__)  # none of a model's own file
+        if "A_log" in part and hasattr(code, "gated_delta_update"):
             own = hasattr(part, "num_v_heads")
             names = ("num_v_heads", "head_v_dim", "head_k_dim")
             sizes = names if own else ("num_heads", "head_dim", "head_dim")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def check_room(prompts: Sequence[Any], max_tokens: int, tokenizer: ChatTokenizer
         )
 
 
-def room_for(prompt: Sequence[int], max_tokens: int, tokenizer: ChatTokenizer) -> int:
+def room_for(prompt: Sized, max_tokens: int, tokenizer: ChatTokenizer) -> int:
     """max_tokens, or what the model's table of positions leaves. Raises: DataError for nothing."""
     check_room([prompt], 1, tokenizer)
     positions = tokenizer.limits.positions
