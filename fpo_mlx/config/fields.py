@@ -56,10 +56,7 @@ def setting(
     may_change: bool = False,
     by_content: bool = False,
     instead_of: str | None = None,
-    above: float = -math.inf,
-    least: float = -math.inf,
-    below: float | None = None,
-    most: float = math.inf,
+    **bounds: float,
 ) -> Any:
     """A field of a settings class.
 
@@ -67,16 +64,15 @@ def setting(
     write ~; yaml_only: too large for a flag; sae_files: says how an SAE's files are read;
     may_change: a resumed run may have another value; by_content: it may be spelled otherwise, as a
     fingerprint of what it names decides; instead_of: a setting of YAML that a flag of this one
-    leaves out, as the two exclude each other; above, least, below, most: bounds, which
-    `out_of_bounds` looks at (below infinity: any finite number; without one infinity is bound
-    enough, where a bound stands for none).
+    leaves out, as the two exclude each other; bounds: those of `Bounds`, which `out_of_bounds`
+    looks at (below infinity: any finite number).
     """
     if group not in GROUPS:
         raise ValueError(f"{group!r} is no group of settings")
     metadata = {
         "help": help, "group": group, "first": first, "path": path, "yaml_only": yaml_only,
         "sae_files": sae_files, "may_change": may_change, "by_content": by_content,
-        "instead_of": instead_of, "bounds": Bounds(above, least, below, most),
+        "instead_of": instead_of, "bounds": Bounds(**bounds),
     }  # fmt: skip
     if isinstance(default, (list, dict)):
         kind = type(default)
