@@ -27,24 +27,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import control
 import numpy as np
+from control_margin_features import ALONG, PROMPT, SHOWN, features, features_of, shows, split
 from control_margin_show import BASE, FAMILIES, FREE, write
 from texts import (
     ROOT,
     Steps,
-    answers_apart,
     as_adapter,
     begin,
     gains,
     goes_on,
-    is_list,
     rows,
     say,
     settings_of,
@@ -65,11 +62,7 @@ KINDS: dict[str, tuple[str | None, str | None]] = {  # setting, whose features
     "out": ("project_out", "own"),
     "out, unrelated": ("project_out", "others"),
 }
-OPENING = re.compile(r"(sure|certainly|of course|absolutely|here(?:\s+(?:is|are)|['’]s))\b", re.I)
 TOKENS = {"list": 64, "opening": 16}  # of a sampled answer: what shows the behaviour
-SHOWN = {"list": None, "opening": 60}  # characters of a text that features are found by; None: all
-ALONG = 0.01  # squared cosines with the SAE's mean stream that a feature and its twin differ by
-PROMPT = 250  # characters at most, held out or of texts that are looked at: leaves room, costs less
 READ = 2  # answers to a prompt that the base reads
 ROWS = 128  # answers at once: on a CPU every step packs all weights anew, whatever the rows
 
@@ -89,6 +82,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--texts", type=int, default=60, help="of each kind, to find features")
     parser.add_argument("--features", type=int, default=10)
+    parser.add_argument(
+        "--by", choices=["auc", "attribution"], default="auc",
+        help="features that tell texts with the behaviour apart, or that the base begins it by",
+    )  # fmt: skip
     parser.add_argument("--weight", type=float, default=10.0)
     parser.add_argument("--max-seq-length", type=int, default=224)
     parser.add_argument("--smoke", action="store_true", help="a run that proves nothing")
@@ -98,7 +95,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     if any(seed not in range(o.seeds) for seed in o.seed):
         parser.error(f"--seed {o.seed}: wanted seeds below --seeds {o.seeds}")
     o.shown, o.along, o.sets = SHOWN[o.behaviour], ALONG, o.seeds
-    o.work = o.work / f"{o.behaviour}{'-smoke' if o.smoke else ''}"
+    o.named = o.behaviour if o.by == "auc" else f"{o.behaviour}_{o.by}"
+    o.work = o.work / f"{o.named}{'-smoke' if o.smoke else ''}"
     if o.smoke:
         o.seeds, o.iters, o.train_pairs, o.pairs, o.prompts = 1, 2, 2, 2, 2
         o.answers, o.texts, o.features = 4, 6, 2
@@ -108,13 +106,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     machine.set_up()
     o = parse(words)
-    model, steps = begin(o, "levels", "family")
+    model, steps = begin(o, "levels", "family", "by", "named")
     base = {
         "model": model, "sae": (str(o.sae),), "data": str(split(o)),
         "max_seq_length": o.max_seq_length,
     }  # fmt: skip
-    place = o.output or ROOT / "scripts" / "studies" / "results" / f"control_margin_{o.behaviour}"
+    place = o.output or ROOT / "scripts" / "studies" / "results" / f"control_margin_{o.named}"
     anywhere = {"model": Path(model).name, "sae": o.sae.name, "data": o.data.name}
+    anywhere |= {} if o.by == "auc" else {"by": o.by}  # what was measured first does not say it
     anywhere |= {"tokens": str(TOKENS[o.behaviour]), "prompt": str(PROMPT)}
     measured = Steps(o.work / "found" if o.smoke else place, steps.settings | anywhere)
     named = measured("features", partial(features, o, base))
@@ -210,68 +209,6 @@ def part_at(
     return part, seen[part]
 
 
-def shows(text: str, behaviour: str) -> bool:
-    return is_list(text) if behaviour == "list" else bool(OPENING.match(text.strip()))
-
-
-def split(o: argparse.Namespace) -> Path:
-    """The first pairs to train on; of the others those with short prompts are held out."""
-    folder = o.work / "data"
-    every = rows(o.data / "train.jsonl")
-    left = [*rows(o.data / "valid.jsonl"), *every[o.train_pairs :]]
-    short = [row for row in left if len(row["prompt"]) <= PROMPT][: max(o.prompts, o.pairs)]
-    write_rows(folder / "train.jsonl", every[: o.train_pairs])
-    write_rows(folder / "valid.jsonl", short[: o.pairs])
-    write_rows(folder / "asked.jsonl", [{"prompt": row["prompt"]} for row in short[: o.prompts]])
-    return folder
-
-
-def text_sets(o: argparse.Namespace) -> tuple[Path, Path]:
-    """Training answers with the behaviour and without; no asked prompt has one."""
-    asked = {row["prompt"] for row in rows(o.work / "data" / "asked.jsonl")}
-    short = (
-        row
-        for row in rows(o.data / "train.jsonl")
-        if len(row["prompt"]) <= PROMPT and row["prompt"] not in asked
-    )
-    shown = partial(shows, behaviour=o.behaviour)
-    return answers_apart(short, shown, o.texts, o.work, o.shown)
-
-
-def features_of(o: argparse.Namespace, whose: str, seed: int) -> Path:
-    return o.work / (f"{whose}.csv" if whose == "own" else f"{whose}-{seed}.csv")
-
-
-def features(o: argparse.Namespace, base: dict[str, Any]) -> dict[str, Any]:
-    """The behaviour's, and for each seed as many others that are as active and tell nothing of it.
-
-    along: of each set, the share of the SAE's mean stream that lies in its decoders' span.
-    """
-    from fpo_mlx.api import read_sae
-
-    texts = text_sets(o)
-    found = pipeline.find_features(
-        load_config(base), positive=texts[0], negative=texts[1], limit=o.texts, top=o.features,
-        say=say,
-    )  # fmt: skip
-    seen = pipeline.text_activations(load_config(base), texts, limit=o.texts, say=say)
-    sae = read_sae(o.sae)
-    stream = sae.b_dec / np.linalg.norm(sae.b_dec)
-    along = (sae.w_dec @ stream) ** 2 / (sae.w_dec**2).sum(axis=1)
-    names, others = [one.feature for one in found], []
-    for _ in range(o.seeds):
-        taken = {one["feature"] for twins in others for one in twins}
-        others.append(
-            control.twins(names, seen[0].mean, seen[1].mean, along=(along, o.along), taken=taken)
-        )
-    sets = [names, *([one["feature"] for one in twins] for twins in others)]
-    spans = [np.linalg.qr(sae.w_dec[kept].T)[0].T @ stream for kept in sets]
-    own = [
-        {"feature": one.feature, "auc": one.auc, "held_out_auc": one.held_out_auc} for one in found
-    ]
-    return {"own": own, "others": others, "along": [float(part @ part) for part in spans]}
-
-
 def trained(o: argparse.Namespace, base: dict[str, Any], kind: str, seed: int) -> Path:
     """The adapter of a kind; trained, or gone on with, where it is not there."""
     place = o.work
@@ -279,7 +216,9 @@ def trained(o: argparse.Namespace, base: dict[str, Any], kind: str, seed: int) -
         place = o.work.with_name("smoke" if o.smoke else "both")
         own = ("behaviour", "shown", "along", "sets", "texts", "features", "weight", "prompts")
         own += ("answers", "pairs")
-        Steps(place, settings_of(o, "levels", "family", *own))  # refuses what others trained
+        Steps(
+            place, settings_of(o, "levels", "family", "by", "named", *own)
+        )  # refuses what others trained
     folder = place / f"{kind.replace(', ', '-')}-{seed}"
     ready = folder.with_name(f"at-{folder.name}")
     if (ready / "adapters.safetensors").exists():

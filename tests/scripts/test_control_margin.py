@@ -166,37 +166,6 @@ def test_a_margin_is_what_both_sides_gained_by_hand():
     assert chosen - rejected == pytest.approx(0.5 + 0.5)
 
 
-def test_texts_that_choose_features_are_short_and_none_is_asked(tmp_path):
-    def row(prompt, chosen):
-        return {"prompt": prompt, "chosen": chosen, "rejected": "no"}
-
-    rows = [row(f"p{i}", "Sure, here." if i % 2 else "A poem. " * 9) for i in range(12)]
-    lines(tmp_path / "data" / "train.jsonl", row("long " * 60, "Sure!"), *rows)
-    lines(tmp_path / "data" / "valid.jsonl", row("v", "Sure."))
-    o = control_margin.parse(
-        ["--behaviour", "opening", "--data", str(tmp_path / "data"), "--work", str(tmp_path),
-         "--train-pairs", "9", "--prompts", "3", "--pairs", "2", "--texts", "9"]
-    )  # fmt: skip
-    folder = control_margin.split(o)
-    assert [row["prompt"] for row in texts.rows(folder / "asked.jsonl")] == ["v", "p8", "p9"]
-    with_, without = (
-        [row["prompt"] for row in texts.rows(path)] for path in control_margin.text_sets(o)
-    )
-    assert with_ == ["p1", "p3", "p5", "p7", "p11"]
-    (response,) = {row["response"] for row in texts.rows(tmp_path / "opening" / "without.jsonl")}
-    assert len(response) == control_margin.SHOWN["opening"] == 60
-    assert without == ["p0", "p2", "p4", "p6", "p10"]
-
-
-@pytest.mark.parametrize(
-    ("text", "opens"),
-    [("Certainly! Below is one.", True), (" Here’s a poem", True), ("Here are three ways", True),
-     ("Hereby it ends. Here is one.", False), ("Surely not", False)],
-)  # fmt: skip
-def test_an_opening_is_what_an_answer_begins_with(text, opens):
-    assert control_margin.shows(text, "opening") is opens
-
-
 def test_the_base_reads_two_answers_of_each_prompt_and_its_nats_are_per_token(
     tmp_path, monkeypatch
 ):
