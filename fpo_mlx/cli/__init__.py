@@ -68,19 +68,11 @@ def _not_imported(error: ImportError) -> FpoError | None:
         return FpoError(f"{why} {torch}")
     if (plain := upstream.plain(error)) is not None or name not in ("mlx", "mlx_lm"):
         return plain
+    how = upstream.how_to_get_mlx() if name == "mlx" else "pip install mlx-lm"
     return FpoError(
-        f"this command needs the package {name}, which is not installed here. "
-        f"Install it with `{_how_to_install()}`. {torch}"
+        f"this command needs the package {name}, which is not installed here. Install it ({how}). "
+        f"{torch}"
     )
-
-
-def _how_to_install() -> str:
-    """On Linux MLX's part that computes comes with an extra."""
-    import sys
-
-    if sys.platform == "darwin":
-        return "pip install fpo-mlx"
-    return "pip install 'fpo-mlx[cpu]' (or [cuda12], [cuda13])"
 
 
 def _tell_versions() -> None:

@@ -70,7 +70,7 @@ class _Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError('--report-to wandb: run `pip install "fpo-mlx[wandb]"`.') from error
+            raise ConfigError("--report-to wandb: run `pip install wandb`.") from error
         self._run = wandb.init(project=project, config=config.as_dict())
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -85,9 +85,7 @@ class _TensorBoard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise ConfigError(
-                '--report-to tensorboard: run `pip install "fpo-mlx[tensorboard]"`.'
-            ) from error
+            raise ConfigError("--report-to tensorboard: run `pip install tensorboardX`.") from error
         self._folder = f"{config.train.adapter_path}/tensorboard/{project}"
         self._open, self._writer = SummaryWriter, None
 

@@ -65,7 +65,7 @@ def prepare(folder: Path, config: Mapping[str, Any], args: Any, kind: str) -> Ex
         import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            '--export-gguf needs the package gguf: run `pip install "fpo-mlx[gguf]"`.'
+            "--export-gguf needs the package gguf: run `pip install gguf`."
         ) from error
     model_type = config["model_type"]
     if model_type not in ARCHITECTURES:

@@ -35,7 +35,7 @@ def _near(threshold: float, note: Callable[[str], None]) -> Callable[[str], bool
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError:
-        note('near duplicates stay, equal ones go: for both run `pip install "fpo-mlx[pairs]"`')
+        note("near duplicates stay, equal ones go: for both run `pip install datasketch`")
         return None
     index, kept = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS), {}
 

@@ -23,7 +23,7 @@ def pairs_rate(
         from fpo_mlx.pairs.web.serve import serve
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f'the page needs the package {error.name}: run `pip install "fpo-mlx[web]"`.'
+            f"the page needs the package {error.name}: run `pip install starlette uvicorn`."
         ) from error
     rating = Rating(candidates, output, per_prompt=per_prompt, seed=seed)
     try:

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.machine import upstream
 from fpo_mlx.records import PairScore, Projection, SaeWeights, TokenPair
 
 
@@ -59,11 +60,11 @@ def open_backend(
     if name not in ("mlx", "torch"):
         raise ConfigError(f"--backend {name}: wanted mlx or torch.")
     if importlib.util.find_spec(name) is None:
-        extra = "fpo-mlx[torch]" if name == "torch" else "fpo-mlx"
+        how = "pip install torch" if name == "torch" else upstream.how_to_get_mlx()
         other = "mlx" if name == "torch" else "torch"
         raise ConfigError(
-            f"--backend {name}: the package {name} is not installed here. Install it with "
-            f"`pip install '{extra}'`, or use --backend {other}."
+            f"--backend {name}: the package {name} is not installed here. Install it ({how}), or "
+            f"use --backend {other}."
         )
     if name == "mlx" and device is not None:
         raise ConfigError(f"--device {device} is for --backend torch, and this is mlx.")

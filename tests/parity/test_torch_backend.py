@@ -630,7 +630,7 @@ def test_a_backend_that_is_not_installed_names_the_other(llama, monkeypatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'fpo-mlx\[torch\]'.*--backend mlx"):
+    with pytest.raises(ConfigError, match=r"pip install torch.*--backend mlx"):
         open_backend("torch", model_path=llama)
     with pytest.raises(ConfigError, match=r"--backend torch"):
         open_backend("mlx", model_path=llama)
