@@ -36,7 +36,11 @@ GB = 1e9
     "--compare", type=click.Choice(["all", "neighbours"]), default="all", show_default=True,
     help="Pairs of a prompt's answers to compare.",
 )  # fmt: skip
-@click.option("--memory-gb", type=float, help="Memory to fit into. [default: this machine's]")
+@click.option(
+    "--memory-gb",
+    type=float,
+    help="What programs may use. [default: this machine's; Macs: 2/3 of up to 32 GB, 3/4 above]",
+)
 @json_option
 @overwrite_option
 @claims(json_path="--json")
@@ -48,7 +52,7 @@ def plan(config, judge, criteria, compare, memory_gb, json_path, **values) -> No
 
     \b
     Example:
-      fpo-mlx pairs plan --model M --prompts p.txt --judge J --memory-gb 16
+      fpo-mlx pairs plan --model M --prompts p.txt --judge J --memory-gb 11.5
     """
     from fpo_mlx import pipeline
 

@@ -20,7 +20,11 @@ GB = 1e9
 @click.command(cls=Command)
 @preset_option
 @settings(DataConfig, ReferenceConfig, Objective, TrainConfig)
-@click.option("--memory-gb", type=float, help="Memory to fit into. [default: this machine's]")
+@click.option(
+    "--memory-gb",
+    type=float,
+    help="What programs may use. [default: this machine's; Macs: 2/3 of up to 32 GB, 3/4 above]",
+)
 @json_option
 @claims(json_path="--json")
 def plan(memory_gb, json_path, **values) -> None:
@@ -31,7 +35,7 @@ def plan(memory_gb, json_path, **values) -> None:
 
     \b
     Example:
-      fpo-mlx plan --model M --sae S --data pairs/ --batch-size 2 --memory-gb 16
+      fpo-mlx plan --model M --sae S --data pairs/ --batch-size 2 --memory-gb 11.5
     """
     from fpo_mlx import pipeline
 

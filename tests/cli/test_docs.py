@@ -129,6 +129,13 @@ def test_click_takes_every_example_of_the_docs(words):
     command_of(path).make_context(" ".join(path), words[len(path) :])
 
 
+@pytest.mark.parametrize("page", sorted(TEXTS))
+def test_a_block_of_the_shell_can_be_pasted_into_zsh(page):
+    """zsh takes what follows a # at its prompt for words: `make demo # …` asks for a target `#`."""
+    said = [line for block in blocks("sh", TEXTS[page]) for line in block.splitlines()]
+    assert [line for line in said if re.search(r"(^|\s)#", line)] == []
+
+
 def test_the_docs_show_the_commands_of_the_whole_way():
     shown = {words[0] for words in OURS}
     assert shown >= {"precompute", "train", "evaluate", "fuse", "sae"}
