@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,10 @@ def by_attribution(
     for passage in read_texts(texts, model.tokenizer, o.max_seq_length):
         begun = marked(passage.response.tolist(), model.tokenizer.decode, o.behaviour)
         if begun.any():
-            found.append(attribution(model, sae, passage, begun))
+            end = int(np.flatnonzero(begun)[-1]) + 1  # nothing that comes later has a part in it
+            begins = replace(passage, response=passage.response[:end])
+            found.append(attribution(model, sae, begins, begun[:end]))
+            say(f"{len(found)} answers that begin it")
     mean = np.mean(found, axis=0)
     first = np.argsort(-mean, kind="stable")[: NEAR * o.features]
     return [{"feature": int(i), "attribution": float(mean[i]), "texts": len(found)} for i in first]
