@@ -57,6 +57,7 @@ OTHERS = {
     "records": {"numpy"},
     "storage": set(),
     "storage.certificates": {"certifi"},
+    "storage.headers": {"huggingface_hub"},
     "storage.hub": {"huggingface_hub"},
     "storage.publish": {"huggingface_hub"},
     "machine": set(),

@@ -47,8 +47,8 @@ GB = 1e9
 def plan(config, judge, criteria, compare, memory_gb, json_path, **values) -> None:
     """Say whether answering and judging fit into memory, and how long they take.
 
-    No weight is loaded, but a model of the hub is downloaded. Every answer is taken to be as long
-    as it may be.
+    No weight is read or downloaded: of a model of the hub the headers of its files are enough.
+    Every answer is taken to be as long as it may be.
 
     \b
     Example:

@@ -30,8 +30,9 @@ GB = 1e9
 def plan(memory_gb, json_path, **values) -> None:
     """Say whether a run fits into memory, and how long it takes.
 
-    No weight is loaded, but a model of the hub is downloaded. With --data the lengths are those of
-    its training pairs; without it a pair as long as --max-seq-length is assumed.
+    No weight is read or downloaded: of a model of the hub the headers of its files are enough. With
+    --data the lengths are those of its training pairs; without it a pair as long as
+    --max-seq-length is assumed.
 
     \b
     Example:

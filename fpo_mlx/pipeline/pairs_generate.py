@@ -96,13 +96,19 @@ def pairs_generate(
     return GenerateReport(before=len(done), seconds=time.monotonic() - begun, **counts)
 
 
-def _inputs(settings: GenerateConfig) -> Path:
-    """The model's folder; every line of the prompts is looked at before it is loaded."""
+def need_inputs(settings: GenerateConfig) -> tuple[str, Path]:
+    """--model and --prompts. Raises: ConfigError where one of them says nothing."""
     if not settings.model or not settings.prompts:
         missing = "--model" if not settings.model else "--prompts"
         raise ConfigError(f"{missing} is missing: wanted a model and a file of prompts.")
-    path = resolve_model(settings.model)
-    asking.check_prompts(Path(settings.prompts))
+    return settings.model, Path(settings.prompts)
+
+
+def _inputs(settings: GenerateConfig) -> Path:
+    """The model's folder; every line of the prompts is looked at before it is loaded."""
+    model, prompts = need_inputs(settings)
+    path = resolve_model(model)
+    asking.check_prompts(prompts)
     return path
 
 
@@ -111,10 +117,9 @@ def _tokenizer(path: Path, settings: GenerateConfig, say: Say) -> ChatTokenizer:
     return tokenizer_of(path, template, variables, settings.trust_remote_code, say)
 
 
-def prompt_lengths(settings: GenerateConfig, say: Say) -> tuple[Path, list[int]]:
-    """The model's folder, and the tokens of each prompt. Raises: as `pairs_generate` does."""
-    path = _inputs(settings)
-    return path, _lengths(settings, _tokenizer(path, settings, say), set(), say)
+def prompt_lengths(settings: GenerateConfig, path: Path, say: Say) -> list[int]:
+    """Tokens of each prompt. path: the model's folder. Raises: as `pairs_generate` does."""
+    return _lengths(settings, _tokenizer(path, settings, say), set(), say)
 
 
 def _lengths(

@@ -11,12 +11,14 @@ from typing import Any
 from fpo_mlx.machine import answering
 from fpo_mlx.machine.answering import Batch, Speed
 from fpo_mlx.machine.memory import ModelShape, Term, total
+from fpo_mlx.pairs import prompts as asking
 from fpo_mlx.pairs import question
 from fpo_mlx.pairs.labels import combined
 from fpo_mlx.pairs.settings import GenerateConfig
 from fpo_mlx.pipeline.job import Say, memory_of
-from fpo_mlx.pipeline.pairs_generate import WINDOW, prompt_lengths
-from fpo_mlx.storage.hub import read_config, resolve_model
+from fpo_mlx.pipeline.pairs_generate import WINDOW, need_inputs, prompt_lengths
+from fpo_mlx.storage.headers import outlined
+from fpo_mlx.storage.hub import read_config
 
 MATRIX = 4096  # of the product with one row that reads it once: 64 MiB
 
@@ -69,8 +71,11 @@ def pairs_plan(
     """
 
     memory = memory_of(memory_gb)
-    path, lengths = prompt_lengths(settings, say)
-    model, speed = _shape(path, settings.trust_remote_code), measure()
+    name, prompts = need_inputs(settings)
+    asking.check_prompts(prompts)  # before anything is fetched
+    with outlined(name, say) as path:
+        lengths = prompt_lengths(settings, path, say)
+        model, speed = _shape(path, settings.trust_remote_code), measure()
     batches = _batches(lengths, settings)
     made = answering.answer_terms(model, batches, settings.rows)
     seconds = answering.answer_seconds(model, batches, settings.rows, settings.max_tokens, speed)
@@ -78,7 +83,8 @@ def pairs_plan(
     longest = max(lengths) + 2 * settings.max_tokens + _frame(criteria)
     cost = None
     if judge:
-        shape = _shape(resolve_model(judge), settings.trust_remote_code)
+        with outlined(judge, say) as path:
+            shape = _shape(path, settings.trust_remote_code)
         mean = sum(lengths) // len(lengths) + longest - max(lengths)
         terms = answering.judge_terms(shape, longest)
         cost = Cost(

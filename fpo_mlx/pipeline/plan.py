@@ -27,7 +27,8 @@ from fpo_mlx.pipeline.job import (
 )
 from fpo_mlx.pipeline.policy import Outline, outline_of, put_adapters
 from fpo_mlx.records import SaeWeights, TokenPair
-from fpo_mlx.storage.hub import read_config, resolve_model, size_in, todays_names
+from fpo_mlx.storage.headers import outlined
+from fpo_mlx.storage.hub import read_config, size_in, todays_names
 
 FUSED_HEADS = (64, 72, 80, 96, 128, 192, 256, 512)  # of the fused backward pass in MLX 0.32.4
 
@@ -83,10 +84,11 @@ def plan(config: RunConfig, *, memory_gb: float | None = None, say: Say) -> Plan
     from fpo_mlx.pipeline import doctor
 
     memory = memory_of(memory_gb)
-    job = _open(config, say)
-    pairs = read_pairs(job, "train", say) if config.data.data else []
-    lengths = lengths_of(pairs) if pairs else _assumed(config, say)
-    case = case_of(job, lengths)
+    with outlined(need_model(config), say) as path:
+        job = _open(config, path, say)
+        pairs = read_pairs(job, "train", say) if config.data.data else []
+        lengths = lengths_of(pairs) if pairs else _assumed(config, say)
+        case = case_of(job, lengths)
     speed = doctor.gflops()
     train = _train_plan(case, lengths, config, len(pairs), memory, speed)
     first = _precompute_plan(case, lengths, len(pairs), memory, speed)
@@ -95,9 +97,8 @@ def plan(config: RunConfig, *, memory_gb: float | None = None, say: Say) -> Plan
     return PlanReport(memory, speed, len(pairs) or None, decisive, first, train, advice)
 
 
-def _open(config: RunConfig, say: Say) -> Job:
+def _open(config: RunConfig, path: Path, say: Say) -> Job:
     """As `open_job`, but without fingerprints: those read every byte of the weights."""
-    path = resolve_model(need_model(config))
     tokenizer = open_tokenizer(config, path, say)
     saes = open_saes(config, read_config(path), say=say)
     start = config.train.init_adapter

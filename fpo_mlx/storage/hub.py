@@ -21,6 +21,7 @@ OLD_NAMES = {
     "vocab_size": ("num_vocab",),
 }
 NO_CODE = ["*.py", "*.pyc", "*.so", "*.sh"]  # "tokenizer*" would let tokenizer_x.py in
+CHECK = "Check the spelling, the network and HF_TOKEN, or give a local folder."
 TWICE = ["consolidated*.safetensors"]  # Mistral's second copy of the weights, which nothing reads
 
 
@@ -30,31 +31,58 @@ def resolve_model(spec: str | Path, *, weights: bool = True) -> Path:
     weights: False where settings and tokenizer are all that is read.
     Raises: ModelError when neither can be had.
     """
-    path = Path(spec).expanduser()
-    if (path / "config.json").is_file():
+    if (path := local_folder(spec)) is not None:
         return path
-    repo, _, revision = str(spec).partition("@")  # a revision may have slashes: refs/pr/3
-    if path.exists() or repo.count("/") != 1 or str(spec).startswith((".", "/", "~")):
-        raise ModelError(
-            f"{spec}: found no config.json there. Wanted the folder of an MLX or Hugging Face "
-            "model, or a hub id such as mlx-community/SmolLM2-135M-Instruct."
-        )
+    repo, revision = hub_id(spec)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
             snapshot_download(
-                repo, revision=revision or None, ignore_patterns=[*NO_CODE, *TWICE],
+                repo, revision=revision, ignore_patterns=[*NO_CODE, *TWICE],
                 allow_patterns=[*SMALL_FILES, *(WEIGHT_FILES if weights else ())],
             )
         )  # fmt: skip
     except Exception as error:  # huggingface_hub raises a dozen unrelated classes
-        why = next(iter(str(error).splitlines()), "no reason given")
         raise ModelError(
-            f"{spec}: neither a local folder nor a model that could be downloaded "
-            f"({type(error).__name__}: {why}). Check the spelling, the network and HF_TOKEN, or "
-            "give a local folder."
+            f"{spec}: neither a local folder nor a model that could be downloaded ({reason(error)})"
+            f". {remedy(repo, CHECK)}"
         ) from error
+
+
+def local_folder(spec: str | Path) -> Path | None:
+    """The folder that `spec` names, where it has a config.json."""
+    path = Path(spec).expanduser()
+    return path if (path / "config.json").is_file() else None
+
+
+def hub_id(spec: str | Path) -> tuple[str, str | None]:
+    """Repository and revision of what is no local folder. Raises: ModelError for no hub id."""
+    repo, _, revision = str(spec).partition("@")  # a revision may have slashes: refs/pr/3
+    is_path = Path(spec).expanduser().exists() or str(spec).startswith((".", "/", "~"))
+    if is_path or repo.count("/") != 1:
+        raise ModelError(
+            f"{spec}: found no config.json there. Wanted the folder of an MLX or Hugging Face "
+            "model, or a hub id such as mlx-community/SmolLM2-135M-Instruct."
+        )
+    return repo, revision or None
+
+
+def reason(error: Exception) -> str:
+    """What the hub's client says, in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
+
+
+def remedy(repo: str, usual: str) -> str:
+    """What to do where the hub gave nothing. usual: unless the client is kept off the network."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return (
+            "HF_HUB_OFFLINE keeps the hub's client off the network: run without it, or fetch the "
+            f"model once without it (`hf download {repo}`), or give a local folder."
+        )
+    return usual
 
 
 def at_hand(spec: str | Path) -> Path | None:
@@ -62,8 +90,7 @@ def at_hand(spec: str | Path) -> Path | None:
 
     A local one or the hub's cache; nothing is fetched.
     """
-    path = Path(spec).expanduser()
-    if (path / "config.json").is_file():
+    if (path := local_folder(spec)) is not None:
         return path
     from huggingface_hub import try_to_load_from_cache
 
