@@ -85,7 +85,7 @@ class Objective:
     )
     target_drift: float | None = setting(
         None,
-        "find alpha while training so that features move by this part of their size, such as 0.1",
+        "find alpha while training so that features move by this part of their size, such as 0.3",
         "objective",
         first=True,
         instead_of="target_kl",
