@@ -29,6 +29,7 @@ CALIBRATION = 40  # documents that the norm limit and the speed are measured on
 HELD_OUT_MOST = 65_536
 MOST_POSITIONS = 20_000_000  # that are tokenized where the budget is a time
 INIT = "init"  # among the fingerprints: of the SAE that is started from, no matter to activations
+TRAINING_DOCUMENTS = "training_documents"  # among them: of what is not held out
 RUN = outputs.Made(
     "an SAE and its run",
     r"cfg\.json|sae_weights\.safetensors|README\.md|run\.json|checkpoint\.safetensors|"
@@ -125,7 +126,10 @@ def open_setup(config: SaeTrainConfig, ranks: Ranks, say: Say) -> Setup:
     train, held_out = texts.split_held_out(
         documents.items, config.held_out, config.seed, HELD_OUT_MOST
     )
-    fingerprints = {"model": weights.model_fingerprint(path), "data": documents.fingerprint()}
+    fingerprints = {
+        "model": weights.model_fingerprint(path), "data": documents.fingerprint(),
+        TRAINING_DOCUMENTS: texts.fingerprint(train),
+    }  # fmt: skip
     _agree(config, fingerprints, ranks)
     loaded = open_model(path, trust_remote_code=config.trust_remote_code, say=say)
     reader = replace(open_reader(loaded.model, loaded.config, site), ranks=ranks)

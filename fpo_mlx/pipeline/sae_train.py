@@ -16,9 +16,17 @@ from fpo_mlx.errors import ConfigError
 from fpo_mlx.machine import device
 from fpo_mlx.pipeline import sae_finish
 from fpo_mlx.pipeline.job import Say
-from fpo_mlx.pipeline.sae_setup import CALIBRATION, INIT, Setup, check, claim, open_setup
+from fpo_mlx.pipeline.sae_setup import (
+    CALIBRATION,
+    INIT,
+    TRAINING_DOCUMENTS,
+    Setup,
+    check,
+    claim,
+    open_setup,
+)
 from fpo_mlx.pipeline.train import InstallStop
-from fpo_mlx.saetrain import rows, texts
+from fpo_mlx.saetrain import rows
 from fpo_mlx.saetrain import sizes as sizing
 from fpo_mlx.storage import files, locks, outputs
 from fpo_mlx.storage.runfolder import RunFolder
@@ -34,7 +42,6 @@ if TYPE_CHECKING:
 
 START_ROWS = 8192  # that b_dec, scale and thresholds begin with
 WARM_STEPS = 3  # of a throw-away copy, to measure speed
-TRAINING_DOCUMENTS = "training_documents"  # in what a store says of itself: their fingerprint
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,7 @@ def _resumed(setup: Setup, folder: Path, say: Say) -> tuple[rows.Source, State, 
 
     config, run = setup.config, state.run_folder(folder)
     if setup.ranks.first:
+        _check_split(setup, run)
         _check_resumable(_record(setup), run)
     with setup.ranks.file_of_first(run.record) as record:
         before = files.read_object(record)
@@ -178,6 +186,25 @@ def _check_resumable(
     return run.check_resumable(record, {*loose, *left_open}, defaults)
 
 
+def _check_split(setup: Setup, run: RunFolder) -> None:
+    """Raises: ConfigError for a run that does not say what it held out, and may have otherwise.
+
+    A version that kept no fingerprint of it held rows out one by one, whatever they share.
+    """
+    before = run.noted().get("fingerprints")
+    if not isinstance(before, dict) or TRAINING_DOCUMENTS in before or not setup.held_out:
+        return
+    if before.get("data") != setup.fingerprints["data"]:
+        return  # which is said
+    shared = [one.prompt for one in (*setup.train, *setup.held_out) if one.prompt]
+    if len(set(shared)) < len(shared):
+        raise ConfigError(
+            f"--resume: an older version began the run in {run.path}, without saying what it holds "
+            "out. Of rows that share a prompt or first question it would be others now. Begin it "
+            "anew (--overwrite in place of --resume), or end it with that version."
+        )
+
+
 def _check_chunks(folder: Path, before: str | None, now: str | None) -> None:
     """A place is counted in chunks, and a store is one: it can move, but not come or go."""
     if bool(before) == bool(now):
@@ -197,7 +224,6 @@ def _source(setup: Setup, say: Say) -> tuple[rows.Source, bool]:
         about = {
             **{name: of for name, of in setup.fingerprints.items() if name != INIT},
             "site": str(setup.site),
-            TRAINING_DOCUMENTS: texts.fingerprint(setup.train),
         }
         array = _stored(setup, Path(config.store), about, say)
         return rows.from_array(array), True

@@ -361,6 +361,67 @@ def test_a_store_of_another_split_is_refused(llama, corpus, tmp_path):
     assert "written again" in old.output
 
 
+def asked_twice(path):
+    """Chats, each first question in two of them."""
+    rows = [
+        {"messages": [{"role": "user", "content": TEXTS[i // 2]},
+                      {"role": "assistant", "content": text}]}
+        for i, text in enumerate(TEXTS)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_resumed_run_is_refused_where_other_documents_would_be_held_out(
+    llama, tmp_path, monkeypatch
+):
+    """As by another version, which splits otherwise."""
+    chats, split = asked_twice(tmp_path / "chats.jsonl"), texts.split_held_out
+    words = ("--model", llama, "--data", chats, *QUICK, "--output", tmp_path / "o",
+             "--training-tokens", 6400)  # fmt: skip
+
+    def swapped(items, *how):
+        train, held = split(items, *how)
+        assert len(train) > sae_setup.CALIBRATION  # by which the norm limit stays
+        return [*train[:-1], held[-1]], [*held[:-1], train[-1]]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(texts, "split_held_out", swapped)
+        stopped_after(5, *words)
+    refused = run(*words, "--resume")
+    assert refused.exit_code == 2, refused.output
+    assert "training_documents" in refused.output
+    assert "norm_limit" not in refused.output  # the split alone
+
+
+@pytest.mark.parametrize("kind", ["chats that share questions", "chats", "pairs", "texts"])
+def test_a_run_of_a_version_that_kept_no_split_goes_on_only_where_there_was_one_split(
+    llama, tmp_path, kind
+):
+    """That version held rows out without looking at what they share."""
+    data, out = tmp_path / "rows.jsonl", tmp_path / "o"
+    rows = {"texts": [{"text": text} for text in TEXTS], "chats": CHATS, "pairs": PAIRS}.get(kind)
+    if rows is None:
+        asked_twice(data)
+    else:
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--model", llama, "--data", data, *QUICK, "--output", out)
+    stopped_after(5, *words)
+    record = json.loads((out / "run.json").read_text())
+    record["fingerprints"].pop("training_documents", None)
+    if kind in ("chats that share questions", "pairs"):
+        record["fingerprints"]["norm_limit"] = "another split's"
+    (out / "run.json").write_text(json.dumps(record))
+    done = run(*words, "--resume")
+    if kind in ("texts", "chats"):
+        assert done.exit_code == 0, done.output
+    else:
+        assert done.exit_code == 2, done.output
+        assert "an older version began the run" in done.output
+        assert "--overwrite" in done.output
+        assert "norm_limit" not in done.output  # which would not say what to do
+
+
 def items_of(corpus, tokenizer):
     return texts.read_documents(str(corpus), tokenizer, max_length=1024).items
 
