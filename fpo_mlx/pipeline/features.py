@@ -51,11 +51,15 @@ class FeatureReport:
     pairs: int
     adapter_path: str
     adapter_sha256: str | None  # of its weights
+    split: str
+    trained_on: bool  # these very pairs, by its run.json
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("adapter_path", "adapter_sha256", "pairs", "distance")
-        moved = {"features": [change.as_dict() for change in self.changes]}
-        return result_file("features", {name: getattr(self, name) for name in names} | moved)
+        names = ("adapter_path", "adapter_sha256", "split", "pairs", "distance")
+        out = {name: getattr(self, name) for name in names}
+        out |= {"trained_on": True} if self.trained_on else {}
+        moved = [change.as_dict() for change in self.changes]
+        return result_file("features", out | {"features": moved})
 
     def rows(self) -> list[dict[str, Any]]:
         """Flat, for a CSV: the contexts as their tokens."""
@@ -102,8 +106,7 @@ def features(
         Scaling(sae, ())  # refuses, before the long part
     warn_of_adapters([adapter_path], config, job.model_path, say)
     pairs = read_pairs(job, split, say)
-    if split != "train":
-        warn_of_training_pairs([adapter_path], pairs, say)
+    seen = () if split == "train" else warn_of_training_pairs([adapter_path], pairs, say)
     pairs = pairs[:limit]
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     scorer = open_scorer(job, adapter_path, measure_kl=False, say=say)
@@ -119,7 +122,9 @@ def features(
         for one in of_sae
     ]
     distance = [float(one.distance.sum() / one.responses) for one in tallies]
-    return FeatureReport(changes, distance, len(pairs), adapter_path, digest)
+    return FeatureReport(
+        changes, distance, len(pairs), adapter_path, digest, split, adapter_path in seen
+    )
 
 
 def _with_scaling(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fpo_mlx.report.read import Run, figure, is_of, part
+from fpo_mlx.report.read import Run, figure, is_of, on_training, part
 from fpo_mlx.report.tables import Table, number, text
 
 FEATURES, ANSWERS = 30, 12  # shown of each run; the files hold the rest
@@ -45,20 +45,21 @@ def features(run: Run) -> Table | None:
     """The features that moved most, as the file orders them."""
     found = run.results.get("features")
     rows = _rows(found.value if found else None, ("features",))
-    if not rows:
+    if not found or not rows:
         return None
     shown = rows[:FEATURES]
     keys = [k for k in COLUMNS if any(k in row for row in shown)]
     keys += [k for k in dict.fromkeys(k for r in shown for k in r) if k not in COLUMNS]
     keys = [k for k in keys if _tells(shown, k)]
     links = {(i, 0): url for i, row in enumerate(shown) if (url := _link(row))}
-    note = f"The first {len(shown)} of {len(rows)}." if len(rows) > len(shown) else ""
+    notes = ["Of training pairs."] if on_training(found.value) else []
+    notes += [f"The first {len(shown)} of {len(rows)}."] if len(rows) > len(shown) else []
     cells = [[_cell(row.get(k)) for k in keys] for row in shown]
     head = [COLUMNS.get(k, k) for k in keys]
     if any(_examples(row) for row in shown):
         head.append("Where")
         cells = [[*line, _examples(row)] for line, row in zip(cells, shown, strict=True)]
-    return Table(f"Features that moved: {run.name}", head, cells, note=note, links=links)
+    return Table(f"Features that moved: {run.name}", head, cells, note=" ".join(notes), links=links)
 
 
 def _rows(value: Any, names: Sequence[str]) -> list[Mapping[str, Any]]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fpo_mlx.data import data_fingerprint, read_split
 from fpo_mlx.data.feature_files import read_weights
+from fpo_mlx.data.tokenize import tokenize_row
+from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.judge.feature_report import Tally, TextActivations, _parts, auc, find
 from fpo_mlx.records import SaeWeights, Site
 from fpo_mlx.sae.encode import encode
@@ -229,6 +233,29 @@ def test_features_says_what_an_adapter_moved(place, tmp_path):  # noqa: F811
     summary = json.loads((tmp_path / "e.json").read_text())["summary"]
     mean = (summary["features/chosen"] + summary["features/rejected"]) / 2
     assert got["distance"] == [pytest.approx(mean, rel=1e-4)]
+
+
+def test_features_say_of_which_split_they_are_and_whether_the_adapter_was_trained_on_it(
+    place,  # noqa: F811
+    tmp_path,
+):
+    adapter, out = tmp_path / "own", tmp_path / "f.json"
+    shutil.copytree(place / "one", adapter)
+    tokenizer, rows = load_tokenizer(place / "model"), read_split(place / "data", "valid")
+    pairs = data_fingerprint(tokenize_row(row, tokenizer) for row in rows)
+
+    def told(split, trained_on):
+        (adapter / "run.json").write_text(json.dumps({"fingerprints": {"data": trained_on}}))
+        words = ["--adapter-path", adapter, "--split", split, "--examples", 0, "--limit", 2]
+        words += ["--data", place / "data" / "valid.jsonl", "--json", out, "--overwrite"]
+        done = run("features", *usual(place, data=None), *words)
+        assert done.exit_code == 0, done.stderr
+        got = json.loads(out.read_text())
+        return got["split"], got.get("trained_on")
+
+    assert told("valid", "others") == ("valid", None)
+    assert told("test", pairs) == ("test", True)
+    assert told("train", "others") == ("train", None)
 
 
 def test_a_neuronpedia_link_is_made_where_the_name_is_known():

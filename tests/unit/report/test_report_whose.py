@@ -105,6 +105,16 @@ def test_pairs_of_training_that_were_called_held_out_are_training_pairs(tmp_path
     assert "evaluate.json is of training pairs" in said(read)
 
 
+def test_features_of_training_pairs_are_named_and_give_way_to_others(tmp_path):
+    run = a_run(tmp_path / "run")
+    write(run / "t.json", {"kind": "features", "split": "train", "features": [{"feature": 1}]}, 9e9)
+    assert "Of training pairs." in text_of(read_runs([run])[0])
+    write(run / "v.json", {"kind": "features", "split": "valid", "features": [{"feature": 2}]}, 1)
+    (read,) = read_runs([run])
+    assert read.results["features"].path.name == "v.json"
+    assert "Of training pairs." not in text_of(read)
+
+
 def test_validation_figures_of_the_run_come_before_those_of_training_pairs(tmp_path):
     run = a_run(tmp_path / "run", [a_report(30), VALID], evaluate=summary(9, split="train"))
     shown = card(read_runs([run])[0], 0)
