@@ -11,7 +11,7 @@ from typing import Any
 from fpo_mlx.errors import FpoError
 from fpo_mlx.records import BASE, PAIRS_FILE, ROUND_FILE
 from fpo_mlx.storage import files
-from fpo_mlx.storage.adapter_files import CONFIG, RUN, WEIGHTS, run_of
+from fpo_mlx.storage.adapter_files import CONFIG, EARLIER, RUN, WEIGHTS, run_of
 from fpo_mlx.storage.runfolder import command_of
 
 
@@ -60,6 +60,12 @@ class Run:
     @property
     def fingerprints(self) -> Mapping[str, Any]:
         return part(self.record, "fingerprints")
+
+    @property
+    def digests(self) -> list[Any]:
+        """sha256 of its adapters, and of those that it had whenever it was resumed."""
+        found = self.record.get(EARLIER)
+        return [self.digest, *(found if isinstance(found, list) else ())]
 
 
 def part(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -170,7 +176,7 @@ def _of_run(
         if is_of(name, home) or (own and home.parts[-len(path.parts) :] == path.parts):
             return True  # the same path, here or where the command ran
         if run.digest and (then := one.get("adapter_sha256")):
-            return then == run.digest
+            return then in run.digests
         lone = "adapters" not in value and run_of(path) == path  # not best/
         older = lone and not one.get("adapter_sha256")  # an older version's, of a run that moved
         return own and (older or path.name == home.name)

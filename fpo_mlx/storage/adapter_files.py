@@ -21,6 +21,7 @@ from fpo_mlx.storage.tensors import read_header
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 RUN = "run.json"  # what a run says of itself
+EARLIER = "earlier"  # in it: sha256 of the adapters that the folder held when a run went on
 TEMPLATE = "chat_template.jinja"  # of any model's folder; an adapter's has that of its training
 PREFIX = "base_model.model."
 PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}  # PEFT's: mlx-lm's

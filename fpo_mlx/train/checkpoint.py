@@ -33,7 +33,7 @@ from fpo_mlx.errors import Interrupted, ModelError
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.model.trees import arrays_of, read_arrays
 from fpo_mlx.storage import files, locks
-from fpo_mlx.storage.adapter_files import TEMPLATE
+from fpo_mlx.storage.adapter_files import EARLIER, TEMPLATE
 from fpo_mlx.storage.runfolder import METRICS, RunFolder
 
 STATE = Path("checkpoint") / "state.safetensors"
@@ -152,14 +152,20 @@ class AdapterFolder:
                 folder.rmdir()
 
     def resumed(self, run: Mapping[str, Any], iteration: int) -> None:
-        """Note in run.json what a resumed run has changed of its settings, and since when."""
+        """Note in run.json what a resumed run has changed of its settings, and since when; and
+        which adapters it had, by which `report` knows older results of a folder that moved.
+        """
         before = self.run.noted()
+        digest = files.known_digest(self.path / adapters.WEIGHTS)
+        had = dict.fromkeys((*before.get(EARLIER, ()), *([digest] if digest else ())))
+        parts: dict[str, Any] = {EARLIER: list(had)} if had else {}
         old, new = before.get("settings", {}), json.loads(json.dumps(run["settings"]))
         free = set(named("may_change")) - {"adapter_path"}  # this very folder
         was = {n: old[n] for n in sorted(free) if n in old and n in new and old[n] != new[n]}
         if was:
             changes = [*before.get("changes", []), {"iteration": iteration, "before": was}]
-            self.note({"settings": old | {n: new[n] for n in was}, "changes": changes})
+            parts |= {"settings": old | {n: new[n] for n in was}, "changes": changes}
+        self.note(parts)
 
     def note(self, parts: Mapping[str, Any]) -> None:
         """Add parts to run.json."""

@@ -127,6 +127,24 @@ def test_what_a_resumed_run_has_changed_is_in_its_record(place, tmp_path):
     assert [change["before"].get("iters") for change in record["changes"]] == [2, 3]
 
 
+def test_a_result_of_a_run_that_moved_and_then_went_on_is_an_older_one_of_its_own(place, tmp_path):
+    from fpo_mlx.report.read import read_runs
+
+    run_folder = tmp_path / "first"
+    assert dpo(place, run_folder, "--save-every", 99).exit_code == 0
+    for more in (3, 4):
+        words = (*usual(place, sae=None), "--adapter-path", run_folder, "--split", "valid")
+        file = run_folder / f"{more}.json"
+        judged = run("evaluate", *words, "--samples", 0, "--no-kl", "--json", file)
+        assert judged.exit_code == 0, judged.stderr
+        run_folder = run_folder.rename(tmp_path / f"moved-{more}")
+        assert dpo(place, run_folder, "--resume", "--iters", more).exit_code == 0
+    (run_folder / "4.json").unlink()  # 3.json is from before both moves
+    (read,) = read_runs([run_folder])
+    assert read.results["evaluate"].stale
+    assert not read.faults
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

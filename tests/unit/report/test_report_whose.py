@@ -200,6 +200,29 @@ def test_a_result_of_adapters_that_changed_since_is_stale(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_result_of_adapters_that_the_run_had_before_it_went_on_is_stale(tmp_path, kind):
+    """Whatever they were called: the run may have moved between."""
+    (run, own), (other, _) = trained(tmp_path / "a", b"now"), trained(tmp_path / "b", b"b")
+    (run / "run.json").write_text(json.dumps({"earlier": ["0" * 64, sha256(b"then")]}))
+    value = KINDS[kind](own | {"adapter_path": "gone/x", "adapter_sha256": sha256(b"then")})
+    file = write(tmp_path / "elsewhere.json", value, 9e9)
+    first, second = read_runs([run, other], [file])
+    assert first.results[kind].stale
+    assert kind not in second.results
+    write(run / "r.json", value, 9e9)
+    assert read_runs([run])[0].results[kind].stale
+
+
+@pytest.mark.parametrize("earlier", [None, 3, "x" * 64, [None, 3, []]])
+def test_a_spoiled_list_of_earlier_adapters_counts_for_nothing(tmp_path, earlier):
+    run, own = trained(tmp_path / "a", b"now")
+    (run / "run.json").write_text(json.dumps({"earlier": earlier}))
+    told = own | {"adapter_path": "gone/x", "adapter_sha256": "x"}
+    write(run / "r.json", summary(1) | told)
+    assert "is of another adapter" in said(read_runs([run])[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_result_of_another_adapter_is_left_out_and_it_is_said(tmp_path, kind):
     """The run's own best/, too."""
     run, own = trained(tmp_path / "run", b"run")
