@@ -233,6 +233,10 @@ class TrainConfig:
         """So many iterations, or the next number that makes whole updates."""
         return -(-iterations // self.grad_accumulation_steps) * self.grad_accumulation_steps
 
+    def crossed(self, every: int, iteration: int) -> bool:
+        """Whether a multiple of `every` lies within the update that ends with this iteration."""
+        return iteration // every > (iteration - self.grad_accumulation_steps) // every
+
     def iterations(self, n_pairs: int) -> int:
         """Number of iterations for a training set of n_pairs: whole updates."""
         if self.epochs is not None:

@@ -110,15 +110,15 @@ class Trainer:
             last = iteration >= self.total
             if skipped is not None:
                 yield skipped
-            report = last or _crossed(iteration, self.config.steps_per_report, self._step)
+            report = last or self.config.crossed(self.config.steps_per_report, iteration)
             if report and self._window.pairs:  # else all of them were left out
                 yield self._report(iteration)
-            if self.valid and (last or _crossed(iteration, self.config.steps_per_eval, self._step)):
+            if self.valid and (last or self.config.crossed(self.config.steps_per_eval, iteration)):
                 yield self._validate()
             early = not last and guard.stale(self.progress.stale, self.config)
             last = last or early
             code = self.ranks.largest(self._stop() or 0)
-            due = _crossed(iteration, self.config.save_every, self._step)
+            due = self.config.crossed(self.config.save_every, iteration)
             if code or last or due:
                 self._save(numbered=last or due)
                 yield SavedReport(iteration, numbered=last or due)
@@ -396,8 +396,3 @@ class Trainer:
 
     def _log(self, kind: str, report: Report) -> None:
         self.folder.log({"kind": kind, **asdict(report)}, self.progress)
-
-
-def _crossed(iteration: int, every: int, step: int) -> bool:
-    """Whether a multiple of `every` lies within the last `step` iterations."""
-    return iteration // every > (iteration - step) // every
