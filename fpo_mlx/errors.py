@@ -6,7 +6,14 @@ A message says where, what was found, what was wanted and what to do next. Anyth
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
+
+
+def pip_install(*packages: str) -> str:
+    """What to type to install packages for this Python: a shell may have no pip, or another's."""
+    return shlex.join([sys.executable or "python", "-m", "pip", "install", *packages])
 
 
 class FpoError(Exception):

@@ -25,7 +25,7 @@ from fpo_mlx.cli.rounds import rounds
 from fpo_mlx.cli.sae_train import train_sae
 from fpo_mlx.cli.saes import sae
 from fpo_mlx.cli.train import train
-from fpo_mlx.errors import FpoError, Interrupted
+from fpo_mlx.errors import FpoError, Interrupted, pip_install
 from fpo_mlx.machine import set_up as machine_set_up
 from fpo_mlx.storage.files import unwritable
 
@@ -68,7 +68,7 @@ def _not_imported(error: ImportError) -> FpoError | None:
         return FpoError(f"{why} {torch}")
     if (plain := upstream.plain(error)) is not None or name not in ("mlx", "mlx_lm"):
         return plain
-    how = upstream.how_to_get_mlx() if name == "mlx" else "pip install mlx-lm"
+    how = upstream.how_to_get_mlx() if name == "mlx" else pip_install("mlx-lm")
     return FpoError(
         f"this command needs the package {name}, which is not installed here. Install it ({how}). "
         f"{torch}"

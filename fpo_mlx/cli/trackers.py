@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 from fpo_mlx.config import RunConfig
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.errors import ConfigError, pip_install
 from fpo_mlx.train.events import LandedReport, Report, StepReport, ValidReport
 
 
@@ -70,7 +70,7 @@ class _Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError("--report-to wandb: run `pip install wandb`.") from error
+            raise ConfigError(f"--report-to wandb: run `{pip_install('wandb')}`.") from error
         self._run = wandb.init(project=project, config=config.as_dict())
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -85,7 +85,8 @@ class _TensorBoard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise ConfigError("--report-to tensorboard: run `pip install tensorboardX`.") from error
+            how = pip_install("tensorboardX")
+            raise ConfigError(f"--report-to tensorboard: run `{how}`.") from error
         self._folder = f"{config.train.adapter_path}/tensorboard/{project}"
         self._open, self._writer = SummaryWriter, None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from fpo_mlx.errors import ModelError
+from fpo_mlx.errors import ModelError, pip_install
 
 OURS = "fpo-mlx"
 WORKSHOP = {"dev", "docs"}  # extras of those who work on fpo-mlx: nothing of them runs in it
@@ -56,7 +56,7 @@ def changed(package: str, what: str, error: Exception) -> ModelError:
     found = f"{package} {one.installed}" if one else package
     advice = "Please report it."
     if one and not one.inside:
-        advice = f"Tried were versions {one.range}: pip install '{package}{one.range}'"
+        advice = f"Tried were versions {one.range}: {pip_install(f'{package}{one.range}')}"
     return ModelError(f"{found} has changed what fpo-mlx uses of it, {what}: {error}. {advice}")
 
 
@@ -85,15 +85,15 @@ def unloadable(error: ImportError) -> str | None:
 def how_to_get_mlx() -> str:
     """For this machine and what is installed on it."""
     if sys.platform == "darwin":
-        return "pip install mlx, with a Python for arm64 on macOS 14 or newer"
+        return f"{pip_install('mlx')}, with a Python for arm64 on macOS 14 or newer"
     if any(version(name) for name in BACKENDS if "cuda" in name):
         return (
             "MLX's CUDA build needs an NVIDIA card and its driver (does nvidia-smi answer?). "
             "Without one: a new environment with pip install 'mlx[cpu]'"
         )
     return (
-        "pip install 'mlx[cpu]', or 'mlx[cuda13]' for an NVIDIA card with its driver; one of them "
-        "in an environment, not both"
+        f"{pip_install('mlx[cpu]')}, or 'mlx[cuda13]' for an NVIDIA card with its driver; one of "
+        "them in an environment, not both"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.errors import ConfigError, pip_install
 from fpo_mlx.model.gguf_vocab import Vocabulary, read_vocabulary
 from fpo_mlx.storage import files
 from fpo_mlx.storage.adapter_files import TEMPLATE
@@ -65,7 +65,7 @@ def prepare(folder: Path, config: Mapping[str, Any], args: Any, kind: str) -> Ex
         import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "--export-gguf needs the package gguf: run `pip install gguf`."
+            f"--export-gguf needs the package gguf: run `{pip_install('gguf')}`."
         ) from error
     model_type = config["model_type"]
     if model_type not in ARCHITECTURES:

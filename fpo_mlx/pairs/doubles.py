@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 
+from fpo_mlx.errors import pip_install
+
 PERMUTATIONS = 64
 SHINGLE = 3  # words
 
@@ -35,7 +37,7 @@ def _near(threshold: float, note: Callable[[str], None]) -> Callable[[str], bool
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError:
-        note("near duplicates stay, equal ones go: for both run `pip install datasketch`")
+        note(f"near duplicates stay, equal ones go: for both run `{pip_install('datasketch')}`")
         return None
     index, kept = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS), {}
 

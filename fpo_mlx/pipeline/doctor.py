@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fpo_mlx import __version__
+from fpo_mlx.errors import pip_install
 from fpo_mlx.machine import blas, upstream
 from fpo_mlx.machine import device as machine
 from fpo_mlx.storage.certificates import trusted
@@ -65,7 +66,7 @@ def versions() -> list[Finding]:
             one.package,
             f"{one.installed}, which nobody tried with this version of fpo-mlx ({one.range})",
             "note",
-            f"If something fails: pip install '{one.package}{one.range}'",
+            f"If something fails: {pip_install(f'{one.package}{one.range}')}",
         )
         for one in upstream.outside()
     }
@@ -75,7 +76,7 @@ def versions() -> list[Finding]:
         if version:
             found.append(untried.get(name) or Finding(name, version))
         else:
-            found.append(Finding(name, "not installed", "problem", f"pip install {name}"))
+            found.append(Finding(name, "not installed", "problem", pip_install(name)))
     found += [finding for name, finding in untried.items() if name not in PACKAGES]
     present = [f"{name} {version}" for name in OPTIONAL if (version := upstream.version(name))]
     absent = [name for name in OPTIONAL if not upstream.version(name)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.errors import ConfigError, pip_install
 from fpo_mlx.pairs.rating import Rating, votes_in
 from fpo_mlx.pairs.summary import self_agreement
 
@@ -23,7 +23,7 @@ def pairs_rate(
         from fpo_mlx.pairs.web.serve import serve
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"the page needs the package {error.name}: run `pip install starlette uvicorn`."
+            f"the page needs the package {error.name}: run `{pip_install('starlette', 'uvicorn')}`."
         ) from error
     rating = Rating(candidates, output, per_prompt=per_prompt, seed=seed)
     try:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.errors import ConfigError, pip_install
 from fpo_mlx.machine import upstream
 from fpo_mlx.records import PairScore, Projection, SaeWeights, TokenPair
 
@@ -60,7 +60,7 @@ def open_backend(
     if name not in ("mlx", "torch"):
         raise ConfigError(f"--backend {name}: wanted mlx or torch.")
     if importlib.util.find_spec(name) is None:
-        how = "pip install torch" if name == "torch" else upstream.how_to_get_mlx()
+        how = pip_install("torch") if name == "torch" else upstream.how_to_get_mlx()
         other = "mlx" if name == "torch" else "torch"
         raise ConfigError(
             f"--backend {name}: the package {name} is not installed here. Install it ({how}), or "

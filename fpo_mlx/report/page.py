@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fpo_mlx import __version__
-from fpo_mlx.errors import ConfigError
+from fpo_mlx.errors import ConfigError, pip_install
 from fpo_mlx.report import findings, rounds, samples, tables
 from fpo_mlx.report.plots import COLOURS, draw_all
 from fpo_mlx.report.read import Run
@@ -62,5 +62,6 @@ def environment() -> Any:
 
 def _lacking(error: ImportError) -> ConfigError:
     return ConfigError(
-        f"a report needs {error.name}, which is not installed here: run `pip install {error.name}`."
+        f"a report needs {error.name}, which is not installed here: run "
+        f"`{pip_install(str(error.name))}`."
     )

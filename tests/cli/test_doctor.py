@@ -9,6 +9,7 @@ import threading
 import mlx.core as mx
 import pytest
 
+from fpo_mlx.errors import pip_install
 from fpo_mlx.machine import blas
 from fpo_mlx.pipeline import doctor
 
@@ -36,7 +37,7 @@ def test_the_report_names_every_topic_and_gives_advice_for_every_problem():
 def test_a_missing_package_is_a_problem_with_a_pip_line(monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGES", ("mlx", "no-such-package"))
     found = by_topic(doctor.versions())["no-such-package"]
-    assert (found.level, found.advice) == ("problem", "pip install no-such-package")
+    assert (found.level, found.advice) == ("problem", pip_install("no-such-package"))
 
 
 def test_mlx_with_its_own_blas_is_a_problem_on_linux(monkeypatch):

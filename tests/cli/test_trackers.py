@@ -126,7 +126,7 @@ def test_without_a_tracker_nothing_is_sent_and_an_unknown_one_is_refused(wandb):
 @pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
 def test_a_tracker_that_is_not_installed_is_named_with_the_command(monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=f"--report-to {name}: run `pip install {package}`"):
+    with pytest.raises(ConfigError, match=f"--report-to {name}: run `.* -m pip install {package}`"):
         tracking(name, None, CONFIG).__enter__()
 
 

@@ -20,7 +20,7 @@ from contracts import CONTRACTS, small_llama  # noqa: E402
 
 from fpo_mlx.cli import main  # noqa: E402
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
-from fpo_mlx.errors import ModelError  # noqa: E402
+from fpo_mlx.errors import ModelError, pip_install  # noqa: E402
 from fpo_mlx.machine import upstream  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.model.policy import Policy  # noqa: E402
@@ -285,7 +285,7 @@ def test_the_doctor_notes_a_version_that_nobody_tried(versions):
     found = {finding.topic: finding for finding in doctor.versions()}["mlx-lm"]
     assert found.level == "note"
     assert "0.40.0" in found.text
-    assert found.advice == "If something fails: pip install 'mlx-lm>=0.32.2,<0.33'"
+    assert found.advice == f"If something fails: {pip_install('mlx-lm>=0.32.2,<0.33')}"
 
 
 def test_a_rename_in_a_version_that_nobody_tried_names_one_that_was(versions, monkeypatch):
