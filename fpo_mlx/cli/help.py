@@ -52,7 +52,21 @@ def _help_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 class Command(RichCommand):
-    """A command whose `--help` is short and whose `--help-all` is whole."""
+    """A command whose `--help` is short and whose `--help-all` is whole.
+
+    What the device could not do for it becomes an error with what this command can do about it.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RuntimeError as error:  # click's Exit is one, too
+            from fpo_mlx.cli import trouble
+
+            options = {param.name or "" for param in self.params}
+            if (plain := trouble.plain(error, self.name or "", options)) is not None:
+                raise plain from error
+            raise
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         params = super().get_params(ctx)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from packaging.requirements import Requirement
 
@@ -21,6 +22,17 @@ OURS = "fpo-mlx"
 WORKSHOP = {"dev", "docs"}  # extras of those who work on fpo-mlx: nothing of them runs in it
 BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")  # builds of one library file
 LEANED_ON = {"mlx": "mlx", "mlx_lm": "mlx-lm", "transformers": "transformers"}  # module -> package
+# What MLX's RuntimeErrors begin with where a device cannot do what it was asked, as of 0.32:
+# mlx/backend/metal/{allocator,device}.cpp, with Metal's own words behind the colon; and CUDA's
+_RAN = "[METAL] Command buffer execution failed: "
+_NO_ROOM = (
+    f"{_RAN}Insufficient Memory", "[metal::malloc] Attempting to allocate ",
+    "[malloc] Unable to allocate ",
+)  # fmt: skip
+_TOO_LONG = (f"{_RAN}Caused GPU Timeout", f"{_RAN}Impacting Interactivity")
+_NO_METAL = "[metal::load_device] No Metal device available"
+_CUDA = ("cudaMalloc", " failed: out of memory")  # how it begins, how it ends
+NO_SESSION = "Run it in the plain Terminal of a person who is logged in, not in a VM or a sandbox."
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,16 @@ def how_to_get_mlx() -> str:
         f"{pip_install('mlx[cpu]')}, or 'mlx[cuda13]' for an NVIDIA card with its driver; one of "
         "them in an environment, not both"
     )
+
+
+def trouble(error: RuntimeError) -> Literal["memory", "time", "absent"] | None:
+    """What of the device an error of MLX's is about; None where it is about something else."""
+    text = str(error)
+    if text.startswith(_NO_ROOM) or (text.startswith(_CUDA[0]) and text.endswith(_CUDA[1])):
+        return "memory"
+    if text.startswith(_TOO_LONG):
+        return "time"
+    return "absent" if text.startswith(_NO_METAL) else None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fpo_mlx import __version__
 from fpo_mlx.errors import pip_install
@@ -95,13 +95,22 @@ def blas_library() -> Finding:
 
 
 def device() -> list[Finding]:
-    """Device, memory, wired limit and measured speed; one problem if MLX cannot be imported."""
+    """Device, memory, wired limit and measured speed; one problem if MLX cannot be used."""
     blas.preload()
     try:
         import mlx.core as mx
     except ImportError as e:
         text = f"MLX cannot be imported: {e}"
         return [Finding("device", text, "problem", upstream.how_to_get_mlx())]
+    try:
+        return _device(mx)
+    except RuntimeError as e:  # MLX is built for a GPU that this session does not have
+        absent = upstream.trouble(e) == "absent"
+        advice = upstream.NO_SESSION if absent else upstream.how_to_get_mlx()
+        return [Finding("device", f"MLX cannot use it: {e}", "problem", advice)]
+
+
+def _device(mx: Any) -> list[Finding]:
     if machine.backend() == "cuda":
         return _cuda_card()
     if not mx.metal.is_available():

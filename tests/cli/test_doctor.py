@@ -67,6 +67,20 @@ def test_apple_silicon_shows_its_memory_and_its_wired_limit(monkeypatch):
     assert by_topic(doctor.device())["wired limit"].level == "ok"
 
 
+def test_a_session_without_a_metal_device_is_a_problem_and_no_traceback(monkeypatch):
+    """In a VM or a sandbox Metal is there, and its device is not."""
+
+    def absent():
+        raise RuntimeError("[metal::load_device] No Metal device available. This typically occurs")
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", absent)
+    found = by_topic(doctor.examine(hub_seconds=0))
+    assert found["device"].level == "problem"
+    assert "No Metal device available" in found["device"].text
+    assert "plain Terminal" in found["device"].advice
+
+
 def test_mlx_compiles_without_a_compiler():
     """It asks for g++, and goes on with its own kernels where there is none."""
     code = (
