@@ -28,17 +28,19 @@ TOOLS := .venv-tools/bin
 # Small matrices: a second thread costs more than it gives.
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
 
-# What the lock has versions for.
+# What the lock has versions for. python.org's Python runs as either processor's.
 CHECK = -c 'import platform, sys; \
-	v = sys.version_info; old = v < (3, 11) or v >= (3, 15); \
+	v = sys.version_info; old = v < (3, 11) or v >= (3, 15); mac = sys.platform == "darwin"; \
+	macos = platform.mac_ver()[0] if mac else ""; \
 	sys.exit("Python 3.11 to 3.14 is needed, found %d.%d: make clean, make PYTHON=python3.12" % v[:2] if old else \
-	sys.platform == "darwin" and platform.machine() != "arm64" and "a Python for arm64 is needed (Apple silicon, no Rosetta): MLX has no other build")'
+	"a Python for arm64 is needed: MLX has no build for Intel. On Apple silicon this one runs under Rosetta: start make with arch -arm64, or untick Open using Rosetta in the Get Info of the terminal" if mac and platform.machine() != "arm64" else \
+	"macOS 14 or newer is needed, found " + macos if int(macos.partition(".")[0] or 14) < 14 else 0)'
 
 .DELETE_ON_ERROR:
 .PHONY: demo test check lint docs bench clean lock test-newest test-lowest
 
 demo: $(PACKAGE)
-	$(BIN)/fpo-mlx demo $(DEMO_ARGS)
+	$(BIN)/python -m fpo_mlx demo $(DEMO_ARGS)
 
 test: $(TORCH_STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
@@ -67,14 +69,18 @@ test-newest test-lowest: test-%: $(TOOLS)/uv
 	.venv-$*/bin/python scripts/make/lock.py $* --uv $< --output .venv-$*/requirements.txt
 	.venv-$*/bin/python -m pip install -r .venv-$*/requirements.txt
 	.venv-$*/bin/python -m pip install --no-build-isolation --no-deps -e .
+	chflags -R nohidden .venv-$* 2>/dev/null || true
 	.venv-$*/bin/python -m pip install $(PIP_TORCH) '$(TORCH_$*)'
 	$(ONE_THREAD) .venv-$*/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
+# In a folder that iCloud syncs a dot folder's files may be hidden, and Python skips a hidden .pth
+# file, which an editable install is: chflags, which a Mac alone has, shows them.
 $(PACKAGE): pyproject.toml $(LOCK)
 	$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) $(CHECK)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --require-hashes -r $(LOCK)
 	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	chflags -R nohidden .venv 2>/dev/null || true
 	touch $@
 
 $(TORCH_STAMP): $(PACKAGE)

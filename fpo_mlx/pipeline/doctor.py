@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 
 Level = Literal["ok", "note", "problem"]
 GB = 1e9
+MIB, GIB = 2**20, 2**30  # installed memory is counted in these, and so is sysctl's limit
+MACOS_SHARE, MACOS_MB = 0.25, 5 * 1024  # of the memory, and at least: what stays with macOS
 PACKAGES = ("fpo-mlx", "mlx", "mlx-lm", "numpy", "transformers", "safetensors", "datasets")
 OPTIONAL = ("torch", "matplotlib", "wandb", "tensorboardX")
 HUB = "https://huggingface.co"
+SQUARE, LARGE_SQUARE = 1024, 4096  # of a product; a GPU does the small one in the time of a launch
 SLOW_GFLOPS = 20.0  # one core with OpenBLAS reaches 100 or more, the reference BLAS 2 to 5
 LITTLE_DISK = 5 * GB  # a 4-bit model of 7 billion parameters takes 4
 
@@ -128,7 +131,7 @@ def _device(mx: Any) -> list[Finding]:
     total = float(info.get("memory_size", 0))
     return [
         Finding("device", f"{info.get('device_name', 'GPU')} through Metal"),
-        Finding("memory", f"{total / GB:.1f} GB unified"),
+        Finding("memory", f"{total / GIB:.0f} GB unified"),
         _wired_limit(limit, total),
     ]
 
@@ -148,13 +151,17 @@ def platform_of() -> list[Finding]:
     if sys.platform == "darwin" and platform.machine() != "arm64":
         rosetta = _translated()
         text = (
-            "this Python is for Intel and runs under Rosetta; MLX has no build for it"
+            "this Python runs under Rosetta, as on an Intel Mac; MLX has no build for that"
             if rosetta
             else "an Intel Mac; MLX runs on Apple silicon only"
         )
         advice = "Train on a Mac with Apple silicon, or on Linux."
         if rosetta:
-            advice = "Install a Python for arm64 (python.org, uv, Homebrew in /opt/homebrew)."
+            advice = (
+                "Start it with `arch -arm64`, or untick Open using Rosetta in the terminal's Get "
+                "Info. If it is for Intel alone, install a Python for arm64 (python.org, uv, "
+                "Homebrew in /opt/homebrew)."
+            )
         found.append(Finding("platform", text, "problem", advice))
     elif sys.platform == "darwin" and int(platform.mac_ver()[0].partition(".")[0] or 14) < 14:
         text = f"macOS {platform.mac_ver()[0]}; MLX needs 14 or newer"
@@ -177,10 +184,11 @@ def _translated() -> bool:
     return done.stdout.strip() == "1"
 
 
-def gflops(size: int = 1024, repeats: int = 3) -> float:
-    """Measured speed of a float32 product of two [size, size] matrices on MLX's default device."""
+def gflops(repeats: int = 3) -> float:
+    """Measured speed of a float32 product on MLX's default device."""
     import mlx.core as mx
 
+    size = LARGE_SQUARE if machine.here().gpu else SQUARE
     return product_rate(size, repeats, mx.float32) / 1e9
 
 
@@ -277,9 +285,10 @@ def folder_size(folder: Path) -> int:
 
 
 def _wired_limit(limit: float, total: float) -> Finding:
-    text = f"{limit / GB:.1f} GB of {total / GB:.1f} GB may be wired for the GPU"
-    if total and limit < 0.7 * total:
-        megabytes = int(0.8 * total / 2**20)
+    text = f"{limit / GB:.1f} GB of it may be wired for the GPU"
+    installed = total / MIB
+    megabytes = int(installed - max(MACOS_SHARE * installed, MACOS_MB))
+    if megabytes * MIB > limit:
         advice = f"For more, until the next start: sudo sysctl iogpu.wired_limit_mb={megabytes}"
         return Finding("wired limit", text, "note", advice)
     return Finding("wired limit", text)
@@ -296,7 +305,7 @@ def _cpu_memory() -> Finding:
 
 def _cpu_speed() -> Finding:
     speed = gflops()
-    text = f"{speed:.0f} GFLOP/s measured (float32, 1024 x 1024)"
+    text = f"{speed:.0f} GFLOP/s measured (float32, {SQUARE} x {SQUARE})"
     if speed < SLOW_GFLOPS:
         return Finding("speed", text, "problem", "See the line `blas` above.")
     return Finding("speed", text)

@@ -84,7 +84,8 @@ def ours(args: argparse.Namespace, settings: dict) -> dict:
     )
     last = list(trainer.train(rows.from_array(x), run, rule, plan))[-1]
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     sae = finish.finished(run, rule, x[:0], site=Site(args.layer), model_name=args.model.name)
     figures = finish.measure(sae, np.load(args.work / "acts" / "held" / rows.STORE_ROWS))
     finish.write(args.only.with_suffix(""), sae, finish.card(sae, figures, {"model": "-"}))

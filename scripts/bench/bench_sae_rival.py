@@ -110,7 +110,8 @@ def main():
     torch.manual_seed(0)
     rows = torch.from_numpy(np.load(train))
     run, seconds = {"saelens": saelens, "sparsify": sparsify}[name](rows, s)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     x = torch.from_numpy(np.load(held))
     error = active = 0.0
     used = torch.zeros(s["width"], dtype=torch.bool)

@@ -5,7 +5,8 @@
     python scripts/checks/kill_test.py --kills 5 --answer-with models/smollm2
 
 A tiny model is built in a temporary folder. This process imports everything once and forks a child
-for each attempt (MLX survives a fork as long as the parent has computed nothing with it). Half of
+for each attempt (MLX survives a fork as long as the parent has computed nothing with it; on a Mac
+Metal does not, and each child is a Python of its own, which takes seconds to start). Half of
 the kills come at a random moment, half right before a random one of the command's own file
 operations (open for writing, rename, remove, mkdir, …). After each kill every file must be the
 old or the new one; then the command runs again (`train` with --resume), must end with 0, and its
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import random
 import signal
@@ -25,9 +27,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "checks"), str(ROOT / "tests" / "support")]
@@ -42,6 +45,7 @@ HEAVY = (
     "fpo_mlx.cli", "fpo_mlx.judge.evaluate", "fpo_mlx.model.fuse", "fpo_mlx.pipeline.pairs_judge",
     "fpo_mlx.reference.mlx_backend", "fpo_mlx.train.trainer",
 )  # fmt: skip
+FORKS, CHILD = sys.platform != "darwin", "--child"  # what a child that was not forked is told
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
 
@@ -57,18 +61,53 @@ class Tally:
     faults: list[str] = field(default_factory=list)
 
 
-def fork(work: Callable[[], object], log: Path) -> int:
-    """Run `work` in a child whose output goes to `log`; its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
+@dataclass(frozen=True)
+class Job:
+    """What a child does: the command line, or to build the place where the others are at work.
+
+    at: the file operation of its own before which it kills itself.
+    """
+
+    words: Sequence[str]
+    stage: str
+    at: int = 0
+    journal: str | None = None
+    only: Sequence[str] | None = None  # the cases that the place in `stage` is built for
+
+    def work(self) -> None:
+        from fpo_mlx import cache
+        from fpo_mlx.cli import main
+
+        if self.only is not None:
+            kill_cases.build_place(Path(self.stage), planned(Path(self.stage), self.only))
+            return
+        cache.fill.__kwdefaults__["shard_pairs"] = 4  # several shards of a few pairs
+        watch(Path(self.stage), self.at, Path(self.journal) if self.journal else None)
+        main(list(self.words))
+
+
+def planned(root: Path, only: Sequence[str]) -> list[Case]:
+    return [case for case in kill_cases.cases(root) if not only or case.name in only]
+
+
+def start(job: Job, log: Path) -> int:
+    """Do the job in a child whose output goes to `log`; its process id."""
+    if not FORKS:
+        words = [sys.executable, __file__, CHILD, json.dumps(asdict(job)), str(log)]
+        return os.posix_spawn(sys.executable, words, os.environ)
+    if not (pid := os.fork()):
+        child(job, log)
+    return pid
+
+
+def child(job: Job, log: Path) -> NoReturn:
     code = 70
     try:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
-        work()
+        job.work()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -84,20 +123,6 @@ def fork(work: Callable[[], object], log: Path) -> int:
 def ended(pid: int) -> int:
     """Exit code; a negative signal number if one ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def command(words: list[str], stage: Path, at: int = 0, journal: Path | None = None):
-    """What the child does: the command line, killing itself before file operation `at`."""
-
-    def work() -> None:
-        from fpo_mlx import cache
-        from fpo_mlx.cli import main
-
-        cache.fill.__kwdefaults__["shard_pairs"] = 4  # several shards of a few pairs
-        watch(stage, at, journal)
-        main(words)
-
-    return work
 
 
 def watch(stage: Path, at: int, journal: Path | None) -> None:
@@ -134,7 +159,7 @@ def reference_run(case: Case, scratch: Path) -> None:
         case.known = {name: {have} for name, have in tree(case.before).items()}
         old_log = case.before / kill_cases.LOG
         case.lines = set(kill_cases.log_lines(old_log)) if old_log.is_file() else set()
-    code = ended(fork(command(case.words, case.target.parent, journal=journal), log))
+    code = ended(start(Job(case.words, str(case.target.parent), journal=str(journal)), log))
     if code:
         sys.exit(f"{case.name} does not work at all (exit {code}):\n{log.read_text()[-3000:]}")
     case.wanted = tree(case.target)
@@ -149,7 +174,7 @@ def reference_run(case: Case, scratch: Path) -> None:
     case.lines |= set(kill_cases.log_lines(new_log)) if new_log.is_file() else set()
     case.reset()
     started = time.perf_counter()
-    ended(fork(command(case.words, case.target.parent), log))
+    ended(start(Job(case.words, str(case.target.parent)), log))
     case.seconds = time.perf_counter() - started
     if tree(case.target) != case.wanted:
         sys.exit(f"{case.name}: two undisturbed runs differ, so nothing can be compared")
@@ -161,7 +186,7 @@ def kill_once(case: Case, chance: random.Random, tally: Tally, log: Path) -> Non
     by_step = chance.random() < 0.5
     at = chance.randint(1, case.steps) if by_step else 0
     wait = chance.uniform(0, case.seconds)
-    pid = fork(command(case.words, case.target.parent, at=at), log)
+    pid = start(Job(case.words, str(case.target.parent), at=at), log)
     if not by_step:
         time.sleep(wait)
         os.kill(pid, signal.SIGKILL)
@@ -183,7 +208,7 @@ def judge(case: Case, faults: list[str], tally: Tally, moment: str, log: Path) -
             faults += case.checks(case)
         words = case.again(case)
         if words is not None:
-            code = ended(fork(command(words, case.target.parent), log))
+            code = ended(start(Job(words, str(case.target.parent)), log))
             if code:
                 faults.append(f"the rerun ended with {code}: {log.read_text()[-600:]}")
         faults += finished(case, rerun=words is not None)
@@ -200,11 +225,12 @@ def interrupt_once(
 ) -> None:
     """Ctrl-C or SIGTERM during training: 130 or 143 after saving, and an exact resume."""
     case.reset()
-    pid = fork(command(case.words, case.target.parent), log)
+    pid = start(Job(case.words, str(case.target.parent)), log)
     begun = time.perf_counter()
     while not (case.target / "run.json").exists() and time.perf_counter() - begun < 30:
         time.sleep(0.002)
-    time.sleep(chance.uniform(0, 0.5 * case.seconds))
+    left = max(case.seconds - (time.perf_counter() - begun), 0.0)  # most of it is a slow start's
+    time.sleep(chance.uniform(0, 0.5 * left))
     os.kill(pid, number)
     code = ended(pid)
     if code == 0:
@@ -231,8 +257,8 @@ def preload() -> None:
 def run(root: Path, kills: int, signals: int, seed: int, only: list[str]) -> list[Tally]:
     chance, log = random.Random(seed), root / "log"
     os.environ["FPO_MLX_CACHE"] = str(root / "user-cache")
-    plan = [case for case in kill_cases.cases(root) if not only or case.name in only]
-    code = ended(fork(lambda: kill_cases.build_place(root, plan), log))
+    plan = planned(root, only)
+    code = ended(start(Job([], str(root), only=only), log))
     if code:
         sys.exit(f"the place cannot be built:\n{log.read_text()[-3000:]}")
     tallies = []
@@ -262,11 +288,11 @@ def kill_answers(root: Path, model: str, kills: int, chance: random.Random) -> b
     ask += ["--max-tokens", "24", "--rows", "8", "--output"]  # few rows: lines come one by one
     whole, broken = root / "whole.jsonl", root / "broken.jsonl"
     began = time.perf_counter()
-    if code := ended(fork(command([*ask, str(whole)], root), log)):
+    if code := ended(start(Job([*ask, str(whole)], str(root)), log)):
         sys.exit(f"it does not work at all (exit {code}):\n{log.read_text()[-3000:]}")
     seconds, there, same = time.perf_counter() - began, [], True
     while len(there) < kills or broken.exists():
-        pid = fork(command([*ask, str(broken)], root), log)
+        pid = start(Job([*ask, str(broken)], str(root)), log)
         if len(there) < kills:
             time.sleep(chance.uniform(0, seconds / 2))
             os.kill(pid, signal.SIGKILL)
@@ -293,7 +319,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="name of a command; repeatable")
     parser.add_argument("--answer-with", help="folder of a real model for `pairs generate` alone")
     options = parser.parse_args()
-    preload()
+    if FORKS:
+        preload()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="kill-") as folder:
         root = Path(folder).resolve()
@@ -318,4 +345,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [CHILD]:
+        from fpo_mlx import machine
+
+        machine.set_up()
+        child(Job(**json.loads(sys.argv[2])), Path(sys.argv[3]))
     main()

@@ -22,7 +22,7 @@ PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 GLIBC = ("manylinux_2_35", "manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux2014")
 # Name -> (system, machine, the tags of the wheels that such a machine takes).
 PLATFORMS = {
-    "macos-arm64": ("Darwin", "arm64", ("macosx_15_0_arm64",)),
+    "macos-arm64": ("Darwin", "arm64", ("macosx_14_0_arm64",)),
     "linux-x86_64": ("Linux", "x86_64", tuple(f"{tag}_x86_64" for tag in GLIBC)),
     "linux-aarch64": ("Linux", "aarch64", tuple(f"{tag}_aarch64" for tag in GLIBC)),
 }

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from fpo_mlx.errors import pip_install
-from fpo_mlx.machine import blas
+from fpo_mlx.machine import blas, device
 from fpo_mlx.pipeline import doctor
 
 
@@ -55,16 +55,36 @@ def test_a_slow_product_is_a_problem(monkeypatch):
     assert doctor._cpu_speed().level == "ok"
 
 
-def test_apple_silicon_shows_its_memory_and_its_wired_limit(monkeypatch):
-    info = {"device_name": "M9", "memory_size": 16e9, "max_recommended_working_set_size": 10.7e9}
+@pytest.mark.parametrize(
+    ("installed", "share", "advised"),
+    [(8, 2 / 3, None), (16, 2 / 3, 11264), (24, 2 / 3, 18432), (64, 0.75, None), (64, 0.5, 49152)],
+)
+def test_a_mac_is_advised_a_wired_limit_that_leaves_macos_a_quarter_and_5_gb(
+    monkeypatch, installed, share, advised
+):
+    """80 % left a Mac of 8 GB with 1.6 GB for all but the GPU."""
+    total = installed * 2**30
+    info = {"device_name": "M9", "memory_size": total}
+    info["max_recommended_working_set_size"] = int(share * total)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: info)
     found = by_topic(doctor.device())
-    assert found["memory"].text == "16.0 GB unified"
-    assert "10.7 GB of 16.0 GB" in found["wired limit"].text
-    assert "iogpu.wired_limit_mb=12207" in found["wired limit"].advice  # 0.8 * 16e9 / 2**20
-    info["max_recommended_working_set_size"] = 12e9
-    assert by_topic(doctor.device())["wired limit"].level == "ok"
+    assert found["memory"].text == f"{installed} GB unified"  # as Apple counts it
+    assert found["wired limit"].text.startswith(f"{share * total / 1e9:.1f} GB of it")
+    advice = f"iogpu.wired_limit_mb={advised}" if advised else ""
+    assert found["wired limit"].advice.rpartition(" ")[2] == advice
+    assert found["wired limit"].level == ("note" if advised else "ok")
+
+
+@pytest.mark.parametrize(
+    ("record", "size"), [(device.cpu(), 1024), (device.gpu("metal", 1e10), 4096)]
+)
+def test_a_gpu_is_timed_with_a_product_that_is_longer_than_its_launch(monkeypatch, record, size):
+    sizes = []
+    monkeypatch.setattr(doctor, "product_rate", lambda n, *_: sizes.append(n) or 1e12)
+    with device.using(record):
+        assert doctor.gflops() == 1e3
+    assert sizes == [size]
 
 
 def test_a_session_without_a_metal_device_is_a_problem_and_no_traceback(monkeypatch):
@@ -190,7 +210,7 @@ def installed(monkeypatch, *names):
 @pytest.mark.parametrize(
     ("translated", "said", "advice"),
     [
-        ("1\n", "under Rosetta", "Python for arm64"),
+        ("1\n", "under Rosetta", "`arch -arm64`"),
         ("", "an Intel Mac", "Apple silicon, or on Linux"),
     ],
 )

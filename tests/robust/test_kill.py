@@ -51,6 +51,7 @@ def test_killed_commands_leave_old_or_new_files_and_their_rerun_ends_the_same(tm
     assert re.search(r"^train, SIGTERM +1 ", out, re.MULTILINE)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="a child that is not forked is whole again")
 def test_a_command_that_writes_in_place_is_caught(tmp_path):
     words = ["--kills", "8", "--signals", "0", "--only", "sae convert"]
     code, out, err = kill_test(tmp_path, *words, first=IN_PLACE)
