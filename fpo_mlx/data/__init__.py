@@ -17,6 +17,7 @@ from fpo_mlx.data.read import AUTO_SPLITS as AUTO_SPLITS
 from fpo_mlx.data.read import SPLITS as SPLITS
 from fpo_mlx.data.read import HubSplits as HubSplits
 from fpo_mlx.data.read import content_key as content_key
+from fpo_mlx.data.read import find_place as find_place
 from fpo_mlx.data.read import find_splits as find_splits
 from fpo_mlx.data.read import iterate_raw as iterate_raw
 from fpo_mlx.data.read import read_split as read_split

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fpo_mlx.data.containers import FORMATS, RawRow, digest, file_rows, stem
 from fpo_mlx.data.documents import record_of
+from fpo_mlx.data.folders import Unclear, named_files, one_place
 from fpo_mlx.data.messages import RowFault
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, PreferenceRow, parse_row
 from fpo_mlx.data.tokenize import refusal
 from fpo_mlx.errors import ConfigError, DataError, FpoError
-from fpo_mlx.records import PAIRS_FILE
-from fpo_mlx.storage.files import listed
 
 SPLITS = ("train", "valid", "test")
 
@@ -29,13 +27,9 @@ _NAMES = {
               "eval_prefs", "evaluation", "test_prefs"),
     "test": ("test", "test_prefs", "testing"),
 }  # fmt: skip
-_OF = re.compile(r"(\d+)-of-(\d+)$")
-_SHARD = re.compile(r"(.+?)[-_.](?:part[-_]?)?\d+(?:-of-\d+)?")
 
 # A file, the parts of one, a folder that `datasets` saved, or a split's name on the hub
 Place = Path | tuple[Path, ...] | str
-
-RECORD_MOST = 1 << 20  # bytes of what `pairs build` says of its rows
 
 
 @dataclass(frozen=True)
@@ -120,19 +114,25 @@ def content_key(source: str | Path, split: str, hub: HubSplits = AUTO_SPLITS) ->
 
 
 def find_place(source: str | Path, split: str, hub: HubSplits = AUTO_SPLITS) -> Place:
-    """Where a split lies. Raises FpoError if there is no such source or split."""
+    """Where a split lies.
+
+    Raises FpoError if there is no such source or split, or no telling which files are meant.
+    """
     if split not in SPLITS:
         raise FpoError(f"{split!r} is no split; wanted one of {', '.join(SPLITS)}.")
     found = find_splits(source, hub, want=split)
     if split not in found:
         raise FpoError(_no_split(source, split, found))
-    return found[split]
+    place = found[split]
+    if isinstance(place, Unclear):
+        raise FpoError(place.why)
+    return place
 
 
 def find_splits(
     source: str | Path, hub: HubSplits = AUTO_SPLITS, want: str = "train"
-) -> dict[str, Place]:
-    """The splits that source has, and where each lies.
+) -> Mapping[str, Place | Unclear]:
+    """The splits that source has, and where each lies; `Unclear` is refused where it is read.
 
     want: the split for which a single file counts (a file is one split, never two).
 
@@ -156,7 +156,7 @@ def find_splits(
     return _hub_splits(str(source), hub)
 
 
-def _one_split(path: Path, hub: HubSplits, want: str) -> dict[str, Place]:
+def _one_split(path: Path, hub: HubSplits, want: str) -> dict[str, Place | Unclear]:
     """Raises ConfigError where the user names a split of it."""
     for split in SPLITS:
         if name := getattr(hub, split):
@@ -167,117 +167,53 @@ def _one_split(path: Path, hub: HubSplits, want: str) -> dict[str, Place]:
     return {want: path}
 
 
-def _folder_splits(folder: Path, hub: HubSplits, want: str) -> dict[str, Place]:
+def _folder_splits(folder: Path, hub: HubSplits, want: str) -> dict[str, Place | Unclear]:
     """Splits by the names of files (parts of one in their order), or of folders that hold them."""
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _one_split(folder, hub, want)  # datasets' save_to_disk
-    groups: dict[str, list[Path]] = {}
-    for place in (folder, folder / "data"):
-        for path in listed(place):
-            if path.is_dir():
-                inner = _saved_or_files(path)
-                if inner:
-                    groups.setdefault(path.name.lower(), inner)
-            elif (name := stem(path)) is not None and not _is_record(path):
-                shard = _SHARD.fullmatch(name)
-                groups.setdefault((shard.group(1) if shard else name).lower(), []).append(path)
-    found = _named(str(folder), {name: _one_place(name, g) for name, g in groups.items()}, hub)
+    groups = named_files(folder)
+    places = {name: one_place(name, group) for name, group in groups.items()}
+    found = _named(str(folder), places, hub)
     alone = [name for name, group in groups.items() if group[0].parent == folder]
     if not found and len(alone) == 1:
-        return {"train": _one_place(alone[0], groups[alone[0]])}
+        return {"train": places[alone[0]]}
     return found
 
 
-def _is_record(path: Path) -> bool:
-    """Whether it is what `pairs build` says of the rows beside it, and no rows."""
-    if path.name != PAIRS_FILE or path.stat().st_size > RECORD_MOST:
-        return False
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return isinstance(found, dict) and {"settings", "splits"} <= found.keys()
-
-
-def _saved_or_files(folder: Path) -> list[Path]:
-    if (folder / "state.json").is_file():
-        return [folder]
-    return [path for path in listed(folder) if path.is_file() and stem(path) is not None]
-
-
-def _one_place(name: str, group: list[Path]) -> Place:
-    """A file, or all parts of one. Raises FpoError for several files of one name."""
-    if len(group) == 1:
-        _check_parts(group)
-        return group[0]
-    plain = [path for path in group if path.name.lower() == f"{name}.jsonl"]
-    if plain:
-        return plain[0]
-    stems = [stem(path) for path in group]
-    if len(set(stems)) < len(stems) or name in (s.lower() for s in stems if s):
-        raise FpoError(
-            f"{group[0].parent}: {', '.join(path.name for path in group)} are all called "
-            f"{name}. Keep one of them there, or name the file with --data."
-        )
-    _check_parts(group)
-    return tuple(group)
-
-
-def _check_parts(group: list[Path]) -> None:
-    """Raises FpoError where parts 1 to N of N are not all there once, as after half a download."""
-    numbers = [match.groups() for path in group if (match := _OF.search(stem(path) or ""))]
-    totals = {int(total) for _, total in numbers}
-    if not totals:
-        return
-    have = sorted(int(number) for number, _ in numbers)
-    if len(totals) > 1 or len(have) != len(group) or have not in (
-        list(range(max(totals))), list(range(1, max(totals) + 1))
-    ):  # fmt: skip
-        names = ", ".join(path.name for path in group)
-        raise FpoError(
-            f"{group[0].parent}: {names} are not all parts of one file: "
-            f"{len(group)} of {' or '.join(map(str, sorted(totals)))}. Fetch what is missing, "
-            "remove what is of another version, or name one file with --data."
-        )
-
-
-def _named(source: str, places: dict[str, Any], hub: HubSplits) -> dict[str, Place]:
-    """Which of the named places is which split.
-
-    Raises FpoError for a name that is not there, and for two that are one split's.
-    """
-    found: dict[str, Place] = {}
+def _named(
+    source: str, places: Mapping[str, Place | Unclear], hub: HubSplits
+) -> dict[str, Place | Unclear]:
+    """Which of the named places is which split. Raises FpoError for a name that is not there."""
+    found: dict[str, Place | Unclear] = {}
     for split in SPLITS:
         asked = getattr(hub, split)
         wanted = (asked, asked.lower()) if asked else _NAMES[split]
         names = [name for name in wanted if name in places]
-        if not asked:
-            free = [name for name in names if places[name] not in found.values()]
-            _refuse_two(source, split, free)
-        name = next(iter(names), None)
-        if name is not None:
-            # rows that were looked at in training are no test, unless somebody says so
-            if asked or places[name] not in found.values():
-                found[split] = places[name]
-        elif asked:
+        if asked and not names:
             raise FpoError(
                 f"{source}: no split {asked!r} (--{split}-split); it has {', '.join(places)}."
             )
+        if not asked:  # rows that were looked at in training are no test, unless somebody says so
+            names = [name for name in names if places[name] not in found.values()]
+        if names:
+            two = None if asked else _two_names(source, split, names)
+            found[split] = two or places[names[0]]
     return found
 
 
-def _refuse_two(source: str, split: str, names: list[str]) -> None:
-    """Raises FpoError where more than one name is this split's: nothing says which is meant."""
+def _two_names(source: str, split: str, names: list[str]) -> Unclear | None:
+    """Where more than one name is this split's: nothing says which is meant."""
     if split == "valid":  # beside one of its own, test_prefs is the test
         names = [name for name in names if name not in _NAMES["test"]]
-    if len(names) > 1:
-        raise FpoError(
-            f"{source}: found {' and '.join(names)}, each a name of the {split} split, wanted one. "
-            f"Choose with --{split}-split, or keep one of them there."
-        )
+    if len(names) < 2:
+        return None
+    return Unclear(
+        f"{source}: found {' and '.join(names)}, each a name of the {split} split, wanted one. "
+        f"Choose with --{split}-split, or keep one of them there."
+    )
 
 
-def _no_split(source: str | Path, split: str, found: dict[str, Place]) -> str:
+def _no_split(source: str | Path, split: str, found: Mapping[str, Place | Unclear]) -> str:
     have = ", ".join(f"{name} ({_shown(source, at)})" for name, at in found.items()) or "none"
     path = Path(source).expanduser()
     if path.is_dir():
@@ -292,7 +228,9 @@ def _no_split(source: str | Path, split: str, found: dict[str, Place]) -> str:
     )
 
 
-def _shown(source: str | Path, place: Place) -> str:
+def _shown(source: str | Path, place: Place | Unclear) -> str:
+    if isinstance(place, Unclear):
+        return "several"
     if isinstance(place, tuple):
         return f"{place[0]} and {len(place) - 1} more"
     return str(place) if isinstance(place, Path) else f"{source}[{place}]"
@@ -342,7 +280,7 @@ def _renumbered(files: list[Path]) -> Iterator[RawRow]:
             index += 1
 
 
-def _hub_splits(source: str, hub: HubSplits) -> dict[str, Place]:
+def _hub_splits(source: str, hub: HubSplits) -> dict[str, Place | Unclear]:
     from datasets import get_dataset_split_names
 
     try:

@@ -206,6 +206,11 @@ def test_two_files_of_one_split_are_refused_by_name(tmp_path):
         (tmp_path / name).write_text(LINES)
     with pytest.raises(FpoError, match=r"train\.csv, train\.json are all called train"):
         read_split(tmp_path)
+    (tmp_path / "valid.jsonl").write_text(LINES)
+    assert len(read_split(tmp_path, "valid")) == 3  # for which it does not matter
+    assert set(find_splits(tmp_path)) == {"train", "valid"}
+    with pytest.raises(FpoError, match=r"Splits found in .*: train \(several\), valid \("):
+        read_split(tmp_path, "test")
     (tmp_path / "train.jsonl").write_text(LINES)  # what it always was
     assert find_splits(tmp_path)["train"] == tmp_path / "train.jsonl"
 
@@ -217,7 +222,9 @@ def test_parts_that_are_not_all_there_once_are_refused(tmp_path, names):
     for name in names:
         (tmp_path / f"train-{name}.jsonl").write_text(LINES)
     with pytest.raises(FpoError, match=rf"are not all parts of one file: {len(names)} of "):
-        find_splits(tmp_path)
+        read_split(tmp_path)
+    (tmp_path / "valid.jsonl").write_text(LINES)
+    assert len(read_split(tmp_path, "valid")) == 3
 
 
 def test_what_a_later_map_left_in_a_saved_folder_is_no_row(tmp_path):

@@ -42,10 +42,12 @@ def test_a_file_is_the_one_split_that_is_asked_for(tmp_path):
      "test")],
 )  # fmt: skip
 def test_two_names_of_one_split_are_refused_unless_one_is_asked_for(tmp_path, split, one, other):
-    for name in {"train", "valid", one, other}:
+    for name in {"train", "valid", "test", one, other}:
         (tmp_path / f"{name}.jsonl").write_text(lines(PAIR))
     with pytest.raises(FpoError, match=f"each a name of the {split} split") as caught:
-        find_splits(tmp_path)
+        read_split(tmp_path, split)
+    for unlike in {"train", "valid", "test"} - {split}:
+        assert len(read_split(tmp_path, unlike)) == 1  # for which it does not matter
     assert all(part in str(caught.value) for part in (one, other, f"--{split}-split"))
     asked = HubSplits(**{split: other})
     assert find_splits(tmp_path, asked)[split] == tmp_path / f"{other}.jsonl"

@@ -10,7 +10,9 @@ from command_line import ROWS, lines  # noqa: E402
 from evaluated import place  # noqa: E402, F401
 
 from fpo_mlx.config import load_config  # noqa: E402
+from fpo_mlx.errors import FpoError  # noqa: E402
 from fpo_mlx.pipeline.job import open_job  # noqa: E402
+from fpo_mlx.pipeline.prepared import read_splits  # noqa: E402
 from fpo_mlx.reference.weights import adapter_fingerprint  # noqa: E402
 
 
@@ -25,3 +27,18 @@ def test_a_reference_is_named_by_its_adapter_wherever_that_was_given(place, tmp_
     assert found[0] == "none"
     assert found[1:] == [adapter_fingerprint(place / name) for name in ("one", "one", "two")]
     assert len(set(found)) == 3
+
+
+def test_a_split_that_is_not_clear_is_refused_before_another_is_tokenized(
+    place,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    for name in ("train", "valid", "validation"):
+        lines(tmp_path / f"{name}.jsonl", *ROWS)
+    words = {"model": str(place / "model"), "data": str(tmp_path), "objective": "dpo"}
+    job = open_job(load_config(words), say=lambda _: None)
+    assert len(read_splits(job.config, job.tokenizer, ("train",), print)["train"]) == len(ROWS)
+    monkeypatch.setattr("fpo_mlx.pipeline.prepared.prepare", lambda *a, **k: pytest.fail("begun"))
+    with pytest.raises(FpoError, match="valid and validation, each a name of the valid split"):
+        read_splits(job.config, job.tokenizer, ("train", "valid"), print)
