@@ -600,6 +600,20 @@ def test_an_sae_that_does_not_fit_is_refused(llama):
         narrow.score(make_pairs(1))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # the second one's layers lie transposed
+def test_an_sae_of_another_width_than_the_projection_reads_is_refused_before_anything_runs(
+    family, folder_of
+):
+    """config.json does not say it of every model."""
+    for width in (tiny_models.HIDDEN - 8, tiny_models.HIDDEN):
+        words, saes = (folder_of(family),), [make_sae(Site(1, "attn_z"), width)]
+        if width == tiny_models.HIDDEN:
+            TorchBackend(*words, saes=saes, device="cpu")
+            continue
+        with pytest.raises(SaeError, match=r"width 24, but the attn_z of block 1 .* width 32"):
+            TorchBackend(*words, saes=saes, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

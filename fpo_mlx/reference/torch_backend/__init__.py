@@ -20,8 +20,8 @@ from fpo_mlx.records import (
 )
 from fpo_mlx.reference.torch_backend import passes
 from fpo_mlx.reference.torch_backend.load import choose_device, choose_dtype, load_model
-from fpo_mlx.reference.torch_backend.saes import on_device, pooled
-from fpo_mlx.reference.torch_backend.taps import Recorder, find_tap, project
+from fpo_mlx.reference.torch_backend.saes import on_device, pooled, refuse_width
+from fpo_mlx.reference.torch_backend.taps import Recorder, find_tap, project, width_of
 
 TOKENS_PER_BATCH = {"cpu": 2048, "mps": 4096, "cuda": 16384}  # padding counts
 HEAD_ELEMENTS = 1 << 25  # logits in memory at once: 128 MB in float32
@@ -62,7 +62,11 @@ class TorchBackend:
         for one in projections:  # before the recorder, which sees what is left
             project(find_tap(self._model, one.site), self._put(one.basis))
         self._saes = [on_device(sae, self.device) for sae in saes]
-        self._recorder = Recorder(tuple(find_tap(self._model, sae.site) for sae in self._saes))
+        taps = tuple(find_tap(self._model, sae.site) for sae in self._saes)
+        for sae, tap in zip(self._saes, taps, strict=True):
+            if (width := width_of(tap)) is not None:
+                refuse_width(sae, width)
+        self._recorder = Recorder(taps)
         self.dtype = str(weights).removeprefix("torch.")
         self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 4096)
         apart = passes.why_apart(self._model) if share_prompt else ""

@@ -86,16 +86,21 @@ def normalize(x: torch.Tensor, mode: str) -> torch.Tensor:
     return x
 
 
+def refuse_width(sae: TorchSae, width: int) -> None:
+    """Raises SaeError where the site's vectors are not of the width that the SAE reads."""
+    if width != sae.weights.d_in:
+        raise SaeError(
+            f"{sae.weights.source or 'The SAE'} reads vectors of width {sae.weights.d_in}, but the "
+            f"{sae.site} of this model has width {width}. Use an SAE made for this model."
+        )
+
+
 def pooled(sae: TorchSae, rows: torch.Tensor) -> torch.Tensor:
     """Mean activation over the rows of one response. rows: [R, D] -> float32 [F].
 
     Raises SaeError when the SAE's width is not the site's.
     """
-    if rows.shape[-1] != sae.weights.d_in:
-        raise SaeError(
-            f"{sae.weights.source or 'The SAE'} reads vectors of width {sae.weights.d_in}, but the "
-            f"{sae.site} of this model has width {rows.shape[-1]}. Use an SAE made for this model."
-        )
+    refuse_width(sae, rows.shape[-1])
     size = max(1, CHUNK_ELEMENTS // sae.weights.n_features)
     parts = [encode(sae, chunk).sum(dim=0) for chunk in rows.split(size)]
     return torch.stack(parts).sum(dim=0) / len(rows)

@@ -95,6 +95,14 @@ def find_tap(model: Any, site: Site) -> Tap:
     return Tap(site, (out,) if kind == "attn_out" else (Port(block, "input"), out))
 
 
+def width_of(tap: Tap) -> int | None:
+    """Of an attn_z, for which config.json does not always say it; None where the layer does not."""
+    if tap.site.kind != "attn_z":
+        return None
+    layer: Any = tap.ports[0].module
+    return getattr(layer, "in_features", getattr(layer, "nx", None))  # nx: GPT-2's Conv1D
+
+
 def _norms(block: Any, site: Site) -> Norms:
     """Of a block whose way of adding to its stream is known, so far as this site needs it."""
     children = block.named_children()
