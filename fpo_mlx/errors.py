@@ -60,7 +60,7 @@ class Diverged(FpoError):
 
 
 class Interrupted(FpoError):
-    """Ctrl-C or SIGTERM, after everything was saved."""
+    """Ctrl-C, SIGTERM or a closed terminal, after everything was saved."""
 
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)

@@ -24,6 +24,7 @@ from fpo_mlx.cli.results import convert, evaluate, fuse
 from fpo_mlx.cli.rounds import rounds
 from fpo_mlx.cli.sae_train import train_sae
 from fpo_mlx.cli.saes import sae
+from fpo_mlx.cli.show import unheard
 from fpo_mlx.cli.train import train
 from fpo_mlx.errors import FpoError, Interrupted, pip_install
 from fpo_mlx.machine import set_up as machine_set_up
@@ -54,7 +55,8 @@ class Main(Group):
 def _end(ctx: click.Context, error: FpoError | None) -> None:
     """With its message and exit code, if it is one of those that are expected."""
     if error is not None:
-        click.echo(f"fpo-mlx: {error}", err=True)
+        with unheard():
+            click.echo(f"fpo-mlx: {error}", err=True)
         ctx.exit(error.exit_code)
 
 

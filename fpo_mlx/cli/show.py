@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 import click
 
@@ -22,19 +26,54 @@ from fpo_mlx.train.events import (
 )
 
 TAB = 4  # cells
+GONE = (errno.EIO, errno.EPIPE)  # what writing to a closed terminal or pipe ends in
 TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # a line's direction
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Around what is written to a person: work goes on, and is saved, when there is none left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            if _is_dead(stream):
+                _to_nowhere(stream)
+
+
+def _is_dead(stream: TextIO) -> bool:
+    """Whether nobody reads it: a closed terminal is no terminal any more, though a device."""
+    try:
+        stream.flush()
+        number = stream.fileno()
+        return stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number)
+    except (OSError, ValueError):
+        return True
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """What it still holds, and all that anyone writes to it from now on."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        stream.flush()
 
 
 def say(text: str) -> None:
     """On stderr; of several processes the first speaks."""
     if is_first():
-        click.echo(text, err=True)
+        with unheard():
+            click.echo(text, err=True)
 
 
 def result(text: str) -> None:
     """On stdout; of several processes the first speaks."""
     if is_first():
-        click.echo(text)
+        with unheard():
+            click.echo(text)
 
 
 class Bar:
@@ -43,6 +82,7 @@ class Bar:
     def __init__(self, what: str) -> None:
         self._what, self._bar = what, None
 
+    @unheard()
     def __call__(self, report: Any) -> None:
         from tqdm import tqdm
 
@@ -63,6 +103,7 @@ class Steps:
     def __init__(self, what: str) -> None:
         self._what, self._bar = what, None
 
+    @unheard()
     def __call__(self, done: int, total: int) -> None:
         from tqdm import tqdm
 
@@ -82,6 +123,7 @@ class Progress:
         """The number of iterations of the run, once it is known."""
         self._total = total
 
+    @unheard()
     def say(self, text: str) -> None:
         if self._bar is None or not is_first():
             say(text)
@@ -125,6 +167,7 @@ class Progress:
         elif isinstance(report, SavedReport) and report.numbered:
             self.say(f"{report.iteration:>6}  saved")
 
+    @unheard()
     def _advance(self, iteration: int) -> None:
         from tqdm import tqdm
 
@@ -138,6 +181,7 @@ class Progress:
             )
         self._bar.update(iteration - self._bar.n)
 
+    @unheard()
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -146,6 +190,7 @@ class Progress:
 class Whole(Progress):
     """One bar for several parts, with the time that is left; on a terminal only."""
 
+    @unheard()
     def so_far(self, share: float) -> None:
         """How much of the whole is done, 0 to 1."""
         from tqdm import tqdm

@@ -56,7 +56,7 @@ def train(**values) -> None:
     result(f"adapters in {config.train.adapter_path}")
 
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
@@ -72,17 +72,25 @@ def on_signal_within() -> Iterator[Callable[[], Callable[[], int | None]]]:
 
 
 def on_signal() -> Callable[[], int | None]:
-    """Ctrl-C and SIGTERM end the run after the update in work; a second Ctrl-C ends it at once."""
+    """Ctrl-C, SIGTERM and a closed terminal end the run after the update in work.
+
+    A second Ctrl-C ends it at once. Under nohup a closed terminal ends nothing.
+    """
     seen: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         del frame
         seen.append(128 + number)
+        if number == signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)  # the shell and the system each send one
+            say("the terminal was closed: stopping after this update")
+            return
         say("stopping after this update; press again to stop at once")
         signal.signal(
             number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         )
 
     for number in ENDING:
-        signal.signal(number, note)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
     return lambda: seen[0] if seen else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import tiny_models
 from command_line import BLOCK, ROWS, lines, random_sae, refused, run, train, usual  # noqa: E402, F401
 
 from fpo_mlx import cli, open_model, read_sae
+from fpo_mlx.cli.train import on_signal_within
 from fpo_mlx.errors import FpoError
 from fpo_mlx.machine import upstream
 from fpo_mlx.sae.convert import write_saelens
@@ -40,10 +40,8 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_cache_and_signals(tmp_path, monkeypatch):
     monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with on_signal_within():
+        yield
 
 
 def test_an_unknown_flag_is_a_usage_error():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from command_line import ROWS, lines, random_sae, run
 
 pytest.importorskip("mlx.core")
 
+from fpo_mlx.cli.train import on_signal_within  # noqa: E402
 from fpo_mlx.sae.convert import write_saelens  # noqa: E402
 
 DPO = ("--objective", "dpo")
@@ -33,10 +33,8 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_cache_and_signals(tmp_path, monkeypatch):
     monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with on_signal_within():
+        yield
 
 
 def with_template(place, tmp_path, change, model="model"):
