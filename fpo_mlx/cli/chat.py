@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -88,6 +89,8 @@ def chat(
 def _typed() -> Iterator[str]:
     """What a person types, until the end of the input."""
     if sys.stdin.isatty():
+        with suppress(ImportError):  # arrow keys; without it macOS takes lines of 1024 bytes at most
+            import readline  # noqa: F401
         say(HELP)
     while True:
         try:

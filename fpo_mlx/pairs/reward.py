@@ -84,9 +84,13 @@ class Reward:
 
     def _start(self) -> None:
         command = [sys.executable, reward_child.__file__, str(self._path), self._name]
+        own = dict(os.environ)
+        # macOS forks, and tokenizers warns of a fork unless it is told; the child is as it was
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self._process = subprocess.Popen(
-            [*command, str(self._memory * 1e9)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+            [*command, str(self._memory * 1e9)], env=own, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
         try:
             reply = self._ask(b"", STARTS, f"--reward {self._spec}")
         except DataError as error:

@@ -180,8 +180,9 @@ def test_a_person_at_a_terminal_asks_steers_and_leaves(place):
     first = until(b"> ")
     os.write(ours, b"/steer 3=+40\n")
     assert b"steering 3=+40" in until(b"> ")
-    os.write(ours, b"/reset\n")
-    until(b"> ")
+    left = b"\x1b[D"  # an arrow key: a slip of the fingers is mended where it is
+    os.write(ours, b"/rset" + 3 * left + b"e\n")
+    assert b"a new conversation" in until(b"> ")
     os.write(ours, b"Why?\n")
     assert until(b"> ") != first
     os.write(ours, b"/steer 99=1\n")

@@ -187,3 +187,20 @@ def test_prompts_that_are_judged_already_cost_no_wait_for_the_disk(tmp_path, mon
     monkeypatch.setattr(os, "fsync", lambda file: (waits.append(file), real(file)))
     again = by_reward(tmp_path, spec, 4)
     assert (again.written, again.before, waits) == (0, 12, [])
+
+
+@pytest.mark.parametrize("was", [None, "false"])
+def test_a_process_beside_tokenizers_that_has_worked_is_no_cause_of_its_warning(
+    tmp_path, monkeypatch, was
+):
+    """macOS forks; tokenizers then warns on stderr unless a person has decided on its threads."""
+    name = "TOKENIZERS_PARALLELISM"
+    monkeypatch.setenv(name, was or "")
+    if was is None:
+        monkeypatch.delenv(name)
+    same = f"float(os.environ.get('{name}') == {was!r})"
+    body = f"import os\ndef score(prompt, answer):\n    return {same}\n"
+    by_reward(tmp_path, reward(tmp_path, body), 1)
+    assert os.environ[name] == (was or "true")  # our own tokenizers keep their threads
+    found = read_verdicts(tmp_path / "v.jsonl").values()
+    assert {v.score_a for v in found} == {1.0}, "the function's process is as it was"
