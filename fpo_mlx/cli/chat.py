@@ -89,7 +89,7 @@ def chat(
 def _typed() -> Iterator[str]:
     """What a person types, until the end of the input."""
     if sys.stdin.isatty():
-        with suppress(ImportError):  # arrow keys; without it macOS takes lines of 1024 bytes at most
+        with suppress(ImportError):  # arrow keys; macOS takes 1024 bytes without
             import readline  # noqa: F401
         say(HELP)
     while True:
