@@ -17,6 +17,7 @@ from fpo_mlx.errors import FpoError
 from fpo_mlx.machine import upstream
 from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.sae.encode import encode
+from fpo_mlx.storage import files
 
 pytest.importorskip("mlx.core")
 
@@ -198,6 +199,8 @@ def test_a_resumed_run_keeps_the_settings_of_its_start(place, tmp_path):
     assert again.exit_code == 0, again.stderr
     old, new = json.loads(record), json.loads((tmp_path / "out" / "run.json").read_text())
     assert new["memory"].keys() == old["memory"].keys()
+    (had,) = new.pop("earlier")  # the adapters that it went on from: nothing was left to train
+    assert had == files.sha256_of(tmp_path / "out" / "adapters.safetensors")
     assert {**new, "memory": None} == {**old, "memory": None}
 
 
