@@ -187,7 +187,8 @@ def digest(path: Path) -> str:
     if path.name in (LOG, VERDICTS):
         return hashlib.sha256("\n".join(log_lines(path)).encode()).hexdigest()
     if path.name.endswith("run.json"):  # under its temporary name, too
-        told = {k: v for k, v in json.loads(path.read_text()).items() if k != "memory"}
+        own = ("memory", "earlier")  # measured; the adapters of whenever it was resumed
+        told = {k: v for k, v in json.loads(path.read_text()).items() if k not in own}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     if path.suffix != ".safetensors":
         return hashlib.sha256(path.read_bytes()).hexdigest()

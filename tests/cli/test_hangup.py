@@ -15,6 +15,7 @@ from fpo_mlx.cli.train import on_signal_within
 
 pytest.importorskip("mlx.core")
 
+HEEDED = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # also of tests under nohup
 IGNORED = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"  # what nohup does
 
 
@@ -44,7 +45,8 @@ def training(place, out, iters):
 
 def test_a_closed_terminal_ends_the_run_with_all_of_it_saved(place, tmp_path):
     out = tmp_path / "out"
-    code = when_it_closes(training(place, out, 10**5), environment(), after="     3  loss")
+    given = f"{HEEDED}\n{training(place, out, 10**5)}"
+    code = when_it_closes(given, environment(), after="     3  loss")
     assert code == 129
     assert (out / "checkpoint" / "state.safetensors").is_file()
     told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
