@@ -63,6 +63,10 @@ adapter_scale_option = click.option(
     "--adapter-scale", type=float, default=1.0, show_default=True,
     help="Part of the adapter's change that is taken: 0 is the base, 1 the adapter.",
 )  # fmt: skip
+memory_option = click.option(
+    "--memory-gb", type=float,
+    help="What programs may use. [default: this machine's; Macs: 2/3 of up to 32 GB, 3/4 above]",
+)  # fmt: skip
 csv_option = click.option("--csv", "csv_path", type=PATH, help="Write the result here as CSV.")
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace what an earlier command wrote there."

@@ -13,6 +13,7 @@ from fpo_mlx.cli.options import (
     READ,
     claims,
     json_option,
+    memory_option,
     overwrite_option,
     section_options,
     write_json,
@@ -36,11 +37,7 @@ GB = 1e9
     "--compare", type=click.Choice(["all", "neighbours"]), default="all", show_default=True,
     help="Pairs of a prompt's answers to compare.",
 )  # fmt: skip
-@click.option(
-    "--memory-gb",
-    type=float,
-    help="What programs may use. [default: this machine's; Macs: 2/3 of up to 32 GB, 3/4 above]",
-)
+@memory_option
 @json_option
 @overwrite_option
 @claims(json_path="--json")

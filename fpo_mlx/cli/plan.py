@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 import click
 
 from fpo_mlx.cli.help import Command
-from fpo_mlx.cli.options import claims, gather, json_option, preset_option, settings, write_json
+from fpo_mlx.cli.options import (
+    claims,
+    gather,
+    json_option,
+    memory_option,
+    preset_option,
+    settings,
+    write_json,
+)
 from fpo_mlx.cli.show import say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig, TrainConfig
 
@@ -20,11 +28,7 @@ GB = 1e9
 @click.command(cls=Command)
 @preset_option
 @settings(DataConfig, ReferenceConfig, Objective, TrainConfig)
-@click.option(
-    "--memory-gb",
-    type=float,
-    help="What programs may use. [default: this machine's; Macs: 2/3 of up to 32 GB, 3/4 above]",
-)
+@memory_option
 @json_option
 @claims(json_path="--json")
 def plan(memory_gb, json_path, **values) -> None:

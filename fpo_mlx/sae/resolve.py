@@ -16,6 +16,7 @@ from fpo_mlx.sae import registry
 from fpo_mlx.sae.arrays import refuse_pickle
 from fpo_mlx.sae.files import companions, listed_weights
 from fpo_mlx.storage.files import listed
+from fpo_mlx.storage.hub import shown_size
 
 _SPARE = 1.05  # part of the download's size that must be free
 
@@ -160,7 +161,7 @@ def _cached(
 def _announcement(repo: str, missing: Sequence[HubFile]) -> str:
     names = ", ".join(file.name for file in missing)
     total = sum(file.size for file in missing)
-    return f"fetching {repo}: {len(missing)} file(s), {_megabytes(total)} ({names})"
+    return f"fetching {repo}: {len(missing)} file(s), {shown_size(total)} ({names})"
 
 
 def _check_disk(size: int, repo: str) -> None:
@@ -172,13 +173,9 @@ def _check_disk(size: int, repo: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < size * _SPARE:
         raise SaeError(
-            f"{repo}: the download needs {_megabytes(size)}, but {folder} has {_megabytes(free)} "
+            f"{repo}: the download needs {shown_size(size)}, but {folder} has {shown_size(free)} "
             "free. Make room, or set HF_HOME to a larger disk."
         )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _first_line(error: Exception) -> str:

@@ -44,9 +44,10 @@ def outlined(spec: str | Path, say: Say) -> Iterator[Path]:
         folder = Path(scratch) / repo.replace("/", "--")
         _link(small, folder)
         size, count = _fill(folder, repo, revision)
+        files = f"{hub.shown_size(size)} in {count} file{'s' * (count > 1)}"
         say(
-            f"{spec}: its weights ({_amount(size)} in {count} file{'s' * (count > 1)}) are not on "
-            "this disk. Only their headers were read; the run itself downloads them"
+            f"{spec}: its weights ({files}) are not on this disk. Only their headers were read; "
+            "the run itself downloads them"
         )
         try:
             yield folder
@@ -152,7 +153,3 @@ def _unread(repo: str, listed: Sequence[str]) -> ModelError:
         "that mlx-lm loads. Take a repository that has them; nothing was downloaded but settings "
         "and tokenizer."
     )
-
-
-def _amount(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -85,6 +85,11 @@ def remedy(repo: str, usual: str) -> str:
     return usual
 
 
+def shown_size(size: int) -> str:
+    """Of a download, for a person."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def at_hand(spec: str | Path) -> Path | None:
     """The folder with a model's config.json on this disk, whether its weights are there or not.
 
