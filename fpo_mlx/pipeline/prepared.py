@@ -47,8 +47,9 @@ def read_splits(
 
     doctor: say, in one block, what `check` would find too.
     """
-    for name in names:  # refused before another one is tokenized, which may take long
-        data.find_place(str(config.data.data), name, hub_splits(config))
+    if len(names) > 1:  # each is refused before another one is tokenized, which may take long
+        for name in names:
+            data.find_place(str(config.data.data), name, hub_splits(config))
     splits = {name: _one(config, tokenizer, name, say) for name in names}
     limit = longest(config.data.max_seq_length, tokenizer, say)
     pairs, lines = {}, []
