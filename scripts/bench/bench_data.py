@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from resident import peak_bytes
+
 HIDDEN = 16
 
 
@@ -156,8 +158,7 @@ def timed(
             time.sleep(0.01)
         child.returncode = os.waitstatus_to_exitcode(status)  # it was waited for, past its object
     seconds, cpu = time.perf_counter() - begun, usage.ru_utime + usage.ru_stime
-    unit = 1 if sys.platform == "darwin" else 1024
-    return seconds, cpu, usage.ru_maxrss * unit, child.returncode
+    return seconds, cpu, peak_bytes(usage), child.returncode
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from resident import own_peak_bytes
 
 from fpo_mlx import machine
 
@@ -84,8 +84,7 @@ def ours(args: argparse.Namespace, settings: dict) -> dict:
     )
     last = list(trainer.train(rows.from_array(x), run, rule, plan))[-1]
     seconds = time.perf_counter() - start
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    peak = own_peak_bytes() / 1e9
     sae = finish.finished(run, rule, x[:0], site=Site(args.layer), model_name=args.model.name)
     figures = finish.measure(sae, np.load(args.work / "acts" / "held" / rows.STORE_ROWS))
     finish.write(args.only.with_suffix(""), sae, finish.card(sae, figures, {"model": "-"}))

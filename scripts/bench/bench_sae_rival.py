@@ -8,12 +8,12 @@ SAELens' use_sparse_activations is off: its backward pass fails on a CPU (torch 
 """
 
 import json
-import resource
 import sys
 import time
 
 import numpy as np
 import torch
+from resident import own_peak_bytes
 
 
 def batches(rows, size, seed):
@@ -110,8 +110,7 @@ def main():
     torch.manual_seed(0)
     rows = torch.from_numpy(np.load(train))
     run, seconds = {"saelens": saelens, "sparsify": sparsify}[name](rows, s)
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    peak = own_peak_bytes() / 1e9
     x = torch.from_numpy(np.load(held))
     error = active = 0.0
     used = torch.zeros(s["width"], dtype=torch.bool)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from resident import own_peak_bytes
 
 from fpo_mlx import cache
 from fpo_mlx.data import batches, mirrored, pair_lengths
@@ -82,7 +82,7 @@ def resident() -> float:
 
 def peak() -> float:
     """Megabytes."""
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return _status("VmHWM") or own_peak_bytes() / 1e6
 
 
 def _status(name: str) -> float | None:
