@@ -9,10 +9,19 @@ import shutil
 import numpy as np
 import pytest
 import tiny_models
-from command_line import BLOCK, ROWS, lines, random_sae, refused, run, train, usual  # noqa: E402, F401
+from command_line import (  # noqa: F401
+    BLOCK,
+    ROWS,
+    lines,
+    own_cache_and_signals,
+    random_sae,
+    refused,
+    run,
+    train,
+    usual,
+)
 
 from fpo_mlx import cli, open_model, read_sae
-from fpo_mlx.cli.train import on_signal_within
 from fpo_mlx.errors import FpoError
 from fpo_mlx.machine import upstream
 from fpo_mlx.sae.convert import write_saelens
@@ -36,13 +45,6 @@ def place(tmp_path_factory):
     done = run("precompute", *usual(root), "--output", root / "ref")
     assert done.exit_code == 0, done.stderr
     return root
-
-
-@pytest.fixture(autouse=True)
-def own_cache_and_signals(tmp_path, monkeypatch):
-    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
-    with on_signal_within():
-        yield
 
 
 def test_an_unknown_flag_is_a_usage_error():

@@ -9,11 +9,10 @@ import shutil
 import numpy as np
 import pytest
 import tiny_models
-from command_line import ROWS, lines, random_sae, run
+from command_line import ROWS, lines, own_cache_and_signals, random_sae, run  # noqa: F401
 
 pytest.importorskip("mlx.core")
 
-from fpo_mlx.cli.train import on_signal_within  # noqa: E402
 from fpo_mlx.sae.convert import write_saelens  # noqa: E402
 
 DPO = ("--objective", "dpo")
@@ -28,13 +27,6 @@ def place(tmp_path_factory):
     tiny_models.tiny_gpt2(root / "gpt2", tokenizer=True)
     lines(root / "data" / "train.jsonl", *ROWS)
     return root
-
-
-@pytest.fixture(autouse=True)
-def own_cache_and_signals(tmp_path, monkeypatch):
-    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
-    with on_signal_within():
-        yield
 
 
 def with_template(place, tmp_path, change, model="model"):

@@ -7,11 +7,9 @@ import re
 
 import pytest
 import tiny_models
-from command_line import ROWS, lines, train
+from command_line import ROWS, lines, own_cache_and_signals, train  # noqa: F401
 from launchers import environment
 from terminal import when_it_closes
-
-from fpo_mlx.cli.train import on_signal_within
 
 pytest.importorskip("mlx.core")
 
@@ -25,13 +23,6 @@ def place(tmp_path_factory):
     tiny_models.tiny_llama(root / "model", tokenizer=True)
     lines(root / "data" / "train.jsonl", *ROWS)
     return root
-
-
-@pytest.fixture(autouse=True)
-def own_cache_and_signals(tmp_path, monkeypatch):
-    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
-    with on_signal_within():
-        yield
 
 
 def training(place, out, iters):

@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from click.testing import CliRunner, Result
 
 from fpo_mlx.cli import main
+from fpo_mlx.cli.train import on_signal_within
 from fpo_mlx.records import SaeWeights, Site
 
 FEATURES, BLOCK = 48, 1
@@ -35,6 +37,14 @@ def random_sae(width: int, block: int = BLOCK) -> SaeWeights:
         "relu", w, zeros, w_dec=w.T.copy(), b_dec=np.zeros(width, np.float32),
         site=Site(block), source="random",
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache_and_signals(tmp_path, monkeypatch):
+    """For modules of tests that import it: nothing of one test is left to the next."""
+    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
+    with on_signal_within():
+        yield
 
 
 def run(*words: object) -> Result:
