@@ -244,6 +244,10 @@ class TrainConfig:
             return max(1, math.ceil(self.epochs * updates) * self.grad_accumulation_steps)
         return self.whole_updates(1000 if self.iters is None else self.iters)
 
+    def validated(self, n_pairs: int) -> int:
+        """How many of n_pairs a validation looks at: the first ones."""
+        return n_pairs if self.val_batches < 0 else min(n_pairs, self.val_batches * self.batch_size)
+
     @property
     def lora(self) -> dict[str, Any]:
         return {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": None, **self.lora_parameters}

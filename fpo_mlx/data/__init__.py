@@ -5,6 +5,7 @@ from fpo_mlx.data.batches import batches_per_epoch as batches_per_epoch
 from fpo_mlx.data.batches import epoch_batches as epoch_batches
 from fpo_mlx.data.batches import micro_batches as micro_batches
 from fpo_mlx.data.batches import mirrored as mirrored
+from fpo_mlx.data.batches import visited as visited
 from fpo_mlx.data.check import CheckReport as CheckReport
 from fpo_mlx.data.check import check_data as check_data
 from fpo_mlx.data.check import write_clean as write_clean

@@ -7,6 +7,7 @@ change nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -84,6 +85,17 @@ def batches(
             if offset >= skip:
                 yield epoch, epoch * each + offset, indices
         epoch, skip = epoch + 1, 0
+
+
+def visited(
+    lengths: np.ndarray, batch_size: int, seed: int, count: int, twins: np.ndarray | None = None
+) -> np.ndarray:
+    """The indices, ascending, of all pairs that stand in the first `count` of `batches`."""
+    if count >= batches_per_epoch(len(lengths), batch_size):
+        return np.arange(len(lengths))
+    first = islice(batches(lengths, batch_size, seed, 0, twins), count)
+    some = [indices for _, _, indices in first]
+    return np.sort(np.concatenate(some)) if some else np.zeros(0, np.int64)
 
 
 def batches_per_epoch(n_pairs: int, batch_size: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import overload
@@ -37,9 +37,9 @@ def reference_of(
     other_weights: bool = False,
     agree: Agree = lambda _, lacking: lacking,
 ) -> ReferenceCache:
-    """The cache that --reference names, or the default one, with a row for every response.
+    """The cache that --reference names, or the default one, with a row for each of these responses.
 
-    other_weights: take a whole cache of another model too (its `differences` say so).
+    other_weights: take a cache of another model that has them all too (its `differences` say so).
     agree: from whether this process finds rows lacking to whether to score, alike on all (yes
     where any process lacks some); asked once, whatever this process finds.
     """
@@ -216,10 +216,19 @@ def open_engine(job: Job, *, say: Say) -> ReferenceBackend:
 class CachedScores(Sequence[PairScore]):
     """The reference's scores of pairs, read from the cache at each access: none stays in memory."""
 
-    def __init__(self, store: ReferenceCache, pairs: Sequence[TokenPair]) -> None:
-        """Raises: CacheMismatch when a row is missing."""
+    def __init__(
+        self,
+        store: ReferenceCache,
+        pairs: Sequence[TokenPair],
+        needed: Iterable[int] | None = None,
+    ) -> None:
+        """needed: positions of the pairs that are read; default all.
+
+        Raises: CacheMismatch when a row of theirs is missing.
+        """
         self._store, self._pairs = store, pairs
-        if missing := store.missing(key for pair in pairs for key in pair.keys):
+        read = pairs if needed is None else (pairs[i] for i in needed)
+        if missing := store.missing(key for pair in read for key in pair.keys):
             store.get(missing[0])
 
     def __len__(self) -> int:

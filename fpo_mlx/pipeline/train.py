@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx import __version__, data
 from fpo_mlx.cache import ReferenceCache
-from fpo_mlx.config import RunConfig
+from fpo_mlx.config import RunConfig, TrainConfig
 from fpo_mlx.data.feature_files import weights_fingerprint
 from fpo_mlx.errors import CacheMismatch, ConfigError
 from fpo_mlx.machine import device
@@ -21,7 +21,7 @@ from fpo_mlx.pipeline.plan import predicted_peak
 from fpo_mlx.pipeline.policy import open_policy, outline_of
 from fpo_mlx.pipeline.prepared import read_splits
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
-from fpo_mlx.records import PAIRS_FILE
+from fpo_mlx.records import PAIRS_FILE, TokenPair
 from fpo_mlx.storage import files, outputs
 
 if TYPE_CHECKING:
@@ -127,14 +127,43 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     predicted = predicted_peak(job, pairs, outline)
     say(f"predicted peak memory of training: {predicted / 1e9:.2f} GB")
     agree = _agreement(ranks)
-    store = reference_of(job, [*pairs, *valid], say, progress, other_weights=True, agree=agree)
+    looks = _looked_at(t, pairs, valid, say)
+    wanted = [part[i] for part, some in zip((pairs, valid), looks, strict=True) for i in some]
+    store = reference_of(job, wanted, say, progress, other_weights=True, agree=agree)
     scorer, adapter_config = open_policy(job, outline.spec, say=say)
     scorer.half |= store.half
     out = AdapterFolder(place, adapter_config) if ranks.first else NoFolder(place)
-    scored, held_out = (ScoredPairs(part, CachedScores(store, part)) for part in (pairs, valid))
+    scored, held_out = (
+        ScoredPairs(part, CachedScores(store, part, some))
+        for part, some in zip((pairs, valid), looks, strict=True)
+    )
     trainer = Trainer(scorer, scored, held_out if valid else None, t, out, install_stop(), ranks)
     template = job.tokenizer.templates["default"] if config.data.chat_template else None
     return _Ready(trainer, out, store, record, template, predicted)
+
+
+def _looked_at(
+    config: TrainConfig, pairs: Sequence[TokenPair], valid: Sequence[TokenPair], say: Say
+) -> tuple[list[int], list[int]]:
+    """Positions of the training and of the validation pairs whose scores the run reads.
+
+    Up to its last iteration: of a large data set that may be a small part. A run that is resumed
+    with more of them has the others scored then.
+    """
+    from fpo_mlx.train.order import Order
+    from fpo_mlx.train.trainer import START_PAIRS
+
+    seen = set(Order(pairs, config).visited().tolist())
+    if config.reference:  # it may be of other weights, which are compared on the first pairs
+        seen.update(range(min(START_PAIRS, len(pairs))))
+    held = config.validated(len(valid))
+    if len(seen) < len(pairs) or held < len(valid):
+        of_valid = f" and {held} of {len(valid)} validation pairs" if valid else ""
+        say(
+            f"this run needs the reference's scores of {len(seen)} of {len(pairs)} training pairs"
+            f"{of_valid}, and of no others (`fpo-mlx precompute` scores all)"
+        )
+    return sorted(seen), list(range(held))
 
 
 def _splits(job: Job, say: Say) -> tuple[str, ...]:

@@ -6,14 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import cached_property
 from typing import Any, NoReturn, cast
 
 import mlx.core as mx
 import numpy as np
 
 from fpo_mlx.config import TrainConfig
-from fpo_mlx.data import batches, mirrored, pair_lengths
 from fpo_mlx.errors import Diverged, ModelError
 from fpo_mlx.machine.parallel import Ranks
 from fpo_mlx.model import adapters, randomness
@@ -32,7 +30,10 @@ from fpo_mlx.train.events import (
 from fpo_mlx.train.gradients import GRADIENTS, Ground
 from fpo_mlx.train.metrics import ScoredPairs, Window, means_of, measure, shown
 from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update, part_way
+from fpo_mlx.train.order import Order
 from fpo_mlx.train.scoring import Scorer
+
+START_PAIRS = 16  # first pairs that a policy is compared on with a reference of other weights
 
 
 class Trainer:
@@ -56,7 +57,8 @@ class Trainer:
         self.config, self.folder, self._stop = config, folder, stop
         self.ranks = ranks or Ranks()
         self.model = scorer.policy.model
-        self.total = config.iterations(len(train))
+        self.order = Order(train.pairs, config)
+        self.total = self.order.total
         self.optimizer = make_optimizer(config)
         self.optimizer.init(self.model.trainable_parameters())
         self._update = make_update(self.optimizer, config.max_grad_norm or 0.0)
@@ -80,7 +82,7 @@ class Trainer:
         self.folder.rewind_log(self.progress)
         self._window = Window.of(self.progress.window)
 
-    def start_gaps(self, pairs: int = 16) -> tuple[float, float]:
+    def start_gaps(self, pairs: int = START_PAIRS) -> tuple[float, float]:
         """`guard.gaps` of the first pairs, before any update."""
         self.model.eval()
         some = self.train.take(range(min(pairs, len(self.train))))
@@ -130,10 +132,6 @@ class Trainer:
             if code and not last:
                 raise interrupted(iteration, self.folder.path, self.config, code)
 
-    @cached_property
-    def _twins(self) -> np.ndarray | None:
-        return mirrored(self.train.pairs)
-
     @property
     def _step(self) -> int:
         return self.config.grad_accumulation_steps
@@ -141,12 +139,9 @@ class Trainer:
     def _updates(self) -> Iterator[tuple[int, SkippedReport | None]]:
         """One optimizer update each: (iterations done, whether it was left out)."""
         progress, config = self.progress, self.config
-        done = progress.iteration // self._step
-        lengths = pair_lengths(self.train.pairs)
-        # batches of whole updates, so accumulation changes nothing else
-        order = batches(lengths, config.pairs_per_update, config.seed, done, self._twins)
+        order = self.order.updates(progress.iteration // self._step)
         while progress.iteration < self.total:
-            indices = next(order)[2]
+            indices = next(order)
             self._seed_dropout()
             self.model.train()
             values, gradient = self._gradient(indices)
@@ -260,7 +255,7 @@ class Trainer:
         rounded = half and not self.config.lora["dropout"]
         dtype = str(self.scorer.policy.dtype).split(".")[-1]
         noise = guard.noise(seen, first.refs, o, dtype) if rounded else None
-        parted = guard.parted_twins(self.config) if self._twins is not None else None
+        parted = guard.parted_twins(self.config) if self.order.twins is not None else None
         more = (noise, guard.one_length(grad_norm, self.config, o), parted)
         return [*verdict.notes, *(note for note in more if note)]
 
@@ -300,10 +295,7 @@ class Trainer:
     @property
     def validation_pairs(self) -> int:
         """How many a validation looks at."""
-        n = 0 if self.valid is None else len(self.valid)
-        if self.config.val_batches >= 0:
-            n = min(n, self.config.val_batches * self.config.batch_size)
-        return n
+        return self.config.validated(0 if self.valid is None else len(self.valid))
 
     def _looked(self) -> dict[str, np.ndarray]:
         """The adapters as they stand, on the validation pairs."""

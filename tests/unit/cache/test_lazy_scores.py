@@ -45,6 +45,18 @@ def test_a_row_that_is_missing_is_said_before_the_first_batch(tmp_path):
         CachedScores(rc.open_cache(tmp_path, IDENTITY), pairs)
 
 
+def test_only_the_rows_of_the_pairs_that_are_read_have_to_be_there(tmp_path):
+    pairs = make_pairs(4)
+    store = filled(tmp_path, [pairs[2], pairs[0]])
+    refs = CachedScores(store, pairs, [0, 2])
+    assert len(refs) == 4
+    assert same(refs[2][1], fake_score(pairs[2].prompt, pairs[2].rejected))
+    with pytest.raises(CacheMismatch, match="no row for"):
+        refs[1]
+    with pytest.raises(CacheMismatch, match="no row for"):
+        CachedScores(store, pairs, [0, 3])
+
+
 def test_a_shard_that_was_cut_after_opening_is_named(tmp_path):
     pairs = make_pairs(4)
     filled(tmp_path, pairs)

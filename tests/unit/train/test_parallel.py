@@ -11,6 +11,7 @@ import tiny_models
 from command_line import ROWS, lines, random_sae, run
 from launchers import finish, launch, mlx_launch, start_ring
 
+from fpo_mlx import cache
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.sae.convert import write_saelens
 
@@ -119,6 +120,26 @@ def test_two_processes_find_the_alpha_of_one_and_the_same_part_at_the_end(place,
     moved = weights(tmp_path / "one")
     for name, array in weights(tmp_path / "two").items():
         np.testing.assert_allclose(array, moved[name], rtol=0, atol=1e-3 * abs(moved[name]).max())
+
+
+def test_two_processes_score_the_same_part_of_the_pairs_and_train_as_with_all_scores(
+    place, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "user-cache"))
+    few = ["--iters", 2, "--val-batches", 1]
+    whole = [["-m", "fpo_mlx", *train(place, tmp_path / "whole", *few)]] * 2
+    words = train(place, tmp_path / "some", *few)
+    at = words.index("--reference")
+    some = [["-m", "fpo_mlx", *words[:at], *words[at + 2 :]]] * 2
+    for name, both in (("whole", whole), ("some", some)):
+        done = finish(start_ring(both, tmp_path / f"{name}.json"))
+        assert [result[0] for result in done] == [0, 0], done
+    assert "scores of 4 of 5 training pairs and 2 of 3 validation pairs" in done[0][2]
+    (entry,) = cache.list_caches(tmp_path / "user-cache" / "reference")
+    assert len(cache.open_cache(entry.folder, cache.read_identity(entry.folder))) == 2 * (4 + 2)
+    assert log_of(tmp_path / "some") == log_of(tmp_path / "whole")
+    one, other = (tmp_path / name / "adapters.safetensors" for name in ("some", "whole"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_killed_process_ends_the_run_and_leaves_one_that_resumes_to_the_same_end(
