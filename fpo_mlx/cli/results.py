@@ -160,7 +160,7 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
 @click.command(cls=Command)
 @settings(
     "model", "trust_remote_code", "chat_template", "chat_template_args", "sae", "layer", "site",
-    *READING, "top_k",
+    *READING, "top_k", "valid_share",
 )  # fmt: skip
 @click.option("--adapter-path", type=READ, help="Adapter folder. [default: adapters]")
 @click.option(

@@ -36,6 +36,13 @@ class DataConfig:
     test_split: str | None = setting(
         None, "split of a hub dataset to test on", "data", may_change=True
     )
+    valid_share: float = setting(
+        0.0,
+        "share of the training prompts to validate on, where the data have no validation split",
+        "data",
+        least=0,
+        most=0.5,
+    )
     prompt_feature: str = setting("prompt", "name of the prompt column", "data")
     chosen_feature: str = setting("chosen", "name of the chosen column", "data")
     rejected_feature: str = setting("rejected", "name of the rejected column", "data")
@@ -66,7 +73,10 @@ class DataConfig:
     subset: str | None = setting(None, "configuration of a hub dataset that has several", "data")
 
     def __post_init__(self) -> None:
-        refuse(out_of_bounds(self))
+        faults = out_of_bounds(self)
+        if self.valid_share and self.valid_split:
+            faults.append("--valid-share and --valid-split exclude each other; give one.")
+        refuse(faults)
 
 
 @dataclass(frozen=True)

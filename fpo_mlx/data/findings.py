@@ -110,11 +110,16 @@ def seen(row: PreferenceRow, pair: TokenPair | None) -> Seen:
         lengths = (chosen, rejected)
     prompt = _digest((row.prompt, row.tools))
     chosen, rejected = _digest(row.chosen), _digest(row.rejected)
-    return Seen(row.where, prompt, chosen, rejected, _digest(_topic(row)), lengths)
+    return Seen(row.where, prompt, chosen, rejected, topic_of(row), lengths)
 
 
 def _digest(value: Any) -> bytes:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:16]
+
+
+def topic_of(row: PreferenceRow) -> bytes:
+    """`Seen.topic`."""
+    return _digest(_topic(row))
 
 
 def _topic(row: PreferenceRow) -> list[tuple[str, str]]:

@@ -22,9 +22,10 @@ import numpy as np
 from fpo_mlx import __version__
 from fpo_mlx.data import token_store
 from fpo_mlx.data.findings import Finding, Kind, Seen, by_kind, length_bias, repeats, seen
+from fpo_mlx.data.holdout import content_key, iterate_raw
 from fpo_mlx.data.inspect import Inspected, inspect
 from fpo_mlx.data.messages import RowFault
-from fpo_mlx.data.read import AUTO_SPLITS, HubSplits, content_key, iterate_raw
+from fpo_mlx.data.read import AUTO_SPLITS, HubSplits
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns
 from fpo_mlx.data.token_store import Stored
 from fpo_mlx.data.tokenize import Tokenizer, refusal
@@ -163,7 +164,7 @@ def _made(
 ) -> _Made:
     """From the rows."""
     found = _Gathered(split, sink)
-    for item in inspect(iterate_raw(source, split, hub), split, tokenizer, columns):
+    for item in inspect(iterate_raw(source, split, hub, columns), split, tokenizer, columns):
         found.take(item)
         if progress is not None:
             progress(found.done)

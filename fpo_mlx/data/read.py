@@ -34,32 +34,19 @@ Place = Path | tuple[Path, ...] | str
 
 @dataclass(frozen=True)
 class HubSplits:
-    """How a data set names its splits; None finds the name. `subset` is its configuration."""
+    """How a data set names its splits; None finds the name. `subset` is its configuration.
+
+    valid_share: of the training prompts, for validation; nothing here heeds it, `holdout` does.
+    """
 
     train: str | None = None
     valid: str | None = None
     test: str | None = None
     subset: str | None = None
+    valid_share: float = 0.0
 
 
 AUTO_SPLITS = HubSplits()
-
-
-def read_split(
-    source: str | Path,
-    split: str = "train",
-    columns: Columns = DEFAULT_COLUMNS,
-    hub: HubSplits = AUTO_SPLITS,
-) -> list[PreferenceRow]:
-    """Read all rows of one split ("train", "valid" or "test").
-
-    source: a folder with a data file for each split; one data file, which is then the split that
-    was asked for; or the id of a data set on the hub. `containers` says what a data file is.
-
-    Raises DataError (no rows, or rows that cannot be used: all of them are named) and FpoError
-    (no such file, folder, data set or split).
-    """
-    return parse_rows(iterate_raw(source, split, hub), f"{source} ({split})", columns)
 
 
 def parse_rows(

@@ -62,7 +62,7 @@ def check(
             for name in names
         }  # fmt: skip
         report = data.check_data(
-            {name: data.iterate_raw(d.data, name, hub) for name in names},
+            {name: data.iterate_raw(d.data, name, hub, columns(config)) for name in names},
             tokenizer,
             limit,
             columns(config),

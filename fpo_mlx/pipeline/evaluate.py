@@ -71,7 +71,9 @@ def evaluate_all(
     job = open_job(config, say=say, need_sae=False)
     warn_of_adapters(adapter_paths, config, job.model_path, say)
     pairs = read_pairs(job, split, say)
-    seen = () if split == "train" else warn_of_training_pairs(adapter_paths, pairs, say)
+    seen: set[str] = set()
+    if split != "train":
+        seen = warn_of_training_pairs(adapter_paths, pairs, say, config, split)
     store = reference_of(job, pairs, say, progress)
     data = ScoredPairs(pairs, CachedScores(store, pairs))
     reports: dict[str, EvalReport] = {}

@@ -106,7 +106,9 @@ def features(
         Scaling(sae, ())  # refuses, before the long part
     warn_of_adapters([adapter_path], config, job.model_path, say)
     pairs = read_pairs(job, split, say)
-    seen = () if split == "train" else warn_of_training_pairs([adapter_path], pairs, say)
+    seen: set[str] = set()
+    if split != "train":
+        seen = warn_of_training_pairs([adapter_path], pairs, say, config, split)
     pairs = pairs[:limit]
     data = ScoredPairs(pairs, CachedScores(reference_of(job, pairs, say, progress), pairs))
     scorer = open_scorer(job, adapter_path, measure_kl=False, say=say)

@@ -15,7 +15,7 @@ from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pipeline.feature_reward import FeatureReward
 from fpo_mlx.pipeline.features import link, tapped_policy
-from fpo_mlx.pipeline.job import Job, Say, hub_splits, need_features, open_job, read_pairs
+from fpo_mlx.pipeline.job import Job, Say, columns, hub_splits, need_features, open_job, read_pairs
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import Passage, TokenPair, result_file
 from fpo_mlx.storage import files, outputs
@@ -298,7 +298,8 @@ def _write(
     output = Path(asked.output or "")
     wanted, seen = {pairs[i].where for i in kept}, {pair.where for pair in pairs}
     records, rows, lost = [], 0, 0
-    for row in data.iterate_raw(config.data.data, asked.split, hub_splits(config)):
+    hub, names = hub_splits(config), columns(config)
+    for row in data.iterate_raw(config.data.data, asked.split, hub, names):
         rows, lost = rows + 1, lost + (row.where not in seen)
         if row.where in wanted:
             records.append(row.record)

@@ -241,7 +241,7 @@ def _held_out(
     split = next((s for s in VERIFIED if has_split(job, s)), VERIFIED[0])
     pairs = read_pairs(job, split, say)
     say(f"--verify {verify}: on its {len(pairs)} pairs of the {split} split")
-    warn_of_training_pairs([adapter], pairs, say)
+    warn_of_training_pairs([adapter], pairs, say, job.config, split)
     store = fill_cache(job, pairs, folder=default_cache(job.identity), say=say)
     return job, ScoredPairs(pairs, CachedScores(store, pairs)), store.half
 

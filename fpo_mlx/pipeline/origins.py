@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fpo_mlx.data import data_fingerprint
+from fpo_mlx.config import DataConfig, RunConfig
+from fpo_mlx.data import data_fingerprint, find_splits
+from fpo_mlx.pipeline.prepared import hub_splits
 from fpo_mlx.records import TokenPair
 from fpo_mlx.reference.weights import model_fingerprint
 from fpo_mlx.storage.adapter_files import RUN, model_template, own_template, run_of
@@ -48,20 +51,48 @@ def warn_of_origin(
 
 
 def warn_of_training_pairs(
-    adapters: Iterable[str | Path], pairs: Sequence[TokenPair], say: Say
+    adapters: Iterable[str | Path],
+    pairs: Sequence[TokenPair],
+    say: Say,
+    config: RunConfig,
+    split: str,
 ) -> set[str]:
-    """Name every adapter whose run.json says that it was trained on these very pairs; those."""
+    """Name every adapter whose run.json says that it was trained on these very pairs, or on pairs
+    among these, as another --valid-share held others of the same data back; those.
+
+    config, split: of which the pairs are.
+    """
     ours, found = data_fingerprint(pairs), set()
+    apart = replace(hub_splits(config), valid_share=0.0)
+    # a split of its own that no share touches
+    own = split != "train" and split in find_splits(config.data.data, apart)
     for adapter in dict.fromkeys(map(str, adapters)):
         run = _run(Path(adapter).expanduser())
         if _part(run, "fingerprints").get("data") == ours:
             found.add(adapter)
             say(
                 f"warning: the adapter {adapter} was trained on these very pairs, so that its "
-                "figures say little of others. Hold some back: a folder with train.jsonl and "
-                "valid.jsonl as --data"
+                "figures say little of others. Hold some back: --valid-share 0.05 in training and "
+                "here, or a folder with train.jsonl and valid.jsonl as --data"
+            )
+        elif not own and (theirs := _other_share(run, config.data)) is not None:
+            found.add(adapter)
+            say(
+                f"warning: the adapter {adapter} was trained on this data with --valid-share "
+                f"{theirs:g}, and this is --valid-share {config.data.valid_share:g}: it has seen "
+                f"many of these pairs. Give --valid-share {theirs:g} here, too"
             )
     return found
+
+
+def _other_share(run: Mapping[str, Any], ours: DataConfig) -> float | None:
+    """What a run on the same data held back, where that is another share."""
+    settings, place = _part(run, "settings"), Path(ours.data).expanduser()
+    kept = _part(run, "source").get("data") if place.exists() else settings.get("data")
+    if kept != (str(place.resolve()) if place.exists() else ours.data):
+        return None
+    theirs = settings.get("valid_share") or 0.0
+    return theirs if theirs != ours.valid_share else None
 
 
 def start_of(adapter: str | Path) -> str | None:

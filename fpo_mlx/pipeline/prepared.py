@@ -162,4 +162,4 @@ def columns(config: RunConfig) -> data.Columns:
 
 def hub_splits(config: RunConfig) -> data.HubSplits:
     d = config.data
-    return data.HubSplits(d.train_split, d.valid_split, d.test_split, d.subset)
+    return data.HubSplits(d.train_split, d.valid_split, d.test_split, d.subset, d.valid_share)

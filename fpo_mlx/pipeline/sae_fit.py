@@ -72,7 +72,7 @@ def read_passages(config: RunConfig, model: Path, count: int, say: Say) -> list[
     source = d.data or str(Path(demo.__file__).parent / "data")
     splits = data.find_splits(source, hub_splits(config), want="valid")
     split = next((name for name in HELD_OUT_FIRST if name in splits), "train")
-    read = partial(data.iterate_raw, source, split, hub_splits(config))
+    read = partial(data.iterate_raw, source, split, hub_splits(config), columns(config))
     tokenizer = open_tokenizer(config, model, say)
     most = longest(d.max_seq_length, tokenizer, say)
     return data.read_passages(read, tokenizer, count, most, columns(config))

@@ -177,14 +177,14 @@ def _splits(job: Job, say: Say) -> tuple[str, ...]:
     if t.early_stopping:
         raise ConfigError(
             f"--early-stopping {t.early_stopping}: found no validation pairs in {source}, or "
-            "--val-batches is 0. Add a valid.jsonl (or --valid-split of a hub data set), or drop "
-            "the setting."
+            "--val-batches is 0. Hold prompts back (--valid-share 0.05), add a valid.jsonl (or "
+            "--valid-split of a hub data set), or drop the setting."
         )
     if t.val_batches:
         say(
             f"no validation pairs in {source}, so nothing is held out: all figures will be of "
-            "pairs that are trained on. A valid.jsonl beside train.jsonl (or --valid-split) "
-            "holds some back"
+            "pairs that are trained on. --valid-share 0.05 holds back a twentieth of the prompts"
+            + ("; or --valid-split test, which is then no test" if has_split(job, "test") else "")
         )
     return ("train",)
 

@@ -1,0 +1,118 @@
+"""`--valid-share` through the commands: one set of prompts is held back by all of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+from command_line import lines, refused, run, train, usual
+
+pytest.importorskip("mlx.core")
+
+ROWS = [
+    {"prompt": f"Question {n // 2}?", "chosen": f"It is {n}.", "rejected": f"Well, {n} …"}
+    for n in range(20)
+]
+SHARE = ("--valid-share", 0.2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("share")
+    tiny_models.tiny_llama(root / "model", tokenizer=True)
+    lines(root / "pairs.jsonl", *ROWS)
+    lines(root / "split" / "train.jsonl", *ROWS)
+    lines(root / "split" / "valid.jsonl", ROWS[0])
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(place, monkeypatch):
+    monkeypatch.setenv("FPO_MLX_CACHE", str(place / "user-cache"))
+
+
+def dpo(place, out, *words, data="pairs.jsonl"):
+    return train(place, out, "--objective", "dpo", *words, sae=None, data=place / data)
+
+
+def test_a_run_trains_on_what_is_left_and_every_command_sees_the_same(place, tmp_path):
+    done = dpo(place, tmp_path / "out", *SHARE, "--iters", 16)
+    assert done.exit_code == 0, done.stderr
+    assert "on 16 pairs" in done.stderr
+    assert "nothing is held out" not in done.stderr
+    words = usual(place, sae=None, data=place / "pairs.jsonl")
+    judge = ["evaluate", *words, *SHARE, "--adapter-path", tmp_path / "out", "--samples", 0]
+    judged = run(*judge, "--split", "valid", "--json", tmp_path / "scores.json")
+    assert judged.exit_code == 0, judged.stderr
+    assert "scoring" not in judged.stderr  # the run has scored these very pairs
+    refused(run(*judge), 1, "no test split", "--split valid")
+    checked = run("check", *words, *SHARE, "--json", tmp_path / "check.json")
+    assert checked.exit_code == 0, checked.stderr
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert {name: split["rows"] for name, split in found["splits"].items()} == {
+        "train": 16, "valid": 4,
+    }  # fmt: skip
+    assert "leakage" not in found["kinds"]
+    made = run("precompute", *words, *SHARE, "--objective", "dpo", "--output", tmp_path / "ref")
+    assert "scoring 20 of 20 pairs" in made.stderr
+
+
+@pytest.mark.parametrize(("there", "here"), [(0.2, None), (None, 0.2), (0.2, 0.3), (0.2, 0.2)])
+def test_pairs_that_another_share_trained_on_are_named(place, tmp_path, there, here):
+    """By the fingerprint of all pairs together they were others."""
+    flags = [("--valid-share", share) if share else () for share in (there, here)]
+    assert dpo(place, tmp_path / "out", *flags[0]).exit_code == 0
+    words = usual(place, sae=None, data=place / "pairs.jsonl")
+    words += ["--adapter-path", tmp_path / "out", "--samples", 0, "--split", "valid", *flags[1]]
+    judged = run("evaluate", *words, "--json", tmp_path / "scores.json")
+    assert judged.exit_code == 0, judged.stderr
+    assert ("it has seen many of these pairs" in judged.stderr) is (there != here)
+
+
+def test_fuse_verifies_on_what_the_share_has_held_back(place, tmp_path):
+    assert dpo(place, tmp_path / "out", *SHARE).exit_code == 0
+    words = ["fuse", "--model", place / "model", "--adapter-path", tmp_path / "out"]
+    words += ["--save-path", tmp_path / "fused", "--verify", place / "pairs.jsonl", "--overwrite"]
+    done = run(*words, *SHARE)
+    assert done.exit_code == 0, done.stderr
+    assert "on its 4 pairs of the valid split" in done.stderr
+    assert "it has seen many" not in done.stderr
+    whole = run(*words)
+    assert "on its 20 pairs of the train split" in whole.stderr
+    assert "it has seen many of these pairs" in whole.stderr
+
+
+def test_a_test_split_is_the_same_under_every_share(place, tmp_path):
+    lines(tmp_path / "data" / "train.jsonl", *ROWS)
+    lines(tmp_path / "data" / "test.jsonl", {**ROWS[0], "prompt": "Another?"})
+    done = dpo(place, tmp_path / "out", *SHARE, data=tmp_path / "data")
+    assert done.exit_code == 0, done.stderr
+    words = usual(place, sae=None, data=tmp_path / "data")
+    judged = run("evaluate", *words, "--adapter-path", tmp_path / "out", "--samples", 0)
+    assert judged.exit_code == 0, judged.stderr
+    assert "--valid-share" not in judged.stderr
+
+
+def test_a_resumed_run_of_another_share_is_refused(place, tmp_path):
+    assert dpo(place, tmp_path, *SHARE).exit_code == 0
+    again = dpo(place, tmp_path, "--valid-share", 0.3, "--resume", "--iters", 3)
+    refused(again, 2, "valid_share", "fingerprints.data")
+    more = dpo(place, tmp_path, *SHARE, "--resume", "--iters", 3)
+    assert more.exit_code == 0, more.stderr
+
+
+def test_where_nothing_is_held_out_the_share_is_named_and_so_is_a_test(place, tmp_path):
+    alone = dpo(place, tmp_path / "a").stderr
+    assert "--valid-share 0.05 holds back" in alone
+    assert "--valid-split test" not in alone
+    lines(tmp_path / "data" / "train.jsonl", *ROWS)
+    lines(tmp_path / "data" / "test.jsonl", ROWS[0])
+    assert "--valid-split test" in dpo(place, tmp_path / "b", data=tmp_path / "data").stderr
+
+
+def test_a_share_beside_validation_pairs_is_refused(place, tmp_path):
+    refused(dpo(place, tmp_path, *SHARE, data="split"), 2, "a validation split of its own")
+    both = dpo(place, tmp_path, *SHARE, "--valid-split", "valid", data="split")
+    refused(both, 2, "exclude each other")
+    refused(dpo(place, tmp_path, "--valid-share", 0.6), 2, "--valid-share 0.6")
