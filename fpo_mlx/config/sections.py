@@ -29,7 +29,9 @@ class DataConfig:
     max_seq_length: int = setting(
         2048, "longest prompt + response, in tokens", "data", first=True, least=2
     )
-    train_split: str | None = setting(None, "split of a hub dataset to train on", "data")
+    train_split: str | None = setting(
+        None, "split of a hub dataset to train on, or a slice of one: train[:1000]", "data"
+    )
     valid_split: str | None = setting(
         None, "split of a hub dataset to validate on", "data", may_change=True
     )

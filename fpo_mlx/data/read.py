@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ _NAMES = {
               "eval_prefs", "evaluation", "test_prefs"),
     "test": ("test", "test_prefs", "testing"),
 }  # fmt: skip
+
+_SLICE = re.compile(r"(.+)\[(?:-?\d+%?)?:(?:-?\d+%?)?\]")  # as `datasets` takes it: train[:1000]
 
 # A file, the parts of one, a folder that `datasets` saved, or a split's name on the hub
 Place = Path | tuple[Path, ...] | str
@@ -274,7 +277,11 @@ def _hub_splits(source: str, hub: HubSplits) -> dict[str, Place | Unclear]:
         names = get_dataset_split_names(source, hub.subset)
     except Exception as error:  # the hub's client raises errors of many libraries
         raise FpoError(_hub_trouble(source, error)) from error
-    found = _named(source, {name: name for name in names}, hub)
+    asked = [name for name in (hub.train, hub.valid, hub.test) if name]
+    whole = {name: m[1] for name in asked if (m := _SLICE.fullmatch(name)) and m[1] in names}
+    found = _named(source, {name: name for name in (*names, *whole)}, hub)
+    # nobody has named these as well, and some of their rows are another split's
+    found = {s: at for s, at in found.items() if getattr(hub, s) or at not in whole.values()}
     if not found:
         raise FpoError(
             f"{source}: none of its splits ({', '.join(names)}) has a name that is known here. "

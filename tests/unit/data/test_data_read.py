@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fpo_mlx.data import HubSplits, find_splits, iterate_raw, read_split
+from fpo_mlx.data import HubSplits, content_key, find_splits, iterate_raw, read_split
 from fpo_mlx.errors import DataError, FpoError
 
 PAIR = {"prompt": "Q", "chosen": "A", "rejected": "B"}
@@ -177,6 +177,45 @@ def test_named_splits_and_a_subset_are_used(hub):
         read_split("owner/name", "train", hub=HubSplits(train="prefs"))
     with pytest.raises(FpoError, match="no valid split; found: train .* --valid-split NAME"):
         read_split("owner/name", "valid")
+
+
+def test_a_slice_of_a_split_is_read_as_datasets_reads_it(hub, monkeypatch, tmp_path):
+    import datasets
+
+    rows = [{**PAIR, "prompt": f"Q{n}"} for n in range(10)]
+    load, files = datasets.load_dataset, {"train": str(tmp_path / "train.jsonl")}
+    hub({"train": rows, "test": [PAIR]})
+    (tmp_path / "train.jsonl").write_text(lines(*rows))
+    monkeypatch.setattr(
+        datasets, "load_dataset",
+        lambda source, subset, split: load(
+            "json", data_files=files, split=split, cache_dir=str(tmp_path / "cache")
+        ),
+    )  # fmt: skip
+    for asked, wanted in (("train[:3]", [0, 1, 2]), ("train[-20%:]", [8, 9]), ("train[4:5]", [4])):
+        names = HubSplits(train=asked)
+        read = read_split("owner/name", "train", hub=names)
+        assert [row.prompt[0]["content"] for row in read] == [f"Q{n}" for n in wanted]
+        assert read[0].where == f"owner/name[{asked}]:1"
+    keys = {content_key("owner/name", "train", HubSplits(train=f"train[:{n}]")) for n in (2, 3)}
+    assert len(keys) == 2
+    with pytest.raises(FpoError, match="corresponds to no data"):
+        read_split("owner/name", "train", hub=HubSplits(train="train[20:]"))
+
+
+def test_rows_of_a_slice_are_in_no_other_split_that_nobody_named(hub):
+    hub({"train": [PAIR] * 9, "test": [PAIR] * 9})
+    assert find_splits("owner/name", HubSplits(valid="test[:5]")) == {
+        "train": "train", "valid": "test[:5]",
+    }  # fmt: skip
+    assert set(find_splits("owner/name", HubSplits(valid="train[:5]"))) == {"valid", "test"}
+    both = HubSplits(train="train[5:]", valid="train[:5]")
+    assert find_splits("owner/name", both) == {
+        "train": "train[5:]", "valid": "train[:5]", "test": "test",
+    }  # fmt: skip
+    for wrong in ("other[:5]", "train[5]", "train[:5", "train[a:]"):
+        with pytest.raises(FpoError, match="no split .* it has train, test"):
+            find_splits("owner/name", HubSplits(train=wrong))
 
 
 def test_a_hub_that_cannot_be_reached_is_a_plain_error(monkeypatch):
