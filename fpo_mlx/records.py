@@ -300,15 +300,29 @@ class SaeWeights:
         return digest.hexdigest()
 
 
+KEPT_BITS = 8  # of layers with adapters where the base has fewer: 4 lose most of a small change
+
+
 @dataclass(frozen=True)
 class FusedForm:
-    """How a fused folder holds the weights of base + adapter."""
+    """How a fused folder holds the weights of base + adapter.
+
+    keep_bits: at least so many for layers that have adapters; "base": as the base has them; None:
+    KEPT_BITS, where that can be had.
+    """
 
     dequantize: bool = False
-    keep_bits: int | None = None  # of the layers that have adapters, in place of the base's
+    keep_bits: int | Literal["base"] | None = None
     dtype: str | None = None  # of float weights; None: the base's own
     gguf_path: str | None = None  # bare name of a GGUF that is written as well
     scale: float = 1.0  # part of the adapter's change that is taken
 
+    @property
+    def least_bits(self) -> int | None:
+        """Of quantised layers that have adapters; None: the base's."""
+        if self.dequantize or self.keep_bits == "base":
+            return None
+        return self.keep_bits or KEPT_BITS
 
-AS_BASE = FusedForm()  # bits and types of the base, the whole of the adapter
+
+DEFAULT_FORM = FusedForm()

@@ -29,7 +29,7 @@ from fpo_mlx.cli.options import (
 from fpo_mlx.cli.show import Bar, listing, say, table
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.records import FusedForm
+from fpo_mlx.records import KEPT_BITS, FusedForm
 from fpo_mlx.storage.publish import upload
 
 if TYPE_CHECKING:
@@ -169,8 +169,9 @@ def _with_interval(summary: Mapping[str, Any], name: str) -> str:
 @adapter_scale_option
 @click.option("--dequantize", is_flag=True, help="Write float weights.")
 @click.option(
-    "--keep-bits", type=click.Choice(["5", "6", "8"]),
-    help="Bits of the layers with adapters, of a quantised model.",
+    "--keep-bits", type=click.Choice(["base", "5", "6", "8"]),
+    help="Bits of the layers with adapters, where a quantised model has fewer; base: leave them as "
+    f"they are. [default: {KEPT_BITS}]",
 )  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Dtype of float weights."
@@ -218,7 +219,7 @@ def fuse(
         raise ConfigError(f"--gguf-path {gguf_path}: nothing is exported without --export-gguf.")
     config = gather(values)
     form = FusedForm(
-        dequantize, int(keep_bits) if keep_bits else None, dtype,
+        dequantize, int(keep_bits) if keep_bits and keep_bits != "base" else keep_bits, dtype,
         (gguf_path or f"ggml-model-{GGUF_NAMES[dtype]}.gguf") if export_gguf else None,
         adapter_scale,
     )  # fmt: skip
@@ -233,8 +234,8 @@ def fuse(
     if (within := result.within) is not None:
         written |= {within.bound.kind: within.found, "bound": within.bound.value}
     written["quantized"] = report.quantized
-    if report.kept is not None:
-        written["rounding"] = asdict(report.kept)
+    for name, found in (("raised", report.raised), ("rounding", report.kept)):
+        written |= {name: asdict(found)} if found is not None else {}
     if result.before and result.after:
         for name, before in result.before.items():
             click.echo(f"{name:<36} {before:.5f} -> {result.after[name]:.5f}")

@@ -17,9 +17,19 @@ from fpo_mlx.errors import ConfigError
 from fpo_mlx.model import adapters, gguf_file
 from fpo_mlx.model.load import dequantize as dequantize_layers
 from fpo_mlx.model.load import read_model
-from fpo_mlx.model.rounding import Kept, change_of, is_plain, is_rounded, kept_of, rounded_to
+from fpo_mlx.model.rounding import (
+    Kept,
+    Raised,
+    can_have,
+    change_of,
+    is_plain,
+    is_rounded,
+    kept_of,
+    rounded_to,
+    stored_bytes,
+)
 from fpo_mlx.model.trees import arrays_of, cast_floats, float_dtype, module_at
-from fpo_mlx.records import AS_BASE, FusedForm
+from fpo_mlx.records import DEFAULT_FORM, KEPT_BITS, FusedForm
 from fpo_mlx.storage import files
 from fpo_mlx.storage.adapter_files import TEMPLATE, model_template, own_template
 from fpo_mlx.storage.outputs import BESIDE, CODE
@@ -30,8 +40,9 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 @dataclass(frozen=True)
 class FuseReport:
     """kept: of the adapters' change after rounding to fewer than 32 bits; template: which
-    chat template the folder has ("" for the base's); unreached: adapted layers that keep the base's
-    bits in spite of keep_bits."""
+    chat template the folder has ("" for the base's); raised: adapted layers of more bits than the
+    base's; unreached: those that cannot have the bits wanted; below: those that have fewer than
+    KEPT_BITS because fewer were asked for."""
 
     path: Path
     fused_layers: int
@@ -39,14 +50,27 @@ class FuseReport:
     gguf: Path | None = None
     kept: Kept | None = None
     template: str = ""
+    raised: Raised | None = None
     unreached: int = 0
+    below: int = 0
+
+
+@dataclass(frozen=True)
+class _Added:
+    """What became of the layers that have adapters, as in `FuseReport`."""
+
+    layers: int
+    kept: Kept | None
+    raised: Raised | None
+    unreached: int
+    below: int
 
 
 def fuse(
     model: str,
     adapter_path: Path,
     save_path: Path,
-    form: FusedForm = AS_BASE,
+    form: FusedForm = DEFAULT_FORM,
     *,
     chat_template: Path | None = None,
     trust_remote_code: bool = False,
@@ -54,10 +78,11 @@ def fuse(
 ) -> FuseReport:
     """Fuse, and write a model folder whole or not at all.
 
-    A quantised base stays quantised, layer by layer as it was, unless `form.dequantize`; that adds
-    the adapters to weights widened to float32 and stores `form.dtype`. chat_template: takes the
-    place of the base's; default: the one beside the adapters, where training had another. check:
-    called just before the folder is put in its place (`files.atomic_folder`).
+    A quantised base stays quantised, its layers without adapters as they were, unless
+    `form.dequantize`; that adds the adapters to weights widened to float32 and stores `form.dtype`.
+    chat_template: takes the place of the base's; default: the one beside the adapters, where
+    training had another. check: called just before the folder is put in its place
+    (`files.atomic_folder`).
 
     Raises: ModelError for a model or adapter that cannot be read, ConfigError for an export that
     cannot be made; nothing is written then.
@@ -66,7 +91,7 @@ def fuse(
     base, config, path = loaded.model, loaded.config, loaded.path
     export = _checked(form, path, config, base)
     quantized, gguf = "quantization" in config and not form.dequantize, form.gguf_path
-    count, kept, unreached = _add(base, config, adapter_path, form, export)
+    added = _add(base, config, adapter_path, form, export)
     template = _template(chat_template, adapter_path)
     with files.atomic_folder(save_path, check) as folder:
         _save(folder, path, base, config, donate=not export)
@@ -74,14 +99,17 @@ def fuse(
         if gguf and export:
             gguf_file.write(folder / gguf, export, dict(arrays_of(base.parameters())), folder)
     place = save_path / gguf if gguf else None
-    return FuseReport(save_path, count, quantized, place, kept, said, unreached)
+    return FuseReport(
+        save_path, added.layers, quantized, place, added.kept, said, added.raised, added.unreached,
+        added.below,
+    )  # fmt: skip
 
 
 def _checked(
     form: FusedForm, path: Path, config: dict[str, Any], base: nn.Module
 ) -> gguf_file.Export | None:
     """What a GGUF needs, if one is wanted. Raises: ConfigError where the base has no such form."""
-    _check_bits(config, form.keep_bits, form.dequantize)
+    _check_bits(config, form)
     if not form.gguf_path:
         return None
     _check_gguf(form.gguf_path, "quantization" in config and not form.dequantize)
@@ -95,11 +123,8 @@ def _add(
     adapter_path: Path,
     form: FusedForm,
     export: gguf_file.Export | None,
-) -> tuple[int, Kept | None, int]:
-    """Put the adapters into `base`, and its new form into `config`.
-
-    Returns: `fuse_layers`' count and rounding, and how many layers keep_bits does not reach.
-    """
+) -> _Added:
+    """Put the adapters into `base`, and its new form into `config`."""
     own = float_dtype(base)
     if form.dequantize:
         dequantize_layers(base)
@@ -110,16 +135,36 @@ def _add(
     if export:
         gguf_file.their_names(export, dict(arrays_of(base.parameters())))
     adapters.load(base, adapter_path, scale=form.scale)
-    unreached = 0 if form.keep_bits is None else sum(
-        "lora_a" in module and not is_plain(module) for _, module in base.named_modules()
-    )  # fmt: skip
     stored = DTYPES[form.dtype] if form.dtype else own if form.dequantize else None
+    least = form.least_bits
+    low, unreached = below(base, least or KEPT_BITS)
+    left = len(below(base, KEPT_BITS)[0]) if (least or 0) < KEPT_BITS else 0
+    before = sum(stored_bytes(module_at(base, name)["linear"], stored) for name in low)
     count, kept = fuse_layers(
-        base, config, dequantize=form.dequantize, keep_bits=form.keep_bits, stored=stored
+        base, config, dequantize=form.dequantize, keep_bits=least, stored=stored
     )
     if stored is not None:
         cast_floats(base, stored)
-    return count, kept, unreached
+    if least is None:
+        return _Added(count, kept, None, 0, left)
+    more = sum(stored_bytes(module_at(base, name), stored) for name in low) - before
+    raised = Raised(len(low), least, tuple(sorted(set(low.values()))), more) if low else None
+    return _Added(count, kept, raised, unreached, left)
+
+
+def below(model: nn.Module, bits: int) -> tuple[dict[str, int], int]:
+    """Adapted layers that are quantised to fewer bits: those that can have so many, by name with
+    the bits of their base, and how many cannot (embeddings, blocks of experts)."""
+    can, cannot = {}, 0
+    for name, module in model.named_modules():
+        if "lora_a" not in module:
+            continue
+        base = module["linear"] if "linear" in module else module["embedding"]
+        if is_plain(module) and can_have(base, bits):
+            can[name] = base.bits
+        else:
+            cannot += getattr(base, "bits", bits) < bits
+    return can, cannot
 
 
 def _save(
@@ -227,16 +272,21 @@ def _typed_as(base: nn.Module, fused: nn.Module, stored: mx.Dtype | None) -> nn.
     return fused
 
 
-def _check_bits(config: dict[str, Any], keep_bits: int | None, dequantize: bool) -> None:
-    if keep_bits is None:
+def _check_bits(config: dict[str, Any], form: FusedForm) -> None:
+    """Raises: ConfigError where the bits that were asked for are none of a model of these bits."""
+    if form.keep_bits is None:
         return
-    if dequantize:
+    if form.dequantize:
         raise ConfigError("--keep-bits and --dequantize exclude each other; give one.")
+    if form.keep_bits == "base":
+        return
     bits = (config.get("quantization") or {}).get("bits")
     if bits is None:
-        raise ConfigError(f"--keep-bits {keep_bits}: this model is not quantised. Leave it out.")
-    if keep_bits <= bits:
-        raise ConfigError(f"--keep-bits {keep_bits}: the model has {bits} bits. Wanted more.")
+        raise ConfigError(
+            f"--keep-bits {form.keep_bits}: this model is not quantised. Leave it out."
+        )
+    if form.keep_bits <= bits:
+        raise ConfigError(f"--keep-bits {form.keep_bits}: the model has {bits} bits. Wanted more.")
 
 
 def _refuse_packed(base: nn.Module) -> None:

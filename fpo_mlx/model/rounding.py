@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from fpo_mlx.model.trees import arrays_of
+
 AFFINE_LEAST = 32  # values of a group
 
 
@@ -31,6 +33,36 @@ class Kept:
         if not size:
             return None
         return Kept(along / size, (off / size) ** 0.5, tuple(sorted({part[3] for part in sums})))
+
+
+@dataclass(frozen=True)
+class Raised:
+    """Fused layers that have more bits than their base's, and the bytes that this adds."""
+
+    layers: int
+    bits: int
+    base_bits: tuple[int, ...]  # ascending
+    added: int
+
+
+def can_have(base: Any, bits: int) -> bool:
+    """Whether a linear layer is quantised to fewer bits, and its rows make groups for so many."""
+    if not isinstance(base, nn.QuantizedLinear) or base.bits >= bits:
+        return False
+    return base.scales.shape[-1] * base.group_size % _group(base) == 0
+
+
+def _group(base: Any) -> int:
+    """The values of a group at other bits: nvfp4's are smaller than affine's."""
+    return max(base.group_size, AFFINE_LEAST)
+
+
+def stored_bytes(layer: Any, stored: mx.Dtype | None) -> int:
+    """Of a layer's arrays, its floats in that type; None: in their own."""
+    return sum(
+        v.size * (stored if stored and mx.issubdtype(v.dtype, mx.floating) else v.dtype).size
+        for _, v in arrays_of(layer.parameters())
+    )
 
 
 def plain_weight(layer: Any) -> mx.array:
@@ -74,7 +106,7 @@ def change_of(adapted: Any) -> mx.array | None:
 
 
 def rounded_to(base: Any, change: mx.array, bits: int | None) -> Any:
-    """A layer of base + change, quantised as the base is, or, if it is linear, to so many bits."""
+    """A layer of base + change, quantised as the base is, or to so many bits if it can be."""
     weight = plain_weight(base) + change
     if weight.ndim == 3:
         return _experts(base, weight)
@@ -84,9 +116,8 @@ def rounded_to(base: Any, change: mx.array, bits: int | None) -> Any:
         layer.bias = base.bias
     if not isinstance(base, nn.QuantizedLinear):
         return layer
-    if bits is not None and bits > base.bits:  # a mixed model has layers of more bits already
-        size = max(base.group_size, AFFINE_LEAST)  # nvfp4's groups are smaller than affine's
-        return nn.QuantizedLinear.from_linear(layer, size, bits, mode="affine")
+    if bits is not None and can_have(base, bits):
+        return nn.QuantizedLinear.from_linear(layer, _group(base), bits, mode="affine")
     return nn.QuantizedLinear.from_linear(layer, base.group_size, base.bits, mode=base.mode)
 
 

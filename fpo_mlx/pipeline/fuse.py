@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from fpo_mlx.pipeline.evaluate import check_scales, open_scorer
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.origins import warn_of_origin, warn_of_training_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
-from fpo_mlx.records import AS_BASE, FusedForm
+from fpo_mlx.records import DEFAULT_FORM, KEPT_BITS, FusedForm
 from fpo_mlx.storage.adapter_files import own_template
 from fpo_mlx.storage.hub import resolve_model
 from fpo_mlx.storage.outputs import claim_folder, model_made_from
@@ -75,7 +75,7 @@ class FuseResult:
 
 def fuse(
     config: RunConfig,
-    form: FusedForm = AS_BASE,
+    form: FusedForm = DEFAULT_FORM,
     *,
     adapter_path: str,
     save_path: Path,
@@ -145,25 +145,36 @@ def _warn(config: RunConfig, adapter: str, base: Path, say: Say, *, asked: bool)
 
 
 def said_of(report: FuseReport) -> list[str]:
-    """What a user should know of a fused folder: its template, and what rounding took."""
+    """What a user should know of a fused folder: its template, its bits, what rounding took."""
     lines = []
     if report.template:
         lines.append(f"the folder has {report.template}, not the base's")
+    if (raised := report.raised) is not None:
+        are = "layer with adapters is" if raised.layers == 1 else "layers with adapters are"
+        lines.append(
+            f"{raised.layers} {are} kept at {raised.bits} bits, where the base has "
+            f"{_listed(raised.base_bits)}: {raised.added / 1e6:.1f} MB more; --keep-bits base "
+            "leaves them the base's bits, and rounds most of a small change away"
+        )
     if (kept := report.kept) is not None:
-        bits = " and ".join(map(str, kept.bits))
-        more = "" if max(kept.bits) > 8 else "--keep-bits 8 keeps the adapted layers at 8 bits, "
+        more = f"--keep-bits {KEPT_BITS} keeps the adapted layers at {KEPT_BITS} bits, "
+        more = more if report.below else ""
         whole = "" if kept.bits == (16,) else "--dequantize "
         way = "" if kept.error < TOLERABLE else f"; {more}{whole}--dtype float32 keeps all of it"
         lines.append(
-            f"rounding to {bits} bits left {kept.share:.0%} of the adapters' change, with an error "
-            f"{kept.error:.2f} times its size{way}"
+            f"rounding to {_listed(kept.bits)} bits left {kept.share:.0%} of the adapters' change, "
+            f"with an error {kept.error:.2f} times its size{way}"
         )
     if report.unreached:
         lines.append(
-            f"--keep-bits does not reach {report.unreached} adapted embeddings or blocks of "
-            "experts: they have the base's bits"
+            f"--keep-bits does not reach {report.unreached} adapted embeddings, blocks of experts "
+            "or layers whose rows make no groups of 32: they have the base's bits"
         )
     return lines
+
+
+def _listed(bits: Sequence[int]) -> str:
+    return " and ".join(map(str, bits))
 
 
 def _check_bound(config: RunConfig, bound: Bound, verify: str | None, scale: float) -> str:

@@ -8,11 +8,13 @@ import re
 import shutil
 
 import pytest
+import tiny_models
 
 mx = pytest.importorskip("mlx.core")
 
-from command_line import ROWS, lines, run  # noqa: E402
-from evaluated import K, own_cache, place  # noqa: E402, F401
+from command_line import ROWS, lines, refused, run  # noqa: E402
+from evaluated import K, adapter, own_cache, place  # noqa: E402, F401
+from quantised import quantised  # noqa: E402
 
 from fpo_mlx.data import data_fingerprint, read_split  # noqa: E402
 from fpo_mlx.data.tokenize import tokenize_row  # noqa: E402
@@ -96,3 +98,35 @@ def test_held_out_pairs_are_opened_once(place, tmp_path, monkeypatch, kind):
     assert done.exit_code == 0, done.stderr
     assert opened == [1]
     assert re.search(r"rewards/margins +\S+ -> \S+", done.stdout)
+
+
+def test_fuse_of_a_4_bit_base_says_what_its_8_bits_add_and_base_leaves_them_out(place, tmp_path):
+    wide = tiny_models.tiny_llama(tmp_path / "wide", tokenizer=True, intermediate_size=64)
+    folder = quantised(wide, tmp_path / "four")
+    (tmp_path / "own").mkdir()
+    adapter(tmp_path / "own", folder, 0)
+    words = ("--json", tmp_path / "f.json", "--overwrite")
+    found = {}
+    for bits in (None, "base"):
+        more = ("--keep-bits", bits) if bits else ()
+        done = run("fuse", "--model", folder, "--adapter-path", tmp_path / "own", "--save-path",
+                   tmp_path / "fused", *words, *more)  # fmt: skip
+        assert done.exit_code == 0, done.stderr
+        said = "4 layers with adapters are kept at 8 bits, where the base has 4" in done.stderr
+        assert said is (bits is None)
+        found[bits] = json.loads((tmp_path / "f.json").read_text())
+    raised = found[None]["raised"]
+    assert (raised["layers"], raised["bits"], raised["base_bits"]) == (4, 8, [4])
+    assert raised["added"] > 0
+    assert "raised" not in found["base"]
+    assert found[None]["rounding"]["error"] < found["base"]["rounding"]["error"] / 8
+
+
+@pytest.mark.parametrize(("words", "part"), [
+    (("--dequantize", "--keep-bits", "base"), "exclude each other"),
+    (("--keep-bits", 8), "this model is not quantised"),
+    (("--keep-bits", 7), "'base', '5', '6', '8'"),
+])  # fmt: skip
+def test_bits_that_cannot_be_had_are_refused(place, tmp_path, words, part):
+    refused(fuse(place, tmp_path, *words), 2, part)
+    assert not (tmp_path / "fused").exists()

@@ -11,10 +11,11 @@ LATENT = {
 }  # fmt: skip
 
 
-def quantised(source, target, bits=4):
+def quantised(source, target, bits=4, mode="affine"):
     """The folder as mlx_lm.convert would leave it."""
     model, config = utils.load_model(source)
-    model, config = utils.quantize_model(model, config, group_size=32, bits=bits)
+    size = 16 if mode == "nvfp4" else 32
+    model, config = utils.quantize_model(model, config, group_size=size, bits=bits, mode=mode)
     target.mkdir()
     utils.save_model(target, model)
     utils.save_config(config, target / "config.json")

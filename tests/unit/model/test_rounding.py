@@ -11,8 +11,8 @@ import mlx.nn as nn  # noqa: E402
 from mlx_lm.models.switch_layers import SwitchLinear  # noqa: E402
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear  # noqa: E402
 
-from fpo_mlx.model.fuse import FuseReport, fuse_layers  # noqa: E402
-from fpo_mlx.model.rounding import Kept, plain_weight, rounded_to  # noqa: E402
+from fpo_mlx.model.fuse import FuseReport, below, fuse_layers  # noqa: E402
+from fpo_mlx.model.rounding import Kept, Raised, plain_weight, rounded_to  # noqa: E402
 from fpo_mlx.model.trees import cast_floats, float_dtype  # noqa: E402
 from fpo_mlx.pipeline.fuse import said_of  # noqa: E402
 
@@ -116,18 +116,39 @@ def test_a_base_of_half_precision_is_measured_without_being_asked():
 
 
 @pytest.mark.parametrize(
-    ("bits", "error", "way"),
+    ("bits", "below", "error", "way"),
     [
-        ((4,), 0.5, "; --keep-bits 8 keeps the adapted layers at 8 bits, --dequantize --dtype "
+        ((4,), 1, 0.5, "; --keep-bits 8 keeps the adapted layers at 8 bits, --dequantize --dtype "
          "float32 keeps all of it"),
-        ((16,), 0.5, "; --dtype float32 keeps all of it"),
-        ((16,), 0.1, ""),
+        ((4,), 0, 0.5, "; --dequantize --dtype float32 keeps all of it"),  # experts alone
+        ((8,), 0, 0.5, "; --dequantize --dtype float32 keeps all of it"),
+        ((16,), 0, 0.5, "; --dtype float32 keeps all of it"),
+        ((16,), 0, 0.1, ""),
     ],
 )  # fmt: skip
-def test_fusing_says_what_rounding_left_and_the_way_around_it(tmp_path, bits, error, way):
-    report = FuseReport(tmp_path, 1, bits == (4,), kept=Kept(0.9, error, bits))
+def test_fusing_says_what_rounding_left_and_the_way_around_it(tmp_path, bits, below, error, way):
+    report = FuseReport(tmp_path, 1, bits != (16,), kept=Kept(0.9, error, bits), below=below)
     said = f"rounding to {bits[0]} bits left 90% of the adapters' change, with an error "
     assert said_of(report) == [f"{said}{error:.2f} times its size{way}"]
+
+
+def test_fusing_says_which_bits_the_adapted_layers_got_and_what_that_adds(tmp_path):
+    raised = Raised(layers=28, bits=8, base_bits=(4, 6), added=12_340_000)
+    assert said_of(FuseReport(tmp_path, 28, True, raised=raised)) == [
+        "28 layers with adapters are kept at 8 bits, where the base has 4 and 6: 12.3 MB more; "
+        "--keep-bits base leaves them the base's bits, and rounds most of a small change away"
+    ]
+    one = Raised(layers=1, bits=6, base_bits=(4,), added=900)
+    (line,) = said_of(FuseReport(tmp_path, 1, True, raised=one))
+    assert line.startswith("1 layer with adapters is kept at 6 bits, where the base has 4: 0.0 MB")
+
+
+def test_experts_are_said_to_keep_the_bits_of_the_base():
+    model, _, _ = adapted_experts(0.1, 32, 4, "affine")
+    assert below(model, 8) == ({}, 1)
+    assert below(model, 4) == ({}, 0)
+    high, _, _ = adapted_experts(0.1, 32, 8, "affine")
+    assert below(high, 8) == ({}, 0)
 
 
 def test_more_bits_than_nvfp4_has_are_those_of_affine_in_groups_that_it_knows():
