@@ -50,13 +50,19 @@ PATH, READ = Place(path_type=Path), PlaceOrName()
 CLAIM = "fpo_mlx.claim"  # of a click context: claims files for the running command
 SILENT = (None, (), "", False, dataclasses.MISSING)  # defaults that say nothing in a help text
 
+
+def _preset_option(default: str) -> Callable:
+    return click.option(
+        "--objective", type=click.Choice(list(PRESETS)), cls=Grouped, group="objective",
+        help=f"Preset of the objective. [default: {default}]",
+    )  # fmt: skip
+
+
+preset_option = _preset_option("fpo")
+judging_preset_option = _preset_option("that of the adapters' training, else fpo")
 config_option = click.option(
     "-c", "--config", type=PATH, cls=Grouped, group=GENERAL,
     help="YAML file of settings (underscored names).",
-)  # fmt: skip
-preset_option = click.option(
-    "--objective", type=click.Choice(list(PRESETS)), cls=Grouped, group="objective",
-    help="Preset of the objective. [default: fpo]",
 )  # fmt: skip
 json_option = click.option("--json", "json_path", type=PATH, help="Write the result here.")
 adapter_scale_option = click.option(

@@ -19,8 +19,8 @@ from fpo_mlx.cli.options import (
     gather,
     gather_sampling,
     json_option,
+    judging_preset_option,
     overwrite_option,
-    preset_option,
     sampling_options,
     settings,
     write_csv,
@@ -45,7 +45,7 @@ SHOWN = (  # rows of the table of several models; --json and --csv have every me
 
 
 @click.command(cls=Command)
-@preset_option
+@judging_preset_option
 @settings(DataConfig, ReferenceConfig, Objective, "init_adapter", "reference")
 @click.option(
     "--adapter-path",

@@ -33,6 +33,7 @@ def load_config(
     """
     yaml = read_yaml(path) if path else {}
     given = _given(flags, yaml, path, SECTIONS, say, "objective")
+    asked = frozenset(given) & {"objective", *options((Objective,))}
     preset = given.pop("objective", "fpo")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"--objective {preset}: wanted one of {', '.join(PRESETS)}.")
@@ -45,7 +46,7 @@ def load_config(
         section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
         for section in SECTIONS
     ]
-    return RunConfig(*sections, preset=preset)  # type: ignore[arg-type]
+    return RunConfig(*sections, preset=preset, asked=asked)  # type: ignore[arg-type]
 
 
 def load_section(

@@ -200,13 +200,17 @@ class ChatSampling(Sampling):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of a command, by section."""
+    """All settings of a command, by section.
+
+    asked: those of the objective that flags or YAML gave, "objective" for its preset.
+    """
 
     data: DataConfig
     reference: ReferenceConfig
     train: TrainConfig
     objective: Objective
     preset: str = "fpo"
+    asked: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, as YAML would hold it."""

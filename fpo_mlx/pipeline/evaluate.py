@@ -17,6 +17,7 @@ from fpo_mlx.pipeline.job import (
     read_pairs,
     warn_of_adapters,
 )
+from fpo_mlx.pipeline.measure import as_trained
 from fpo_mlx.pipeline.origins import start_of, warn_of_training_pairs
 from fpo_mlx.pipeline.prepared import check_room
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
@@ -59,6 +60,8 @@ def evaluate_all(
 ) -> EvalTable:
     """Score a split under each adapter, beside the reference; without adapters the base alone.
 
+    Judged is by the objective of the training, where the settings name none (`as_trained`).
+
     scales: parts of each adapter's change to judge (`adapters.fill`), a column each.
     samples: prompts of the split to answer, for entropy and distinct-n; 0 for none.
     """
@@ -68,6 +71,7 @@ def evaluate_all(
     if scales != (1.0,):
         check_scales(config, adapter_paths, scales)
     digests = {p: read_adapter(Path(p)).digest for p in adapter_paths}  # before the long part
+    config = as_trained(config, adapter_paths, say, measure_kl=measure_kl)
     job = open_job(config, say=say, need_sae=False)
     warn_of_adapters(adapter_paths, config, job.model_path, say)
     pairs = read_pairs(job, split, say)

@@ -13,6 +13,7 @@ from fpo_mlx.config import PARTS, RunConfig, is_other
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pipeline.evaluate import check_scales, open_scorer
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
+from fpo_mlx.pipeline.measure import as_trained
 from fpo_mlx.pipeline.origins import warn_of_origin, warn_of_training_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
 from fpo_mlx.records import DEFAULT_FORM, KEPT_BITS, FusedForm
@@ -110,6 +111,8 @@ def fuse(
     claim(base)
     config, held, within = _as_trained(config, Path(adapter_path)), None, None
     _warn(config, adapter_path, base, say, asked=bool(verify))
+    if verify:
+        config = as_trained(config, [adapter_path], say, way="`objective` in a file of -c")
     if bound is not None:
         held = _held_out(config, place, adapter_path, say, saes=bound.kind == "drift")
         within = _scale_within(held, adapter_path, bound, say)

@@ -95,9 +95,14 @@ def _other_share(run: Mapping[str, Any], ours: DataConfig) -> float | None:
     return theirs if theirs != ours.valid_share else None
 
 
+def settings_of(adapter: str | Path) -> Mapping[str, Any]:
+    """The settings of the training that made an adapter, by its run.json; empty without one."""
+    return _part(_run(Path(adapter).expanduser()), "settings")
+
+
 def start_of(adapter: str | Path) -> str | None:
     """The adapter that this one's training began from, by its run.json."""
-    found = _part(_run(Path(adapter).expanduser()), "settings").get("init_adapter")
+    found = settings_of(adapter).get("init_adapter")
     return found if isinstance(found, str) and found else None
 
 
