@@ -75,10 +75,11 @@ def _train(
         _compare_weights(trainer, ready.store, say)
     with out.writing():
         if config.train.resume:
-            trainer.resume()
+            told = trainer.resume()
             out.resumed(ready.record, trainer.progress.iteration)
             out.note({"source": ready.record["source"]})  # the same pairs may lie elsewhere now
-            say(f"resumed after iteration {trainer.progress.iteration}")
+            for line in (f"resumed after iteration {trainer.progress.iteration}", *told):
+                say(line)
         else:
             if trainer.ranks.first:  # again: hours may lie between
                 claim_place(config)

@@ -28,7 +28,7 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 
-from fpo_mlx.config import TrainConfig, default_of, named, options
+from fpo_mlx.config import Objective, TrainConfig, default_of, named, options
 from fpo_mlx.errors import Interrupted, ModelError
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.model.trees import arrays_of, read_arrays
@@ -39,6 +39,8 @@ from fpo_mlx.storage.runfolder import METRICS, RunFolder
 STATE = Path("checkpoint") / "state.safetensors"
 NUMBERED = "_adapters.safetensors"  # behind seven digits or more
 LOCK = "train.lock"  # held while a run writes
+# by what validations tell the best one; versions before did so by the loss that is trained
+PREFERENCE, AS_TRAINED = "preference", "as trained"
 
 
 @dataclass
@@ -51,12 +53,26 @@ class Progress:
     best_loss: float | None = None
     best_iteration: int = 0
     stale: int = 0  # validations since the best
+    judged_by: str = PREFERENCE  # what best_loss is a loss of
     skipped: int = 0  # updates left out
     skipped_in_a_row: int = 0
     landed: bool = False  # the end was looked at: `train/landing.py`
     metrics_bytes: int = 0  # length of metrics.jsonl
     drift: dict[str, float] = field(default_factory=dict)  # the controller's state
     window: dict[str, Any] = field(default_factory=dict)  # sums since the last report
+
+    def rejudged(self, o: Objective) -> tuple[str, ...]:
+        """Forget a best that was judged by another rule; what to say of it."""
+        before, self.judged_by = self.judged_by, PREFERENCE
+        same = before == PREFERENCE or o.constraint == "none" or not o.judged_alpha
+        if same or self.best_loss is None:
+            return ()
+        said = (
+            f"the best so far (iteration {self.best_iteration}) was judged with the constraint's "
+            "part of the loss, by an older version: the next validation is taken for the best"
+        )
+        self.best_loss, self.best_iteration, self.stale = None, 0, 0
+        return (said,)
 
 
 @dataclass(frozen=True)
@@ -209,7 +225,7 @@ def load_state(
     """
     try:
         arrays, metadata = read_arrays(path)
-        progress = Progress(**json.loads(metadata["progress"]))
+        progress = Progress(**{"judged_by": AS_TRAINED, **json.loads(metadata["progress"])})
         high, low = cast("list[int]", arrays["random"].tolist())
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(

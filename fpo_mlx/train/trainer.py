@@ -69,8 +69,8 @@ class Trainer:
         self._steer(Controller.of(scorer.objective))
         self._good: dict[str, mx.array] = {}  # adapters that the guard let pass; {} before any
 
-    def resume(self) -> None:
-        """Go back to the state in the folder."""
+    def resume(self) -> tuple[str, ...]:
+        """Go back to the state in the folder. Returns: what its user should know."""
         with self.ranks.file_of_first(self.folder.path / STATE) as path:
             loaded = load_state(path, self.model, self.optimizer)
         self.progress, self._reference, self._good = loaded
@@ -81,6 +81,7 @@ class Trainer:
         self._steer(Controller.loaded(saved, objective) if saved else None)
         self.folder.rewind_log(self.progress)
         self._window = Window.of(self.progress.window)
+        return self.progress.rejudged(objective)
 
     def start_gaps(self, pairs: int = START_PAIRS) -> tuple[float, float]:
         """`guard.gaps` of the first pairs, before any update."""
@@ -298,13 +299,16 @@ class Trainer:
         return self.config.validated(0 if self.valid is None else len(self.valid))
 
     def _looked(self) -> dict[str, np.ndarray]:
-        """The adapters as they stand, on the validation pairs."""
+        """The adapters as they stand, on the validation pairs, by the preference alone.
+
+        The constraint's part of u grows where the chosen responses move: it would prefer drift.
+        """
         assert self.valid is not None
-        if self.drift is not None:  # alpha is another one at each validation: without its part
-            self.scorer.alpha = self.scorer.objective.judged_alpha
-        values = self._measure(self.valid, self.validation_pairs)
-        self._steer(self.drift)
-        return values
+        alpha, self.scorer.alpha = self.scorer.alpha, 0.0
+        try:
+            return self._measure(self.valid, self.validation_pairs)
+        finally:
+            self.scorer.alpha = alpha
 
     def _validate(self) -> ValidReport:
         started, n = time.perf_counter(), self.validation_pairs
