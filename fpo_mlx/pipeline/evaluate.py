@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,13 +82,8 @@ def evaluate_all(
     data = ScoredPairs(pairs, CachedScores(store, pairs))
     reports: dict[str, EvalReport] = {}
     base: EvalReport | None = None
-    for path, scale in [(p, s) for p in dict.fromkeys(adapter_paths) or ["base"] for s in scales]:
-        adapter = path if adapter_paths else None
-        if len(adapter_paths) * len(scales) > 1:
-            say(f"judging {evaluation.name_of(path, scale)}")
-        scorer = open_scorer(
-            job, adapter, scale=scale, half=store.half, measure_kl=measure_kl, say=say
-        )
+    judged = _scorers(job, adapter_paths, scales, half=store.half, measure_kl=measure_kl, say=say)
+    for path, scale, scorer in judged:
         report = evaluation.evaluate(scorer, data)
         report = replace(
             report, adapter_scale=scale, trained_on=path in seen, adapter_sha256=digests.get(path)
@@ -99,10 +94,40 @@ def evaluate_all(
                 base = _with_answers(job, scorer, base, data, samples, sampling)
         name = evaluation.name_of(path, scale)
         reports[name] = _with_answers(job, scorer, report, data, samples, sampling)
-        del scorer  # one model in memory at a time
+        del scorer  # see _scorers
     o = config.objective
     settings = {"preset": config.preset, **asdict(o), "alpha": o.judged_alpha}
     return evaluation.EvalTable(reports, base, settings, split)
+
+
+def _scorers(
+    job: Job, adapter_paths: Sequence[str], scales: Sequence[float], **how: Any
+) -> Iterator[tuple[str, float, Scorer]]:
+    """Each adapter in each of its parts; the model is read once an adapter. how: `open_scorer`'s.
+
+    The caller lets go of a scorer before it asks for the next: one model is in memory at a time.
+    """
+    from fpo_mlx.judge.evaluate import name_of
+
+    for path in dict.fromkeys(adapter_paths) or ["base"]:
+        scorer = None
+        for scale in scales:
+            if len(adapter_paths) * len(scales) > 1:
+                how["say"](f"judging {name_of(path, scale)}")
+            if scorer is None:
+                scorer = open_scorer(job, path if adapter_paths else None, scale=scale, **how)
+            else:
+                _take_part(scorer, path, scale)
+            yield path, scale, scorer
+
+
+def _take_part(scorer: Scorer, adapter_path: str, scale: float) -> None:
+    """Another part of the adapter's change: it is counted from the reference, put back first."""
+    from fpo_mlx.model import adapters
+
+    model = scorer.policy.model
+    adapters.update(model, scorer.reference_weights())
+    adapters.fill(model, Path(adapter_path), scale=scale)
 
 
 def check_scales(config: RunConfig, adapter_paths: Sequence[str], scales: Sequence[float]) -> None:
