@@ -23,7 +23,7 @@ from command_line import (  # noqa: F401
 
 from fpo_mlx import cli, open_model, read_sae
 from fpo_mlx.errors import FpoError
-from fpo_mlx.machine import upstream
+from fpo_mlx.machine import device, upstream
 from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.sae.encode import encode
 from fpo_mlx.storage import files
@@ -191,6 +191,22 @@ def test_a_run_keeps_its_predicted_and_its_measured_peak(place, tmp_path):
     memory = json.loads((tmp_path / "out" / "run.json").read_text())["memory"]
     assert set(memory) == {"predicted_peak_gb", "measured_peak_gb"}
     assert min(memory.values()) > 0
+
+
+def test_on_a_gpu_the_peaks_are_compared_without_freed_buffers_which_mlx_does_not_count(
+    place, tmp_path
+):
+    with device.using(device.gpu("metal", 8e9)) as record:
+        result = train(place, tmp_path / "out", "--reference", place / "ref")
+    assert result.exit_code == 0, result.stderr
+    before = float(re.findall(r"predicted peak memory of training: ([\d.]+) GB", result.stderr)[0])
+    after, kept = re.findall(
+        r"peak memory [\d.]+ GB, predicted ([\d.]+) GB, beside ([\d.]+) GB of", result.stderr
+    )[0]
+    assert float(kept) == pytest.approx(record.cache_limit / 1e9, abs=0.01)
+    assert before == pytest.approx(float(after) + float(kept), abs=0.02)
+    memory = json.loads((tmp_path / "out" / "run.json").read_text())["memory"]
+    assert memory["predicted_peak_gb"] == pytest.approx(float(after), abs=0.01)
 
 
 def test_a_resumed_run_keeps_the_settings_of_its_start(place, tmp_path):
