@@ -93,7 +93,7 @@ def test_a_last_line_of_somebody_else_is_refused_with_the_file_and_nothing_stays
 def test_lines_that_the_disk_did_not_take_are_gone_and_the_next_ones_follow_the_last_good(
     tmp_path, monkeypatch
 ):
-    path, real = tmp_path / "a.jsonl", lines.flush
+    path, real = tmp_path / "a.jsonl", lines.flush_in_order
     fails = iter([True])
 
     def full(handle):
@@ -103,7 +103,7 @@ def test_lines_that_the_disk_did_not_take_are_gone_and_the_next_ones_follow_the_
 
     with LineWriter(path) as writer:
         writer.append({"a": 1})
-        monkeypatch.setattr(lines, "flush", full)
+        monkeypatch.setattr(lines, "flush_in_order", full)
         with pytest.raises(FpoError, match="cannot be written: No space left"):
             writer.append({"lost": 1}, {"lost": 2})
         assert path.read_bytes() == b'{"a": 1}\n'

@@ -134,7 +134,28 @@ def test_on_a_mac_the_disks_own_cache_is_flushed_where_it_can_be(tmp_path, monke
     files.write_text(tmp_path / "a.txt", "whole")
     assert asked == [51, 51]  # the file, and its folder
     assert len(plain) == (2 if refused else 0)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_on_a_mac_the_disk_is_waited_for_once_a_file_of_lines_and_not_once_a_line(
+    tmp_path, monkeypatch, refused
+):
+    """F_FULLFSYNC (51) waits for the drive there; F_BARRIERFSYNC (85) only keeps the order."""
+    asked, plain = [], []
+
+    def control(handle: int, command: int) -> int:
+        asked.append(command)
+        if refused and command == 85:
+            raise OSError(45, "Operation not supported")
+        return 0
+
+    monkeypatch.setattr(files.sys, "platform", "darwin")
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", control)
+    monkeypatch.setattr(files.os, "fsync", plain.append)
     with lines.LineWriter(tmp_path / "a.jsonl") as writer:
         writer.append({"verdict": "a"})
-    assert asked == [51] * 3
-    assert len(plain) == (3 if refused else 0)
+        writer.append({"verdict": "b"})
+    assert asked == ([85, 51] * 2 if refused else [85] * 2) + [51]
+    assert not plain
+    assert (tmp_path / "a.jsonl").read_text().count("\n") == 2
