@@ -7,8 +7,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fpo_mlx import __version__
@@ -45,24 +46,44 @@ class Checked:
 def check_device(*, small: bool = False, show: Callable[[Line], None] = lambda _: None) -> Checked:
     """Every part of the check, one after the other; each finding is shown as it comes.
 
-    small: tiny shapes, seconds instead of minutes. A CPU takes these whatever is asked for.
+    small: tiny shapes, seconds instead of minutes. A CPU takes these whatever is asked for, and so
+    does a GPU without the memory for others. What MLX refuses is a finding; other parts go on.
     """
     blas.preload()
     from fpo_mlx.pipeline.device_check import kernels, launches, places, runs, speed
 
     started, gpu = time.perf_counter(), device.here().gpu
-    size = places.REAL if gpu and not small else places.SMALL
+    real = gpu and not small and device.memory() >= places.REAL_BYTES
+    size = places.REAL if real else places.SMALL
     parts = (
-        kernels.lines(size), runs.backbones(size), runs.starts(size), runs.updates(),
-        launches.lines(), speed.lines(size, gpu=gpu and not small),
+        ("size", _of_the_size() if gpu and not small and not real else ()),
+        ("kernels", kernels.lines(size)), ("kernels", runs.backbones(size)),
+        ("start", runs.starts(size)), ("updates", runs.updates()),
+        ("launches", launches.lines()), ("speed", speed.lines(size, gpu=real)),
     )  # fmt: skip
     found = []
-    for part in parts:
-        for line in part:
+    for name, part in parts:
+        for line in _to_its_end(name, part):
             show(line)
             found.append(line)
     seconds = time.perf_counter() - started
     return Checked(facts(), tuple(found), size.name, gpu, seconds)
+
+
+def _of_the_size() -> Iterator[Line]:
+    from fpo_mlx.pipeline.device_check import places
+
+    note = f"under {places.REAL_BYTES / 1e9:.0f} GB: small shapes, whose times say little"
+    yield Line("size", "memory for MLX", device.memory() / 1e9, unit="GB", note=note)
+
+
+def _to_its_end(name: str, part: Iterable[Line]) -> Iterator[Line]:
+    """The lines of a part; where MLX refuses something, that as the last one."""
+    try:
+        yield from part
+    except (RuntimeError, ValueError) as error:
+        said = str(error).replace(str(Path.home()), "~")  # the file names no user
+        yield Line(name, f"{name}, ended early", 1.0, 0.0, note=said)
 
 
 def facts() -> dict[str, Any]:

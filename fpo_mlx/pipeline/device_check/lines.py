@@ -12,7 +12,7 @@ Verdict = Literal["ok", "WRONG", "seen"]
 class Line:
     """One finding. bound: the most that the value may be; None: a figure without a wanted value."""
 
-    part: str  # of the check: kernels, start, updates, launches, speed, memory
+    part: str  # of the check: size, kernels, start, updates, launches, speed, memory
     name: str
     value: float
     bound: float | None = None

@@ -7,6 +7,7 @@ import json
 import math
 import platform
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -184,6 +185,55 @@ def test_the_cpu_is_in_force_inside_and_the_device_again_after():
 def test_the_real_size_is_a_published_models():
     heads = (REAL.heads, REAL.kv_heads, REAL.hidden // REAL.heads)
     assert (REAL.hidden, REAL.inner, REAL.vocab, heads) == (2048, 8192, 128_256, (32, 8, 64))
+
+
+def without_parts(monkeypatch, size, **parts):
+    """The check of a GPU of this size, in bytes, with no parts but these; what each was given."""
+    given = {}
+
+    def part(name):
+        def lines(*words, **named):
+            given[name] = (*words, *named.values())
+            yield from parts[name]() if name in parts else ()
+
+        return lines
+
+    for module in (kernels, launches, speed):
+        monkeypatch.setattr(module, "lines", part(module.__name__.rpartition(".")[2]))
+    for name in ("backbones", "starts", "updates"):
+        monkeypatch.setattr(runs, name, part(name))
+    monkeypatch.setattr(device, "memory", lambda: size)
+    with device.using(device.gpu("metal", size)):
+        return device_check.check_device(), given
+
+
+@pytest.mark.parametrize(("memory", "small"), [(5.7e9, True), (11.5e9, False)])
+def test_a_gpu_without_the_memory_for_the_real_size_takes_the_small_one_and_says_so_first(
+    monkeypatch, memory, small
+):
+    """Metal gives MLX 5.7 GB of a Mac of 8, and the real size takes up to 9.5."""
+    found, given = without_parts(monkeypatch, memory)
+    assert given["kernels"] == (SMALL if small else REAL,)
+    assert given["speed"] == (given["kernels"][0], not small)  # times of tiny shapes have no bound
+    assert found.size == ("small" if small else "real")
+    assert [line.text for line in found.lines] == small * [
+        "5.7 GB [under 10 GB: small shapes, whose times say little]"
+    ]
+
+
+def test_what_mlx_refuses_is_a_finding_and_the_other_parts_go_on(monkeypatch):
+    fine = Line("kernels", "KL", 0.0, 1.0)
+
+    def full():
+        yield fine
+        raise RuntimeError(f"[malloc] Unable to allocate 9 bytes. {Path.home()}/x")
+
+    found, _ = without_parts(monkeypatch, 2e10, kernels=full, speed=lambda: [fine])
+    told = found.as_dict()["findings"]
+    assert [one["verdict"] for one in told] == ["ok", "WRONG", "ok"]
+    assert told[1]["name"] == "kernels, ended early"
+    assert told[1]["note"] == "[malloc] Unable to allocate 9 bytes. ~/x"
+    assert found.wrong == 1
 
 
 def test_the_file_says_what_ran_and_nothing_of_its_user(monkeypatch):
