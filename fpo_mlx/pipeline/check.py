@@ -103,6 +103,8 @@ def _read(path: Path) -> data.CheckReport | None:
 def _keep(path: Path, report: data.CheckReport) -> None:
     with suppress(OSError, FpoError):  # no room, no rights: go on without
         files.write_json(path, report.as_dict())
-        older = sorted(path.parent.glob("*.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+        older = sorted(
+            files.listed(path.parent, "*.json"), key=lambda p: p.stat().st_mtime, reverse=True
+        )
         for one in older[REPORTS_KEPT:]:
             one.unlink(missing_ok=True)

@@ -35,6 +35,7 @@ DONE = ROUND_FILE
 ROUNDS = outputs.Made("rounds", r"round-\d+/|settings\.json", mark="settings.json")
 DRIFT = "logps_per_token/chosen_change"
 ANY = ("round-*/*.jsonl",)
+PLACES = ("model", "prompts", "held_out", "output")
 MADE_WITH = {  # what each setting has a part in; ANY of those that are not here
     "prompts": ("round-*/candidates.jsonl",),
     "judge": ("round-*/*verdicts.jsonl",),
@@ -112,9 +113,7 @@ def _same_settings(root: Path, settings: RoundsConfig, say: Say) -> None:
         before = files.parse_json(path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(now))
         was = before if isinstance(before, dict) else {}
-        changed = [
-            k for k in {**now, **was} if k not in was or _one(k, was[k]) != _one(k, now.get(k))
-        ]
+        changed = [k for k in {**now, **was} if k not in was or not _alike(k, was[k], now.get(k))]
         if any(_is_made(root, name) for name in changed):
             raise ConfigError(
                 f"{root} was begun with other settings ({', '.join(changed)}). Name another "
@@ -132,19 +131,19 @@ def _same_settings(root: Path, settings: RoundsConfig, say: Say) -> None:
 
 def _is_made(root: Path, name: str) -> bool:
     """Whether there is anything that this setting had a part in; else it may still be mended."""
-    there = (path for pattern in MADE_WITH.get(name, ANY) for path in root.glob(pattern))
+    there = (path for pattern in MADE_WITH.get(name, ANY) for path in files.listed(root, pattern))
     return any(path.is_dir() or path.stat().st_size for path in there)
 
 
-def _one(name: str, value: Any) -> Any:
-    """A setting's value as it is compared: a place on disk under its real name, however it is
-    spelled, and `train` without what its --resume takes."""
-    if name in ("model", "prompts", "held_out", "output") and (found := outputs.existing([value])):
-        return str(found[0].resolve())
-    if name == "train" and isinstance(value, Mapping):
+def _alike(name: str, one: Any, other: Any) -> bool:
+    """Whether two values of a setting mean the same: of places on disk, one thing however it is
+    spelled; of `train`, without what its --resume takes."""
+    if name in PLACES and len(found := outputs.existing([one, other])) == 2:
+        return outputs.same_place(*found)
+    if name == "train" and isinstance(one, Mapping) and isinstance(other, Mapping):
         free = {*named("may_change")} - {*named("path")}  # a file's content is not asked here
-        return {setting: given for setting, given in value.items() if setting not in free}
-    return value
+        one, other = ({k: v for k, v in part.items() if k not in free} for part in (one, other))
+    return one == other
 
 
 def _round(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from fpo_mlx.errors import FpoError
 from fpo_mlx.records import BASE, PAIRS_FILE, ROUND_FILE
 from fpo_mlx.storage import files
 from fpo_mlx.storage.adapter_files import CONFIG, EARLIER, RUN, WEIGHTS, run_of
+from fpo_mlx.storage.outputs import same_place
 from fpo_mlx.storage.runfolder import command_of
 
 
@@ -173,7 +175,7 @@ def _of_run(
         if not isinstance(name := one["adapter_path"], str):  # null: the base alone
             return False
         path, home = Path(name), run.path.resolve()
-        if is_of(name, home) or (own and home.parts[-len(path.parts) :] == path.parts):
+        if is_of(name, home) or (own and _ends_in(home, path.parts)):
             return True  # the same path, here or where the command ran
         if run.digest and (then := one.get("adapter_sha256")):
             return then in run.digests
@@ -217,7 +219,18 @@ def _stale(one: Mapping[str, Any], file: Path, run: Run) -> bool:
 
 def is_of(name: Any, folder: Path) -> bool:
     """Whether an adapter path that a command was given means this folder."""
-    return isinstance(name, str) and Path(name).resolve() == folder.resolve()
+    if not isinstance(name, str):
+        return False
+    return Path(name).resolve() == folder.resolve() or same_place(Path(name), folder)
+
+
+def _ends_in(folder: Path, parts: Sequence[str]) -> bool:
+    """Whether a folder's path ends in these names, or in what its disk takes for the same."""
+    if not parts or folder.parts[-len(parts) :] == tuple(parts):
+        return bool(parts)
+    if len(parts) >= len(folder.parts) or ".." in parts:
+        return False
+    return same_place(folder.parents[len(parts) - 1].joinpath(*parts), folder)
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -286,7 +299,7 @@ def _named_data(path: Path, settings: Mapping[str, Any]) -> list[Path]:
     if Path(data).is_absolute():
         return [Path(data)]
     folder, parts = path.resolve(), Path(own).parts if isinstance(own, str) else ()
-    if not parts or folder.parts[-len(parts) :] != parts:
+    if not _ends_in(folder, parts):
         return []
     return [folder.parents[len(parts) - 1] / data]
 
@@ -339,7 +352,7 @@ def _results(run: Run, faults: list[str]) -> dict[str, Result]:
     home = run.path.resolve()
     folders = [p.name for p in files.listed(home.parent) if p.is_dir()]
     outside = [
-        p for p in files.listed(home.parent, "*.json") if _owner(p.name, folders) == home.name
+        p for p in files.listed(home.parent, "*.json") if _is_name(_owner(p.name, folders), home)
     ]
     found: dict[str, Result] = {}
     others: dict[str, str] = {}  # what is of another adapter; told where it is all there is
@@ -359,6 +372,14 @@ def _owner(file: str, folders: Sequence[str]) -> str | None:
     """The folder that a file beside it is named after: of `fpo.long.json` fpo.long before fpo."""
     named = [folder for folder in folders if file.startswith(f"{folder}.")]
     return max(named, key=len, default=None)
+
+
+def _is_name(name: str | None, folder: Path) -> bool:
+    """Whether the folder has this name; other letter case and Unicode form as its disk has it."""
+    if name is None or name == folder.name:
+        return name is not None
+    plain = [unicodedata.normalize("NFC", each).casefold() for each in (name, folder.name)]
+    return plain[0] == plain[1] and same_place(folder.with_name(name), folder)
 
 
 def kind_of(value: Any) -> str | None:

@@ -127,7 +127,7 @@ def claim_files(
     for i, (flag, place) in enumerate(given):
         claim_file(place, flag, inputs=inputs, overwrite=overwrite)
         for other_flag, other in given[:i]:
-            if _plain(place) and (place.resolve() == other.resolve() or _same(place, other)):
+            if _plain(place) and (place.resolve() == other.resolve() or same_place(place, other)):
                 raise ConfigError(
                     f"{other_flag} and {flag} both name {place}. Give each a place of its own."
                 )
@@ -237,7 +237,7 @@ def refuse_inputs(
     for source in existing(inputs):
         if not _plain(source):
             continue
-        if _same(place, source):
+        if same_place(place, source):
             raise ConfigError(
                 f"{flag} {place}: this is {source}, which the command reads. Name another place."
             )
@@ -268,7 +268,7 @@ def _way_into(folder: Path, place: Path) -> tuple[str, ...] | None:
     """The names that lead from a folder to a place within; None where it lies elsewhere."""
     real = place.resolve()
     for up in _parents(real):
-        if _same(up, folder):
+        if same_place(up, folder):
             return real.parts[len(up.parts) :]
     return None
 
@@ -290,8 +290,8 @@ def _parents(path: Path) -> tuple[Path, ...]:
     return tuple(path.resolve().parents)
 
 
-def _same(a: Path, b: Path) -> bool:
-    """One thing on disk under two names: links, hard links, other letter case."""
+def same_place(a: Path, b: Path) -> bool:
+    """One thing on disk under two names: links, hard links, letter case, Unicode's forms."""
     try:
         return a.samefile(b)
     except OSError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ pytest.importorskip("matplotlib")
 from report_runs import SUMMARY, Elements, a_report, a_run
 
 from fpo_mlx.errors import FpoError
-from fpo_mlx.report import read_runs, render
+from fpo_mlx.report import read, read_runs, render
 from fpo_mlx.report.findings import missing, warnings
 from fpo_mlx.report.read import Run
 from fpo_mlx.report.rounds import rounds
@@ -332,3 +334,28 @@ def test_the_run_s_own_validation_comes_before_a_part_of_it(tmp_path):
     assert card(read, 0).source == "validation pairs: 8, iteration 30"
     (what,) = (m for m in missing([read]) if m.what == "held-out figures")
     assert what.command.endswith("evaluate.whole.json")
+
+
+@pytest.fixture
+def apfs(monkeypatch):
+    """A disk that takes names of other letter case or Unicode form for the same, as a Mac's."""
+
+    def plain(path):
+        return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
+
+    monkeypatch.setattr(Path, "samefile", lambda one, other: plain(one) == plain(other))
+
+
+@pytest.mark.usefixtures("apfs")
+@pytest.mark.parametrize("spelled", ["Läufe/Run", unicodedata.normalize("NFD", "läufe/run")])
+def test_a_run_is_the_same_in_whatever_letters_its_path_is_written(tmp_path, spelled):
+    run = tmp_path / "läufe" / "run"
+    assert read.is_of(str(tmp_path / spelled), run)
+    assert not read.is_of(str(tmp_path / spelled / "best"), run)
+    assert read._ends_in(run, Path(spelled).parts)
+    assert not read._ends_in(run, ("other", "run"))
+    assert not read._ends_in(run, ("..", "run"))
+    assert read._named_data(run, {"adapter_path": spelled, "data": "pairs"}) == [tmp_path / "pairs"]
+    assert read._is_name(Path(spelled).name, run)
+    assert not read._is_name("run-2", run)
+    assert not read._is_name(None, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from importlib import import_module
 
 import mlx.core as mx
 import numpy as np
@@ -12,11 +13,14 @@ import pytest
 from tiny_models import tiny_llama
 
 from fpo_mlx.data import read
+from fpo_mlx.data.check import CheckReport
 from fpo_mlx.pipeline.saes import SAE
 from fpo_mlx.reference import weights
 from fpo_mlx.sae import files as sae_files
 from fpo_mlx.storage import files, limits, lines, outputs
 
+# the package's own names for these are functions
+check, rounds = (import_module(f"fpo_mlx.pipeline.{name}") for name in ("check", "rounds"))
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
 
 
@@ -80,6 +84,32 @@ def test_a_data_folder_with_litter_has_its_own_splits_only(tmp_path):
     clean = read._folder_splits(tmp_path, read.HubSplits(), "train")
     litter(tmp_path, "train.jsonl", "valid.jsonl", "more.jsonl")
     assert read._folder_splits(tmp_path, read.HubSplits(), "train") == clean
+
+
+def test_litter_in_a_round_is_nothing_that_was_made_with_its_settings(tmp_path):
+    litter(tmp_path / "round-1", "verdicts.jsonl")
+    assert not rounds._is_made(tmp_path, "judge")
+    (tmp_path / "round-1" / "verdicts.jsonl").write_text("{}\n")
+    assert rounds._is_made(tmp_path, "judge")
+
+
+def test_litter_is_not_counted_among_the_reports_of_check_that_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "REPORTS_KEPT", 2)
+    old = tmp_path / "old.json"
+    old.write_text("{}")
+    os.utime(old, (1, 1))
+    litter(tmp_path, "new.json", "old.json")
+    check._keep(tmp_path / "new.json", CheckReport({}, (), {}, None))
+    assert old.is_file()
+
+
+def test_one_file_under_two_names_is_one_setting_of_a_round(tmp_path):
+    (tmp_path / "prompts.txt").write_text("Why?")
+    os.link(tmp_path / "prompts.txt", tmp_path / "the-same.txt")
+    names = [str(tmp_path / name) for name in ("prompts.txt", "the-same.txt", "gone.txt")]
+    assert rounds._alike("prompts", *names[:2])
+    assert not rounds._alike("prompts", *names[1:])
+    assert not rounds._alike("seed", *names[:2])
 
 
 def test_the_weights_of_an_sae_are_found_beside_litter(tmp_path):
