@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Job, Say
 from fpo_mlx.records import Site
+from fpo_mlx.sae.check import DEEP
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
     from fpo_mlx.model.adapters import AdapterSpec
     from fpo_mlx.train.scoring import Scorer
-
-
-DEEP = 2 / 3  # of the blocks; between 18 of 30 and 27, of which one held: studies/blocks.py
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Any, cast
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SITE_KINDS, SaeWeights, Site, SiteKind
 
+DEEP = 2 / 3  # of the blocks; between 18 of 30 and 27, of which one held: studies/blocks.py
+
 
 def resolve_site(sae: SaeWeights, layer: int | None = None, kind: str | None = None) -> Site:
     """The SAE's own site, each half of it overridden by what the user gave.

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx.sae.check import DEEP
+
 _TABLE = Path(__file__).parent / "table.json"
 
 
@@ -26,6 +28,13 @@ class Rule:
     path: str  # in the repository
     neuronpedia: str | None
     factor: float | None  # scale of its inputs in training, where the files do not hold it
+    layer: int
+
+    @property
+    def width(self) -> int:
+        """Features by its name, to order a release's; 0 where the name does not say."""
+        found = re.search(r"(?:width|resid_pre)_(\d+)([km]?)", self.sae_id)
+        return int(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2]] if found else 0
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,15 @@ class Release:
 
     @property
     def example(self) -> str:
-        """A value for --sae."""
+        """A value for --sae: near the output, of those the smallest, of those the deepest."""
         if self.rules:
-            return f"{self.release}/{self.rules[len(self.rules) // 2].sae_id}"
+            last = max(rule.layer for rule in self.rules)
+            near = min(DEEP * blocks(stem(self.model)), last + 1)
+            deep = [rule for rule in self.rules if rule.layer + 1 >= near]
+            best = min((rule.width, -rule.layer) for rule in deep)
+            equal = [rule.sae_id for rule in deep if (rule.width, -rule.layer) == best]
+            equal.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
+            return f"{self.release}/{equal[(len(equal) - 1) // 2]}"  # by sparsity in the middle
         return f"{self.repo}/…" if self.family == "sparsify" else f"{self.release}/…"
 
 
@@ -66,9 +81,23 @@ def releases() -> tuple[Release, ...]:
     return tuple(_release(row) for row in rows)
 
 
+@cache
+def blocks(family: str) -> int:
+    """Blocks of a model by its `stem`, as far up as any SAE of it reads."""
+    rows = [row for row in releases() if stem(row.model) == family]
+    numbers = [int(part) for row in rows for part in re.findall(r"\d+", row.layers)]
+    return 1 + max(numbers, default=0)
+
+
 def _release(row: dict[str, Any]) -> Release:
     made = [
-        Rule(_filled(name, at), _filled(path, at), page and _filled(page, at), _factor(at))
+        Rule(
+            _filled(name, at),
+            _filled(path, at),
+            page and _filled(page, at),
+            _factor(at),
+            at if isinstance(at, int) else at[0],
+        )  # fmt: skip
         for name, path, page, places in row.get("rules", ())
         for at in places
     ]

@@ -280,6 +280,35 @@ def test_a_release_without_an_sae_shows_examples():
         parse("llama_scope_lxr_8x")
 
 
+EXAMPLES = {
+    "gemma-scope-2b-pt-res": "layer_19/width_16k/average_l0_40",  # not 1m, and of four the middle
+    "gemma-scope-2b-pt-res-canonical": "layer_25/width_16k/canonical",
+    "gemma-scope-9b-it-res-canonical": "layer_31/width_16k/canonical",
+    "gemma-scope-2-1b-pt-res": "layer_22_width_16k_l0_medium",
+    "llama_scope_lxr_8x": "l31r_8x",
+    "qwen-scope-3-1.7b-base-w32k-l50": "layer27",
+    "gpt2-small-res-jb-feature-splitting": "blocks.8.hook_resid_pre_768",
+    "gemma-2b-res-jb": "blocks.17.hook_resid_post",
+    "saebench_gemma-2-2b_width-2pow12_date-0108": "blocks.12.hook_resid_post__trainer_2",
+}
+
+
+@pytest.mark.parametrize("release", EXAMPLES)
+def test_the_example_of_a_release_is_one_near_the_output_and_no_wider_than_it_need_be(release: str):
+    row = registry.named(release)
+    assert row is not None
+    assert row.example == f"{release}/{EXAMPLES[release]}"
+
+
+def test_an_example_is_below_two_thirds_of_the_depth_only_where_the_release_has_none_above():
+    for row in registry.releases():
+        deep = [
+            r for r in row.rules if r.layer + 1 >= 2 / 3 * registry.blocks(registry.stem(row.model))
+        ]
+        if deep:
+            assert row.example.removeprefix(f"{row.release}/") in {rule.sae_id for rule in deep}
+
+
 FITS = [
     ("mlx-community/gemma-2-2b-it-4bit", "gemma-scope-2b-pt-res", False),
     ("google/gemma-2-2b", "gemma-scope-2b-pt-res", True),
