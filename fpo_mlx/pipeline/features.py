@@ -18,6 +18,7 @@ from fpo_mlx.pipeline.evaluate import open_scorer
 from fpo_mlx.pipeline.job import (
     Job,
     Say,
+    check_sae_named,
     need_features,
     need_model,
     open_job,
@@ -236,7 +237,9 @@ def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Sc
     from fpo_mlx.judge import feature_scan
     from fpo_mlx.model.reader import encoder_of
 
-    path = resolve_model(need_model(config))
+    model = need_model(config)
+    check_sae_named(config, True)
+    path = resolve_model(model)
     tokenizer = open_tokenizer(config, path, say)
     most = longest(config.data.max_seq_length, tokenizer, say)
     texts = [read_texts(file, tokenizer, most)[:limit] for file in files]

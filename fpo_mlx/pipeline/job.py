@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +61,7 @@ def open_job(
     """
     model = need_model(config)
     need_data(config)
+    check_sae_named(config, need_sae)  # before the model is fetched
     path = resolve_model(model)
     tokenizer = open_tokenizer(config, path, say)
     start = adapter or config.train.init_adapter
@@ -194,6 +196,23 @@ def open_projections(
     return made, digest.hexdigest()
 
 
+def check_sae_named(config: RunConfig, need: bool | None = None) -> None:
+    """Raises: ConfigError where --sae says nothing and has to. need: as `open_saes` takes it."""
+    ref = config.reference
+    if ref.sae or not (config.objective.needs_sae if need is None else need):
+        return
+    of = f" --model {shlex.quote(ref.model)}" if ref.model else ""
+    other = (
+        ". Or train without one: --objective tdpo2 holds every token near the reference, at a "
+        "lower rate (--learning-rate 5e-6)"
+    )
+    raise ConfigError(
+        "--sae is missing: a sparse autoencoder (SAE), whose features are looked at. Give one: "
+        f"`fpo-mlx sae list{of}` names public ones, `fpo-mlx sae train` makes one"
+        f"{other if need is None else ''}."
+    )
+
+
 def open_saes(
     config: RunConfig, model_config: Mapping[str, Any], *, need: bool | None = None, say: Say
 ) -> tuple[SaeWeights, ...]:
@@ -201,13 +220,8 @@ def open_saes(
 
     need: whether there has to be one; None where the objective decides.
     """
+    check_sae_named(config, need)
     ref = config.reference
-    if not ref.sae and (config.objective.needs_sae if need is None else need):
-        other = ", or choose an objective without one (--objective dpo)" if need is None else ""
-        raise ConfigError(
-            "--sae is missing: a sparse autoencoder, whose features are looked at. Give one "
-            f"(`fpo-mlx sae list` names public ones){other}."
-        )
     if len(set(ref.sae)) < len(ref.sae):
         raise ConfigError(f"--sae: the same one stands there twice: {', '.join(ref.sae)}.")
     if len(ref.sae) > 1 and ref.layer is not None:

@@ -19,6 +19,7 @@ from fpo_mlx.machine.memory import Adapted, Lengths, ModelShape, SaeShape, Setup
 from fpo_mlx.pipeline.job import (
     Job,
     Say,
+    check_sae_named,
     memory_of,
     need_model,
     open_saes,
@@ -83,8 +84,9 @@ def plan(config: RunConfig, *, memory_gb: float | None = None, say: Say) -> Plan
     """
     from fpo_mlx.pipeline import doctor
 
-    memory = memory_of(memory_gb)
-    with outlined(need_model(config), say) as path:
+    memory, model = memory_of(memory_gb), need_model(config)
+    check_sae_named(config)  # before anything is fetched
+    with outlined(model, say) as path:
         job = _open(config, path, say)
         pairs = read_pairs(job, "train", say) if config.data.data else []
         lengths = lengths_of(pairs) if pairs else _assumed(config, say)

@@ -19,7 +19,7 @@ from fpo_mlx.pairs.labels import by_prompt, labels_of
 from fpo_mlx.pairs.prompts import check_prompts
 from fpo_mlx.pairs.records import HUMAN, Candidates, open_candidates, read_verdicts
 from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, RoundsConfig
-from fpo_mlx.pipeline.job import Say, open_saes
+from fpo_mlx.pipeline.job import Say, check_sae_named, open_saes
 from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
 from fpo_mlx.pipeline.pairs_generate import pairs_generate
 from fpo_mlx.pipeline.pairs_judge import check_judge, pairs_judge
@@ -93,6 +93,7 @@ def _check(settings: RoundsConfig, say: Say) -> tuple[JudgeConfig, BuildConfig]:
     """Every section, and all that it names, is looked at before the first step."""
     _generate(settings, None, settings.prompts, 0)
     training = _training(settings, Path("data"), Path("adapters"), None)
+    check_sae_named(training)
     judge = load_section(JudgeConfig, settings.judge)
     build = load_section(BuildConfig, settings.build)
     for prompts in (settings.prompts, settings.held_out):

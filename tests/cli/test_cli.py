@@ -84,8 +84,14 @@ def test_a_missing_model_or_data_is_a_usage_error(place, command, flag, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_sae_is_a_usage_error_that_names_the_way_out(place, tmp_path):
-    refused(train(place, tmp_path / "out", sae=None), 2, "--sae is missing", "--objective dpo")
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_missing_sae_names_every_way_on_before_the_model_is_fetched(
+    place, tmp_path, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    words = usual(place, sae=None, model="owner/of-many-gigabytes")
+    ways = ("--objective tdpo2", "sae list --model owner/of-many-gigabytes", "sae train")
+    refused(run(command, *words), 2, "--sae is missing", *ways)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -380,7 +380,7 @@ def test_features_without_adapter_sae_or_labels_is_refused(place, tmp_path):  # 
     refused(run("features", *usual(place)), 2, "--adapter-path is missing")
     for own in (words, ["data"]):  # which no objective can make do without
         done = run("features", *own, *usual(place, sae=None))
-        refused(done, 2, "--sae is missing", "`fpo-mlx sae list`")
+        refused(done, 2, "--sae is missing", "`fpo-mlx sae list --model ")
         assert "--objective" not in done.stderr
     refused(run("features", *usual(place), *words, "--labels", tmp_path / "no"), 2, "--labels")
     refused(run("features", *usual(place), "--adapter-path", place), 1, "adapter_config.json")
