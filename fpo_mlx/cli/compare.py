@@ -25,7 +25,7 @@ from fpo_mlx.cli.options import (
     write_text,
 )
 from fpo_mlx.cli.show import Steps, end_of, padded, printable, say, wrapped
-from fpo_mlx.config import DataConfig
+from fpo_mlx.config import CompareSampling, DataConfig
 from fpo_mlx.errors import ConfigError
 
 NARROWEST = 28  # columns that are narrower than this stand below each other
@@ -50,7 +50,7 @@ NARROWEST = 28  # columns that are narrower than this stand below each other
     help="Prompts to take from --data.",
 )  # fmt: skip
 @adapter_scale_option
-@sampling_options()
+@sampling_options(CompareSampling)
 @click.option("--output", type=PATH, help="Write the answers here: .json or .md.")
 @overwrite_option
 @claims(output="--output")
@@ -59,12 +59,11 @@ def compare(
 ) -> None:
     """Answer prompts with the base and with adapters, side by side.
 
-    All of them draw with the same noise.
+    Each takes its likeliest tokens; with --temp 1 they draw, all with the same noise.
 
     \b
     Example:
-      fpo-mlx compare --model M --adapter-path adapters --temp 0 \\
-        --prompt "Why do cats purr?"
+      fpo-mlx compare --model M --adapter-path adapters --prompt "Why do cats purr?"
     """
     from fpo_mlx import pipeline
 
@@ -72,7 +71,7 @@ def compare(
         raise ConfigError(f"--output {output}: wanted a name that ends in .json or .md.")
     if not adapter_path:
         raise ConfigError("--adapter-path is missing: there is nothing to compare the base with.")
-    sampling = gather_sampling(values)
+    sampling = gather_sampling(values, CompareSampling)
     result = pipeline.compare(
         gather(values), adapter_paths=adapter_path, scale=adapter_scale, prompts=prompts,
         prompts_file=prompts_file, split=split, count=count, sampling=sampling, say=say,
@@ -80,8 +79,11 @@ def compare(
     )  # fmt: skip
     width = shutil.get_terminal_size((100, 24)).columns
     for i, prompt in enumerate(result.prompts):
-        for line in shown(prompt, {name: t[i] for name, t in result.answers.items()}, width):
+        for line in shown(prompt, result.told(i), width):
             click.echo(line)
+    if cut := sum(map(sum, result.cut.values())):
+        most = result.sampling.max_tokens
+        say(f"cut after {most} tokens, by --max-tokens or the model's positions: {cut} answers")
     _write(output, result)
 
 

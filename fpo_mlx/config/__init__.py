@@ -10,6 +10,7 @@ from fpo_mlx.config.sae_training import SaeTrainConfig
 from fpo_mlx.config.sections import (
     SECTIONS,
     ChatSampling,
+    CompareSampling,
     DataConfig,
     ReferenceConfig,
     RunConfig,
@@ -21,8 +22,8 @@ from fpo_mlx.config.sections import (
 from fpo_mlx.config.training import TrainConfig
 
 __all__ = [
-    "COUNTABLE", "GROUPS", "PARTS", "PRESETS", "SECTIONS", "ChatSampling", "DataConfig",
-    "Objective", "ReferenceConfig", "RunConfig", "SaeTrainConfig", "Sampling", "TrainConfig",
-    "coerce", "default_of", "is_other", "load_config", "load_section", "named", "options",
-    "read_yaml",
+    "COUNTABLE", "GROUPS", "PARTS", "PRESETS", "SECTIONS", "ChatSampling", "CompareSampling",
+    "DataConfig", "Objective", "ReferenceConfig", "RunConfig", "SaeTrainConfig", "Sampling",
+    "TrainConfig", "coerce", "default_of", "is_other", "load_config", "load_section", "named",
+    "options", "read_yaml",
 ]  # fmt: skip

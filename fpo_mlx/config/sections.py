@@ -173,18 +173,16 @@ class ReferenceConfig:
         refuse(out_of_bounds(self))
 
 
+_HEAT = "temperature of the answers; 0 takes the likeliest token"
+_LONGEST = "longest answer, in tokens"
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Answers drawn from a model; names and meanings are mlx_lm.generate's."""
 
-    max_tokens: int = setting(64, "longest answer, in tokens", "answers", above=0)
-    temp: float = setting(
-        1.0,
-        "temperature of the answers; 0 takes the likeliest token",
-        "answers",
-        least=0,
-        below=math.inf,
-    )
+    max_tokens: int = setting(64, _LONGEST, "answers", above=0)
+    temp: float = setting(1.0, _HEAT, "answers", least=0, below=math.inf)
     seed: int = setting(0, "seed of the answers, the same for every model", "answers", least=0)
 
     def __post_init__(self) -> None:
@@ -195,7 +193,14 @@ class Sampling:
 class ChatSampling(Sampling):
     """The same of answers that are read, not measured: they may come to their end."""
 
-    max_tokens: int = setting(512, "longest answer, in tokens", "answers", above=0)
+    max_tokens: int = setting(512, _LONGEST, "answers", above=0)
+
+
+@dataclass(frozen=True)
+class CompareSampling(ChatSampling):
+    """The same of models side by side: where they differ it is the models, and not the draw."""
+
+    temp: float = setting(0.0, _HEAT, "answers", least=0, below=math.inf)
 
 
 @dataclass(frozen=True)

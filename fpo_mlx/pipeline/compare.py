@@ -1,10 +1,10 @@
-"""The same prompts answered by the base and by adapters, with the same noise."""
+"""The same prompts answered by the base and by adapters, all in the same way."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from fpo_mlx.pipeline.job import (
     open_tokenizer,
     warn_of_adapters,
 )
-from fpo_mlx.pipeline.prepared import check_room, longest
+from fpo_mlx.pipeline.prepared import longest, room_for
 from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.storage.adapter_files import read_adapter
 from fpo_mlx.storage.hub import resolve_model
@@ -31,16 +31,32 @@ from fpo_mlx.storage.hub import resolve_model
 
 @dataclass(frozen=True)
 class Comparison:
-    """answers: per model, one text a prompt; "base" is the model without (or before) adapters."""
+    """answers: per model, one text a prompt; "base" is the model without (or before) adapters.
+
+    cut: of the same, those that ended at the limit and not by themselves.
+    """
 
     prompts: tuple[str, ...]  # the last user turn of each
     answers: dict[str, tuple[str, ...]]
     sampling: Sampling
     digests: Mapping[str, str | None] = field(default_factory=dict)  # of the adapters' weights
+    cut: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+
+    def told(self, i: int) -> dict[str, str]:
+        """What each model answered to one prompt, with a mark where it was cut."""
+        mark, cut = f"\n[cut after {self.sampling.max_tokens} tokens]", self._cut(i)
+        return {name: t[i] + mark * (name in cut) for name, t in self.answers.items()}
+
+    def _cut(self, i: int) -> list[str]:
+        return [name for name, found in self.cut.items() if found[i]]
 
     def as_dict(self) -> dict[str, Any]:
         rows = [
-            {"prompt": prompt, "answers": {name: texts[i] for name, texts in self.answers.items()}}
+            {
+                "prompt": prompt,
+                "answers": {name: texts[i] for name, texts in self.answers.items()},
+                "cut": self._cut(i),
+            }
             for i, prompt in enumerate(self.prompts)
         ]
         about = {"sampling": vars(self.sampling), "adapter_sha256": dict(self.digests)}
@@ -52,8 +68,7 @@ class Comparison:
         for i, prompt in enumerate(self.prompts):
             lines += [f"## {_cell(prompt)}", "", "| " + " | ".join(map(_cell, self.answers)) + " |"]
             lines += ["|" + "---|" * len(self.answers)]
-            texts = [_cell(texts[i]) for texts in self.answers.values()]
-            lines += ["| " + " | ".join(texts) + " |", ""]
+            lines += ["| " + " | ".join(map(_cell, self.told(i).values())) + " |", ""]
         return "\n".join(lines)
 
 
@@ -95,11 +110,12 @@ def compare(
     path = resolve_model(model)
     tokenizer = open_tokenizer(config, path, say)
     tokens = _tokens(asked, tokenizer, longest(config.data.max_seq_length, tokenizer, say))
-    check_room(tokens, sampling.max_tokens, tokenizer)
+    sampling = _within(tokens, sampling, tokenizer, say)
     asked_of = {name_of(shown_name(path), scale): path for path in adapter_paths}
     digests = {n: read_adapter(Path(p)).digest for n, p in asked_of.items()}  # before the long part
     warn_of_adapters([config.train.init_adapter, *adapter_paths], config, path, say)
     answers: dict[str, tuple[str, ...]] = {}
+    cut: dict[str, tuple[bool, ...]] = {}
     models = {BASE: config.train.init_adapter, **asked_of}
     for name, adapter in models.items():
         trust = config.reference.trust_remote_code
@@ -107,14 +123,25 @@ def compare(
         model = open_model(
             path, adapter=adapter, scale=part, trust_remote_code=trust, say=say
         ).model
-        texts = []
+        found = []
         for answer in sample(model, tokens, sampling, tokenizer.eos_token_ids):
-            texts.append(tokenizer.decode(answer.tokens.tolist(), skip_special=True))
-            progress(len(answers) * len(tokens) + len(texts), len(models) * len(tokens))
-        answers[name] = tuple(texts)
+            text = tokenizer.decode(answer.tokens.tolist(), skip_special=True)
+            found.append((text, not answer.finished))
+            progress(len(answers) * len(tokens) + len(found), len(models) * len(tokens))
+        answers[name], cut[name] = zip(*found, strict=True)
         del model  # one in memory at a time
     shown = tuple(prompt.text for prompt in asked)
-    return Comparison(shown, answers, sampling, digests)
+    return Comparison(shown, answers, sampling, digests, cut)
+
+
+def _within(
+    tokens: Sequence[Any], sampling: Sampling, tokenizer: ChatTokenizer, say: Say
+) -> Sampling:
+    """The sampling, no longer than what the longest prompt leaves of the model's positions."""
+    room = min((room_for(one, sampling.max_tokens, tokenizer) for one in tokens), default=1)
+    if room < sampling.max_tokens:
+        say(f"--max-tokens is {room} here: the longest prompt leaves no more positions")
+    return replace(sampling, max_tokens=room)
 
 
 def _tokens(asked: Sequence[Prompt], tokenizer: ChatTokenizer, limit: int) -> list[Any]:

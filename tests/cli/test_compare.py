@@ -1,4 +1,4 @@
-"""`fpo-mlx compare`: the same prompts, the same noise, side by side."""
+"""`fpo-mlx compare`: the same prompts, answered in the same way, side by side."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_prompts_of_a_split_are_answered_once_each_by_every_model(place, tmp_pat
     words = ["--data", place / "data", "--count", 9, "--adapter-path", place / "two"]
     compare(place, *words, "--output", tmp_path / "c.json")
     got = json.loads((tmp_path / "c.json").read_text())
-    assert got["sampling"] == {"max_tokens": 6, "temp": 1.0, "seed": 0}
+    assert got["sampling"] == {"max_tokens": 6, "temp": 0.0, "seed": 0}
     assert [row["prompt"] for row in got["prompts"]] == [row["prompt"] for row in ROWS]
     names = ["base", str(place / "one"), str(place / "two")]
     assert all(list(row["answers"]) == names for row in got["prompts"])
@@ -67,11 +67,40 @@ def test_given_prompts_and_those_of_a_file_are_asked_in_order(place, tmp_path):
     assert [r["prompt"] for r in results[0]] == ["First?", "Second?", "Third?", "Fourth?"]
 
 
+def test_without_a_temperature_the_likeliest_tokens_are_taken_whatever_the_seed(place, tmp_path):
+    got = []
+    for i, words in enumerate((["--seed", 3], ["--seed", 4], ["--temp", 0])):
+        compare(place, "--prompt", "A?", *words, "--output", tmp_path / f"{i}.json")
+        got.append(json.loads((tmp_path / f"{i}.json").read_text())["prompts"])
+    assert got[0] == got[1] == got[2]
+
+
+def test_an_answer_that_was_cut_at_its_limit_is_marked_wherever_it_is_read(place, tmp_path):
+    """It looked like an answer that stops in the middle of a sentence."""
+    base, one = "base", str(place / "one")
+    for suffix in ("json", "md"):
+        done = compare(place, "--prompt", "A?", "--output", tmp_path / f"c.{suffix}")
+    (row,) = json.loads((tmp_path / "c.json").read_text())["prompts"]
+    assert row["cut"] == [base, one]
+    assert all("[cut" not in text for text in row["answers"].values())
+    assert done.stdout.count("[cut after 6 tokens]") == 2
+    assert (tmp_path / "c.md").read_text().count("[cut after 6 tokens]") == 2
+    assert "2 answers" in done.stderr
+
+
+def test_an_answer_that_came_to_its_end_has_no_mark():
+    cut = {"base": (False, True), "a": (False, False)}
+    result = Comparison(("Q?", "R?"), {"base": ("x", "y"), "a": ("x", "y")}, Sampling(9), {}, cut)
+    assert result.told(0) == {"base": "x", "a": "x"}
+    assert result.told(1) == {"base": "y\n[cut after 9 tokens]", "a": "y"}
+    assert [row["cut"] for row in result.as_dict()["prompts"]] == [[], ["base"]]
+
+
 def test_equal_seeds_give_equal_answers(place, tmp_path):
     got = []
     for i, seed in enumerate((3, 3, 4)):
         out = tmp_path / f"{i}.json"
-        compare(place, "--prompt", "A?", "--seed", seed, "--output", out)
+        compare(place, "--prompt", "A?", "--temp", 1, "--seed", seed, "--output", out)
         got.append(json.loads(out.read_text())["prompts"])
     assert got[0] == got[1] != got[2]
 
