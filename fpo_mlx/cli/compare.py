@@ -51,11 +51,15 @@ NARROWEST = 28  # columns that are narrower than this stand below each other
 )  # fmt: skip
 @adapter_scale_option
 @sampling_options(CompareSampling)
+@click.option(
+    "--reward", type=READ,
+    help="Count how often each adapter beats the base by it: one of `pairs judge`.",
+)  # fmt: skip
 @click.option("--output", type=PATH, help="Write the answers here: .json or .md.")
 @overwrite_option
 @claims(output="--output")
 def compare(
-    adapter_path, adapter_scale, prompts, prompts_file, split, count, output, **values
+    adapter_path, adapter_scale, prompts, prompts_file, split, count, reward, output, **values
 ) -> None:
     """Answer prompts with the base and with adapters, side by side.
 
@@ -74,8 +78,8 @@ def compare(
     sampling = gather_sampling(values, CompareSampling)
     result = pipeline.compare(
         gather(values), adapter_paths=adapter_path, scale=adapter_scale, prompts=prompts,
-        prompts_file=prompts_file, split=split, count=count, sampling=sampling, say=say,
-        progress=Steps("answers"),
+        prompts_file=prompts_file, split=split, count=count, sampling=sampling,
+        reward=reward, say=say, progress=Steps("answers"),
     )  # fmt: skip
     width = shutil.get_terminal_size((100, 24)).columns
     for i, prompt in enumerate(result.prompts):
@@ -84,6 +88,12 @@ def compare(
     if cut := sum(map(sum, result.cut.values())):
         most = result.sampling.max_tokens
         say(f"cut after {most} tokens, by --max-tokens or the model's positions: {cut} answers")
+    for name, one in result.wins.items():
+        low, high = one.interval
+        click.echo(
+            f"{printable(name)} against the base by {reward}: {one.wins} wins, {one.ties} ties, "
+            f"{one.losses} losses, {one.rate:.0%} [{low:.0%}, {high:.0%}]"
+        )
     _write(output, result)
 
 

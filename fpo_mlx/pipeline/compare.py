@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 from fpo_mlx import data
 from fpo_mlx.config import RunConfig, Sampling
 from fpo_mlx.data.tokenizer import ChatTokenizer
-from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.errors import ConfigError, DataError, FpoError
 from fpo_mlx.pairs.prompts import check_prompts, read_prompts
 from fpo_mlx.pairs.records import Prompt
+from fpo_mlx.pairs.settings import JudgeConfig
 from fpo_mlx.pipeline.evaluate import check_scales
 from fpo_mlx.pipeline.job import (
     Say,
@@ -23,7 +24,9 @@ from fpo_mlx.pipeline.job import (
     open_tokenizer,
     warn_of_adapters,
 )
+from fpo_mlx.pipeline.pairs_judge import check_judge
 from fpo_mlx.pipeline.prepared import longest, room_for
+from fpo_mlx.pipeline.wins import Wins, wins_by
 from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.storage.adapter_files import read_adapter
 from fpo_mlx.storage.hub import resolve_model
@@ -33,7 +36,8 @@ from fpo_mlx.storage.hub import resolve_model
 class Comparison:
     """answers: per model, one text a prompt; "base" is the model without (or before) adapters.
 
-    cut: of the same, those that ended at the limit and not by themselves.
+    cut: of the same, those that ended at the limit and not by themselves. wins: against the base,
+    by `reward`.
     """
 
     prompts: tuple[str, ...]  # the last user turn of each
@@ -41,6 +45,8 @@ class Comparison:
     sampling: Sampling
     digests: Mapping[str, str | None] = field(default_factory=dict)  # of the adapters' weights
     cut: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    reward: str | None = None
+    wins: Mapping[str, Wins] = field(default_factory=dict)
 
     def told(self, i: int) -> dict[str, str]:
         """What each model answered to one prompt, with a mark where it was cut."""
@@ -60,6 +66,9 @@ class Comparison:
             for i, prompt in enumerate(self.prompts)
         ]
         about = {"sampling": vars(self.sampling), "adapter_sha256": dict(self.digests)}
+        if self.reward:
+            about |= {"reward": self.reward}
+            about |= {"wins": {name: one.as_dict() for name, one in self.wins.items()}}
         return result_file("compare", {**about, "prompts": rows})
 
     def markdown(self) -> str:
@@ -88,21 +97,24 @@ def compare(
     split: str = "valid",
     count: int = 5,
     sampling: Sampling,
+    reward: str | None = None,
     say: Say,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
     """Answer prompts (given, from a file, or the first of a split) with base and adapters.
 
     scale: part of each adapter's change that is taken (`adapters.fill`); progress: of the answers
-    of all, (done, to do).
+    of all, (done, to do). reward: of `pairs judge`, that says how often an adapter beats the base.
     """
     from fpo_mlx.judge.evaluate import name_of
-    from fpo_mlx.judge.sampling import sample
     from fpo_mlx.model.open import open_model
 
     if scale != 1.0:
         check_scales(config, adapter_paths, [scale])
     model = need_model(config)
+    judge = JudgeConfig(reward=reward) if reward else None
+    if judge:
+        check_judge(judge)
     given = [Prompt(({"role": "user", "content": text},)) for text in prompts]
     asked = [*given, *(_of_file(prompts_file) if prompts_file else ())] or _of_data(
         config, split, count
@@ -114,24 +126,53 @@ def compare(
     asked_of = {name_of(shown_name(path), scale): path for path in adapter_paths}
     digests = {n: read_adapter(Path(p)).digest for n, p in asked_of.items()}  # before the long part
     warn_of_adapters([config.train.init_adapter, *adapter_paths], config, path, say)
+    models = {BASE: config.train.init_adapter, **asked_of}
+    opened = (
+        (name, open_model(
+            path, adapter=adapter, scale=1.0 if name == BASE else scale,
+            trust_remote_code=config.reference.trust_remote_code, say=say,
+        ).model)
+        for name, adapter in models.items()
+    )  # fmt: skip
+    answers, cut = _answered(opened, len(models), tokens, sampling, tokenizer, progress)
+    shown = tuple(prompt.text for prompt in asked)
+    wins = _wins(judge, asked, answers, say) if judge else {}
+    return Comparison(shown, answers, sampling, digests, cut, reward, wins)
+
+
+def _answered(
+    opened: Iterator[tuple[str, Any]],
+    count: int,
+    tokens: Sequence[Any],
+    sampling: Sampling,
+    tokenizer: ChatTokenizer,
+    progress: Callable[[int, int], None],
+) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[bool, ...]]]:
+    """What each of so many models says, and whether it was cut; one in memory at a time."""
+    from fpo_mlx.judge.sampling import sample
+
     answers: dict[str, tuple[str, ...]] = {}
     cut: dict[str, tuple[bool, ...]] = {}
-    models = {BASE: config.train.init_adapter, **asked_of}
-    for name, adapter in models.items():
-        trust = config.reference.trust_remote_code
-        part = 1.0 if name == BASE else scale
-        model = open_model(
-            path, adapter=adapter, scale=part, trust_remote_code=trust, say=say
-        ).model
+    for name, model in opened:
         found = []
         for answer in sample(model, tokens, sampling, tokenizer.eos_token_ids):
             text = tokenizer.decode(answer.tokens.tolist(), skip_special=True)
             found.append((text, not answer.finished))
-            progress(len(answers) * len(tokens) + len(found), len(models) * len(tokens))
+            progress(len(answers) * len(tokens) + len(found), count * len(tokens))
         answers[name], cut[name] = zip(*found, strict=True)
-        del model  # one in memory at a time
-    shown = tuple(prompt.text for prompt in asked)
-    return Comparison(shown, answers, sampling, digests, cut)
+        del model  # before the next is opened
+    return answers, cut
+
+
+def _wins(
+    judge: JudgeConfig, asked: Sequence[Prompt], answers: Mapping[str, Sequence[str]], say: Say
+) -> dict[str, Wins]:
+    """A reward that fails costs the wins, and not the answers that took long."""
+    try:
+        return wins_by(judge, asked, answers, say)
+    except FpoError as error:
+        say(f"warning: no wins are counted (prompts by number): {error}")
+        return {}
 
 
 def _within(

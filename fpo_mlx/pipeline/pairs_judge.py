@@ -172,12 +172,8 @@ def _open(
     settings: JudgeConfig, output: Path, found: CandidateFile, say: Say, stack: ExitStack
 ) -> tuple[str, tuple[str, ...], Judge]:
     """The judge's name, the orders it sees, and what judges one prompt's comparisons."""
-    if settings.reward and settings.reward.endswith(".json"):
-        return _by_features(Path(settings.reward), settings, say)
     if settings.reward:
-        reward = Reward(settings.reward, timeout=settings.timeout, memory_gb=settings.memory_gb)
-        stack.enter_context(reward)
-        return reward_name(settings.reward), ("none",), _by_reward(reward, settings)
+        return open_rewarder(settings, say, stack)
     criteria = question.read_criteria(settings.criteria)
     if settings.judge_url:
         model = str(settings.judge_model)
@@ -193,6 +189,18 @@ def _open(
     name = question.judge_name(str(settings.judge), model_fingerprint(path), criteria)
     _warn_of_kin(path, found, say)
     return name, ("ab", "ba"), _by_model(path, settings.trust_remote_code, criteria, name)
+
+
+def open_rewarder(
+    settings: JudgeConfig, say: Say, stack: ExitStack
+) -> tuple[str, tuple[str, ...], Judge]:
+    """The same of --reward, of which there has to be one."""
+    spec = str(settings.reward)
+    if spec.endswith(".json"):
+        return _by_features(Path(spec), settings, say)
+    reward = Reward(spec, timeout=settings.timeout, memory_gb=settings.memory_gb)
+    stack.enter_context(reward)
+    return reward_name(spec), ("none",), _by_reward(reward, settings)
 
 
 def _announce(settings: JudgeConfig, found: CandidateFile, say: Say) -> None:

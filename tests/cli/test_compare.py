@@ -17,6 +17,7 @@ from fpo_mlx.cli.compare import shown  # noqa: E402
 from fpo_mlx.cli.show import cells, wrapped  # noqa: E402
 from fpo_mlx.config import Sampling  # noqa: E402
 from fpo_mlx.pipeline import Comparison  # noqa: E402
+from fpo_mlx.pipeline.wins import Wins  # noqa: E402
 from fpo_mlx.storage.files import sha256_of  # noqa: E402
 
 
@@ -139,6 +140,51 @@ def test_a_prompt_may_hold_any_of_unicodes_line_ends(place, tmp_path):
     ]
 
 
+REWARD = """
+def longer(prompt, answer):
+    return len(answer)
+
+def fails(prompt, answer):
+    raise ValueError("no answer is good enough")
+"""
+
+
+def test_a_reward_counts_how_often_an_adapter_beats_the_base(place, tmp_path):
+    (tmp_path / "my.py").write_text(REWARD)
+    (tmp_path / "zero").mkdir()
+    adapter(tmp_path / "zero", place / "model", 0, size=0.0)
+    words = ["--prompt", "A?", "--prompt", "B?", "--adapter-path", tmp_path / "zero"]
+    words += ["--reward", f"{tmp_path / 'my.py'}:longer", "--output", tmp_path / "c.json"]
+    done = compare(place, *words)
+    got = json.loads((tmp_path / "c.json").read_text())
+    one, same = got["wins"].values()
+    pairs = [list(row["answers"].values()) for row in got["prompts"]]
+    assert one["wins"] == sum(len(two) > len(base) for base, two, _ in pairs)
+    assert one["losses"] == sum(len(two) < len(base) for base, two, _ in pairs)
+    assert (same["wins"], same["ties"], same["losses"], same["rate"]) == (0, 2, 0, 0.5)
+    assert f"{tmp_path / 'zero'} against the base by" in done.stdout
+    assert "0 wins, 2 ties, 0 losses, 50% [" in done.stdout
+
+
+def test_a_reward_that_fails_costs_the_wins_and_not_the_answers(place, tmp_path):
+    (tmp_path / "my.py").write_text(REWARD)
+    words = ["--prompt", "A?", "--reward", f"{tmp_path / 'my.py'}:fails"]
+    done = compare(place, *words, "--output", tmp_path / "c.json")
+    assert "warning: no wins are counted (prompts by number): id 1:" in done.stderr
+    assert "no answer is good enough" in done.stderr
+    assert json.loads((tmp_path / "c.json").read_text())["wins"] == {}
+
+
+def test_the_interval_of_few_wins_leaves_room_for_losses():
+    """Wilson's: at either end the share found is 1.96 standard errors off."""
+    for end in Wins(81, 0, 182).interval:
+        assert abs(81 / 263 - end) == pytest.approx(1.959964 * (end * (1 - end) / 263) ** 0.5)
+    low, high = Wins(5, 0, 0).interval
+    assert low == pytest.approx(5 / (5 + 1.959964**2))
+    assert high == pytest.approx(1.0)
+    assert Wins(1, 2, 1).rate == 0.5
+
+
 BAD_ANSWER = "a | b\n<script>x</script> `code`"
 RESULT = Comparison(("Q | <b>?",), {"base": (BAD_ANSWER,), "a|b": ("",)}, Sampling())
 
@@ -192,6 +238,7 @@ BAD = {
     "no such file": (["--prompts", "none.txt"], 1, ("none.txt", "cannot be read")),
     "suffix": (["--prompt", "A?", "--output", "x.txt"], 2, ("x.txt", ".json or .md")),
     "too long": (["--prompt", "A? " * 50, "--max-seq-length", "9"], 3, ("--max-seq-length 9",)),
+    "no such reward": (["--prompt", "A?", "--reward", "kindness"], 2, ("--reward kindness",)),
     "no number": (["--prompt", "A?", "--adapter-scale", "nan"], 2, ("--adapter-scale",)),
     "no data": (["--data", "nowhere.jsonl"], 1, ("nowhere.jsonl", "no such file")),
 }
