@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fpo_mlx.data.messages import RowFault, from_json, kind, role_of, short, squeezed
+from fpo_mlx.data.messages import NoPair, RowFault, from_json, kind, role_of, short, squeezed
 
 # columns that hold the prompt where there is no `prompt`: the first that is filled
 PROMPTS = ("instruction", "question", "query", "messages", "conversations", "conversation",
@@ -20,6 +20,11 @@ SCORES = (
     ("rating_chosen", "rating_rejected"),
 )  # fmt: skip
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_ONE = ("response", "completion", "answer")  # of a row that is no pair
+_MANY = ("responses", "completions", "answers", "generations", "outputs")
+_JUDGED = ("label", "score", "helpfulness", "rating", "reward", "labels", "scores", "ratings",
+           "rewards", "ranks")  # fmt: skip
+_WANTED = "Wanted two answers to one prompt, chosen and rejected"
 _TIES = ("tie", "tie (bothbad)", "bothbad", "both_bad", "both bad", "draw", "equal")
 
 
@@ -75,7 +80,7 @@ def as_pair(record: Mapping, columns: Any) -> Mapping:
         return _better_first(record, columns)
     if isinstance(record.get("responses"), list) and isinstance(record.get("scores"), list):
         return _scored(record, columns)
-    _refuse_single(record)
+    _refuse_no_pair(record)
     return record
 
 
@@ -153,7 +158,7 @@ def _scored(record: Mapping, columns: Any) -> Mapping:
     if len(answers) == len(scores) == 2 and None in scores:
         raise RowFault("wrong type", f"scores is {short(record['scores'])}, wanted two numbers")
     if len(answers) != 2 or len(scores) != 2:
-        raise RowFault(
+        raise NoPair(
             "wrong type",
             f"{len(answers)} responses and {len(scores)} scores: which two make the pair is a "
             "choice of yours; wanted two of each, or chosen and rejected",
@@ -162,17 +167,22 @@ def _scored(record: Mapping, columns: Any) -> Mapping:
     return _decided(record, columns, answers, (right > left) - (right < left), "scores")
 
 
-def _refuse_single(record: Mapping) -> None:
-    """A row of one answer is no pair, and saying which columns are missing would not help."""
-    one = next((name for name in ("response", "completion", "answer") if record.get(name)), None)
-    judged = next((n for n in ("label", "score", "helpfulness", "rating", "reward") if n in record),
-                  None)  # fmt: skip
-    if one is not None and judged is not None:
-        raise RowFault(
+def _refuse_no_pair(record: Mapping) -> None:
+    """Of a row of another kind, saying which columns are missing would not help."""
+    judged = next((name for name in _JUDGED if name in record), None)
+    if isinstance(record.get("candidates"), list) and "id" in record:
+        raise NoPair(
             "missing field",
-            f"one answer ({one}) and its {judged}: no pair. A row needs two answers to one prompt, "
-            "the better as chosen and the worse as rejected",
+            "candidates, as `fpo-mlx pairs generate` writes them: `fpo-mlx pairs build` makes "
+            "pairs of them",
         )
+    many = next((name for name in _MANY if isinstance(record.get(name), list)), None)
+    if many is not None:
+        more = f" and their {judged}" if judged else ""
+        raise NoPair("missing field", f"{len(record[many])} {many}{more}: no pair. {_WANTED}")
+    one = next((name for name in _ONE if record.get(name)), None)
+    if one is not None and judged is not None:
+        raise NoPair("missing field", f"one answer ({one}) and its {judged}: no pair. {_WANTED}")
 
 
 def whole_prompt(record: Mapping, columns: Any) -> Any:

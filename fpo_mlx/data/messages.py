@@ -43,6 +43,10 @@ class RowFault(DataError):
         self.kind = kind
 
 
+class NoPair(RowFault):
+    """A row of another kind of data: answers of which none is said to be the better of two."""
+
+
 def messages(value: list | Mapping, name: str) -> Turns:
     """The messages of a list, or of one message alone. Empty system messages are left out.
 

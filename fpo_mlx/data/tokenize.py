@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fpo_mlx.data import faithful
-from fpo_mlx.data.messages import RowFault
+from fpo_mlx.data.messages import NoPair, RowFault
 from fpo_mlx.data.rows import PreferenceRow
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.records import NO_FACTS, TokenPair
@@ -341,9 +341,17 @@ def refusal(source: str, faults: Sequence[tuple[str, DataError]], rows: int) -> 
     """What is said of a source some of whose rows cannot be used: all of them are named."""
     if any(isinstance(fault, PrefixFault) for _, fault in faults):
         return gathered(faults, rows)
+    ways = "Mend them"
+    if any(isinstance(fault, NoPair) for _, fault in faults):
+        ways = (
+            "Choose two of the answers that are there, the better as chosen and the worse as "
+            "rejected, or have the prompts answered anew (`fpo-mlx pairs generate --prompts FILE`) "
+            "and pairs made of that (`fpo-mlx pairs build`)"
+        )
+    if len(faults) < rows:
+        ways += ", or let `fpo-mlx check --fix OUT` write the data without them"
     return DataError(
-        f"{source}: {len(faults)} of {rows} rows cannot be used. Mend them, or let "
-        "`fpo-mlx check --fix OUT` write the data without them:",
+        f"{source}: {len(faults)} of {rows} rows cannot be used. {ways}:",
         [f"{where}: {fault}" for where, fault in faults],
     )
 

@@ -156,6 +156,10 @@ def test_words_of_a_second_prompt_column_are_never_left_out_in_silence(name):
 REFUSED = {
     "an unpaired row": ({"prompt": "Q", "completion": "A", "label": 1}, "missing field", "no pair"),
     "a rated answer": ({"prompt": "Q", "response": "A", "rating": 4}, "missing field", "no pair"),
+    "several rated answers": ({"prompt": "Q", "completions": list("abc"), "ratings": [1, 2, 3]},
+                              "missing field", "3 completions and their ratings: no pair"),
+    "answers of pairs generate": ({"id": "1", "prompt": "Q", "candidates": [{"text": "a"}] * 2},
+                                  "missing field", "`fpo-mlx pairs build` makes pairs of them"),
     "a tie": ({**SAME["HelpSteer2"], "preference_strength": 0}, "no preference", "neither"),
     "a tie in words": ({**SAME["Arena"], "winner": "tie (bothbad)"}, "no preference", "neither"),
     "an odd winner": ({**SAME["Arena"], "winner": "x"}, "wrong type", "names no better answer"),

@@ -71,6 +71,29 @@ def test_blank_lines_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path
     ]
 
 
+def test_rows_of_another_kind_are_told_the_ways_to_pairs(tmp_path):
+    """To "mend" a KTO set, or write it without its bad rows, leaves nothing."""
+    file = tmp_path / "train.jsonl"
+    file.write_text(lines({"prompt": "Q", "completion": "A", "label": True}))
+    with pytest.raises(DataError) as caught:
+        read_split(file)
+    said = str(caught.value)
+    for part in ("1 of 1 rows", "`fpo-mlx pairs generate --prompts FILE`", "`fpo-mlx pairs build`",
+                 "train.jsonl:1: one answer (completion) and its label: no pair"):  # fmt: skip
+        assert part in said
+    assert "--fix" not in said
+    assert "Mend them" not in said
+
+
+def test_where_every_row_is_bad_no_data_without_them_is_offered(tmp_path):
+    tie = {**PAIR, "rejected": PAIR["chosen"]}
+    for rows, offered in (((tie, tie), False), ((PAIR, tie), True)):
+        (tmp_path / "train.jsonl").write_text(lines(*rows))
+        with pytest.raises(DataError, match="rows cannot be used. Mend them") as caught:
+            read_split(tmp_path)
+        assert ("`fpo-mlx check --fix OUT`" in str(caught.value)) == offered
+
+
 def test_all_bad_rows_are_named_at_once(tmp_path):
     file = tmp_path / "train.jsonl"
     bad = [b'{"prompt": "Q",', b"\xff\xfe", b"[1]", b'{"prompt": "Q", "rejected": "B"}']
