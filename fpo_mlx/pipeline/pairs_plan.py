@@ -83,8 +83,7 @@ def pairs_plan(
     longest = max(lengths) + 2 * settings.max_tokens + _frame(criteria)
     cost = None
     if judge:
-        with outlined(judge, say) as path:
-            shape = _shape(path, settings.trust_remote_code)
+        shape = model if judge == name else _shape_of(judge, settings.trust_remote_code, say)
         mean = sum(lengths) // len(lengths) + longest - max(lengths)
         terms = answering.judge_terms(shape, longest)
         cost = Cost(
@@ -116,6 +115,11 @@ def _batches(lengths: Sequence[int], settings: GenerateConfig) -> list[Batch]:
 def _frame(criteria: str | None) -> int:
     """Tokens of what stands around the answers in a judge's question, by a rule of thumb."""
     return 60 + len(question.read_criteria(criteria)) // 4
+
+
+def _shape_of(model: str, trust_remote_code: bool, say: Say) -> ModelShape:
+    with outlined(model, say) as path:
+        return _shape(path, trust_remote_code)
 
 
 def _shape(path: Path, trust_remote_code: bool) -> ModelShape:
