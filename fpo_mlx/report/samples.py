@@ -109,8 +109,13 @@ def answers(run: Run) -> Answers | None:
 
 
 def _answer(row: Mapping[str, Any], run: Run) -> Answer | None:
+    cut = row.get("cut")
+    marked = cut if isinstance(cut, list) else []
     texts = [
-        (run.name if is_of(name, run.path) else str(name), text(answer))
+        (
+            run.name if is_of(name, run.path) else str(name),
+            text(answer) + "\n[cut at its limit]" * (name in marked),
+        )
         for name, answer in part(row, "answers").items()
     ]
     return Answer(text(row.get("prompt")), texts) if texts else None

@@ -279,13 +279,15 @@ def test_results_over_several_adapters_go_to_their_runs(tmp_path):
     )
     answers = {"base": "B", str(runs[0]): "of a", str(runs[1]): "second answer"}
     side = tmp_path / "side.json"
-    side.write_text(json.dumps({"prompts": [{"prompt": "Q", "answers": answers}]}))
+    row = {"prompt": "Q", "answers": answers, "cut": [str(runs[1])]}
+    side.write_text(json.dumps({"prompts": [row]}))
     read = read_runs(runs, [both, side])
     assert [run.results["evaluate"].value["summary"]["n"] for run in read] == [0, 1]
     page = Elements(render(read)).text
     assert "base model" in page
     assert "77.5" not in page  # against itself: it says nothing
     assert page.count("second answer") == 1
+    assert page.count("[cut at its limit]") == 1
 
 
 def test_a_result_beside_the_folder_is_found_and_the_newest_counts(tmp_path):
