@@ -58,11 +58,8 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         rows = [
-            {
-                "prompt": prompt,
-                "answers": {name: texts[i] for name, texts in self.answers.items()},
-                "cut": self._cut(i),
-            }
+            {"prompt": prompt, "answers": {name: texts[i] for name, texts in self.answers.items()}}
+            | ({"cut": self._cut(i)} if self.cut else {})  # else it is not known
             for i, prompt in enumerate(self.prompts)
         ]
         about = {"sampling": vars(self.sampling), "adapter_sha256": dict(self.digests)}

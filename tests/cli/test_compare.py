@@ -95,6 +95,7 @@ def test_an_answer_that_came_to_its_end_has_no_mark():
     assert result.told(0) == {"base": "x", "a": "x"}
     assert result.told(1) == {"base": "y\n[cut after 9 tokens]", "a": "y"}
     assert [row["cut"] for row in result.as_dict()["prompts"]] == [[], ["base"]]
+    assert all("cut" not in row for row in RESULT.as_dict()["prompts"])  # which nobody knows
 
 
 def test_equal_seeds_give_equal_answers(place, tmp_path):
