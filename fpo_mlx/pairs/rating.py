@@ -110,7 +110,7 @@ class Rating:
         text = None
         if edited is not None:
             text, was = edited[1], self._found.get(item.id).candidates[item.shown[edited[0]]].text
-            if not text.strip() or text.strip() == was.strip():
+            if not text.strip() or _in_editor(text) == _in_editor(was):
                 raise Refused("The text was not changed.")
             side = "both_bad"
         self._write(item, side, "", text)
@@ -197,6 +197,11 @@ def queue(found: CandidateFile, per_prompt: int, seed: int) -> list[Item]:
     for at, item in reversed(repeats):
         items.insert(at, item)
     return items
+
+
+def _in_editor(text: str) -> str:
+    """As a page's text field holds it: it has one kind of line end."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def _chance(*parts: object) -> int:

@@ -96,7 +96,7 @@ def looked_at(page: Any, source: Path, out: Path, axe: str) -> list[str]:
 def two_tabs(page: Any, source: Path, out: Path) -> list[str]:
     """Both show the same; the second one's vote on it is refused, and it is shown the next."""
     address, process = serve(source, out)
-    tabs = (page, browser.Page(page._to, page._back))
+    tabs = (page, page.another())
     for tab in tabs:
         tab.open(address)
         wait(tab, READY)

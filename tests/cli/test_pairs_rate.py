@@ -1,22 +1,19 @@
-"""The rating page: what it lets through, and 30 pairs rated by keys in a real browser."""
+"""The rating page: what it lets through, and what it shows next."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import browser
 import pytest
 from command_line import refused, run
 from judges import candidates, graded
+from rater import SCRIPT, served
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -24,25 +21,6 @@ pytest.importorskip("uvicorn")
 from fpo_mlx.pairs.labels import labels_of  # noqa: E402
 from fpo_mlx.pairs.rating import Rating, Refused, queue  # noqa: E402
 from fpo_mlx.pairs.records import open_candidates, read_verdicts  # noqa: E402
-
-SCRIPT = "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'>"
-SIDES = {"1": 0, "ArrowLeft": 0, "2": 1, "ArrowRight": 1}
-
-
-@contextmanager
-def served(source, out, *words):
-    """(address, process) of the server as a user starts it."""
-    command = [sys.executable, "-m", "fpo_mlx", "pairs", "rate", str(source)]
-    process = subprocess.Popen(
-        [*command, "--output", str(out), "--no-browser", *map(str, words)],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    try:
-        line = process.stderr.readline()
-        yield re.search(r"http://\S+", line)[0], process
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
 
 
 def ask(address, path="/next", body=b"{}", method="POST", **headers):
@@ -178,6 +156,18 @@ def test_the_second_tab_of_an_old_comparison_changes_nothing(tmp_path):
     assert len((tmp_path / "v.jsonl").read_text().splitlines()) == 1
 
 
+def test_an_answer_that_the_editor_only_gave_other_line_ends_was_not_changed(tmp_path):
+    """A text field of a page has \\n for what the answer has as \\r\\n or \\r."""
+    source = candidates(tmp_path / "c.jsonl", {"Q?": ["one\r\ntwo\rthree", "four"]})
+    rating = Rating(source, tmp_path / "v.jsonl")
+    shown = rating.next()
+    side = shown["answers"].index("one\r\ntwo\rthree")
+    with pytest.raises(Refused, match="not changed"):
+        rating.vote(shown["name"], "both_bad", edited=(side, "one\ntwo\nthree"))
+    rating.vote(shown["name"], "both_bad", edited=(side, "one\n\ntwo\nthree"))
+    rating.close()
+
+
 def test_what_was_undone_is_shown_again_in_the_next_sitting_too(tmp_path):
     source = candidates(tmp_path / "c.jsonl", graded(3))
     rating = Rating(source, tmp_path / "v.jsonl")
@@ -247,146 +237,3 @@ def test_a_port_that_is_taken_and_a_file_without_comparisons_are_plain_errors(tm
     refused(run("pairs", "rate", source, *words, "--port", port), 2, f"--port {port}")
     same = candidates(tmp_path / "same.jsonl", {"Why?": ["So.", "So."]})
     refused(run("pairs", "rate", same, *words), 3, "no prompt has two different answers")
-
-
-# In a browser -------------------------------------------------------------------------------------
-
-CHROMIUM = browser.find()
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-
-
-class Rater:
-    """A page and what a person does on it."""
-
-    def __init__(self, page, votes):
-        self.page, self.votes = page, votes
-
-    def press(self, key, *, text=None, modifiers=0):
-        one = {"key": key, "modifiers": modifiers} | ({"text": text} if text else {})
-        self.page.send("Input.dispatchKeyEvent", type="keyDown", **one)
-        self.page.send("Input.dispatchKeyEvent", type="keyUp", key=key, modifiers=modifiers)
-
-    def wait(self, script, seconds=30):
-        until = time.monotonic() + seconds
-        while not self.page.evaluate(script):
-            assert time.monotonic() < until, script
-            time.sleep(0.02)
-
-    def current(self):
-        self.wait("!busy && (current !== null || !document.getElementById('done').hidden)")
-        return self.page.evaluate("current")
-
-    def vote(self, key):
-        """Press a key; the item that was shown, when the next one stands."""
-        name = self.current()
-        self.press(key)
-        self.wait(f"!busy && current !== {json.dumps(name)}")
-        return name
-
-
-def last_words(path):
-    return {
-        f"{v.id}:{v.a}:{v.b}:{v.order}": v for v in read_verdicts(path).values()
-    }  # fmt: skip
-
-
-def meant(name, key):
-    order = name.rsplit(":", 1)[1]
-    if key in SIDES:
-        return order[SIDES[key]]
-    return {"t": "tie", "b": "both_bad", " ": "skip"}[key]
-
-
-@needs_browser
-def test_thirty_pairs_by_keys_with_undo_edit_reload_and_a_killed_server(tmp_path):
-    """Issue 18, must show 5: the file is exactly what was clicked."""
-    texts = graded(28) | {"Is this text?": [SCRIPT, "no markup"], "Long?": ["y" * 100_000, "z"]}
-    source, out = candidates(tmp_path / "c.jsonl", texts), tmp_path / "v.jsonl"
-    keys = ["1", "2", "ArrowLeft", "ArrowRight", "t", "b", " "]
-    want, hacked = {}, []
-    with browser.opened(CHROMIUM, tmp_path / "profile") as page:
-        rater = Rater(page, out)
-        with served(source, out) as (address, process):
-            page.open(address)
-            for n in range(12):
-                name = rater.vote(keys[n % 7])
-                want[name] = (meant(name, keys[n % 7]), None)
-                assert last_words(out)[name].verdict == want[name][0]  # on disk already
-            for _ in range(3):  # undo three, and decide them otherwise
-                rater.current()
-                shown = page.evaluate("current")
-                rater.press("Backspace")
-                rater.wait(f"!busy && current !== {json.dumps(shown)}")
-            for key in ("2", "1", "t"):
-                name = rater.vote(key)
-                want[name] = (meant(name, key), None)
-            name = rater.current()
-            rater.press("E", text="E")
-            rater.wait("document.getElementById('editor').open")
-            page.send("Input.insertText", text=" and more")
-            rater.press("Enter", modifiers=2)
-            rater.wait(f"!busy && current !== {json.dumps(name)}")
-            want[name] = ("both_bad", " and more")
-            page.open(address)  # reload
-            assert rater.current() not in want
-            hacked.append(page.evaluate("window.hacked"))
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            rater.press("1")
-            rater.wait("document.getElementById('message').textContent.includes('not answer')")
-            faults = [e for e in page.of("Runtime.exceptionThrown")]
-        with served(source, out) as (address, _):
-            page.open(address)
-            assert len(last_words(out)) == len(want)
-            n = 0
-            while (name := rater.current()) is not None:
-                key = keys[n % 7]
-                hacked.append(page.evaluate("window.hacked"))
-                rater.vote(key)
-                want[name] = (meant(name, key), None)
-                n += 1
-            asked = {
-                e["request"]["url"].split("?")[0] for e in page.of("Network.requestWillBeSent")
-            }
-            faults += page.of("Runtime.exceptionThrown") + page.of("Log.entryAdded")
-            assert "All done" in page.evaluate("document.body.innerText")
-    assert faults == []
-    assert set(hacked) == {None}
-    here = address.split("?")[0]
-    assert {url for url in asked if not url.startswith(("data:", here))} == set()
-    found = last_words(out)
-    assert len(want) >= 30
-    assert {name: v.verdict for name, v in found.items()} == {n: w[0] for n, w in want.items()}
-    (edited,) = [(name, v.edited) for name, v in found.items() if v.edited]
-    assert edited[1].endswith(" and more")
-    assert want[edited[0]][1]
-
-
-@needs_browser
-@pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1200, True)])
-def test_it_fits_a_phone_and_the_dark_and_every_control_has_a_name(tmp_path, width, dark):
-    source = candidates(tmp_path / "c.jsonl", graded(3) | {"W?": ["w" * 3000, "v" * 3000]})
-    with (
-        browser.opened(CHROMIUM, tmp_path / "profile") as page,
-        served(source, tmp_path / "v.jsonl") as (address, _),
-    ):
-        page.open(address, width=width, dark=dark)
-        Rater(page, None).current()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        tops = page.evaluate(
-            "[0, 1].map((n) => document.getElementById(`answer-${n}`).getBoundingClientRect().top)"
-        )
-        assert (tops[0] < tops[1]) == (width < 700)
-        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (colour == "rgb(20, 23, 27)") == dark
-        tree = page.send("Accessibility.getFullAXTree")["nodes"]
-        if place := os.environ.get("FPO_MLX_SCREENSHOTS"):
-            page.screenshot(Path(place) / f"rate-{width}-{'dark' if dark else 'light'}.png")
-    roles = ("button", "group", "progressbar", "textbox")
-    named = [
-        (node["role"]["value"], node.get("name", {}).get("value"))
-        for node in tree
-        if node.get("role", {}).get("value") in roles and not node.get("ignored")
-    ]
-    assert len(named) >= 12
-    assert [role for role, name in named if not name] == []

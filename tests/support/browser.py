@@ -22,25 +22,18 @@ def find() -> str | None:
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
-class Page:
-    """One tab: commands out, events kept."""
+class Pipe:
+    """Commands out, answers and events back: one for all tabs of a browser, as its bytes are."""
 
     def __init__(self, to: int, back: int) -> None:
         self._to, self._back, self._buffer, self._number = to, back, b"", 0
-        self._session: str | None = None
         self.events: list[dict[str, Any]] = []
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = attached["sessionId"]
-        for domain in ("Page", "Network", "Log", "Runtime"):
-            self.send(f"{domain}.enable")
 
-    def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """A command and its answer. Raises RuntimeError when the browser refuses it."""
+    def send(self, method: str, session: str | None, params: dict[str, Any]) -> dict[str, Any]:
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
+        if session:
+            message["sessionId"] = session
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next()
@@ -49,6 +42,10 @@ class Page:
                     raise RuntimeError(f"{method}: {answer['error']}")
                 return answer["result"]
             self.events.append(answer)
+
+    def wait(self) -> None:
+        """Until the browser says something: one event more."""
+        self.events.append(self._next())
 
     def _next(self, seconds: float = 60.0) -> dict[str, Any]:
         while b"\0" not in self._buffer:
@@ -61,6 +58,26 @@ class Page:
         message, self._buffer = self._buffer.split(b"\0", 1)
         return json.loads(message)
 
+
+class Page:
+    """One tab: commands out, events kept."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe, self._session = pipe, None
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Network", "Log", "Runtime"):
+            self.send(f"{domain}.enable")
+
+    def another(self) -> Page:
+        """A second tab of this browser."""
+        return Page(self._pipe)
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        """A command and its answer. Raises RuntimeError when the browser refuses it."""
+        return self._pipe.send(method, self._session, params)
+
     def open(self, url: str, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
         """Load a page at this width in CSS pixels and wait until it stands."""
         self.send(
@@ -69,15 +86,21 @@ class Page:
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
-        self.events.clear()
+        events = self._pipe.events
+        events[:] = [event for event in events if event.get("sessionId") != self._session]
         self.send("Page.navigate", url=url)
         while not self.of("Page.loadEventFired"):
-            self.events.append(self._next())
+            self._pipe.wait()
         time.sleep(0.2)  # what a page asks for after loading
         self.evaluate("0")
 
     def of(self, method: str) -> list[dict[str, Any]]:
-        return [event["params"] for event in self.events if event.get("method") == method]
+        """What this tab told since it was opened."""
+        return [
+            event["params"]
+            for event in self._pipe.events
+            if event.get("method") == method and event.get("sessionId") == self._session
+        ]
 
     def evaluate(self, script: str) -> Any:
         answer = self.send("Runtime.evaluate", expression=script, returnByValue=True)
@@ -111,7 +134,7 @@ def opened(binary: str, profile: Path) -> Iterator[Page]:
     os.close(from_here[0])
     os.close(to_here[1])
     try:
-        yield Page(from_here[1], to_here[0])
+        yield Page(Pipe(from_here[1], to_here[0]))
     finally:
         process.terminate()
         process.wait(timeout=20)

@@ -49,6 +49,7 @@ function show(state) {
     return;
   }
   current = state.name;
+  byId("prompt").scrollTop = 0;
   byId("prompt").textContent = state.prompt.map((turn) =>
     state.prompt.length > 1 ? `[${turn.role}]\n${turn.text}` : turn.text).join("\n\n");
   state.answers.forEach((text, at) => {
@@ -104,8 +105,9 @@ document.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (button && event.detail > 0) button.blur();
 }, true); // before the button's own: a dialog gives the focus back to who had it
+// The second click of a double click would decide what nobody has read yet.
 document.querySelectorAll("[data-choice]").forEach((button) =>
-  button.addEventListener("click", () => vote(button.dataset.choice)));
+  button.addEventListener("click", (event) => event.detail < 2 && vote(button.dataset.choice)));
 document.querySelectorAll("[data-edit]").forEach((button) =>
   button.addEventListener("click", () => edit(Number(button.dataset.edit))));
 byId("undo").addEventListener("click", () => ask("/undo"));
