@@ -139,7 +139,7 @@ def draw(lines: Sequence[Line], log: bool, *, prefix: str) -> str:
         axes.patch.set_visible(False)
         fig.patch.set_visible(False)
         axes.grid(axis="y")
-        axes.tick_params(length=0)
+        axes.tick_params(which="both", length=0)
         axes.locator_params(axis="x", nbins=6)
         for line in lines:
             lone = len(line.x) == 1
