@@ -50,6 +50,7 @@ def test_thirty_pairs_by_keys_with_undo_edit_reload_and_a_killed_server(page, tm
         name = rater.current()
         rater.press("E", text="E")
         rater.wait("document.getElementById('editor').open")
+        assert page.evaluate("byId('edited').value === byId('answer-1').textContent")
         page.send("Input.insertText", text=" and more")
         rater.press("Enter", modifiers=2)
         rater.wait(f"!busy && current !== {json.dumps(name)}")
@@ -62,7 +63,9 @@ def test_thirty_pairs_by_keys_with_undo_edit_reload_and_a_killed_server(page, tm
         rater.press("1")
         rater.wait("document.getElementById('message').textContent.includes('not answer')")
         faults = [e for e in page.of("Runtime.exceptionThrown")]
-    with served(source, out) as (address, _):
+    with served(source, out, "--port", address.split(":")[2].split("/")[0]) as (address, _):
+        rater.press("1")  # in the page of the earlier start
+        rater.wait("document.getElementById('message').textContent.includes('was started anew')")
         page.open(address)
         assert len(last_words(out)) == len(want)
         n = 0

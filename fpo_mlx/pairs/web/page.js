@@ -9,6 +9,8 @@ let busy = false;
 let side = 0;
 let edited = null;
 const note = byId("editor-note").textContent;
+const ANEW = "The server was started anew, and this page is the old one's. Your votes are saved. " +
+  "Open the address that `fpo-mlx pairs rate` printed.";
 const TOO_LATE = "This comparison was decided meanwhile. Copy your text, then cancel.";
 
 // Whether the server took it.
@@ -18,7 +20,7 @@ async function ask(path, body) {
   try {
     const reply = await fetch(path, { method: "POST", body: JSON.stringify(body || {}),
       headers: { "Content-Type": "application/json", "X-Token": token } });
-    show(await reply.json());
+    show(reply.status === 403 ? { message: ANEW } : await reply.json());
     return reply.ok;
   } catch {
     byId("message").textContent =
