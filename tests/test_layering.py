@@ -42,6 +42,7 @@ OURS = {
     "pairs": VOCABULARY | {"data"},
     "pairs.settings": VOCABULARY | {"config"},
     "report": VOCABULARY | {"config"},
+    "report.verdict": VOCABULARY | {"config", "judge.lessons"},
     "demo": VOCABULARY | {"machine"},
     "demo.run": VOCABULARY | {"config", "pipeline"},  # a caller of the pipeline, as the cli is
     "pipeline": {"*"},
@@ -94,6 +95,7 @@ OTHERS = {
     "pairs.doubles": {"datasketch"},
     "pairs.web": {"starlette", "uvicorn", "jinja2"},
     "report": {"matplotlib", "jinja2"},
+    "report.verdict": set(),
     "demo": {"numpy", "safetensors", "mlx", "mlx_lm"},
     "pipeline": {"numpy", *MLX},
     "pipeline.doctor": {"numpy", "mlx", "huggingface_hub"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -53,6 +54,9 @@ def train(**values) -> None:
                 track(report)
         finally:
             show.close()
+    if is_first():
+        for line in pipeline.verdict(Path(config.train.adapter_path)):
+            say(line)
     result(f"adapters in {config.train.adapter_path}")
 
 

@@ -50,6 +50,7 @@ from fpo_mlx.pipeline.precompute import PrecomputeResult as PrecomputeResult
 from fpo_mlx.pipeline.precompute import precompute as precompute
 from fpo_mlx.pipeline.report import report as report
 from fpo_mlx.pipeline.report import report_page as report_page
+from fpo_mlx.pipeline.report import verdict as verdict
 from fpo_mlx.pipeline.rounds import rounds as rounds
 from fpo_mlx.pipeline.rounds import rounds_report as rounds_report
 from fpo_mlx.pipeline.sae_fit import sae_evaluate as sae_evaluate

@@ -16,6 +16,14 @@ def report_page(runs: Sequence[Path], results: Sequence[Path] = ()) -> str:
     return pages.render(pages.read_runs(runs, results), made=f"{datetime.now():%Y-%m-%d %H:%M}")
 
 
+def verdict(run: Path) -> list[str]:
+    """What a run's own validations say of it, and the next commands, line by line."""
+    from fpo_mlx.report.read import read_run
+    from fpo_mlx.report.verdict import verdict as lines_of
+
+    return lines_of(read_run(run, run.name))
+
+
 def report(runs: Sequence[Path], output: Path, results: Sequence[Path] = ()) -> Path:
     """Write the page of these run folders; gives its path.
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
+from fpo_mlx.records import COLLAPSE
 from fpo_mlx.report.read import Run, figure, on_training
 from fpo_mlx.report.tables import (
-    COLLAPSE,
     chosen_drop,
     defaults,
     judged,
@@ -72,7 +72,7 @@ def _of_one(run: Run) -> Iterator[str]:
         )
     yield from _unfinished(run)
     yield from _landed(run)
-    yield from _collapse(run)
+    yield from collapse(run)
     yield from _length(run)
     yield from _judged_otherwise(run)
     for kind, result in run.results.items():
@@ -124,7 +124,8 @@ def _landed(run: Run) -> Iterator[str]:
     )
 
 
-def _collapse(run: Run) -> Iterator[str]:
+def collapse(run: Run) -> Iterator[str]:
+    """That the chosen answers lost so much that the other figures mean nothing."""
     lost = chosen_drop(run)
     if lost > COLLAPSE:
         yield (
@@ -180,39 +181,57 @@ def _missing(run: Run) -> Iterator[Missing]:
         yield Missing(run.name, "run.json (settings, fingerprints)", "fpo-mlx train …")
     if not run.train:
         yield Missing(run.name, "metrics.jsonl (curves)", "fpo-mlx train …")
-    adapter = f"--adapter-path {shlex.quote(str(run.path))}"
-    for kind, what, flag in (
-        ("evaluate", "held-out figures", "--json"),
-        ("features", "feature changes", "--json"),
-        ("compare", "sample answers", "--output"),
+    for kind, what in (
+        ("evaluate", "held-out figures"),
+        ("features", "feature changes"),
+        ("compare", "sample answers"),
     ):
-        less = kind == "evaluate" and judged_less(run)
-        if kind in run.results and not less:
+        if kind in run.results and not (kind == "evaluate" and judged_less(run)):
             continue
         if kind == "features" and not run.settings.get("sae"):
             continue
-        to = shlex.quote(str(run.path / (f"{kind}.whole.json" if less else f"{kind}.json")))
-        usual = _usual(run, COMPARED if kind == "compare" else JUDGED)
-        yield Missing(run.name, what, f"fpo-mlx {kind} {usual} {adapter} {flag} {to}")
+        yield Missing(run.name, what, command(run, kind))
+
+
+def command(run: Run, kind: str) -> str:
+    """`evaluate`, `features` or `compare` of a run, with its settings, for a shell."""
+    less = kind == "evaluate" and judged_less(run)
+    to = shlex.quote(str(run.path / (f"{kind}.whole.json" if less else f"{kind}.json")))
+    usual = _usual(run, COMPARED if kind == "compare" else JUDGED)
+    adapter = f"--adapter-path {shlex.quote(str(run.path))}"
+    flag = "--output" if kind == "compare" else "--json"
+    return f"fpo-mlx {kind} {usual} {adapter} {flag} {to}"
+
+
+def model_words(run: Run) -> str:
+    """The run's model, as every command takes it, for a shell."""
+    return shlex.join(_given(run, ("model", "trust_remote_code"), run.settings))
 
 
 def _usual(run: Run, names: Sequence[str]) -> str:
     """The run's settings that a command takes and that are not its defaults, quoted for a shell.
 
-    A lone file was trained on: the command is told to look at another.
+    A lone file was trained on, unless a share was held back: the command is told of another.
     """
-    chosen = {**run.settings, "model": run.settings.get("model") or "MODEL"}
-    data = text(run.settings.get("data") or "DATA")
-    chosen["data"] = "HELD_OUT.jsonl" if data.endswith(".jsonl") else data
+    data, share = text(run.settings.get("data") or "DATA"), run.settings.get("valid_share")
+    named = "HELD_OUT.jsonl" if data.endswith(".jsonl") and not share else data
+    words = _given(run, names, {**run.settings, "data": named})
+    here = {name for name in ("valid", "test") if Path(data, f"{name}.jsonl").is_file()}
+    if share and not run.settings.get("test_split"):
+        here.add("valid")
+    return shlex.join(words + (["--split", "valid"] if here == {"valid"} else []))
+
+
+def _given(run: Run, names: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """The words of those settings that are not what a command takes by itself."""
+    chosen = {**settings, "model": settings.get("model") or "MODEL"}
     default = defaults(run)
-    words = [
+    return [
         word
         for name in names
         if name in chosen and text(chosen[name]) != text(default.get(name))
         for word in _words("--" + name.replace("_", "-"), chosen[name])
     ]
-    here = {name for name in ("valid", "test") if Path(data, f"{name}.jsonl").is_file()}
-    return shlex.join(words + (["--split", "valid"] if here == {"valid"} else []))
 
 
 def _words(flag: str, value: Any) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fpo_mlx import __version__
 from fpo_mlx.errors import ConfigError, pip_install
-from fpo_mlx.report import findings, rounds, samples, tables
+from fpo_mlx.report import findings, rounds, samples, tables, verdict
 from fpo_mlx.report.plots import COLOURS, draw_all
 from fpo_mlx.report.read import Run
 
@@ -39,6 +39,7 @@ def render(runs: Sequence[Run], made: str = "") -> str:
         curves=[t for run in runs if (t := tables.curves(run))],
         features=[t for run in runs if (t := samples.features(run))],
         answers=[a for run in runs if (a := samples.answers(run))],
+        verdicts=[(run.name, verdict.held_out(run)) for run in runs if run.train or run.valid],
         warnings=findings.warnings(runs),
         missing=findings.missing(runs),
         memory=tables.memory(runs),

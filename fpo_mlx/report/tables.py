@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fpo_mlx.config import PRESETS, options
+from fpo_mlx.records import COLLAPSE
 from fpo_mlx.report.plots import value_of
 from fpo_mlx.report.read import Run, figure, on_training, part, scale_of, standing
 
 NONE = "–"
 ROWS_OF_CURVES = 12  # of the table beside the plots
-COLLAPSE = 1.0  # nats a token that the chosen answers lost: text is no longer what it was
 
 # Names that a reader understands; keys of `evaluate` that are not here appear under their own.
 METRICS = {
@@ -202,8 +202,9 @@ def chosen_drop(run: Run) -> float:
     change = None if part_judged(run) else figure(summary_of(run).get(key))
     if change is None and run.end:
         change = figure(part(run.end, "metrics").get(key))
-    if change is None and run.train:
-        change = value_of(run.train[-1], key)
+    if change is None:  # the worse of what was trained on and what was held out
+        last = (value_of(report, key) for report in (*run.train[-1:], *run.valid[-1:]))
+        change = min((value for value in last if value is not None), default=None)
     return 0.0 if change is None else -change
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx.records import COLLAPSE
 from fpo_mlx.storage.files import atomic_path, write_json, write_text
 
 Records = Sequence[Mapping[str, Any]]
 POINTS = 0.02  # of accuracy: "within 2 points of the best"
-COLLAPSE = 1.0  # nats a token that the chosen answers lost
 COLUMNS = (  # heading, key of the summary, digits
     ("accuracy", "rewards/accuracies", 3),
     ("policy accuracy", "policy_accuracy", 3),

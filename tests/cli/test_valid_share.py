@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 
 import pytest
 import tiny_models
@@ -41,6 +43,12 @@ def test_a_run_trains_on_what_is_left_and_every_command_sees_the_same(place, tmp
     assert done.exit_code == 0, done.stderr
     assert "on 16 pairs" in done.stderr
     assert "nothing is held out" not in done.stderr
+    assert "On 4 held-out pairs before -> after 16 iterations:" in done.stderr
+    (line,) = re.findall(r"fpo-mlx evaluate .*", done.stderr)
+    assert "--valid-share 0.2" in line
+    assert "--split valid" in line
+    told = run(*shlex.split(line)[1:], "--samples", 0)
+    assert told.exit_code == 0, told.stderr
     words = usual(place, sae=None, data=place / "pairs.jsonl")
     judge = ["evaluate", *words, *SHARE, "--adapter-path", tmp_path / "out", "--samples", 0]
     judged = run(*judge, "--split", "valid", "--json", tmp_path / "scores.json")
@@ -105,6 +113,7 @@ def test_a_resumed_run_of_another_share_is_refused(place, tmp_path):
 def test_where_nothing_is_held_out_the_share_is_named_and_so_is_a_test(place, tmp_path):
     alone = dpo(place, tmp_path / "a").stderr
     assert "--valid-share 0.05 holds back" in alone
+    assert "No pair was held out" in alone
     assert "--valid-split test" not in alone
     lines(tmp_path / "data" / "train.jsonl", *ROWS)
     lines(tmp_path / "data" / "test.jsonl", ROWS[0])

@@ -1,0 +1,137 @@
+"""The end of `train`: what its own validations say, and no more than they can carry."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+
+import pytest
+from report_runs import Elements, a_report, a_run
+
+from fpo_mlx.cli import main
+from fpo_mlx.report.read import read_run
+from fpo_mlx.report.verdict import commands, held_out, verdict
+
+NONE_MOVED = {
+    "rewards/accuracies": 0.0, "rewards/margins": 0.0, "policy_accuracy": 0.45,
+    "logps_per_token/chosen_change": 0.0, "logps_per_token/rejected_change": 0.0,
+    "features/chosen": 0.0, "features/rejected": 0.0,
+}  # fmt: skip
+
+
+def a_validation(iteration, loss, metrics=None, *, best=True, pairs=40):
+    found = {"kind": "valid", "iteration": iteration, "loss": loss, "pairs": pairs, "best": best}
+    return found | {"metrics": NONE_MOVED | (metrics or {})}
+
+
+def read(path, *validations, train=True, record=None):
+    reports = [a_report(30)] if train else []
+    run = a_run(path / "run", [*reports, *validations], record)
+    return read_run(run, "run")
+
+
+END = {
+    "rewards/accuracies": 0.85, "rewards/margins": 0.0427, "policy_accuracy": 0.6,
+    "logps_per_token/chosen_change": -0.25, "logps_per_token/rejected_change": -0.5,
+    "features/chosen": 5.03, "features/rejected": 1.0, "drift/rejected": 0.16,
+}  # fmt: skip
+
+
+def test_before_and_after_stand_side_by_side_with_the_count_and_an_interval(tmp_path):
+    lines = held_out(read(tmp_path, a_validation(0, 0.6931), a_validation(30, 0.58, END)))
+    assert lines == [
+        "On 40 held-out pairs before -> after 30 iterations:",
+        "  accuracy 0.85 (0.71 to 0.93 with 95 % confidence): share of pairs whose chosen answer "
+        "gained more than the rejected one; chance is 0.5",
+        "  chosen answer is the likelier one: 0.45 -> 0.6",
+        "  reward margin: 0 -> 0.0427",
+        "  chosen answers −0.25 nats/token: a token is 0.78 times as likely as before; rejected "
+        "answers −0.5",
+        "  distance from the start: D 5.03 / 1 (chosen / rejected), drift 0.4 (rejected)",
+        "  the lowest validation loss was the last one",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "share", "said"),
+    [
+        (6, 0.667, "so few pairs cannot tell that from chance"),
+        (400, 0.667, "; chance is 0.5"),
+        (400, 0.2, "worse than chance"),
+    ],
+)
+def test_an_accuracy_is_told_from_chance_only_by_enough_pairs(tmp_path, pairs, share, said):
+    end = a_validation(30, 0.6, {"rewards/accuracies": share}, pairs=pairs)
+    assert said in held_out(read(tmp_path, a_validation(0, 0.7, pairs=pairs), end))[1]
+
+
+def test_a_best_that_is_not_the_last_is_named_with_its_place(tmp_path):
+    seen = [a_validation(0, 0.7), a_validation(20, 0.5), a_validation(30, 0.6, best=False)]
+    said = held_out(read(tmp_path, *seen))[-1]
+    assert "iteration 20 (0.5, the last 0.6)" in said
+    assert str(tmp_path / "run" / "best") in said
+
+
+def test_a_run_that_made_held_out_pairs_worse_says_that_nothing_was_won(tmp_path):
+    run = read(tmp_path, a_validation(0, 0.69), a_validation(30, 0.9, best=False))
+    assert "on these pairs nothing was won" in held_out(run)[-1]
+
+
+@pytest.mark.parametrize("first", [a_validation(10, 0.7), a_validation(0, 0.7, pairs=8)])
+def test_a_start_that_was_not_measured_on_these_pairs_is_not_made_up(tmp_path, first):
+    lines = held_out(read(tmp_path, first, a_validation(30, 0.6, END)))
+    assert lines[0] == "On 40 held-out pairs after 30 iterations:"
+    assert not any("->" in line for line in lines)
+
+
+def test_without_held_out_pairs_it_says_what_cannot_be_said_and_names_the_share(tmp_path):
+    lines = held_out(read(tmp_path))
+    assert "this run cannot say" in lines[0]
+    assert "--valid-share 0.05" in lines[0]
+    assert "On training pairs, at iteration 30:" in lines
+    assert any("trained on, so high by itself" in line for line in lines)
+
+
+def test_of_a_part_of_the_change_that_was_saved_its_own_figures_are_shown(tmp_path):
+    landed = a_validation(30, 0.6, {"rewards/margins": 0.01}) | {"kind": "landed", "part": 0.3}
+    run = read(tmp_path, a_validation(0, 0.7), a_validation(30, 0.5, END), landed)
+    assert "  reward margin: 0 -> 0.01" in held_out(run)
+
+
+def test_a_collapse_on_held_out_pairs_is_the_reports_own_warning(tmp_path):
+    """The report looked at training pairs alone."""
+    from fpo_mlx.report.findings import warnings
+
+    end = a_validation(30, 0.5, {"logps_per_token/chosen_change": -1.2})
+    run = read(tmp_path, a_validation(0, 0.7), end)
+    (said,) = (line for line in verdict(run) if line.startswith("warning: "))
+    assert "lost 1.2 nats a token" in said
+    assert said.removeprefix("warning: ") in [w.text for w in warnings([run])]
+
+
+def test_the_next_commands_are_commands_with_these_flags(tmp_path):
+    found = [shlex.split(line) for line in commands(read(tmp_path))]
+    assert [words[1] for words in found] == ["evaluate", "compare", "chat", "fuse"]
+    for words in found:
+        known = {name for p in main.commands[words[1]].params for name in p.opts}
+        assert set(words[2::2]) <= known, words
+    assert found[-1][2:4] == ["--model", "m"]
+
+
+def test_the_page_says_what_the_terminal_says(tmp_path):
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    from fpo_mlx.report import render
+
+    run = read(tmp_path, a_validation(0, 0.6931), a_validation(30, 0.58, END))
+    page = " ".join(Elements(render([run])).text.split())
+    for line in held_out(run):
+        assert " ".join(line.split()) in page
+
+
+def test_figures_that_are_damaged_end_no_training(tmp_path):
+    nothing = {"kind": "valid", "iteration": None, "loss": "x", "metrics": 3, "pairs": None}
+    worse = a_validation(30, math.nan, dict.fromkeys(END, math.nan))
+    for number, odd in enumerate((nothing, json.loads(json.dumps(worse)))):
+        assert verdict(read(tmp_path / str(number), a_validation(0, 0.7), odd))
