@@ -259,7 +259,7 @@ def _compare_weights(trainer: Trainer, store: ReferenceCache, say: Say) -> None:
 
 
 def _announce(trainer: Trainer, say: Say) -> None:
-    from fpo_mlx.train import landing
+    from fpo_mlx.train import foresight, landing
     from fpo_mlx.train.optimizer import trainable_count
 
     trainable, total = trainable_count(trainer.model)
@@ -269,10 +269,14 @@ def _announce(trainer: Trainer, say: Say) -> None:
             f"--iters {t.iters}: {trainer.total} are done, whole updates of "
             f"--grad-accumulation-steps {t.grad_accumulation_steps}"
         )
+    passes = trainer.order.passes
     say(
         f"training {trainable / 1e6:.3f} M of {total / 1e6:.1f} M parameters on "
-        f"{len(trainer.train)} pairs, {trainer.total} iterations of {t.batch_size}"
+        f"{len(trainer.train)} pairs, {trainer.total} iterations of {t.batch_size} = "
+        f"{passes:.3g} pass{'' if passes == 1 else 'es'}"
     )
+    if often := foresight.many_passes(trainer.order):
+        say(f"warning: {often}")
     if trainer.drift is not None and t.land:
         why = landing.hindrance(t, trainer.validation_pairs)
         if why is not None:

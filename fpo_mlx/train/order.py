@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from fpo_mlx.config import TrainConfig
-from fpo_mlx.data import batches, mirrored, pair_lengths, visited
+from fpo_mlx.data import batches, batches_per_epoch, mirrored, pair_lengths, visited
 from fpo_mlx.records import TokenPair
 
 
@@ -18,6 +18,12 @@ class Order:
     def __init__(self, pairs: Sequence[TokenPair], config: TrainConfig) -> None:
         self.pairs, self.config = pairs, config
         self.total = config.iterations(len(pairs))  # iterations of the whole run
+
+    @property
+    def passes(self) -> float:
+        """How often the run goes over all pairs; the last update of a pass may be a short one."""
+        updates = self.total // self.config.grad_accumulation_steps
+        return updates / batches_per_epoch(len(self.pairs), self.config.pairs_per_update)
 
     @cached_property
     def twins(self) -> np.ndarray | None:

@@ -41,7 +41,8 @@ def dpo(place, out, *words, data="pairs.jsonl"):
 def test_a_run_trains_on_what_is_left_and_every_command_sees_the_same(place, tmp_path):
     done = dpo(place, tmp_path / "out", *SHARE, "--iters", 16)
     assert done.exit_code == 0, done.stderr
-    assert "on 16 pairs" in done.stderr
+    assert "on 16 pairs, 16 iterations of 1 = 1 pass\n" in done.stderr
+    assert "passes over" not in done.stderr
     assert "nothing is held out" not in done.stderr
     assert "On 4 held-out pairs before -> after 16 iterations:" in done.stderr
     (line,) = re.findall(r"fpo-mlx evaluate .*", done.stderr)
