@@ -144,6 +144,8 @@ class Progress:
                 f"peak {report.peak_memory_gb:.2f} GB"
             )
         elif isinstance(report, ValidReport):
+            for warning in report.warnings:
+                self.say(f"warning: {warning}")
             best = "  best so far" if report.best else ""
             self.say(
                 f"{report.iteration:>6}  valid {report.loss:.4f}  {describe(report.metrics)}  "

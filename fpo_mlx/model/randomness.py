@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 
 def position() -> int:
@@ -15,6 +16,12 @@ def position() -> int:
 def go_to(place: int) -> None:
     """Back to (or on to) a place that `position` named."""
     mx.random.seed(place)
+
+
+def go_to_own(*numbers: int) -> None:
+    """To a place of its own for every choice of numbers, whatever was drawn before."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    go_to(int(state[0]))
 
 
 def drops(module: nn.Module) -> bool:

@@ -58,7 +58,7 @@ def warnings(runs: Sequence[Run]) -> list[Warning]:
 
 def _of_one(run: Run) -> Iterator[str]:
     yield from run.faults
-    for report in run.train:
+    for report in (*run.train, *run.valid):
         said = report.get("warnings")
         for warning in said if isinstance(said, Sequence) and not isinstance(said, str) else ():
             yield f"Iteration {text(report.get('iteration'))}: {text(warning)}"

@@ -57,9 +57,16 @@ class Progress:
     skipped: int = 0  # updates left out
     skipped_in_a_row: int = 0
     landed: bool = False  # the end was looked at: `train/landing.py`
+    fell: bool = False  # `guard.fallen` was told
     metrics_bytes: int = 0  # length of metrics.jsonl
     drift: dict[str, float] = field(default_factory=dict)  # the controller's state
     window: dict[str, Any] = field(default_factory=dict)  # sums since the last report
+
+    def once(self, fallen: str | None) -> tuple[str, ...]:
+        """What `guard.fallen` says, the first time in the whole run."""
+        said = () if fallen is None or self.fell else (fallen,)
+        self.fell = self.fell or bool(said)
+        return said
 
     def rejudged(self, o: Objective) -> tuple[str, ...]:
         """Forget a best that was judged by another rule; what to say of it."""

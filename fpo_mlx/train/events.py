@@ -33,6 +33,7 @@ class ValidReport:
     pairs: int
     seconds: float
     best: bool  # lowest loss so far
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

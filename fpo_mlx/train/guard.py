@@ -11,7 +11,7 @@ import numpy as np
 
 from fpo_mlx.config import Objective, TrainConfig
 from fpo_mlx.core.objectives import Seen, preference_losses
-from fpo_mlx.records import PairScore
+from fpo_mlx.records import COLLAPSE, PairScore
 
 SAME_LOSS = 1e-4  # of 1 + the loss; float32 holds it to 1e-6
 SAME_U = 1e-5  # of beta, if that is above 1
@@ -282,6 +282,18 @@ def _against_falling(o: Objective, config: TrainConfig) -> str:
             f"{rate_of(config)}"
         )
     return f"Lower {rate_of(config)}, or raise --nll-weight above {o.nll_weight:g}"
+
+
+def fallen(means: Mapping[str, float], config: TrainConfig, o: Objective) -> str | None:
+    """A warning where the chosen responses lost so much that a collapse is near; no end yet."""
+    lost = -means["logps_per_token/chosen_change"]
+    if not lost > COLLAPSE:
+        return None
+    return (
+        f"the chosen answers lost {lost:.3g} nats a token against the reference: text that "
+        "unlikely is no longer written, and accuracy and margin then mean nothing. "
+        f"{_against_falling(o, config)}, or stop earlier (fewer --iters, --early-stopping)"
+    )
 
 
 def _too_far(

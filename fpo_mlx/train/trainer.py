@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, NoReturn, cast
 
@@ -200,9 +200,7 @@ class Trainer:
     def _seed_dropout(self) -> None:
         """Of several processes each drops on its own, and on again from any checkpoint."""
         if self.ranks.size > 1:
-            place = [self.config.seed, self.progress.iteration, self.ranks.rank]
-            state = np.random.SeedSequence(place).generate_state(1, np.uint64)
-            randomness.go_to(int(state[0]))
+            randomness.go_to_own(self.config.seed, self.progress.iteration, self.ranks.rank)
 
     def _of_first(self, tree: dict[str, mx.array]) -> dict[str, mx.array]:
         """The first process's adapters: another machine may draw other numbers."""
@@ -275,6 +273,8 @@ class Trainer:
     def _report(self, iteration: int) -> StepReport:
         window, self._window = self._window, Window()
         seconds, means = window.elapsed(), window.means()
+        if self.valid is None:  # else a validation says it, of more pairs
+            window.notes += self._fallen(means)
         report = StepReport(
             iteration=iteration,
             loss=means.pop("loss"),
@@ -292,6 +292,9 @@ class Trainer:
         )
         self._log("train", report)
         return report
+
+    def _fallen(self, means: Mapping[str, float]) -> tuple[str, ...]:
+        return self.progress.once(guard.fallen(means, self.config, self.scorer.objective))
 
     @property
     def validation_pairs(self) -> int:
@@ -328,7 +331,8 @@ class Trainer:
             progress.stale += 1
         seconds = time.perf_counter() - started
         self._window.started += seconds  # speed is that of training
-        report = ValidReport(progress.iteration, loss, means, n, seconds, best)
+        said = self._fallen(means)
+        report = ValidReport(progress.iteration, loss, means, n, seconds, best, said)
         self._log("valid", report)
         return report
 
