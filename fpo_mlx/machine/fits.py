@@ -86,6 +86,22 @@ def changes(case: Case) -> list[tuple[str, Case]]:
     return [(name, way) for name, way in ways if way.peak < now]
 
 
+def way_out(case: Case, memory: float) -> tuple[str, float] | None:
+    """The first of `changes` that fits, with those that it builds on, and its peak."""
+    base: list[str] = []
+    for name, way in changes(case):
+        own = name.removeprefix("or ").removeprefix("and ")
+        if name.startswith("or "):  # in the place of checkpoints
+            steps = [one for one in base if not one.startswith("--grad-checkpoint")]
+        else:
+            steps = base
+        if way.peak <= memory:
+            return " and ".join([*steps, own]), way.peak
+        if own == name:
+            base.append(name)
+    return None
+
+
 def fewer(case: Case, blocks: int) -> Case:
     """The same with adapters on at most so many blocks."""
     setup = case.setup

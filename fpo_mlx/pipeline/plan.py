@@ -323,7 +323,30 @@ def _advice(case: Case, memory: float, fits: bool) -> list[str]:
     return [*lines, f"nothing of this fits into {memory / 1e9:.2f} GB"]
 
 
-def predicted_peak(job: Job, pairs: Sequence[TokenPair], outline: Outline) -> float:
-    """Bytes; what `train` says before and beside what it measures."""
-    peak = case_of(job, lengths_of(pairs), outline).peak
-    return peak if math.isfinite(peak) else 0.0
+def predicted_peak(
+    job: Job, pairs: Sequence[TokenPair], outline: Outline
+) -> tuple[float, str | None]:
+    """Bytes, which `train` says before and beside what it measures; a warning of too little memory.
+
+    It fits where `plan` says so.
+    """
+    lengths = lengths_of(pairs)
+    case = case_of(job, lengths, outline)
+    peak, memory = case.peak, memory_of(None)
+    if not math.isfinite(peak):
+        return 0.0, None
+    room = memory - model_of.data_term(lengths).bytes
+    return peak, None if peak <= room else _shortage(case, memory, room)
+
+
+def _shortage(case: Case, memory: float, room: float) -> str:
+    """What is missing, and the first change with which it fits. room: what data leave of memory."""
+    need = (case.peak + memory - room) / 1e9
+    said = (
+        f"this training needs about {need:.2f} GB and MLX has {memory / 1e9:.2f} GB here: it will "
+        "swap, or be ended"
+    )
+    if (found := fitting.way_out(case, room)) is None:
+        return f"{said}. Nothing that `fpo-mlx plan` knows makes it fit: take a smaller model"
+    way, peak = found
+    return f"{said}. What fits ({peak / 1e9:.2f} GB): {way}. `fpo-mlx plan` has the figures"

@@ -125,8 +125,10 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     if t.resume and ranks.first:
         check_resumable(place, record)
     outline = outline_of(job, say)  # refuses adapters out of reach
-    predicted = predicted_peak(job, pairs, outline)
+    predicted, shortage = predicted_peak(job, pairs, outline)
     say(f"predicted peak memory of training: {predicted / 1e9:.2f} GB")
+    if shortage:
+        say(f"warning: {shortage}")
     agree = _agreement(ranks)
     looks = _looked_at(t, pairs, valid, say)
     wanted = [part[i] for part, some in zip((pairs, valid), looks, strict=True) for i in some]
@@ -275,8 +277,8 @@ def _announce(trainer: Trainer, say: Say) -> None:
         f"{len(trainer.train)} pairs, {trainer.total} iterations of {t.batch_size} = "
         f"{passes:.3g} pass{'' if passes == 1 else 'es'}"
     )
-    if often := foresight.many_passes(trainer.order):
-        say(f"warning: {often}")
+    for warning in foresight.warnings(trainer.order):
+        say(f"warning: {warning}")
     if trainer.drift is not None and t.land:
         why = landing.hindrance(t, trainer.validation_pairs)
         if why is not None:

@@ -199,6 +199,31 @@ def test_a_run_keeps_its_predicted_and_its_measured_peak(place, tmp_path):
     assert min(memory.values()) > 0
 
 
+def test_a_run_that_will_not_fit_says_so_and_what_fits_before_the_reference_runs(
+    place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(device, "memory", lambda: 1e5)  # bytes: the weights alone need more
+    result = train(place, tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "MLX has 0.00 GB here" in result.stderr
+    assert "take a smaller model" in result.stderr
+    assert result.stderr.index("take a smaller model") < result.stderr.index("scoring")
+    (peak,) = _peaks(place, tmp_path / "plain", monkeypatch, 1e12)
+    monkeypatch.setattr(device, "memory", lambda: peak - 1)
+    told = train(place, tmp_path / "small")
+    assert "What fits" in told.stderr
+    assert "--grad-checkpoint" in told.stderr
+
+
+def _peaks(place, out, monkeypatch, memory: float) -> list[float]:
+    """Bytes that `plan` predicts for the same training."""
+    monkeypatch.setattr(device, "memory", lambda: memory)
+    words = [*usual(place), "--top-k", 5, "--batch-size", 1, "--json", out.with_suffix(".json")]
+    assert run("plan", *words).exit_code == 0
+    assert "warning: this training needs" not in train(place, out).stderr
+    return [json.loads(out.with_suffix(".json").read_text())["train"]["peak_bytes"]]
+
+
 def test_on_a_gpu_the_peaks_are_compared_without_freed_buffers_which_mlx_does_not_count(
     place, tmp_path
 ):

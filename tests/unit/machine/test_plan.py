@@ -189,6 +189,23 @@ def test_advice_begins_with_what_changes_no_result():
     assert all(peak < case.peak for peak in peaks)
 
 
+def test_the_first_way_out_is_named_with_what_it_builds_on():
+    long = Lengths(3000, 900, 700)
+    case = replace(CASE, setup=replace(SETUP, micro_batch_size=4, batch_size=4), lengths=(long,))
+    found = dict(fits.changes(case))
+    for name, way in found.items():
+        named = fits.way_out(case, way.peak)
+        assert named is not None
+        text, peak = named
+        assert peak <= way.peak
+        if peak < way.peak:
+            continue  # one before it needs less
+        assert text.endswith(name.removeprefix("or ").removeprefix("and "))
+        assert ("--micro-batch-size 1" in text) is True
+        assert ("--grad-checkpoint" in text) is not name.startswith(("or ", "--micro"))
+    assert fits.way_out(case, min(way.peak for way in found.values()) - 1) is None
+
+
 def test_blocks_of_an_adapter_that_is_given_are_no_advice():
     names = [
         [name for name, _ in fits.changes(replace(CASE, fresh=fresh))] for fresh in (False, True)
