@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fpo_mlx.intervals import wilson
 from fpo_mlx.judge.feature_report import Context, effect_size
 from fpo_mlx.judge.logistic import (
     Fitted,
@@ -33,7 +34,6 @@ from fpo_mlx.records import PairScore, TokenPair
 LEAST_SEEN = 10  # pairs in which a feature differs, below which it is not tested
 LEAST_PAIRS = 20
 OWN = 40  # features, at most, that the search for those with a part of their own goes through
-NORMAL95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -303,14 +303,6 @@ def witnesses(hits: np.ndarray, groups: Sequence[bytes]) -> float:
         return float(len(number))
     sums = np.bincount([number[group] for group in groups], weights=rest)
     return float(min(len(hits), len(hits) * (rest**2).sum() / (sums**2).sum()))
-
-
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """95 % interval of a share of n (Wilson 1927)."""
-    z2 = NORMAL95**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = NORMAL95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True)

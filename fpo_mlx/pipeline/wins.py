@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fpo_mlx.intervals import wilson
 from fpo_mlx.pairs.labels import comparisons
 from fpo_mlx.pairs.records import Candidate, Candidates, Prompt
 from fpo_mlx.pairs.settings import JudgeConfig
 from fpo_mlx.pipeline.job import Say
 from fpo_mlx.pipeline.pairs_judge import Judge, open_rewarder
 from fpo_mlx.records import BASE
-
-Z = 1.959964  # of 95 %
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,8 @@ class Wins:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %, over prompts; of five wins in five it does not say that all would be won.
-
-        Source: Wilson 1927, "Probable inference". With ties, which vary less, it is too wide.
-        """
-        n, p = self.wins + self.ties + self.losses, self.rate
-        around = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-        middle, whole = p + Z * Z / (2 * n), 1 + Z * Z / n
-        return max(0.0, (middle - around) / whole), min(1.0, (middle + around) / whole)
+        """95 %, over prompts. With ties, which vary less, it is too wide."""
+        return wilson(self.rate, self.wins + self.ties + self.losses)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"rate": self.rate, "interval": list(self.interval)}

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fpo_mlx.judge.lessons import wilson
+from fpo_mlx.intervals import wilson
 from fpo_mlx.report import findings
 from fpo_mlx.report.read import Run, figure, part
 from fpo_mlx.report.tables import number, text

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fpo_mlx.intervals import wilson
 from fpo_mlx.judge import cover, lessons, logistic
 from fpo_mlx.judge.feature_report import auc
 from fpo_mlx.judge.logistic import SparseRows
@@ -324,7 +325,7 @@ def test_examples_lie_for_and_against():
 
 
 def test_wilsons_interval_of_9_in_10_is_the_published_one():
-    assert lessons.wilson(0.9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
+    assert wilson(0.9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
 
 
 # Rows ---------------------------------------------------------------------------------------------
