@@ -299,7 +299,7 @@ def _named_data(path: Path, settings: Mapping[str, Any]) -> list[Path]:
     if Path(data).is_absolute():
         return [Path(data)]
     folder, parts = path.resolve(), Path(own).parts if isinstance(own, str) else ()
-    if not _ends_in(folder, parts):
+    if not _ends_in(folder, parts) or Path(*parts).is_absolute():  # which says not where it ran
         return []
     return [folder.parents[len(parts) - 1] / data]
 

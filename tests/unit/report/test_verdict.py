@@ -135,3 +135,10 @@ def test_figures_that_are_damaged_end_no_training(tmp_path):
     worse = a_validation(30, math.nan, dict.fromkeys(END, math.nan))
     for number, odd in enumerate((nothing, json.loads(json.dumps(worse)))):
         assert verdict(read(tmp_path / str(number), a_validation(0, 0.7), odd))
+
+
+def test_a_run_of_an_absolute_folder_and_relative_data_is_read(tmp_path):
+    """It was an IndexError, of `report` too: where the data lay is not known."""
+    folder = tmp_path / "run"
+    record = {"settings": {"data": "pairs", "adapter_path": str(folder)}}
+    assert read(tmp_path, record=record).pairs == {}
