@@ -16,7 +16,7 @@ from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.measure import as_trained
 from fpo_mlx.pipeline.origins import warn_of_origin, warn_of_training_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
-from fpo_mlx.records import DEFAULT_FORM, KEPT_BITS, FusedForm
+from fpo_mlx.records import DEFAULT_FORM, KEPT_BITS, FusedForm, TokenPair
 from fpo_mlx.storage.adapter_files import own_template
 from fpo_mlx.storage.hub import resolve_model
 from fpo_mlx.storage.outputs import claim_folder, model_made_from
@@ -102,21 +102,24 @@ def fuse(
         return claim_folder(save_path, "--save-path", made, inputs=inputs, overwrite=overwrite)
 
     template = config.data.chat_template
-    place = "" if bound is None else _check_bound(config, bound, verify, form.scale)
+    if bound is not None:
+        _check_bound(config, bound, verify, form.scale)
     if bound is not None or form.scale != 1.0:
         check_scales(config, [adapter_path], [form.scale])
         adapters.read_spec(Path(adapter_path))  # before the long part
     save_path = claim()  # before a download
     base = resolve_model(config.reference.model)
     claim(base)
-    config, held, within = _as_trained(config, Path(adapter_path)), None, None
+    config, read, held, within = _as_trained(config, Path(adapter_path)), None, None, None
     _warn(config, adapter_path, base, say, asked=bool(verify))
-    if verify:
+    if verify:  # read first: nothing is fused where that fails
         config = as_trained(config, [adapter_path], say, way="`objective` in a file of -c")
-    if bound is not None:
-        held = _held_out(config, place, adapter_path, say, saes=bound.kind == "drift")
+        saes = bound is not None and bound.kind == "drift"
+        read = _read_held_out(config, verify, adapter_path, say, saes=saes)
+    if bound is not None and read is not None:
+        held = _scored(*read, say)
         within = _scale_within(held, adapter_path, bound, say)
-        held = _without_saes(held)  # it fuses next, and needs their room
+        held, read = _without_saes(held), None  # it fuses next, and needs their room
         form = replace(form, scale=within.part)
     report = fusing.fuse(
         config.reference.model, Path(adapter_path), save_path, form,
@@ -125,9 +128,10 @@ def fuse(
     )  # fmt: skip
     for line in said_of(report):
         say(line)
-    if not verify:
+    if read is not None:
+        held = _scored(*read, say)
+    if held is None:
         return FuseResult(report, form.scale)
-    held = held or _held_out(config, verify, adapter_path, say)
     before, after = _compare_fused(held, adapter_path, form.scale, save_path, say)
     return FuseResult(report, form.scale, within, before, after)
 
@@ -180,8 +184,8 @@ def _listed(bits: Sequence[int]) -> str:
     return " and ".join(map(str, bits))
 
 
-def _check_bound(config: RunConfig, bound: Bound, verify: str | None, scale: float) -> str:
-    """The data it is measured on. Raises: ConfigError where it cannot be, before any is read."""
+def _check_bound(config: RunConfig, bound: Bound, verify: str | None, scale: float) -> None:
+    """Raises: ConfigError where it cannot be measured, before anything is read."""
     if not verify:
         raise ConfigError(f"{bound.flag}: found no pairs to measure on. Add --verify DATA.")
     if not (bound.value > 0 and math.isfinite(bound.value)):
@@ -195,7 +199,6 @@ def _check_bound(config: RunConfig, bound: Bound, verify: str | None, scale: flo
             f"{bound.flag} {bound.value:g}: the features of an SAE are what drifts. Add the --sae "
             "of the training."
         )
-    return verify
 
 
 Held = tuple[Job, "ScoredPairs", bool]  # pairs; the last: the base's scores in half precision?
@@ -233,16 +236,14 @@ def _scale_within(held: Held, adapter_path: str, bound: Bound, say: Say) -> With
     return within
 
 
-def _held_out(
+def _read_held_out(
     config: RunConfig, verify: str, adapter: str, say: Say, *, saes: bool = False
-) -> Held:
-    """The pairs of `verify` with the scores of the base.
+) -> tuple[Job, list[TokenPair]]:
+    """The pairs of `verify`, and the job that measures on them.
 
-    saes: with features, for a drift. Said is of which split they are, and whether the adapter was
+    saes: by features, for a drift. Said is of which split they are, and whether the adapter was
     trained on them.
     """
-    from fpo_mlx.train.metrics import ScoredPairs
-
     objective = replace(config.objective, constraint="none", target_drift=None, target_kl=None)
     if saes:
         own = "activations" if config.objective.constraint == "activations" else "features"
@@ -256,6 +257,13 @@ def _held_out(
     pairs = read_pairs(job, split, say)
     say(f"--verify {verify}: on its {len(pairs)} pairs of the {split} split")
     warn_of_training_pairs([adapter], pairs, say, job.config, split)
+    return job, pairs
+
+
+def _scored(job: Job, pairs: list[TokenPair], say: Say) -> Held:
+    """With the scores of the base."""
+    from fpo_mlx.train.metrics import ScoredPairs
+
     store = fill_cache(job, pairs, folder=default_cache(job.identity), say=say)
     return job, ScoredPairs(pairs, CachedScores(store, pairs)), store.half
 

@@ -11,7 +11,10 @@ from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Say
 from fpo_mlx.pipeline.origins import settings_of
 
-HOLDS = ("constraint", "target_drift", "target_kl")  # what is held, which is no part of rewards
+TARGETS = ("target_drift", "target_kl")
+HOLDS = ("constraint", *TARGETS)  # what is held, which is no part of rewards
+# of the loss alone, and files or columns of the training that these pairs need not have
+NEEDS = ("feature_weights", "score_margin")
 
 
 def as_trained(
@@ -25,45 +28,55 @@ def as_trained(
     """The settings with the objective by which the adapters' run.json says they were trained.
 
     An objective that the user named stands, and so do single settings of one. Where adapters were
-    trained by other rewards than each other, all are judged by the settings as they are. A
-    constraint that would need more than was given here (a place for activations, the pass for the
-    KL) is left out: it is in the loss, and in no reward. What is used is said, with the user's
-    `way` to another.
+    trained by other rewards than each other, all are judged by the settings as they are; one that
+    says no objective counts as trained by these. What would need more than was given here (a place
+    for activations, the pass for the KL, columns of scores) is left out: it is in the loss, and in
+    no reward. What is used is said, with the user's `way` to another.
     """
     if "objective" in config.asked:
         return config
-    known: dict[str, RunConfig] = {}
-    for adapter in dict.fromkeys(adapters):
-        if "objective" in (settings := settings_of(adapter)):
-            try:
-                known[adapter] = _with_objective(config, settings, measure_kl)
-            except ConfigError as error:
-                say(f"warning: {adapter}: the objective in its run.json is not used: {error}")
-    if not known:
+    known = {path: _own(config, path, say, measure_kl) for path in dict.fromkeys(adapters)}
+    saying = {path: one for path, one in known.items() if one is not None}
+    if not saying:
         return config
-    if len({_rewards(one.objective) for one in known.values()}) > 1:
-        named = "; ".join(f"{adapter}: {_said(one)}" for adapter, one in known.items())
+    judged = {path: one or config for path, one in known.items()}
+    if len({_rewards(one.objective) for one in judged.values()}) > 1:
+        named = "; ".join(
+            f"{path}: {_said(one) if one else 'says none'}" for path, one in known.items()
+        )
         say(
             f"the adapters were trained by other rewards than each other ({named}), and all are "
             f"judged by {_said(config)}; {way} names another"
         )
         return config
-    first, found = next(iter(known.items()))
+    first, found = next(iter(saying.items()))
     if (found.preset, found.objective) == (config.preset, config.objective):
         return config
-    alike = all(one.objective == found.objective for one in known.values())
+    alike = all(one.objective == found.objective for one in judged.values())
     of_loss = "" if alike else " (loss and u are of this one's objective)"
     say(f"judged as {first} was trained, by {_said(found)}{of_loss}; {way} names another")
     return found
+
+
+def _own(config: RunConfig, adapter: str, say: Say, measure_kl: bool) -> RunConfig | None:
+    """With the objective that its run.json says; None where that says none that can be used."""
+    if "objective" not in (settings := settings_of(adapter)):
+        return None
+    try:
+        return _with_objective(config, settings, measure_kl)
+    except ConfigError as error:
+        say(f"warning: {adapter}: the objective in its run.json is not used: {error}")
+        return None
 
 
 def _with_objective(config: RunConfig, settings: Mapping[str, Any], measure_kl: bool) -> RunConfig:
     """Raises: ConfigError where its objective, with what the user gave of one, is none."""
     fields = {field.name for field in dataclasses.fields(Objective)}
     own = {name: getattr(config.objective, name) for name in config.asked & fields}
-    theirs = {name: settings[name] for name in fields - {"feature_weights"} if name in settings}
-    if not config.asked.isdisjoint(HOLDS):
-        theirs = {name: value for name, value in theirs.items() if name not in HOLDS}
+    left = {*NEEDS}
+    left |= {*HOLDS} if not config.asked.isdisjoint(HOLDS) else set()
+    left |= {*TARGETS} if "alpha" in config.asked else set()  # which a target would find
+    theirs = {name: settings[name] for name in fields - left if name in settings}
     read = load_config({"objective": settings["objective"]} | theirs | own)
     held = read.objective.constraint
     if "constraint" not in own and (held == "activations" or (held == "kl" and not measure_kl)):

@@ -10,7 +10,7 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from command_line import run, usual  # noqa: E402
+from command_line import refused, run, usual  # noqa: E402
 from evaluated import K, own_cache, place  # noqa: E402, F401
 
 from fpo_mlx.config import load_config  # noqa: E402
@@ -81,18 +81,30 @@ def test_single_settings_that_the_user_gives_stand_over_those_of_the_training(pl
     ({"objective": "fpo", "target_drift": 0.2}, ("--constraint", "none"), True, "none"),
     ({"objective": "tdpo2", "target_kl": 3.0}, ("--no-kl",), False, "none"),
     ({"objective": "dpo"}, (), True, "none"),
+    ({"objective": "dpo", "score_margin": 0.5}, (), False, "none"),
     ({"objective": "fpo", "feature_weights": "gone.json", "beta": 0.3}, (), False, "features"),
 ])  # fmt: skip
 def test_nothing_more_is_needed_than_the_command_was_given(
     place, tmp_path, settings, words, sae, constraint
 ):
-    """No SAE, no block, no pass for the KL, no file of the training's folder."""
+    """No SAE, no block, no pass for the KL, no file of the training's folder, no scores."""
     path = trained(place, tmp_path / "a", **settings)
     got, _ = judge(place, tmp_path / "e.json", "--adapter-path", path, *words, sae=sae)
     assert got["objective"]["constraint"] == constraint
     assert ("features/chosen" in got["summary"]) is sae
     assert ("kl/chosen" in got["summary"]) is ("--no-kl" not in words)
     assert got["objective"]["feature_weights"] is None
+    assert got["objective"]["score_margin"] == 0
+
+
+@pytest.mark.parametrize("target", [{"target_drift": 0.2}, {"constraint": "kl", "target_kl": 3.0}])
+def test_an_alpha_that_the_user_gives_takes_the_place_of_a_target(place, tmp_path, target):
+    """The target of the training won, and with it an alpha of 0."""
+    path = trained(place, tmp_path / "a", objective="fpo", **target)
+    got, _ = judge(place, tmp_path / "e.json", "--adapter-path", path, "--alpha", 2)
+    o = got["objective"]
+    assert (o["alpha"], o["target_drift"], o["target_kl"]) == (2, None, None)
+    assert o["constraint"] == target.get("constraint", "features")
 
 
 def test_adapters_of_other_rewards_are_judged_by_one_measure_that_is_named(place, tmp_path):
@@ -107,6 +119,19 @@ def test_adapters_of_other_rewards_are_judged_by_one_measure_that_is_named(place
     got, said = judge(place, tmp_path / "e.json", *both[:2], "--adapter-path", three)
     assert f"judged as {one} was trained, by dpo ({SUMS}, beta 0.1) (loss and u are" in said
     assert got["objective"]["length_normalize"] is False
+
+
+def test_an_adapter_that_says_no_objective_counts_beside_others_as_of_the_settings(place, tmp_path):
+    one = trained(place, tmp_path / "a", objective="dpo")
+    both = ["--adapter-path", one, "--adapter-path", place / "two"]
+    got, said = judge(place, tmp_path / "e.json", *both)
+    assert f"{one}: dpo ({SUMS}, beta 0.1); {place / 'two'}: says none" in said
+    assert f"all are judged by fpo ({MEANS}, beta 0.1)" in said
+    assert got["objective"]["preset"] == "fpo"
+    same = ["--no-length-normalize", "--constraint", "none"]
+    got, said = judge(place, tmp_path / "e.json", *both, *same)
+    assert f"judged as {one} was trained, by dpo" in said
+    assert got["objective"]["preset"] == "dpo"
 
 
 @pytest.mark.parametrize("record", [{}, {"settings": {"seed": 1}}, {"settings": [1]}])
@@ -149,3 +174,12 @@ def test_a_fused_folder_is_compared_by_the_measure_of_the_training(place, tmp_pa
     for side in ("before", "after"):
         wanted = pytest.approx(got["summary"]["rewards/margins"], rel=1e-3)
         assert found[side]["rewards/margins"] == wanted
+
+
+def test_pairs_that_cannot_be_read_are_refused_before_anything_is_fused(place, tmp_path):
+    """Its user had a fused folder and an error, for a margin that the pairs have no scores for."""
+    (tmp_path / "run.yaml").write_text("score_margin: 0.5\n")
+    words = ["--adapter-path", place / "one", "--save-path", tmp_path / "fused"]
+    more = ["--verify", place / "data", "-c", tmp_path / "run.yaml"]
+    refused(run("fuse", "--model", place / "model", *words, *more), 3, "no 'score_chosen'")
+    assert not (tmp_path / "fused").exists()
