@@ -222,7 +222,7 @@ def fuse_layers(
 ) -> tuple[int, Kept | None]:
     """Replace every adapted layer by one of base + adapter, of its types.
 
-    stored: of the floats; default: those of the layer's base.
+    stored: of the floats; default: those of the layer's base, or else of the model.
     Returns: how many there were, and what rounding left of their change (None without rounding).
     keep_bits is written into `config` for the layers concerned.
     """
@@ -250,7 +250,7 @@ def _fuse_one(
         new = rounded_to(base, change, keep_bits)
         if isinstance(new, nn.QuantizedLinear) and new.bits != base.bits:
             config["quantization"][name] = {"group_size": new.group_size, "bits": new.bits}
-    new = _typed_as(base, new, stored)
+    new = _typed_as(base, new, stored, model)
     if change is not None and is_rounded(new):
         kept = kept_of(base, change, new)
     mx.eval(new.parameters())  # it keeps nothing of the base from now on
@@ -258,16 +258,17 @@ def _fuse_one(
     return kept
 
 
-def _typed_as(base: nn.Module, fused: nn.Module, stored: mx.Dtype | None) -> nn.Module:
+def _typed_as(
+    base: nn.Module, fused: nn.Module, stored: mx.Dtype | None, model: nn.Module
+) -> nn.Module:
     """The fused layer in that float type, or its base's: the sum is made in float32."""
-    types = (
-        {stored}
-        if stored is not None
-        else {
-            v.dtype for _, v in arrays_of(base.parameters()) if mx.issubdtype(v.dtype, mx.floating)
-        }
-    )
-    if len(types) == 1:  # mxfp4 has none: its scales are integers
+    arrays = (array for _, array in arrays_of(base.parameters()))
+    types = {array.dtype for array in arrays if mx.issubdtype(array.dtype, mx.floating)}
+    if stored is not None:
+        types = {stored}
+    elif not types:  # nvfp4's and mxfp4's scales are integers
+        types = {float_dtype(model)}
+    if len(types) == 1:
         cast_floats(fused, types.pop())
     return fused
 

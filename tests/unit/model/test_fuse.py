@@ -194,6 +194,22 @@ def test_a_fused_layer_keeps_its_bases_float_type(made, tmp_path, base, kind):
     assert {v.dtype for v in weights.values()} <= {mx.bfloat16, mx.uint32}
 
 
+@pytest.mark.parametrize("keep_bits", [None, "base"])
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp4"])
+def test_a_layer_that_was_raised_from_scales_of_integers_has_the_models_float_type(
+    made, tmp_path, mode, keep_bits
+):
+    """Its base has no floats to go by, and 8 bits have scales and biases: they were float32."""
+    source, adapter = made["llama", "lora"]
+    model, config = utils.load_model(source)
+    model.set_dtype(mx.bfloat16)
+    utils.save(tmp_path / "half", str(source), model, utils.load_tokenizer(source), config)
+    folder = quantised(tmp_path / "half", tmp_path / mode, 4, mode)
+    fuse(str(folder), adapter, tmp_path / "fused", FusedForm(keep_bits=keep_bits))
+    weights = mx.load(str(tmp_path / "fused/model.safetensors"))
+    assert {v.dtype for v in weights.values()} == {mx.bfloat16, mx.uint32, mx.uint8}
+
+
 @pytest.mark.parametrize("bits", [3, 6])
 def test_dora_on_layers_whose_bits_mlx_lm_cannot_read_is_refused(made, tmp_path, bits):
     folder = quantised(made["llama", "lora"][0], tmp_path / "odd", bits)
