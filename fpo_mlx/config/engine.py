@@ -18,7 +18,7 @@ from fpo_mlx.errors import ConfigError
 
 Section = TypeVar("Section")
 # settings that name parts of a data set
-PARTS = ("train_split", "valid_split", "test_split", "subset")
+PARTS = ("train_split", "valid_split", "test_split", "subset", "valid_share")
 Say = Callable[[str], None]
 
 
@@ -46,7 +46,8 @@ def load_config(
         section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
         for section in SECTIONS
     ]
-    return RunConfig(*sections, preset=preset, asked=asked)  # type: ignore[arg-type]
+    flagged = frozenset(name for name, value in flags.items() if value is not None)
+    return RunConfig(*sections, preset=preset, asked=asked, flagged=flagged)  # type: ignore[arg-type]
 
 
 def load_section(
@@ -80,6 +81,8 @@ def _given(
         raise ConfigError(f"{where}unknown settings {', '.join(unknown)}.{near}")
     other = flags.get("data")
     if is_other(given.get("data"), other) and Path(str(other)).expanduser().exists():
+        if (share := given.get("valid_share")) and flags.get("valid_share") is None:
+            say(f"valid_share {share} of {path} is of its own data, not of {other}: left out")
         given = {name: value for name, value in given.items() if name not in PARTS}
     flags = {name: value for name, value in flags.items() if value is not None}
     for name in flags:

@@ -207,7 +207,8 @@ class CompareSampling(ChatSampling):
 class RunConfig:
     """All settings of a command, by section.
 
-    asked: those of the objective that flags or YAML gave, "objective" for its preset.
+    asked: those of the objective that flags or YAML gave, "objective" for its preset; flagged: all
+    that flags gave.
     """
 
     data: DataConfig
@@ -216,6 +217,7 @@ class RunConfig:
     objective: Objective
     preset: str = "fpo"
     asked: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
+    flagged: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, as YAML would hold it."""

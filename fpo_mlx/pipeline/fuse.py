@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fpo_mlx.config import PARTS, RunConfig, is_other
+from fpo_mlx.config import PARTS, RunConfig, default_of, is_other, options
 from fpo_mlx.errors import ConfigError, FpoError
 from fpo_mlx.pipeline.evaluate import check_scales, open_scorer
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
@@ -115,7 +115,7 @@ def fuse(
     if verify:  # read first: nothing is fused where that fails
         config = as_trained(config, [adapter_path], say, way="`objective` in a file of -c")
         saes = bound is not None and bound.kind == "drift"
-        read = _read_held_out(config, verify, adapter_path, say, saes=saes)
+        read = _held_out(config, verify, adapter_path, say, saes=saes)
     if bound is not None and read is not None:
         held = _scored(*read, say)
         within = _scale_within(held, adapter_path, bound, say)
@@ -236,7 +236,7 @@ def _scale_within(held: Held, adapter_path: str, bound: Bound, say: Say) -> With
     return within
 
 
-def _read_held_out(
+def _held_out(
     config: RunConfig, verify: str, adapter: str, say: Say, *, saes: bool = False
 ) -> tuple[Job, list[TokenPair]]:
     """The pairs of `verify`, and the job that measures on them.
@@ -250,7 +250,10 @@ def _read_held_out(
         objective = replace(objective, constraint=own)
     there = replace(config.data, data=verify)
     if is_other(config.data.data, verify):
-        there = replace(there, **dict.fromkeys(PARTS))
+        # a flag is of the pairs of this command, unless it goes with data that a flag names
+        given = frozenset() if "data" in config.flagged else config.flagged
+        left = {name: default_of(options()[name]) for name in PARTS if name not in given}
+        there = replace(there, **left)
     config = replace(config, data=there, objective=objective)
     job = open_job(config, say=say)
     split = next((s for s in VERIFIED if has_split(job, s)), VERIFIED[0])

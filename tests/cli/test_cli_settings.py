@@ -121,12 +121,17 @@ def test_names_of_splits_go_with_the_data_of_the_yaml_file(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs").mkdir()
     (tmp_path / "mine.jsonl").write_text("")
-    yaml = {"test_split": "test_prefs", "subset": "english"} | ({"data": own} if own else {})
-    (tmp_path / "run.yaml").write_text(json.dumps(yaml))
-    found = load_config({"data": other}, tmp_path / "run.yaml").data
+    yaml = {"test_split": "test_prefs", "subset": "english", "valid_share": 0.05}
+    (tmp_path / "run.yaml").write_text(json.dumps(yaml | ({"data": own} if own else {})))
+    said: list[str] = []
+    found = load_config({"data": other}, tmp_path / "run.yaml", said.append).data
     assert (found.test_split, found.subset) == (("test_prefs", "english") if kept else (None, None))
-    given = load_config({"data": other, "test_split": "mine"}, tmp_path / "run.yaml").data
-    assert given.test_split == "mine"
+    assert found.valid_share == (0.05 if kept else 0)
+    told = f"valid_share 0.05 of {tmp_path / 'run.yaml'} is of its own data, not of mine.jsonl"
+    assert said == ([] if kept else [f"{told}: left out"])
+    mine = {"data": other, "test_split": "mine", "valid_share": 0.1}
+    given = load_config(mine, tmp_path / "run.yaml").data
+    assert (given.test_split, given.valid_share) == ("mine", 0.1)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,28 @@ def test_fuse_verifies_on_what_the_share_has_held_back(place, tmp_path):
     assert "it has seen many of these pairs" in whole.stderr
 
 
+@pytest.mark.parametrize("other", ["others.jsonl", "split"])
+def test_a_share_of_a_yaml_file_is_none_of_other_data_and_a_flag_is(place, tmp_path, other):
+    """It took a fifth of held-out pairs, and refused a folder that has a validation split."""
+    lines(place / "others.jsonl", *ROWS)
+    yaml = {"data": str(place / "pairs.jsonl"), "model": str(place / "model"), "valid_share": 0.2}
+    lines(tmp_path / "run.yaml", yaml | {"objective": "dpo", "iters": 1})
+    own = ("-c", tmp_path / "run.yaml")
+    assert run("train", *own, "--adapter-path", tmp_path / "out").exit_code == 0
+    words = (*own, "--adapter-path", tmp_path / "out")
+    fused = ("--save-path", tmp_path / "fused", "--overwrite")
+    judged = run("evaluate", *words, "--data", place / other, "--split", "train", "--samples", 0)
+    assert judged.exit_code == 0, judged.stderr
+    assert "is of its own data" in judged.stderr
+    verify = ["fuse", *words, *fused, "--verify", place / other]
+    whole = "20 pairs of the train" if other == "others.jsonl" else "1 pairs of the valid"
+    assert f"on its {whole} split" in run(*verify).stderr
+    if other == "others.jsonl":
+        assert "pairs of the valid split" in run(*verify, *SHARE).stderr
+    again = run("fuse", *words, *fused, "--verify", place / "pairs.jsonl")
+    assert "pairs of the valid split" in again.stderr
+
+
 def test_a_test_split_is_the_same_under_every_share(place, tmp_path):
     lines(tmp_path / "data" / "train.jsonl", *ROWS)
     lines(tmp_path / "data" / "test.jsonl", {**ROWS[0], "prompt": "Another?"})
