@@ -16,6 +16,7 @@ from fpo_mlx.records import TokenPair
 from fpo_mlx.reference.weights import model_fingerprint
 from fpo_mlx.storage.adapter_files import RUN, model_template, own_template, run_of
 from fpo_mlx.storage.files import known_object
+from fpo_mlx.storage.outputs import same_place
 
 Say = Callable[[str], None]
 
@@ -58,7 +59,7 @@ def warn_of_training_pairs(
     split: str,
 ) -> set[str]:
     """Name every adapter whose run.json says that it was trained on these very pairs, or on pairs
-    among these, as another --valid-share held others of the same data back; those.
+    among these, as a smaller --valid-share held fewer of the same data back; those.
 
     config, split: of which the pairs are.
     """
@@ -75,24 +76,35 @@ def warn_of_training_pairs(
                 "figures say little of others. Hold some back: --valid-share 0.05 in training and "
                 "here, or a folder with train.jsonl and valid.jsonl as --data"
             )
-        elif not own and (theirs := _other_share(run, config.data)) is not None:
+        elif not own and (theirs := _smaller_share(run, config.data)) is not None:
             found.add(adapter)
-            say(
-                f"warning: the adapter {adapter} was trained on this data with --valid-share "
-                f"{theirs:g}, and this is --valid-share {config.data.valid_share:g}: it has seen "
-                f"many of these pairs. Give --valid-share {theirs:g} here, too"
-            )
+            say(f"warning: the adapter {adapter} {_seen(theirs, config.data.valid_share)}")
     return found
 
 
-def _other_share(run: Mapping[str, Any], ours: DataConfig) -> float | None:
-    """What a run on the same data held back, where that is another share."""
+def _seen(theirs: float, ours: float) -> str:
+    if not theirs:
+        return (
+            "was trained on all of this data: it has seen these pairs. Nothing was held back; "
+            f"train anew with --valid-share {ours:g} to have pairs to judge on"
+        )
+    return (
+        f"was trained on this data with --valid-share {theirs:g}, and this is --valid-share "
+        f"{ours:g}: it has seen many of these pairs. Give --valid-share {theirs:g} here, too"
+    )
+
+
+def _smaller_share(run: Mapping[str, Any], ours: DataConfig) -> float | None:
+    """What a run on the same data held back, where these pairs are more than that.
+
+    Prompts that a smaller share holds back are among those of a larger one.
+    """
     settings, place = _part(run, "settings"), Path(ours.data).expanduser()
     kept = _part(run, "source").get("data") if place.exists() else settings.get("data")
-    if kept != (str(place.resolve()) if place.exists() else ours.data):
-        return None
+    same = same_place(Path(str(kept)), place) if place.exists() else kept == ours.data
     theirs = settings.get("valid_share") or 0.0
-    return theirs if theirs != ours.valid_share else None
+    more = theirs < ours.valid_share or (theirs and not ours.valid_share)
+    return theirs if same and more else None
 
 
 def settings_of(adapter: str | Path) -> Mapping[str, Any]:

@@ -67,16 +67,30 @@ def test_a_run_trains_on_what_is_left_and_every_command_sees_the_same(place, tmp
     assert "scoring 20 of 20 pairs" in made.stderr
 
 
-@pytest.mark.parametrize(("there", "here"), [(0.2, None), (None, 0.2), (0.2, 0.3), (0.2, 0.2)])
-def test_pairs_that_another_share_trained_on_are_named(place, tmp_path, there, here):
-    """By the fingerprint of all pairs together they were others."""
+@pytest.mark.parametrize(("there", "here", "said"), [
+    (0.2, None, "Give --valid-share 0.2 here, too"), (0.2, 0.4, "Give --valid-share 0.2 here, too"),
+    (None, 0.2, "Nothing was held back"), (0.2, 0.2, None), (0.4, 0.2, None),
+])  # fmt: skip
+def test_pairs_that_another_share_trained_on_are_named(place, tmp_path, there, here, said):
+    """By the fingerprint of all pairs together they were others; those of less lie within more."""
     flags = [("--valid-share", share) if share else () for share in (there, here)]
     assert dpo(place, tmp_path / "out", *flags[0]).exit_code == 0
     words = usual(place, sae=None, data=place / "pairs.jsonl")
     words += ["--adapter-path", tmp_path / "out", "--samples", 0, "--split", "valid", *flags[1]]
     judged = run("evaluate", *words, "--json", tmp_path / "scores.json")
     assert judged.exit_code == 0, judged.stderr
-    assert ("it has seen many of these pairs" in judged.stderr) is (there != here)
+    assert ("it has seen" in judged.stderr) is (said is not None)
+    assert (said or "") in judged.stderr
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found.get("trained_on", False) is (said is not None)
+
+
+def test_a_file_that_bears_another_name_is_the_one_that_was_trained_on(place, tmp_path):
+    assert dpo(place, tmp_path / "out", *SHARE).exit_code == 0
+    (tmp_path / "other.jsonl").hardlink_to(place / "pairs.jsonl")
+    words = usual(place, sae=None, data=tmp_path / "other.jsonl")
+    words += ["--adapter-path", tmp_path / "out", "--samples", 0, "--split", "valid"]
+    assert "it has seen many of these pairs" in run("evaluate", *words).stderr
 
 
 def test_fuse_verifies_on_what_the_share_has_held_back(place, tmp_path):
