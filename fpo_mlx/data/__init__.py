@@ -17,7 +17,6 @@ from fpo_mlx.data.holdout import find_place as find_place
 from fpo_mlx.data.holdout import find_splits as find_splits
 from fpo_mlx.data.holdout import iterate_raw as iterate_raw
 from fpo_mlx.data.holdout import read_split as read_split
-from fpo_mlx.data.holdout import split_of as split_of
 from fpo_mlx.data.passages import read_passages as read_passages
 from fpo_mlx.data.passages import spread as spread
 from fpo_mlx.data.read import AUTO_SPLITS as AUTO_SPLITS

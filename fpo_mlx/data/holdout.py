@@ -1,8 +1,9 @@
 """The splits as a run sees them: those of `read`, or with --valid-share a part of the training rows
 in the place of a validation split that is not there.
 
-The part is chosen by prompt, so that none stands on both sides, and depends on the prompts and the
-share alone: every command holds the same rows back. A prompt is what `check` calls the same in two
+The part is chosen by prompt, so that none stands on both sides, and a prompt's own hash says on
+which it is: every command holds the same rows back, also when others have been added, and a larger
+share holds back those of a smaller one and more. A prompt is what `check` calls the same in two
 splits: without its system message, letter case and spacing.
 """
 
@@ -24,18 +25,6 @@ from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns, PreferenceRow
 from fpo_mlx.errors import ConfigError, DataError, FpoError
 
 SEED = 0  # no setting: a run's own seed would hold other rows back than `evaluate` judges
-
-
-def split_of(ids: Iterable[str], valid: float, test: float, seed: int) -> dict[str, str]:
-    """A split for each prompt; whoever is asked for gets one prompt at least where two are."""
-    unique = dict.fromkeys(ids)
-    order = sorted(unique, key=lambda id: hashlib.sha256(f"{seed}:{id}".encode()).digest())
-    splits, at = dict.fromkeys(order, "train"), 0
-    for name, share in (("valid", valid), ("test", test)):
-        count = max(round(share * len(order)), 1) if share and len(order) > at + 1 else 0
-        splits |= dict.fromkeys(order[at : at + count], name)
-        at += count
-    return splits
 
 
 def find_splits(
@@ -119,7 +108,7 @@ def content_key(source: str | Path, split: str, hub: HubSplits = AUTO_SPLITS) ->
     if not _is_part(source, split, hub):
         return read.content_key(source, split, hub)
     whole = read.content_key(source, "train", replace(hub, valid_share=0.0))
-    parts = [whole, "valid_share", hub.valid_share, split]
+    parts = [whole, "valid_share by hash", hub.valid_share, split]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -150,5 +139,20 @@ def _held(
             topics[raw.index] = topic_of(read.parse_raw(raw, columns)).hex()
         except RowFault:
             continue
-    splits = split_of(topics.values(), share, 0.0, SEED)
-    return frozenset(index for index, topic in topics.items() if splits[topic] == "valid")
+    held = held_back(topics.values(), share)
+    return frozenset(index for index, topic in topics.items() if topic in held)
+
+
+def held_back(prompts: Iterable[str], share: float) -> set[str]:
+    """Those whose hash is below the share of all hashes; one at least where two are, never all."""
+    places = {prompt: _place(prompt) for prompt in dict.fromkeys(prompts)}
+    if len(places) < 2:
+        return set()
+    below = {prompt for prompt, place in places.items() if place < share}
+    return (below or {min(places, key=places.__getitem__)}) - {max(places, key=places.__getitem__)}
+
+
+def _place(prompt: str) -> float:
+    """From 0 to 1, evenly."""
+    digest = hashlib.sha256(f"{SEED}:{prompt}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -184,3 +185,15 @@ def longer_share(pairs: Iterable[Pair]) -> float | None:
     """Of pairs whose answers differ in length: the longer one is chosen."""
     apart = [p.tokens[0] > p.tokens[1] for p in pairs if p.tokens[0] != p.tokens[1]]
     return sum(apart) / len(apart) if apart else None
+
+
+def split_of(ids: Iterable[str], valid: float, test: float, seed: int) -> dict[str, str]:
+    """A split for each prompt; whoever is asked for gets one prompt at least where two are."""
+    unique = dict.fromkeys(ids)
+    order = sorted(unique, key=lambda id: hashlib.sha256(f"{seed}:{id}".encode()).digest())
+    splits, at = dict.fromkeys(order, "train"), 0
+    for name, share in (("valid", valid), ("test", test)):
+        count = max(round(share * len(order)), 1) if share and len(order) > at + 1 else 0
+        splits |= dict.fromkeys(order[at : at + count], name)
+        at += count
+    return splits

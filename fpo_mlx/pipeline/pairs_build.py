@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fpo_mlx.config import load_config, load_section
-from fpo_mlx.data import split_of
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs import choose
 from fpo_mlx.pairs.choose import Left, Pair
@@ -192,7 +191,7 @@ def _report(
     def length(side: int) -> float:
         return sum(pair.tokens[side] for pair in pairs) / max(1, len(pairs))
 
-    splits = split_of(
+    splits = choose.split_of(
         (pair.id for pair in pairs), settings.valid_share, settings.test_share, settings.seed
     )
     counts = {name: 0 for name in ("train", "valid", "test")}
@@ -209,7 +208,7 @@ def _write(
     pairs: Sequence[Pair], settings: BuildConfig, report: BuildReport, output: Path,
     claim: Callable[[], object],
 ) -> None:  # fmt: skip
-    splits = split_of(
+    splits = choose.split_of(
         (pair.id for pair in pairs), settings.valid_share, settings.test_share, settings.seed
     )
     with files.atomic_folder(output, claim) as folder:

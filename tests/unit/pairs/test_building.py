@@ -13,10 +13,10 @@ import pytest
 from command_line import lines, refused, run
 from judges import candidates, graded
 
-from fpo_mlx.data import read_split, split_of
+from fpo_mlx.data import read_split
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs.augment import score_turns
-from fpo_mlx.pairs.choose import Left, asks_alike, augmented, balanced, pairs_of
+from fpo_mlx.pairs.choose import Left, asks_alike, augmented, balanced, pairs_of, split_of
 from fpo_mlx.pairs.doubles import finder
 from fpo_mlx.pairs.labels import Label
 from fpo_mlx.pairs.records import (
