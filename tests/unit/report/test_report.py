@@ -427,6 +427,18 @@ def test_the_command_judges_as_the_run_was_trained(tmp_path):
             assert taken["norm_scaling_factor"] == 0.5
 
 
+@pytest.mark.parametrize("data", ["pairs.jsonl", "folder"])
+def test_a_run_that_held_a_share_back_is_judged_on_that(tmp_path, data):
+    """A twentieth of another file was to be judged, of a test split that a share leaves none."""
+    settings = {"model": "m", "sae": ["s"], "data": data, "valid_share": 0.05}
+    run = a_run(tmp_path / "run", record={"settings": settings})
+    commands = [m.command for m in missing(read_runs([run]))]
+    assert len(commands) == 3
+    for command in commands:
+        assert f"--data {data} --valid-share 0.05" in command
+        assert "--split valid" in command
+
+
 def test_the_length_of_few_pairs_is_no_reason_to_warn(tmp_path):
     """One pair of 40 has the shorter chosen answer, and it was judged wrong."""
     one = SUMMARY | {"share_chosen_longer": 0.975, "rewards/accuracies/chosen_not_longer": 0.0}
