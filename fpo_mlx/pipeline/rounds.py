@@ -96,6 +96,11 @@ def _check(settings: RoundsConfig, say: Say) -> tuple[JudgeConfig, BuildConfig]:
     check_sae_named(training)
     judge = load_section(JudgeConfig, settings.judge)
     build = load_section(BuildConfig, settings.build)
+    if build.valid_share and (share := training.data.valid_share):
+        raise ConfigError(
+            f"train: valid_share {share:g}: found that build holds {build.valid_share:g} of the "
+            "prompts back itself. Leave it out, or add `valid_share: 0` to build."
+        )
     for prompts in (settings.prompts, settings.held_out):
         check_prompts(Path(prompts))
     check_judge(judge)

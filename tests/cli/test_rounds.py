@@ -132,7 +132,8 @@ def test_rounds_end_where_nothing_is_won(place, tmp_path):
      ({"judge": {}}, "--judge"), ({"train": {"lerning_rate": 1}}, "lerning_rate"),
      ({"generate": {"m": 1}}, "m"), ({"generate": {"seed": "abc"}}, "--seed 'abc'"),
      ({"generate": {"seed": 1.9}}, "--seed 1.9"),
-     ({"train": {"objective": "dpo", "chat_template": "t.jinja"}}, "chat_template differs")],
+     ({"train": {"objective": "dpo", "chat_template": "t.jinja"}}, "chat_template differs"),
+     ({"train": {"objective": "dpo", "valid_share": 0.05}}, "train: valid_share 0.05")],
 )  # fmt: skip
 def test_what_cannot_be_is_said_before_the_first_step(place, tmp_path, changes, part):
     refused(run("rounds", "-c", write(place, tmp_path, **changes)), 2, part)
