@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fpo_mlx import __version__
+from fpo_mlx.errors import FpoError
 from fpo_mlx.machine import blas, device
 from fpo_mlx.pipeline.device_check.lines import Line
 
@@ -47,7 +48,7 @@ def check_device(*, small: bool = False, show: Callable[[Line], None] = lambda _
     """Every part of the check, one after the other; each finding is shown as it comes.
 
     small: tiny shapes, seconds instead of minutes. A CPU takes these whatever is asked for, and so
-    does a GPU without the memory for others. What MLX refuses is a finding; other parts go on.
+    does a GPU without the memory for others. What is refused is a finding; other parts go on.
     """
     blas.preload()
     from fpo_mlx.pipeline.device_check import kernels, launches, places, runs, speed
@@ -78,10 +79,10 @@ def _of_the_size() -> Iterator[Line]:
 
 
 def _to_its_end(name: str, part: Iterable[Line]) -> Iterator[Line]:
-    """The lines of a part; where MLX refuses something, that as the last one."""
+    """The lines of a part; where MLX or a run of it refuses something, that as the last one."""
     try:
         yield from part
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, FpoError) as error:
         said = str(error).replace(str(Path.home()), "~")  # the file names no user
         yield Line(name, f"{name}, ended early", 1.0, 0.0, note=said)
 

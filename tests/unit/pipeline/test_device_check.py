@@ -14,6 +14,7 @@ import mlx.nn as nn
 import pytest
 
 from fpo_mlx.core import dictionary, features, linear_head, selection, whole_rows
+from fpo_mlx.errors import Diverged, ModelError
 from fpo_mlx.machine import device
 from fpo_mlx.pipeline import device_check
 from fpo_mlx.pipeline.device_check import kernels, launches, runs, speed
@@ -221,12 +222,14 @@ def test_a_gpu_without_the_memory_for_the_real_size_takes_the_small_one_and_says
     ]
 
 
-def test_what_mlx_refuses_is_a_finding_and_the_other_parts_go_on(monkeypatch):
+@pytest.mark.parametrize("refusal", [RuntimeError, ModelError, Diverged])
+def test_what_mlx_or_a_run_refuses_is_a_finding_and_the_other_parts_go_on(monkeypatch, refusal):
+    """A training that diverges on a device ended the whole check, and no file was written."""
     fine = Line("kernels", "KL", 0.0, 1.0)
 
     def full():
         yield fine
-        raise RuntimeError(f"[malloc] Unable to allocate 9 bytes. {Path.home()}/x")
+        raise refusal(f"[malloc] Unable to allocate 9 bytes. {Path.home()}/x")
 
     found, _ = without_parts(monkeypatch, 2e10, kernels=full, speed=lambda: [fine])
     told = found.as_dict()["findings"]
