@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,11 +60,18 @@ class LineWriter:
             raise unwritable(self.path, error) or error from error
 
     def close(self) -> None:
-        if sys.platform == "darwin":  # elsewhere every line was waited for
-            with suppress(OSError):
+        """Raises: FpoError where a Mac's drive did not take what was appended."""
+        try:
+            if sys.platform == "darwin":  # elsewhere every line was waited for
                 flush(self._file)
-        os.close(self._file)
-        locks.release(self._lock_path, self._lock)
+        except OSError as error:
+            raise FpoError(
+                f"{self.path}: the drive did not take its last lines: {error.strerror or error}. "
+                "Look at the drive, and run the command again."
+            ) from error
+        finally:
+            os.close(self._file)
+            locks.release(self._lock_path, self._lock)
 
     def __enter__(self) -> LineWriter:
         return self

@@ -109,3 +109,22 @@ def test_lines_that_the_disk_did_not_take_are_gone_and_the_next_ones_follow_the_
         assert path.read_bytes() == b'{"a": 1}\n'
         writer.append({"b": 2})
     assert path.read_bytes() == b'{"a": 1}\n{"b": 2}\n'
+
+
+def test_on_a_mac_lines_that_the_drive_did_not_take_at_the_end_are_an_error(tmp_path, monkeypatch):
+    """It is the one flush that is waited for, and its failure was not told."""
+
+    def broken(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    path = tmp_path / "a.jsonl"
+    monkeypatch.setattr(lines.sys, "platform", "darwin")
+    monkeypatch.setattr(lines, "flush_in_order", lambda handle: None)
+    monkeypatch.setattr(lines, "flush", broken)
+    with (
+        pytest.raises(FpoError, match="a.jsonl: .* Input/output error"),
+        LineWriter(path) as writer,
+    ):
+        writer.append({"a": 1})
+    monkeypatch.setattr(lines, "flush", lambda handle: None)
+    assert written(path, [{"b": 2}]) == b'{"a": 1}\n{"b": 2}\n'  # nothing stayed locked
