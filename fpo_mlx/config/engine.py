@@ -85,7 +85,7 @@ def _given(
             say(f"valid_share {share} of {path} is of its own data, not of {other}: left out")
         given = {name: value for name, value in given.items() if name not in PARTS}
     flags = {name: value for name, value in flags.items() if value is not None}
-    for name in flags:
+    for name in (name for name, value in flags.items() if value):  # a share of 0 is none
         old = (fields[name].metadata["instead_of"] if name in fields else None) or ""
         if given.get(old) is not None and old not in flags:
             say(f"{_flag(name)} {flags[name]} stands in the place of {old} of {path}")

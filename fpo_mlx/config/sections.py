@@ -33,7 +33,11 @@ class DataConfig:
         None, "split of a hub dataset to train on, or a slice of one: train[:1000]", "data"
     )
     valid_split: str | None = setting(
-        None, "split of a hub dataset to validate on", "data", may_change=True
+        None,
+        "split of a hub dataset to validate on",
+        "data",
+        may_change=True,
+        instead_of="valid_share",
     )
     test_split: str | None = setting(
         None, "split of a hub dataset to test on", "data", may_change=True
@@ -42,6 +46,7 @@ class DataConfig:
         0.0,
         "share of the training prompts to validate on, where the data have no validation split",
         "data",
+        instead_of="valid_split",
         least=0,
         most=0.5,
     )

@@ -134,6 +134,22 @@ def test_names_of_splits_go_with_the_data_of_the_yaml_file(tmp_path, monkeypatch
     assert (given.test_split, given.valid_share) == ("mine", 0.1)
 
 
+@pytest.mark.parametrize(("given", "own", "kept"), [
+    ({"valid_split": "dev"}, "valid_share: 0.05", (0, "dev")),
+    ({"valid_share": 0.1}, "valid_split: dev", (0.1, None)),
+    ({"valid_share": 0}, "valid_split: dev", (0, "dev")),
+])  # fmt: skip
+def test_a_flag_for_validation_pairs_displaces_the_other_one_of_a_yaml_file(
+    tmp_path, given, own, kept
+):
+    (tmp_path / "run.yaml").write_text(own)
+    found = load_config(given, tmp_path / "run.yaml").data
+    assert (found.valid_share, found.valid_split) == kept
+    both = {"valid_split": "dev", "valid_share": 0.1}
+    with pytest.raises(ConfigError, match="exclude each other"):
+        load_config(both, tmp_path / "run.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [("learning_rat: 1\n", "learning_rate"), ("[1, 2]\n", "list"), ("a: [\n", "YAML")],
