@@ -117,11 +117,11 @@ def _scorers(
             if scorer is None:
                 scorer = open_scorer(job, path if adapter_paths else None, scale=scale, **how)
             else:
-                _take_part(scorer, path, scale)
+                take_part(scorer, path, scale)
             yield path, scale, scorer
 
 
-def _take_part(scorer: Scorer, adapter_path: str, scale: float) -> None:
+def take_part(scorer: Scorer, adapter_path: str, scale: float) -> None:
     """Another part of the adapter's change: it is counted from the reference, put back first."""
     from fpo_mlx.model import adapters
 

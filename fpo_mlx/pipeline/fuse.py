@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fpo_mlx.config import PARTS, RunConfig, default_of, is_other, options
 from fpo_mlx.errors import ConfigError, FpoError
-from fpo_mlx.pipeline.evaluate import check_scales, open_scorer
+from fpo_mlx.pipeline.evaluate import check_scales, open_scorer, take_part
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job, read_pairs
 from fpo_mlx.pipeline.measure import as_trained
 from fpo_mlx.pipeline.origins import warn_of_origin, warn_of_training_pairs
@@ -211,16 +211,13 @@ def _scale_within(held: Held, adapter_path: str, bound: Bound, say: Say) -> With
     """
     from fpo_mlx.judge import evaluate as evaluation
     from fpo_mlx.judge.frontier import largest_scale
-    from fpo_mlx.model import adapters
     from fpo_mlx.train.drift import named_as
 
     job, scored, half = held
     scorer = open_scorer(job, adapter_path, half=half, measure_kl=bound.kind == "kl", say=say)
-    whole, fresh = Path(adapter_path), scorer.reference_weights()
 
     def measured(part: float) -> float:
-        adapters.update(scorer.policy.model, fresh)
-        adapters.fill(scorer.policy.model, whole, scale=part)
+        take_part(scorer, adapter_path, part)
         summary = evaluation.evaluate(scorer, scored).summary
         return named_as(bound.figure, float(summary[bound.figure]))
 

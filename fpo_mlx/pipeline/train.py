@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_mlx import __version__, data
 from fpo_mlx.cache import ReferenceCache
-from fpo_mlx.config import RunConfig, TrainConfig
+from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import weights_fingerprint
 from fpo_mlx.errors import CacheMismatch, ConfigError
 from fpo_mlx.machine import device
@@ -21,13 +21,14 @@ from fpo_mlx.pipeline.plan import predicted_peak
 from fpo_mlx.pipeline.policy import open_policy, outline_of
 from fpo_mlx.pipeline.prepared import read_splits
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
-from fpo_mlx.records import PAIRS_FILE, TokenPair
+from fpo_mlx.records import PAIRS_FILE
 from fpo_mlx.storage import files, outputs
 
 if TYPE_CHECKING:
     from fpo_mlx.machine.parallel import Ranks
     from fpo_mlx.train.checkpoint import Folder
     from fpo_mlx.train.events import Report
+    from fpo_mlx.train.order import Order
     from fpo_mlx.train.trainer import Trainer
 
 RUN = outputs.Made(
@@ -108,6 +109,7 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     from fpo_mlx.train.checkpoint import AdapterFolder, NoFolder, check_resumable
     from fpo_mlx.train.metrics import ScoredPairs
     from fpo_mlx.train.optimizer import make_optimizer
+    from fpo_mlx.train.order import Order
     from fpo_mlx.train.trainer import Trainer
 
     t, place = config.train, Path(config.train.adapter_path)
@@ -130,7 +132,8 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     if shortage:
         say(f"warning: {shortage}")
     agree = _agreement(ranks)
-    looks = _looked_at(t, pairs, valid, say)
+    order = Order(pairs, t)
+    looks = _looked_at(order, len(valid), say)
     wanted = [part[i] for part, some in zip((pairs, valid), looks, strict=True) for i in some]
     store = reference_of(job, wanted, say, progress, other_weights=True, agree=agree)
     scorer, adapter_config = open_policy(job, outline.spec, say=say)
@@ -140,30 +143,29 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
         ScoredPairs(part, CachedScores(store, part, some))
         for part, some in zip((pairs, valid), looks, strict=True)
     )
-    trainer = Trainer(scorer, scored, held_out if valid else None, t, out, install_stop(), ranks)
+    trainer = Trainer(
+        scorer, scored, held_out if valid else None, t, out, install_stop(), ranks, order
+    )  # fmt: skip
     template = job.tokenizer.templates["default"] if config.data.chat_template else None
     return _Ready(trainer, out, store, record, template, predicted)
 
 
-def _looked_at(
-    config: TrainConfig, pairs: Sequence[TokenPair], valid: Sequence[TokenPair], say: Say
-) -> tuple[list[int], list[int]]:
+def _looked_at(order: Order, valid: int, say: Say) -> tuple[list[int], list[int]]:
     """Positions of the training and of the validation pairs whose scores the run reads.
 
     Up to its last iteration: of a large data set that may be a small part. A run that is resumed
-    with more of them has the others scored then.
+    with more of them has the others scored then. valid: how many validation pairs there are.
     """
-    from fpo_mlx.train.order import Order
     from fpo_mlx.train.trainer import START_PAIRS
 
-    seen = set(Order(pairs, config).visited().tolist())
-    if config.reference:  # it may be of other weights, which are compared on the first pairs
-        seen.update(range(min(START_PAIRS, len(pairs))))
-    held = config.validated(len(valid))
-    if len(seen) < len(pairs) or held < len(valid):
-        of_valid = f" and {held} of {len(valid)} validation pairs" if valid else ""
+    seen, count = set(order.visited().tolist()), len(order.pairs)
+    if order.config.reference:  # it may be of other weights, which are compared on the first pairs
+        seen.update(range(min(START_PAIRS, count)))
+    held = order.config.validated(valid)
+    if len(seen) < count or held < valid:
+        of_valid = f" and {held} of {valid} validation pairs" if valid else ""
         say(
-            f"this run needs the reference's scores of {len(seen)} of {len(pairs)} training pairs"
+            f"this run needs the reference's scores of {len(seen)} of {count} training pairs"
             f"{of_valid}, and of no others (`fpo-mlx precompute` scores all)"
         )
     return sorted(seen), list(range(held))

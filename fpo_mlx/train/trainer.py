@@ -48,16 +48,18 @@ class Trainer:
         folder: Folder,
         stop: Callable[[], int | None] = lambda: None,
         ranks: Ranks | None = None,
+        order: Order | None = None,
     ) -> None:
         """stop: asked between updates; an exit code (130, 143) saves the state and ends the run.
 
         ranks: the processes among which the pairs of every update are dealt out; default one.
+        order: of the training pairs, where it is known already.
         """
         self.scorer, self.train, self.valid = scorer, train, valid
         self.config, self.folder, self._stop = config, folder, stop
         self.ranks = ranks or Ranks()
         self.model = scorer.policy.model
-        self.order = Order(train.pairs, config)
+        self.order = order or Order(train.pairs, config)
         self.total = self.order.total
         self.optimizer = make_optimizer(config)
         self.optimizer.init(self.model.trainable_parameters())
