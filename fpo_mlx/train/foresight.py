@@ -7,7 +7,7 @@ from fpo_mlx.train.order import Order
 
 MANY_PASSES = 5.0  # over the training pairs
 IDLE = 0.1  # part of a run's updates behind the end of its schedule that is too much
-# where the arguments of a schedule that ends hold its length and its last value
+# where the arguments of a schedule that ends hold its length and its last value, behind its first
 ENDING = {"cosine_decay": (1, 2), "linear_schedule": (2, 1)}
 
 
@@ -48,10 +48,15 @@ def short_schedule(order: Order) -> str | None:
 
 
 def _end_of(config: TrainConfig) -> tuple[float, float, float] | None:
-    """(updates behind the warm-up, those of the warm-up, the last rate) of a schedule that ends."""
+    """(updates behind the warm-up, those of the warm-up, the last rate) of a schedule that ends.
+
+    One that rises is a warm-up itself: its last rate is the one to train at.
+    """
     block = config.lr_schedule or {}
     if block.get("name") not in ENDING:
         return None
     (at, end), arguments = ENDING[block["name"]], block["arguments"]
     last = arguments[end] if end < len(arguments) else 0.0
+    if last >= arguments[0]:
+        return None
     return arguments[at], block.get("warmup") or 0, last

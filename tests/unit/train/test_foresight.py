@@ -44,6 +44,7 @@ def test_many_passes_are_warned_of_unless_validations_end_them():
 
 
 COSINE = {"name": "cosine_decay", "arguments": [2e-5, 500], "warmup": 20}
+RISING = {"name": "linear_schedule", "arguments": [0, 2e-5, 100]}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,8 @@ COSINE = {"name": "cosine_decay", "arguments": [2e-5, 500], "warmup": 20}
                 "5000 long",
             ),
         ),
+        (RISING, {"iters": 5000}, ()),  # a warm-up to a rate that stays
+        ({"name": "cosine_decay", "arguments": [1e-6, 100, 2e-5]}, {"iters": 5000}, ()),
         (COSINE, {"iters": 520}, ()),
         (COSINE, {"iters": 560}, ()),  # a short rest at the end is no harm
         (COSINE, {"iters": 100}, ()),  # cut off
