@@ -59,6 +59,11 @@ def plan(memory_gb, json_path, **values) -> None:
         table(
             (f"  {term.name}", f"{term.bytes / GB:.3f} GB") for term in command.terms if term.bytes
         )
+    if report.kept:
+        click.echo(
+            f"\nbeside it MLX keeps up to {report.kept / GB:.2f} GB of freed buffers while there "
+            "is room; where memory is short it gives them back"
+        )
     click.echo()
     for line in report.advice:
         click.echo(line)

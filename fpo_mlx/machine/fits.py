@@ -26,7 +26,8 @@ class Case:
     setup: Setup
     tiles: Tiles
     lengths: tuple[Lengths, ...]  # of the pairs; the heaviest decides
-    fresh: bool = True  # adapters by the settings; those of --init-adapter keep their blocks
+    fixed: frozenset[str] = frozenset()  # settings that this run cannot change
+    data: float = 0.0  # bytes that all pairs hold, beside what MLX allocates
 
     def terms(self) -> list[Term]:
         every = (
@@ -37,7 +38,13 @@ class Case:
 
     @property
     def peak(self) -> float:
+        """What MLX is to allocate."""
         return total(self.terms())
+
+    @property
+    def need(self) -> float:
+        """What has to fit into memory."""
+        return self.peak + self.data
 
     def cut(self, longest: int) -> Case:
         """The same with every response cut as --max-seq-length cuts it."""
@@ -59,47 +66,75 @@ def heaviest(lengths: Sequence[Lengths], count: int = 50) -> tuple[Lengths, ...]
     return tuple({pair for way in ways for pair in sorted(set(lengths), key=way)[-count:]})
 
 
-def changes(case: Case) -> list[tuple[str, Case]]:
+@dataclass(frozen=True)
+class Change:
+    """flags: all that it takes, those of changes that it builds on first; note: what it costs."""
+
+    flags: tuple[str, ...]
+    note: str
+    case: Case
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.flags)} ({self.note})"
+
+
+def changes(case: Case) -> list[Change]:
     """What could be changed to need less memory, the least painful first."""
-    setup, now = case.setup, case.peak
-    ways: list[tuple[str, Case]] = []
-    if setup.micro_batch_size > 1:
-        case = replace(case, setup=replace(setup, micro_batch_size=1))
-        ways.append(("--micro-batch-size 1 (slower, the same result)", case))
-    if not case.setup.grad_checkpoint and not setup.forward:
-        case = replace(case, setup=replace(case.setup, grad_checkpoint=True))
-        ways.append(("--grad-checkpoint (slower, the same result)", case))
-    if not setup.forward:
-        way = replace(case, setup=replace(case.setup, forward=True))
-        ways.append(("or --gradient forward (the memory of inference, many more updates)", way))
-    now_adapted = setup.adapted_blocks
-    ways += [
-        (f"and {n} adapted blocks (--num-layers {n})", fewer(case, n))
-        for n in (8, 4, 2)
-        if case.fresh and n < now_adapted
-    ]
-    ways += [
-        (f"and --max-seq-length {n} (cuts what is longer)", case.cut(n))
-        for n in (2048, 1024, 512, 256)
-        if n < max(pair.longest for pair in case.lengths)
-    ]
-    return [(name, way) for name, way in ways if way.peak < now]
+    now = Change((), "", case)
+    found = _same_result(now)
+    given = case.setup.grad_checkpoint
+    whole = next((one for one in found if one.case.setup.grad_checkpoint == given), now)
+    base = found[-1] if found else now
+    others = [*_without_backward(whole), *_other_runs(base)]
+    return [*found, *(one for one in others if one.case.peak < case.peak)]
 
 
-def way_out(case: Case, memory: float) -> tuple[str, float] | None:
-    """The first of `changes` that fits, with those that it builds on, and its peak."""
-    base: list[str] = []
-    for name, way in changes(case):
-        own = name.removeprefix("or ").removeprefix("and ")
-        if name.startswith("or "):  # in the place of checkpoints
-            steps = [one for one in base if not one.startswith("--grad-checkpoint")]
-        else:
-            steps = base
-        if way.peak <= memory:
-            return " and ".join([*steps, own]), way.peak
-        if own == name:
-            base.append(name)
-    return None
+def way_out(case: Case, memory: float) -> Change | None:
+    """The first of `changes` that fits."""
+    return next((one for one in changes(case) if one.case.need <= memory), None)
+
+
+def _same_result(now: Change) -> list[Change]:
+    """Each builds on those before it; one that saves nothing is left out."""
+    found, note = [], "slower, the same result"
+    for name, flag, value, useful in (
+        ("micro_batch_size", "--micro-batch-size 1", 1, now.case.setup.micro_batch_size > 1),
+        ("grad_checkpoint", "--grad-checkpoint", True, not now.case.setup.forward),
+    ):
+        if not useful or name in now.case.fixed:
+            continue
+        case = replace(now.case, setup=replace(now.case.setup, **{name: value}))
+        if case.peak < now.case.peak:
+            now = Change((*now.flags, flag), note, case)
+            found.append(now)
+    return found
+
+
+def _without_backward(base: Change) -> list[Change]:
+    """In the place of checkpoints."""
+    if base.case.setup.forward or "gradient" in base.case.fixed:
+        return []
+    case = replace(base.case, setup=replace(base.case.setup, forward=True))
+    note = "the memory of inference, many more updates"
+    return [Change((*base.flags, "--gradient forward"), note, case)]
+
+
+def _other_runs(base: Change) -> list[Change]:
+    """What trains something else: fewer blocks, or shorter responses."""
+    case, found = base.case, []
+    if "num_layers" not in case.fixed:
+        found += [
+            Change((*base.flags, f"--num-layers {n}"), "fewer adapted blocks", fewer(case, n))
+            for n in (8, 4, 2)
+            if n < case.setup.adapted_blocks
+        ]
+    if "max_seq_length" not in case.fixed:
+        found += [
+            Change((*base.flags, f"--max-seq-length {n}"), "cuts what is longer", case.cut(n))
+            for n in (2048, 1024, 512, 256)
+            if n < max(pair.longest for pair in case.lengths)
+        ]
+    return found
 
 
 def fewer(case: Case, blocks: int) -> Case:
@@ -120,7 +155,7 @@ def largest_micro_batch(case: Case, memory: float) -> int:
     """The most pairs at once that fit, 0 where not even one does; never more than an update's."""
 
     def fits(n: int) -> bool:
-        return replace(case, setup=replace(case.setup, micro_batch_size=n)).peak <= memory
+        return replace(case, setup=replace(case.setup, micro_batch_size=n)).need <= memory
 
     return _largest(fits, case.setup.batch_size)
 
@@ -130,7 +165,7 @@ def longest_sequence(case: Case, memory: float, most: int = 1 << 17) -> int:
 
     def fits(n: int) -> bool:
         half, rest = max(1, n // 2), max(1, n - n // 2)
-        return replace(case, lengths=(Lengths(half, rest, rest),)).peak <= memory
+        return replace(case, lengths=(Lengths(half, rest, rest),)).need <= memory
 
     return _largest(fits, most)
 

@@ -3,6 +3,7 @@
 Pure arithmetic: no model is built and no weight is read. What is counted is what the code of
 `model.policy`, `core` and `trainer` keeps alive; the few constants below were fitted to measured
 peaks with `scripts/bench/plan.py`, which prints predicted and measured side by side.
+Freed buffers that MLX keeps are in no peak: it gives them back where memory is short.
 Bytes throughout; FLOPs count a multiplication and an addition as two.
 """
 
@@ -90,7 +91,6 @@ class Tiles:
     pool_elements: int
     ahead: int = 10  # alive at once: the device allocates for operations that still wait
     row_elements: int | None = None  # logits of whole rows at once; None: tiles are folded
-    cache: int = 0  # bytes of freed buffers that are kept
     wide_elements: int = 0  # of a half-precision head that is widened at once
     together: bool = False  # the pairs of a micro batch in one pass
 
@@ -99,7 +99,7 @@ class Tiles:
         whole = None if here.fold else here.row_elements
         return Tiles(
             here.vocab_columns, here.vocab_rows, here.pool_elements, here.ahead, whole,
-            here.cache_limit or 0, here.wide_elements, here.together,
+            here.wide_elements, here.together,
         )  # fmt: skip
 
 
@@ -228,7 +228,6 @@ def train_terms(
         Term("kept for the backward pass", kept),
         Term("block in work, loss or pooling", max(work, loss, pooling)),
         Term("other", BASE + _columns(saes, setup)),
-        *([Term("freed buffers kept", tiles.cache)] if tiles.cache else []),
     ]
     return sorted(terms, key=lambda term: -term.bytes)
 
@@ -264,7 +263,6 @@ def precompute_terms(
         Term("keys and values of the first response's pass", prefix * model.value_bytes),
         Term("block in work, loss or pooling", max(work, loss, pooling)),
         Term("other", BASE),
-        *([Term("freed buffers kept", tiles.cache)] if tiles.cache else []),
     ]
     return sorted(terms, key=lambda term: -term.bytes)
 

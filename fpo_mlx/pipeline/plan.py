@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fpo_mlx.cache import CacheIdentity
-from fpo_mlx.config import RunConfig
+from fpo_mlx.config import RunConfig, named, options
 from fpo_mlx.machine import device
 from fpo_mlx.machine import fits as fitting
 from fpo_mlx.machine import memory as model_of
@@ -50,7 +50,10 @@ class CommandPlan:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """memory: bytes that may be used; advice: what to change, or what more would fit."""
+    """memory: bytes that may be used; advice: what to change, or what more would fit.
+
+    kept: bytes of freed buffers that MLX keeps beside either peak while there is room.
+    """
 
     memory: float
     gflops: float
@@ -59,6 +62,7 @@ class PlanReport:
     precompute: CommandPlan
     train: CommandPlan
     advice: tuple[str, ...]
+    kept: float
 
     def as_dict(self) -> dict[str, Any]:
         def one(command: CommandPlan) -> dict[str, Any]:
@@ -71,7 +75,8 @@ class PlanReport:
             }
 
         return {
-            "memory_bytes": round(self.memory), "gflops": self.gflops, "pairs": self.pairs,
+            "memory_bytes": round(self.memory), "kept_bytes": round(self.kept),
+            "gflops": self.gflops, "pairs": self.pairs,
             "longest_pair": vars(self.longest), "precompute": one(self.precompute),
             "train": one(self.train), "advice": list(self.advice),
         }  # fmt: skip
@@ -96,7 +101,8 @@ def plan(config: RunConfig, *, memory_gb: float | None = None, say: Say) -> Plan
     first = _precompute_plan(case, lengths, len(pairs), memory, speed)
     decisive = max(case.lengths, key=lambda one: model_of.total(_terms(case, one)))
     advice = tuple(_advice(case, memory, train.fits))
-    return PlanReport(memory, speed, len(pairs) or None, decisive, first, train, advice)
+    kept = device.here().cache_limit or 0
+    return PlanReport(memory, speed, len(pairs) or None, decisive, first, train, advice, kept)
 
 
 def _open(config: RunConfig, path: Path, say: Say) -> Job:
@@ -143,7 +149,14 @@ def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None
     )  # fmt: skip
     tiles = Tiles.of(device.here())
     saes = tuple(_sae_shape(sae) for sae in job.saes) if o.pooled else ()
-    return Case(shape, saes, setup, tiles, fitting.heaviest(lengths), job.adapter is None)
+    held = model_of.data_term(lengths).bytes
+    return Case(shape, saes, setup, tiles, fitting.heaviest(lengths), _fixed(job), held)
+
+
+def _fixed(job: Job) -> frozenset[str]:
+    """Settings that the run cannot change: a resumed one keeps most, a given adapter its blocks."""
+    kept = set(options()) - set(named("may_change")) if job.config.train.resume else set()
+    return frozenset(kept | ({"num_layers"} if job.adapter else set()))
 
 
 def adapted_of(model: Any, config: Mapping[str, Any]) -> Adapted:
@@ -310,9 +323,10 @@ def _advice(case: Case, memory: float, fits: bool) -> list[str]:
             f"{longest} tokens, half of them prompt",
         ]
     lines = []
-    for name, way in fitting.changes(case):
-        lines.append(f"{name}: {way.peak / 1e9:.2f} GB{', fits' if way.peak <= memory else ''}")
-        if way.peak <= memory:
+    for change in fitting.changes(case):
+        need = change.case.need
+        lines.append(f"{change}: {need / 1e9:.2f} GB{', fits' if need <= memory else ''}")
+        if need <= memory:
             return lines
     weights = case.model.weights
     if weights > 0.8 * memory:
@@ -330,23 +344,25 @@ def predicted_peak(
 
     It fits where `plan` says so.
     """
-    lengths = lengths_of(pairs)
-    case = case_of(job, lengths, outline)
-    peak, memory = case.peak, memory_of(None)
-    if not math.isfinite(peak):
+    case, memory = case_of(job, lengths_of(pairs), outline), memory_of(None)
+    if not math.isfinite(case.peak):
         return 0.0, None
-    room = memory - model_of.data_term(lengths).bytes
-    return peak, None if peak <= room else _shortage(case, memory, room)
+    short = case.need > memory
+    return case.peak, _shortage(case, memory, job.config.train.resume) if short else None
 
 
-def _shortage(case: Case, memory: float, room: float) -> str:
-    """What is missing, and the first change with which it fits. room: what data leave of memory."""
-    need = (case.peak + memory - room) / 1e9
+def _shortage(case: Case, memory: float, resumed: bool) -> str:
+    """What is missing, and the first change with which it fits."""
     said = (
-        f"this training needs about {need:.2f} GB and MLX has {memory / 1e9:.2f} GB here: it will "
-        "swap, or be ended"
+        f"this training needs about {case.need / 1e9:.2f} GB and MLX has {memory / 1e9:.2f} GB "
+        "here: it may swap, or be ended"
     )
-    if (found := fitting.way_out(case, room)) is None:
-        return f"{said}. Nothing that `fpo-mlx plan` knows makes it fit: take a smaller model"
-    way, peak = found
-    return f"{said}. What fits ({peak / 1e9:.2f} GB): {way}. `fpo-mlx plan` has the figures"
+    if way := fitting.way_out(case, memory):
+        need = way.case.need / 1e9
+        return f"{said}. What fits ({need:.2f} GB): {way}. `fpo-mlx plan` has the figures"
+    if resumed:
+        return (
+            f"{said}. Nothing that a resumed run may change makes it fit: if it is ended, begin "
+            "another with what `fpo-mlx plan` names"
+        )
+    return f"{said}. Nothing that `fpo-mlx plan` knows makes it fit: take a smaller model"

@@ -182,37 +182,58 @@ def test_the_largest_settings_that_fit_do_fit_and_the_next_do_not():
 
 def test_advice_begins_with_what_changes_no_result():
     case = replace(CASE, setup=replace(SETUP, micro_batch_size=4, batch_size=4))
-    names = [name for name, _ in fits.changes(case)]
-    assert names[0].startswith("--micro-batch-size 1")
-    assert names[1].startswith("--grad-checkpoint")
-    peaks = [way.peak for _, way in fits.changes(case)]
-    assert all(peak < case.peak for peak in peaks)
+    found = fits.changes(case)
+    assert found[0].flags == ("--micro-batch-size 1",)
+    assert found[1].flags == ("--micro-batch-size 1", "--grad-checkpoint")
+    assert all(change.case.peak < case.peak for change in found)
 
 
 def test_the_first_way_out_is_named_with_what_it_builds_on():
     long = Lengths(3000, 900, 700)
     case = replace(CASE, setup=replace(SETUP, micro_batch_size=4, batch_size=4), lengths=(long,))
-    found = dict(fits.changes(case))
-    for name, way in found.items():
-        named = fits.way_out(case, way.peak)
+    found = fits.changes(case)
+    for change in found:
+        named = fits.way_out(case, change.case.need)
         assert named is not None
-        text, peak = named
-        assert peak <= way.peak
-        if peak < way.peak:
-            continue  # one before it needs less
-        assert text.endswith(name.removeprefix("or ").removeprefix("and "))
-        assert ("--micro-batch-size 1" in text) is True
-        assert ("--grad-checkpoint" in text) is not name.startswith(("or ", "--micro"))
-    assert fits.way_out(case, min(way.peak for way in found.values()) - 1) is None
+        assert named.case.need <= change.case.need
+    least = min(found, key=lambda change: change.case.need)
+    assert fits.way_out(case, least.case.need) == least
+    assert fits.way_out(case, least.case.need - 1) is None
+    for again in (False, True):  # whether the run has checkpoints already
+        now = replace(case, setup=replace(case.setup, grad_checkpoint=again))
+        flags = [one.flags for one in fits.changes(now)]
+        assert ("--micro-batch-size 1", "--gradient forward") in flags
+    assert found[-1].flags == ("--micro-batch-size 1", "--grad-checkpoint", "--max-seq-length 256")
 
 
-def test_blocks_of_an_adapter_that_is_given_are_no_advice():
-    names = [
-        [name for name, _ in fits.changes(replace(CASE, fresh=fresh))] for fresh in (False, True)
-    ]
-    given, fresh = (any("--num-layers" in name for name in found) for found in names)
-    assert fresh
-    assert not given
+def test_what_a_change_is_said_to_need_is_what_its_flags_alone_need():
+    """A step that saves nothing is no part of those behind it: checkpoints of one block do not."""
+    case = replace(CASE, setup=replace(SETUP, first_adapted=29), lengths=(Lengths(3000, 90, 70),))
+    again = replace(case.setup, grad_checkpoint=True)
+    assert replace(case, setup=again).peak > case.peak
+    found = fits.changes(case)
+    assert [change.flags for change in found][-1] == ("--max-seq-length 256",)
+    for change in found:
+        assert change.case.setup.grad_checkpoint is ("--grad-checkpoint" in change.flags)
+
+
+def test_what_the_pairs_hold_counts_wherever_it_is_asked_what_fits():
+    more = replace(CASE, data=1e9)
+    assert more.peak == CASE.peak  # what MLX measures
+    assert more.need == CASE.need + 1e9
+    assert fits.longest_sequence(more, 3e9) == fits.longest_sequence(CASE, 2e9)
+    assert fits.way_out(more, CASE.need) is None
+
+
+def test_settings_that_a_run_may_not_change_are_no_advice():
+    def flags(*fixed):
+        case = replace(CASE, fixed=frozenset(fixed), lengths=(Lengths(3000, 90, 70),))
+        return {flag.split()[0] for change in fits.changes(case) for flag in change.flags}
+
+    ways = {"--grad-checkpoint", "--gradient", "--num-layers", "--max-seq-length"}
+    assert flags() == ways
+    assert flags("num_layers") == ways - {"--num-layers"}
+    assert flags("num_layers", "gradient", "max_seq_length") == {"--grad-checkpoint"}
 
 
 def test_flops_are_two_a_weight_and_token_and_the_backward_as_many_from_the_adapters_on():
@@ -305,7 +326,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change(place):
     result = run(place, "--memory-gb", 0.003, "--max-seq-length", 4096)
     assert result.exit_code == 0, result.stderr
     assert "DOES NOT FIT into 0.00 GB" in result.stdout
-    assert "and --max-seq-length 1024 (cuts what is longer)" in result.stdout
+    assert "--grad-checkpoint --max-seq-length 1024 (cuts what is longer)" in result.stdout
     assert "nothing of this fits" in result.stdout
     assert "a pair of 4096 tokens is assumed" in result.stderr
 
@@ -440,14 +461,12 @@ def test_what_a_published_config_leaves_out_is_the_models_own_default(tmp_path):
     assert shape_of(model, config, share_prompt=True) == wanted
 
 
-def test_kept_buffers_windows_and_a_forward_gradient_are_counted():
+def test_windows_and_a_forward_gradient_are_counted():
     model, setup, pair = replace(MODEL, fused_attention=True), SETUP, Lengths(64, 96, 96)
-    tiles = replace(TILES, cache=1 << 30)
 
-    def peak(model, setup, tiles=TILES):
-        return memory.total(memory.train_terms(model, (), setup, tiles, pair))
+    def peak(model, setup):
+        return memory.total(memory.train_terms(model, (), setup, TILES, pair))
 
-    assert peak(model, setup, tiles) - peak(model, setup) == 1 << 30
     assert peak(replace(model, window=512), setup) == peak(model, setup)
     assert peak(replace(model, window=100), setup) > peak(model, setup)
     pair = Lengths(256, 92, 71)  # as measured by scripts/bench/forward.py
