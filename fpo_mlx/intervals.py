@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import fmean, pvariance
 
 NORMAL95 = 1.959964  # standard deviations to either side that hold 95 % of a normal
 
@@ -16,3 +18,16 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = NORMAL95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def of_groups(shares: Sequence[float], most: int) -> tuple[float, float]:
+    """`wilson` of the mean of groups' shares, each of up to `most` answers that may be alike.
+
+    A group counts for as many answers as the shares vary like: for one where all of a group's go
+    the same way, for `most` where each goes its own. A group that is won and one that is lost are
+    put beside them for that, as a few that agree by chance say little of it.
+    """
+    beside = [*shares, 0.0, 1.0]
+    mean = fmean(beside)
+    alike = mean * (1 - mean) / pvariance(beside)
+    return wilson(fmean(shares), len(shares) * min(max(alike, 1.0), most))

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from fpo_mlx.config import RunConfig, load_config, load_section, named
 from fpo_mlx.errors import ConfigError, FpoError, Interrupted
+from fpo_mlx.intervals import of_groups
 from fpo_mlx.pairs.labels import by_prompt, labels_of
 from fpo_mlx.pairs.prompts import check_prompts
 from fpo_mlx.pairs.records import HUMAN, Candidates, open_candidates, read_verdicts
@@ -24,6 +24,7 @@ from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
 from fpo_mlx.pipeline.pairs_generate import pairs_generate
 from fpo_mlx.pipeline.pairs_judge import check_judge, pairs_judge
 from fpo_mlx.pipeline.train import InstallStop, Stop, train
+from fpo_mlx.pipeline.wins import SIDES, unjudged
 from fpo_mlx.records import ROUND_FILE
 from fpo_mlx.storage import files, lines, outputs
 from fpo_mlx.storage.hub import read_config, resolve_model
@@ -177,7 +178,7 @@ def _round(
     answers = [c.tokens for one in open_candidates(after) for c in one.candidates]
     done = Round(
         number, about["pairs"], about["longer_share"], about["mean_score_chosen"],
-        about["mean_score_rejected"], win_rate, interval, float(np.mean(answers)), drift,
+        about["mean_score_rejected"], win_rate, interval, fmean(answers), drift,
     )  # fmt: skip
     files.write_json(folder / DONE, asdict(done))
     say(
@@ -282,17 +283,15 @@ def _against(
     before: Path, after: Path, judge: JudgeConfig, folder: Path, say: Say
 ) -> tuple[float, tuple[float, float]]:
     """Win rate of `after` over `before`, answers with the same noise; its interval by prompt."""
-    from fpo_mlx.judge.evaluate import bootstrap_interval
-
     one, two = open_candidates(before), open_candidates(after)
-    versus, shares = folder / "versus.jsonl", {}
+    versus, sides = folder / "versus.jsonl", {}
     with lines.LineWriter(versus) as writer:
         there = set(open_candidates(versus).offsets)
         for id in one.offsets:
-            sides = [[c for c in f.get(id).candidates if c.model != HUMAN] for f in (one, two)]
-            for n, answers in enumerate(zip(*sides, strict=True)):
+            made = [[c for c in f.get(id).candidates if c.model != HUMAN] for f in (one, two)]
+            for n, answers in enumerate(zip(*made, strict=True)):
                 name = f"{id}-{n}"
-                shares[name] = _unjudged(*(bool(answer.text.strip()) for answer in answers))
+                sides[name] = unjudged(*(answer.text for answer in answers))
                 if name not in there:
                     writer.append(Candidates(name, one.get(id).prompt, answers).as_dict())
     verdicts = folder / "versus-verdicts.jsonl"
@@ -300,17 +299,12 @@ def _against(
     pairs_judge(judge, candidates=versus, output=verdicts, say=say)
     for name, group in by_prompt(read_verdicts(verdicts).values()).items():
         for label in labels_of(group):
-            shares[name] = {"a": 0.0, "b": 1.0}.get(label.verdict, 0.5)
+            sides[name] = SIDES.get(label.verdict, 0)
     prompts: dict[str, list[float]] = {}
-    for name, share in shares.items():
-        prompts.setdefault(name.rsplit("-", 1)[0], []).append(share)
-    means = np.array([np.mean(found) for found in prompts.values()])
-    return float(means.mean()), bootstrap_interval(means)
-
-
-def _unjudged(before: bool, after: bool) -> float:
-    """The share of what no judge is asked: equal texts, or an answer that says nothing."""
-    return 0.5 + (after - before) / 2
+    for name, side in sides.items():  # the later answer is b
+        prompts.setdefault(name.rsplit("-", 1)[0], []).append((1 - side) / 2)
+    means = [fmean(found) for found in prompts.values()]
+    return fmean(means), of_groups(means, max(map(len, prompts.values())))
 
 
 def _end(one: Round, settings: RoundsConfig) -> str:

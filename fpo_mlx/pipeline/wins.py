@@ -15,6 +15,8 @@ from fpo_mlx.pipeline.job import Say
 from fpo_mlx.pipeline.pairs_judge import Judge, open_rewarder
 from fpo_mlx.records import BASE
 
+SIDES = {"a": 1, "b": -1}  # which of two answers a verdict is for; 0 for any other
+
 
 @dataclass(frozen=True)
 class Wins:
@@ -63,6 +65,11 @@ def _better(judge: Judge, id: str, prompt: Prompt, one: str, two: str) -> int:
     pair = Candidates(id, prompt, tuple(Candidate(text, 0, "stop") for text in (one, two)))
     pairs = comparisons(pair, neighbours=False, human=None, against_reference=False)
     if not pairs:
-        return bool(one.strip()) - bool(two.strip())
+        return unjudged(one, two)
     (verdict,) = judge(pair, [(*pairs[0], "none")])
-    return {"a": 1, "b": -1}.get(verdict.verdict, 0)
+    return SIDES.get(verdict.verdict, 0)
+
+
+def unjudged(one: str, two: str) -> int:
+    """The same of what no judge is asked: equal texts, or an answer that says nothing."""
+    return bool(one.strip()) - bool(two.strip())

@@ -220,6 +220,20 @@ def test_a_model_that_says_nothing_any_more_loses(tmp_path):
     assert "lose to those of the round before" in rounds._end(one, settings)
 
 
+def test_all_of_a_few_held_out_prompts_are_no_certainty_and_end_the_rounds(tmp_path):
+    """Three won of three gave 100 to 100 %, and another round."""
+    rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
+    before = candidates(tmp_path / "b.jsonl", {f"Q{i}?": ["long words " * 9] for i in range(3)})
+    after = candidates(tmp_path / "a.jsonl", {f"Q{i}?": ["short"] for i in range(3)})
+    judge = JudgeConfig(reward="brevity")
+    rate, interval = rounds._against(before, after, judge, tmp_path, lambda _: None)
+    assert rate == 1.0
+    assert interval == pytest.approx((0.438, 1.0), abs=1e-3)
+    one = rounds.Round(1, 1, None, 0.0, 0.0, rate, interval, 1.0, None)
+    settings = RoundsConfig(model="m", prompts="p", held_out="h")
+    assert "not told from those" in rounds._end(one, settings)
+
+
 def test_rounds_are_told_apart_where_the_judge_compares_with_a_persons_answers(tmp_path):
     rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
     before = candidates(tmp_path / "b.jsonl", {f"Q{i}?": ["long words " * 9] for i in range(10)})

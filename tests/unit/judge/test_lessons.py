@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpo_mlx.intervals import wilson
+from fpo_mlx.intervals import of_groups, wilson
 from fpo_mlx.judge import cover, lessons, logistic
 from fpo_mlx.judge.feature_report import auc
 from fpo_mlx.judge.logistic import SparseRows
@@ -326,6 +326,35 @@ def test_examples_lie_for_and_against():
 
 def test_wilsons_interval_of_9_in_10_is_the_published_one():
     assert wilson(0.9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
+
+
+def test_groups_count_for_as_many_answers_as_they_vary_like():
+    """One at the least, where all of a group's go one way; all of them at the most."""
+    assert of_groups([1.0, 0.0, 1.0, 1.0], 1) == wilson(0.75, 4)
+    assert of_groups([1.0, 0.5, 0.0, 1.0], 1) == wilson(0.625, 4)  # a tie
+    assert of_groups([1.0, 0.0] * 20, 4) == wilson(0.5, 40)
+    assert of_groups([0.5] * 40, 4) == wilson(0.5, 160)
+    # with a won and a lost one beside them: mean 0.5, variance 0.125, half of 0.25
+    low, high = of_groups([0.25, 0.75], 4)
+    near = np.var([0.25, 0.75, 1, 0])
+    assert (low, high) == pytest.approx(wilson(0.5, 2 * 0.25 / near))
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_all_of_a_few_groups_are_no_certainty(most):
+    assert of_groups([1.0] * 3, most) == pytest.approx((0.438, 1.0), abs=1e-3)
+
+
+def test_an_interval_over_groups_holds_the_true_share_95_times_of_100():
+    """Prompts of four answers, alike within a prompt (all, partly, not at all), few and many."""
+    rng, held = np.random.default_rng(0), []
+    for count in (5, 40):
+        for spread in (0.01, 2.0, 1e6):
+            for _ in range(300):
+                chance = rng.beta(0.65 * spread, 0.35 * spread, count)
+                low, high = of_groups(rng.binomial(4, chance) / 4, 4)
+                held.append(low <= 0.65 <= high)
+    assert np.mean(held) > 0.94
 
 
 # Rows ---------------------------------------------------------------------------------------------
