@@ -162,6 +162,7 @@ def _scored(record: Mapping, columns: Any) -> Mapping:
             "wrong type",
             f"{len(answers)} responses and {len(scores)} scores: which two make the pair is a "
             "choice of yours; wanted two of each, or chosen and rejected",
+            len(answers),
         )
     left, right = (score or 0.0 for score in scores)
     return _decided(record, columns, answers, (right > left) - (right < left), "scores")
@@ -175,11 +176,13 @@ def _refuse_no_pair(record: Mapping) -> None:
             "missing field",
             "candidates, as `fpo-mlx pairs generate` writes them: `fpo-mlx pairs build` makes "
             "pairs of them",
+            len(record["candidates"]),
         )
     many = next((name for name in _MANY if isinstance(record.get(name), list)), None)
     if many is not None:
         more = f" and their {judged}" if judged else ""
-        raise NoPair("missing field", f"{len(record[many])} {many}{more}: no pair. {_WANTED}")
+        count = len(record[many])
+        raise NoPair("missing field", f"{count} {many}{more}: no pair. {_WANTED}", count)
     one = next((name for name in _ONE if record.get(name)), None)
     if one is not None and judged is not None:
         raise NoPair("missing field", f"one answer ({one}) and its {judged}: no pair. {_WANTED}")

@@ -11,7 +11,7 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fpo_mlx.errors import DataError
@@ -45,6 +45,25 @@ class RowFault(DataError):
 
 class NoPair(RowFault):
     """A row of another kind of data: answers of which none is said to be the better of two."""
+
+    def __init__(self, kind: str, what: str, answers: int = 1) -> None:
+        super().__init__(kind, what)
+        self.answers = answers  # that the row has
+
+
+def ways_on(faults: Sequence[DataError]) -> str:
+    """What can be done with rows of these faults."""
+    unpaired = [fault for fault in faults if isinstance(fault, NoPair)]
+    if not unpaired:
+        return "Mend them"
+    begin = "Have"
+    if any(fault.answers > 1 for fault in unpaired):
+        begin = "Choose two of a row's answers, the better as chosen, the worse rejected, or have"
+    anew = (
+        f"{begin} the prompts answered anew (`fpo-mlx pairs generate --prompts FILE`) and pairs "
+        "made of that (`fpo-mlx pairs build`)"
+    )
+    return anew if len(unpaired) == len(faults) else f"{anew}. Mend the others"
 
 
 def messages(value: list | Mapping, name: str) -> Turns:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fpo_mlx.data import faithful
-from fpo_mlx.data.messages import NoPair, RowFault
+from fpo_mlx.data.messages import RowFault, ways_on
 from fpo_mlx.data.rows import PreferenceRow
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.records import NO_FACTS, TokenPair
@@ -341,13 +341,7 @@ def refusal(source: str, faults: Sequence[tuple[str, DataError]], rows: int) -> 
     """What is said of a source some of whose rows cannot be used: all of them are named."""
     if any(isinstance(fault, PrefixFault) for _, fault in faults):
         return gathered(faults, rows)
-    ways = "Mend them"
-    if any(isinstance(fault, NoPair) for _, fault in faults):
-        ways = (
-            "Choose two of the answers that are there, the better as chosen and the worse as "
-            "rejected, or have the prompts answered anew (`fpo-mlx pairs generate --prompts FILE`) "
-            "and pairs made of that (`fpo-mlx pairs build`)"
-        )
+    ways = ways_on([fault for _, fault in faults])
     if len(faults) < rows:
         ways += ", or let `fpo-mlx check --fix OUT` write the data without them"
     return DataError(

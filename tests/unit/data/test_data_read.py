@@ -81,8 +81,33 @@ def test_rows_of_another_kind_are_told_the_ways_to_pairs(tmp_path):
     for part in ("1 of 1 rows", "`fpo-mlx pairs generate --prompts FILE`", "`fpo-mlx pairs build`",
                  "train.jsonl:1: one answer (completion) and its label: no pair"):  # fmt: skip
         assert part in said
-    assert "--fix" not in said
-    assert "Mend them" not in said
+    for part in ("--fix", "Mend them", "Choose two"):  # of one answer
+        assert part not in said
+
+
+SINGLE = {"prompt": "Q", "completion": "A", "label": True}
+SEVERAL = {"prompt": "Q", "responses": ["A", "B", "C"], "scores": [1, 2, 3]}
+TIE = {**PAIR, "rejected": PAIR["chosen"]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "ways"),
+    [
+        ((SINGLE, SINGLE), "cannot be used. Have the prompts answered anew"),
+        ((SINGLE, SEVERAL), "cannot be used. Choose two of a row's answers"),
+        ((SINGLE, TIE), "(`fpo-mlx pairs build`). Mend the others:"),
+        ((SEVERAL, TIE, PAIR), "(`fpo-mlx pairs build`). Mend the others, or let"),
+        ((SINGLE, PAIR), "(`fpo-mlx pairs build`), or let `fpo-mlx check --fix OUT`"),
+    ],
+)
+def test_each_way_is_named_only_where_some_row_can_take_it(tmp_path, rows, ways):
+    (tmp_path / "train.jsonl").write_text(lines(*rows))
+    with pytest.raises(DataError) as caught:
+        read_split(tmp_path)
+    said = str(caught.value)
+    assert ways in said
+    assert ("Choose" in said) is (SEVERAL in rows)
+    assert ("Mend" in said) is (TIE in rows)
 
 
 def test_where_every_row_is_bad_no_data_without_them_is_offered(tmp_path):
