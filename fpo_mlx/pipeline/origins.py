@@ -19,6 +19,7 @@ from fpo_mlx.storage.files import known_object
 from fpo_mlx.storage.outputs import same_place
 
 Say = Callable[[str], None]
+PART = ("subset", "train_split")  # settings that say which part of a data set the pairs are of
 
 
 def warn_of_origin(
@@ -85,12 +86,12 @@ def warn_of_training_pairs(
 def _seen(theirs: float, ours: float) -> str:
     if not theirs:
         return (
-            "was trained on all of this data: it has seen these pairs. Nothing was held back; "
+            "was trained on this data with nothing held back: it has seen most of these pairs; "
             f"train anew with --valid-share {ours:g} to have pairs to judge on"
         )
     return (
         f"was trained on this data with --valid-share {theirs:g}, and this is --valid-share "
-        f"{ours:g}: it has seen many of these pairs. Give --valid-share {theirs:g} here, too"
+        f"{ours:g}: it has seen most of these pairs. Give --valid-share {theirs:g} here, too"
     )
 
 
@@ -102,6 +103,7 @@ def _smaller_share(run: Mapping[str, Any], ours: DataConfig) -> float | None:
     settings, place = _part(run, "settings"), Path(ours.data).expanduser()
     kept = _part(run, "source").get("data") if place.exists() else settings.get("data")
     same = same_place(Path(str(kept)), place) if place.exists() else kept == ours.data
+    same = same and all(settings.get(name) == getattr(ours, name) for name in PART)
     theirs = settings.get("valid_share") or 0.0
     more = theirs < ours.valid_share or (theirs and not ours.valid_share)
     return theirs if same and more else None

@@ -69,7 +69,7 @@ def test_a_run_trains_on_what_is_left_and_every_command_sees_the_same(place, tmp
 
 @pytest.mark.parametrize(("there", "here", "said"), [
     (0.2, None, "Give --valid-share 0.2 here, too"), (0.2, 0.4, "Give --valid-share 0.2 here, too"),
-    (None, 0.2, "Nothing was held back"), (0.2, 0.2, None), (0.4, 0.2, None),
+    (None, 0.2, "nothing held back"), (0.2, 0.2, None), (0.4, 0.2, None),
 ])  # fmt: skip
 def test_pairs_that_another_share_trained_on_are_named(place, tmp_path, there, here, said):
     """By the fingerprint of all pairs together they were others; those of less lie within more."""
@@ -90,7 +90,7 @@ def test_a_file_that_bears_another_name_is_the_one_that_was_trained_on(place, tm
     (tmp_path / "other.jsonl").hardlink_to(place / "pairs.jsonl")
     words = usual(place, sae=None, data=tmp_path / "other.jsonl")
     words += ["--adapter-path", tmp_path / "out", "--samples", 0, "--split", "valid"]
-    assert "it has seen many of these pairs" in run("evaluate", *words).stderr
+    assert "it has seen most of these pairs" in run("evaluate", *words).stderr
 
 
 def test_fuse_verifies_on_what_the_share_has_held_back(place, tmp_path):
@@ -100,10 +100,10 @@ def test_fuse_verifies_on_what_the_share_has_held_back(place, tmp_path):
     done = run(*words, *SHARE)
     assert done.exit_code == 0, done.stderr
     assert "on its 6 pairs of the valid split" in done.stderr
-    assert "it has seen many" not in done.stderr
+    assert "it has seen most" not in done.stderr
     whole = run(*words)
     assert "on its 20 pairs of the train split" in whole.stderr
-    assert "it has seen many of these pairs" in whole.stderr
+    assert "it has seen most of these pairs" in whole.stderr
 
 
 @pytest.mark.parametrize("other", ["others.jsonl", "split"])

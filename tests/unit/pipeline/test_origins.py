@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fpo_mlx.config import load_config
 from fpo_mlx.pipeline import origins
 from fpo_mlx.storage.adapter_files import own_template, run_of
 
@@ -68,3 +69,27 @@ def test_the_weights_are_read_once_for_several_adapters(tmp_path, model, monkeyp
     runs = [adapter(tmp_path / name, fingerprints={"model": "here"}) for name in "ab"]
     origins.warn_of_origin(runs, MODEL, model, None, lambda text: None)
     assert read == [model]
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "seen"),
+    [
+        ({}, {}, True),
+        ({"subset": "a", "train_split": "train_sft"}, {"subset": "b"}, False),
+        ({"subset": "a"}, {"subset": "a"}, True),
+        ({}, {"subset": "a"}, False),
+        ({"train_split": "train[:1000]"}, {"train_split": "train[1000:]"}, False),
+        ({"train_split": "train_prefs"}, {"train_split": "train_prefs"}, True),
+    ],
+)
+def test_only_a_run_on_the_same_part_of_a_hubs_data_set_has_seen_its_pairs(
+    tmp_path, monkeypatch, there, here, seen
+):
+    """Two subsets of one data set were called the same data."""
+    monkeypatch.setattr(origins, "find_splits", lambda source, hub: {"train": None})
+    run = adapter(tmp_path / "run", settings={"data": "owner/pairs", **there})
+    given = {"model": MODEL, "data": "owner/pairs", "valid_share": 0.2, "objective": "dpo", **here}
+    said: list[str] = []
+    found = origins.warn_of_training_pairs([run], [], said.append, load_config(given), "valid")
+    assert bool(found) is seen
+    assert ("it has seen most of these pairs" in "".join(said)) is seen
