@@ -216,3 +216,22 @@ def test_hostile_long_and_foreign_answers_are_text_shown_from_its_beginning(
     wanted = [(prompt, set(answers)) for prompt, answers in NASTY.items()]
     assert [text for text in wanted if text not in seen] == []
     assert from_right["Right to left?"] < 20  # begins at the right, as it is read
+
+
+def test_the_page_says_of_a_refusal_what_the_server_said(page, tmp_path):
+    """Any 403 was called a server that was started anew, and a plain text no answer at all."""
+    source, out = candidates(tmp_path / "c.jsonl", graded(2)), tmp_path / "v.jsonl"
+    rater, said = Rater(page, out), "document.getElementById('message').textContent"
+    with served(source, out) as (address, _):
+        page.open(address)
+        rater.current()
+        for status, text, shown in (
+            (403, "foreign host or origin", "foreign host or origin"),
+            (413, "too large", "too large"),
+            (401, "wrong token", "was started anew"),
+        ):
+            page.evaluate(
+                f"window.fetch = async () => new Response({text!r}, {{status: {status}}}); 1"
+            )
+            rater.press("1")
+            rater.wait(f"!busy && {said}.includes({shown!r})", seconds=5)

@@ -56,7 +56,7 @@ class Guard:
         given = request.headers.get("x-token") or request.query_params.get("token") or ""
         if not secrets.compare_digest(given.encode(), self._token.encode()):
             return PlainTextResponse(
-                "wrong token: open the address that `fpo-mlx pairs rate` printed", 403, HEADERS
+                "wrong token: open the address that `fpo-mlx pairs rate` printed", 401, HEADERS
             )
         if int(request.headers.get("content-length") or 0) > LARGEST:
             return PlainTextResponse("too large", 413, HEADERS)

@@ -20,7 +20,7 @@ async function ask(path, body) {
   try {
     const reply = await fetch(path, { method: "POST", body: JSON.stringify(body || {}),
       headers: { "Content-Type": "application/json", "X-Token": token } });
-    show(reply.status === 403 ? { message: ANEW } : await reply.json());
+    show(reply.status === 401 ? { message: ANEW } : await said(reply));
     return reply.ok;
   } catch {
     byId("message").textContent =
@@ -29,6 +29,12 @@ async function ask(path, body) {
   } finally {
     busy = false;
   }
+}
+
+// A refusal is plain text.
+async function said(reply) {
+  const json = (reply.headers.get("Content-Type") || "").startsWith("application/json");
+  return json ? reply.json() : { message: `The server refused this: ${await reply.text()}` };
 }
 
 function show(state) {
