@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,7 +81,8 @@ class LineWriter:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        self.close()
+        with suppress(FpoError) if error is not None else nullcontext():  # that one is told
+            self.close()
 
 
 def json_line(record: Any) -> bytes:

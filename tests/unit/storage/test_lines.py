@@ -126,5 +126,7 @@ def test_on_a_mac_lines_that_the_drive_did_not_take_at_the_end_are_an_error(tmp_
         LineWriter(path) as writer,
     ):
         writer.append({"a": 1})
+    with pytest.raises(KeyError, match="first"), LineWriter(path):
+        raise KeyError("first")  # what ended the writing is told, not what came of it
     monkeypatch.setattr(lines, "flush", lambda handle: None)
     assert written(path, [{"b": 2}]) == b'{"a": 1}\n{"b": 2}\n'  # nothing stayed locked
