@@ -3,8 +3,9 @@ in the place of a validation split that is not there.
 
 The part is chosen by prompt, so that none stands on both sides, and a prompt's own hash says on
 which it is: every command holds the same rows back, also when others have been added, and a larger
-share holds back those of a smaller one and more. A prompt is what `check` calls the same in two
-splits: without its system message, letter case and spacing.
+share holds back those of a smaller one and more. Two prompts may change sides when others come: the
+lowest hash, held back where none is below the share, and the highest, kept where all are. A prompt
+is what `check` calls the same in two splits: without its system message, letter case and spacing.
 """
 
 from __future__ import annotations
