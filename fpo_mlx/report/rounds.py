@@ -47,7 +47,7 @@ def rounds(runs: Sequence[Run]) -> Table | None:
     ]
     note = "Pairs as `pairs build` wrote them; of older pairs that were mixed in it says nothing."
     if any(run.round for run in known):
-        note += " Below the share of wins: its 95 % bootstrap interval over held-out prompts."
+        note += " Below the share of wins: its 95 % interval over held-out prompts."
     return Table("Pairs and rounds", ["Figure", *(run.name for run in known)], rows, note=note)
 
 
