@@ -199,7 +199,9 @@ def card(run: Run, colour: int) -> Card:
 def chosen_drop(run: Run) -> float:
     """Nats a token that the chosen answers lost against the reference; 0 where it is not known."""
     key = "logps_per_token/chosen_change"
-    change = None if part_judged(run) else figure(summary_of(run).get(key))
+    found = run.results.get("evaluate")
+    now = found is not None and not found.stale and not part_judged(run)  # of these adapters, whole
+    change = figure(summary_of(run).get(key)) if now else None
     if change is None and run.end:
         change = figure(part(run.end, "metrics").get(key))
     if change is None:  # the worse of what was trained on and what was held out

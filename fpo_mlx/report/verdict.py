@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fpo_mlx.intervals import wilson
@@ -18,7 +19,8 @@ HELD = "Hold some back (--valid-share 0.05) and train again, or evaluate on pair
 
 def verdict(run: Run) -> list[str]:
     """Lines for the end of a training: what was measured, what to beware of, what comes next."""
-    lines = [*held_out(run), *(f"warning: {said}" for said in findings.collapse(run))]
+    own = replace(run, results={})  # they are of adapters before, or say no more than the run
+    lines = [*held_out(run), *(f"warning: {said}" for said in findings.collapse(own))]
     return [*lines, "Next:", *(f"  {command}" for command in commands(run))]
 
 

@@ -207,14 +207,13 @@ def test_a_loss_that_is_no_number_is_said(tmp_path, loss):
 
 
 def test_warnings_speak_of_collapse_length_and_results_older_than_the_adapters(tmp_path):
-    lost = SUMMARY | {"logps_per_token/chosen_change": -22.7}
     run = a_run(
         tmp_path / "run",
         [
-            a_report(10) | {"warnings": ["gap"]},
+            a_report(10, **{"logps_per_token/chosen_change": -22.7}) | {"warnings": ["gap"]},
             {"kind": "skipped", "iteration": 11, "reason": "too far", "in_a_row": 1},
         ],
-        evaluate={"summary": lost},
+        evaluate={"summary": SUMMARY},
     )
     (run / "adapters.safetensors").write_bytes(b"")
     os.utime(run / "evaluate.json", (1, 1))

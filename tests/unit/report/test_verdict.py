@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 
 import pytest
@@ -108,6 +109,22 @@ def test_a_collapse_on_held_out_pairs_is_the_reports_own_warning(tmp_path):
     (said,) = (line for line in verdict(run) if line.startswith("warning: "))
     assert "lost 1.2 nats a token" in said
     assert said.removeprefix("warning: ") in [w.text for w in warnings([run])]
+
+
+@pytest.mark.parametrize("age", [1, None])
+def test_an_evaluation_of_the_adapters_before_says_nothing_of_these(tmp_path, age):
+    """The folder's evaluate.json outlives `--overwrite` and `--resume`."""
+    from fpo_mlx.report.findings import warnings
+
+    lost = {"summary": {"logps_per_token/chosen_change": -9.0}}
+    read(tmp_path, a_validation(0, 0.7), a_validation(30, 0.5, END))
+    folder = tmp_path / "run"
+    (folder / "evaluate.json").write_text(json.dumps(lost))
+    (folder / "adapters.safetensors").write_bytes(b"")
+    if age:
+        os.utime(folder / "evaluate.json", (age, age))
+        assert not any("lost" in w.text for w in warnings([read_run(folder, "run")]))
+    assert not any("warning" in line for line in verdict(read_run(folder, "run")))
 
 
 def test_the_next_commands_are_commands_with_these_flags(tmp_path):
