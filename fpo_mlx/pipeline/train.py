@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +13,16 @@ from fpo_mlx import __version__, data
 from fpo_mlx.cache import ReferenceCache
 from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import weights_fingerprint
+from fpo_mlx.data.folders import Unclear
 from fpo_mlx.errors import CacheMismatch, ConfigError
 from fpo_mlx.machine import device
 from fpo_mlx.machine.processes import find_share
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job
 from fpo_mlx.pipeline.plan import predicted_peak
 from fpo_mlx.pipeline.policy import open_policy, outline_of
-from fpo_mlx.pipeline.prepared import read_splits
+from fpo_mlx.pipeline.prepared import hub_splits, read_splits
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
-from fpo_mlx.records import PAIRS_FILE
+from fpo_mlx.records import PAIRS_FILE, TokenPair
 from fpo_mlx.storage import files, outputs
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def _train(
         if config.train.resume:
             told = trainer.resume()
             out.resumed(ready.record, trainer.progress.iteration)
-            out.note({"source": ready.record["source"]})  # the same pairs may lie elsewhere now
+            # the same pairs may lie elsewhere now
+            out.note({name: ready.record[name] for name in ("source", "splits")})
             for line in (f"resumed after iteration {trainer.progress.iteration}", *told):
                 say(line)
         else:
@@ -124,6 +126,7 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     splits = read_splits(config, job.tokenizer, _splits(job, say), say, doctor=True)
     pairs, valid = splits["train"], splits.get("valid", [])
     record = run_record(job, data.data_fingerprint(pairs), data.data_fingerprint(valid))
+    record["splits"] = _sizes(job, splits)
     if t.resume and ranks.first:
         check_resumable(place, record)
     outline = outline_of(job, say)  # refuses adapters out of reach
@@ -148,6 +151,13 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     )  # fmt: skip
     template = job.tokenizer.templates["default"] if config.data.chat_template else None
     return _Ready(trainer, out, store, record, template, predicted)
+
+
+def _sizes(job: Job, read: Mapping[str, Sequence[TokenPair]]) -> dict[str, int | None]:
+    """How many pairs each split of the data has; None for one that the run does not read."""
+    found = data.find_splits(job.config.data.data, hub_splits(job.config))
+    others = [name for name in found if name not in read and not isinstance(found[name], Unclear)]
+    return {name: len(read[name]) if name in read else None for name in (*read, *others)}
 
 
 def _looked_at(order: Order, valid: int, say: Say) -> tuple[list[int], list[int]]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from fpo_mlx.config import DataConfig, Objective, ReferenceConfig
 from fpo_mlx.records import COLLAPSE
+from fpo_mlx.report.commands import command
 from fpo_mlx.report.read import Run, figure, on_training
 from fpo_mlx.report.tables import (
     chosen_drop,
-    defaults,
     judged,
     judged_less,
     judged_on,
@@ -26,15 +22,6 @@ from fpo_mlx.report.tables import (
 )
 
 LENGTH_GAP = 0.15  # of accuracy between pairs whose chosen is longer and the others
-JUDGED = ("model", "sae", "data", "objective", "init_adapter", "reference") + tuple(
-    field.name
-    for section in (DataConfig, ReferenceConfig, Objective)
-    for field in fields(section)
-    if field.name not in ("model", "sae", "data") and not field.metadata["yaml_only"]
-)  # what `evaluate` and `features` take
-COMPARED = ("model", "data", "trust_remote_code", "init_adapter") + tuple(
-    field.name for field in fields(DataConfig) if field.name != "data"
-)
 FEW = 9.5  # pairs; share * n is 10 to rounding
 
 
@@ -191,58 +178,3 @@ def _missing(run: Run) -> Iterator[Missing]:
         if kind == "features" and not run.settings.get("sae"):
             continue
         yield Missing(run.name, what, command(run, kind))
-
-
-def command(run: Run, kind: str) -> str:
-    """`evaluate`, `features` or `compare` of a run, with its settings, for a shell."""
-    less = kind == "evaluate" and judged_less(run)
-    to = shlex.quote(str(run.path / (f"{kind}.whole.json" if less else f"{kind}.json")))
-    usual = _usual(run, COMPARED if kind == "compare" else JUDGED)
-    adapter = f"--adapter-path {shlex.quote(str(run.path))}"
-    flag = "--output" if kind == "compare" else "--json"
-    return f"fpo-mlx {kind} {usual} {adapter} {flag} {to}"
-
-
-def model_words(run: Run) -> str:
-    """The run's model, as every command takes it, for a shell."""
-    return shlex.join(_given(run, ("model", "trust_remote_code"), run.settings))
-
-
-def _usual(run: Run, names: Sequence[str]) -> str:
-    """The run's settings that a command takes and that are not its defaults, quoted for a shell.
-
-    A lone file was trained on, unless a share was held back: the command is told of another.
-    """
-    data, share = text(run.settings.get("data") or "DATA"), run.settings.get("valid_share")
-    named = "HELD_OUT.jsonl" if data.endswith(".jsonl") and not share else data
-    words = _given(run, names, {**run.settings, "data": named})
-    here = {name for name in ("valid", "test") if Path(data, f"{name}.jsonl").is_file()}
-    if share and not run.settings.get("test_split"):
-        here.add("valid")
-    return shlex.join(words + (["--split", "valid"] if here == {"valid"} else []))
-
-
-def _given(run: Run, names: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
-    """The words of those settings that are not what a command takes by itself."""
-    chosen = {**settings, "model": settings.get("model") or "MODEL"}
-    default = defaults(run)
-    return [
-        word
-        for name in names
-        if name in chosen and text(chosen[name]) != text(default.get(name))
-        for word in _words("--" + name.replace("_", "-"), chosen[name])
-    ]
-
-
-def _words(flag: str, value: Any) -> Iterator[str]:
-    """A setting as the command line has it."""
-    if value is None:
-        return
-    if isinstance(value, bool):
-        yield flag if value else f"--no-{flag[2:]}"
-        return
-    if isinstance(value, Mapping):
-        yield from (flag, json.dumps(value))
-        return
-    for one in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
-        yield from (flag, str(one) if isinstance(one, int | float) else text(one))

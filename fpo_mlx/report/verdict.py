@@ -6,12 +6,15 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fpo_mlx.intervals import wilson
 from fpo_mlx.report import findings
+from fpo_mlx.report.commands import HELD_OUT, command, model_words, of_others, overwritten
 from fpo_mlx.report.read import Run, figure, part
 from fpo_mlx.report.tables import number, text
+from fpo_mlx.storage.adapter_files import WEIGHTS
 
 CHANGE = "logps_per_token/{}_change"
 HELD = "Hold some back (--valid-share 0.05) and train again, or evaluate on pairs of your own."
@@ -21,7 +24,8 @@ def verdict(run: Run) -> list[str]:
     """Lines for the end of a training: what was measured, what to beware of, what comes next."""
     own = replace(run, results={})  # they are of adapters before, or say no more than the run
     lines = [*held_out(run), *(f"warning: {said}" for said in findings.collapse(own))]
-    return [*lines, "Next:", *(f"  {command}" for command in commands(run))]
+    other = f" ({HELD_OUT} is your file of other pairs)" if of_others(run) else ""
+    return [*lines, f"Next{other}:", *(f"  {command}" for command in commands(run))]
 
 
 def held_out(run: Run) -> list[str]:
@@ -145,13 +149,34 @@ def _best(run: Run) -> str:
 
 
 def commands(run: Run) -> list[str]:
-    """What to do with the adapters, quoted for a shell."""
-    path = str(run.path)
-    model, adapter = findings.model_words(run), f"--adapter-path {shlex.quote(path)}"
-    fused = shlex.quote(f"{path.rstrip('/')}-fused")
+    """What to do with the adapters, quoted for a shell: the last ones, or better ones in best/."""
+    folder, best = str(run.path), better(run)
+    model = model_words(run)
+    adapter = f"--adapter-path {shlex.quote(str(best or folder))}"
+    fused = Path(f"{folder.rstrip('/')}-fused")
+    anew = " ".join(["", *overwritten(run, fused)])
     return [
-        findings.command(run, "evaluate"),
-        findings.command(run, "compare"),
+        command(run, "evaluate", best),
+        command(run, "compare", best),
         f"fpo-mlx chat {model} {adapter}",
-        f"fpo-mlx fuse {model} {adapter} --save-path {fused}",
+        f"fpo-mlx fuse {model} {adapter} --save-path {shlex.quote(str(fused))}{anew}",
     ]
+
+
+def better(run: Run) -> Path | None:
+    """best/, where its adapters are of between the start and the end; None for the last ones.
+
+    Of a run with a target, best/ is held to none.
+    """
+    targets = (run.settings.get("target_drift"), run.settings.get("target_kl"))
+    best = [r for r in run.valid if r.get("best") is True]
+    kept = figure(best[-1].get("iteration")) if best else None
+    if run.landed or targets != (None, None) or not kept or kept >= _ended(run):
+        return None
+    return run.path / "best" if (run.path / "best" / WEIGHTS).is_file() else None
+
+
+def _ended(run: Run) -> float:
+    """The last iteration that a report is of."""
+    last = (figure(one.get("iteration")) for one in (*run.train[-1:], *run.valid[-1:]))
+    return max((n for n in last if n is not None), default=0.0)

@@ -136,6 +136,95 @@ def test_the_next_commands_are_commands_with_these_flags(tmp_path):
     assert found[-1][2:4] == ["--model", "m"]
 
 
+def words_of(run, name):
+    (found,) = (w for line in commands(run) if (w := shlex.split(line))[1] == name)
+    return found
+
+
+def of_data(splits, data="owner/set", **settings):
+    return {"settings": {"model": "m", "data": data, **settings}, "splits": splits}
+
+
+@pytest.mark.parametrize(
+    ("splits", "judged", "compared"),
+    [
+        ({"train": 9, "valid": 2, "test": None}, None, None),
+        ({"train": 9, "valid": 2}, "valid", None),
+        ({"train": 9, "test": None}, None, "test"),
+    ],
+)
+def test_each_command_names_a_split_that_the_data_have(tmp_path, splits, judged, compared):
+    """`evaluate` looks at test by itself, `compare` at valid: one of them was refused."""
+    run = read(tmp_path, record=of_data(splits))
+    for name, split in (("evaluate", judged), ("compare", compared)):
+        words = words_of(run, name)
+        assert words[words.index("--data") + 1] == "owner/set"
+        assert ("--split" in words) is (split is not None)
+        assert split is None or words[words.index("--split") + 1] == split
+
+
+def test_where_all_was_trained_on_the_commands_want_another_file_and_say_so(tmp_path):
+    run = read(tmp_path, record=of_data({"train": 9}, subset="en", train_split="train[:9]"))
+    for name in ("evaluate", "compare"):
+        words = words_of(run, name)
+        assert words[words.index("--data") + 1] == "HELD_OUT.jsonl"
+        assert not {"--subset", "--train-split", "--split"} & set(words), "one file has no splits"
+    assert "Next (HELD_OUT.jsonl is your file of other pairs):" in verdict(run)
+
+
+def test_a_run_of_an_older_version_that_validated_has_a_valid_split(tmp_path):
+    run = read(tmp_path, a_validation(0, 0.7), record={"settings": {"data": "owner/set"}})
+    assert words_of(run, "evaluate")[-4:-2] != ["--data", "HELD_OUT.jsonl"]
+    assert "valid" in words_of(run, "evaluate")
+
+
+def test_what_an_earlier_training_left_is_replaced(tmp_path):
+    """From the second training in one folder on all of these commands were refused."""
+    read(tmp_path, a_validation(0, 0.7), a_validation(30, 0.5, END))
+    folder, fused = tmp_path / "run", tmp_path / "run-fused"
+    fused.mkdir()
+    for place in (folder / "compare.json", folder / "evaluate.json", fused):
+        if place != fused:
+            place.write_text(json.dumps({"summary": {}}) if "evaluate" in place.name else "{}")
+        os.utime(place, (1, 1))
+    run = read_run(folder, "run")
+    assert not any("--overwrite" in line for line in commands(run)), "these are no older ones"
+    (folder / "adapters.safetensors").write_bytes(b"")
+    run = read_run(folder, "run")
+    for name in ("evaluate", "compare", "fuse"):
+        assert words_of(run, name)[-1] == "--overwrite"
+    assert str(folder / "evaluate.json") in words_of(run, "evaluate")
+
+
+def test_better_adapters_than_the_last_are_those_that_come_next(tmp_path):
+    seen = [a_validation(0, 0.7), a_validation(20, 0.5), a_validation(30, 0.6, best=False)]
+    run = read(tmp_path, *seen)
+    best = run.path / "best"
+    best.mkdir()
+    (best / "adapters.safetensors").write_bytes(b"")
+    for line in commands(run):
+        assert f"--adapter-path {best}" in line
+    assert str(best / "evaluate.json") in words_of(run, "evaluate")
+    assert words_of(run, "fuse")[-1] == f"{run.path}-fused"
+
+
+@pytest.mark.parametrize(
+    ("seen", "settings"),
+    [
+        ([a_validation(0, 0.5), a_validation(30, 0.6, best=False)], {}),
+        ([a_validation(0, 0.7), a_validation(30, 0.6)], {}),
+        ([a_validation(20, 0.5), a_validation(30, 0.6, best=False)], {"target_drift": 0.1}),
+    ],
+)
+def test_best_is_not_next_where_it_is_no_training_the_last_or_held_to_no_target(
+    tmp_path, seen, settings
+):
+    run = read(tmp_path, *seen, record={"settings": settings})
+    (run.path / "best").mkdir()
+    (run.path / "best" / "adapters.safetensors").write_bytes(b"")
+    assert not any("/best" in line for line in commands(run))
+
+
 def test_the_page_says_what_the_terminal_says(tmp_path):
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")

@@ -1,0 +1,123 @@
+"""The next commands for a run's adapters, with its settings, quoted for a shell."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fpo_mlx.config import PARTS, DataConfig, Objective, ReferenceConfig
+from fpo_mlx.report.read import Run, on_training, part, scale_of
+from fpo_mlx.report.tables import defaults, judged, text
+from fpo_mlx.storage.adapter_files import WEIGHTS
+
+HELD_OUT = "HELD_OUT.jsonl"  # stands for a file of other pairs, where the run's data have no others
+SPLITS = {  # what a command looks at: the first by itself
+    "evaluate": ("test", "valid"), "features": ("valid", "test"), "compare": ("valid", "test"),
+}  # fmt: skip
+OBJECTIVE = tuple(f.name for f in fields(Objective) if not f.metadata["yaml_only"])
+READ = ("model", "sae", "data", "objective", "init_adapter", "reference") + tuple(
+    field.name
+    for section in (DataConfig, ReferenceConfig)
+    for field in fields(section)
+    if field.name not in ("model", "sae", "data") and not field.metadata["yaml_only"]
+)
+COMPARED = ("model", "data", "trust_remote_code", "init_adapter") + tuple(
+    field.name for field in fields(DataConfig) if field.name != "data"
+)
+
+
+def command(run: Run, kind: str, adapter: Path | None = None) -> str:
+    """`evaluate`, `features` or `compare` of a run, or of another adapter that it made."""
+    folder = adapter or run.path
+    less = kind == "evaluate" and (on_training(judged(run)) or scale_of(judged(run)) != 1.0)
+    to = folder / (f"{kind}.whole.json" if less and not adapter else f"{kind}.json")
+    words = ["fpo-mlx", kind, *_usual(run, kind), "--adapter-path", str(folder)]
+    words += ["--output" if kind == "compare" else "--json", str(to), *overwritten(run, to)]
+    return shlex.join(words)
+
+
+def overwritten(run: Run, place: Path) -> list[str]:
+    """`--overwrite` where an older training's result lies in the place."""
+    stale = any(found.stale and found.path == place for found in run.results.values())
+    try:
+        older = place.stat().st_mtime < (run.path / WEIGHTS).stat().st_mtime
+    except OSError:
+        older = False
+    return ["--overwrite"] if stale or older else []
+
+
+def model_words(run: Run) -> str:
+    """The run's model, as every command takes it, for a shell."""
+    return shlex.join(_given(run, ("model", "trust_remote_code"), run.settings))
+
+
+def held_out_splits(run: Run) -> set[str] | None:
+    """Those of valid and test that the run's data have; None where nothing says so."""
+    if known := part(run.record, "splits"):
+        return {"valid", "test"} & set(known)
+    data = text(run.settings.get("data") or "DATA")  # the record of an older version does not say
+    found = {name for name in ("valid", "test") if Path(data, f"{name}.jsonl").is_file()}
+    if run.settings.get("valid_share") or run.valid:
+        found.add("valid")
+    if run.settings.get("test_split"):
+        found.add("test")
+    return found if found or data.endswith(".jsonl") else None
+
+
+def of_others(run: Run) -> bool:
+    """Whether the commands want a file of other pairs: the run's data hold none out."""
+    return held_out_splits(run) == set()
+
+
+def _usual(run: Run, kind: str) -> list[str]:
+    """The run's settings that a command takes and that are not its defaults, and the split.
+
+    Data of which all was trained on are no data to judge on: the command is told of others.
+    """
+    names, there = _taken(run, kind), held_out_splits(run)
+    data = text(run.settings.get("data") or "DATA")
+    if there is not None and not there:
+        names, data = tuple(name for name in names if name not in PARTS), HELD_OUT
+    words = _given(run, names, {**run.settings, "data": data})
+    first, other = SPLITS[kind]
+    return words + (["--split", other] if there and first not in there else [])
+
+
+def _taken(run: Run, kind: str) -> tuple[str, ...]:
+    """The settings that a command is told. `evaluate` finds the objective in run.json itself."""
+    if kind == "compare":
+        return COMPARED
+    known = kind == "evaluate" and "objective" in run.settings
+    if known and run.settings.get("constraint") != "activations":  # these it wants to be told
+        return tuple(name for name in READ if name != "objective") + ("feature_weights",)
+    return READ + OBJECTIVE
+
+
+def _given(run: Run, names: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """The words of those settings that are not what a command takes by itself."""
+    chosen = {**settings, "model": settings.get("model") or "MODEL"}
+    default = defaults(run)
+    return [
+        word
+        for name in names
+        if name in chosen and text(chosen[name]) != text(default.get(name))
+        for word in _words("--" + name.replace("_", "-"), chosen[name])
+    ]
+
+
+def _words(flag: str, value: Any) -> Iterator[str]:
+    """A setting as the command line has it."""
+    if value is None:
+        return
+    if isinstance(value, bool):
+        yield flag if value else f"--no-{flag[2:]}"
+        return
+    if isinstance(value, Mapping):
+        yield from (flag, json.dumps(value))
+        return
+    for one in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
+        yield from (flag, str(one) if isinstance(one, int | float) else text(one))
