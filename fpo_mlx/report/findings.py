@@ -96,18 +96,23 @@ def _unfinished(run: Run) -> Iterator[str]:
 
 def _landed(run: Run) -> Iterator[str]:
     """The curves are of another model than the one that was saved."""
+    if said := saved_part(run):
+        yield f"{said}. The curves are of the whole change."
+
+
+def saved_part(run: Run) -> str:
+    """Which part of the change was saved at the end, for the target; empty where all of it was."""
     part, before, after, target = (
         figure(run.end.get(name)) for name in ("part", "before", "after", "target")
     )
     if part is None or before is None or after is None or target is None:
-        return
+        return ""
     kl = run.end.get("figure") == "kl"
     what, unit = ("the KL is", " nats an answer") if kl else ("features move by", " of their size")
-    yield (
+    return (
         f"Saved is {number(part, 3)} of the change that was trained: on "
         f"{text(run.end.get('pairs'))} validation pairs {what} {number(after, 3)}{unit}, wanted "
-        f"{number(target, 3)}; with the whole change {number(before, 3)}. The curves are of the "
-        "whole change."
+        f"{number(target, 3)}; with the whole change {number(before, 3)}"
     )
 
 

@@ -11,12 +11,24 @@ from typing import Any
 
 from fpo_mlx.intervals import wilson
 from fpo_mlx.report import findings
-from fpo_mlx.report.commands import HELD_OUT, command, model_words, of_others, overwritten
-from fpo_mlx.report.read import Run, figure, part
+from fpo_mlx.report.commands import (
+    HELD_OUT,
+    SPLITS,
+    command,
+    held_out_splits,
+    model_words,
+    of_others,
+    overwritten,
+)
+from fpo_mlx.report.read import Run, figure, on_training, part
 from fpo_mlx.report.tables import number, text
 from fpo_mlx.storage.adapter_files import WEIGHTS
 
 CHANGE = "logps_per_token/{}_change"
+SIDES = ("chosen", "rejected")
+# rewards are gains on the reference for every objective, one whose loss has none, too
+RIGHT = "share of pairs whose chosen answer gained more than the rejected one"
+STILL = 2e-3  # of a log-prob: twice what rounding to half precision alone may change
 HELD = "Hold some back (--valid-share 0.05) and train again, or evaluate on pairs of your own."
 
 
@@ -36,31 +48,50 @@ def held_out(run: Run) -> list[str]:
     before, after = part(first, "metrics"), part(last, "metrics")
     n = figure(last.get("pairs")) or 0.0
     when = f"after {text(last.get('iteration'))} iterations"
-    head = f"On {number(n)} held-out pairs {'before -> ' if before else ''}{when}:"
+    head = f"On {_of_all(run, n)} {'before -> ' if before else ''}{when}:"
     lines = (
-        _accuracy(run, after, n),
+        _accuracy(after, n),
         _pair("chosen answer is the likelier one", before, after, "policy_accuracy"),
-        _pair("reward margin", before, after, "rewards/margins"),
+        _margin(before, after),
         _answers(after),
         _moved(after),
-        _best(run),
+        _saved(run) if run.end else _best(run),
+        _later(run, last),
     )
     return [head, *(f"  {line}" for line in lines if line)]
 
 
+def _of_all(run: Run, n: float) -> str:
+    """ "25 of 1000 held-out pairs", with what looks at all of them."""
+    there = figure(part(run.record, "splits").get("valid"))
+    if there is None or there <= n:
+        return f"{number(n)} held-out pairs"
+    return f"{number(n)} of {number(there)} held-out pairs (--val-batches -1 looks at all)"
+
+
 def _without(run: Run) -> Iterator[str]:
-    yield (
-        "No pair was held out: whether the model learned more than its own training pairs, this "
-        f"run cannot say. {HELD}"
-    )
+    evaluation = run.results.get("evaluate")
+    if evaluation is None or evaluation.stale or on_training(evaluation.value):
+        yield _unseen(run)
     if not run.train:
         return
     metrics = part(run.train[-1], "metrics")
     yield f"On training pairs, at iteration {text(run.train[-1].get('iteration'))}:"
     share = figure(metrics.get("rewards/accuracies"))
     if share is not None:
-        yield f"  accuracy {number(share, 3)}: {_right(run)}; trained on, so high by itself"
+        yield f"  accuracy {number(share, 3)}: {RIGHT}; trained on, so high by itself"
     yield from (f"  {line}" for line in (_answers(metrics), _moved(metrics)) if line)
+
+
+def _unseen(run: Run) -> str:
+    """That this run says nothing of other pairs than its own, and what does."""
+    what = "whether the model learned more than its own training pairs, this run cannot say."
+    there = held_out_splits(run)
+    if there:
+        split = next(name for name in SPLITS["evaluate"] if name in there)
+        return f"No validation was made: {what} `evaluate` can, on the {split} split."
+    held = "was held out" if there is not None else "was looked at that is held out"
+    return f"No pair {held}: {what} {HELD}"
 
 
 def _first(run: Run) -> Mapping[str, Any]:
@@ -70,14 +101,7 @@ def _first(run: Run) -> Mapping[str, Any]:
     return first if same and first.get("iteration") != last.get("iteration") else {}
 
 
-def _right(run: Run) -> str:
-    """What a pair that counts as right is."""
-    if run.settings.get("margin", "reference") == "reference":
-        return "share of pairs whose chosen answer gained more than the rejected one"
-    return "share of pairs whose chosen answer has the higher reward"
-
-
-def _accuracy(run: Run, metrics: Mapping[str, Any], n: float) -> str:
+def _accuracy(metrics: Mapping[str, Any], n: float) -> str:
     """With an interval, and with what so few pairs cannot tell."""
     share = figure(metrics.get("rewards/accuracies"))
     if share is None or not math.isfinite(share) or n < 1:
@@ -85,13 +109,25 @@ def _accuracy(run: Run, metrics: Mapping[str, Any], n: float) -> str:
     low, high = wilson(share, n)
     line = (
         f"accuracy {number(share, 3)} ({number(low, 2)} to {number(high, 2)} with 95 % "
-        f"confidence): {_right(run)}; "
+        f"confidence): {RIGHT}; "
     )
+    if low > 0.5:
+        return line + "chance is 0.5"
+    if _hardly(metrics):
+        return line + "the model has hardly moved yet, and a pair where it did not counts as wrong"
     if high < 0.5:
         return line + "worse than chance (0.5)"
-    if low <= 0.5:
-        return line + "so few pairs cannot tell that from chance (0.5)"
-    return line + "chance is 0.5"
+    return line + "so few pairs cannot tell that from chance (0.5)"
+
+
+def _hardly(metrics: Mapping[str, Any]) -> bool:
+    """Whether the log-probs are, on the mean, about where they were."""
+    for side in SIDES:
+        change = figure(metrics.get(CHANGE.format(side)))
+        size = figure(metrics.get(f"logps_per_token/{side}"))
+        if change is None or not abs(change) <= STILL * max(1.0, abs(size or 0.0)):
+            return False
+    return True
 
 
 def _pair(name: str, before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:
@@ -102,9 +138,14 @@ def _pair(name: str, before: Mapping[str, Any], after: Mapping[str, Any], key: s
     return f"{name}: {'' if then is None else f'{number(then, 3)} -> '}{number(now, 3)}"
 
 
+def _margin(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    line = _pair("reward margin", before, after, "rewards/margins")
+    return f"{line} (gain of chosen less that of rejected answers, times beta)" if line else ""
+
+
 def _answers(metrics: Mapping[str, Any]) -> str:
     """What chosen and rejected answers gained or lost, in nats and in plain words."""
-    chosen, rejected = (figure(metrics.get(CHANGE.format(s))) for s in ("chosen", "rejected"))
+    chosen, rejected = (figure(metrics.get(CHANGE.format(s))) for s in SIDES)
     if chosen is None or not math.isfinite(chosen):
         return ""
     plain = f"a token is {math.exp(min(chosen, 50.0)):.2g} times as likely as before"
@@ -119,25 +160,40 @@ def _signed(value: float) -> str:
 def _moved(metrics: Mapping[str, Any]) -> str:
     """How far the model went from where it began, as far as that was measured."""
     found = []
-    for name, key, unit in (("D", "features", ""), ("KL", "kl", " nats an answer")):
-        sides = [figure(metrics.get(f"{key}/{side}")) for side in ("chosen", "rejected")]
+    square = figure(metrics.get("drift/rejected"))
+    if square is not None and square >= 0:
+        found.append(f"features by {number(math.sqrt(square), 3)} of their size (drift, rejected)")
+    for name, key, unit in (("D of features", "features", ""), ("KL", "kl", " nats an answer")):
+        sides = [figure(metrics.get(f"{key}/{side}")) for side in SIDES]
         if None not in sides:
             shown = " / ".join(number(side, 3) for side in sides)
             found.append(f"{name} {shown}{unit} (chosen / rejected)")
-    square = figure(metrics.get("drift/rejected"))
-    if square is not None and square >= 0:
-        found.append(f"drift {number(math.sqrt(square), 3)} (rejected)")
-    return f"distance from the start: {', '.join(found)}" if found else ""
+    return f"distance from the start (0 is none): {', '.join(found)}" if found else ""
+
+
+def _later(run: Run, last: Mapping[str, Any]) -> str:
+    """That what was validated is not the end: a run was resumed without, or stopped between."""
+    seen, ended = figure(last.get("iteration")), _ended(run)
+    if seen is None or ended <= seen:
+        return ""
+    return f"training went on to iteration {number(ended)}, and no validation saw that"
+
+
+def _saved(run: Run) -> str:
+    """That only a part of the change was saved, to which best/ was not held."""
+    said = findings.saved_part(run)
+    other = " (best/ is of a whole change)" if any(r.get("best") is True for r in run.valid) else ""
+    return f"{said[0].lower()}{said[1:]}{other}" if said else ""
 
 
 def _best(run: Run) -> str:
-    """Which validation had the lowest loss, whose adapters best/ holds."""
+    """Which validation had the lowest loss, as best/ has it, where that is not the end."""
     best = [r for r in run.valid if r.get("best") is True]
     if not best:
         return ""
     kept, last = best[-1], run.valid[-1]
-    if kept.get("iteration") == last.get("iteration"):
-        return "the lowest validation loss was the last one" if len(run.valid) > 1 else ""
+    if kept.get("iteration") == last.get("iteration") and not _later(run, last):
+        return ""
     losses = f"{text(figure(kept.get('loss')))}, the last {text(figure(last.get('loss')))}"
     if kept.get("iteration") == 0:
         return (

@@ -32,6 +32,10 @@ def read(path, *validations, train=True, record=None):
     return read_run(run, "run")
 
 
+def of_data(splits, data="owner/set", **settings):
+    return {"settings": {"model": "m", "data": data, **settings}, "splits": splits}
+
+
 END = {
     "rewards/accuracies": 0.85, "rewards/margins": 0.0427, "policy_accuracy": 0.6,
     "logps_per_token/chosen_change": -0.25, "logps_per_token/rejected_change": -0.5,
@@ -46,11 +50,11 @@ def test_before_and_after_stand_side_by_side_with_the_count_and_an_interval(tmp_
         "  accuracy 0.85 (0.71 to 0.93 with 95 % confidence): share of pairs whose chosen answer "
         "gained more than the rejected one; chance is 0.5",
         "  chosen answer is the likelier one: 0.45 -> 0.6",
-        "  reward margin: 0 -> 0.0427",
+        "  reward margin: 0 -> 0.0427 (gain of chosen less that of rejected answers, times beta)",
         "  chosen answers −0.25 nats/token: a token is 0.78 times as likely as before; rejected "
         "answers −0.5",
-        "  distance from the start: D 5.03 / 1 (chosen / rejected), drift 0.4 (rejected)",
-        "  the lowest validation loss was the last one",
+        "  distance from the start (0 is none): features by 0.4 of their size (drift, rejected), "
+        "D of features 5.03 / 1 (chosen / rejected)",
     ]
 
 
@@ -63,7 +67,7 @@ def test_before_and_after_stand_side_by_side_with_the_count_and_an_interval(tmp_
     ],
 )
 def test_an_accuracy_is_told_from_chance_only_by_enough_pairs(tmp_path, pairs, share, said):
-    end = a_validation(30, 0.6, {"rewards/accuracies": share}, pairs=pairs)
+    end = a_validation(30, 0.6, END | {"rewards/accuracies": share}, pairs=pairs)
     assert said in held_out(read(tmp_path, a_validation(0, 0.7, pairs=pairs), end))[1]
 
 
@@ -87,7 +91,8 @@ def test_a_start_that_was_not_measured_on_these_pairs_is_not_made_up(tmp_path, f
 
 
 def test_without_held_out_pairs_it_says_what_cannot_be_said_and_names_the_share(tmp_path):
-    lines = held_out(read(tmp_path))
+    lines = held_out(read(tmp_path, record=of_data({"train": 9})))
+    assert lines[0].startswith("No pair was held out")
     assert "this run cannot say" in lines[0]
     assert "--valid-share 0.05" in lines[0]
     assert "On training pairs, at iteration 30:" in lines
@@ -97,7 +102,77 @@ def test_without_held_out_pairs_it_says_what_cannot_be_said_and_names_the_share(
 def test_of_a_part_of_the_change_that_was_saved_its_own_figures_are_shown(tmp_path):
     landed = a_validation(30, 0.6, {"rewards/margins": 0.01}) | {"kind": "landed", "part": 0.3}
     run = read(tmp_path, a_validation(0, 0.7), a_validation(30, 0.5, END), landed)
-    assert "  reward margin: 0 -> 0.01" in held_out(run)
+    assert any("reward margin: 0 -> 0.01" in line for line in held_out(run))
+
+
+def test_where_a_part_was_saved_it_is_said_and_best_is_not_offered(tmp_path):
+    """best/ holds a whole change, which was not held to the target."""
+    landed = a_validation(30, 0.6, END) | {
+        "kind": "landed", "part": 0.3, "figure": "drift", "before": 0.4, "after": 0.1,
+        "target": 0.1,
+    }  # fmt: skip
+    seen = [a_validation(0, 0.7), a_validation(20, 0.5), a_validation(30, 0.6, best=False)]
+    run = read(tmp_path, *seen, landed)
+    (said,) = (line for line in held_out(run) if "saved is" in line)
+    assert "saved is 0.3 of the change that was trained" in said
+    assert "best/ is of a whole change" in said
+    assert not any("lowest validation loss" in line for line in held_out(run))
+
+
+def test_a_model_that_hardly_moved_is_not_called_worse_than_chance(tmp_path):
+    """A pair counts as right only where it moved."""
+    still = {"logps_per_token/chosen_change": 1e-4, "logps_per_token/rejected_change": -2e-3}
+    for n, (metrics, hardly) in enumerate(((still, True), ({**still, **END}, False))):
+        end = a_validation(30, 0.69, metrics | {"rewards/accuracies": 0.1})
+        line = held_out(read(tmp_path / str(n), a_validation(0, 0.69), end))[1]
+        assert ("hardly moved yet" in line) is hardly
+        assert ("worse than chance" in line) is not hardly
+
+
+def test_an_accuracy_without_a_reference_in_the_loss_is_of_gains_on_it_all_the_same(tmp_path):
+    """Rewards are: `core.objectives.preference_losses`."""
+    record = {"settings": {"margin": "constant"}}
+    line = held_out(read(tmp_path, a_validation(30, 0.6, END), record=record))[1]
+    assert "gained more than the rejected one; chance is 0.5" in line
+
+
+def test_so_few_pairs_of_more_name_the_setting_that_looks_at_all(tmp_path):
+    record = of_data({"train": 9, "valid": 1000})
+    head = held_out(read(tmp_path, a_validation(30, 0.6, END), record=record))[0]
+    assert head.startswith("On 40 of 1000 held-out pairs (--val-batches -1 looks at all)")
+    record = of_data({"train": 9, "valid": 40})
+    head = held_out(read(tmp_path / "all", a_validation(30, 0.6, END), record=record))[0]
+    assert head.startswith("On 40 held-out pairs")
+
+
+def test_training_beyond_the_last_validation_is_not_passed_over(tmp_path):
+    """A run that is resumed with --val-batches 0, or stopped between two validations."""
+    run = read(tmp_path, a_validation(10, 0.7, END), a_validation(20, 0.6, END))
+    assert "  training went on to iteration 30, and no validation saw that" in held_out(run)
+    assert "the lowest validation loss was at iteration 20" in held_out(run)[-2]
+
+
+@pytest.mark.parametrize(
+    ("splits", "said"),
+    [
+        ({"train": 9, "valid": None}, "on the valid split"),  # --val-batches 0
+        ({"train": 9, "test": None}, "on the test split"),
+    ],
+)
+def test_held_out_pairs_that_no_validation_looked_at_are_not_denied(tmp_path, splits, said):
+    line = held_out(read(tmp_path, record=of_data(splits)))[0]
+    assert line.startswith("No validation was made")
+    assert said in line
+    assert "--valid-share" not in line
+
+
+@pytest.mark.parametrize(("of", "silent"), [("test", True), ("train", False)])
+def test_a_held_out_evaluation_is_not_called_impossible(tmp_path, of, silent):
+    read(tmp_path)
+    result = {"summary": {"n": 9}, "split": of}
+    (tmp_path / "run" / "evaluate.json").write_text(json.dumps(result))
+    lines = held_out(read_run(tmp_path / "run", "run"))
+    assert any("cannot say" in line for line in lines) is not silent
 
 
 def test_a_collapse_on_held_out_pairs_is_the_reports_own_warning(tmp_path):
@@ -139,10 +214,6 @@ def test_the_next_commands_are_commands_with_these_flags(tmp_path):
 def words_of(run, name):
     (found,) = (w for line in commands(run) if (w := shlex.split(line))[1] == name)
     return found
-
-
-def of_data(splits, data="owner/set", **settings):
-    return {"settings": {"model": "m", "data": data, **settings}, "splits": splits}
 
 
 @pytest.mark.parametrize(
