@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fpo_mlx.config import Objective, advice
+from fpo_mlx.errors import FpoError
 from fpo_mlx.records import COLLAPSE
 from fpo_mlx.report.commands import command
 from fpo_mlx.report.read import Run, figure, on_training
 from fpo_mlx.report.tables import (
     chosen_drop,
+    defaults,
     judged,
     judged_less,
     judged_on,
@@ -117,15 +120,40 @@ def saved_part(run: Run) -> str:
 
 
 def collapse(run: Run) -> Iterator[str]:
-    """That the chosen answers lost so much that the other figures mean nothing."""
+    """That the chosen answers lost so much that the other figures mean nothing.
+
+    What helps is said once: where the run itself warned, the place is named.
+    """
     lost = chosen_drop(run)
-    if lost > COLLAPSE:
+    if not lost > COLLAPSE:
+        return
+    if warned := _warned(run):
         yield (
-            f"The chosen answers lost {number(lost, 3)} nats a token against the reference. Text "
-            "that unlikely is no longer written: the model has probably collapsed, and its "
-            "accuracy and margin mean nothing. Look at sample answers; lower the learning rate, "
-            "or raise alpha or beta."
+            f"The chosen answers have lost {number(lost, 3)} nats a token at the end; what helps "
+            f"is said at iteration {warned}."
         )
+        return
+    said = advice.fallen(lost, _objective(run), advice.rate_of(run.settings.get("lr_schedule")))
+    yield f"{said[0].upper()}{said[1:]}."
+
+
+def _warned(run: Run) -> str:
+    """The iteration of the report that warned of it; empty where none did."""
+    for report in (*run.valid, *run.train):
+        said = report.get("warnings")
+        if isinstance(said, list) and any(str(one).startswith(advice.FALLEN) for one in said):
+            return text(report.get("iteration"))
+    return ""
+
+
+def _objective(run: Run) -> Objective:
+    """As far as what helps depends on it; the default's where the record is damaged."""
+    given = {**defaults(run), **run.settings}
+    names = ("nll_weight", "link", "preference_weight", "beta", "length_normalize")
+    try:
+        return Objective(**{name: given[name] for name in names})
+    except (FpoError, KeyError, TypeError, ValueError):
+        return Objective()
 
 
 def _length(run: Run) -> Iterator[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from fpo_mlx.config import Objective, TrainConfig
+from fpo_mlx.config import Objective, TrainConfig, advice
 from fpo_mlx.core.objectives import Seen, preference_losses
 from fpo_mlx.records import COLLAPSE, PairScore
 
@@ -218,7 +218,7 @@ class Trouble:
 
 def rate_of(config: TrainConfig) -> str:
     """Where a run's learning rate is set."""
-    return "the rates of lr_schedule" if config.lr_schedule else "--learning-rate"
+    return advice.rate_of(config.lr_schedule)
 
 
 def against_infinity(config: TrainConfig) -> str:
@@ -248,7 +248,7 @@ def divergence(
         return Trouble(
             f"the chosen log-prob fell {drop:.3g} nats a token below the reference's, over "
             f"--max-logp-drop {config.max_logp_drop:g}",
-            _against_falling(objective, config),
+            advice.against_falling(objective, rate_of(config)),
         )
     return _too_far(values, config, objective)
 
@@ -270,30 +270,12 @@ def _hold_harder(o: Objective) -> str:
     return f"raise --alpha above {o.alpha:g}"
 
 
-def _against_falling(o: Objective, config: TrainConfig) -> str:
-    """For a chosen response that dies: what keeps it alive."""
-    if not o.nll_weight:
-        size = ""
-        if o.link == "sigmoid":
-            # as much as the preference weighs a token at u = 0: more, and little else is learnt
-            size = f" {o.preference_weight * o.beta / 2 if o.length_normalize else 1.0:.3g}"
-        return (
-            f"Give --nll-weight{size}, which keeps the chosen response alive, or lower "
-            f"{rate_of(config)}"
-        )
-    return f"Lower {rate_of(config)}, or raise --nll-weight above {o.nll_weight:g}"
-
-
 def fallen(means: Mapping[str, float], config: TrainConfig, o: Objective) -> str | None:
     """A warning where the chosen responses lost so much that a collapse is near; no end yet."""
     lost = -means["logps_per_token/chosen_change"]
     if not lost > COLLAPSE:
         return None
-    return (
-        f"the chosen answers lost {lost:.3g} nats a token against the reference: text that "
-        "unlikely is no longer written, and accuracy and margin then mean nothing. "
-        f"{_against_falling(o, config)}, or stop earlier (fewer --iters, --early-stopping)"
-    )
+    return advice.fallen(lost, o, rate_of(config))
 
 
 def _too_far(

@@ -11,6 +11,7 @@ import pytest
 from report_runs import Elements, a_report, a_run
 
 from fpo_mlx.cli import main
+from fpo_mlx.config import Objective, TrainConfig
 from fpo_mlx.report.read import read_run
 from fpo_mlx.report.verdict import commands, held_out, verdict
 
@@ -209,6 +210,39 @@ def test_the_next_commands_are_commands_with_these_flags(tmp_path):
         known = {name for p in main.commands[words[1]].params for name in p.opts}
         assert set(words[2::2]) <= known, words
     assert found[-1][2:4] == ["--model", "m"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"objective": "dpo"}, "Give --nll-weight 1, "),
+        ({"objective": "dpo", "nll_weight": 0.5}, "raise --nll-weight above 0.5"),
+        ({"lr_schedule": {"name": "x"}}, "the rates of lr_schedule"),
+        ({"beta": "damaged", "link": 3}, "--nll-weight"),
+    ],
+)
+def test_a_collapse_is_met_with_the_advice_that_the_run_itself_gives(tmp_path, settings, advice):
+    """It named alpha and beta, which a run without a constraint has no use for."""
+    end = a_validation(30, 0.5, {"logps_per_token/chosen_change": -1.2})
+    (said,) = (
+        w for w in verdict(read(tmp_path, end, record={"settings": settings})) if "ing:" in w
+    )
+    assert advice in said
+    assert "stop earlier" in said
+    assert "raise alpha" not in said
+
+
+def test_a_collapse_that_the_run_warned_of_is_not_explained_again(tmp_path):
+    pytest.importorskip("mlx.core")
+    from fpo_mlx.train import guard
+
+    told = guard.fallen({"logps_per_token/chosen_change": -1.1}, TrainConfig(), Objective())
+    end = a_validation(30, 0.5, {"logps_per_token/chosen_change": -1.2})
+    run = read(tmp_path, a_validation(20, 0.5) | {"warnings": [told]}, end)
+    (said,) = (line for line in verdict(run) if line.startswith("warning: "))
+    assert "have lost 1.2 nats a token at the end" in said
+    assert "iteration 20" in said
+    assert "--nll-weight" not in said
 
 
 def words_of(run, name):
