@@ -19,7 +19,7 @@ from fpo_mlx.storage.files import known_object
 from fpo_mlx.storage.outputs import same_place
 
 Say = Callable[[str], None]
-PART = ("subset", "train_split")  # settings that say which part of a data set the pairs are of
+PARTS = {"subset": "default", "train_split": "train"}  # of a data set, and what none means
 
 
 def warn_of_origin(
@@ -84,6 +84,7 @@ def warn_of_training_pairs(
 
 
 def _seen(theirs: float, ours: float) -> str:
+    much = "most" if theirs < ours / 2 or not ours else "some"
     if not theirs:
         return (
             "was trained on this data with nothing held back: it has seen most of these pairs; "
@@ -91,7 +92,7 @@ def _seen(theirs: float, ours: float) -> str:
         )
     return (
         f"was trained on this data with --valid-share {theirs:g}, and this is --valid-share "
-        f"{ours:g}: it has seen most of these pairs. Give --valid-share {theirs:g} here, too"
+        f"{ours:g}: it has seen {much} of these pairs. Give --valid-share {theirs:g} here, too"
     )
 
 
@@ -103,10 +104,19 @@ def _smaller_share(run: Mapping[str, Any], ours: DataConfig) -> float | None:
     settings, place = _part(run, "settings"), Path(ours.data).expanduser()
     kept = _part(run, "source").get("data") if place.exists() else settings.get("data")
     same = same_place(Path(str(kept)), place) if place.exists() else kept == ours.data
-    same = same and all(settings.get(name) == getattr(ours, name) for name in PART)
+    same = same and all(
+        _may_overlap(settings.get(name) or none, getattr(ours, name) or none)
+        for name, none in PARTS.items()
+    )
     theirs = settings.get("valid_share") or 0.0
     more = theirs < ours.valid_share or (theirs and not ours.valid_share)
     return theirs if same and more else None
+
+
+def _may_overlap(one: str, other: str) -> bool:
+    """Whether two subsets or splits are one, or one of them a slice of the other."""
+    sliced = "[" in one and "[" in other
+    return one == other or (not sliced and one.split("[")[0] == other.split("[")[0])
 
 
 def settings_of(adapter: str | Path) -> Mapping[str, Any]:

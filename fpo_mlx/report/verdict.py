@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from fpo_mlx.report.commands import (
     held_out_splits,
     model_words,
     of_others,
-    overwritten,
 )
 from fpo_mlx.report.read import Run, figure, on_training, part
 from fpo_mlx.report.tables import number, text
@@ -35,7 +35,10 @@ HELD = "Hold some back (--valid-share 0.05) and train again, or evaluate on pair
 def verdict(run: Run) -> list[str]:
     """Lines for the end of a training: what was measured, what to beware of, what comes next."""
     own = replace(run, results={})  # they are of adapters before, or say no more than the run
-    lines = [*held_out(run), *(f"warning: {said}" for said in findings.collapse(own))]
+    lines = [
+        *held_out(run),
+        *(f"warning: {said}" for said in findings.collapse(own)),
+    ]
     other = f" ({HELD_OUT} is your file of other pairs)" if of_others(run) else ""
     return [*lines, f"Next{other}:", *(f"  {command}" for command in commands(run))]
 
@@ -192,9 +195,11 @@ def _best(run: Run) -> str:
     if not best:
         return ""
     kept, last = best[-1], run.valid[-1]
-    if kept.get("iteration") == last.get("iteration") and not _later(run, last):
+    alone = kept.get("iteration") == last.get("iteration")
+    if alone and (kept.get("iteration") == 0 or not _later(run, last)):
         return ""
-    losses = f"{text(figure(kept.get('loss')))}, the last {text(figure(last.get('loss')))}"
+    losses = text(figure(kept.get("loss")))
+    losses += "" if alone else f", the last {text(figure(last.get('loss')))}"
     if kept.get("iteration") == 0:
         return (
             f"no validation loss was lower than before training ({losses}): on these pairs nothing "
@@ -209,25 +214,31 @@ def commands(run: Run) -> list[str]:
     folder, best = str(run.path), better(run)
     model = model_words(run)
     adapter = f"--adapter-path {shlex.quote(str(best or folder))}"
-    fused = Path(f"{folder.rstrip('/')}-fused")
-    anew = " ".join(["", *overwritten(run, fused)])
+    fused = _free(Path(f"{folder.rstrip('/')}-fused"))
     return [
         command(run, "evaluate", best),
         command(run, "compare", best),
         f"fpo-mlx chat {model} {adapter}",
-        f"fpo-mlx fuse {model} {adapter} --save-path {shlex.quote(str(fused))}{anew}",
+        f"fpo-mlx fuse {model} {adapter} --save-path {shlex.quote(str(fused))}",
     ]
 
 
+def _free(place: Path) -> Path:
+    """The place, or the first with a number behind it at which nothing lies."""
+    numbered = (place.with_name(f"{place.name}-{n}") for n in count(2))
+    return place if not place.exists() else next(one for one in numbered if not one.exists())
+
+
 def better(run: Run) -> Path | None:
-    """best/, where its adapters are of between the start and the end; None for the last ones.
+    """best/, where a validation after it was worse; None for the last adapters.
 
     Of a run with a target, best/ is held to none.
     """
     targets = (run.settings.get("target_drift"), run.settings.get("target_kl"))
     best = [r for r in run.valid if r.get("best") is True]
     kept = figure(best[-1].get("iteration")) if best else None
-    if run.landed or targets != (None, None) or not kept or kept >= _ended(run):
+    last = figure(run.valid[-1].get("iteration")) if best else None
+    if run.landed or targets != (None, None) or not kept or kept == last:
         return None
     return run.path / "best" if (run.path / "best" / WEIGHTS).is_file() else None
 

@@ -80,6 +80,9 @@ def test_the_weights_are_read_once_for_several_adapters(tmp_path, model, monkeyp
         ({}, {"subset": "a"}, False),
         ({"train_split": "train[:1000]"}, {"train_split": "train[1000:]"}, False),
         ({"train_split": "train_prefs"}, {"train_split": "train_prefs"}, True),
+        ({"train_split": "train"}, {}, True),
+        ({"subset": "default"}, {}, True),
+        ({"train_split": "train"}, {"train_split": "train[:1000]"}, True),
     ],
 )
 def test_only_a_run_on_the_same_part_of_a_hubs_data_set_has_seen_its_pairs(

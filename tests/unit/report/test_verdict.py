@@ -153,6 +153,13 @@ def test_training_beyond_the_last_validation_is_not_passed_over(tmp_path):
     assert "the lowest validation loss was at iteration 20" in held_out(run)[-2]
 
 
+def test_a_run_that_was_validated_before_it_began_alone_is_not_said_to_have_won_nothing(tmp_path):
+    """A report of a run that goes on, or that was stopped early, said so."""
+    assert not any(
+        "nothing was won" in line for line in held_out(read(tmp_path, a_validation(0, 1)))
+    )
+
+
 @pytest.mark.parametrize(
     ("splits", "said"),
     [
@@ -283,7 +290,7 @@ def test_a_run_of_an_older_version_that_validated_has_a_valid_split(tmp_path):
     assert "valid" in words_of(run, "evaluate")
 
 
-def test_what_an_earlier_training_left_is_replaced(tmp_path):
+def test_figures_that_an_earlier_training_left_are_replaced_and_its_model_stays(tmp_path):
     """From the second training in one folder on all of these commands were refused."""
     read(tmp_path, a_validation(0, 0.7), a_validation(30, 0.5, END))
     folder, fused = tmp_path / "run", tmp_path / "run-fused"
@@ -296,8 +303,9 @@ def test_what_an_earlier_training_left_is_replaced(tmp_path):
     assert not any("--overwrite" in line for line in commands(run)), "these are no older ones"
     (folder / "adapters.safetensors").write_bytes(b"")
     run = read_run(folder, "run")
-    for name in ("evaluate", "compare", "fuse"):
+    for name in ("evaluate", "compare"):
         assert words_of(run, name)[-1] == "--overwrite"
+    assert words_of(run, "fuse")[-1] == f"{fused}-2"
     assert str(folder / "evaluate.json") in words_of(run, "evaluate")
 
 
@@ -319,6 +327,7 @@ def test_better_adapters_than_the_last_are_those_that_come_next(tmp_path):
         ([a_validation(0, 0.5), a_validation(30, 0.6, best=False)], {}),
         ([a_validation(0, 0.7), a_validation(30, 0.6)], {}),
         ([a_validation(20, 0.5), a_validation(30, 0.6, best=False)], {"target_drift": 0.1}),
+        ([a_validation(0, 0.7), a_validation(20, 0.6)], {}),  # trained on to 30, unseen
     ],
 )
 def test_best_is_not_next_where_it_is_no_training_the_last_or_held_to_no_target(
