@@ -92,7 +92,8 @@ def _seen(theirs: float, ours: float) -> str:
         )
     return (
         f"was trained on this data with --valid-share {theirs:g}, and this is --valid-share "
-        f"{ours:g}: it has seen {much} of these pairs. Give --valid-share {theirs:g} here, too"
+        f"{ours:g}: it has seen {much} of these pairs. Give "
+        f"--valid-share {theirs:g} --split valid here, too"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from fpo_mlx.errors import FpoError
 from fpo_mlx.storage import files
 
 
@@ -17,11 +18,17 @@ def report_page(runs: Sequence[Path], results: Sequence[Path] = ()) -> str:
 
 
 def verdict(run: Path) -> list[str]:
-    """What a run's own validations say of it, and the next commands, line by line."""
+    """What a run's own validations say of it, and the next commands, line by line.
+
+    A run that is done fails by nothing that is in its folder.
+    """
     from fpo_mlx.report.read import read_run
     from fpo_mlx.report.verdict import verdict as lines_of
 
-    return lines_of(read_run(run, run.name))
+    try:
+        return lines_of(read_run(run, run.name))
+    except FpoError as error:
+        return [f"no verdict: {error}"]
 
 
 def report(runs: Sequence[Path], output: Path, results: Sequence[Path] = ()) -> Path:

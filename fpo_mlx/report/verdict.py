@@ -79,10 +79,13 @@ def _without(run: Run) -> Iterator[str]:
     if not run.train:
         return
     metrics = part(run.train[-1], "metrics")
-    yield f"On training pairs, at iteration {text(run.train[-1].get('iteration'))}:"
+    yield f"Mean of the last report, at iteration {text(run.train[-1].get('iteration'))}:"
     share = figure(metrics.get("rewards/accuracies"))
     if share is not None:
-        yield f"  accuracy {number(share, 3)}: {RIGHT}; trained on, so high by itself"
+        yield (
+            f"  accuracy {number(share, 3)}: {RIGHT}; of training pairs, so it says little of "
+            "others"
+        )
     yield from (f"  {line}" for line in (_answers(metrics), _moved(metrics)) if line)
 
 

@@ -68,7 +68,8 @@ def test_a_run_trains_on_what_is_left_and_every_command_sees_the_same(place, tmp
 
 
 @pytest.mark.parametrize(("there", "here", "said"), [
-    (0.2, None, "Give --valid-share 0.2 here, too"), (0.2, 0.4, "Give --valid-share 0.2 here, too"),
+    (0.2, None, "Give --valid-share 0.2 --split valid here, too"),
+    (0.2, 0.4, "Give --valid-share 0.2 --split valid here, too"),
     (None, 0.2, "nothing held back"), (0.2, 0.2, None), (0.4, 0.2, None),
 ])  # fmt: skip
 def test_pairs_that_another_share_trained_on_are_named(place, tmp_path, there, here, said):

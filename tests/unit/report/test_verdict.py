@@ -10,6 +10,7 @@ import shlex
 import pytest
 from report_runs import Elements, a_report, a_run
 
+from fpo_mlx import pipeline
 from fpo_mlx.cli import main
 from fpo_mlx.config import Objective, TrainConfig
 from fpo_mlx.report.read import read_run
@@ -96,8 +97,8 @@ def test_without_held_out_pairs_it_says_what_cannot_be_said_and_names_the_share(
     assert lines[0].startswith("No pair was held out")
     assert "this run cannot say" in lines[0]
     assert "--valid-share 0.05" in lines[0]
-    assert "On training pairs, at iteration 30:" in lines
-    assert any("trained on, so high by itself" in line for line in lines)
+    assert "Mean of the last report, at iteration 30:" in lines
+    assert any("of training pairs, so it says little of others" in line for line in lines)
 
 
 def test_of_a_part_of_the_change_that_was_saved_its_own_figures_are_shown(tmp_path):
@@ -362,3 +363,9 @@ def test_a_run_of_an_absolute_folder_and_relative_data_is_read(tmp_path):
     folder = tmp_path / "run"
     record = {"settings": {"data": "pairs", "adapter_path": str(folder)}}
     assert read(tmp_path, record=record).pairs == {}
+
+
+def test_a_training_that_is_done_does_not_fail_by_its_folder(tmp_path):
+    (line,) = pipeline.verdict(tmp_path / "none")
+    assert line.startswith("no verdict: ")
+    assert "no such folder" in line
