@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,9 @@ def on_signal() -> Callable[[], int | None]:
         seen.append(128 + number)
         if number == signal.SIGHUP:
             signal.signal(number, signal.SIG_IGN)  # the shell and the system each send one
-            say("the terminal was closed: stopping after this update")
+            _amid("the terminal was closed: stopping after this update")
             return
-        say("stopping after this update; press again to stop at once")
+        _amid("stopping after this update; press again to stop at once")
         signal.signal(
             number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         )
@@ -98,3 +98,9 @@ def on_signal() -> Callable[[], int | None]:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
     return lambda: seen[0] if seen else None
+
+
+def _amid(text: str) -> None:
+    """Say it, unless the signal came while a line was written: a buffer takes no second writer."""
+    with suppress(RuntimeError):
+        say(text)
