@@ -146,14 +146,13 @@ def test_a_file_that_cannot_be_synced_is_an_error_and_leaves_what_was_there(tmp_
     assert (tmp_path / "a.txt").read_text() == "old"
 
 
-@pytest.mark.parametrize("refused", [False, True])
-def test_on_a_mac_the_disks_own_cache_is_flushed_where_it_can_be(tmp_path, monkeypatch, refused):
-    """fsync leaves data in the drive there; F_FULLFSYNC (51) does not, and some disks lack it."""
+def a_mac(monkeypatch, refuses):
+    """The commands that its drive is given, all but these carried out, and what is fsynced."""
     asked, plain = [], []
 
     def control(handle: int, command: int) -> int:
         asked.append(command)
-        if refused:
+        if command in refuses:
             raise OSError(45, "Operation not supported")
         return 0
 
@@ -161,6 +160,13 @@ def test_on_a_mac_the_disks_own_cache_is_flushed_where_it_can_be(tmp_path, monke
     monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(files.fcntl, "fcntl", control)
     monkeypatch.setattr(files.os, "fsync", plain.append)
+    return asked, plain
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_on_a_mac_the_disks_own_cache_is_flushed_where_it_can_be(tmp_path, monkeypatch, refused):
+    """fsync leaves data in the drive there; F_FULLFSYNC (51) does not, and some disks lack it."""
+    asked, plain = a_mac(monkeypatch, refuses=(51,) if refused else ())
     files.write_text(tmp_path / "a.txt", "whole")
     assert asked == [51, 51]  # the file, and its folder
     assert len(plain) == (2 if refused else 0)
@@ -171,18 +177,7 @@ def test_on_a_mac_the_disk_is_waited_for_once_a_file_of_lines_and_not_once_a_lin
     tmp_path, monkeypatch, refused
 ):
     """F_FULLFSYNC (51) waits for the drive there; F_BARRIERFSYNC (85) only keeps the order."""
-    asked, plain = [], []
-
-    def control(handle: int, command: int) -> int:
-        asked.append(command)
-        if refused and command == 85:
-            raise OSError(45, "Operation not supported")
-        return 0
-
-    monkeypatch.setattr(files.sys, "platform", "darwin")
-    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
-    monkeypatch.setattr(files.fcntl, "fcntl", control)
-    monkeypatch.setattr(files.os, "fsync", plain.append)
+    asked, plain = a_mac(monkeypatch, refuses=(85,) if refused else ())
     with lines.LineWriter(tmp_path / "a.jsonl") as writer:
         writer.append({"verdict": "a"})
         writer.append({"verdict": "b"})
