@@ -6,11 +6,12 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fpo_mlx.config import PARTS, DataConfig, Objective, ReferenceConfig
-from fpo_mlx.report.read import Run, on_training, part, scale_of
+from fpo_mlx.report.read import Run, figure, on_training, part, scale_of
 from fpo_mlx.report.tables import defaults, judged, text
 from fpo_mlx.storage.adapter_files import WEIGHTS
 
@@ -28,6 +29,46 @@ READ = ("model", "sae", "data", "objective", "init_adapter", "reference") + tupl
 COMPARED = ("model", "data", "trust_remote_code", "init_adapter") + tuple(
     field.name for field in fields(DataConfig) if field.name != "data"
 )
+
+
+def commands(run: Run) -> list[str]:
+    """What to do with the adapters, quoted for a shell: the last ones, or better ones in best/."""
+    best = better(run)
+    words = _given(run, ("model", "trust_remote_code"), run.settings)
+    words += ["--adapter-path", str(best or run.path)]
+    fused = _free(Path(f"{run.path}-fused"))
+    return [
+        command(run, "evaluate", best),
+        command(run, "compare", best),
+        shlex.join(["fpo-mlx", "chat", *words]),
+        shlex.join(["fpo-mlx", "fuse", *words, "--save-path", str(fused)]),
+    ]
+
+
+def _free(place: Path) -> Path:
+    """The place, or the first with a number behind it at which nothing lies."""
+    numbered = (place.with_name(f"{place.name}-{n}") for n in count(2))
+    return place if not place.exists() else next(one for one in numbered if not one.exists())
+
+
+def better(run: Run) -> Path | None:
+    """best/, where a validation after it was worse; None for the last adapters.
+
+    Of a run with a target, best/ is held to none.
+    """
+    targets = (run.settings.get("target_drift"), run.settings.get("target_kl"))
+    best = lowest(run)
+    if best is None or run.landed or targets != (None, None):
+        return None
+    kept, last = (figure(one.get("iteration")) for one in (best, run.valid[-1]))
+    if not kept or kept == last:
+        return None
+    return run.path / "best" if (run.path / "best" / WEIGHTS).is_file() else None
+
+
+def lowest(run: Run) -> Mapping[str, Any] | None:
+    """The validation of the lowest loss, whose adapters best/ has."""
+    return next((one for one in reversed(run.valid) if one.get("best") is True), None)
 
 
 def command(run: Run, kind: str, adapter: Path | None = None) -> str:
@@ -48,11 +89,6 @@ def overwritten(run: Run, place: Path) -> list[str]:
     except OSError:
         older = False
     return ["--overwrite"] if stale or older else []
-
-
-def model_words(run: Run) -> str:
-    """The run's model, as every command takes it, for a shell."""
-    return shlex.join(_given(run, ("model", "trust_remote_code"), run.settings))
 
 
 def held_out_splits(run: Run) -> set[str] | None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import count
-from pathlib import Path
 from typing import Any
 
 from fpo_mlx.intervals import wilson
@@ -15,14 +12,13 @@ from fpo_mlx.report import findings
 from fpo_mlx.report.commands import (
     HELD_OUT,
     SPLITS,
-    command,
+    commands,
     held_out_splits,
-    model_words,
+    lowest,
     of_others,
 )
 from fpo_mlx.report.read import Run, figure, on_training, part
 from fpo_mlx.report.tables import number, text
-from fpo_mlx.storage.adapter_files import WEIGHTS
 
 CHANGE = "logps_per_token/{}_change"
 SIDES = ("chosen", "rejected")
@@ -188,16 +184,15 @@ def _later(run: Run, last: Mapping[str, Any]) -> str:
 def _saved(run: Run) -> str:
     """That only a part of the change was saved, to which best/ was not held."""
     said = findings.saved_part(run)
-    other = " (best/ is of a whole change)" if any(r.get("best") is True for r in run.valid) else ""
+    other = " (best/ is of a whole change)" if lowest(run) else ""
     return f"{said[0].lower()}{said[1:]}{other}" if said else ""
 
 
 def _best(run: Run) -> str:
     """Which validation had the lowest loss, as best/ has it, where that is not the end."""
-    best = [r for r in run.valid if r.get("best") is True]
-    if not best:
+    kept, last = lowest(run), run.valid[-1]
+    if kept is None:
         return ""
-    kept, last = best[-1], run.valid[-1]
     alone = kept.get("iteration") == last.get("iteration")
     if alone and (kept.get("iteration") == 0 or not _later(run, last)):
         return ""
@@ -210,40 +205,6 @@ def _best(run: Run) -> str:
         )
     where = f"iteration {text(kept.get('iteration'))} ({losses})"
     return f"the lowest validation loss was at {where}: {run.path / 'best'} has those adapters"
-
-
-def commands(run: Run) -> list[str]:
-    """What to do with the adapters, quoted for a shell: the last ones, or better ones in best/."""
-    folder, best = str(run.path), better(run)
-    model = model_words(run)
-    adapter = f"--adapter-path {shlex.quote(str(best or folder))}"
-    fused = _free(Path(f"{folder.rstrip('/')}-fused"))
-    return [
-        command(run, "evaluate", best),
-        command(run, "compare", best),
-        f"fpo-mlx chat {model} {adapter}",
-        f"fpo-mlx fuse {model} {adapter} --save-path {shlex.quote(str(fused))}",
-    ]
-
-
-def _free(place: Path) -> Path:
-    """The place, or the first with a number behind it at which nothing lies."""
-    numbered = (place.with_name(f"{place.name}-{n}") for n in count(2))
-    return place if not place.exists() else next(one for one in numbered if not one.exists())
-
-
-def better(run: Run) -> Path | None:
-    """best/, where a validation after it was worse; None for the last adapters.
-
-    Of a run with a target, best/ is held to none.
-    """
-    targets = (run.settings.get("target_drift"), run.settings.get("target_kl"))
-    best = [r for r in run.valid if r.get("best") is True]
-    kept = figure(best[-1].get("iteration")) if best else None
-    last = figure(run.valid[-1].get("iteration")) if best else None
-    if run.landed or targets != (None, None) or not kept or kept == last:
-        return None
-    return run.path / "best" if (run.path / "best" / WEIGHTS).is_file() else None
 
 
 def _ended(run: Run) -> float:

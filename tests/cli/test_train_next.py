@@ -67,8 +67,8 @@ def test_adapters_in_best_are_judged_compared_and_fused_as_they_are(model, tmp_p
     seen = [one for one in log if one["kind"] == "valid"]
     later = [{**seen[-1], "iteration": n, "best": n == 2} for n in (2, 3)]
     lines(out / "metrics.jsonl", *(one for one in log if one["kind"] != "valid"), *later)
+    from fpo_mlx.report.commands import commands
     from fpo_mlx.report.read import read_run
-    from fpo_mlx.report.verdict import commands
 
     for line in commands(read_run(out, "out")):
         words = shlex.split(line)[1:]

@@ -13,8 +13,9 @@ from report_runs import Elements, a_report, a_run
 from fpo_mlx import pipeline
 from fpo_mlx.cli import main
 from fpo_mlx.config import Objective, TrainConfig
+from fpo_mlx.report.commands import commands
 from fpo_mlx.report.read import read_run
-from fpo_mlx.report.verdict import commands, held_out, verdict
+from fpo_mlx.report.verdict import held_out, verdict
 
 NONE_MOVED = {
     "rewards/accuracies": 0.0, "rewards/margins": 0.0, "policy_accuracy": 0.45,
