@@ -7,6 +7,7 @@ import hypothesis
 import pytest
 
 from fpo_mlx import machine
+from fpo_mlx.data import read
 
 # Expectations are those of a CPU: a GPU sums in another order, and some multiply float32 as TF32.
 # FPO_MLX_TEST_DEVICE=gpu leaves MLX its own default device.
@@ -20,6 +21,12 @@ if os.environ.get("FPO_MLX_TEST_DEVICE", "cpu") == "cpu":
 # a machine that is busy with something else is no fault of the code
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def no_splits_known():
+    """Each test has a hub of its own."""
+    read.hub_names.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -271,12 +272,7 @@ def _renumbered(files: list[Path]) -> Iterator[RawRow]:
 
 
 def _hub_splits(source: str, hub: HubSplits) -> dict[str, Place | Unclear]:
-    from datasets import get_dataset_split_names
-
-    try:
-        names = get_dataset_split_names(source, hub.subset)
-    except Exception as error:  # the hub's client raises errors of many libraries
-        raise FpoError(_hub_trouble(source, error)) from error
+    names = hub_names(source, hub.subset)
     asked = [name for name in (hub.train, hub.valid, hub.test) if name]
     whole = {name: m[1] for name in asked if (m := _SLICE.fullmatch(name)) and m[1] in names}
     found = _named(source, {name: name for name in (*names, *whole)}, hub)
@@ -290,12 +286,23 @@ def _hub_splits(source: str, hub: HubSplits) -> dict[str, Place | Unclear]:
     return found
 
 
+@lru_cache
+def hub_names(source: str, subset: str | None) -> tuple[str, ...]:
+    """Its splits, asked for once by a process: every command looks them up several times."""
+    from datasets import get_dataset_split_names
+
+    try:
+        return tuple(get_dataset_split_names(source, subset))
+    except Exception as error:  # the hub's client raises errors of many libraries
+        raise FpoError(_hub_trouble(source, error)) from error
+
+
 def _hub_table(source: str | Path, name: str, hub: HubSplits) -> Any:
     from datasets import load_dataset
 
     try:
         return load_dataset(str(source), hub.subset, split=name)
-    except Exception as error:  # see _hub_splits
+    except Exception as error:  # see hub_names
         raise FpoError(_hub_trouble(str(source), error)) from error
 
 
@@ -304,7 +311,7 @@ def _hub_rows(source: str | Path, name: str, hub: HubSplits) -> Iterator[RawRow]
     try:
         for index, record in enumerate(table):
             yield RawRow(record, f"{source}[{name}]:{index + 1}", index)
-    except Exception as error:  # see _hub_splits
+    except Exception as error:  # see hub_names
         raise FpoError(_hub_trouble(str(source), error)) from error
 
 
