@@ -32,10 +32,9 @@ def many_passes(order: Order) -> str | None:
 
 def short_schedule(order: Order) -> str | None:
     """A warning where the learning rate is at its end long before the run is."""
-    updates = order.total // order.config.grad_accumulation_steps
     if (found := _end_of(order.config)) is None:
         return None
-    length, warmup, last = found
+    updates, (length, warmup, last) = order.count, found
     left = updates - warmup - length
     if left <= IDLE * updates:
         return None

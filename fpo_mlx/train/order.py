@@ -20,10 +20,14 @@ class Order:
         self.total = config.iterations(len(pairs))  # iterations of the whole run
 
     @property
+    def count(self) -> int:
+        """Updates of the whole run."""
+        return self.total // self.config.grad_accumulation_steps
+
+    @property
     def passes(self) -> float:
         """How often the run goes over all pairs; the last update of a pass may be a short one."""
-        updates = self.total // self.config.grad_accumulation_steps
-        return updates / batches_per_epoch(len(self.pairs), self.config.pairs_per_update)
+        return self.count / batches_per_epoch(len(self.pairs), self.config.pairs_per_update)
 
     @cached_property
     def twins(self) -> np.ndarray | None:
@@ -40,6 +44,5 @@ class Order:
 
     def visited(self) -> np.ndarray:
         """Positions, ascending, of the pairs of all updates up to the last iteration."""
-        t, count = self.config, self.total // self.config.grad_accumulation_steps
-        lengths = pair_lengths(self.pairs)
-        return visited(lengths, t.pairs_per_update, t.seed, count, self.twins)
+        t, lengths = self.config, pair_lengths(self.pairs)
+        return visited(lengths, t.pairs_per_update, t.seed, self.count, self.twins)
