@@ -219,9 +219,7 @@ def _stale(one: Mapping[str, Any], file: Path, run: Run) -> bool:
 
 def is_of(name: Any, folder: Path) -> bool:
     """Whether an adapter path that a command was given means this folder."""
-    if not isinstance(name, str):
-        return False
-    return Path(name).resolve() == folder.resolve() or same_place(Path(name), folder)
+    return isinstance(name, str) and same_place(Path(name), folder)
 
 
 def _ends_in(folder: Path, parts: Sequence[str]) -> bool:

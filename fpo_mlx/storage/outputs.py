@@ -127,7 +127,7 @@ def claim_files(
     for i, (flag, place) in enumerate(given):
         claim_file(place, flag, inputs=inputs, overwrite=overwrite)
         for other_flag, other in given[:i]:
-            if _plain(place) and (place.resolve() == other.resolve() or same_place(place, other)):
+            if _plain(place) and same_place(place, other):
                 raise ConfigError(
                     f"{other_flag} and {flag} both name {place}. Give each a place of its own."
                 )
@@ -292,6 +292,8 @@ def _parents(path: Path) -> tuple[Path, ...]:
 
 def same_place(a: Path, b: Path) -> bool:
     """One thing on disk under two names: links, hard links, letter case, Unicode's forms."""
+    if a.resolve() == b.resolve():
+        return True  # neither has to be there
     try:
         return a.samefile(b)
     except OSError:
