@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fpo_mlx.config.fields import is_number, out_of_bounds, refuse, setting
@@ -137,6 +137,10 @@ class Objective:
     def judged_alpha(self) -> float:
         """Alpha of losses that judge: 0 with a target, where every update has another one."""
         return 0.0 if self.target_drift or self.target_kl else self.alpha
+
+    def held_by(self, constraint: str) -> Objective:
+        """The same with that constraint, and no target of one."""
+        return replace(self, constraint=constraint, target_drift=None, target_kl=None)
 
     @property
     def needs_sae(self) -> bool:

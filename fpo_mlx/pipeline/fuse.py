@@ -241,10 +241,11 @@ def _held_out(
     saes: by features, for a drift. Said is of which split they are, and whether the adapter was
     trained on them.
     """
-    objective = replace(config.objective, constraint="none", target_drift=None, target_kl=None)
+    constraint = "none"
     if saes:
-        own = "activations" if config.objective.constraint == "activations" else "features"
-        objective = replace(objective, constraint=own)
+        own = config.objective.constraint
+        constraint = own if own == "activations" else "features"
+    objective = config.objective.held_by(constraint)
     there = replace(config.data, data=verify)
     if is_other(config.data.data, verify):
         # a flag is of the pairs of this command, unless it goes with data that a flag names
@@ -271,8 +272,7 @@ def _scored(job: Job, pairs: list[TokenPair], say: Say) -> Held:
 def _without_saes(held: Held) -> Held:
     """The same for log-probs alone."""
     job, scored, half = held
-    objective = replace(job.config.objective, constraint="none")
-    plain = replace(job.config, objective=objective)
+    plain = replace(job.config, objective=job.config.objective.held_by("none"))
     return replace(job, config=plain, saes=(), feature_weights=()), scored, half
 
 

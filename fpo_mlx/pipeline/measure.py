@@ -73,17 +73,20 @@ def _with_objective(config: RunConfig, settings: Mapping[str, Any], measure_kl: 
     """Raises: ConfigError where its objective, with what the user gave of one, is none."""
     fields = {field.name for field in dataclasses.fields(Objective)}
     own = {name: getattr(config.objective, name) for name in config.asked & fields}
-    left = {*NEEDS}
-    left |= {*HOLDS} if not config.asked.isdisjoint(HOLDS) else set()
-    left |= {*TARGETS} if "alpha" in config.asked else set()  # which a target would find
+    left: set[str] = set(NEEDS)
+    if not config.asked.isdisjoint(HOLDS):
+        left.update(HOLDS)
+    if "alpha" in config.asked:  # which a target would find
+        left.update(TARGETS)
     theirs = {name: settings[name] for name in fields - left if name in settings}
     read = load_config({"objective": settings["objective"]} | theirs | own)
-    held = read.objective.constraint
+    objective = read.objective
+    held = objective.constraint
     if "constraint" not in own and (held == "activations" or (held == "kl" and not measure_kl)):
-        without = {"constraint": "none", "target_drift": None, "target_kl": None}
-        read = dataclasses.replace(read, objective=dataclasses.replace(read.objective, **without))
-    weights = {"feature_weights": config.objective.feature_weights}  # a file of this command's
-    objective = dataclasses.replace(read.objective, **weights)
+        objective = objective.held_by("none")
+    # a file of this command's, not of the training's
+    weights = config.objective.feature_weights
+    objective = dataclasses.replace(objective, feature_weights=weights)
     return dataclasses.replace(config, preset=read.preset, objective=objective)
 
 
