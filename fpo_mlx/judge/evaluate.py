@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fpo_mlx.intervals import wilson
 from fpo_mlx.judge.sampling import Answer, distinct_n
 from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.train.metrics import ScoredPairs, measure
@@ -23,6 +24,7 @@ WITH_INTERVAL = (
     "drift/chosen", "drift/rejected",
     "kl/chosen", "kl/rejected", "kl/margin",
 )  # fmt: skip
+SHARES = ("rewards/accuracies", "policy_accuracy")  # of pairs: each is right or is not
 PER_SIDE = (("feature_mse", "features"), ("kl", "kl"), ("log_collision", "log_collisions"))
 STRATA = ("short", "middle", "long")
 BY_LENGTH = ("rewards/accuracies", "policy_accuracy", "rewards/margins")
@@ -30,7 +32,7 @@ BY_LENGTH = ("rewards/accuracies", "policy_accuracy", "rewards/margins")
 
 @dataclass(frozen=True)
 class EvalReport:
-    """summary: means over pairs, with 95 % bootstrap intervals; pairs: one record per pair."""
+    """summary: means over pairs, with 95 % intervals; pairs: one record per pair."""
 
     summary: Mapping[str, Any]
     pairs: Sequence[Mapping[str, Any]]
@@ -140,7 +142,10 @@ def summarise(values: Mapping[str, np.ndarray], data: ScoredPairs) -> dict[str, 
     summary |= {k: v for k, v in means.items() if v != FACTS.get(k)}  # facts that rows do not have
     for name in WITH_INTERVAL:
         if name in values:
-            summary[f"{name}/ci95"] = bootstrap_interval(values[name])
+            # resampled pairs that are all right would say that every pair is
+            share = name in SHARES
+            interval = wilson(means[name], len(data)) if share else bootstrap_interval(values[name])
+            summary[f"{name}/ci95"] = interval
     logps = -values["logps/chosen"] / tokens[0]
     summary["perplexity/chosen"] = float(np.exp(np.average(logps, weights=tokens[0])))
     low, high = bootstrap_interval(logps, weights=tokens[0])

@@ -23,6 +23,7 @@ from fpo_mlx.config import Sampling  # noqa: E402
 from fpo_mlx.data import data_fingerprint, read_split  # noqa: E402
 from fpo_mlx.data.tokenize import tokenize_row  # noqa: E402
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
+from fpo_mlx.intervals import wilson  # noqa: E402
 from fpo_mlx.judge import evaluate as evaluation  # noqa: E402
 from fpo_mlx.judge import sampling, slots  # noqa: E402
 from fpo_mlx.judge.evaluate import EvalReport, EvalTable, bootstrap_interval  # noqa: E402
@@ -88,6 +89,16 @@ def test_the_perplexity_is_of_the_mean_over_tokens(place, tmp_path):
     assert got["summary"]["perplexity/chosen"] == pytest.approx(np.exp(-mean))
     ref = sum(side["ref_logp"] for side in sides) / sum(side["tokens"] for side in sides)
     assert got["base"]["summary"]["perplexity/chosen"] == pytest.approx(np.exp(-ref))
+
+
+def test_all_of_a_few_pairs_right_does_not_say_that_every_pair_would_be(place, tmp_path):
+    """Wilson's interval, by hand: of n right in n the lower end is n / (n + 1.96²)."""
+    got, _ = judge(place, "--adapter-path", place / "one", out=tmp_path / "e.json")
+    summary, n = got["summary"], got["summary"]["n"]
+    for name in ("rewards/accuracies", "policy_accuracy"):
+        assert summary[f"{name}/ci95"] == pytest.approx(wilson(summary[name], n))
+    low, high = wilson(1.0, 6)
+    assert (low, high) == pytest.approx((6 / (6 + 1.959964**2), 1.0))
 
 
 def test_the_base_of_the_table_is_the_base_judged_alone(place, tmp_path):
