@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +55,6 @@ class FuseReport:
     below: int = 0
 
 
-@dataclass(frozen=True)
-class _Added:
-    """What became of the layers that have adapters, as in `FuseReport`."""
-
-    layers: int
-    kept: Kept | None
-    raised: Raised | None
-    unreached: int
-    below: int
-
-
 def fuse(
     model: str,
     adapter_path: Path,
@@ -90,8 +79,7 @@ def fuse(
     loaded = read_model(model, trust_remote_code=trust_remote_code)
     base, config, path = loaded.model, loaded.config, loaded.path
     export = _checked(form, path, config, base)
-    quantized, gguf = "quantization" in config and not form.dequantize, form.gguf_path
-    added = _add(base, config, adapter_path, form, export)
+    report, gguf = _add(base, config, adapter_path, save_path, form, export), form.gguf_path
     template = _template(chat_template, adapter_path)
     with files.atomic_folder(save_path, check) as folder:
         _save(folder, path, base, config, donate=not export)
@@ -99,10 +87,7 @@ def fuse(
         if gguf and export:
             gguf_file.write(folder / gguf, export, dict(arrays_of(base.parameters())), folder)
     place = save_path / gguf if gguf else None
-    return FuseReport(
-        save_path, added.layers, quantized, place, added.kept, said, added.raised, added.unreached,
-        added.below,
-    )  # fmt: skip
+    return replace(report, gguf=place, template=said)
 
 
 def _checked(
@@ -121,10 +106,11 @@ def _add(
     base: nn.Module,
     config: dict[str, Any],
     adapter_path: Path,
+    save_path: Path,
     form: FusedForm,
     export: gguf_file.Export | None,
-) -> _Added:
-    """Put the adapters into `base`, and its new form into `config`."""
+) -> FuseReport:
+    """Put the adapters into `base`, and its new form into `config`; what became of them."""
     own = float_dtype(base)
     if form.dequantize:
         dequantize_layers(base)
@@ -145,11 +131,21 @@ def _add(
     )
     if stored is not None:
         cast_floats(base, stored)
+        _say_type(config, stored)
+    report = FuseReport(save_path, count, "quantization" in config, kept=kept, below=left)
     if least is None:
-        return _Added(count, kept, None, 0, left)
+        return report
     more = sum(stored_bytes(module_at(base, name), stored) for name in low) - before
     raised = Raised(len(low), least, tuple(sorted(set(low.values()))), more) if low else None
-    return _Added(count, kept, raised, unreached, left)
+    return replace(report, raised=raised, unreached=unreached)
+
+
+def _say_type(config: dict[str, Any], stored: mx.Dtype) -> None:
+    """Where config.json names a float type: readers round the weights to the one it says."""
+    name = next(name for name, dtype in DTYPES.items() if dtype == stored)
+    for part in (config, config.get("text_config")):
+        for key in {"torch_dtype", "dtype"} & set(part or ()):
+            part[key] = name
 
 
 def below(model: nn.Module, bits: int) -> tuple[dict[str, int], int]:

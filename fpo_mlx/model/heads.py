@@ -87,8 +87,7 @@ def find_head(model: nn.Module, backbone: nn.Module, config: Mapping[str, Any]) 
     that does something else to its logits is never mistaken.
     """
     replayed = ReplayedHead(model, backbone)
-    modules = [m for _, m in model.named_modules() if _is_output(m, vocab_size(model, config))]
-    for module in sorted(modules, key=lambda m: isinstance(m, EMBEDDINGS)):  # output layers first
+    for module in _outputs(model, config):
         plain, width = _head_of(module)
         rows = mx.random.normal((4, width), key=mx.random.key(0))
         rows = (rows * mx.array([[1.0], [1.0], [30.0], [30.0]])).astype(float_dtype(model))
@@ -115,10 +114,15 @@ def vocab_size(model: nn.Module, config: Mapping[str, Any]) -> int:
 
 def half_head(model: nn.Module, config: Mapping[str, Any]) -> bool:
     """Whether the logits come from a plain matrix of fewer than 32 bits a value."""
-    vocab = vocab_size(model, config)
-    outputs = [m for _, m in model.named_modules() if _is_output(m, vocab)]
-    outputs.sort(key=lambda m: isinstance(m, EMBEDDINGS))  # output layers first
+    outputs = _outputs(model, config)
     return bool(outputs) and "scales" not in outputs[0] and outputs[0]["weight"].dtype != mx.float32
+
+
+def _outputs(model: nn.Module, config: Mapping[str, Any]) -> list[nn.Module]:
+    """Those of the model that could be its head: output layers first."""
+    vocab = vocab_size(model, config)
+    found = [m for _, m in model.named_modules() if _is_output(m, vocab)]
+    return sorted(found, key=lambda m: isinstance(m, EMBEDDINGS))
 
 
 def _is_output(module: Any, vocab: int) -> bool:

@@ -27,5 +27,4 @@ def open_model(
         say(note)
     if adapter is not None:
         adapters.load(loaded.model, Path(adapter), scale=scale)
-    loaded.model.eval()
     return loaded

@@ -122,7 +122,7 @@ def fuse(
         held, read = _without_saes(held), None  # it fuses next, and needs their room
         form = replace(form, scale=within.part)
     report = fusing.fuse(
-        config.reference.model, Path(adapter_path), save_path, form,
+        str(base), Path(adapter_path), save_path, form,
         chat_template=Path(template) if template else None,
         trust_remote_code=config.reference.trust_remote_code, check=partial(claim, base),
     )  # fmt: skip

@@ -150,6 +150,11 @@ def claim_folder(
     refuse_inputs(place, flag, inputs, made)
     if place.exists() and not place.is_dir():
         raise ConfigError(f"{flag} {place}: this is a file. Wanted the name of a folder.")
+    if made.whole and os.path.ismount(os.path.realpath(place)):
+        raise ConfigError(
+            f"{flag} {place}: a disk is mounted here, and {made.what} is put in its place whole. "
+            "Name a folder in it."
+        )
     there = contents(place, made.whole)
     if not there:
         return place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -224,9 +225,16 @@ def test_dora_on_layers_whose_bits_mlx_lm_cannot_read_is_refused(made, tmp_path,
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_stored_dtype_can_be_chosen(made, tmp_path, dtype):
+def test_the_stored_dtype_can_be_chosen_and_config_json_says_it(made, tmp_path, dtype):
+    """Readers round the weights to the type that config.json has."""
     folder, adapter = made["llama", "lora"]
-    fuse(str(folder), adapter, tmp_path / "fused", FusedForm(dtype=dtype))
+    base = shutil.copytree(folder, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    named = {"torch_dtype": "float32", "text_config": {"dtype": "float32"}}
+    (base / "config.json").write_text(json.dumps(config | named))
+    fuse(str(base), adapter, tmp_path / "fused", FusedForm(dtype=dtype))
+    said = json.loads((tmp_path / "fused/config.json").read_text())
+    assert (said["torch_dtype"], said["text_config"]) == (dtype, {"dtype": dtype})
     weights = mx.load(str(tmp_path / "fused/model.safetensors"))
     assert {str(v.dtype) for v in weights.values()} == {f"mlx.core.{dtype}"}
 

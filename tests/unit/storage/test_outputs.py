@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,14 @@ def test_a_place_where_nothing_is_can_be_written_to(tmp_path, made):
     claim_folder(tmp_path / "empty", "--to", made)
     claim_file(tmp_path / "a/b.json", "--json")
     claim_file(file(tmp_path / "nothing.json", ""), "--json")
+
+
+def test_the_place_of_a_disk_is_no_folder_that_can_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs.os.path, "ismount", lambda place: Path(place) == tmp_path)
+    with pytest.raises(ConfigError, match="a disk is mounted here.*Name a folder in it"):
+        claim_folder(tmp_path, "--save-path", MODEL)
+    assert claim_folder(tmp_path / "in", "--save-path", MODEL) == tmp_path / "in"
+    assert claim_folder(tmp_path, "--adapter-path", RUN) == tmp_path  # files are put in it
 
 
 def test_what_the_system_or_a_killed_run_left_is_nothing(tmp_path):
