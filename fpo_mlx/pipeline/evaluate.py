@@ -73,7 +73,7 @@ def evaluate_all(
     digests = {p: read_adapter(Path(p)).digest for p in adapter_paths}  # before the long part
     config = as_trained(config, adapter_paths, say, measure_kl=measure_kl)
     job = open_job(config, say=say, need_sae=False)
-    warn_of_adapters(adapter_paths, config, job.model_path, say)
+    warn_of_adapters(adapter_paths, config, job.model_path, say, job.identity.model)
     pairs = read_pairs(job, split, say)
     seen: set[str] = set()
     if split != "train":

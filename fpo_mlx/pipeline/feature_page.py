@@ -91,7 +91,7 @@ def feature_page(
         raise ConfigError(f"feature {feature}: the SAE has features 0 to {sae.n_features - 1}.")
     known = read_labels(labels)[0] if labels else {}
     if adapter_path:
-        warn_of_adapters([adapter_path], config, job.model_path, say)
+        warn_of_adapters([adapter_path], config, job.model_path, say, job.identity.model)
     pairs = read_pairs(job, split, say)[:limit]
     if not pairs:
         raise DataError(f"--split {split}: no pairs to look at.")

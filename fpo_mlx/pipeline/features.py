@@ -105,7 +105,7 @@ def features(
     whole = [read_sae(spec, config, say) for spec in config.reference.sae] if scaling else []
     for sae in whole:
         Scaling(sae, ())  # refuses, before the long part
-    warn_of_adapters([adapter_path], config, job.model_path, say)
+    warn_of_adapters([adapter_path], config, job.model_path, say, job.identity.model)
     pairs = read_pairs(job, split, say)
     seen: set[str] = set()
     if split != "train":

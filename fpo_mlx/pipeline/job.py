@@ -65,14 +65,15 @@ def open_job(
     path = resolve_model(model)
     tokenizer = open_tokenizer(config, path, say)
     start = adapter or config.train.init_adapter
-    warn_of_adapters([start], config, path, say)
+    fingerprint = weights.model_fingerprint(path)
+    warn_of_adapters([start], config, path, say, fingerprint)
     opened = open_saes(config, read_config(path), need=need_sae, say=say)
     own = Path(start) if start else None
     projections, projection_print = (), None
     if projected and config.train.project_out is not None:
         projections, projection_print = open_projections(config, read_config(path), say)
     identity = CacheIdentity(
-        model=weights.model_fingerprint(path),
+        model=fingerprint,
         tokenizer=tokenizer.fingerprint(),
         adapter=weights.adapter_fingerprint(own),
         saes=tuple((sae.fingerprint(), str(sae.site)) for sae in opened),
@@ -120,11 +121,15 @@ def one_sae(config: RunConfig, what: str) -> str:
 
 
 def warn_of_adapters(
-    adapters: Iterable[str | Path | None], config: RunConfig, path: Path, say: Say
+    adapters: Iterable[str | Path | None],
+    config: RunConfig,
+    path: Path,
+    say: Say,
+    known: str | None = None,
 ) -> None:
     """`warn_of_origin` by the settings; path: of the model's folder."""
-    d = config.data
-    warn_of_origin(adapters, need_model(config), path, d.chat_template, say, d.chat_template_args)
+    d, model = config.data, need_model(config)
+    warn_of_origin(adapters, model, path, d.chat_template, say, d.chat_template_args, known)
 
 
 def need_features(config: RunConfig, what: str) -> None:

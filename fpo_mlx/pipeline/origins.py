@@ -29,22 +29,27 @@ def warn_of_origin(
     template: str | None,
     say: Say,
     arguments: Mapping[str, Any] | None = None,
+    known: str | None = None,
 ) -> None:
     """Name every adapter that was made for another model than the one in the folder `path`, with
     another chat template than the model's where no `template` is given, or with other `arguments`
     of the template.
 
     Our own runs kept the model's fingerprint; of others only the name is known. arguments: None
-    where nothing is asked with the template.
+    where nothing is asked with the template. known: the model's fingerprint, where it was made.
     """
-    fingerprint = cache(model_fingerprint)  # reads every byte of the weights
+
+    @cache
+    def fingerprint() -> str:
+        return known or model_fingerprint(path)  # reads every byte of the weights
+
     for adapter in adapters:
         if adapter is None:
             continue
         folder = Path(adapter).expanduser()
         run = _run(folder)
         for warning in (
-            _of_model(folder, run, model, lambda: fingerprint(path)),
+            _of_model(folder, run, model, fingerprint),
             None if arguments is None else _of_variables(run, arguments),
             None if template else _of_template(folder, path),
         ):
@@ -148,6 +153,12 @@ def _of_model(
         other = bool(name) and _last(name) != _last(model)
     if not other:
         return None
+    if name and _last(name) == _last(model):
+        return (
+            f"made on other weights of that name ({name}) than --model {model}: with another "
+            "quantisation or revision of one model it does about the same, with another model "
+            "its answers mean nothing"
+        )
     return (
         f"made for another model ({name or 'its name is not kept'}) than --model {model}; where "
         "the shapes happen to fit, its answers mean nothing"

@@ -42,7 +42,21 @@ def test_the_best_adapter_of_a_run_is_judged_as_the_run(tmp_path, model, inner, 
     """By its name alone it was one of the same model, whatever the weights."""
     run = adapter(tmp_path / "run", fingerprints={"model": made_of})
     adapter(run / "best")
-    assert ("made for another model" in said_of(run / inner, model)) is other
+    assert ("made on other weights of that name" in said_of(run / inner, model)) is other
+
+
+def test_a_run_on_a_model_of_another_name_is_named_as_such(tmp_path, model):
+    run = adapter(tmp_path / "run", fingerprints={"model": "elsewhere"})
+    (run / "adapter_config.json").write_text('{"model": "owner/other"}')
+    assert "made for another model (owner/other)" in said_of(run, model)
+
+
+def test_a_fingerprint_that_was_made_before_is_not_made_again(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(origins, "model_fingerprint", lambda path: pytest.fail("read again"))
+    run = adapter(tmp_path / "run", fingerprints={"model": "known"})
+    said: list[str] = []
+    origins.warn_of_origin([run], MODEL, model, None, said.append, known="known")
+    assert said == []
 
 
 def test_a_run_that_is_called_best_is_its_own(tmp_path):
