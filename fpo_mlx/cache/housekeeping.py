@@ -52,13 +52,8 @@ def entry_of(folder: Path) -> Entry:
         days=max(0.0, time.time() - max(stat.st_mtime for stat in stats)) / DAY,
         model=identity.model,
         saes=len(identity.saes),
-        writer=_writer(folder),
+        writer=locks.owner(folder / LOCK) or _writer_of_parts(folder),
     )
-
-
-def _writer(folder: Path) -> str | None:
-    """Who writes the cache, or one of its parts."""
-    return locks.owner(folder / LOCK) or _writer_of_parts(folder)
 
 
 def select(

@@ -159,7 +159,9 @@ def list_(folder, json_path) -> None:
 @root_option
 @click.option("--older-than", type=click.FloatRange(min=0), help="Days since a run last used it.")
 @click.option("--larger-than", type=click.FloatRange(min=0), help="Megabytes.")
-@click.option("--model", help="Model folder, or a fingerprint's first 6 digits (`cache list`).")
+@click.option(
+    "--model", help="Model folder or id, or a fingerprint's first 6 digits (`cache list`)."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would go, remove nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def prune(folder, older_than, larger_than, model, dry_run, yes) -> None:

@@ -245,11 +245,14 @@ def _open(model_path: Path, trust_remote_code: bool) -> Any:
             str(model_path), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, …
-        hint = (
-            "It comes with Python code of its own: --trust-remote-code runs it, if you trust it."
-            if "trust_remote_code" in str(error)
-            else "A model folder needs tokenizer.json and tokenizer_config.json; download it again."
-        )
+        hint = "A model folder needs tokenizer.json and tokenizer_config.json; download it again."
+        if "trust_remote_code" in str(error):
+            hint = "It comes with Python code: --trust-remote-code runs it, if you trust it."
+        elif trust_remote_code and ".py" in str(error):
+            hint = (
+                "fpo-mlx downloads no code: `hf download OWNER/NAME` brings all of the model's "
+                "files into the same cache."
+            )
         raise ModelError(
             f"{model_path}: the tokenizer cannot be read: {_first_line(error)} {hint}"
         ) from error

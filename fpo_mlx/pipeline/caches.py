@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from fpo_mlx.pipeline.store import as_kept, open_engine
 from fpo_mlx.records import PairScore, ResponseScore, TokenPair
 from fpo_mlx.reference import weights
 from fpo_mlx.storage import paths
+from fpo_mlx.storage.hub import at_hand
 from fpo_mlx.storage.outputs import refuse_inputs
 
 
@@ -90,11 +92,7 @@ def cache_merge(parts: Sequence[Path], output: Path) -> MergeReport:
 
 def cache_export(folder: Path, output: Path) -> int:
     """The rows as JSON lines; their number."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return cache.export(folder, output)
-    except OSError as error:
-        raise FpoError(f"{output} cannot be written: {error}.") from error
+    return cache.export(folder, output)
 
 
 def cache_list(root: Path | None) -> list[cache.Entry]:
@@ -108,7 +106,7 @@ LEAST_DIGITS = 6  # of a fingerprint: fewer may be another model's, too
 def cache_select(
     root: Path | None, *, older_than: float | None, larger_than: float | None, model: str | None
 ) -> list[cache.Entry]:
-    """Those to prune. model: a model folder, or the beginning of a fingerprint.
+    """Those to prune. model: a folder, a hub id, or the beginning of a fingerprint.
 
     Raises: ConfigError without any condition.
     """
@@ -119,12 +117,12 @@ def cache_select(
         )
     if model is not None and not model.strip():
         raise ConfigError("--model is empty. Wanted a model's folder or a fingerprint's start.")
-    if model is not None and (Path(model).expanduser() / "config.json").is_file():
-        model = weights.model_fingerprint(Path(model).expanduser())
-    elif model is not None and len(model) < LEAST_DIGITS:
+    if model is not None and (there := at_hand(model)) is not None:
+        model = weights.model_fingerprint(there)
+    elif model is not None and not re.fullmatch(f"[0-9a-f]{{{LEAST_DIGITS},}}", model):
         raise ConfigError(
-            f"--model {model}: this is no model's folder, and too short for a fingerprint. Wanted "
-            f"{LEAST_DIGITS} digits or more of what `cache list` shows."
+            f"--model {model}: found no such model on this disk. Wanted its folder, its hub id, or "
+            f"{LEAST_DIGITS} digits or more of the fingerprint that `cache list` shows."
         )
     entries = cache_list(root)
     return cache.select(entries, older_than=older_than, larger_than=larger_than, model=model)

@@ -53,7 +53,7 @@ def convert(
                     str(source), str(folder), quantize=quantize, q_group_size=q_group_size,
                     q_bits=q_bits, dtype=dtype, trust_remote_code=trust_remote_code,
                 )  # fmt: skip
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
             raise files.unwritable(mlx_path, error) or ModelError(
                 f"{hf_path} cannot be converted: {error}"
             ) from error

@@ -208,10 +208,12 @@ def product_rate(n: int, repeats: int, dtype: mx.Dtype) -> float:
 
 def hub(seconds: float) -> Finding:
     """Whether the model hub answers. Without it, local folders still work."""
+    from huggingface_hub import constants
+
     host = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-    if offline:
-        return Finding("hub", "HF_HUB_OFFLINE is set: only local files and the hub's cache", "note")
+    if constants.HF_HUB_OFFLINE:
+        text = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: only local files and the hub's cache"
+        return Finding("hub", text, "note")
     advice = "Use local folders for --model, --sae and --data, or set HF_ENDPOINT to a mirror."
     request = urllib.request.Request(f"{host}/api/models?limit=1", method="HEAD")
     try:
@@ -237,9 +239,11 @@ def compiler() -> Finding:
 
 
 def disk() -> Finding:
-    """Free space where models and caches go."""
-    folder = next(path for path in (cache_root(), *cache_root().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    """Free space where models and caches go, the least where these are two disks."""
+    places = [place for _, place in cache_places()]
+    folders = [next(p for p in (place, *place.parents) if p.exists()) for place in places]
+    spaces = {folder: shutil.disk_usage(folder).free for folder in folders}
+    folder, free = min(spaces.items(), key=lambda one: one[1])
     text = f"{free / GB:.1f} GB free at {folder}"
     if free < LITTLE_DISK:
         advice = "Free some space, or set FPO_MLX_CACHE and HF_HOME to another disk."
@@ -247,12 +251,17 @@ def disk() -> Finding:
     return Finding("disk", text)
 
 
+def cache_places() -> list[tuple[str, Path]]:
+    """Ours, and that of the hub's client."""
+    from huggingface_hub import constants
+
+    return [("cache", cache_root()), ("hub cache", Path(constants.HF_HUB_CACHE))]
+
+
 def caches() -> list[Finding]:
     """What is kept, where, and how large it is."""
-    hub_home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    hub_cache = Path(os.environ.get("HF_HUB_CACHE", hub_home / "hub")).expanduser()
     found = []
-    for topic, folder in (("cache", cache_root()), ("hub cache", hub_cache)):
+    for topic, folder in cache_places():
         size = folder_size(folder)
         text = f"{folder}: {size / GB:.2f} GB" if folder.exists() else f"{folder}: empty"
         found.append(Finding(topic, text))

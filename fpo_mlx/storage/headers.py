@@ -15,9 +15,9 @@ from typing import Any
 from fpo_mlx.errors import ModelError
 from fpo_mlx.storage import hub
 from fpo_mlx.storage.files import read_object
+from fpo_mlx.storage.hub import WEIGHTS
 from fpo_mlx.storage.tensors import read_header
 
-WEIGHTS = "model*.safetensors"  # what mlx-lm loads
 INDEX = "model.safetensors.index.json"
 AT_ONCE = 8  # requests
 

@@ -10,7 +10,7 @@ from fpo_mlx.errors import ModelError
 from fpo_mlx.storage import files
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.tiktoken"]
-WEIGHT_FILES = ["*.safetensors"]
+WEIGHTS = "model*.safetensors"  # what mlx-lm loads; no other copy, as original/ has one
 
 # what GPT-2 and Lille, OpenELM, AFM 7, phixtral and EXAONE call otherwise than all others
 OLD_NAMES = {
@@ -22,7 +22,6 @@ OLD_NAMES = {
 }
 NO_CODE = ["*.py", "*.pyc", "*.so", "*.sh"]  # "tokenizer*" would let tokenizer_x.py in
 CHECK = "Check the spelling, the network and HF_TOKEN, or give a local folder."
-TWICE = ["consolidated*.safetensors"]  # Mistral's second copy of the weights, which nothing reads
 
 
 def resolve_model(spec: str | Path, *, weights: bool = True) -> Path:
@@ -39,8 +38,8 @@ def resolve_model(spec: str | Path, *, weights: bool = True) -> Path:
     try:
         return Path(
             snapshot_download(
-                repo, revision=revision, ignore_patterns=[*NO_CODE, *TWICE],
-                allow_patterns=[*SMALL_FILES, *(WEIGHT_FILES if weights else ())],
+                repo, revision=revision, ignore_patterns=NO_CODE,
+                allow_patterns=[*SMALL_FILES, *([WEIGHTS] if weights else ())],
             )
         )  # fmt: skip
     except Exception as error:  # huggingface_hub raises a dozen unrelated classes

@@ -577,6 +577,15 @@ def test_convert_quantises_and_never_overwrites(place, tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name != "user-cache"] == ["q4"]
 
 
+def test_convert_of_a_model_whose_settings_lack_a_field_is_one_plain_message(place, tmp_path):
+    base = shutil.copytree(place / "model", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    del config["hidden_size"], config["vocab_size"]
+    (base / "config.json").write_text(json.dumps(config))
+    done = run("convert", "--hf-path", base, "--mlx-path", tmp_path / "q4")
+    refused(done, 1, f"{base} cannot be converted", "missing")
+
+
 @pytest.mark.parametrize("flag", ["--q-bits", "--q-group-size"])
 def test_bits_without_quantising_are_refused_and_nothing_is_written(place, tmp_path, flag):
     done = run("convert", "--hf-path", place / "model", "--mlx-path", tmp_path / "q4", flag, 32)

@@ -8,6 +8,7 @@ import threading
 
 import mlx.core as mx
 import pytest
+from huggingface_hub import constants
 
 from fpo_mlx.errors import pip_install
 from fpo_mlx.machine import blas, device
@@ -17,8 +18,9 @@ from fpo_mlx.pipeline import doctor
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("FPO_MLX_CACHE", str(tmp_path / "fpo"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY"):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_ENDPOINT", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -182,6 +184,23 @@ def test_sizes_count_every_file_once(tmp_path):
     assert doctor.folder_size(tmp_path) == 1024  # and not the link
     assert doctor.folder_size(tmp_path / "absent") == 0
     assert [finding.text.endswith("empty") for finding in doctor.caches()] == [True, True]
+
+
+def test_the_hub_is_not_asked_where_its_client_is_offline(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # TRANSFORMERS_OFFLINE does it, too
+    assert "only local files" in doctor.hub(1.0).text
+
+
+def test_of_two_disks_for_models_and_caches_the_fuller_one_is_told(tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    usage = doctor.shutil.disk_usage("/")
+
+    def free(folder):
+        return usage._replace(free=10**9 if folder == tmp_path / "hub" else 10**12)
+
+    monkeypatch.setattr(doctor.shutil, "disk_usage", free)
+    assert doctor.disk().level == "problem"
+    assert doctor.disk().text == f"1.0 GB free at {tmp_path / 'hub'}"
 
 
 def test_a_full_disk_is_a_problem(monkeypatch):

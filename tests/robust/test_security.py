@@ -155,7 +155,8 @@ def test_no_code_is_downloaded_with_a_model(monkeypatch, tmp_path):
     assert taken("model.safetensors")
     assert taken("tokenizer.json")
     names = ("modeling.py", "tokenizer_x.py", "tokenizer.so", "a/tokenizer.py", "model.bin")
-    for name in (*names, "consolidated.safetensors", "consolidated-00001-of-00002.safetensors"):
+    others = ("consolidated.safetensors", "original/model.safetensors", "adapter_model.safetensors")
+    for name in (*names, *others):
         assert not taken(name), name
     hub.resolve_model("owner/model", weights=False)
     assert taken("tokenizer.json")

@@ -76,14 +76,25 @@ def test_every_condition_given_must_hold(root, words, gone):
 
 
 @pytest.mark.parametrize(
-    ("model", "said"), [("", "is empty"), (" ", "is empty"), ("b", "too short")]
-)
-def test_an_empty_or_a_short_name_of_a_model_removes_nothing(root, model, said):
+    ("model", "said"),
+    [("", "is empty"), (" ", "is empty"), ("b", "found no such model"),
+     ("./modle", "found no such model"), ("mlx-community/gone-4bit", "found no such model")],
+)  # fmt: skip
+def test_what_names_no_model_removes_nothing_and_is_refused(root, model, said):
     """`--model "$M"` with nothing in M named every cache."""
     done = run("cache", "prune", "--model", model, "--yes")
     assert done.exit_code == 2
     assert said in done.stderr
     assert len(rc.list_caches(root)) == 2
+
+
+def test_a_model_of_the_hubs_cache_is_known_by_its_id(root, tmp_path, monkeypatch):
+    from fpo_mlx.pipeline import caches
+
+    monkeypatch.setattr(caches, "at_hand", lambda spec: tmp_path if spec == "owner/model" else None)
+    monkeypatch.setattr(caches.weights, "model_fingerprint", lambda folder: "bbbb222")
+    assert run("cache", "prune", "--model", "owner/model", "--yes").exit_code == 0
+    assert [entry.folder.name for entry in rc.list_caches(root)] == ["old"]
 
 
 def test_a_cache_that_a_run_reads_counts_as_new_from_then_on(root):

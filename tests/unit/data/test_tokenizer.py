@@ -141,6 +141,16 @@ def test_a_folder_without_a_tokenizer_gives_a_plain_error(tmp_path):
         load_tokenizer(tmp_path / "empty")
 
 
+def test_code_that_was_not_downloaded_is_told_where_it_would_run(tmp_path):
+    """--trust-remote-code sent its user to "download it again", which brings no code."""
+    folder = build_tiny_tokenizer(tmp_path / "tok")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["absent.Absent", None]}, "tokenizer_class": "Absent"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="downloads no code: `hf download OWNER/NAME`"):
+        load_tokenizer(folder, trust_remote_code=True)
+
+
 def test_code_from_the_model_folder_does_not_run_by_itself(tmp_path):
     folder = build_tiny_tokenizer(tmp_path / "tok")
     config = json.loads((folder / "tokenizer_config.json").read_text())
