@@ -36,6 +36,7 @@ _REFUSED = {
     b"\xd0\xcf\x11\xe0": "an old Excel file: save the sheet as CSV",
     b"SQLite format": "an SQLite database: export the table as JSON lines or CSV",
     b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"version https://git-lfs": "Git LFS's pointer to a file that is not here: run `git lfs pull`",
 }
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),

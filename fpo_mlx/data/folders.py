@@ -11,8 +11,9 @@ from fpo_mlx.data.containers import stem
 from fpo_mlx.records import PAIRS_FILE
 from fpo_mlx.storage.files import listed
 
-_OF = re.compile(r"(\d+)-of-(\d+)$")
-_SHARD = re.compile(r"(.+?)[-_.](?:part[-_]?)?\d+(?:-of-\d+)?")
+_HASH = r"(?:-[0-9a-f]{16})?"  # behind the numbers, as `datasets` wrote it in 2022
+_OF = re.compile(rf"(\d+)-of-(\d+){_HASH}$")
+_SHARD = re.compile(rf"(.+?)[-_.](?:part[-_]?)?\d+(?:-of-\d+{_HASH})?")
 RECORD_MOST = 1 << 20  # bytes of what `pairs build` says of its rows
 
 

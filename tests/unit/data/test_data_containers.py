@@ -116,9 +116,12 @@ def test_every_file_gives_the_same_rows(tmp_path, name):
     assert all(row.where.startswith(name) for row in rows)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 REFUSED = {
     "broken.json": (b"[\n {\"prompt\": 1},\n {\"prompt\"\n]", "breaks at line 4, column 1"),
     "book.xlsx.jsonl": (b"PK\x03\x04 and so on", "a zip archive"),
+    "left.jsonl": (POINTER, "Git LFS's pointer .* `git lfs pull`"),
+    "left.parquet": (POINTER, "Git LFS's pointer .* `git lfs pull`"),
     "short.jsonl.gz": (gzip.compress(LINES.encode())[:-20], "packed file is damaged"),
     "short.parquet.gz": (gzip.compress(b"PAR1 and more")[:-9], "packed file is damaged"),
     "bad.parquet.gz": (gzip.compress(b"PAR1 no more"), "cannot be read as a table"),
@@ -189,8 +192,12 @@ def test_a_semicolon_within_a_columns_name_does_not_part_columns(tmp_path):
         (["pairs.jsonl", "README.md"], {"train"}),
         (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"], {"train"}),
         (["train/a.jsonl", "eval/b.jsonl"], {"train", "valid"}),
+        # as `datasets` wrote them in 2022
+        (["data/train-00000-of-00001-2a1df75c6bce91ab.jsonl",
+          "data/test-00000-of-00001-0f1e2d3c4b5a6978.jsonl"], {"train", "test"}),
+        ([f"train-{at}-of-2-2a1df75c6bce91a{at}.jsonl" for at in (0, 1)], {"train"}),
     ],
-)
+)  # fmt: skip
 def test_splits_are_found_under_their_usual_names(tmp_path, names, found):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -216,8 +223,10 @@ def test_two_files_of_one_split_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [["0-of-3", "2-of-3"], ["1-of-2"], ["0-of-1", "0-of-2", "1-of-2"], ["0-of-2", "7"]]
-)
+    "names",
+    [["0-of-3", "2-of-3"], ["1-of-2"], ["0-of-1", "0-of-2", "1-of-2"], ["0-of-2", "7"],
+     ["0-of-3-2a1df75c6bce91ab", "2-of-3-0f1e2d3c4b5a6978"]],
+)  # fmt: skip
 def test_parts_that_are_not_all_there_once_are_refused(tmp_path, names):
     for name in names:
         (tmp_path / f"train-{name}.jsonl").write_text(LINES)
