@@ -244,7 +244,8 @@ def _alpaca(record: Mapping) -> Any:
         return text
     if isinstance(more, str) and more.strip():
         text = f"{text}\n{more}"
-    history = from_json(record.get("history"), "history") or []
+    given = record.get("history")
+    history = (from_json(given, "history") if filled(given) else None) or []
     if not isinstance(history, list) or not all(_is_exchange(turn) for turn in history):
         raise RowFault("wrong type", f"history is {kind(history)}, wanted [[question, answer], …]")
     if not history:

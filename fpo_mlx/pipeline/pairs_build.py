@@ -177,7 +177,8 @@ def _choose(
                 left.out("scores alike in two digits")
             else:
                 pairs.append(pair)
-    left.out("verdicts on prompts that are not among the candidates", len(verdicts))
+    lost = sum(map(len, verdicts.values()))
+    left.out("verdicts on prompts that are not among the candidates", lost)
     return pairs
 
 

@@ -106,6 +106,13 @@ def test_alpacas_input_and_history_are_part_of_the_prompt():
     assert row.prompt == (user("Hi"), bot("Hello."), user("Translate.\nJa"))
 
 
+@pytest.mark.parametrize("nothing", ["", None, float("nan"), [], "[]"])
+def test_a_history_that_holds_nothing_is_none(nothing):
+    """An empty cell of a CSV is an empty text."""
+    row = {"instruction": "Translate.", "history": nothing, "chosen": "Yes", "rejected": "No"}
+    assert parse_row(row).prompt == (user("Translate."),)
+
+
 ASKED = {"question": "Say yes.", "chosen": "Yes.", "rejected": "No."}
 PROMPT_TWICE = {
     "the same words": {"context": "Say  yes.\n"},

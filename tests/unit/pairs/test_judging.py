@@ -111,6 +111,19 @@ def test_verdicts_on_answers_that_were_there_before_are_none_on_those_that_came_
     assert found.judges == second.judges
 
 
+def test_verdicts_on_prompts_that_are_not_among_the_candidates_are_counted_each(tmp_path):
+    """The prompts were counted, under the name of verdicts."""
+    verdicts = tmp_path / "v.jsonl"
+    source = candidates(tmp_path / "c.jsonl", graded(5, 3))
+    pairs_judge(JudgeConfig(reward="brevity"), candidates=source, output=verdicts, say=print)
+    few = candidates(tmp_path / "few.jsonl", dict([*graded(5, 3).items()][:3]))
+    built = pairs_build(
+        BuildConfig(force=True), candidates=few, verdicts=[verdicts], output=tmp_path / "pairs",
+        say=print,
+    )  # fmt: skip
+    assert built.left["verdicts on prompts that are not among the candidates"] == 2 * 3
+
+
 def test_a_verdict_that_names_no_texts_is_taken_at_its_word(tmp_path):
     """Files of before, and of a user's own."""
     source = candidates(tmp_path / "c.jsonl", graded(3))
