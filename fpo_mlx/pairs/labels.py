@@ -96,17 +96,22 @@ def resolve(verdicts: Sequence[Verdict]) -> Label | None:
     if last.order == "none":
         if last.verdict in ("skip", "unreadable"):
             return None
-        return Label(a, b, last.verdict, 1.0, last.score_a, last.score_b)
+        return Label(a, b, last.verdict, _sure(last.verdict, last.p), last.score_a, last.score_b)
     orders = {v.order: v for v in verdicts if v.order != "none"}
     if len(orders) < 2 or any(v.verdict in ("skip", "unreadable") for v in orders.values()):
         return None
     first, second = orders["ab"], orders["ba"]
     if first.verdict != second.verdict:
         return Label(a, b, "tie", 0.5)
-    if first.p is None or second.p is None or first.verdict not in ("a", "b"):
-        return Label(a, b, first.verdict)
-    p = (first.p + second.p) / 2
-    return Label(a, b, first.verdict, max(0.5, p if first.verdict == "a" else 1 - p))
+    p = None if first.p is None or second.p is None else (first.p + second.p) / 2
+    return Label(a, b, first.verdict, _sure(first.verdict, p))
+
+
+def _sure(verdict: str, p: float | None) -> float:
+    """How sure a judge is of its verdict. p: that a is the better one, where it says so."""
+    if p is None or verdict not in ("a", "b"):
+        return 1.0
+    return max(0.5, p if verdict == "a" else 1 - p)
 
 
 def _together(labels: Sequence[Label]) -> Label | None:

@@ -121,9 +121,10 @@ class Rating:
         """Take back the last vote; False where there is none."""
         if not self._history:
             return False
-        name = self._history.pop()
+        name = self._history[-1]
         item = self._by_name[name]
         self._write(item, "skip", UNDONE, None, of=self._votes[name])
+        self._history.pop()  # not before it is written
         self._at = min(self._at, self._items.index(item))
         return True
 

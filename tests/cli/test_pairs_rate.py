@@ -18,6 +18,7 @@ from rater import SCRIPT, served
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from fpo_mlx.errors import FpoError  # noqa: E402
 from fpo_mlx.pairs.labels import labels_of  # noqa: E402
 from fpo_mlx.pairs.rating import Rating, Refused, queue  # noqa: E402
 from fpo_mlx.pairs.records import open_candidates, read_verdicts  # noqa: E402
@@ -183,6 +184,26 @@ def test_what_was_undone_is_shown_again_in_the_next_sitting_too(tmp_path):
     assert rating.undo()  # the one of the sitting before
     assert rating.next()["name"] == names[0]
     assert not rating.undo()
+    rating.close()
+
+
+def test_an_undo_that_could_not_be_written_took_nothing_back(tmp_path, monkeypatch):
+    """On a full disk: the next one took back the vote before it."""
+    rating = Rating(candidates(tmp_path / "c.jsonl", graded(3)), tmp_path / "v.jsonl")
+    names = []
+    for choice in ("first", "second"):
+        names.append(rating.next()["name"])
+        rating.vote(names[-1], choice)
+
+    def full(*_):
+        raise FpoError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rating._writer, "append", full)
+        with pytest.raises(FpoError):
+            rating.undo()
+    assert rating.undo()
+    assert rating.next()["name"] == names[1]
     rating.close()
 
 

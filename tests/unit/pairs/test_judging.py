@@ -224,6 +224,16 @@ def test_scores_and_texts_turn_with_the_answers_that_they_are_of():
     assert (label.score_a, label.score_b) == (3.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("side", "p", "agreement"),
+    [("a", 0.53, 0.53), ("b", 0.2, 0.8), ("a", None, 1.0), ("tie", 0.5, 1.0), ("b", 0.6, 0.5)],
+)
+def test_a_judge_of_one_answer_at_a_time_is_as_sure_as_it_says(side, p, agreement):
+    """A regression on features gives a probability, which counted as certain; a reward none."""
+    (label,) = labels_of([said(0, 1, "none", side, p=p, score_a=1.0, score_b=1.0)])
+    assert label.agreement == pytest.approx(agreement)
+
+
 def test_a_person_has_the_last_word_and_the_majority_of_judges_before():
     three = [said(0, 1, "none", v, judge=f"r{n}") for n, v in enumerate(("a", "a", "b"))]
     (label,) = labels_of(three)
