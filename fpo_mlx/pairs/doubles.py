@@ -9,6 +9,7 @@ from fpo_mlx.errors import pip_install
 
 PERMUTATIONS = 64
 SHINGLE = 3  # words
+INDEXED = 0.9  # highest similarity that the index is made for
 
 IsNew = Callable[[Iterable[str]], bool]
 
@@ -39,7 +40,8 @@ def _near(threshold: float, note: Callable[[str], None]) -> Callable[[str], bool
     except ImportError:
         note(f"near duplicates stay, equal ones go: for both run `{pip_install('datasketch')}`")
         return None
-    index, kept = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS), {}
+    # above .96 it would have one band only, which is refused; what it names is compared anyway
+    index, kept = MinHashLSH(threshold=min(threshold, INDEXED), num_perm=PERMUTATIONS), {}
 
     def is_new(text: str) -> bool:
         words = text.lower().split()

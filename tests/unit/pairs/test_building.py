@@ -17,7 +17,6 @@ from fpo_mlx.data import read_split
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs.augment import score_turns
 from fpo_mlx.pairs.choose import Left, asks_alike, augmented, balanced, pairs_of, split_of
-from fpo_mlx.pairs.doubles import finder
 from fpo_mlx.pairs.labels import Label
 from fpo_mlx.pairs.records import (
     Candidate,
@@ -152,19 +151,6 @@ def test_splits_are_by_prompt_and_do_not_move_when_prompts_come():
     assert split_of(ids[::-1], 0.1, 0.05, 0) == splits
     assert split_of(ids, 0.1, 0.05, 1) != splits
     assert split_of(["a"], 0.5, 0.0, 0) == {"a": "train"}
-
-
-def test_equal_and_nearly_equal_pairs_are_found():
-    pytest.importorskip("datasketch")
-    words = [f"w{n}" for n in range(100)]
-    is_new = finder(0.8, lambda _: None)
-    assert is_new([" ".join(words), "x"])
-    assert not is_new([" ".join(words), " x "])
-    assert not is_new([" ".join([*words[:-1], "other"]), "x"])
-    assert is_new([" ".join(words[::-1]), "x"])
-    exact = finder(1, lambda _: None)
-    assert exact([" ".join(words), "x"])
-    assert exact([" ".join([*words[:-1], "other"]), "x"])
 
 
 def test_the_turned_row_says_of_its_own_answers_where_they_came_from():
