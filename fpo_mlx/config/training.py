@@ -241,7 +241,8 @@ class TrainConfig:
         """Number of iterations for a training set of n_pairs: whole updates."""
         if self.epochs is not None:
             updates = math.ceil(n_pairs / self.pairs_per_update)
-            return max(1, math.ceil(self.epochs * updates) * self.grad_accumulation_steps)
+            wanted = math.ceil(round(self.epochs * updates, 6))  # 1.1 * 100 is above 110 in floats
+            return max(1, wanted) * self.grad_accumulation_steps
         return self.whole_updates(1000 if self.iters is None else self.iters)
 
     def validated(self, n_pairs: int) -> int:
@@ -255,7 +256,7 @@ class TrainConfig:
 
 def _lora_faults(given: Mapping[str, Any], lora: Mapping[str, Any]) -> list[str]:
     """Names that are none of lora_parameters, or the values that these cannot have, in one line."""
-    if unknown := sorted(set(given) - {"rank", "scale", "dropout", "keys"}):
+    if unknown := sorted({*map(str, given)} - {"rank", "scale", "dropout", "keys"}):
         hint = " mlx-lm uses scale, = alpha / rank." if "alpha" in unknown else ""
         return [
             f"lora_parameters: unknown {', '.join(unknown)}; wanted rank, scale, dropout, keys."

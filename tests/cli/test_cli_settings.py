@@ -175,6 +175,7 @@ BAD_SETTINGS = {
     "lora_parameters: {dropout: 1}": "dropout 1",
     "lora_parameters: {keys: self_attn.q_proj}": "keys 'self_attn.q_proj', wanted a list",
     "lora_parameters: {keys: 5}": "keys 5",
+    "lora_parameters: {rank: 4, 8: scale}": "unknown 8; wanted rank, scale",
 }
 
 

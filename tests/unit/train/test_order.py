@@ -67,6 +67,14 @@ def test_the_visited_indices_are_those_of_the_first_batches(lengths, size, seed,
     assert visited(np.array(lengths), size, seed, count).tolist() == wanted
 
 
+@pytest.mark.parametrize(
+    ("epochs", "iterations"), [(1.1, 110), (0.07, 7), (0.071, 8), (3.0, 300), (1e-9, 1)]
+)
+def test_passes_that_make_whole_updates_are_not_rounded_up_to_one_more(epochs, iterations):
+    """1.1 * 100 is a little more than 110 in floats."""
+    assert TrainConfig(epochs=epochs, batch_size=4).iterations(400) == iterations
+
+
 @pytest.mark.parametrize(("val_batches", "seen"), [(-1, 7), (0, 0), (2, 6), (9, 7)])
 def test_a_validation_looks_at_the_first_pairs(val_batches, seen):
     assert TrainConfig(val_batches=val_batches, batch_size=3).validated(7) == seen
