@@ -24,9 +24,9 @@ def go_to_own(*numbers: int) -> None:
     go_to(int(state[0]))
 
 
-def drops(module: nn.Module) -> bool:
-    """Whether a call of this module draws random numbers, now."""
+def drops(module: nn.Module, *, now: bool = True) -> bool:
+    """Whether a call of this module draws random numbers; now: as it is, not if it were trained."""
     return any(
-        isinstance(part, nn.Dropout) and part.training and part._p_1 < 1.0
+        isinstance(part, nn.Dropout) and (part.training or not now) and part._p_1 < 1.0
         for part in module.modules()
     )

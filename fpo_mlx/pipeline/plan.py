@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fpo_mlx.machine import fits as fitting
 from fpo_mlx.machine import memory as model_of
 from fpo_mlx.machine.fits import Case
 from fpo_mlx.machine.memory import Adapted, Lengths, ModelShape, SaeShape, Setup, Term, Tiles
+from fpo_mlx.machine.processes import find_share
 from fpo_mlx.pipeline.job import (
     Job,
     Say,
@@ -140,10 +142,11 @@ def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None
     block = adapters.block_of(model)
     put_adapters(job, model, spec)
     adapted = {block[key] for key in spec.keys}
+    own = -(-t.pairs_per_update // find_share(os.environ).world)  # pairs of one process
     setup = Setup(
         min(adapted), max(adapted),
         sum(array.size for _, array in adapters.parameters(model)),
-        t.optimizer, t.micro_batch_size, t.pairs_per_update,
+        t.optimizer, min(t.micro_batch_size, own), t.pairs_per_update,
         t.grad_checkpoint, o.constraint == "kl", o.stop_gradient, o.top_k,
         t.gradient == "forward", adapted_of(model, read_config(job.model_path)),
     )  # fmt: skip

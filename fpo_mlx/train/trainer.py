@@ -253,7 +253,7 @@ class Trainer:
         verdict = guard.first_step(self._measure(first), first.refs, grad_norm, o, bound, half=half)
         if verdict.reason is not None:
             raise ModelError(verdict.reason)
-        rounded = half and not self.config.lora["dropout"]
+        rounded = half and not randomness.drops(self.model, now=False)
         dtype = str(self.scorer.policy.dtype).split(".")[-1]
         noise = guard.noise(seen, first.refs, o, dtype) if rounded else None
         parted = guard.parted_twins(self.config) if self.order.twins is not None else None

@@ -284,6 +284,23 @@ def test_a_plan_says_what_fits_and_writes_it_down(place, tmp_path):
     assert found["train"]["terms"]["model weights"] == pytest.approx(weights, rel=0.05)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_more_pairs_are_planned_at_once_than_a_process_has_of_an_update(
+    place, tmp_path, monkeypatch, processes
+):
+    def terms(micro):
+        sizes = ("--batch-size", 2, "--grad-accumulation-steps", 2, "--micro-batch-size", micro)
+        result = run(place, "--json", tmp_path / "p.json", "--overwrite", *sizes)
+        assert result.exit_code == 0, result.stderr
+        return json.loads((tmp_path / "p.json").read_text())["train"]["terms"]
+
+    most = terms(4 // processes)
+    if processes > 1:
+        monkeypatch.setenv("MLX_RANK", "0")
+        monkeypatch.setenv("MLX_WORLD_SIZE", str(processes))
+    assert terms(8) == most
+
+
 def test_an_adapter_that_training_starts_from_is_planned_with_its_own_rank_and_blocks(
     place, tmp_path
 ):

@@ -47,6 +47,21 @@ def test_dropout_is_on_within_a_gradient_and_off_everywhere_else(llama, tmp_path
     assert training == {"gradient": [True] * 2, "between": [False] * 5}
 
 
+@pytest.mark.parametrize(("dropout", "told"), [(0.0, True), (0.5, False)])
+def test_what_adapters_drop_is_not_told_as_rounding_whatever_the_settings_say(
+    llama, tmp_path, monkeypatch, dropout, told
+):
+    """An adapter that a run begins from keeps its own dropout."""
+    monkeypatch.setattr("fpo_mlx.train.guard.NOISE", -1.0)  # float32 has too little
+    given = {} if dropout else {"dropout": 0.5}
+    trainer = open_trainer(
+        llama, tmp_path, PAIRS, preset="dpo", dropout=dropout, iters=1, lora_parameters=given
+    )
+    trainer.scorer.half = True
+    (first,) = (x for x in trainer.run() if isinstance(x, StepReport))
+    assert any("rounding of" in note for note in first.warnings) is told
+
+
 def test_the_seed_orders_the_pairs(llama, tmp_path):
     orders = {}
     for seed in (3, 4):
