@@ -14,6 +14,7 @@ from fpo_mlx.data import data_fingerprint, find_splits
 from fpo_mlx.pipeline.prepared import hub_splits
 from fpo_mlx.records import TokenPair
 from fpo_mlx.reference.weights import model_fingerprint
+from fpo_mlx.sae.names import plain
 from fpo_mlx.storage.adapter_files import RUN, model_template, own_template, run_of
 from fpo_mlx.storage.files import known_object
 from fpo_mlx.storage.outputs import same_place
@@ -150,7 +151,7 @@ def _of_model(
     if isinstance(known, str):
         other = known != fingerprint()
     else:
-        other = bool(name) and _last(name) != _last(model)
+        other = bool(name) and plain(name) != plain(model)
     if not other:
         return None
     if name and _last(name) == _last(model):
@@ -190,11 +191,3 @@ def _of_template(folder: Path, model: Path) -> str | None:
 def _part(run: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = run.get(name)
     return found if isinstance(found, dict) else {}
-
-
-def _last(name: str) -> str:
-    """The name of a model without its owner, folder, revision and quantisation."""
-    last = name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1].partition("@")[0].lower()
-    for end in ("-mlx", "-4bit", "-8bit", "-6bit", "-3bit", "-bf16", "-fp16"):
-        last = last.removesuffix(end)
-    return last

@@ -52,7 +52,8 @@ def write(
 
     folder, facts, sae = Path(setup.config.output), _facts(setup, tokens), None
     if setup.ranks.first:
-        sae = finish.finished(current, rule, sample, site=setup.site, model_name=setup.model_name)
+        name = setup.model_name.rsplit("/", 1)[-1]  # without owner, as SAELens names models
+        sae = finish.finished(current, rule, sample, site=setup.site, model_name=name)
         card = finish.card(sae, None, facts)
         _note_card(folder, card)
         finish.write(folder, sae, card)
@@ -139,8 +140,7 @@ def _facts(setup: Setup, tokens: int) -> dict[str, Any]:
     """Rows of the card: what a reader should know of the training."""
     config = setup.config
     facts = {
-        "model": config.model if "/" in config.model and not Path(config.model).exists()
-        else setup.model_name,
+        "model": setup.model_name,
         "site": str(setup.site),
         "architecture": config.architecture + (", matryoshka" if config.matryoshka else ""),
         "k": setup.sizes.k,

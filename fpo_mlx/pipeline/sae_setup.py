@@ -19,6 +19,7 @@ from fpo_mlx.reference import weights
 from fpo_mlx.saetrain import rows, texts
 from fpo_mlx.saetrain import sizes as sizing
 from fpo_mlx.storage import outputs
+from fpo_mlx.storage.adapter_files import public_name
 from fpo_mlx.storage.hub import read_config, resolve_model, size_in
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Setup:
 
     config: SaeTrainConfig
     path: Path  # of the model's folder
-    model_name: str
+    model_name: str  # of the hub, or its folder's bare name
     site: Site
     hidden: int
     sizes: sizing.Sizes
@@ -156,7 +157,7 @@ def open_setup(config: SaeTrainConfig, ranks: Ranks, say: Say) -> Setup:
     if init is not None:
         fingerprints[INIT] = _fingerprint(init)
     return Setup(
-        config, path, Path(config.model).name, site, hidden,
+        config, path, public_name(config.model), site, hidden,
         sizing.sizes(config, model_config, hidden), tuple(train), tuple(held_out),
         replace(reader, limit=limit), fingerprints,
         seconds / max(len(sample), 1), init,

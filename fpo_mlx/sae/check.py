@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.records import SITE_KINDS, SaeWeights, Site, SiteKind
+from fpo_mlx.sae.names import plain
 
 DEEP = 2 / 3  # of the blocks; between 18 of 30 and 27, of which one held: studies/blocks.py
 
@@ -132,15 +132,8 @@ def _own_heads(
 def _warnings(sae: SaeWeights, site: Site, model_name: str | None):
     if sae.site is not None and sae.site != site:
         yield f"The SAE was trained on {sae.site}; it is used on {site}."
-    if sae.model_name and model_name and _plain(sae.model_name) != _plain(model_name):
+    if sae.model_name and model_name and plain(sae.model_name) != plain(model_name):
         yield (
             f"The SAE was trained on {sae.model_name}, the model is {model_name}. Prefer an SAE "
             "of this model if there is one (`fpo-mlx sae list --model …`)."
         )
-
-
-def _plain(model: str) -> str:
-    """A model's name without owner and storage format, for comparison only."""
-    name = model.rstrip("/").rsplit("/", 1)[-1].lower()
-    name = re.sub(r"[-_](?:\d+-?bits?|bf16|fp16|fp32|mxfp\d|q\d|dwq|qat|mlx)\b.*", "", name)
-    return re.sub(r"^meta-|-(?:pt|hf)(?=-|$)", "", name)

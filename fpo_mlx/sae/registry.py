@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fpo_mlx.sae.check import DEEP
+from fpo_mlx.sae.names import plain, stem
 
 _TABLE = Path(__file__).parent / "table.json"
 
@@ -171,17 +172,4 @@ def fits(model: str | dict[str, Any]) -> list[Release]:
 
 def trained_on(release: Release, model: str) -> bool:
     """True if the release was trained on this very model, not its base or chat sibling."""
-    return _variant(release.model) == _variant(model)
-
-
-def stem(model: str) -> str:
-    """ "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit" -> "llama-3.1-8b": family and size only."""
-    return re.sub(r"-(?:instruct|it|base|chat)(?=-|$)", "", _variant(model))
-
-
-def _variant(model: str) -> str:
-    """The model's name without owner, storage format and spellings that mean nothing."""
-    name = model.rstrip("/").rsplit("/", 1)[-1].lower()
-    storage = r"[-_](?:\d+-?bits?|bf16|fp16|fp32|f16|mxfp\d|q\d|dwq|qat|mlx|text)\b.*"
-    name = re.sub(r"-(?:pt|hf|deduped|v0\.\d)(?=-|$)", "", re.sub(storage, "", name))
-    return name.removeprefix("meta-").replace("_", "-")
+    return plain(release.model) == plain(model)

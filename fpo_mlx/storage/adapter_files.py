@@ -16,6 +16,7 @@ from typing import Any
 
 from fpo_mlx.errors import ModelError
 from fpo_mlx.storage import files
+from fpo_mlx.storage.hub import unpinned
 from fpo_mlx.storage.tensors import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
@@ -299,7 +300,7 @@ def public_name(model: str) -> str:
     """What a file that is passed on may say of a model: its hub id, or its folder's bare name."""
     path = Path(model).expanduser()
     plain = path.is_absolute() or path.exists() or model.startswith((".", "~"))
-    return path.resolve().name if plain else model
+    return path.resolve().name if plain else unpinned(model)
 
 
 def deciding(adapter: AdapterFile) -> dict[str, Any]:

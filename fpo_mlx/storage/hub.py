@@ -67,6 +67,14 @@ def hub_id(spec: str | Path) -> tuple[str, str | None]:
     return repo, revision or None
 
 
+def unpinned(spec: str) -> str:
+    """A hub id without its revision; what is none stays as it is."""
+    try:
+        return hub_id(spec)[0] if "@" in spec else spec
+    except ModelError:
+        return spec
+
+
 def reason(error: Exception) -> str:
     """What the hub's client says, in one line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"

@@ -177,6 +177,18 @@ def test_the_sae_is_on_the_disk_and_its_model_let_go_before_a_whole_model_is_ope
     assert "held-out rows" in (out / "README.md").read_text()
 
 
+def test_a_pinned_model_is_published_by_its_name_alone(llama, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(sae_setup, "resolve_model", lambda spec: llama)
+    words = ("--model", "owner/tiny@refs/pr/3", "--data", corpus, "--output", tmp_path / "o")
+    done = run(*words, *QUICK)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "o/cfg.json").read_text())["metadata"]["model_name"] == "tiny"
+    card = (tmp_path / "o/README.md").read_text()
+    assert "base_model: owner/tiny\n" in card
+    assert "| model | owner/tiny |" in card
+    assert load_sae(tmp_path / "o").model_name == "tiny"
+
+
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
 def test_a_resumed_command_ends_with_the_same_bytes(llama, corpus, tmp_path, architecture):
     words = ("--model", llama, "--data", corpus, *QUICK, "--architecture", architecture,

@@ -14,6 +14,7 @@ from tiny_saes import CASES
 
 from fpo_mlx.errors import SaeError
 from fpo_mlx.sae import load_sae, registry
+from fpo_mlx.sae.names import stem
 from fpo_mlx.sae.resolve import HubSae, parse, resolve
 
 
@@ -302,9 +303,7 @@ def test_the_example_of_a_release_is_one_near_the_output_and_no_wider_than_it_ne
 
 def test_an_example_is_below_two_thirds_of_the_depth_only_where_the_release_has_none_above():
     for row in registry.releases():
-        deep = [
-            r for r in row.rules if r.layer + 1 >= 2 / 3 * registry.blocks(registry.stem(row.model))
-        ]
+        deep = [r for r in row.rules if r.layer + 1 >= 2 / 3 * registry.blocks(stem(row.model))]
         if deep:
             assert row.example.removeprefix(f"{row.release}/") in {rule.sae_id for rule in deep}
 
