@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from fpo_mlx import data
 from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import read_labels
 from fpo_mlx.data.tokenizer import ChatTokenizer
-from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.errors import DataError
 from fpo_mlx.judge.feature_report import Change, Found, Sort, TextActivations
 from fpo_mlx.judge.scaling import Scaling
 from fpo_mlx.pipeline.evaluate import open_scorer
@@ -21,6 +22,7 @@ from fpo_mlx.pipeline.job import (
     check_sae_named,
     need_features,
     need_model,
+    one_sae,
     open_job,
     open_saes,
     open_tokenizer,
@@ -239,11 +241,12 @@ def _scan(config: RunConfig, files: Sequence[Path], limit: int, say: Say) -> _Sc
 
     model = need_model(config)
     check_sae_named(config, True)
+    one_sae(config, "features find")
     path = resolve_model(model)
     tokenizer = open_tokenizer(config, path, say)
     most = longest(config.data.max_seq_length, tokenizer, say)
-    texts = [read_texts(file, tokenizer, most)[:limit] for file in files]
-    (sae,) = _one_sae(open_saes(config, read_config(path), need=True, say=say))
+    texts = [read_texts(file, tokenizer, most, limit) for file in files]
+    (sae,) = open_saes(config, read_config(path), need=True, say=say)
     policy, encoder = _tapped(config, path, [sae], None, say), encoder_of(sae)
     seen = [feature_scan.read_texts(policy, encoder, 0, one) for one in texts]
     return _Scan(policy, encoder, sae, tokenizer, texts, seen)
@@ -254,14 +257,10 @@ def link(sae: SaeWeights, feature: int) -> str:
     return f"{NEURONPEDIA}/{sae.neuronpedia}/{feature}" if sae.neuronpedia else ""
 
 
-def _one_sae(saes: Sequence[SaeWeights]) -> Sequence[SaeWeights]:
-    if len(saes) != 1:
-        raise ConfigError(f"features find looks into one SAE, and --sae names {len(saes)}.")
-    return saes
-
-
-def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Passage]:
-    """Texts of a data file, cut to `longest` tokens.
+def read_texts(
+    path: Path, tokenizer: ChatTokenizer, longest: int, limit: int | None = None
+) -> list[Passage]:
+    """Texts of a data file, or its first `limit`, cut to `longest` tokens.
 
     A line is {"text": …}, or an answer with its prompt: {"prompt": …, "response": …}. Of an answer
     the response positions are looked at; of a plain text all but the first (the BOS where there is
@@ -269,7 +268,7 @@ def read_texts(path: Path, tokenizer: ChatTokenizer, longest: int) -> list[Passa
     Raises: DataError naming the lines that cannot be used.
     """
     texts, faults = [], []
-    for row in data.file_rows(path):
+    for row in islice(data.file_rows(path), limit):  # no further: a corpus may be large
         where = row.where
         try:
             if row.fault:

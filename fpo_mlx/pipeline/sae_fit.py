@@ -19,6 +19,7 @@ from fpo_mlx.pipeline.job import (
     one_sae,
     open_tokenizer,
     read_sae,
+    warn_of_adapters,
 )
 from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.records import Passage, SaeWeights, TokenPair
@@ -51,6 +52,7 @@ def sae_evaluate(
     model = need_model(config)
     one = one_sae(config, "sae evaluate")
     folder = resolve_model(model)
+    warn_of_adapters([adapter_path], config, folder, say)
     sae = at_site(read_sae(one, config, say), config, read_config(folder), notes.append)
     for note in sae.notes:
         say(f"{one}: {note}")

@@ -349,6 +349,23 @@ def test_a_text_keeps_within_the_length_however_long_its_prompt(planted, tmp_pat
             read_texts(tmp_path / "t.jsonl", tokenizer, longest)
 
 
+def test_no_text_is_read_that_the_limit_does_not_take(planted, tmp_path):
+    """A file of a million texts was read and tokenized whole for its first two hundred."""
+    lines(tmp_path / "long.jsonl", *({"text": "abcd QZ"} for _ in range(3)), {"no": "text"})
+    sets = ["--positive", tmp_path / "long.jsonl", "--negative", planted / "without.jsonl"]
+    words = ["features", "find", "--model", planted / "model", "--sae", planted / "sae", *sets]
+    done = run(*words, "--limit", 3)
+    assert done.exit_code == 0, done.stderr
+    refused(run(*words, "--limit", 4), 3, "long.jsonl:4")
+
+
+def test_several_saes_are_refused_before_a_text_is_read(planted, tmp_path):
+    sets = ["--positive", tmp_path / "none.jsonl", "--negative", tmp_path / "none.jsonl"]
+    done = run("features", "find", "--model", planted / "model", *["--sae", planted / "sae"] * 2,
+               *sets)  # fmt: skip
+    refused(done, 2, "--sae: found 2, wanted exactly one for features find")
+
+
 def test_a_text_that_the_chat_template_refuses_is_named_by_its_line(planted, tmp_path):
     from fpo_mlx.data.tokenizer import load_tokenizer
     from fpo_mlx.errors import DataError

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 from command_line import lines, run
+from evaluated import adapter as write_adapter
 from helpers import random_pairs, random_sae
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -385,6 +386,16 @@ def test_another_place_is_called_out(place):
     done = fitted(place, "--data", place / "chats.jsonl", "--layer", 2)
     assert done.exit_code == 0, done.stderr
     assert "warning: The SAE was trained on resid_post of block 1" in done.stderr
+
+
+def test_an_adapter_of_another_model_is_called_out(place, tmp_path):
+    adapter = tmp_path / "adapter"
+    write_adapter(adapter, place / "model", seed=3)
+    about = json.loads((adapter / "adapter_config.json").read_text())
+    lines(adapter / "adapter_config.json", about | {"model": "owner/another"})
+    done = fitted(place, "--data", place / "texts.jsonl", "--adapter-path", adapter)
+    assert done.exit_code == 0, done.stderr
+    assert f"warning: the adapter {adapter} was made for another model" in done.stderr
 
 
 BAD = [
