@@ -51,6 +51,12 @@ def _help_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
+def _typed(ctx: click.Context) -> str:
+    """The command's own words, "sae train", however the program was begun."""
+    above = f"{_typed(ctx.parent)} " if ctx.parent and ctx.parent.parent else ""
+    return above + (ctx.info_name or "")
+
+
 class Command(RichCommand):
     """A command whose `--help` is short and whose `--help-all` is whole.
 
@@ -64,7 +70,7 @@ class Command(RichCommand):
             from fpo_mlx.cli import trouble
 
             options = {param.name or "" for param in self.params}
-            if (plain := trouble.plain(error, self.name or "", options)) is not None:
+            if (plain := trouble.plain(error, _typed(ctx), options)) is not None:
                 raise plain from error
             raise
 

@@ -12,14 +12,19 @@ SMALLER = {
     "micro_batch_size": "--micro-batch-size 1", "grad_checkpoint": "--grad-checkpoint",
     "rows": "fewer --rows", "max_seq_length": "a smaller --max-seq-length",
 }  # fmt: skip
-RESUMES = "train"  # also of `sae train`
-GO_ON = ("rounds", "precompute", "generate", "judge")  # without any option that says so
+SAE_TRAIN = "sae train"  # which counts in tokens, and resumes with no other sizes
+RESUME = ("train", SAE_TRAIN)
+GO_ON = ("rounds", "precompute", "pairs generate", "pairs judge")  # without an option that says so
+PLANS = {
+    "train": "plan", "precompute": "plan",
+    "pairs generate": "pairs plan", "pairs judge": "pairs plan",
+}  # fmt: skip
 
 
 def plain(error: RuntimeError, command: str, options: Collection[str]) -> FpoError | None:
     """The error for what MLX could not do on this device; None for any other.
 
-    command, options: names, which decide what there is to do about it.
+    command: as it is typed ("sae train"). options: names; both decide what there is to do about it.
     """
     kind = upstream.trouble(error)
     if kind is None:
@@ -27,11 +32,12 @@ def plain(error: RuntimeError, command: str, options: Collection[str]) -> FpoErr
     said = str(error).strip().rstrip(".")
     if kind == "absent":
         return FpoError(f"{said}. {upstream.NO_SESSION}")
-    other = {"max_seq_length"} if command == RESUMES else set()  # it would be another run
-    smaller = [words for name, words in SMALLER.items() if name in options and name not in other]
+    smaller = _smaller(command, options, kind)
     if kind == "memory":
         found = "The device's memory is full"
-        first = "Close other programs; `fpo-mlx plan` says beforehand what a run takes."
+        plan = PLANS.get(command)
+        ahead = f"; `fpo-mlx {plan}` says beforehand what a run takes" if plan else ""
+        first = f"Close other programs{ahead}."
         less = "It takes less with"
     else:
         found = "macOS ended a step that kept the GPU for too long"
@@ -41,8 +47,20 @@ def plain(error: RuntimeError, command: str, options: Collection[str]) -> FpoErr
     return FpoError(" ".join([f"{found}: {said}.", *steps, *_going_on(command, options)]))
 
 
+def _smaller(command: str, options: Collection[str], kind: str) -> list[str]:
+    if command == SAE_TRAIN:
+        fewer = ["--memory-gb"] if kind == "memory" else []
+        return ["a smaller --micro-batch-size (tokens)", *fewer, "--width"]
+    other = {"max_seq_length"} if command in RESUME else set()  # it would be another run
+    return [words for name, words in SMALLER.items() if name in options and name not in other]
+
+
 def _going_on(command: str, options: Collection[str]) -> list[str]:
-    if command == RESUMES:
+    if command == SAE_TRAIN:
+        return [
+            "The last checkpoint is whole: --resume goes on from it; none of these may change there."
+        ]
+    if command in RESUME:
         free = "grad_checkpoint" in options
         may = ", and may take --grad-checkpoint, but no other --micro-batch-size" if free else ""
         return [f"The last checkpoint is whole: --resume goes on from it{may}."]

@@ -72,8 +72,32 @@ def test_commands_that_go_on_by_themselves_say_so():
     said = trouble.plain(RuntimeError(FULL[0]), "rounds", {"config"})
     assert said is not None
     assert str(said).endswith("the same command goes on.")
-    of_an_sae = str(trouble.plain(RuntimeError(FULL[0]), "train", {"micro_batch_size"}))
-    assert of_an_sae.endswith("--resume goes on from it.")
+
+
+@pytest.mark.parametrize("text", [FULL[0], LONG[0]])
+def test_an_sae_in_training_is_told_of_tokens_and_that_other_sizes_are_another_run(
+    tmp_path, monkeypatch, text
+):
+    monkeypatch.setattr(pipeline, "sae_train", raising(text))
+    done = run("sae", "train", "--model", "m", "--data", "d", "--output", tmp_path / "out")
+    refused(done, 1, "a smaller --micro-batch-size (tokens)", "--width", "--resume goes on from it")
+    assert ("--memory-gb" in done.stderr) is (text in FULL)
+    assert "--micro-batch-size 1" not in done.stderr
+    assert "`fpo-mlx plan`" not in done.stderr
+    assert done.stderr.strip().endswith("none of these may change there.")
+
+
+@pytest.mark.parametrize(
+    ("command", "plan"),
+    [
+        ("train", "`fpo-mlx plan`"), ("precompute", "`fpo-mlx plan`"),
+        ("pairs generate", "`fpo-mlx pairs plan`"), ("pairs judge", "`fpo-mlx pairs plan`"),
+        ("chat", None), ("compare", None), ("sae train", None), ("sae evaluate", None),
+    ],
+)  # fmt: skip
+def test_a_plan_is_named_only_where_it_counts_what_the_command_takes(command, plan):
+    said = str(trouble.plain(RuntimeError(FULL[0]), command, set()))
+    assert (f"{plan} says beforehand" in said) if plan else ("plan" not in said)
 
 
 def test_where_the_session_has_no_metal_it_is_said_where_to_run(monkeypatch):
