@@ -13,6 +13,7 @@ from typing import Any
 from fpo_mlx.config import PARTS, DataConfig, Objective, ReferenceConfig
 from fpo_mlx.report.read import Run, figure, on_training, part, scale_of
 from fpo_mlx.report.tables import defaults, judged, text
+from fpo_mlx.storage import files
 from fpo_mlx.storage.adapter_files import WEIGHTS
 
 HELD_OUT = "HELD_OUT.jsonl"  # stands for a file of other pairs, where the run's data have no others
@@ -26,6 +27,8 @@ READ = ("model", "sae", "data", "objective", "init_adapter", "reference") + tupl
     for field in fields(section)
     if field.name not in ("model", "sae", "data") and not field.metadata["yaml_only"]
 )
+FUSED = ("model", "trust_remote_code")  # the adapter folder holds the template
+CHAT = (*FUSED, "chat_template", "chat_template_args")
 COMPARED = ("model", "data", "trust_remote_code", "init_adapter") + tuple(
     field.name for field in fields(DataConfig) if field.name != "data"
 )
@@ -34,14 +37,14 @@ COMPARED = ("model", "data", "trust_remote_code", "init_adapter") + tuple(
 def commands(run: Run) -> list[str]:
     """What to do with the adapters, quoted for a shell: the last ones, or better ones in best/."""
     best = better(run)
-    words = _given(run, ("model", "trust_remote_code"), run.settings)
-    words += ["--adapter-path", str(best or run.path)]
+    adapter = ["--adapter-path", str(best or run.path)]
+    talked, fused_by = (_given(run, names, run.settings) for names in (CHAT, FUSED))
     fused = _free(Path(f"{run.path}-fused"))
     return [
         command(run, "evaluate", best),
         command(run, "compare", best),
-        shlex.join(["fpo-mlx", "chat", *words]),
-        shlex.join(["fpo-mlx", "fuse", *words, "--save-path", str(fused)]),
+        shlex.join(["fpo-mlx", "chat", *talked, *adapter]),
+        shlex.join(["fpo-mlx", "fuse", *fused_by, *adapter, "--save-path", str(fused)]),
     ]
 
 
@@ -115,6 +118,8 @@ def _usual(run: Run, kind: str) -> list[str]:
     Data of which all was trained on are no data to judge on: the command is told of others.
     """
     names, there = _taken(run, kind), held_out_splits(run)
+    if not _reference_serves(run):
+        names = tuple(name for name in names if name != "reference")
     data = text(run.settings.get("data") or "DATA")
     if there is not None and not there:
         names, data = tuple(name for name in names if name not in PARTS), HELD_OUT
@@ -131,6 +136,15 @@ def _taken(run: Run, kind: str) -> tuple[str, ...]:
     if known and run.settings.get("constraint") != "activations":  # these it wants to be told
         return tuple(name for name in READ if name != "objective") + ("feature_weights",)
     return READ + OBJECTIVE
+
+
+def _reference_serves(run: Run) -> bool:
+    """Whether commands that judge take the run's cache: `train` took one of other weights, too."""
+    if run.settings.get("project_out"):  # its scores are those without these directions
+        return False
+    manifest = files.known_object(Path(text(run.settings.get("reference")), "manifest.json"))
+    scored, own = part(manifest, "identity").get("model"), run.fingerprints.get("model")
+    return None in (scored, own) or scored == own
 
 
 def _given(run: Run, names: Sequence[str], settings: Mapping[str, Any]) -> list[str]:

@@ -254,6 +254,30 @@ def test_a_collapse_that_the_run_warned_of_is_not_explained_again(tmp_path):
     assert "--nll-weight" not in said
 
 
+def test_the_command_that_asks_has_the_templates_variables_of_the_run(tmp_path):
+    """A model that was trained not to think thought."""
+    args = {"enable_thinking": False}
+    made = {"chat_template": "own.jinja", "chat_template_args": args, "trust_remote_code": True}
+    words = words_of(read(tmp_path, record=of_data(None, **made)), "chat")
+    taken = main.commands["chat"].make_context("chat", words[2:]).params
+    assert {name: taken[name] for name in made} == made
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "serves"),
+    [("a", {}, True), ("b", {}, False), ("a", {"project_out": "w.json"}, False), (None, {}, True)],
+)
+def test_a_cache_that_judging_refuses_is_not_named(tmp_path, model, settings, serves):
+    """`train` takes one of other weights and one without the directions it projects out."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    if model:
+        (cache / "manifest.json").write_text(json.dumps({"identity": {"model": model}}))
+    record = of_data(None, reference=str(cache), **settings) | {"fingerprints": {"model": "a"}}
+    words = words_of(read(tmp_path, record=record), "evaluate")
+    assert ("--reference" in words) is serves
+
+
 def words_of(run, name):
     (found,) = (w for line in commands(run) if (w := shlex.split(line))[1] == name)
     return found
