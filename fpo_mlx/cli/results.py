@@ -39,9 +39,10 @@ GGUF_NAMES = {None: "f16", "float16": "f16", "float32": "f32", "bfloat16": "bf16
 SHOWN = (  # rows of the table of several models; --json and --csv have every metric
     "rewards/accuracies", "policy_accuracy", "rewards/margins", "logps_per_token/chosen_change",
     "perplexity/chosen", "features/chosen", "features/rejected", "features/margin",
-    "kl/chosen", "kl/rejected", "kl/margin", "answers/entropy", "answers/distinct_1",
-    "answers/distinct_2", "answers/distinct_3", "answers/tokens",
+    "drift/rejected", "kl/chosen", "kl/rejected", "kl/margin", "answers/entropy",
+    "answers/distinct_1", "answers/distinct_2", "answers/distinct_3", "answers/tokens",
 )  # fmt: skip
+ROOTS = {"drift/rejected": "drift, rejected"}  # shown as --target-drift and --at-drift name it
 
 
 @click.command(cls=Command)
@@ -145,16 +146,16 @@ def side_by_side(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     for name in SHOWN:
         cells = [_with_interval(summary, name) for summary in summaries.values()]
         if any(cells):
-            rows.append([name, *cells])
+            rows.append([ROOTS.get(name, name), *cells])
     return rows
 
 
 def _with_interval(summary: Mapping[str, Any], name: str) -> str:
     if summary.get(name) is None:
         return ""
-    low_high = summary.get(f"{name}/ci95")
-    text = f"{summary[name]:.4g}"
-    return text if low_high is None else f"{text} [{low_high[0]:.4g}, {low_high[1]:.4g}]"
+    shown = [summary[name], *(summary.get(f"{name}/ci95") or ())]
+    text, *low_high = (f"{x**0.5 if name in ROOTS else x:.4g}" for x in shown)
+    return f"{text} [{', '.join(low_high)}]" if low_high else text
 
 
 @click.command(cls=Command)

@@ -27,6 +27,8 @@ METRICS = {
     "features/chosen": "Feature distance D, chosen",
     "features/rejected": "Feature distance D, rejected",
     "features/margin": "Feature distance D, margin",
+    "drift/chosen": "Drift squared, chosen (relative D)",
+    "drift/rejected": "Drift squared, rejected (relative D)",
     "kl/chosen": "KL, chosen (nats)",
     "kl/rejected": "KL, rejected (nats)",
     "kl/margin": "KL, margin (nats)",

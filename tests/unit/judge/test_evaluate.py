@@ -19,6 +19,7 @@ import oracle  # noqa: E402
 from command_line import ROWS, lines, random_sae, refused, run, usual  # noqa: E402
 from evaluated import K, adapter, own_cache, place  # noqa: E402, F401
 
+from fpo_mlx.cli.results import side_by_side  # noqa: E402
 from fpo_mlx.config import Sampling  # noqa: E402
 from fpo_mlx.data import data_fingerprint, read_split  # noqa: E402
 from fpo_mlx.data.tokenize import tokenize_row  # noqa: E402
@@ -149,6 +150,16 @@ def test_scales_of_an_adapter_stand_side_by_side_and_grow_from_the_base(place, t
     assert said is not None
     assert kls[1] < middle
     assert 0.5 < float(said[1]) < 1
+
+
+def test_the_table_has_the_drift_that_a_target_names_and_the_file_its_square():
+    summary = {"drift/rejected": 0.09, "drift/rejected/ci95": [0.04, 0.16], "kl/rejected": 4.0}
+    rows = side_by_side({"base": {"drift/rejected": 0.0}, "new": summary})
+    assert rows == [
+        ["", "base", "new"],
+        ["drift, rejected", "0", "0.3 [0.2, 0.4]"],
+        ["kl/rejected", "", "4"],
+    ]
 
 
 def test_the_part_that_meets_a_kl_is_said_of_each_adapter(place, tmp_path):

@@ -307,6 +307,13 @@ def a_round(root, number, judges, **more):
     (folder / "round.json").write_text(json.dumps(held_out))
 
 
+def test_a_drift_that_stands_squared_in_the_file_is_called_so(tmp_path):
+    run = a_run(tmp_path / "run", evaluate={"summary": SUMMARY | {"drift/rejected": 0.09}})
+    page = Elements(render(read_runs([run]))).text
+    assert "Drift squared, rejected (relative D)" in page
+    assert "drift/rejected" not in page
+
+
 def test_rounds_stand_side_by_side_in_their_order(tmp_path):
     for number in (10, 2, 1):
         a_round(tmp_path / "r", number, {"reward:x@1": {"flip_rate": None, "ties": 3 * number}})
