@@ -154,7 +154,7 @@ def _of_model(
         other = bool(name) and plain(name) != plain(model)
     if not other:
         return None
-    if name and _last(name) == _last(model):
+    if name and plain(name) == plain(model):
         return (
             f"made on other weights of that name ({name}) than --model {model}: with another "
             "quantisation or revision of one model it does about the same, with another model "

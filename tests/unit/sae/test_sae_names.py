@@ -25,6 +25,8 @@ SAME = [
     ("google/gemma-3-4b-it", "mlx-community/gemma-3-text-4b-it-4bit"),
     ("google/gemma-3-4b-pt", "mlx-community/gemma-3-4b-text-only-bf16"),
     ("meta-llama/Llama-3.1-8B", "mlx-community/Meta-Llama-3.1-8B-4bit-DWQ-2510"),
+    ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B-MLX-4bit"),
+    ("meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B-unsloth-bnb-4bit"),
     ("Qwen/Qwen3-4B", "C:\\models\\Qwen3-4B-mxfp4"),
 ]
 OTHER = [
