@@ -58,7 +58,7 @@ def _smaller(command: str, options: Collection[str], kind: str) -> list[str]:
 def _going_on(command: str, options: Collection[str]) -> list[str]:
     if command == SAE_TRAIN:
         return [
-            "The last checkpoint is whole: --resume goes on from it; none of these may change there."
+            "The last checkpoint is whole: --resume goes on from it, with none of these changed."
         ]
     if command in RESUME:
         free = "grad_checkpoint" in options

@@ -6,7 +6,9 @@ import re
 
 from fpo_mlx.storage.hub import unpinned
 
-_STORAGE = re.compile(r"-(?:\d+-?bits?|bf16|fp16|fp32|f16|mxfp\d|nvfp\d|q\d|bnb|unsloth|dwq|qat|mlx)\b.*")
+_STORAGE = re.compile(
+    r"-(?:\d+-?bits?|bf16|fp16|fp32|f16|mxfp\d|nvfp\d|q\d|bnb|unsloth|dwq|qat|mlx)\b.*"
+)
 _NOTHING = re.compile(r"-(?:pt|hf|text(?:-only)?)(?=-|$)")  # spellings that mean no other weights
 _KIN = re.compile(r"-(?:instruct|it|base|chat|deduped|v0\.\d)(?=-|$)")
 _SHORT = {"gpt2-small": "gpt2", "mistral-7b": "mistral-7b-v0.1"}  # as SAELens calls them
