@@ -153,7 +153,7 @@ def _utf8(path: Path, head: bytes, stream: IO[bytes]) -> _Lines:
         text = (head + stream.read()).decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} begins as {encoding}, but is not: {error}.") from error
-    return _Lines(text.encode("utf-8", "surrogatepass"), io.BytesIO())
+    return _Lines(b"", io.BytesIO(text.encode("utf-8", "surrogatepass")))
 
 
 def _encoding(head: bytes) -> str:
@@ -168,7 +168,10 @@ def _encoding(head: bytes) -> str:
 
 
 class _Lines:
-    """Lines of bytes, without their ends, from what was read ahead and what is left."""
+    """Lines of bytes, without their ends, from what was read ahead and what is left.
+
+    head: a few bytes, for each line in it copies what is behind.
+    """
 
     def __init__(self, head: bytes, stream: IO[bytes]) -> None:
         self._head, self._stream = head, stream
@@ -210,7 +213,7 @@ def _json_rows(path: Path, lines: _Lines) -> Iterator[RawRow]:
         for index, one in enumerate(found):
             yield RawRow(one, f"{path.name}[{index + 1}]", index)
         return
-    yield from _lines_from(path, _Lines(content, io.BytesIO()), numbered, 0)
+    yield from _lines_from(path, _Lines(b"", io.BytesIO(content)), numbered, 0)
 
 
 def _lines_from(path: Path, lines: Any, number: int, index: int) -> Iterator[RawRow]:

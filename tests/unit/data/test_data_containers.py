@@ -6,10 +6,12 @@ import bz2
 import gzip
 import json
 import lzma
+import time
 
 import pytest
 
 from fpo_mlx.data import Columns, HubSplits, find_splits, iterate_raw, read_split
+from fpo_mlx.data.containers import file_rows
 from fpo_mlx.errors import ConfigError, DataError, FpoError
 from fpo_mlx.records import PairFacts
 
@@ -181,6 +183,26 @@ def test_a_semicolon_within_a_columns_name_does_not_part_columns(tmp_path):
     (tmp_path / "a.csv").write_text('"prompt","rating; of; five; stars"\n"Q","1"\n')
     (row,) = list(iterate_raw(tmp_path / "a.csv", "train"))
     assert row.record == {"prompt": "Q", "rating; of; five; stars": "1"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [lambda text: text.encode("utf-16"), lambda text: b'{"a\n' + text.encode()],
+    ids=["utf16", "first line broken"],
+)
+def test_lines_cost_the_same_each_however_many_there_are(tmp_path, content):
+    """Each copied all that came behind it."""
+
+    def seconds(name):
+        begun = time.process_time()
+        assert sum(not row.fault for row in file_rows(tmp_path / name)) == 10_000
+        return time.process_time() - begun
+
+    text = json.dumps({"a": "b" * 500}) + "\n"
+    text *= 10_000
+    (tmp_path / "plain.jsonl").write_text(text)
+    (tmp_path / "a.jsonl").write_bytes(content(text))
+    assert seconds("a.jsonl") < 5 * seconds("plain.jsonl")
 
 
 @pytest.mark.parametrize(
