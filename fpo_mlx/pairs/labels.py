@@ -61,7 +61,8 @@ def by_prompt(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
 
 
 def labels_of(verdicts: Sequence[Verdict]) -> list[Label]:
-    """One label for each two answers of one prompt that was decided. A person's word is the last.
+    """One label for each two answers of one prompt that was decided. A person's word is the last,
+    the scores are the judges' all the same.
 
     Several judges: the side that more than half of them choose, else a tie.
     """
@@ -71,9 +72,12 @@ def labels_of(verdicts: Sequence[Verdict]) -> list[Label]:
     found = []
     for judges in groups.values():
         of_each = {name: label for name, v in judges.items() if (label := resolve(v))}
-        label = of_each.get(PERSON) or _together(list(of_each.values()))
-        if label:
-            found.append(label)
+        person = of_each.pop(PERSON, None)
+        label = _together(list(of_each.values()))
+        if person and label:
+            person = replace(person, score_a=label.score_a, score_b=label.score_b)
+        if said := person or label:
+            found.append(said)
     return found
 
 
@@ -117,18 +121,15 @@ def _sure(verdict: str, p: float | None) -> float:
 def _together(labels: Sequence[Label]) -> Label | None:
     if len(labels) < 2:
         return labels[0] if labels else None
+    scored = next((one for one in labels if one.score_a is not None), labels[0])
     for side in ("a", "b", "both_bad"):
         agree = [label for label in labels if label.verdict == side]
         if 2 * len(agree) > len(labels):
             share = sum(label.agreement for label in agree)
             share += sum(1 - label.agreement for label in labels if label.verdict in _other(side))
             share += 0.5 * sum(label.verdict == "tie" for label in labels)
-            scored = next((one for one in labels if one.score_a is not None), labels[0])
-            return Label(
-                labels[0].a, labels[0].b, side, max(0.5, share / len(labels)),
-                scored.score_a, scored.score_b,
-            )  # fmt: skip
-    return replace(labels[0], verdict="tie", agreement=0.5)
+            return replace(scored, verdict=side, agreement=max(0.5, share / len(labels)))
+    return replace(scored, verdict="tie", agreement=0.5)
 
 
 def _other(side: str) -> tuple[str, ...]:

@@ -246,6 +246,18 @@ def test_a_person_has_the_last_word_and_the_majority_of_judges_before():
     assert label.verdict == "tie"
 
 
+@pytest.mark.parametrize("vote", ["a", "b", "tie", "both_bad"])
+def test_a_persons_vote_keeps_the_scores_that_the_judges_gave(vote):
+    """Where a person had voted on all of a prompt's answers, their scores were shares of wins."""
+    judged = said(0, 1, "none", "a", score_a=7.0, score_b=3.0)
+    silent = said(0, 1, "none", "b", judge="silent")
+    (label,) = labels_of([silent, judged, said(0, 1, "ab", vote, judge=PERSON)])
+    assert (label.verdict, label.agreement, label.person) == (vote, 1.0, True)
+    assert (label.score_a, label.score_b) == (7.0, 3.0)
+    (label,) = labels_of([silent, said(0, 1, "ab", vote, judge=PERSON)])
+    assert (label.score_a, label.score_b) == (None, None)
+
+
 @pytest.mark.parametrize("again", ["a", "both_bad", "skip"])
 def test_a_persons_own_text_stands_whatever_they_say_of_the_two_when_they_come_again(again):
     edited = said(0, 1, "ab", "both_bad", judge=PERSON, edited="mine", time=1.0)
