@@ -163,7 +163,8 @@ class Ranks:
 
     def _wait(self, array: mx.array) -> mx.array:
         """Evaluate what came from the others, for no longer than the patience."""
-        timer = threading.Timer(self.patience, _give_up, [self.rank, self.patience])
+        longest = min(self.patience, threading.TIMEOUT_MAX)  # --peer-timeout inf: never
+        timer = threading.Timer(longest, _give_up, [self.rank, self.patience])
         timer.daemon = True
         timer.start()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,16 @@ def test_a_process_that_hangs_ends_the_run_when_the_patience_ends(place, tmp_pat
         second.kill()
     assert code == 1
     assert "heard nothing from the others for 2 seconds (--peer-timeout)" in said
+
+
+@pytest.mark.parametrize("patience", [float("inf"), 1e12])
+def test_a_patience_longer_than_any_wait_waits(monkeypatch, patience):
+    """--peer-timeout inf: the thread that waits died of it, in every message."""
+    died = []
+    monkeypatch.setattr("threading.excepthook", died.append)
+    monkeypatch.setattr(mx, "eval", lambda array: time.sleep(0.2))  # of a message
+    Ranks(0, 2, None, patience)._wait(mx.array([1.0]))
+    assert died == []
 
 
 def test_settings_that_several_processes_cannot_share_are_plain_errors(tmp_path):
