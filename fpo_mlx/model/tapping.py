@@ -24,8 +24,8 @@ def refuse_other_widths(saes: Iterable[SaeWeights], model: nn.Module) -> None:
     blocks = blocks_of(model)
     for sae in saes:
         site = sae.site
-        if sae.activation == "identity" or site is None or site.kind != "attn_z":
-            continue  # an identity reads whatever there is
+        if site is None or site.kind != "attn_z":
+            continue
         if site.layer < len(blocks):  # else `Policy` says so
             layer, _ = tap_point(blocks[site.layer], site)
             refuse_width(sae, site, [input_width(layer)])

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fpo_mlx import data
 from fpo_mlx.cache import CacheIdentity
@@ -20,7 +20,7 @@ from fpo_mlx.pipeline.prepared import Say as Say
 from fpo_mlx.pipeline.prepared import columns as columns
 from fpo_mlx.pipeline.prepared import hub_splits as hub_splits
 from fpo_mlx.pipeline.prepared import read_splits, tokenizer_of
-from fpo_mlx.records import Projection, SaeWeights, Site, TokenPair
+from fpo_mlx.records import SITE_KINDS, Projection, SaeWeights, Site, SiteKind, TokenPair
 from fpo_mlx.reference import weights
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.check import check_fit, resolve_site, z_widths
@@ -238,10 +238,9 @@ def open_saes(
             say(f"{spec}: {note}")
         opened.append(at_site(sae, config, model_config, say))
     if config.objective.constraint == "activations":
-        opened = [_identity_sae(sae.site, sae.d_in) for sae in opened if sae.site]
+        opened = [_identity_sae(sae.site, sae.d_in, sae.source) for sae in opened if sae.site]
         if not opened and ref.layer is not None:
-            site = Site(ref.layer, ref.site or "resid_post")  # type: ignore[arg-type]
-            opened = [_identity_sae(site, size_in(model_config, "hidden_size"))]
+            opened = [_activations_of(ref.layer, ref.site or "resid_post", model_config)]
         if not opened:
             raise ConfigError("--constraint activations: give --layer (and --site), or an --sae.")
     return tuple(opened)
@@ -297,12 +296,31 @@ def at_site(
     return replace(sae, site=site)
 
 
-def _identity_sae(site: Site | None, width: int) -> SaeWeights:
+def _activations_of(layer: int, kind: str, model_config: Mapping[str, Any]) -> SaeWeights:
+    """What a site holds, without an SAE of it. Raises: ConfigError where the model has no such."""
+    last = size_in(model_config, "num_hidden_layers") - 1
+    if kind not in SITE_KINDS:
+        raise ConfigError(f"--site {kind}: wanted one of {', '.join(SITE_KINDS)}.")
+    if not 0 <= layer <= last:
+        raise ConfigError(f"--layer {layer}: wanted 0 to {last}, the blocks of this model.")
+    site, widths = Site(layer, cast(SiteKind, kind)), {size_in(model_config, "hidden_size")}
+    if kind == "attn_z":
+        widths = z_widths(model_config, layer)
+    if len(widths) != 1:
+        found = " or ".join(map(str, sorted(widths))) or "nothing"
+        raise ConfigError(
+            f"--site {kind}: the model's config.json has to say how wide the {site} is, and says "
+            f"it in no way that is known here ({found}). Give another site, or an --sae of it."
+        )
+    return _identity_sae(site, widths.pop())
+
+
+def _identity_sae(site: Site, width: int, source: str = "activations") -> SaeWeights:
     """The site's own coordinates as features: D on pooled activations, the paper's ablation."""
     import numpy as np
 
     eye, zeros = np.eye(width, dtype=np.float32), np.zeros(width, dtype=np.float32)
-    return SaeWeights("identity", eye, zeros, site=site, format="identity")
+    return SaeWeights("identity", eye, zeros, site=site, source=source, format="identity")
 
 
 def read_pairs(job: Job, split: str, say: Say) -> list[TokenPair]:

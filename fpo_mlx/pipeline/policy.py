@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.job import Job, Say
@@ -64,11 +64,14 @@ def check_reach(job: Job, model: nn.Module, spec: AdapterSpec) -> None:
 
     sites = _sites(job)
     if adapters.unreached(sites, spec.keys, adapters.block_of(model)):
-        raise ConfigError(
-            "no adapted layer lies at or below the SAE's block, so the constraint would have no "
-            f"gradient: the SAE reads the {sites[0]}. Adapt lower blocks (--num-layers, "
-            "lora_parameters.keys), or use an SAE nearer to the output."
-        )
+        _refuse_reach(sites[0], "Adapt lower blocks (--num-layers, lora_parameters.keys), or use")
+
+
+def _refuse_reach(site: Site, way: str = "Use") -> NoReturn:
+    raise ConfigError(
+        "no adapted layer lies at or before what the SAE reads, so the constraint would have no "
+        f"gradient: it reads the {site}. {way} an SAE nearer to the output."
+    )
 
 
 def put_adapters(job: Job, model: nn.Module, spec: AdapterSpec) -> None:
@@ -169,6 +172,8 @@ def _new_adapters(job: Job, model: nn.Module, say: Say) -> AdapterSpec:
             "the output where the constraint does not look"
         )
         deepest = last
+    if deepest < 0:  # what goes into the first block
+        _refuse_reach(sites[0])
     n, keys = adapters.adapted_paths(model, t.num_layers, deepest, t.lora["keys"])
     lora = t.lora
     return adapters.AdapterSpec(

@@ -155,6 +155,8 @@ def test_where_the_config_does_not_say_what_a_projection_reads_the_model_does(pl
     assert "scoring" not in result.stderr
     with pytest.raises(FpoError, match="vectors of 48, but at attn_z of block"):
         open_model(model, [read_sae(place / "wide", site="attn_z")])
+    held = [*flags, "--constraint", "activations"]
+    refused(train(place, tmp_path / "out", *held, sae=place / "wide"), 1, "attn_z", found)
     texts = ["--sae", place / "wide", "--data", place / "data"]
     refused(run("sae", "evaluate", *texts, *flags), 1, "attn_z", found)
     cache = ["--output", tmp_path / "cache", "--no-check-sae"]
@@ -181,6 +183,14 @@ def test_an_sae_in_the_middle_is_warned_of_where_it_is_to_hold_the_model(
     done = train(place, tmp_path / "out", *words, sae=tmp_path / "sae")
     assert done.exit_code == 0, done.stderr
     assert (f"the SAE reads block {block} of 4 (from 0)" in done.stderr) is warned
+
+
+@pytest.mark.parametrize("words", [[], ["--objective", "dpo"], ["--adapt-above-sae"]])
+def test_an_sae_of_what_goes_into_the_first_block_is_refused(place, tmp_path, words):
+    """No layer lies before it: "there are 0 blocks up to block -1" named no way on."""
+    where = ["--layer", 0, "--site", "resid_pre"]
+    result = train(place, tmp_path / "out", *where, *words)
+    refused(result, 2, "no adapted layer", "the resid_pre of block 0", "nearer to the output")
 
 
 def test_adapters_out_of_reach_are_refused_before_the_reference_runs(place, tmp_path):
