@@ -7,6 +7,7 @@ or not, under whatever spelling: links, hard links, letter case, a folder around
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -196,8 +197,15 @@ def refuse_links(place: Path, flag: str, made: Made) -> None:
 
 
 def of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without those that say how a command was begun: alike runs have alike records."""
-    return {name: value for name, value in settings.items() if name not in HOW_BEGUN}
+    """Settings without those that say how a command was begun: alike runs have alike records.
+
+    Infinity, which JSON does not have, is the text "inf", as settings may be written.
+    """
+    return {
+        name: str(value) if isinstance(value, float) and math.isinf(value) else value
+        for name, value in settings.items()
+        if name not in HOW_BEGUN
+    }
 
 
 def contents(folder: Path, whole: bool = False) -> list[str]:

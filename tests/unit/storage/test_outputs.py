@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from fpo_mlx.config import load_config
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.pipeline.train import RUN as TRAIN
-from fpo_mlx.storage import outputs
+from fpo_mlx.storage import files, outputs
 from fpo_mlx.storage.outputs import Made, claim_file, claim_files, claim_folder
 
 RUN = Made("a run", r"run\.json|best/", ways="--resume goes on with it; ")
@@ -230,3 +232,12 @@ def test_pipes_and_devices_are_written_as_they_are(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     claim_file(tmp_path / "pipe", "--json", inputs=[tmp_path / "pipe"])
     claim_files({"--json": tmp_path / "pipe", "--csv": tmp_path / "pipe"})
+
+
+def test_the_record_of_an_infinite_bound_is_json_and_is_read_back_as_one():
+    """It held `Infinity`, which other readers of JSON refuse."""
+    given = load_config({"max_margin": "inf", "epochs": 0.5})
+    text = files.json_text(outputs.of_the_run(given.as_dict()))
+    kept = json.loads(text, parse_constant=pytest.fail)
+    found = load_config({name: kept[name] for name in ("max_margin", "epochs")})
+    assert (found.train.max_margin, kept["epochs"]) == (float("inf"), 0.5)
