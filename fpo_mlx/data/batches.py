@@ -70,20 +70,18 @@ def mirrored(pairs: Sequence[TokenPair]) -> np.ndarray | None:
 def batches(
     lengths: np.ndarray, batch_size: int, seed: int, start: int = 0,
     twins: np.ndarray | None = None,
-) -> Iterator[tuple[int, int, np.ndarray]]:  # fmt: skip
-    """Batches without end: (epoch, position, indices).
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """Batches without end, as `epoch_batches` makes them.
 
-    position counts batches from 0 over all epochs; `start` is the first position to yield, so a
-    run that has done n updates goes on with start=n. twins: of `mirrored`.
+    start: how many, counted over all epochs, are left out, so a run that has done n updates goes on
+    with start=n. twins: of `mirrored`.
     """
     each = batches_per_epoch(len(lengths), batch_size)
     if each == 0:
         raise ValueError("no pairs to make batches of")
     epoch, skip = divmod(start, each)
     while True:
-        for offset, indices in enumerate(epoch_batches(lengths, batch_size, seed, epoch, twins)):
-            if offset >= skip:
-                yield epoch, epoch * each + offset, indices
+        yield from epoch_batches(lengths, batch_size, seed, epoch, twins)[skip:]
         epoch, skip = epoch + 1, 0
 
 
@@ -93,8 +91,7 @@ def visited(
     """The indices, ascending, of all pairs that stand in the first `count` of `batches`."""
     if count >= batches_per_epoch(len(lengths), batch_size):
         return np.arange(len(lengths))
-    first = islice(batches(lengths, batch_size, seed, 0, twins), count)
-    some = [indices for _, _, indices in first]
+    some = list(islice(batches(lengths, batch_size, seed, 0, twins), count))
     return np.sort(np.concatenate(some)) if some else np.zeros(0, np.int64)
 
 

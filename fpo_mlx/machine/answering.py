@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fpo_mlx.machine.memory import FORWARD, FORWARD_SCORES, ModelShape, Term, seconds
+from fpo_mlx.machine.memory import FLOAT, FORWARD, FORWARD_SCORES, ModelShape, Term, seconds
 
 VOCABULARY_ARRAYS = 6  # [rows, V] in float32: logits, log-probs, noise and what it is made of
 # Fitted to measured times (docs/measurements.md): seconds per logit of a row that is drawn from
 DRAW_ON_CPU = 45e-9
-FLOAT = 4
 
 
 @dataclass(frozen=True)

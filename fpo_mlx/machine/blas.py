@@ -66,17 +66,13 @@ _status: BlasStatus | None = None
 def preload() -> BlasStatus:
     """Loads OpenBLAS once, where it helps and can be had; never fails and never prints.
 
+    Afterwards: what MLX multiplies matrices with in this process.
     `FPO_MLX_BLAS` chooses: a library file, `numpy` (the bridge) or `none`.
     """
     global _status
     if _status is None:
         _status = _load()
     return _status
-
-
-def status() -> BlasStatus:
-    """What MLX multiplies matrices with in this process."""
-    return preload()
 
 
 def _load() -> BlasStatus:

@@ -253,14 +253,13 @@ def precompute_terms(
 ) -> list[Term]:
     """Peak memory of scoring one pair with the reference, largest first."""
     calls = passes(lengths, share_prompt=model.shares_prompt)
-    work = max(_forward(model, call) for call in calls)
+    prefix, work = _work_without(model, calls)
     loss = _head(model, tiles, lengths.rows, grad=False, kl=False)
     pooling = sum(_pool(sae, tiles, lengths.rows, 2) for sae in saes)
-    prefix = model.keys * calls[0].tokens * model.blocks if model.shares_prompt else 0
     terms = [
         Term("model weights", model.weights),
         Term("SAE weights", sum(sae.weights for sae in saes)),
-        Term("keys and values of the first response's pass", prefix * model.value_bytes),
+        Term("keys and values of the first response's pass", prefix),
         Term("block in work, loss or pooling", max(work, loss, pooling)),
         Term("other", BASE),
     ]

@@ -91,7 +91,7 @@ def versions() -> list[Finding]:
 
 def blas_library() -> Finding:
     """Which BLAS MLX's CPU build uses."""
-    found = blas.status()
+    found = blas.preload()
     slow = found.library is None and sys.platform.startswith("linux")
     advice = "Training on this CPU would take about 50 times longer." if slow else ""
     return Finding("blas", found.why, "problem" if slow else "ok", advice)

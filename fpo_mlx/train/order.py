@@ -39,8 +39,7 @@ class Order:
         t = self.config
         # batches of whole updates, so accumulation changes nothing else
         lengths = pair_lengths(self.pairs)
-        for _, _, indices in batches(lengths, t.pairs_per_update, t.seed, done, self.twins):
-            yield indices
+        return batches(lengths, t.pairs_per_update, t.seed, done, self.twins)
 
     def visited(self) -> np.ndarray:
         """Positions, ascending, of the pairs of all updates up to the last iteration."""

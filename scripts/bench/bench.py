@@ -84,7 +84,7 @@ def machine(folder: Path, world: Any, plan: Any) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "load": os.getloadavg()[0],
         "device": str(mx.default_device()),
-        "blas": blas.status().why,
+        "blas": blas.preload().why,
         "python": platform.python_version(),
         "model": folder.name,
         "lora": bs.LORA,

@@ -44,7 +44,7 @@ def main() -> None:
     model.freeze()
     lora = {"rank": job["rank"], "scale": job["scale"], "dropout": 0.0}
     linear_to_lora_layers(model, job["layers"], lora)
-    answer({"gflops": _matmul_rate(mx), "blas": blas.status().why})
+    answer({"gflops": _matmul_rate(mx), "blas": blas.preload().why})
     row = {
         "chosen": job["chosen"],
         "rejected": job["rejected"],

@@ -91,7 +91,7 @@ def running(
 
 def _preload() -> dict[str, str]:
     """The BLAS of this process, put in front of MLX's own there, too."""
-    library = blas.status().library
+    library = blas.preload().library
     return {"LD_PRELOAD": library} if library and library.startswith("libopenblas") else {}
 
 

@@ -64,7 +64,7 @@ def measure(folder: Path, pairs: Sequence[TokenPair], most: int) -> dict[str, fl
     order = batches(pair_lengths(pairs), 4, 0, twins=mirrored(pairs))
     began = time.perf_counter()
     while read < most:
-        for i in next(order)[2]:
+        for i in next(order):
             sum(float(side.features[0].values[0]) for side in refs[int(i)])
             read += 1
         first = first or time.perf_counter() - began
