@@ -21,11 +21,13 @@ from fpo_mlx.pipeline.measure import as_trained
 from fpo_mlx.pipeline.origins import start_of, warn_of_training_pairs
 from fpo_mlx.pipeline.prepared import check_room
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
+from fpo_mlx.records import TokenPair
 from fpo_mlx.storage.adapter_files import read_adapter
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fpo_mlx.judge.evaluate import EvalReport, EvalTable
-    from fpo_mlx.train.metrics import ScoredPairs
     from fpo_mlx.train.scoring import Scorer
 
 
@@ -78,6 +80,8 @@ def evaluate_all(
     seen: set[str] = set()
     if split != "train":
         seen = warn_of_training_pairs(adapter_paths, pairs, say, config, split)
+    sampling = sampling or Sampling()
+    asked = _asked(job, pairs, samples, sampling.max_tokens, say)  # before the long part
     store = reference_of(job, pairs, say, progress)
     data = ScoredPairs(pairs, CachedScores(store, pairs))
     reports: dict[str, EvalReport] = {}
@@ -91,9 +95,9 @@ def evaluate_all(
         if base is None and adapter_paths:
             base = evaluation.reference_report(data, report.summary)
             with scorer.as_reference():
-                base = _with_answers(job, scorer, base, data, samples, sampling)
+                base = _with_answers(job, scorer, base, asked, sampling)
         name = evaluation.name_of(path, scale)
-        reports[name] = _with_answers(job, scorer, report, data, samples, sampling)
+        reports[name] = _with_answers(job, scorer, report, asked, sampling)
         del scorer  # see _scorers
     o = config.objective
     settings = {"preset": config.preset, **asdict(o), "alpha": o.judged_alpha}
@@ -145,23 +149,38 @@ def check_scales(config: RunConfig, adapter_paths: Sequence[str], scales: Sequen
             )
 
 
-def _with_answers(
-    job: Job,
-    scorer: Scorer,
-    report: EvalReport,
-    data: ScoredPairs,
-    samples: int,
-    sampling: Sampling | None,
-) -> EvalReport:
-    """Sampled answers of the model as it stands, to the first prompts of the split."""
-    from fpo_mlx.judge.sampling import first_prompts, records, sample
+def _asked(
+    job: Job, pairs: Sequence[TokenPair], samples: int, max_tokens: int, say: Say
+) -> list[np.ndarray]:
+    """The first prompts of the split that are answered: such as leave an answer its room."""
+    from fpo_mlx.judge.sampling import first_prompts
 
     if not samples:
+        return []
+    prompts = first_prompts([pair.prompt for pair in pairs], len(pairs))
+    positions = job.tokenizer.limits.positions
+    if positions is None:
+        return prompts[:samples]
+    fit = [prompt for prompt in prompts if len(prompt) + max_tokens <= positions]
+    if not fit:
+        check_room(prompts[:1], max_tokens, job.tokenizer)
+    if passed := sum(len(prompt) + max_tokens > positions for prompt in prompts[:samples]):
+        say(
+            f"{passed} of the first {samples} prompts get no sampled answer, later ones do: the "
+            f"model's {positions} positions leave them no room for --max-tokens {max_tokens}"
+        )
+    return fit[:samples]
+
+
+def _with_answers(
+    job: Job, scorer: Scorer, report: EvalReport, asked: Sequence[np.ndarray], sampling: Sampling
+) -> EvalReport:
+    """Sampled answers of the model as it stands."""
+    from fpo_mlx.judge.sampling import records, sample
+
+    if not asked:
         return report
-    prompts = first_prompts([pair.prompt for pair in data.pairs], samples)
-    end = job.tokenizer.eos_token_ids
-    check_room(prompts, (sampling or Sampling()).max_tokens, job.tokenizer)
-    answers = list(sample(scorer.policy.model, prompts, sampling or Sampling(), end))
+    answers = list(sample(scorer.policy.model, asked, sampling, job.tokenizer.eos_token_ids))
     return report.with_answers(
         answers, records(answers, lambda ids: job.tokenizer.decode(ids.tolist(), skip_special=True))
     )
