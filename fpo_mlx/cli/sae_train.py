@@ -9,7 +9,7 @@ import click
 from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import claims, json_option, section_options, write_json
 from fpo_mlx.cli.show import listing, say
-from fpo_mlx.cli.train import on_signal
+from fpo_mlx.cli.train import on_signal_within
 from fpo_mlx.config import SaeTrainConfig, load_section
 from fpo_mlx.machine.processes import is_first
 from fpo_mlx.storage.publish import upload
@@ -32,7 +32,7 @@ def train_sae(config, upload_repo, json_path, overwrite, **values) -> None:
     from fpo_mlx.saetrain import finish
 
     chosen = load_section(SaeTrainConfig, {**values, "overwrite": overwrite}, config, say)
-    done = pipeline.sae_train(chosen, say=say, report=_training_line, install_stop=on_signal)
+    done = pipeline.sae_train(chosen, say=say, report=_training_line, stopping=on_signal_within)
     if not is_first():
         return
     figures = {} if done.figures is None else dataclasses.asdict(done.figures)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -23,14 +23,11 @@ from fpo_mlx.pipeline.job import Say, check_sae_named, open_saes
 from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
 from fpo_mlx.pipeline.pairs_generate import pairs_generate
 from fpo_mlx.pipeline.pairs_judge import check_judge, pairs_judge
-from fpo_mlx.pipeline.train import InstallStop, Stop, train
+from fpo_mlx.pipeline.train import Stop, Stopping, train
 from fpo_mlx.pipeline.wins import SIDES, unjudged
 from fpo_mlx.records import ROUND_FILE
 from fpo_mlx.storage import files, lines, outputs
 from fpo_mlx.storage.hub import read_config, resolve_model
-
-# entered around each training: what installs its stop, and is gone again behind it
-Stopping = Callable[[], AbstractContextManager[InstallStop]]
 
 DONE = ROUND_FILE
 ROUNDS = outputs.Made("rounds", r"round-\d+/|settings\.json", mark="settings.json")

@@ -25,7 +25,7 @@ from fpo_mlx.pipeline.sae_setup import (
     claim,
     open_setup,
 )
-from fpo_mlx.pipeline.train import InstallStop
+from fpo_mlx.pipeline.train import Stopping
 from fpo_mlx.saetrain import rows
 from fpo_mlx.saetrain import sizes as sizing
 from fpo_mlx.storage import files, locks, outputs
@@ -59,11 +59,12 @@ def sae_train(
     *,
     say: Say,
     report: Callable[[Report], None] = lambda _: None,
-    install_stop: InstallStop = lambda: lambda: None,
+    stopping: Stopping = lambda: nullcontext(lambda: lambda: None),
 ) -> SaeTrained:
     """The whole way: text to activations to a SAELens folder.
 
-    install_stop: called when training begins.
+    stopping: ends the training after the update in work, all of it saved; what follows it is not
+    held up by it.
     """
     from fpo_mlx.machine.parallel import open_ranks
     from fpo_mlx.saetrain import trainer
@@ -80,9 +81,12 @@ def sae_train(
         source, current, plan = (_resumed if config.resume else _begun)(setup, folder, say)
         rule, kept = _rule(setup), folder if ranks.first else None
         _announce(setup, plan, say)
-        with device.resident(config.wired_share, ranks.size):
-            for each in trainer.train(source, current, rule, plan, kept, install_stop(), ranks):
+        with device.resident(config.wired_share, ranks.size), stopping() as install_stop:
+            stop = install_stop()
+            for each in trainer.train(source, current, rule, plan, kept, stop, ranks):
                 report(each)
+            if code := ranks.largest(stop() or 0):  # it came amid the last update
+                raise trainer.stopped(plan.steps, code)
         tokens = plan.steps * plan.batch
         sample = _sample(setup, source) if config.architecture == "batchtopk" else None
         del source  # and its last chunk: held-out rows come next

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,8 @@ RUN = outputs.Made(
 
 Stop = Callable[[], int | None]  # asked between updates: None, or the exit code to stop with
 InstallStop = Callable[[], Stop]  # called when updates begin: signals end a run from then on
+# entered around a training: what installs its stop, and is gone again behind it
+Stopping = Callable[[], AbstractContextManager[InstallStop]]
 
 
 def train(

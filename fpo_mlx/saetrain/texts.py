@@ -44,10 +44,6 @@ class Documents:
     kind: str  # text, chat, pairs
     notes: tuple[str, ...] = ()
 
-    @property
-    def positions(self) -> int:
-        return int(sum(item.keep.sum() for item in self.items))
-
     def fingerprint(self) -> str:
         return fingerprint(self.items)
 
@@ -96,17 +92,30 @@ def read_documents(
         _sequences, kind=kind, tokenizer=tokenizer, max_length=max_length, tokens=tokens,
         columns=columns,
     )  # fmt: skip
-    items, dropped, done = _gathered(rows, sequences, source, kind, limit)
-    notes = TokenizeReport(done, len(items), max_length, 0, dropped=dropped).lines()
-    if not any(item.keep.any() for item in items):
-        wanted = "a larger --max-seq-length, or shorter prompts" if dropped else "longer texts"
+    found, dropped, done = _gathered(rows, sequences, source, kind, limit)
+    notes = TokenizeReport(done, len(found), max_length, 0, dropped=dropped).lines()
+    items = _with_positions(found)
+    late = len(found) - len(items) if kind == "chat" and tokens == "response" else 0
+    if late:
+        notes.append(
+            f"{late} of {len(found)} chats are left out: no answer begins within {max_length} "
+            "tokens (--max-seq-length)"
+        )
+    if not items:
+        wanted = "a larger --max-seq-length, or shorter prompts"
+        wanted = wanted if dropped or late else "longer texts"
         raise DataError(f"{source}: no position is left to train on; wanted {wanted}.", notes)
     shared = thin_beginning(items)
     if shared > 1:
         notes.append(
             f"all documents begin with the same {shared} tokens: they count in every tenth only"
         )
-    return Documents(tuple(items), kind, tuple(notes))
+    return Documents(tuple(_with_positions(items)), kind, tuple(notes))
+
+
+def _with_positions(items: Iterable[Document]) -> list[Document]:
+    """Those with a position to train on: others cost a pass and give no row."""
+    return [item for item in items if item.keep.any()]
 
 
 def _gathered(

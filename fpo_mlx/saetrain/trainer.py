@@ -102,8 +102,13 @@ def train(
             files_of.save(folder, state)
         if code is not None and not last:
             ranks.largest(0)  # it is on the disk: a launcher ends all when one of them ends
-            how = "go on with --resume, in place of --overwrite if that was given"
-            raise Interrupted(f"stopped after step {state.step}; {how}", code)
+            raise stopped(state.step, code)
+
+
+def stopped(step: int, code: int) -> Interrupted:
+    """What ends a run that was asked to stop, once its state is on the disk."""
+    how = "go on with --resume, in place of --overwrite if that was given"
+    return Interrupted(f"stopped after step {step}; {how}", code)
 
 
 def _what_next(plan: Plan, folder: Path | None) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ from fpo_mlx.machine.parallel import Ranks  # noqa: E402
 from fpo_mlx.model import open as model_open  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.model.policy import Policy  # noqa: E402
-from fpo_mlx.pipeline import sae_setup  # noqa: E402
+from fpo_mlx.pipeline import sae_finish, sae_setup  # noqa: E402
 from fpo_mlx.records import SaeWeights, Site, TokenPair  # noqa: E402
 from fpo_mlx.sae import load_sae  # noqa: E402
 from fpo_mlx.sae.convert import write_saelens  # noqa: E402
@@ -44,6 +45,7 @@ CHATS = [
     for t in TEXTS[:20]
 ]
 PAIRS = [{"prompt": f"{t}?", "chosen": f"Yes, {t}", "rejected": "No."} for t in TEXTS[:20]]
+SIGNALS = "fpo_mlx.cli.sae_train.on_signal_within"
 QUICK = ("--training-tokens", 2560, "--batch-size", 64, "--width", 64, "--k", 6)
 
 
@@ -197,9 +199,7 @@ def test_a_resumed_command_ends_with_the_same_bytes(llama, corpus, tmp_path, arc
     assert run(*words, "--output", outs[0]).exit_code == 0
     with pytest.MonkeyPatch.context() as patch:
         asked = iter(range(1, 1000))
-        patch.setattr(
-            "fpo_mlx.cli.sae_train.on_signal", lambda: lambda: 143 if next(asked) > 16 else None
-        )
+        patch.setattr(SIGNALS, lambda: nullcontext(lambda: lambda: 143 * (next(asked) > 16)))
         stopped = run(*words, "--output", outs[1])
     assert stopped.exit_code == 143
     assert "go on with --resume" in stopped.output
@@ -319,12 +319,32 @@ def stopped_after(updates: int, *words):
     """Run and stop, as Ctrl-C does."""
     with pytest.MonkeyPatch.context() as patch:
         asked = iter(range(1, 1000))
-        patch.setattr(
-            "fpo_mlx.cli.sae_train.on_signal",
-            lambda: lambda: 143 if next(asked) >= updates else None,
-        )
+        patch.setattr(SIGNALS, lambda: nullcontext(lambda: lambda: 143 * (next(asked) >= updates)))
         done = run(*words)
     assert done.exit_code == 143, done.output
+
+
+def test_a_signal_behind_the_last_update_ends_the_command_at_once(
+    llama, corpus, tmp_path, monkeypatch
+):
+    """It was swallowed, over the held-out pass, the loss and an upload."""
+    before, seen = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(
+        sae_finish, "write", lambda *_: seen.append(signal.getsignal(signal.SIGTERM))
+    )
+    done = run("--model", llama, "--data", corpus, "--output", tmp_path / "o", *QUICK)
+    assert done.exit_code == 0, done.output
+    assert seen == [before]
+
+
+def test_a_signal_amid_the_last_update_stops_there_and_resume_measures(llama, corpus, tmp_path):
+    words = ("--model", llama, "--data", corpus, *QUICK, "--output", tmp_path / "o")
+    stopped_after(40, *words)
+    assert not (tmp_path / "o" / "cfg.json").exists()
+    done = run(*words, "--resume")
+    assert done.exit_code == 0, done.output
+    assert "resumed after step 40 of 40" in done.output
+    assert "held-out rows" in (tmp_path / "o" / "README.md").read_text()
 
 
 def test_chunks_smaller_than_a_batch_end_no_run(llama, corpus, tmp_path):

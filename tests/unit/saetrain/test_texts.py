@@ -106,6 +106,28 @@ def test_a_pair_whose_prompt_fills_the_limit_is_left_out_and_counted(tmp_path, t
         documents_of(tmp_path, tokenizer, [long])
 
 
+def test_chats_whose_first_answer_is_behind_the_limit_are_left_out_and_counted(tmp_path, tokenizer):
+    """Forty of them first, which the norm limit is measured on, ended in a traceback."""
+    late = {"messages": [{"role": "user", "content": "A long one. " * 60}, CHAT[1]]}
+    alone = documents_of(tmp_path, tokenizer, CHATS, tokens="response")
+    found = documents_of(tmp_path, tokenizer, [late] * 40 + CHATS, tokens="response")
+    assert found.fingerprint() == alone.fingerprint()
+    assert all(item.keep.any() for item in found.items)
+    (said,) = set(found.notes) - set(alone.notes)
+    assert said.startswith("40 of 60 chats are left out: no answer begins within 200 tokens")
+    with pytest.raises(DataError, match=r"wanted a larger --max-seq-length.*\n  1 of 1 chats"):
+        documents_of(tmp_path, tokenizer, [late], tokens="response")
+
+
+def test_texts_of_one_token_are_no_documents(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "bos", [])
+    short = [{"text": "a"}] * 40
+    found = documents_of(tmp_path, tokenizer, short + [{"text": t} for t in TEXTS])
+    assert len(found.items) == len(TEXTS)
+    with pytest.raises(DataError, match="wanted longer texts"):
+        documents_of(tmp_path, tokenizer, short)
+
+
 def test_pairs_whose_prompt_the_template_rewrites_are_shown_as_training_shows_them(
     tmp_path, tokenizer
 ):
