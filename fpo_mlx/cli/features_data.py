@@ -83,12 +83,16 @@ def data(top, json_path, csv_path, save_reward, overwrite, **values) -> None:
         **{name: values.pop(name) for name in list(values) if name in names},
         reward=save_reward is not None, overwrite=overwrite,
     )  # fmt: skip
-    report = pipeline.features_data(gather(values), asked, say=say, progress=Bar("reference"))
+    config = gather(values)
+    report = pipeline.features_data(config, asked, say=say, progress=Bar("reference"))
     _show(report, top)
-    write_json(json_path, report.as_dict())
-    write_csv(csv_path, report.rows())
-    if (reward := report.reward) is not None:
-        put(save_reward, lambda name: pipeline.write_reward(name, reward))
+    try:
+        report = pipeline.write_chosen(config, asked, report, say)
+    finally:  # what took long is kept where the rows cannot be written
+        write_json(json_path, report.as_dict())
+        write_csv(csv_path, report.rows())
+        if (reward := report.reward) is not None:
+            put(save_reward, lambda name: pipeline.write_reward(name, reward))
     if report.written == 0:
         raise DataError(
             f"--drop-against leaves no row at --against {asked.against:g}; {asked.output} was not "

@@ -26,6 +26,7 @@ from fpo_mlx.pipeline.features import text_activations as text_activations
 from fpo_mlx.pipeline.features_data import DataAsked as DataAsked
 from fpo_mlx.pipeline.features_data import DataReport as DataReport
 from fpo_mlx.pipeline.features_data import features_data as features_data
+from fpo_mlx.pipeline.features_data import write_chosen as write_chosen
 from fpo_mlx.pipeline.fuse import Bound as Bound
 from fpo_mlx.pipeline.fuse import FuseResult as FuseResult
 from fpo_mlx.pipeline.fuse import Within as Within

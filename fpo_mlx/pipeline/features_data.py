@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,14 +59,15 @@ class DataAsked:
 
 @dataclass(frozen=True)
 class DataReport:
-    """against and doubles name rows by their place in the data; written: rows in `output`, which
-    is not touched where there are none."""
+    """against and doubles name rows by their place in the data; kept: the rows that were chosen
+    for `output`, of which `write_chosen` writes them."""
 
     lessons: Lessons
     where: list[str]
     against: list[int]  # rows, the least likely label first
     doubles: list[tuple[int, int, float]]
-    written: int | None
+    kept: tuple[int, ...]
+    written: int | None = None  # rows in `output`, which is not touched where there are none
     reward: FeatureReward | None = None  # where it was asked for
 
     def as_dict(self) -> dict[str, Any]:
@@ -130,27 +131,13 @@ def features_data(
         found = lessons.learn(x, rate=asked.rate, folds=asked.folds)
     except ValueError as error:
         raise DataError(f"{config.data.data} ({asked.split}): {error}.") from error
-    shown = _described(found.found, x, pairs, job, asked.examples)
-    shown = [
-        replace(
-            one,
-            label=labels[one.sae].get(one.feature, ""),
-            link=link(job.saes[one.sae], one.feature),
-        )
-        for one in shown
-    ]
-    if asked.contexts:
-        if len(shown) > CONTEXTS_OF:
-            say(f"{len(shown)} features found; --contexts are of the strongest {CONTEXTS_OF}")
-        shown[:CONTEXTS_OF] = _with_contexts(shown[:CONTEXTS_OF], job, pairs, asked.examples, say)
-    found = replace(found, found=tuple(shown))
+    found = replace(found, found=tuple(_told(found.found, x, pairs, job, asked, labels, say)))
     against = [int(i) for i in np.argsort(found.probability, kind="stable")]
     against = [i for i in against if found.probability[i] < asked.against]
     doubles = cover.near_doubles(x.chosen.beside(x.rejected), asked.doubles)
     kept = _kept(asked, x, against, config.objective.top_k)
-    written = None if asked.output is None else _write(config, asked, pairs, kept, say)
     reward = _reward(found, x, job) if asked.reward else None
-    return DataReport(found, [pair.where for pair in pairs], against, doubles, written, reward)
+    return DataReport(found, [pair.where for pair in pairs], against, doubles, kept, reward=reward)
 
 
 def _check(config: RunConfig, asked: DataAsked) -> None:
@@ -186,6 +173,27 @@ def _check_reward(config: RunConfig) -> None:
             "reward reads answers with the model and the SAE as their files are. Fuse the adapter, "
             "put the template into the model's folder, or `sae convert` the SAE, and give that."
         )
+
+
+def _told(
+    found: Sequence[Lesson], x: PairFeatures, pairs: Sequence[TokenPair], job: Job,
+    asked: DataAsked, labels: Sequence[Mapping[int, str]], say: Say,
+) -> list[Lesson]:  # fmt: skip
+    """Each with all that says what it is."""
+    shown = _described(found, x, pairs, job, asked.examples)
+    shown = [
+        replace(
+            one,
+            label=labels[one.sae].get(one.feature, ""),
+            link=link(job.saes[one.sae], one.feature),
+        )
+        for one in shown
+    ]
+    if asked.contexts:
+        if len(shown) > CONTEXTS_OF:
+            say(f"{len(shown)} features found; --contexts are of the strongest {CONTEXTS_OF}")
+        shown[:CONTEXTS_OF] = _with_contexts(shown[:CONTEXTS_OF], job, pairs, asked.examples, say)
+    return shown
 
 
 def _described(
@@ -272,31 +280,30 @@ def _reward(found: Lessons, x: PairFeatures, job: Job) -> FeatureReward:
     )
 
 
-def _kept(asked: DataAsked, x: PairFeatures, against: Sequence[int], top_k: int) -> list[int]:
-    """The rows that are written, in the order of the data."""
+def _kept(asked: DataAsked, x: PairFeatures, against: Sequence[int], top_k: int) -> tuple[int, ...]:
+    """The rows that are to be written, in the order of the data."""
     from fpo_mlx.judge import cover
 
     gone = set(against) if asked.drop_against else set()
     left = [i for i in range(len(x)) if i not in gone]
     if asked.select is None or not left:
-        return left
+        return tuple(left)
     sides = [cover.strongest(side.take(np.array(left)), top_k) for side in (x.chosen, x.rejected)]
     sets = [np.union1d(a, b) for a, b in zip(*sides, strict=True)]
-    return sorted(left[i] for i in cover.cover(sets, asked.select))
+    return tuple(sorted(left[i] for i in cover.cover(sets, asked.select)))
 
 
-def _write(
-    config: RunConfig,
-    asked: DataAsked,
-    pairs: Sequence[TokenPair],
-    kept: Sequence[int],
-    say: Say,
-) -> int:
-    """The rows as they stand in the data, with all their columns; nothing where none are left."""
-    if not kept:
-        return 0
-    output = Path(asked.output or "")
-    wanted, seen = {pairs[i].where for i in kept}, {pair.where for pair in pairs}
+def write_chosen(config: RunConfig, asked: DataAsked, report: DataReport, say: Say) -> DataReport:
+    """The chosen rows as they stand in the data, with all their columns; the report says how many.
+
+    Nothing where none are left, or no `output` is asked for. Raises: ConfigError, FpoError where
+    they cannot be written, for which the report is no worse.
+    """
+    if (output := asked.output) is None:
+        return report
+    if not report.kept:
+        return replace(report, written=0)
+    wanted, seen = {report.where[i] for i in report.kept}, set(report.where)
     records, rows, lost = [], 0, 0
     hub, names = hub_splits(config), columns(config)
     for row in data.iterate_raw(config.data.data, asked.split, hub, names):
@@ -310,4 +317,4 @@ def _write(
     others = [path.name for path in files.listed(output, "*.jsonl") if path.stem != asked.split]
     if others:
         say(f"{output} holds {', '.join(others)} of another time as well; they were left alone")
-    return len(records)
+    return replace(report, written=len(records))

@@ -13,6 +13,7 @@ from command_line import lines, random_sae, refused, run, usual
 from judges import candidates
 
 from fpo_mlx import cache
+from fpo_mlx.errors import FpoError
 from fpo_mlx.pipeline.feature_reward import read_reward
 from fpo_mlx.sae import load_sae
 from fpo_mlx.sae.convert import write_saelens
@@ -124,6 +125,26 @@ def test_a_set_of_which_no_row_is_left_is_not_written_and_one_beside_it_is_told(
         assert f"{out} was not written" in done.stderr
         assert "your pairs reward" in done.stdout
         assert (out / "train.jsonl").read_bytes() == before
+
+
+def test_rows_that_cannot_be_written_cost_nothing_else(place, tmp_path, monkeypatch):
+    """The whole report was lost, on the terminal and in its files."""
+
+    def full(*_):
+        raise FpoError("the disk is full")
+
+    monkeypatch.setattr("fpo_mlx.data.write_clean", full)
+    out = {name: tmp_path / name for name in ("r.json", "r.csv", "reward.json")}
+    done = run(
+        "features", "data", *usual(place), "--reference", place / "ref", "--drop-against",
+        "--output", tmp_path / "some", "--json", out["r.json"], "--csv", out["r.csv"],
+        "--save-reward", out["reward.json"],
+    )  # fmt: skip
+    assert done.exit_code == 1
+    assert "the disk is full" in done.stderr
+    assert "your pairs reward" in done.stdout
+    assert json.loads(out["r.json"].read_text())["written"] is None
+    assert all(path.stat().st_size for path in out.values())
 
 
 def test_the_model_reads_the_examples_when_it_is_asked_for_contexts(place, tmp_path):
