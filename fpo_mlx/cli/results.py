@@ -89,7 +89,7 @@ def evaluate(
     \b
     Example:
       fpo-mlx evaluate --model M --sae S --data pairs/ --adapter-path adapters \\
-        --split valid --json scores.json
+        --split valid --json adapters/evaluate.json
     """
     from fpo_mlx import pipeline
 

@@ -27,13 +27,16 @@ def as_trained(
 ) -> RunConfig:
     """The settings with the objective by which the adapters' run.json says they were trained.
 
-    An objective that the user named stands, and so do single settings of one. Where adapters were
+    An objective that the user named stands, and so do single settings of one; of one in a file it
+    is said where an adapter was trained by other rewards. Where adapters were
     trained by other rewards than each other, all are judged by the settings as they are; one that
     says no objective counts as trained by these. What would need more than was given here (a place
     for activations, the pass for the KL, columns of scores) is left out: it is in the loss, and in
     no reward. What is used is said, with the user's `way` to another.
     """
     if "objective" in config.asked:
+        if "objective" not in config.flagged:  # a file of one training, and adapters of others
+            _tell_of_others(config, adapters, say, measure_kl, way)
         return config
     known = {path: _own(config, path, say, measure_kl) for path in dict.fromkeys(adapters)}
     saying = {path: one for path, one in known.items() if one is not None}
@@ -56,6 +59,23 @@ def as_trained(
     of_loss = "" if alike else " (loss and u are of this one's objective)"
     say(f"judged as {first} was trained, by {_said(found)}{of_loss}; {way} names another")
     return found
+
+
+def _tell_of_others(
+    config: RunConfig, adapters: Sequence[str], say: Say, measure_kl: bool, way: str
+) -> None:
+    """Where the file's objective is not by the rewards of an adapter's training."""
+    known = {path: _own(config, path, lambda _: None, measure_kl) for path in adapters}
+    others = [
+        f"{path} by {_said(one)}"
+        for path, one in known.items()
+        if one is not None and _rewards(one.objective) != _rewards(config.objective)
+    ]
+    if others:
+        say(
+            f"judged by {_said(config)}, which the file of -c names; trained by other rewards: "
+            f"{'; '.join(others)}; {way} names another"
+        )
 
 
 def _own(config: RunConfig, adapter: str, say: Say, measure_kl: bool) -> RunConfig | None:

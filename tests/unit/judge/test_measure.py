@@ -57,12 +57,20 @@ def test_an_adapter_of_sums_is_judged_by_sums(place, tmp_path, preset):
 
 
 @pytest.mark.parametrize("words", [("--objective", "fpo"), ("-c", "run.yaml")])
-def test_an_objective_that_the_user_names_stands(place, tmp_path, monkeypatch, words):
+def test_an_objective_that_the_user_names_stands_and_one_of_a_file_is_named(
+    place, tmp_path, monkeypatch, words
+):
+    """One run.yaml was given for both of `--adapter-path fpo/ --adapter-path dpo/`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("objective: fpo\n")
     path = trained(place, tmp_path / "a", objective="dpo")
-    got, said = judge(place, tmp_path / "e.json", "--adapter-path", path, *words)
-    assert "judged" not in said
+    own = trained(place, tmp_path / "b", "two", objective="fpo")
+    both = ["--adapter-path", own, "--adapter-path", path]
+    got, said = judge(place, tmp_path / "e.json", *both, *words)
+    told = f"judged by fpo ({MEANS}, beta 0.1), which the file of -c names; trained by other "
+    told += f"rewards: {path} by dpo ({SUMS}, beta 0.1); --objective names another"
+    assert (told in said) is (words[0] == "-c")
+    assert ("judged" in said) is (words[0] == "-c")
     assert got["objective"]["preset"] == "fpo"
     assert got["objective"]["length_normalize"] is True
 
