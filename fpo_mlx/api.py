@@ -44,9 +44,8 @@ def read_sae(spec: str | Path, **reading: Any) -> SaeWeights:
     reading: the settings that say what its files do not, such as `sae_k`, and where else it is put,
     `layer` and `site` (see the reference of settings, "model and SAE"). Raises: SaeError.
     """
-    config = load_config(reading)
-    sae = read_sae_of(str(spec), config, _silent)
-    return placed(sae, config.reference.layer, config.reference.site)
+    how = load_config(reading).reference
+    return placed(read_sae_of(str(spec), how, _silent), how.layer, how.site)
 
 
 def open_model(

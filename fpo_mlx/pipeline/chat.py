@@ -128,7 +128,7 @@ def open_chat(
     warn_of_adapters([config.train.init_adapter, *adapter_paths], config, path, say)
     about, sae = read_config(path), None
     if len(ref.sae) == 1:
-        sae = at_site(read_sae(ref.sae[0], config, say, on_disk=True), config, about, say)
+        sae = at_site(read_sae(ref.sae[0], ref, say, on_disk=True), config, about, say)
     known = read_labels(labels)[0] if labels else {}
     base = {BASE: config.train.init_adapter} if beside_base or not adapter_paths else {}
     site, encoder = (sae.site, encoder_of(sae)) if sae else (None, None)

@@ -95,7 +95,7 @@ def feature_page(
     pairs = read_pairs(job, split, say)[:limit]
     if not pairs:
         raise DataError(f"--split {split}: no pairs to look at.")
-    whole = read_sae(one, config, say)
+    whole = read_sae(one, config.reference, say)
     return _page(
         job, whole, feature, list(pair_texts(pairs)), adapter_path, examples, known, split, say
     )

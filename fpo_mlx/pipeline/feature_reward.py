@@ -101,7 +101,7 @@ def open_reward(
     config = load_config({"model": str(folder)})
     saes = [
         replace(
-            read_sae(spec, config, say, decoder=False, on_disk=True),
+            read_sae(spec, config.reference, say, decoder=False, on_disk=True),
             site=Site(layer, kind),  # type: ignore
         )
         for spec, _, layer, kind in reward.saes

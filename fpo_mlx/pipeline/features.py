@@ -104,7 +104,8 @@ def features(
     digest = read_adapter(Path(adapter_path)).digest  # before the long part
     job = open_job(config, say=say, need_sae=True)
     known = read_labels(labels, len(job.saes)) if labels else ({},) * len(job.saes)
-    whole = [read_sae(spec, config, say) for spec in config.reference.sae] if scaling else []
+    specs = config.reference.sae if scaling else ()
+    whole = [read_sae(spec, config.reference, say) for spec in specs]
     for sae in whole:
         Scaling(sae, ())  # refuses, before the long part
     warn_of_adapters([adapter_path], config, job.model_path, say, job.identity.model)

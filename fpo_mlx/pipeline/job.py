@@ -173,7 +173,7 @@ def open_projections(
         )
     saes = [
         at_site(
-            read_sae(spec, config, lambda _: None, on_disk=True),
+            read_sae(spec, ref, lambda _: None, on_disk=True),
             config,
             model_config,
             lambda _: None,
@@ -233,7 +233,7 @@ def open_saes(
         raise ConfigError("--layer speaks of one SAE; with several, their own metadata decides.")
     opened = []
     for spec in ref.sae:
-        sae = read_sae(spec, config, say, decoder=False, on_disk=True)
+        sae = read_sae(spec, ref, say, decoder=False, on_disk=True)
         for note in sae.notes:
             say(f"{spec}: {note}")
         opened.append(at_site(sae, config, model_config, say))
@@ -247,30 +247,23 @@ def open_saes(
 
 
 def read_sae(
-    spec: str, config: RunConfig, say: Say, *, decoder: bool = True, on_disk: bool = False
-) -> SaeWeights:
-    """One SAE, fetched if need be, as the settings say that its files are to be read."""
-    return read_sae_as(spec, config.reference, say, decoder=decoder, on_disk=on_disk)
-
-
-def read_sae_as(
     spec: str,
-    reference: ReferenceConfig | SaeTrainConfig,
+    how: ReferenceConfig | SaeTrainConfig,
     say: Say,
     *,
     decoder: bool = True,
     on_disk: bool = False,
 ) -> SaeWeights:
-    """The same, by whichever settings say how SAE files are read."""
+    """One SAE, fetched if need be. how: the settings that say how SAE files are read."""
     return load_sae(
-        resolve(spec, allow_pickle=reference.allow_pickle, report=say),
-        format=reference.sae_format,
-        allow_pickle=reference.allow_pickle,
+        resolve(spec, allow_pickle=how.allow_pickle, report=say),
+        format=how.sae_format,
+        allow_pickle=how.allow_pickle,
         decoder=decoder,
         on_disk=on_disk,
-        k=reference.sae_k,
-        llama_scope_gate=reference.llama_scope_gate,
-        norm_scaling_factor=reference.norm_scaling_factor,
+        k=how.sae_k,
+        llama_scope_gate=how.llama_scope_gate,
+        norm_scaling_factor=how.norm_scaling_factor,
         name=spec,
     )
 

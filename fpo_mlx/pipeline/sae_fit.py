@@ -53,7 +53,7 @@ def sae_evaluate(
     one = one_sae(config, "sae evaluate")
     folder = resolve_model(model)
     warn_of_adapters([adapter_path], config, folder, say)
-    sae = at_site(read_sae(one, config, say), config, read_config(folder), notes.append)
+    sae = at_site(read_sae(one, ref, say), config, read_config(folder), notes.append)
     for note in sae.notes:
         say(f"{one}: {note}")
     passages = read_passages(config, folder, sequences, say)
@@ -95,7 +95,8 @@ def quick_check(
         return
     rows = engine.activations(beginnings(pairs))
     for (spec, half), x in zip(saes.items(), rows, strict=True):
-        sae = replace(read_sae(spec, config, lambda _: None, on_disk=True), site=half.site)
+        whole = read_sae(spec, config.reference, lambda _: None, on_disk=True)
+        sae = replace(whole, site=half.site)
         found = fit.figures(fit.measure(sae, x), fit.reconstructs(sae))
         fvu = f"FVU {found.fvu:.3f}" if found.fvu is not None else f"no FVU: {found.why_not}"
         yield f"{spec}: L0 {found.l0:.1f}, {fvu} ({found.tokens} tokens; --no-check-sae: no look)"

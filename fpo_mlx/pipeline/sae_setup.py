@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fpo_mlx import data
 from fpo_mlx.config import SaeTrainConfig, named
 from fpo_mlx.errors import ConfigError, SaeError
-from fpo_mlx.pipeline.job import Say, read_sae_as
+from fpo_mlx.pipeline.job import Say, read_sae
 from fpo_mlx.pipeline.prepared import longest, tokenizer_of
 from fpo_mlx.records import SITE_KINDS, SaeWeights, Site
 from fpo_mlx.reference import weights
@@ -181,7 +181,7 @@ def _init(config: SaeTrainConfig, say: Say) -> SaeWeights:
     from fpo_mlx.saetrain import warm
 
     assert config.init is not None
-    sae = read_sae_as(config.init, config, say)
+    sae = read_sae(config.init, config, say)
     warm.check(sae, config.architecture)
     if config.width not in (None, sae.n_features):
         raise SaeError(

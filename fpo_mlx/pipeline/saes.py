@@ -25,7 +25,8 @@ SAE = Made("an SAE", r"cfg\.json|sae_weights\.safetensors", whole=True, mark="cf
 
 def sae_info(spec: str, config: RunConfig, say: Say) -> dict[str, Any]:
     """What an SAE is, as plain values; its site is where --layer and --site put it."""
-    sae, ref = read_sae(spec, config, say, on_disk=True), config.reference
+    ref = config.reference
+    sae = read_sae(spec, ref, say, on_disk=True)
     if ref.model:
         about = read_config(resolve_model(ref.model, weights=False))
         sae = at_site(sae, config, about, say)
@@ -78,8 +79,8 @@ def sae_convert(
     inputs = [spec, *config.reads()]
     claim = partial(claim_folder, output, "--output", SAE, inputs=inputs, overwrite=overwrite)
     output = claim()
-    sae, ref = read_sae(spec, config, say), config.reference
-    sae = placed(sae, ref.layer, ref.site)
+    ref = config.reference
+    sae = placed(read_sae(spec, ref, say), ref.layer, ref.site)
     for note in sae.notes:
         say(note)
     return write_saelens(sae, output, dtype, claim)
@@ -99,7 +100,7 @@ def sae_encode(config: RunConfig, *, input: Path, say: Say) -> np.ndarray:
     if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiu":
         found = getattr(vectors, "dtype", "an archive of several arrays")
         raise FpoError(f"{input}: found {found}, wanted a .npy file of [N, D] floats.")
-    sae = read_sae(one, config, say)
+    sae = read_sae(one, config.reference, say)
     if vectors.ndim > 2 and np.prod(vectors.shape[1:]) == sae.d_in:  # [N, heads, head size]
         vectors = vectors.reshape(len(vectors), -1)
     return encode(sae, vectors)

@@ -201,7 +201,7 @@ def weigh_all(o: argparse.Namespace, variant: str, settings: Mapping[str, Any]) 
     path = o.work / f"{variant}-{Path(place).name}.csv"
     if path.exists():  # of an earlier seed
         return path
-    sae = read_sae(place, config, say)
+    sae = read_sae(place, config.reference, say)
     weights = np.ones(sae.n_features) if variant == "all" else on_logits(config, sae)
     kept = [{"feature": i, "weight": w} for i, w in enumerate((weights / weights.mean()).tolist())]
     write_weights(path, kept)
