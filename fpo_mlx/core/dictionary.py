@@ -44,7 +44,6 @@ class Summed:
     grads: Arrays
     loss: mx.array  # scalar, reconstruction
     l0: mx.array  # scalar, active features of a token
-    aux: mx.array  # scalar, the auxiliary loss before its weight
     fired: mx.array  # bool [F]
     threshold: mx.array  # scalar, smallest active value; BatchTopK only, else infinite
 
@@ -87,10 +86,9 @@ def gradients(
     if rule.architecture == "jumprelu":
         pull = weight * l0_pull
         grads["log_threshold"] = _threshold_gradient(rule, params, pre, done.d_acts, pull)
-    aux = mx.array(0.0)
     if dead is not None:
-        aux, grads = _auxiliary(rule, params, inputs, pre, -done.error, dead, weight, grads)
-    return Summed(grads, done.loss, done.active * weight, aux, done.fired, done.threshold)
+        grads = _auxiliary(rule, params, inputs, pre, -done.error, dead, weight, grads)
+    return Summed(grads, done.loss, done.active * weight, done.fired, done.threshold)
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,7 @@ def _auxiliary(
     dead: mx.array,
     weight: float,
     grads: Arrays,
-) -> tuple[mx.array, Arrays]:
+) -> Arrays:
     """Dead features learn what the living ones leave over; nothing else moves by it.
 
     rest: [n, D] x minus its reconstruction, held constant.
@@ -219,11 +217,10 @@ def _auxiliary(
         spare = mx.put_along_axis(mx.zeros_like(spare), index, chosen, axis=-1)
     w_dec = mx.take(params["w_dec"], rows, axis=0)
     error = spare @ w_dec - rest
-    aux = _square(error) * (weight / rest.shape[1])
     error = error * (2.0 * weight * rule.aux_weight / rest.shape[1])
     d_pre = mx.where(spare > 0, error @ w_dec.T, 0.0)
     added = {"w_dec": spare.T @ error, "w_enc": d_pre.T @ inputs, "b_enc": d_pre.sum(axis=0)}
-    return aux, grads | {name: grads[name].at[rows].add(part) for name, part in added.items()}
+    return grads | {name: grads[name].at[rows].add(part) for name, part in added.items()}
 
 
 def add_parts(parts: Sequence[Summed]) -> Summed:
@@ -231,13 +228,13 @@ def add_parts(parts: Sequence[Summed]) -> Summed:
     if len(parts) == 1:
         return parts[0]
     first, *rest = parts
-    grads, loss, l0, aux = first.grads, first.loss, first.l0, first.aux
+    grads, loss, l0 = first.grads, first.loss, first.l0
     fired, least = first.fired, first.threshold
     for part in rest:
         grads = {name: grads[name] + value for name, value in part.grads.items()}
-        loss, l0, aux = loss + part.loss, l0 + part.l0, aux + part.aux
+        loss, l0 = loss + part.loss, l0 + part.l0
         fired, least = fired | part.fired, mx.minimum(least, part.threshold)
-    return Summed(grads, loss, l0, aux, fired, least)
+    return Summed(grads, loss, l0, fired, least)
 
 
 B1, B2, EPSILON, TINY = 0.9, 0.999, 1e-8, 1e-30

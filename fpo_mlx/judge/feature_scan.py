@@ -95,7 +95,7 @@ def contexts(
 ) -> dict[int, list[Context]]:
     """The `count` texts in which each feature fires most, one token of each, strongest first."""
     best = {feature: Strongest(count) for feature in features}
-    for text in texts:
+    for text in texts if best else ():
         acts = activations(policy, encoder, site, text)
         for feature, of_feature in best.items():
             of_feature.add(acts[:, feature], text)

@@ -57,7 +57,7 @@ class FeaturePage:
         return result_file("features show", asdict(self))
 
     def html(self) -> str:
-        """Raises: ConfigError where the `report` extra is not installed."""
+        """The page, for a browser."""
         from fpo_mlx import report
 
         return report.render_feature(self.as_dict())

@@ -34,8 +34,7 @@ def verdict(run: Path) -> list[str]:
 def report(runs: Sequence[Path], output: Path, results: Sequence[Path] = ()) -> Path:
     """Write the page of these run folders; gives its path.
 
-    Raises: FpoError for a folder without a run or a place that cannot be written to; ConfigError
-    where the `report` extra is not installed.
+    Raises: FpoError for a folder without a run or a place that cannot be written to.
     """
     files.write_text(output, report_page(runs, results))
     return output

@@ -317,7 +317,7 @@ def _end(one: Round, settings: RoundsConfig) -> str:
 
 
 def rounds_report(root: Path, say: Say) -> Path | None:
-    """One page over the adapters of all rounds; None where the `report` extra is not installed."""
+    """One page over the adapters of all rounds; None, and why, where it cannot be made."""
     from fpo_mlx.pipeline.report import report
 
     try:

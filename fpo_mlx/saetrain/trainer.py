@@ -178,10 +178,10 @@ def _of_all(own: Summed, ranks: Ranks) -> Summed:
     if ranks.size == 1:
         return own
     least = mx.where(mx.arange(ranks.size) == ranks.rank, own.threshold, 0.0)
-    grads, loss, l0, aux, fired, least = ranks.sum(
-        [own.grads, own.loss, own.l0, own.aux, own.fired.astype(mx.float32), least]
+    grads, loss, l0, fired, least = ranks.sum(
+        [own.grads, own.loss, own.l0, own.fired.astype(mx.float32), least]
     )
-    return Summed(grads, loss, l0, aux, fired > 0, least.min())
+    return Summed(grads, loss, l0, fired > 0, least.min())
 
 
 def dead_list(unused: np.ndarray, after: int) -> mx.array | None:

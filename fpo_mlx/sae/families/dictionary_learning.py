@@ -43,8 +43,7 @@ def load(source: Source) -> SaeWeights:
     tensors = source.tensors
     linear = "encoder.weight" in tensors
     w_enc = matrix(source, "encoder.weight" if linear else "W_enc")
-    w_dec = matrix(source, "decoder.weight" if linear else "W_dec")
-    w_enc, w_dec = (transposed(w_enc), transposed(w_dec)) if linear else (w_enc, w_dec)
+    w_enc = transposed(w_enc) if linear else w_enc
     assert_width(w_enc.shape[0], trainer.get("activation_dim"), "activation_dim", source.file)
     assert_width(w_enc.shape[1], trainer.get("dict_size"), "dict_size", source.file)
     b_dec = tensors.read(bias)
@@ -54,7 +53,7 @@ def load(source: Source) -> SaeWeights:
         w_enc=w_enc,
         b_enc=tensors.read(encoder_bias if linear else "b_enc"),
         b_in=b_dec if subtracted else None,
-        w_dec=w_dec,
+        w_dec=_decoder(source, linear) if source.options.decoder else None,
         b_dec=b_dec,
         site=site_of(trainer.get("submodule_name"), model_name=trainer.get("lm_name"))
         or _site_in_path(source),
@@ -64,6 +63,10 @@ def load(source: Source) -> SaeWeights:
     )
     sae = _with_activation(sae, name, source, trainer)
     return finished(_raw_units(sae, tensors.extras.get("norm_factor")))
+
+
+def _decoder(source: Source, linear: bool) -> np.ndarray:
+    return transposed(matrix(source, "decoder.weight")) if linear else matrix(source, "W_dec")
 
 
 def _class(source: Source, trainer: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ class Jump(torch.autograd.Function):
 
 
 def oracle(rule, params, rows, weight, pull, dead):
-    """(loss, aux, gradients by autograd), float64."""
+    """(loss, gradients by autograd), float64."""
     p = {k: torch.tensor(v, dtype=torch.float64, requires_grad=True) for k, v in params.items()}
     x = torch.tensor(rows, dtype=torch.float64)
     pre = (x - p["b_dec"]) @ p["w_enc"].T + p["b_enc"]
@@ -71,7 +71,7 @@ def oracle(rule, params, rows, weight, pull, dead):
         acts = torch.where(pre >= bound, pre, torch.zeros_like(pre)).relu()
     errors = [acts[:, :end] @ p["w_dec"][:end] + p["b_dec"] - x for end in rule.groups]
     loss = sum(e.pow(2).sum() for e in errors) * weight / (D * len(errors))
-    total, aux = total + loss, torch.zeros(())
+    total = total + loss
     if dead is not None:
         spare = (x - p["b_dec"].detach()) @ p["w_enc"][dead].T + p["b_enc"][dead]
         values, index = spare.relu().topk(min(rule.aux_k, len(dead)), dim=-1)
@@ -79,7 +79,7 @@ def oracle(rule, params, rows, weight, pull, dead):
         aux = (spare @ p["w_dec"][dead] + errors[-1].detach()).pow(2).sum() * weight / D
         total = total + rule.aux_weight * aux
     total.backward()
-    return loss.item(), aux.item(), {k: v.grad.numpy() for k, v in p.items()}
+    return loss.item(), {k: v.grad.numpy() for k, v in p.items()}
 
 
 def ours(rule, params, rows, weight, pull, dead):
@@ -106,10 +106,9 @@ def test_loss_and_gradient_are_those_of_autograd_in_float64(rule, dead):
         rule = Rule(**{**vars(rule), "aux_k": 2})
     params, rows = some_params(threshold=rule.architecture == "jumprelu"), some_rows()
     pull = 0.07 if rule.architecture == "jumprelu" else 0.0
-    loss, aux, wanted = oracle(rule, params, rows, 1 / N, pull, dead)
+    loss, wanted = oracle(rule, params, rows, 1 / N, pull, dead)
     done = ours(rule, params, rows, 1 / N, pull, dead)
     assert float(done.loss) == pytest.approx(loss, rel=1e-5)
-    assert float(done.aux) == pytest.approx(aux, rel=1e-5)
     assert set(done.grads) == set(wanted)
     for name, grad in wanted.items():
         assert np.abs(grad).max() > 1e-4, f"{name}: the case says nothing"
@@ -127,7 +126,7 @@ def test_micro_batches_add_up_to_the_batch(architecture):
     for name in whole.grads:
         near = 1e-6 * float(mx.abs(whole.grads[name]).max())
         np.testing.assert_allclose(done.grads[name], whole.grads[name], atol=max(near, 1e-7))
-    for name in ("loss", "l0", "aux", "threshold"):
+    for name in ("loss", "l0", "threshold"):
         assert float(getattr(done, name)) == pytest.approx(float(getattr(whole, name)), rel=1e-5)
     np.testing.assert_array_equal(done.fired, whole.fired)
 

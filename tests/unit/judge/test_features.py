@@ -6,6 +6,8 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from fpo_mlx.data.feature_files import read_weights
 from fpo_mlx.data.tokenize import tokenize_row
 from fpo_mlx.data.tokenizer import load_tokenizer
 from fpo_mlx.judge.feature_report import Tally, TextActivations, _parts, auc, find
-from fpo_mlx.records import SaeWeights, Site
+from fpo_mlx.records import Passage, SaeWeights, Site
 from fpo_mlx.sae.encode import encode
 from fpo_mlx.storage.files import sha256_of
 
@@ -199,6 +201,13 @@ def test_contexts_are_the_oracles_strongest_tokens(tmp_path):
             assert context.token == f"[{token}]"
             assert context.where == where
             assert f"«[{token}]»" in context.text
+
+
+def test_no_model_runs_where_no_feature_moved():
+    text, nothing = Passage(np.array([1, 2]), np.array([3])), SimpleNamespace()
+    policy: Any = nothing  # a model that cannot be run
+    encoder: Any = nothing
+    assert feature_scan.contexts(policy, encoder, 0, [text], [], 3, str) == {}
 
 
 # The commands -------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from fpo_mlx.records import Activation, Site
 from fpo_mlx.sae import fit, load_sae, stored
 from fpo_mlx.sae.common import decoder_norms
 from fpo_mlx.sae.encode import decode, encode, encode_tiles
+from fpo_mlx.sae.tensorfile import TensorFile
 
 KINDS: tuple[Activation, ...] = ("relu", "jumprelu", "gated", "topk", "abstopk", "groupmax")
 WIDTH, ROWS = 16, 11
@@ -111,6 +112,24 @@ def test_an_encoder_goes_from_its_file_into_one_array_of_the_device(
     np.testing.assert_array_equal(np.array(encoder.w_enc), wanted.w_enc.T)
     assert loading <= 0.1 * BYTES
     assert filling + on_device <= 1.1 * BYTES
+
+
+LEARNED = [case for case in CASES if case.format == "dictionary_learning"]
+
+
+@pytest.mark.parametrize("case", LEARNED, ids=lambda case: case.name)
+def test_a_decoder_that_is_left_out_is_not_read(case, tmp_path: Path, monkeypatch):
+    made, seen, read = case.make(tmp_path, np.random.default_rng(0)), [], TensorFile.read
+    options = {"allow_pickle": case.pickled, **made.options}
+    monkeypatch.setattr(TensorFile, "read", lambda self, n: (seen.append(n), read(self, n))[1])
+    whole = load_sae(made.path, **options)
+    assert {"decoder.weight", "W_dec"} & set(seen)
+    seen.clear()
+    half = load_sae(made.path, decoder=False, **options)
+    assert seen
+    assert not {"decoder.weight", "W_dec"} & set(seen)
+    assert half.w_dec is None
+    assert half.fingerprint() == whole.fingerprint()
 
 
 def test_a_value_that_is_not_finite_is_found_on_the_disk(tmp_path: Path):
