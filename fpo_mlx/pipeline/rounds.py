@@ -13,11 +13,17 @@ from statistics import fmean
 from typing import Any
 
 from fpo_mlx.config import RunConfig, load_config, load_section, named
-from fpo_mlx.errors import ConfigError, FpoError, Interrupted
+from fpo_mlx.errors import ConfigError, DataError, FpoError, Interrupted
 from fpo_mlx.intervals import of_groups
 from fpo_mlx.pairs.labels import by_prompt, labels_of
 from fpo_mlx.pairs.prompts import check_prompts
-from fpo_mlx.pairs.records import HUMAN, Candidates, open_candidates, read_verdicts
+from fpo_mlx.pairs.records import (
+    HUMAN,
+    CandidateFile,
+    Candidates,
+    open_candidates,
+    read_verdicts,
+)
 from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, RoundsConfig
 from fpo_mlx.pipeline.job import Say, check_sae_named, open_saes
 from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
@@ -172,10 +178,9 @@ def _round(
     drift = _drift(folder / "adapters")
     after = _answers(settings, folder, folder / "adapters", settings.held_out, "held-out", say)
     win_rate, interval = _against(before, after, judge, folder, say)
-    answers = [c.tokens for one in open_candidates(after) for c in one.candidates]
     done = Round(
         number, about["pairs"], about["longer_share"], about["mean_score_chosen"],
-        about["mean_score_rejected"], win_rate, interval, fmean(answers), drift,
+        about["mean_score_rejected"], win_rate, interval, _mean_tokens(after), drift,
     )  # fmt: skip
     files.write_json(folder / DONE, asdict(done))
     say(
@@ -276,6 +281,26 @@ def _pairs(rows: Sequence[bytes]) -> list[bytes]:
     return [b"".join(rows[at : at + size]) for at in range(0, len(rows), size)]
 
 
+def _mean_tokens(answers: Path) -> float:
+    """Of the model's own; a person's may have come with the prompts."""
+    found = (c for one in open_candidates(answers) for c in one.candidates)
+    return fmean(c.tokens for c in found if c.model != HUMAN)
+
+
+def _in_both(one: CandidateFile, two: CandidateFile, say: Say) -> list[str]:
+    """Prompts of both; all of each, unless the file of held-out ones was changed meanwhile."""
+    both = [id for id in one.offsets if id in two.offsets]
+    if not both:
+        raise DataError(
+            f"{one.path} and {two.path} have no prompt in common, so the rounds cannot be "
+            "compared: the held-out prompts were changed. Put those of before back; the same "
+            "command goes on."
+        )
+    if lost := len({*one.offsets, *two.offsets}) - len(both):
+        say(f"{lost} held-out prompts were answered in one of the two rounds only: not compared")
+    return both
+
+
 def _against(
     before: Path, after: Path, judge: JudgeConfig, folder: Path, say: Say
 ) -> tuple[float, tuple[float, float]]:
@@ -284,7 +309,7 @@ def _against(
     versus, sides = folder / "versus.jsonl", {}
     with lines.LineWriter(versus) as writer:
         there = set(open_candidates(versus).offsets)
-        for id in one.offsets:
+        for id in _in_both(one, two, say):
             made = [[c for c in f.get(id).candidates if c.model != HUMAN] for f in (one, two)]
             for n, answers in enumerate(zip(*made, strict=True)):
                 name = f"{id}-{n}"

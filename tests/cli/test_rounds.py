@@ -17,8 +17,8 @@ from command_line import refused, run  # noqa: E402
 from evaluated import own_cache, place  # noqa: E402, F401
 from judges import candidates  # noqa: E402
 
-from fpo_mlx.errors import ConfigError  # noqa: E402
-from fpo_mlx.pairs.records import read_verdicts  # noqa: E402
+from fpo_mlx.errors import ConfigError, DataError  # noqa: E402
+from fpo_mlx.pairs.records import HUMAN, read_verdicts  # noqa: E402
 from fpo_mlx.pairs.settings import JudgeConfig, RoundsConfig  # noqa: E402
 from fpo_mlx.pipeline.rounds import _training  # noqa: E402
 
@@ -232,6 +232,36 @@ def test_all_of_a_few_held_out_prompts_are_no_certainty_and_end_the_rounds(tmp_p
     one = rounds.Round(1, 1, None, 0.0, 0.0, rate, interval, 1.0, None)
     settings = RoundsConfig(model="m", prompts="p", held_out="h")
     assert "not told from those" in rounds._end(one, settings)
+
+
+def test_only_held_out_prompts_that_both_rounds_answered_are_compared(tmp_path):
+    """Mended between two runs: it was a KeyError, after the round's training."""
+    rounds, spoken = importlib.import_module("fpo_mlx.pipeline.rounds"), []
+    before = candidates(tmp_path / "b.jsonl", {f"Q{i}?": ["long words " * 9] for i in range(10)})
+    after = candidates(tmp_path / "a.jsonl", {f"Q{i}?": ["short"] for i in range(2, 13)})
+    judge = JudgeConfig(reward="brevity")
+    rate, _ = rounds._against(before, after, judge, tmp_path, spoken.append)
+    assert rate == 1.0
+    assert len(read_verdicts(tmp_path / "versus-verdicts.jsonl")) == 8
+    assert any("5 held-out prompts" in text for text in spoken)
+
+
+def test_rounds_that_answered_no_held_out_prompt_in_common_are_not_compared(tmp_path):
+    rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
+    before = candidates(tmp_path / "b.jsonl", {"Q?": ["long words"]})
+    after = candidates(tmp_path / "a.jsonl", {"R?": ["short"]})
+    with pytest.raises(DataError, match="no prompt in common"):
+        rounds._against(before, after, JudgeConfig(reward="brevity"), tmp_path, print)
+
+
+def test_the_length_of_a_held_out_answer_is_of_the_models_own(tmp_path):
+    """Those that came with the prompts were counted in."""
+    rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
+    after = candidates(tmp_path / "a.jsonl", {"Q?": ["two words", "and four words more"]})
+    row = json.loads(after.read_text())
+    row["candidates"].append(row["candidates"][0] | {"model": HUMAN, "tokens": 300})
+    after.write_text(json.dumps(row))
+    assert rounds._mean_tokens(after) == 3.0
 
 
 def test_rounds_are_told_apart_where_the_judge_compares_with_a_persons_answers(tmp_path):
