@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import multimode
 from typing import Any
 
 from fpo_mlx.data.rows import Turns
@@ -187,13 +188,29 @@ def longer_share(pairs: Iterable[Pair]) -> float | None:
     return sum(apart) / len(apart) if apart else None
 
 
-def split_of(ids: Iterable[str], valid: float, test: float, seed: int) -> dict[str, str]:
-    """A split for each prompt; whoever is asked for gets one prompt at least where two are."""
-    unique = dict.fromkeys(ids)
-    order = sorted(unique, key=lambda id: hashlib.sha256(f"{seed}:{id}".encode()).digest())
-    splits, at = dict.fromkeys(order, "train"), 0
+def split_of(
+    ids: Iterable[str], answered: Iterable[str], valid: float, test: float, seed: int
+) -> dict[str, str]:
+    """A split for each prompt of `ids`, by its place by hash among all that were answered.
+
+    So it stays in one whichever others make pairs, or a later round would be validated on what an
+    earlier one trained on. Whoever is asked for gets one prompt at least where two are.
+    """
+    unique = set(ids)
+    order = sorted(
+        unique.union(answered), key=lambda id: hashlib.sha256(f"{seed}:{id}".encode()).digest()
+    )
+    valid_end, test_end = (round(share * len(order)) for share in (valid, valid + test))
+    splits = {
+        id: "valid" if place < valid_end else "test" if place < test_end else "train"
+        for place, id in enumerate(order)
+        if id in unique
+    }
+    if splits:
+        splits[list(splits)[-1]] = "train"
     for name, share in (("valid", valid), ("test", test)):
-        count = max(round(share * len(order)), 1) if share and len(order) > at + 1 else 0
-        splits |= dict.fromkeys(order[at : at + count], name)
-        at += count
+        if share and splits and name not in splits.values():
+            largest = multimode(splits.values())[0]
+            first, *more = (id for id, split in splits.items() if split == largest)
+            splits |= {first: name} if more else {}
     return splits

@@ -92,14 +92,18 @@ def pairs_build(
     pairs = _choose(found, known, settings, left, say)
     if settings.balance_length:
         pairs = choose.balanced(pairs, settings.seed, left)
-    report = _report(pairs, found, left, settings, judges)
+    ids = (pair.id for pair in pairs)
+    splits = choose.split_of(
+        ids, found.offsets, settings.valid_share, settings.test_share, settings.seed
+    )
+    report = _report(pairs, splits, found, left, settings, judges)
     if len(pairs) < FEWEST and not settings.force:
         why = ", ".join(f"{n} × {reason}" for reason, n in left.counts.items()) or "no verdicts"
         raise DataError(
             f"{len(pairs)} pairs from {len(found)} prompts are too few to learn from ({why}). "
             f"Wanted {FEWEST}: answer more prompts, judge more of them, or write them with --force."
         )
-    _write(pairs, settings, report, output, claim)
+    _write(pairs, splits, settings, report, output, claim)
     if pairs:
         _check(output, say)
     return report
@@ -183,8 +187,8 @@ def _choose(
 
 
 def _report(
-    pairs: Sequence[Pair], found: CandidateFile, left: Left, settings: BuildConfig,
-    judges: dict[str, JudgeSummary],
+    pairs: Sequence[Pair], splits: Mapping[str, str], found: CandidateFile, left: Left,
+    settings: BuildConfig, judges: dict[str, JudgeSummary],
 ) -> BuildReport:  # fmt: skip
     def mean(name: str) -> float:
         return sum(getattr(pair, name) for pair in pairs) / max(1, len(pairs))
@@ -192,9 +196,6 @@ def _report(
     def length(side: int) -> float:
         return sum(pair.tokens[side] for pair in pairs) / max(1, len(pairs))
 
-    splits = choose.split_of(
-        (pair.id for pair in pairs), settings.valid_share, settings.test_share, settings.seed
-    )
     counts = {name: 0 for name in ("train", "valid", "test")}
     for pair in pairs:
         counts[splits[pair.id]] += 1 + settings.reward_augmented
@@ -206,12 +207,9 @@ def _report(
 
 
 def _write(
-    pairs: Sequence[Pair], settings: BuildConfig, report: BuildReport, output: Path,
-    claim: Callable[[], object],
+    pairs: Sequence[Pair], splits: Mapping[str, str], settings: BuildConfig, report: BuildReport,
+    output: Path, claim: Callable[[], object],
 ) -> None:  # fmt: skip
-    splits = choose.split_of(
-        (pair.id for pair in pairs), settings.valid_share, settings.test_share, settings.seed
-    )
     with files.atomic_folder(output, claim) as folder:
         for name, count in report.splits.items():
             if not count:

@@ -257,15 +257,18 @@ def _drift(adapter: Path) -> float | None:
 
 
 def _with_old(settings: RoundsConfig, number: int, folder: Path) -> Path:
-    """The round's pairs, with some of earlier rounds where they are asked for."""
+    """The round's pairs, with some of earlier rounds where they are asked for; none of a prompt
+    that this one holds back."""
     if not settings.keep_old or number == 1:
         return folder / "pairs"
     data = folder / "data"
     if not (data / "train.jsonl").exists():
+        parts = (folder / "pairs" / f"{name}.jsonl" for name in ("valid", "test"))
+        held = {_id(line) for part in parts if part.exists() for line in _rows(part)}
         old: list[bytes] = []
         for earlier in range(1, number):
             path = folder.parent / f"round-{earlier}" / "pairs" / "train.jsonl"
-            old += _pairs([line for _, _, line in lines.read_lines(path)])
+            old += (pair for pair in _pairs(_rows(path)) if _id(pair) not in held)
         kept = random.Random(number).sample(old, min(settings.keep_old, len(old)))
         with files.atomic_folder(data) as work:
             for part in files.listed(folder / "pairs", "*.jsonl"):
@@ -273,6 +276,15 @@ def _with_old(settings: RoundsConfig, number: int, folder: Path) -> Path:
             with open(work / "train.jsonl", "ab") as out:
                 out.writelines(kept)
     return data
+
+
+def _rows(path: Path) -> list[bytes]:
+    return [line for _, _, line in lines.read_lines(path)]
+
+
+def _id(rows: bytes) -> str:
+    """The prompt of a pair's lines."""
+    return str(json.loads(rows.split(b"\n", 1)[0]).get("id"))
 
 
 def _pairs(rows: Sequence[bytes]) -> list[bytes]:

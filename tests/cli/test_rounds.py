@@ -13,7 +13,7 @@ import yaml
 
 pytest.importorskip("mlx.core")
 
-from command_line import refused, run  # noqa: E402
+from command_line import lines, refused, run  # noqa: E402
 from evaluated import own_cache, place  # noqa: E402, F401
 from judges import candidates  # noqa: E402
 
@@ -329,3 +329,20 @@ def test_of_earlier_rounds_whole_reward_augmented_pairs_are_kept():
     assert rounds._pairs([]) == []
     assert rounds._pairs(plain) == plain
     assert rounds._pairs(twice) == [twice[0] + twice[1], twice[2] + twice[3]]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_no_pair_of_an_earlier_round_is_kept_whose_prompt_this_round_holds_back(tmp_path, rows):
+    """Prompts may have been mended between two rounds, and change sides."""
+    rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
+    source = {"wanted": 1.0} if rows == 2 else {}
+    for number, train, held in ((1, "abcdef", "gh"), (2, "efgh", "ab")):
+        pairs = tmp_path / f"round-{number}/pairs"
+        pairs.mkdir(parents=True)
+        for name, ids in (("train", train * rows), ("valid", held[0]), ("test", held[1])):
+            made = [{"id": id, "round": number, "from": source} for id in sorted(ids)]
+            lines(pairs / f"{name}.jsonl", *made)
+    settings = RoundsConfig(model="m", prompts="p", held_out="h", keep_old=100)
+    data = rounds._with_old(settings, 2, tmp_path / "round-2")
+    found = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in found if row["round"] == 1) == sorted("cdef" * rows)

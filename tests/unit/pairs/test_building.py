@@ -16,7 +16,7 @@ from judges import candidates, graded
 from fpo_mlx.data import read_split
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs.augment import score_turns
-from fpo_mlx.pairs.choose import Left, asks_alike, augmented, balanced, pairs_of, split_of
+from fpo_mlx.pairs.choose import Left, asks_alike, augmented, balanced, pairs_of
 from fpo_mlx.pairs.labels import Label
 from fpo_mlx.pairs.records import (
     Candidate,
@@ -141,16 +141,6 @@ def test_lengths_are_evened_out():
     assert len(even) == 4
     assert sum(p.tokens[0] > p.tokens[1] for p in even) == 2
     assert left.counts["to even the lengths"] == 6
-
-
-def test_splits_are_by_prompt_and_do_not_move_when_prompts_come():
-    ids = [f"{n}" for n in range(200)]
-    splits = split_of([*ids, *ids], 0.1, 0.05, 0)
-    assert list(splits.values()).count("valid") == 20
-    assert list(splits.values()).count("test") == 10
-    assert split_of(ids[::-1], 0.1, 0.05, 0) == splits
-    assert split_of(ids, 0.1, 0.05, 1) != splits
-    assert split_of(["a"], 0.5, 0.0, 0) == {"a": "train"}
 
 
 def test_the_turned_row_says_of_its_own_answers_where_they_came_from():
