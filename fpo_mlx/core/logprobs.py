@@ -95,7 +95,7 @@ def token_values(
     if ref_hidden is None:
         logps = token_logps(hidden, targets, head, vocab_size, grad=grad)
     else:
-        logps, kl = token_logps_and_kl(hidden, ref_hidden, targets, head, vocab_size, grad=grad)
+        logps, kl = _logps_and_kl(hidden, ref_hidden, targets, head, vocab_size, grad)
     if not collisions:
         return TokenValues(logps, kl)
 
@@ -149,23 +149,16 @@ def token_logps(
     return _by_rows([value], hidden, [targets], vocab_size, grad)[0]
 
 
-def token_logps_and_kl(
-    hidden: mx.array,
-    ref_hidden: mx.array,
-    targets: mx.array,
-    head: Head,
-    vocab_size: int,
-    *,
-    grad: bool = True,
-) -> tuple[mx.array, mx.array]:
+def _logps_and_kl(
+    hidden: mx.array, ref_hidden: mx.array, targets: mx.array, head: Head, vocab_size: int,
+    grad: bool,
+) -> tuple[mx.array, mx.array]:  # fmt: skip
     """`token_logps`, and KL(reference || policy) of the next-token distribution at each row.
 
-    hidden, ref_hidden: [R, D]; no gradient flows to the reference. Returns: two [R] float32.
+    head: any function. hidden, ref_hidden: [R, D]; no gradient flows to the reference. Returns: two
+    [R] float32.
     Source: TDPO (Zeng et al. 2024, arXiv 2404.11999), Eq. 15: sequential KL is the row sum.
     """
-    if isinstance(head, LinearHead):
-        found = _through_tiles(hidden, ref_hidden, targets, head, False, grad)
-        return found.logps, cast(mx.array, found.kl)
 
     def logps(rows: mx.array, ref_rows: mx.array, goals: mx.array) -> mx.array:
         del ref_rows

@@ -33,6 +33,11 @@ HEADS = {
 }
 
 
+def logps_and_kl(rows, ref, targets, head, vocab, **how):
+    found = logprobs.token_values(rows, targets, head, vocab, ref_hidden=ref, **how)
+    return found.logps, found.kl
+
+
 def sizes(monkeypatch, **changes):
     """Tiles of other sizes than this device's."""
     record = replace(device.here(), **changes)
@@ -49,7 +54,7 @@ def test_token_logps_by_hand():
 def test_kl_by_hand():
     """KL of (1/2, 1/2) from (1/4, 3/4): 1/2 ln 2 + 1/2 ln 2/3."""
     policy, ref = mx.array([[0.0, math.log(3)]]), mx.array([[5.0, 5.0]])
-    _, kl = logprobs.token_logps_and_kl(policy, ref, mx.array([0]), lambda x: x, 2)
+    _, kl = logps_and_kl(policy, ref, mx.array([0]), lambda x: x, 2)
     np.testing.assert_allclose(np.array(kl), [0.5 * math.log(4 / 3)], rtol=1e-5)
 
 
@@ -60,7 +65,7 @@ def test_a_token_that_neither_model_can_say_adds_nothing_to_the_kl_or_its_slope(
         return mx.concatenate([rows, mx.full((rows.shape[0], 1), -mx.inf)], axis=-1)
 
     def kl(rows):
-        return logprobs.token_logps_and_kl(rows, ref, mx.array([0]), head, 3)[1].sum()
+        return logps_and_kl(rows, ref, mx.array([0]), head, 3)[1].sum()
 
     policy, ref = mx.array([[0.0, math.log(3)]]), mx.array([[5.0, 5.0]])
     value, slope = mx.value_and_grad(kl)(policy)
@@ -95,7 +100,7 @@ def test_log_collisions_go_over_all_tiles_and_chunks(monkeypatch, fold):
 
 def values_and_slope(head, weights):
     def total(rows):
-        logps, kl = logprobs.token_logps_and_kl(rows, REF, TARGETS, head, V)
+        logps, kl = logps_and_kl(rows, REF, TARGETS, head, V)
         alone = logprobs.token_logps(rows, TARGETS, head, V)
         return (weights * (alone - 2 * logps + kl)).sum(), (alone, kl)
 
@@ -195,7 +200,7 @@ def of_tiles_and_rows(name):
         return (logprobs.token_logps(rows, TARGETS, any_head, V, grad=grad),)
 
     def with_kl(rows, any_head, grad=True):
-        return logprobs.token_logps_and_kl(rows, ref, TARGETS, any_head, V, grad=grad)
+        return logps_and_kl(rows, ref, TARGETS, any_head, V, grad=grad)
 
     for function, mix in ((alone, (1.0,)), (with_kl, (1.0, 0.0)), (with_kl, (0.5, -2.0))):
         slope = mx.value_and_grad(
@@ -221,7 +226,7 @@ def of_tiles_and_rows(name):
 @pytest.mark.parametrize("fold", [True, False])
 def test_the_kl_of_a_policy_from_itself_is_exactly_nothing(monkeypatch, fold, name):
     sizes(monkeypatch, vocab_columns=5, fold=fold, wide_elements=5 * D)
-    _, kl = logprobs.token_logps_and_kl(ROWS, ROWS, TARGETS, LINEAR[name], V)
+    _, kl = logps_and_kl(ROWS, ROWS, TARGETS, LINEAR[name], V)
     np.testing.assert_array_equal(np.array(kl), 0)
 
 
@@ -279,7 +284,7 @@ def _peak_of_the_loss(head, vocab: int, n: int, with_kl: bool) -> float:
     def loss(x):
         if not with_kl:
             return logprobs.token_logps(x, goals, head, vocab).sum()
-        return sum(v.sum() for v in logprobs.token_logps_and_kl(x, ref, goals, head, vocab))
+        return sum(v.sum() for v in logps_and_kl(x, ref, goals, head, vocab))
 
     mx.eval(head(rows[:1]), goals, rows, ref)  # the matrix, too
     peaks = []
