@@ -20,7 +20,7 @@ from fpo_mlx.machine import device
 from fpo_mlx.machine.processes import find_share
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job
 from fpo_mlx.pipeline.plan import predicted_peak
-from fpo_mlx.pipeline.policy import open_policy, outline_of
+from fpo_mlx.pipeline.policy import Outline, open_policy, outline_of
 from fpo_mlx.pipeline.prepared import hub_splits, read_splits
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import PAIRS_FILE, TokenPair
@@ -110,7 +110,6 @@ class _Ready:
 
 def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress: OnFill) -> _Ready:
     """Everything that can be refused is refused before the reference runs."""
-    from fpo_mlx.machine.parallel import open_ranks
     from fpo_mlx.train.checkpoint import AdapterFolder, NoFolder, check_resumable
     from fpo_mlx.train.metrics import ScoredPairs
     from fpo_mlx.train.optimizer import make_optimizer
@@ -119,12 +118,7 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
 
     t, place = config.train, Path(config.train.adapter_path)
     make_optimizer(t)
-    ranks = open_ranks(
-        count=t.pairs_per_update, what="--batch-size times --grad-accumulation-steps",
-        patience=t.peer_timeout,
-    )  # fmt: skip
-    if ranks.first:
-        claim_place(config)
+    ranks = _claim_among(config)
     job = open_job(config, say=say, projected=True)
     splits = read_splits(config, job.tokenizer, _splits(job, say), say, doctor=True)
     pairs, valid = splits["train"], splits.get("valid", [])
@@ -133,12 +127,8 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     if t.resume and ranks.first:
         check_resumable(place, record)
     outline = outline_of(job, say)  # refuses adapters out of reach
-    predicted, shortage = predicted_peak(job, pairs, outline)
-    say(f"predicted peak memory of training: {predicted / 1e9:.2f} GB")
-    if shortage:
-        say(f"warning: {shortage}")
-    agree = _agreement(ranks)
-    order = Order(pairs, t)
+    predicted = _predict(job, pairs, outline, say)
+    agree, order = _agreement(ranks), Order(pairs, t)
     looks = _looked_at(order, len(valid), say)
     wanted = [part[i] for part, some in zip((pairs, valid), looks, strict=True) for i in some]
     store = reference_of(job, wanted, say, progress, other_weights=True, agree=agree)
@@ -154,6 +144,29 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     )  # fmt: skip
     template = job.tokenizer.templates["default"] if config.data.chat_template else None
     return _Ready(trainer, out, store, record, template, predicted)
+
+
+def _claim_among(config: RunConfig) -> Ranks:
+    """This process among those of the run, of which the first one claims its folder."""
+    from fpo_mlx.machine.parallel import open_ranks
+
+    ranks = open_ranks(
+        count=config.train.pairs_per_update,
+        what="--batch-size times --grad-accumulation-steps",
+        patience=config.train.peer_timeout,
+    )
+    if ranks.first:
+        claim_place(config)
+    return ranks
+
+
+def _predict(job: Job, pairs: Sequence[TokenPair], outline: Outline, say: Say) -> float:
+    """Bytes at the peak; said, and so is what this machine lacks of them."""
+    predicted, shortage = predicted_peak(job, pairs, outline)
+    say(f"predicted peak memory of training: {predicted / 1e9:.2f} GB")
+    if shortage:
+        say(f"warning: {shortage}")
+    return predicted
 
 
 def _sizes(job: Job, read: Mapping[str, Sequence[TokenPair]]) -> dict[str, int | None]:
