@@ -44,8 +44,8 @@ def read_sae(spec: str | Path, **reading: Any) -> SaeWeights:
     reading: the settings that say what its files do not, such as `sae_k`, and where else it is put,
     `layer` and `site` (see the reference of settings, "model and SAE"). Raises: SaeError.
     """
-    how = load_config(reading).reference
-    return placed(read_sae_of(str(spec), how, _silent), how.layer, how.site)
+    ref = load_config(reading).reference
+    return placed(read_sae_of(str(spec), ref, _silent), ref.layer, ref.site)
 
 
 def open_model(

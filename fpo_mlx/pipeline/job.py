@@ -248,22 +248,22 @@ def open_saes(
 
 def read_sae(
     spec: str,
-    how: ReferenceConfig | SaeTrainConfig,
+    ref: ReferenceConfig | SaeTrainConfig,
     say: Say,
     *,
     decoder: bool = True,
     on_disk: bool = False,
 ) -> SaeWeights:
-    """One SAE, fetched if need be. how: the settings that say how SAE files are read."""
+    """One SAE, fetched if need be. ref: the settings that say how SAE files are read."""
     return load_sae(
-        resolve(spec, allow_pickle=how.allow_pickle, report=say),
-        format=how.sae_format,
-        allow_pickle=how.allow_pickle,
+        resolve(spec, allow_pickle=ref.allow_pickle, report=say),
+        format=ref.sae_format,
+        allow_pickle=ref.allow_pickle,
         decoder=decoder,
         on_disk=on_disk,
-        k=how.sae_k,
-        llama_scope_gate=how.llama_scope_gate,
-        norm_scaling_factor=how.norm_scaling_factor,
+        k=ref.sae_k,
+        llama_scope_gate=ref.llama_scope_gate,
+        norm_scaling_factor=ref.norm_scaling_factor,
         name=spec,
     )
 
