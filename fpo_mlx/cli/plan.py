@@ -34,9 +34,9 @@ GB = 1e9
 def plan(memory_gb, json_path, **values) -> None:
     """Say whether a run fits into memory, and how long it takes.
 
-    No weight is read or downloaded: of a model of the hub the headers of its files are enough. With
-    --data the lengths are those of its training pairs; without it a pair as long as
-    --max-seq-length is assumed.
+    No weight of the model is read or downloaded (an SAE is): of a model of the hub the headers of
+    its files are enough. With --data the lengths are those of its training pairs; without it a
+    pair as long as --max-seq-length is assumed.
 
     \b
     Example:

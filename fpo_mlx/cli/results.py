@@ -208,7 +208,9 @@ def fuse(
     adapter_path, save_path, adapter_scale, dequantize, keep_bits, dtype, export_gguf, gguf_path,
     upload_repo, verify, target_kl, target_drift, json_path, overwrite, **values,
 ) -> None:  # fmt: skip
-    """Fuse adapters into the model, for mlx_lm.generate and transformers.
+    """Fuse adapters into the model, for mlx_lm.generate.
+
+    For transformers, which does not read MLX's packing, a quantised base needs --dequantize.
 
     \b
     Example:

@@ -48,7 +48,11 @@ def list_(model, json_path) -> None:
     rows = pipeline.sae_list(model)
     write_json(json_path, rows)
     if not rows:
-        say(f"no public SAE is known for {model}; any other can be given as owner/repo/path")
+        say(
+            f"no public SAE is known for {model}. `fpo-mlx sae train --model {model}` makes one; "
+            "`fpo-mlx train --objective tdpo2` (at a lower rate, 5e-6) needs none; an SAE that is "
+            "not in this table is given as owner/repo/path"
+        )
         return
     columns = ("release", "model", "site", "layers", "widths", "example")
     table([columns, *([", ".join(r[c]) if c == "widths" else r[c] for c in columns] for r in rows)])

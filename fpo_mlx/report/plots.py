@@ -39,8 +39,12 @@ class Curve:
     log: bool = False  # a logarithmic axis where the values span more than two decades
 
 
+LOSS = (
+    "mean over the pairs since the last report, with the constraint's part; dots: validation, "
+    "without it"
+)
 CURVES = (
-    Curve("Loss", "mean over the pairs since the last report", ("loss",)),
+    Curve("Loss", LOSS, ("loss",)),
     Curve("Reward accuracy", "share of pairs with chosen ahead", ("rewards/accuracies",)),
     Curve("Reward margin", "chosen reward minus rejected reward", ("rewards/margins",)),
     Curve(

@@ -78,6 +78,9 @@ WIDTHS = {  # by the beginning of a release's name, where no name says it
     "saebench_gemma-2-2b_width-2pow14": "16k",
     "saebench_gemma-2-2b_width-2pow16": "65k",
 }
+FURTHER = {  # without a page at Neuronpedia: the one that these pages use, of the last block
+    "gemma-scope-2b-pt-res": [("layer_{L}/width_16k/average_l0_{n}", [[25, 55]])]
+}
 LEFT_OUT = ("sae_bench_", "crosscoder", "temporal")  # hundreds of training steps; not supported
 SPARSIFY = "EleutherAI/"
 EXTRA = [  # not in SAELens' list
@@ -198,7 +201,8 @@ def row(release: str, value: dict) -> dict | None:
     }
     if prefix is not None:
         found["prefix"] = prefix
-    if made := rules(entries, prefix):
+    further = [[name, name, None, at] for name, at in FURTHER.get(release, ())]
+    if made := rules(entries, prefix) + further:
         found["rules"] = made
     return found
 

@@ -429,6 +429,9 @@ def test_sae_commands_list_show_convert_and_encode(place, tmp_path):
     listed = run("sae", "list", "--model", "mlx-community/gemma-2-2b-it-4bit")
     assert "gemma-scope-2b-pt-res" in listed.stdout
     assert "llama" not in listed.stdout.lower()
+    lacking = run("sae", "list", "--model", "owner/unheard-of")
+    for way in ("sae train --model owner/unheard-of", "--objective tdpo2", "owner/repo/path"):
+        assert way in lacking.stderr
     shown = run("sae", "info", place / "sae", "--model", place / "model")
     assert re.search(r"^features +48$", shown.stdout, re.MULTILINE)
     moved = ["--layer", 3, "--site", "mlp_out", "--json", tmp_path / "info.json"]

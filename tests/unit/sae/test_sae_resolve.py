@@ -282,7 +282,7 @@ def test_a_release_without_an_sae_shows_examples():
 
 
 EXAMPLES = {
-    "gemma-scope-2b-pt-res": "layer_19/width_16k/average_l0_40",  # not 1m, and of four the middle
+    "gemma-scope-2b-pt-res": "layer_25/width_16k/average_l0_55",  # not 1m; what README uses
     "gemma-scope-2b-pt-res-canonical": "layer_25/width_16k/canonical",
     "gemma-scope-9b-it-res-canonical": "layer_31/width_16k/canonical",
     "gemma-scope-2-1b-pt-res": "layer_22_width_16k_l0_medium",
