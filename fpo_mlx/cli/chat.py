@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -24,6 +26,7 @@ from fpo_mlx.cli.show import one_line, printable, say
 from fpo_mlx.config import ChatSampling
 from fpo_mlx.errors import FpoError
 
+COMMANDS = ("/steer", "/reset", "/quit")
 HELP = "/steer 812=+4,97=0 steers (alone: ends it), /reset forgets, /quit ends"
 
 
@@ -92,6 +95,8 @@ def _typed() -> Iterator[str]:
         with suppress(ImportError):  # arrow keys; macOS takes 1024 bytes without
             import readline  # noqa: F401
         say(HELP)
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text ended it
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -111,6 +116,8 @@ def _command(talk: Any, line: str) -> bool:
     elif word == "/reset":
         talk.reset()
         say("a new conversation")
+    elif word not in COMMANDS and get_close_matches(word, COMMANDS, 1):
+        raise FpoError(f"{word}: no such command. {HELP}")
     return word in ("/steer", "/reset")
 
 

@@ -15,12 +15,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_models
+from click.testing import CliRunner
 from command_line import FEATURES, random_sae, refused, run
 from evaluated import own_cache, place  # noqa: F401
 from steer_hook import steered_logits
 from tiny_make import for_transformers
 from tiny_models import HIDDEN
 
+from fpo_mlx.cli import main
 from fpo_mlx.config import Sampling, load_config
 from fpo_mlx.data.feature_files import read_steering
 from fpo_mlx.errors import ConfigError
@@ -143,6 +145,20 @@ def test_an_answer_that_was_cut_is_told(place):
         assert chat.cut == 3
     for command in ("chat", "compare"):
         assert "[default: 512]" in " ".join(run(command, "--help-all").stdout.split())
+
+
+def test_bytes_that_are_no_text_are_asked_as_far_as_they_are(place):
+    """It was a traceback, at whatever line they came."""
+    words = ["chat", "--model", str(place / "model"), "--max-tokens", "3", "--temp", "0"]
+    done = CliRunner().invoke(main, words, input=b"hi\xff\xfe\nok\n")
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("cut after 3 tokens") == 2
+
+
+def test_a_command_that_is_misspelt_is_not_asked_of_the_model(place):
+    words = ["chat", "--model", place / "model", "--max-tokens", 3]
+    refused(run(*words, "--prompt", "/qiut"), 1, "/qiut: no such command", "/quit ends")
+    assert run(*words, "--prompt", "/etc/hosts?").exit_code == 0
 
 
 @pytest.mark.parametrize(
