@@ -19,7 +19,7 @@ SCORES = (
     ("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating"),
     ("rating_chosen", "rating_rejected"),
 )  # fmt: skip
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _ONE = ("response", "completion", "answer")  # of a row that is no pair
 _MANY = ("responses", "completions", "answers", "generations", "outputs")
 _JUDGED = ("label", "score", "helpfulness", "rating", "reward", "labels", "scores", "ratings",
@@ -62,7 +62,7 @@ _DUELS: tuple[tuple[str, str, str, Callable[[Any], int | None]], ...] = (
 
 def as_pair(record: Mapping, columns: Any) -> Mapping:
     """The record with its parts under the names of `columns`. Raises RowFault."""
-    media = next((name for name in _MEDIA if name in record and _holds(record[name])), None)
+    media = next((name for name in MEDIA if name in record and _holds(record[name])), None)
     if media is not None:
         what = f"the row has {media}; only texts can be trained on here"
         raise RowFault("wrong type", f"{what}. Take the column out if the texts do without it")

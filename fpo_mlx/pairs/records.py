@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fpo_mlx.data.layouts import MEDIA, PROMPTS
 from fpo_mlx.data.messages import conversation_in, kind, messages
 from fpo_mlx.data.rows import RowFault, Turns, parse_row
 from fpo_mlx.errors import DataError
@@ -30,6 +31,8 @@ PERSON = "person"  # the judge of votes from the page
 VERDICTS = ("a", "b", "tie", "both_bad", "skip", "unreadable")
 LARGEST = 1e300  # score; differences of two stay finite
 ORDERS = ("ab", "ba", "none")
+# what a prompt is read from, or would be left out of it
+_ASKED = ("prompt", *PROMPTS, "input", "history", "system", "tools", *MEDIA)
 MOST = 65  # candidates of one prompt: what `pairs generate` may make, and a person's
 
 Key = tuple[str, int, int, str, str, str | None]
@@ -166,13 +169,14 @@ def prompt_id(rendered: str) -> str:
 
 
 def parse_prompt(record: Mapping[str, Any], where: str) -> Prompt:
-    """A prompt as rows of data write it: text, messages or a transcript, with system and tools.
+    """A prompt as rows of data write it: text, messages or a transcript, with system and tools,
+    where there is no `prompt` under one of the other names that data have for it.
 
     An `answer`, or the `chosen` of a finished pair, is a person's answer.
     Raises: DataError.
     """
-    known = {name: record[name] for name in ("prompt", "system", "tools") if name in record}
-    if known.get("prompt") is None:
+    known = {name: record[name] for name in _ASKED if name in record}
+    if all(known.get(name) is None for name in ("prompt", *PROMPTS)):
         raise DataError(f"{where}: no 'prompt' (the row has: {', '.join(map(str, record))[:80]}).")
     try:
         row = parse_row(known | {"chosen": "a", "rejected": "b"}, where=where)

@@ -13,6 +13,7 @@ mx = pytest.importorskip("mlx.core")
 from command_line import lines, refused, run  # noqa: E402
 from evaluated import own_cache, place  # noqa: E402, F401
 
+from fpo_mlx.errors import DataError  # noqa: E402
 from fpo_mlx.pairs.prompts import check_prompts, read_prompts  # noqa: E402
 
 PROMPTS = ["Why?", "Who are you, and where do you come from?", "Name it."] + [
@@ -206,6 +207,37 @@ def test_rows_of_prompts_are_read_from_every_file_that_data_is_read_from(tmp_pat
     (tmp_path / name).write_text(content)
     (found,) = read_prompts(tmp_path / name)
     assert found.fields == {"prompt": "Why?"}
+
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+         {"role": "user", "content": "Why?\nHere."}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [({"instruction": "Why?", "completions": [{"response": "So."}], "source": "x"},
+      [{"role": "user", "content": "Why?"}]),
+     ({"instruction": "Why?", "input": "Here.", "history": [["Hi", "Hello."]], "output": ["a"]},
+      TURNS),
+     ({"messages": TURNS, "completion": "So.", "label": True}, TURNS),
+     ({"prompt": "Why?", "context": "Other words."}, [{"role": "user", "content": "Why?"}])],
+)  # fmt: skip
+def test_rows_of_data_that_are_no_pairs_are_prompts_under_the_names_that_data_have(
+    tmp_path, row, turns
+):
+    """`train` refuses them with the advice to have them answered anew."""
+    (prompt,) = read_prompts(lines(tmp_path / "p.jsonl", row))
+    assert list(prompt.turns) == turns
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [({"question": "Why?", "context": "A passage."}, "question and context differ"),
+     ({"question": "What is this?", "image": {"bytes": "iVBO"}}, "the row has image")],
+)  # fmt: skip
+def test_a_prompt_of_which_a_part_would_be_left_out_is_refused(tmp_path, row, said):
+    with pytest.raises(DataError, match=rf"p\.jsonl:1: {said}"):
+        list(read_prompts(lines(tmp_path / "p.jsonl", row)))
 
 
 def test_a_model_of_other_caches_answers_one_after_the_other(tmp_path, prompts, monkeypatch):
