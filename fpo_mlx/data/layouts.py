@@ -197,13 +197,13 @@ def whole_prompt(record: Mapping, columns: Any) -> Any:
 
 
 def prompt_of(record: Mapping, columns: Any) -> Any:
-    """The prompt column, or where it is absent one of those that other sets keep it in.
+    """Where `whole_prompt` found nothing: one of the columns that other sets keep the prompt in.
 
     Raises RowFault where another of them holds words that would be left out.
     """
-    whole, given = whole_prompt(record, columns), record.get(columns.prompt)
-    if whole is not None or columns.prompt != "prompt":
-        return given if whole is None else whole
+    given = record.get(columns.prompt)
+    if columns.prompt != "prompt":
+        return given
     names = [name for name in PROMPTS if filled(record.get(name))]
     if not names:
         return given

@@ -218,17 +218,11 @@ def _by_reward(reward: Reward, settings: JudgeConfig) -> Judge:
     name = reward_name(str(settings.reward))
 
     def judge(one: Candidates, tasks: list[Task]) -> Iterator[Verdict]:
-        numbers = sorted({n for a, b, _ in tasks for n in (a, b)})
-        texts = [one.candidates[n].text for n in numbers]
-        scores = dict(
-            zip(numbers, reward.scores(one.prompt.text, texts, f"id {one.id}"), strict=True)
-        )
+        numbers, texts = _answers(one, tasks)
+        found = reward.scores(one.prompt.text, texts, f"id {one.id}")
+        scores = dict(zip(numbers, found, strict=True))
         for a, b, order in tasks:
-            x, y = scores[a], scores[b]
-            side = "tie" if x == y else "a" if x > y else "b"
-            yield Verdict(
-                one.id, a, b, order, side, name, score_a=x, score_b=y, time=time.time()
-            )  # fmt: skip
+            yield _by_score(one, (a, b, order), name, scores[a], scores[b])
 
     return judge
 
@@ -240,18 +234,28 @@ def _by_features(path: Path, settings: JudgeConfig, say: Say) -> tuple[str, tupl
     name = f"features:{sha256_of(path)[:8]}"
 
     def judge(one: Candidates, tasks: list[Task]) -> Iterator[Verdict]:
-        numbers = sorted({n for a, b, _ in tasks for n in (a, b)})
-        found = score(one.prompt.turns, one.prompt.tools, [one.candidates[n].text for n in numbers])
+        numbers, texts = _answers(one, tasks)
+        found = score(one.prompt.turns, one.prompt.tools, texts)
         parts = {n: reward.parts(s) for n, s in zip(numbers, found, strict=True)}
         for a, b, order in tasks:
             x, y = float(parts[a].sum()), float(parts[b].sum())
-            side = "tie" if x == y else "a" if x > y else "b"
-            yield Verdict(
-                one.id, a, b, order, side, name, p=1 / (1 + math.exp(min(y - x, 700.0))),
-                score_a=x, score_b=y, raw=reward.why(parts[a] - parts[b]), time=time.time(),
-            )  # fmt: skip
+            made = _by_score(one, (a, b, order), name, x, y)
+            p, why = 1 / (1 + math.exp(min(y - x, 700.0))), reward.why(parts[a] - parts[b])
+            yield replace(made, p=p, raw=why)
 
     return name, ("none",), judge
+
+
+def _answers(one: Candidates, tasks: list[Task]) -> tuple[list[int], list[str]]:
+    """The answers that are compared, each once: their numbers and texts."""
+    numbers = sorted({n for a, b, _ in tasks for n in (a, b)})
+    return numbers, [one.candidates[n].text for n in numbers]
+
+
+def _by_score(one: Candidates, task: Task, name: str, x: float, y: float) -> Verdict:
+    """The higher score of the two wins."""
+    side = "tie" if x == y else "a" if x > y else "b"
+    return Verdict(one.id, *task, side, name, score_a=x, score_b=y, time=time.time())
 
 
 def _by_endpoint(endpoint: Endpoint, criteria: str, name: str) -> Judge:

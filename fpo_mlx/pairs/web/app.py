@@ -42,8 +42,6 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self._app(scope, receive, send)
             return
         refusal = self._refusal(Request(scope))
         app = self._app if refusal is None else refusal
