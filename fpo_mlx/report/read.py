@@ -11,6 +11,7 @@ from typing import Any
 
 from fpo_mlx.errors import FpoError
 from fpo_mlx.records import BASE, PAIRS_FILE, ROUND_FILE
+from fpo_mlx.report.names import unique_names
 from fpo_mlx.storage import files
 from fpo_mlx.storage.adapter_files import CONFIG, EARLIER, RUN, WEIGHTS, run_of
 from fpo_mlx.storage.outputs import same_place
@@ -42,6 +43,7 @@ class Run:
     results: Mapping[str, Result] = field(default_factory=dict)  # evaluate, features, compare
     pairs: Mapping[str, Any] = field(default_factory=dict)  # pairs.json of its data
     round: Mapping[str, Any] = field(default_factory=dict)  # round.json, of `fpo-mlx rounds`
+    best: Sequence[Run] = ()  # its best/, where that has figures of its own
     faults: tuple[str, ...] = ()  # files that could not be read
 
     @property
@@ -231,18 +233,6 @@ def _ends_in(folder: Path, parts: Sequence[str]) -> bool:
     return same_place(folder.parents[len(parts) - 1].joinpath(*parts), folder)
 
 
-def unique_names(paths: Sequence[Path]) -> list[str]:
-    """Folder names, with as much of the path before them as tells them apart."""
-    full = [path.resolve() for path in paths]
-    depth = 1
-    while depth < 8:
-        names = ["/".join(path.parts[-depth:]) for path in full]
-        if len(set(names)) == len(set(full)):
-            break
-        depth += 1
-    return [f"{n} ({i + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
-
-
 def read_run(path: Path, name: str) -> Run:
     """One folder. Raises FpoError when it is not there or holds no run."""
     if not path.is_dir():
@@ -268,7 +258,17 @@ def read_run(path: Path, name: str) -> Run:
     run = Run(name, path, record, adapter, digest, train, valid, skipped, landed)
     results = _results(run, faults)
     pairs, around = _pairs_of(path, record, faults), _mapping(path.parent / ROUND_FILE, faults)
-    return replace(run, results=results, pairs=pairs, round=around, faults=tuple(faults))
+    best = _best_of(run, faults)
+    return replace(run, results=results, pairs=pairs, round=around, best=best, faults=tuple(faults))
+
+
+def _best_of(run: Run, faults: list[str]) -> Sequence[Run]:
+    """What lies in best/ of the adapters that are there now."""
+    path = run.path / "best"
+    own = Run(f"{run.name}/best", path, run.record, digest=files.known_digest(path / WEIGHTS))
+    found = _results(own, faults) if own.digest else {}
+    within = {k: r for k, r in found.items() if r.path.parent == path and not r.stale}
+    return [replace(own, results=within)] if within else ()
 
 
 def _pairs_of(path: Path, record: Mapping[str, Any], faults: list[str]) -> Mapping[str, Any]:

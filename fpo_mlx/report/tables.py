@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fpo_mlx.config import PRESETS, options
+from fpo_mlx.config import PRESETS, default_of, options
 from fpo_mlx.records import COLLAPSE
 from fpo_mlx.report.plots import value_of
 from fpo_mlx.report.read import Run, figure, on_training, part, scale_of, standing
@@ -237,7 +237,11 @@ def _held(settings: Mapping[str, Any]) -> str:
 
 
 def evaluation(runs: Sequence[Run]) -> tuple[Table | None, Table | None]:
-    """(what matters, everything else): metrics down, runs across, the base where there is one."""
+    """(what matters, everything else): metrics down, runs across, the base where there is one.
+
+    A best/ that has figures of its own stands beside its run.
+    """
+    runs = [one for run in runs for one in (run, *run.best)]
     training = {on_training(judged(run)) for run in runs if summary_of(run)}
     told = len(training) > 1
 
@@ -319,10 +323,7 @@ def settings(runs: Sequence[Run]) -> tuple[Table | None, Table | None]:
 def defaults(run: Run) -> Mapping[str, Any]:
     """What every setting is where nobody says anything else, under the run's preset."""
     preset = PRESETS.get(str(run.settings.get("objective")), {})
-    plain = {f.name: f.default for f in options().values()}
-    plain |= {
-        f.name: f.default_factory() for f in options().values() if callable(f.default_factory)
-    }
+    plain = {name: default_of(field) for name, field in options().items()}
     return {**plain, "objective": "fpo", **preset}
 
 

@@ -20,8 +20,9 @@ from fpo_mlx.cli import main
 from fpo_mlx.errors import FpoError
 from fpo_mlx.report import read_runs, render
 from fpo_mlx.report.findings import missing, warnings
+from fpo_mlx.report.names import unique_names
 from fpo_mlx.report.plots import POINTS, Line, _spans, draw, points
-from fpo_mlx.report.read import Run, kind_of, unique_names
+from fpo_mlx.report.read import Run, kind_of
 from fpo_mlx.report.rounds import rounds
 from fpo_mlx.report.tables import objective
 

@@ -240,6 +240,26 @@ def test_a_result_of_another_adapter_is_left_out_and_it_is_said(tmp_path, kind):
     assert "another adapter" not in said(read_runs([run])[0])
 
 
+def test_figures_in_best_have_a_column_beside_the_run_as_long_as_they_are_of_what_lies_there(
+    tmp_path,
+):
+    """The next command that `train` prints writes them there, where best/ is better."""
+    run, own = trained(tmp_path / "run", b"run")
+    (run / "best").mkdir()
+    (run / "best" / "adapters.safetensors").write_bytes(b"best")
+    told = {"adapter_path": str(run / "best"), "adapter_sha256": sha256(b"best")}
+    write(run / "best" / "evaluate.json", summary(2) | told)
+    for head in (["Metric", "run/best"], ["Metric", "run", "run/best"]):
+        table, _ = evaluation(read_runs([run]))
+        assert table is not None
+        assert list(table.head) == head
+        write(run / "evaluate.json", summary(1) | own)
+    (run / "best" / "adapters.safetensors").write_bytes(b"later")
+    table, _ = evaluation(read_runs([run]))
+    assert table is not None
+    assert list(table.head) == ["Metric", "run"]
+
+
 def test_a_file_of_several_adapters_gives_a_run_the_row_of_its_present_adapters(tmp_path):
     run, own = trained(tmp_path / "run", b"now")
     rows = [own | {"adapter_sha256": sha256(b"then")}, own | {"adapter_path": "copy"},
