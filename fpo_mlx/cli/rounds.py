@@ -15,7 +15,7 @@ from fpo_mlx.cli.options import (
     overwrite_json_option,
     write_json,
 )
-from fpo_mlx.cli.show import say, table
+from fpo_mlx.cli.show import Whole, say, table
 from fpo_mlx.cli.train import on_signal_within
 from fpo_mlx.config import load_section
 from fpo_mlx.errors import ConfigError
@@ -42,7 +42,7 @@ def rounds(config, json_path) -> None:
 
     if config is None:
         raise ConfigError("--config is missing: give the YAML file that describes the rounds.")
-    found = pipeline.rounds(config, say=say, stopping=on_signal_within)
+    found = pipeline.rounds(config, say=say, show=Whole(), stopping=on_signal_within)
     root = Path(load_section(RoundsConfig, {}, config).output)
     table(
         [

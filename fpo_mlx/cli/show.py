@@ -190,7 +190,7 @@ class Progress:
 
 
 class Whole(Progress):
-    """One bar for several parts, with the time that is left; on a terminal only."""
+    """Of several parts one bar, if any, with the time that is left; on a terminal only."""
 
     @unheard()
     def so_far(self, share: float) -> None:

@@ -17,16 +17,17 @@ def report_page(runs: Sequence[Path], results: Sequence[Path] = ()) -> str:
     return pages.render(pages.read_runs(runs, results), made=f"{datetime.now():%Y-%m-%d %H:%M}")
 
 
-def verdict(run: Path) -> list[str]:
-    """What a run's own validations say of it, and the next commands, line by line.
+def verdict(run: Path, *, commands: bool = True) -> list[str]:
+    """What a run's own validations say of it, and (commands) the next commands, line by line.
 
     A run that is done fails by nothing that is in its folder.
     """
     from fpo_mlx.report.read import read_run
+    from fpo_mlx.report.verdict import measured
     from fpo_mlx.report.verdict import verdict as lines_of
 
     try:
-        return lines_of(read_run(run, run.name))
+        return (lines_of if commands else measured)(read_run(run, run.name))
     except FpoError as error:
         return [f"no verdict: {error}"]
 

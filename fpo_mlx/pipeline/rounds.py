@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,12 +30,15 @@ from fpo_mlx.pipeline.job import Say, check_sae_named, open_saes
 from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
 from fpo_mlx.pipeline.pairs_generate import pairs_generate
 from fpo_mlx.pipeline.pairs_judge import check_judge, pairs_judge
+from fpo_mlx.pipeline.report import verdict
 from fpo_mlx.pipeline.train import Stop, Stopping, train
 from fpo_mlx.pipeline.wins import SIDES, unjudged
 from fpo_mlx.records import ROUND_FILE
 from fpo_mlx.storage import files, lines, outputs
 from fpo_mlx.storage.hub import read_config, resolve_model
+from fpo_mlx.train.events import Report
 
+Show = Callable[[Report], None]
 DONE = ROUND_FILE
 ROUNDS = outputs.Made("rounds", r"round-\d+/|settings\.json", mark="settings.json")
 DRIFT = "logps_per_token/chosen_change"
@@ -67,13 +71,14 @@ class Round:
 
 
 def rounds(
-    path: Path, *, say: Say, stopping: Stopping = lambda: nullcontext(lambda: lambda: None)
-) -> list[Round]:
+    path: Path, *, say: Say, show: Show = lambda report: None,
+    stopping: Stopping = lambda: nullcontext(lambda: lambda: None),
+) -> list[Round]:  # fmt: skip
     """Run the rounds that the YAML file describes; a stopped run goes on at the step it was in.
 
     They end early when the held-out win rate's interval is not above 50 %, or drift passes
-    max_drift. stopping: ends a round's training after the update in work, all of it saved.
-    Raises: ConfigError, Interrupted, and whatever the steps raise.
+    max_drift. show: gets each report of a training. stopping: ends a round's training after the
+    update in work, all of it saved. Raises: ConfigError, Interrupted, and whatever the steps raise.
     """
     settings = load_section(RoundsConfig, {}, path)
     parts = _check(settings, say)
@@ -84,7 +89,8 @@ def rounds(
     for number in range(1, settings.rounds + 1):
         folder = root / f"round-{number}"
         say(f"--- round {number} of {settings.rounds}, in {folder}")
-        found.append(_round(settings, parts, number, folder, adapter, held_out, say, stopping))
+        training = partial(_train, say=say, show=show, stopping=stopping)
+        found.append(_round(settings, parts, number, folder, adapter, held_out, say, training))
         adapter, held_out = folder / "adapters", folder / "held-out.jsonl"
         if why := _end(found[-1], settings):
             say(f"round {number} is the last: {why}")
@@ -158,7 +164,7 @@ def _alike(name: str, one: Any, other: Any) -> bool:
 
 def _round(
     settings: RoundsConfig, parts: tuple[JudgeConfig, BuildConfig], number: int, folder: Path,
-    adapter: Path | None, before: Path, say: Say, stopping: Stopping,
+    adapter: Path | None, before: Path, say: Say, training: Callable[[RunConfig], None],
 ) -> Round:  # fmt: skip
     if (folder / DONE).exists():
         record = files.parse_json((folder / DONE).read_text(encoding="utf-8"))
@@ -174,7 +180,7 @@ def _round(
     about = files.parse_json((folder / "pairs" / ABOUT).read_text(encoding="utf-8"))
     data = _with_old(settings, number, folder)
     start = adapter if settings.start == "previous" else None
-    _train(_training(settings, data, folder / "adapters", start), say, stopping)
+    training(_training(settings, data, folder / "adapters", start))
     drift = _drift(folder / "adapters")
     after = _answers(settings, folder, folder / "adapters", settings.held_out, "held-out", say)
     win_rate, interval = _against(before, after, judge, folder, say)
@@ -218,7 +224,7 @@ def _training(settings: RoundsConfig, data: Path, adapter: Path, start: Path | N
     return load_config(given)
 
 
-def _train(config: RunConfig, say: Say, stopping: Stopping) -> None:
+def _train(config: RunConfig, say: Say, show: Show, stopping: Stopping) -> None:
     """Raises: Interrupted where it was asked to stop, though it may have been at its end."""
     asked: list[Stop] = []
 
@@ -229,9 +235,7 @@ def _train(config: RunConfig, say: Say, stopping: Stopping) -> None:
     with stopping() as install_stop:
         try:
             for report in train(config, say=say, install_stop=install):
-                iteration, loss = getattr(report, "iteration", None), getattr(report, "loss", None)
-                if loss is not None:
-                    say(f"{iteration:>6}  loss {loss:.4f}")
+                show(report)
             code = next((stop() for stop in asked), None)
         except Interrupted as stopped:
             code = stopped.exit_code
@@ -241,6 +245,8 @@ def _train(config: RunConfig, say: Say, stopping: Stopping) -> None:
             "goes on.",
             code,
         )
+    for line in verdict(Path(config.train.adapter_path), commands=False):
+        say(line)
 
 
 def _drift(adapter: Path) -> float | None:

@@ -28,15 +28,16 @@ STILL = 2e-3  # of a log-prob: twice what rounding to half precision alone may c
 HELD = "Hold some back (--valid-share 0.05) and train again, or evaluate on pairs of your own."
 
 
-def verdict(run: Run) -> list[str]:
-    """Lines for the end of a training: what was measured, what to beware of, what comes next."""
+def measured(run: Run) -> list[str]:
+    """Lines for the end of a training: what was measured, what to beware of."""
     own = replace(run, results={})  # they are of adapters before, or say no more than the run
-    lines = [
-        *held_out(run),
-        *(f"warning: {said}" for said in findings.collapse(own)),
-    ]
+    return [*held_out(run), *(f"warning: {said}" for said in findings.collapse(own))]
+
+
+def verdict(run: Run) -> list[str]:
+    """The same, and what comes next."""
     other = f" ({HELD_OUT} is your file of other pairs)" if of_others(run) else ""
-    return [*lines, f"Next{other}:", *(f"  {command}" for command in commands(run))]
+    return [*measured(run), f"Next{other}:", *(f"  {command}" for command in commands(run))]
 
 
 def held_out(run: Run) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from fpo_mlx.errors import ConfigError, DataError  # noqa: E402
 from fpo_mlx.pairs.records import HUMAN, read_verdicts  # noqa: E402
 from fpo_mlx.pairs.settings import JudgeConfig, RoundsConfig  # noqa: E402
 from fpo_mlx.pipeline.rounds import _training  # noqa: E402
+from fpo_mlx.train.events import SkippedReport, StepReport  # noqa: E402
 
 
 def write(place, root, **changes):
@@ -97,7 +99,7 @@ def test_a_run_that_lost_its_later_steps_makes_them_again_alike(place, tmp_path,
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_signal_ends_a_round_s_training_with_all_of_it_saved(place, tmp_path, monkeypatch, at):
     """It lost what was trained since --save-every; at 2 it came in the last update."""
-    command = importlib.import_module("fpo_mlx.cli.rounds")
+    show = importlib.import_module("fpo_mlx.cli.show")
     before = signal.getsignal(signal.SIGTERM)
 
     def end(text):
@@ -106,13 +108,36 @@ def test_a_signal_ends_a_round_s_training_with_all_of_it_saved(place, tmp_path, 
 
     path = write(place, tmp_path, rounds=1)
     with monkeypatch.context() as patched:
-        patched.setattr(command, "say", end)
+        patched.setattr(show, "say", end)
         refused(run("rounds", "-c", path), 143, "stopped in training", "The same command goes on")
     assert signal.getsignal(signal.SIGTERM) is before
     assert not (tmp_path / "rounds/round-1/held-out.jsonl").exists()
     again = run("rounds", "-c", path)
     assert again.exit_code == 0, again.stderr
     assert f"resumed after iteration {at}" in again.stderr
+
+
+def test_rounds_say_of_a_training_what_train_says(place, tmp_path, monkeypatch):
+    """Warnings and updates left out were swallowed, and validations looked like updates."""
+    always(monkeypatch)
+    module = importlib.import_module("fpo_mlx.pipeline.rounds")
+    real = module.train
+
+    def train(config, **rest):
+        for report in real(config, **rest):
+            warned = isinstance(report, StepReport)
+            yield replace(report, warnings=("it moves",)) if warned else report
+        yield SkippedReport(3, "a loss of nan", 1)
+
+    monkeypatch.setattr(module, "train", train)
+    settings = {"objective": "dpo", "iters": 1, "batch_size": 1, "steps_per_eval": 1}
+    build = {"force": True, "keep_cut": True, "near_duplicates": 1.0, "valid_share": 0.2}
+    done = run("rounds", "-c", write(place, tmp_path, rounds=1, train=settings, build=build))
+    assert done.exit_code == 0, done.stderr
+    for part in ("warning: it moves", "1  loss ", "1  valid ", "acc ", "update left out: a loss",
+                 "held-out pairs before -> after 1 iterations"):  # fmt: skip
+        assert part in done.stderr
+    assert "Next" not in done.stderr
 
 
 def test_rounds_end_where_nothing_is_won(place, tmp_path):
