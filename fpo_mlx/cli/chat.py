@@ -13,12 +13,12 @@ import click
 
 from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
-    PATH,
     READ,
     READING,
     adapter_scale_option,
     gather,
     gather_sampling,
+    labels_option,
     sampling_options,
     settings,
 )
@@ -46,7 +46,7 @@ HELP = "/steer 812=+4,97=0 steers (alone: ends it), /reset forgets, /quit ends"
     "--show-features", type=click.IntRange(min=0), default=0, metavar="N",
     help="Show the N strongest features behind each token.",
 )  # fmt: skip
-@click.option("--labels", type=PATH, help="What features mean: JSON, YAML, CSV or Neuronpedia's.")
+@labels_option
 @click.option("--system", help="System message of the conversation.")
 @click.option("--prompt", "prompts", multiple=True, help="Ask this and end; repeatable.")
 @sampling_options(ChatSampling)

@@ -18,6 +18,7 @@ from fpo_mlx.cli.options import (
     csv_option,
     gather,
     json_option,
+    labels_option,
     overwrite_option,
     pairs_looked_at,
     preset_option,
@@ -33,9 +34,6 @@ from fpo_mlx.judge import SORTS
 from fpo_mlx.judge.scaling import in_words
 from fpo_mlx.records import result_file
 
-labels_option = click.option(
-    "--labels", type=PATH, help="What features mean: JSON, YAML or CSV, or Neuronpedia's export."
-)
 examples_option = click.option(
     "--examples", type=click.IntRange(min=0), default=3, show_default=True,
     help="Contexts to show of each feature; 0 for none.",

@@ -13,6 +13,7 @@ from fpo_mlx.cli.options import (
     csv_option,
     gather,
     json_option,
+    labels_option,
     overwrite_option,
     pairs_looked_at,
     put,
@@ -49,7 +50,7 @@ SHARE = click.FloatRange(0, 1, min_open=True)
 @click.option(
     "--contexts", is_flag=True, help="Let the model read the examples, to show the tokens."
 )
-@click.option("--labels", type=PATH, help="What features mean: JSON, YAML, CSV or Neuronpedia's.")
+@labels_option
 @click.option(
     "--doubles", type=SHARE, default=DataAsked.doubles, show_default=True,
     help="Cosine of the features from which two pairs are near doubles.",

@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from fpo_mlx.cli.features import labels_option
 from fpo_mlx.cli.help import Command
 from fpo_mlx.cli.options import (
     PATH,
@@ -14,6 +13,7 @@ from fpo_mlx.cli.options import (
     claims,
     gather,
     json_option,
+    labels_option,
     overwrite_option,
     pairs_looked_at,
     settings,

@@ -84,6 +84,9 @@ backend_option = click.option(
     "--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True,
     help="What runs the reference model.",
 )  # fmt: skip
+labels_option = click.option(
+    "--labels", type=PATH, help="What features mean: JSON, YAML, CSV or Neuronpedia's export."
+)
 device_option = click.option("--device", help="Device of the torch backend: cpu, cuda, mps.")
 
 

@@ -18,15 +18,13 @@ from fpo_mlx.cli.options import (
     section_options,
     write_json,
 )
-from fpo_mlx.cli.show import listing, say, table
+from fpo_mlx.cli.show import duration, listing, say, table, terms, verdict
 from fpo_mlx.config import load_section
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs.settings import GenerateConfig
 
 if TYPE_CHECKING:
     from fpo_mlx.pipeline.pairs_plan import Cost
-
-GB = 1e9
 
 
 @click.command(cls=Command)
@@ -70,13 +68,9 @@ def plan(config, judge, criteria, compare, memory_gb, json_path, **values) -> No
 
 
 def _cost(cost: Cost, memory: float) -> None:
-    minutes = cost.seconds / 60
-    whole = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
-    verdict = "fits" if cost.fits else "DOES NOT FIT"
-    click.echo(
-        f"peak {cost.peak / GB:.2f} GB, {verdict} into {memory / GB:.2f} GB; at most about {whole}"
-    )
-    table((f"  {term.name}", f"{term.bytes / GB:.3f} GB") for term in cost.terms)
+    found = verdict(cost.peak, cost.fits, memory)
+    click.echo(f"{found}; at most about {duration(cost.seconds)}")
+    terms(cost.terms)
 
 
 @click.command(cls=Command)

@@ -16,13 +16,11 @@ from fpo_mlx.cli.options import (
     settings,
     write_json,
 )
-from fpo_mlx.cli.show import say, table
+from fpo_mlx.cli.show import GB, duration, say, terms, verdict
 from fpo_mlx.config import DataConfig, Objective, ReferenceConfig, TrainConfig
 
 if TYPE_CHECKING:
     from fpo_mlx.pipeline.plan import CommandPlan
-
-GB = 1e9
 
 
 @click.command(cls=Command)
@@ -51,14 +49,9 @@ def plan(memory_gb, json_path, **values) -> None:
         f"{longest.rejected} tokens"
     )
     for name, command in (("precompute", report.precompute), ("train", report.train)):
-        verdict = "fits" if command.fits else "DOES NOT FIT"
-        click.echo(
-            f"\n{name}: peak {command.peak / GB:.2f} GB, {verdict} into "
-            f"{report.memory / GB:.2f} GB; {_time(command)}"
-        )
-        table(
-            (f"  {term.name}", f"{term.bytes / GB:.3f} GB") for term in command.terms if term.bytes
-        )
+        found = verdict(command.peak, command.fits, report.memory)
+        click.echo(f"\n{name}: {found}; {_time(command)}")
+        terms(command.terms)
     if report.kept:
         click.echo(
             f"\nbeside it MLX keeps up to {report.kept / GB:.2f} GB of freed buffers while there "
@@ -74,6 +67,4 @@ def _time(command: CommandPlan) -> str:
     each = f"about {command.seconds_per_pair:.2g} s per pair"
     if command.seconds is None:
         return each
-    minutes = command.seconds / 60
-    whole = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
-    return f"{each}, {whole} in all"
+    return f"{each}, {duration(command.seconds)} in all"

@@ -25,6 +25,7 @@ from fpo_mlx.train.events import (
     ValidReport,
 )
 
+GB = 1e9
 TAB = 4  # cells
 GONE = (errno.EIO, errno.EPIPE)  # what writing to a closed terminal or pipe ends in
 TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # a line's direction
@@ -289,6 +290,22 @@ def number(value: Any) -> str:
         interval = len(value) == 2 and all(isinstance(v, float) for v in value)
         return (" … " if interval else ", ").join(number(v) for v in value)
     return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def verdict(peak: float, fits: bool, memory: float) -> str:
+    """Whether a command fits, all in bytes."""
+    into = "fits" if fits else "DOES NOT FIT"
+    return f"peak {peak / GB:.2f} GB, {into} into {memory / GB:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+
+
+def terms(found: Iterable[Any]) -> None:
+    """What a peak is made of, a line each."""
+    table((f"  {term.name}", f"{term.bytes / GB:.3f} GB") for term in found if term.bytes)
 
 
 def listing(values: Mapping[str, Any]) -> None:

@@ -57,9 +57,8 @@ def _smaller(command: str, options: Collection[str], kind: str) -> list[str]:
 
 def _going_on(command: str, options: Collection[str]) -> list[str]:
     if command == SAE_TRAIN:
-        return [
-            "The last checkpoint is whole: --resume goes on from it, with none of these changed."
-        ]
+        whole = "The last checkpoint is whole: --resume goes on from it"
+        return [f"{whole}; none of these may change there."]
     if command in RESUME:
         free = "grad_checkpoint" in options
         may = ", and may take --grad-checkpoint, but no other --micro-batch-size" if free else ""

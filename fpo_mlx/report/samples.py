@@ -44,7 +44,7 @@ class Answers:
 def features(run: Run) -> Table | None:
     """The features that moved most, as the file orders them."""
     found = run.results.get("features")
-    rows = _rows(found.value if found else None, ("features",))
+    rows = _rows(found.value if found else None, "features")
     if not found or not rows:
         return None
     shown = rows[:FEATURES]
@@ -62,12 +62,11 @@ def features(run: Run) -> Table | None:
     return Table(f"Features that moved: {run.name}", head, cells, note=" ".join(notes), links=links)
 
 
-def _rows(value: Any, names: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The list of records under the first of these names."""
-    for name in names:
-        found = value.get(name) if isinstance(value, Mapping) else None
-        if isinstance(found, Sequence) and not isinstance(found, str):
-            return [row for row in found if isinstance(row, Mapping)]
+def _rows(value: Any, name: str) -> list[Mapping[str, Any]]:
+    """The list of records under this name."""
+    found = value.get(name) if isinstance(value, Mapping) else None
+    if isinstance(found, Sequence) and not isinstance(found, str):
+        return [row for row in found if isinstance(row, Mapping)]
     return []
 
 
@@ -103,7 +102,7 @@ def _cell(value: Any) -> str:
 
 def answers(run: Run) -> Answers | None:
     found = run.results.get("compare")
-    rows = _rows(found.value if found else None, ("prompts",))
+    rows = _rows(found.value if found else None, "prompts")
     made = [a for row in rows if (a := _answer(row, run))]
     return Answers(run.name, made[:ANSWERS], max(0, len(made) - ANSWERS)) if made else None
 
