@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from fpo_mlx.config import Objective, advice
 from fpo_mlx.errors import FpoError
 from fpo_mlx.records import COLLAPSE
 from fpo_mlx.report.commands import command
+from fpo_mlx.report.plots import value_of
 from fpo_mlx.report.read import Run, figure, on_training
 from fpo_mlx.report.tables import (
     chosen_drop,
@@ -25,6 +26,7 @@ from fpo_mlx.report.tables import (
 )
 
 LENGTH_GAP = 0.15  # of accuracy between pairs whose chosen is longer and the others
+OFF_TARGET = 0.1  # of a target: a drift within that is one that was reached
 FEW = 9.5  # pairs; share * n is 10 to rounding
 
 
@@ -62,6 +64,7 @@ def _of_one(run: Run) -> Iterator[str]:
         )
     yield from _unfinished(run)
     yield from _landed(run)
+    yield from missed(run)
     yield from collapse(run)
     yield from _length(run)
     yield from _judged_otherwise(run)
@@ -117,6 +120,50 @@ def saved_part(run: Run) -> str:
         f"{text(run.end.get('pairs'))} validation pairs {what} {number(after, 3)}{unit}, wanted "
         f"{number(target, 3)}; with the whole change {number(before, 3)}"
     )
+
+
+def missed(run: Run) -> Iterator[str]:
+    """That what was saved moved by more or less than --target-drift or --target-kl named."""
+    for name, figure_of in (("drift", "drift/rejected"), ("kl", "kl/rejected")):
+        target, (seen, pairs) = figure(run.settings.get(f"target_{name}")), _last_of(run, figure_of)
+        if not target or target < 0 or seen is None or not 0 < seen < math.inf:
+            continue
+        moved = math.sqrt(seen) if name == "drift" else seen
+        if abs(moved / target - 1) <= OFF_TARGET:
+            continue
+        what, unit = ("features move", "of their size") if name == "drift" else ("it is", "nats")
+        yield (
+            f"--target-{name} {number(target)} was not reached: on {pairs} {what}"
+            f"{' by' if name == 'drift' else ''} {number(moved, 3)} {unit}, "
+            f"{number(moved / target, 2)} times as far. {_nearer(run, name, moved > target)}."
+        )
+
+
+def _last_of(run: Run, key: str) -> tuple[float | None, str]:
+    """A figure of what was saved, as near as the run measured it, and the pairs that it is of."""
+    if last := run.end or _newer(run.valid, run.train):
+        return value_of(last, key), f"{text(last.get('pairs'))} validation pairs"
+    return value_of(run.train[-1], key) if run.train else None, "the last report's training pairs"
+
+
+def _newer(
+    valid: Sequence[Mapping[str, Any]], train: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """The last validation, unless training went on from there."""
+    if not valid:
+        return {}
+    seen, ended = ((value_of(one, "iteration") or 0.0) for one in (valid[-1], (train or valid)[-1]))
+    return valid[-1] if seen >= ended else {}
+
+
+def _nearer(run: Run, name: str, too_far: bool) -> str:
+    """What helps against a target that was missed."""
+    rate = advice.rate_of(run.settings.get("lr_schedule"))
+    if not too_far:
+        return f"Train longer (--resume with more --iters), or raise {rate}"
+    if run.settings.get("init_adapter"):
+        return f"Lower {rate}, or train for less long"
+    return f"`fpo-mlx fuse --target-{name}` takes the part of the change within it; or lower {rate}"
 
 
 def collapse(run: Run) -> Iterator[str]:

@@ -31,7 +31,8 @@ HELD = "Hold some back (--valid-share 0.05) and train again, or evaluate on pair
 def measured(run: Run) -> list[str]:
     """Lines for the end of a training: what was measured, what to beware of."""
     own = replace(run, results={})  # they are of adapters before, or say no more than the run
-    return [*held_out(run), *(f"warning: {said}" for said in findings.collapse(own))]
+    warnings = (*findings.missed(own), *findings.collapse(own))
+    return [*held_out(run), *(f"warning: {said}" for said in warnings)]
 
 
 def verdict(run: Run) -> list[str]:
