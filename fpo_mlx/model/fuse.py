@@ -143,8 +143,8 @@ def _add(
 def _say_type(config: dict[str, Any], stored: mx.Dtype) -> None:
     """Where config.json names a float type: readers round the weights to the one it says."""
     name = next(name for name, dtype in DTYPES.items() if dtype == stored)
-    for part in (config, config.get("text_config")):
-        for key in {"torch_dtype", "dtype"} & set(part or ()):
+    for part in (config, config.get("text_config") or {}):
+        for key in {"torch_dtype", "dtype"} & set(part):
             part[key] = name
 
 
