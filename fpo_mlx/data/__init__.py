@@ -2,7 +2,6 @@
 
 from fpo_mlx.data.batches import batches as batches
 from fpo_mlx.data.batches import batches_per_epoch as batches_per_epoch
-from fpo_mlx.data.batches import epoch_batches as epoch_batches
 from fpo_mlx.data.batches import micro_batches as micro_batches
 from fpo_mlx.data.batches import mirrored as mirrored
 from fpo_mlx.data.batches import visited as visited
@@ -26,10 +25,8 @@ from fpo_mlx.data.rows import DEFAULT_COLUMNS as DEFAULT_COLUMNS
 from fpo_mlx.data.rows import Columns as Columns
 from fpo_mlx.data.rows import PreferenceRow as PreferenceRow
 from fpo_mlx.data.rows import parse_row as parse_row
-from fpo_mlx.data.tokenize import TokenizedPairs as TokenizedPairs
 from fpo_mlx.data.tokenize import TokenizeReport as TokenizeReport
 from fpo_mlx.data.tokenize import cut_to as cut_to
 from fpo_mlx.data.tokenize import data_fingerprint as data_fingerprint
 from fpo_mlx.data.tokenize import pair_lengths as pair_lengths
 from fpo_mlx.data.tokenize import tokenize_row as tokenize_row
-from fpo_mlx.data.tokenize import tokenize_rows as tokenize_rows

@@ -14,7 +14,6 @@ from fpo_mlx.data.findings import LEVELS as LEVELS
 from fpo_mlx.data.findings import (
     Finding,
     Seen,
-    by_kind,
     leakage,
     length_bias,
     longer_chosen,
@@ -52,15 +51,6 @@ class CheckReport:
     def refused(self) -> int:
         """Rows that stop a run."""
         return sum(split.refused for split in self.splits.values())
-
-    def lines(self) -> list[str]:
-        """One line for each split, then one for each kind of finding, the most severe first."""
-        lines = [
-            f"{name}: {split.rows} rows, {split.refused} refused, {split.clean} in the clean set; "
-            f"chosen is longer in {split.longer_chosen:.0%} of the pairs"
-            for name, split in self.splits.items()
-        ]
-        return lines + [str(kind) for kind in by_kind(self.findings)]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON. The clean records are not in it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
@@ -94,17 +94,6 @@ class TokenizeReport:
             )
         return lines
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "rows": self.rows,
-            "pairs": self.pairs,
-            "max_seq_length": self.max_seq_length,
-            "longest": self.longest,
-            "cut": [vars(cut) for cut in self.cut],
-            "dropped": [vars(drop) for drop in self.dropped],
-            "same_after_cut": list(self.same_after_cut),
-        }
-
 
 @dataclass(frozen=True)
 class TokenizedPairs:
@@ -120,41 +109,12 @@ class PrefixFault(RowFault):
         self.prompt, self.whole = prompt, whole
 
 
-def tokenize_rows(
-    rows: Sequence[PreferenceRow],
-    tokenizer: Tokenizer,
-    max_seq_length: int,
-    progress: Callable[[int], None] | None = None,
-) -> TokenizedPairs:
-    """Turn rows into token pairs no longer than max_seq_length (prompt + response).
-
-    A response is the whole conversation's tokens minus the prompt's, so all that the template adds
-    after the answer stays in. Too long: the response is cut at the end, at least one token stays; a
-    pair whose prompt leaves no room is dropped. `progress` is called with the rows done so far.
-
-    Raises DataError naming every row that cannot be tokenized, or when no pair is left.
-    """
-    check_length(max_seq_length)
-    done: list[TokenPair] = []
-    faults: list[tuple[str, RowFault]] = []
-    for at in range(0, len(rows), BATCH):
-        batch = rows[at : at + BATCH]
-        for count, (row, made) in enumerate(
-            zip(batch, tokenize_batch(batch, tokenizer), strict=True), start=at + 1
-        ):
-            if isinstance(made, RowFault):
-                faults.append((row.where, made))
-            else:
-                done.append(made.pair)
-            if progress is not None:
-                progress(count)
-    if faults:
-        raise gathered(faults, len(rows))
-    return cut_to(done, max_seq_length)
-
-
 def cut_to(pairs: Sequence[TokenPair], max_seq_length: int) -> TokenizedPairs:
-    """The length rule of `tokenize_rows`. Raises DataError when no pair is left."""
+    """Pairs no longer than max_seq_length (prompt + response).
+
+    Too long: the response is cut at the end, at least one token stays; a pair whose prompt leaves
+    no room is dropped. Raises DataError when no pair is left.
+    """
     check_length(max_seq_length)
     result = truncate_pairs(pairs, max_seq_length)
     if not result.pairs:
@@ -168,7 +128,11 @@ def cut_to(pairs: Sequence[TokenPair], max_seq_length: int) -> TokenizedPairs:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """One row at its full length. notes: (kind, what) of what the template did beyond its text."""
+    """One row at its full length. notes: (kind, what) of what the template did beyond its text.
+
+    A response is the whole conversation's tokens minus the prompt's, so all that the template adds
+    after the answer stays in.
+    """
 
     pair: TokenPair
     notes: tuple[tuple[str, str], ...] = ()
@@ -271,7 +235,7 @@ def _brief(text: str, most: int = 40) -> str:
 
 
 def truncate_pairs(pairs: Iterable[TokenPair], max_seq_length: int) -> TokenizedPairs:
-    """Apply the length rule of `tokenize_rows` to pairs of full length."""
+    """The length rule of `cut_to`; it may leave no pair."""
     kept: list[TokenPair] = []
     cut: list[Cut] = []
     dropped: list[Drop] = []

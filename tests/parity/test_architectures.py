@@ -23,9 +23,10 @@ from architectures import (  # noqa: E402
 )
 from click.testing import CliRunner  # noqa: E402
 from quantised import quantised  # noqa: E402
+from tokenized import tokenize_rows  # noqa: E402
 
 from fpo_mlx.cli import main  # noqa: E402
-from fpo_mlx.data import parse_row, tokenize_rows  # noqa: E402
+from fpo_mlx.data import parse_row  # noqa: E402
 from fpo_mlx.data.tokenizer import load_tokenizer  # noqa: E402
 from fpo_mlx.records import SITE_KINDS  # noqa: E402
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpo_mlx.data import batches, batches_per_epoch, epoch_batches, micro_batches, mirrored
+from fpo_mlx.data import batches, batches_per_epoch, micro_batches, mirrored
+from fpo_mlx.data.batches import epoch_batches
 from fpo_mlx.records import TokenPair
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=80).map(np.array)

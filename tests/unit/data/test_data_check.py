@@ -39,9 +39,8 @@ def test_good_rows_give_no_findings(tokenizer):
     report = check(PAIR, {**PAIR, "prompt": "R"}, tokenizer=tokenizer, max_seq_length=512)
     assert report.findings == ()
     assert report.refused == 0
-    assert report.lines() == [
-        "train: 2 rows, 0 refused, 2 in the clean set; chosen is longer in 50% of the pairs"
-    ]
+    (train,) = report.splits.values()
+    assert (train.rows, train.refused, train.clean, train.longer_chosen) == (2, 0, 2, 0.5)
 
 
 def user(text):
@@ -95,7 +94,7 @@ def test_each_bad_row_gets_one_line(tokenizer, record, kind, said):
     if record is None:
         rows[1] = RawRow(None, "train.jsonl:2", 1, "not JSON: Expecting value at character 1")
     report = check_data({"train": rows}, tokenizer, 64)
-    lines = [line for line in report.lines()[1:] if f" {kind} " in line]
+    lines = [line for line in map(str, by_kind(report.findings)) if f" {kind} " in line]
     assert len(lines) == 1
     assert said in lines[0]
     assert lines[0].startswith(LEVELS[kind])

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import CHATML, build_tiny_tokenizer
+from tokenized import tokenize_rows
 
-from fpo_mlx.data import data_fingerprint, pair_lengths, parse_row, tokenize_row, tokenize_rows
+from fpo_mlx.data import data_fingerprint, pair_lengths, parse_row, tokenize_row
 from fpo_mlx.data.rows import RowFault
 from fpo_mlx.data.tokenize import PrefixFault, truncate_pairs
 from fpo_mlx.data.tokenizer import load_tokenizer
@@ -109,7 +110,7 @@ def test_the_report_counts_what_was_lost_in_words(tokenizer):
     assert cut.startswith("4 responses of 2 pairs are cut at")
     assert dropped.startswith("1 of 3 pairs are dropped")
     assert same.startswith("1 pairs teach nothing")
-    assert result.report.as_dict()["dropped"][0]["where"] == "train.jsonl:2"
+    assert [drop.where for drop in result.report.dropped] == ["train.jsonl:2"]
 
 
 def test_nothing_left_is_refused(tokenizer):
@@ -191,9 +192,3 @@ def test_what_a_row_says_of_its_pair_is_in_the_fingerprint(tokenizer):
     (pair,) = tokenize_rows([row()], tokenizer, 512).pairs
     said = (NO_FACTS, PairFacts(agreement=0.5), PairFacts(weight=0.5), PairFacts(score_gap=0.5))
     assert len({data_fingerprint([replace(pair, facts=facts)]) for facts in said}) == 4
-
-
-def test_progress_is_told(tokenizer):
-    seen = []
-    tokenize_rows([row(), row("Why?", number=2)], tokenizer, 512, progress=seen.append)
-    assert seen == [1, 2]
