@@ -25,7 +25,7 @@ from fpo_mlx.pairs.records import (
     open_candidates,
     read_verdicts,
 )
-from fpo_mlx.pairs.reward import Reward, locate
+from fpo_mlx.pairs.reward import Reward
 from fpo_mlx.pairs.reward import judge_name as reward_name
 from fpo_mlx.pairs.settings import JudgeConfig
 from fpo_mlx.pairs.summary import JudgeSummary, summarise
@@ -138,11 +138,12 @@ class _Watch:
 
 
 def check_judge(settings: JudgeConfig) -> None:
-    """What the settings name is there. Raises: ConfigError, FpoError."""
+    """What the settings name is there, a reward's function too. Raises: ConfigError, FpoError."""
     if settings.reward and settings.reward.endswith(".json"):
         read_reward(Path(settings.reward))
     elif settings.reward:
-        locate(settings.reward)
+        with _function(settings):  # which imports the file
+            pass
     else:
         question.read_criteria(settings.criteria)
     if settings.judge:
@@ -198,9 +199,12 @@ def open_rewarder(
     spec = str(settings.reward)
     if spec.endswith(".json"):
         return _by_features(Path(spec), settings, say)
-    reward = Reward(spec, timeout=settings.timeout, memory_gb=settings.memory_gb)
-    stack.enter_context(reward)
+    reward = stack.enter_context(_function(settings))
     return reward_name(spec), ("none",), _by_reward(reward, settings)
+
+
+def _function(settings: JudgeConfig) -> Reward:
+    return Reward(str(settings.reward), timeout=settings.timeout, memory_gb=settings.memory_gb)
 
 
 def _announce(settings: JudgeConfig, found: CandidateFile, say: Say) -> None:

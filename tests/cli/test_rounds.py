@@ -19,6 +19,7 @@ from evaluated import own_cache, place  # noqa: E402, F401
 from judges import candidates  # noqa: E402
 
 from fpo_mlx.errors import ConfigError, DataError  # noqa: E402
+from fpo_mlx.pairs import example_rewards  # noqa: E402
 from fpo_mlx.pairs.records import HUMAN, read_verdicts  # noqa: E402
 from fpo_mlx.pairs.settings import JudgeConfig, RoundsConfig  # noqa: E402
 from fpo_mlx.pipeline.rounds import _training  # noqa: E402
@@ -175,6 +176,7 @@ def test_other_settings_are_not_mixed_into_a_run(place, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "part"),
     [({"judge": {"reward": "grad.py:grade"}}, "there is no file grad.py"),
+     ({"judge": {"reward": f"{example_rewards.__file__}:brevty"}}, "brevty"),
      ({"judge": {"judge_url": "http://h/v1", "judge_model": "m", "criteria": "no.txt"}}, "no.txt"),
      ({"judge": {"judge": "no/model"}}, "no/model"), ({"held_out": "none.txt"}, "none.txt"),
      ({"train": {"sae": ["no-sae"]}}, "no-sae")],
