@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fpo_mlx.judge.frontier import STEPS, largest_scale, scale_at
+from fpo_mlx.judge.frontier import CLOSE, STEPS, largest_scale, scale_at
 
 
 def test_a_power_of_the_scale_is_met_exactly_between_its_points():
@@ -17,17 +17,19 @@ def test_a_target_outside_of_what_was_measured_has_no_scale(target):
     assert scale_at([0.25, 1.0], [0.5, 8.0], target) is None
 
 
-def test_the_largest_scale_within_a_bound_is_found_by_bisection():
+@pytest.mark.parametrize("wanted", [0.9, 0.5, 0.05, 0.002])
+def test_the_largest_scale_within_a_bound_is_found_by_bisection(wanted):
+    """A small one was known to within 1/256 of the whole, twice itself at worst."""
     asked: list[float] = []
 
     def kl(scale: float) -> float:
         asked.append(scale)
         return 40 * scale**2
 
-    scale, value = largest_scale(kl, 10.0)
-    assert scale == pytest.approx(0.5, abs=0.5**STEPS)
-    assert value <= 10.0
-    assert len(asked) == 1 + STEPS
+    scale, value = largest_scale(kl, 40 * wanted**2)
+    assert wanted / (1 + CLOSE) <= scale <= wanted
+    assert value == kl(scale)
+    assert len(set(asked)) <= 1 + STEPS
 
 
 def test_an_adapter_within_the_bound_is_taken_whole():
