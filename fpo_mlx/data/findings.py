@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fpo_mlx.data.rows import PreferenceRow
+from fpo_mlx.data.rows import PreferenceRow, Turns
 from fpo_mlx.records import TokenPair
 
 # What becomes of a row: "refused" rows stop a run, "excluded" rows can be trained on (or are
@@ -119,15 +119,17 @@ def _digest(value: Any) -> bytes:
 
 def topic_of(row: PreferenceRow) -> bytes:
     """`Seen.topic`."""
-    return _digest(_topic(row))
+    return topic_of_turns(row.prompt)
 
 
-def _topic(row: PreferenceRow) -> list[tuple[str, str]]:
-    return [
+def topic_of_turns(prompt: Turns) -> bytes:
+    """The same of a prompt alone."""
+    topic = [
         (turn["role"], " ".join(turn["content"].casefold().split()))
-        for turn in row.prompt
+        for turn in prompt
         if turn["role"] not in ("system", "developer")
     ]
+    return _digest(topic)
 
 
 def repeats(split: str, rows: Sequence[Seen]) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fpo_mlx.data import containers
 from fpo_mlx.data.containers import RawRow
+from fpo_mlx.data.findings import topic_of_turns
 from fpo_mlx.data.layouts import filled
 from fpo_mlx.errors import DataError, FpoError
 from fpo_mlx.pairs.records import Prompt, parse_prompt
@@ -28,6 +29,15 @@ def check_prompts(path: Path) -> int:
             faults,
         )
     return count
+
+
+def shared_prompts(path: Path, other: Path) -> tuple[int, int]:
+    """How many prompts of `path` are in `other` as well, and how many there are: different ones,
+    told apart as a share of the rows tells them. Raises: as `read_prompts`."""
+    own, others = (
+        {topic_of_turns(prompt.turns) for prompt in read_prompts(one)} for one in (path, other)
+    )
+    return len(own & others), len(own)
 
 
 def read_prompts(path: Path) -> Iterator[Prompt]:

@@ -17,7 +17,7 @@ from fpo_mlx.config import RunConfig, load_config, load_section, named
 from fpo_mlx.errors import ConfigError, DataError, FpoError, Interrupted
 from fpo_mlx.intervals import of_groups
 from fpo_mlx.pairs.labels import by_prompt, labels_of
-from fpo_mlx.pairs.prompts import check_prompts
+from fpo_mlx.pairs.prompts import check_prompts, shared_prompts
 from fpo_mlx.pairs.records import (
     HUMAN,
     CandidateFile,
@@ -113,10 +113,26 @@ def _check(settings: RoundsConfig, say: Say) -> tuple[JudgeConfig, BuildConfig]:
         )
     for prompts in (settings.prompts, settings.held_out):
         check_prompts(Path(prompts))
+    _check_held_out(Path(settings.held_out), Path(settings.prompts), say)
     check_judge(judge)
     model = read_config(resolve_model(settings.model))
     open_saes(training, model, say=say)
     return judge, build
+
+
+def _check_held_out(held_out: Path, prompts: Path, say: Say) -> None:
+    """A win rate on prompts that were trained on says little. Raises: ConfigError of one file."""
+    if outputs.same_place(held_out, prompts):
+        raise ConfigError(
+            f"held_out {held_out} is the file of prompts itself, so each round would be measured "
+            "on what it was trained on. Wanted a file of other prompts."
+        )
+    both, count = shared_prompts(held_out, prompts)
+    if both:
+        say(
+            f"warning: {both} of the {count} prompts of {held_out} are among those of {prompts}, "
+            "which are trained on: on these a win rate says little. Take them out of one file"
+        )
 
 
 def _same_settings(root: Path, settings: RoundsConfig, say: Say) -> None:

@@ -153,7 +153,8 @@ def test_rounds_end_where_nothing_is_won(place, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "part"),
-    [({"held_out": ""}, "held_out is missing"), ({"rounds": 0}, "rounds 0"),
+    [({"held_out": ""}, "held_out is missing"), ({"held_out": "prompts.txt"}, "file of prompts"),
+     ({"rounds": 0}, "rounds 0"),
      ({"train": {"adapter_path": "x"}}, "settled by the rounds"), ({"odd": 1}, "odd"),
      ({"judge": {}}, "--judge"), ({"train": {"lerning_rate": 1}}, "lerning_rate"),
      ({"generate": {"m": 1}}, "m"), ({"generate": {"seed": "abc"}}, "--seed 'abc'"),
@@ -161,7 +162,8 @@ def test_rounds_end_where_nothing_is_won(place, tmp_path):
      ({"train": {"objective": "dpo", "chat_template": "t.jinja"}}, "chat_template differs"),
      ({"train": {"objective": "dpo", "valid_share": 0.05}}, "train: valid_share 0.05")],
 )  # fmt: skip
-def test_what_cannot_be_is_said_before_the_first_step(place, tmp_path, changes, part):
+def test_what_cannot_be_is_said_before_the_first_step(place, tmp_path, monkeypatch, changes, part):
+    monkeypatch.chdir(tmp_path)
     refused(run("rounds", "-c", write(place, tmp_path, **changes)), 2, part)
     assert not (tmp_path / "rounds").exists()
 
@@ -186,6 +188,20 @@ def test_what_a_section_names_is_there_before_the_first_answer(place, tmp_path, 
     assert done.exit_code != 0
     assert part in done.stderr
     assert not (tmp_path / "rounds").exists()
+
+
+def test_held_out_prompts_that_are_trained_on_are_told_of(tmp_path):
+    """A win rate on them was reported without a word."""
+    rounds, said = importlib.import_module("fpo_mlx.pipeline.rounds"), []
+    prompts, held = tmp_path / "p.txt", tmp_path / "h.jsonl"
+    prompts.write_text("One?\nTwo?\n")
+    lines(held, {"prompt": "two?  ", "system": "Be brief."}, {"prompt": "Three?"})
+    rounds._check_held_out(held, prompts, said.append)
+    assert len(said) == 1
+    assert "1 of the 2 prompts" in said[0]
+    lines(held, {"prompt": "Three?"})
+    rounds._check_held_out(held, prompts, said.append)
+    assert len(said) == 1
 
 
 def test_what_nothing_was_made_with_may_be_mended(place, tmp_path, monkeypatch):
