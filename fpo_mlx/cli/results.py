@@ -97,8 +97,11 @@ def evaluate(
     if adapter_scales and adapter_scale != 1.0:
         raise ConfigError("--adapter-scale and --adapter-scales: give one of them.")
     scales = parse_scales(adapter_scales) if adapter_scales else (adapter_scale,)
+    config = gather(values)
+    activations = config.objective.constraint == "activations"  # --layer says of which block
+    _check_meeting(scales, at_kl, at_drift, kl=kl, drift=bool(config.reference.sae) or activations)
     judged = pipeline.evaluate_all(
-        gather(values), adapter_paths=adapter_path, scales=scales, split=split, measure_kl=kl,
+        config, adapter_paths=adapter_path, scales=scales, split=split, measure_kl=kl,
         samples=samples, sampling=sampling, say=say, progress=Bar("reference"),
     )  # fmt: skip
     if judged.base is None:
@@ -125,15 +128,32 @@ def parse_scales(text: str) -> tuple[float, ...]:
         ) from error
 
 
+def _check_meeting(
+    scales: Sequence[float], at_kl: float | None, at_drift: float | None, *, kl: bool, drift: bool
+) -> None:
+    """kl, drift: whether it is measured. Raises: ConfigError where no scale could be said."""
+    asked = (
+        ("--at-kl", at_kl, kl, "leave --no-kl out"),
+        ("--at-drift", at_drift, drift, "add --sae"),
+    )
+    for flag, target, measured, way in asked:
+        if target is None:
+            continue
+        if not measured:
+            raise ConfigError(f"{flag} {target:g}: found that it is not measured; {way}.")
+        if sum(scale > 0 for scale in scales) < 2:
+            raise ConfigError(
+                f"{flag} {target:g}: found no two scales above 0 for it to lie between; add "
+                "--adapter-scales, as 0.1,0.25,0.5,1."
+            )
+
+
 def meeting(reports: Sequence[Any], figure: str, target: float) -> str:
     """Which part of one adapter meets a KL or a drift r (the root of relative D), in a sentence."""
     from fpo_mlx.judge.frontier import scale_at
 
     seen = [(r.adapter_scale, r.summary[figure]) for r in reports if figure in r.summary]
     name, wanted = ("KL", target) if figure == "kl/rejected" else ("drift", target**2)
-    if not seen:
-        way = "leave --no-kl out" if name == "KL" else "add --sae"
-        return f"the {name} was not measured: {way}."
     scale = scale_at([s for s, _ in seen], [value for _, value in seen], wanted)
     if scale is None:
         return f"no scale between those judged has a {name} of {target:g}; add --adapter-scales."

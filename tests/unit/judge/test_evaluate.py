@@ -277,10 +277,17 @@ def test_a_bound_of_an_adapter_that_is_none_is_refused_before_the_reference_runs
     refused(run(*words), 1, "adapter_config.json")
 
 
-def test_a_kl_that_was_not_measured_is_said_to_be_none(place, tmp_path):
-    words = ["--adapter-path", place / "one", "--adapter-scales", "0.5,1", "--no-kl"]
-    _, text = judge(place, *words, "--at-kl", 1, out=tmp_path / "a.json")
-    assert "the KL was not measured: leave --no-kl out" in text
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [(["--adapter-scales", "0.5,1", "--no-kl", "--at-kl", 3], "leave --no-kl out"),
+     (["--adapter-scales", "0.5,1", "--at-drift", 0.1], "add --sae"),
+     (["--at-kl", 3], "add --adapter-scales"),
+     (["--adapter-scales", "0,1", "--at-kl", 3], "no two scales above 0")],
+)  # fmt: skip
+def test_a_scale_that_could_not_be_said_is_refused_before_the_long_part(words, part):
+    """It was said after all the work."""
+    given = ["--model", "none", "--data", "none", "--adapter-path", "none"]
+    refused(run("evaluate", *given, *words), 2, f"{words[-2]} {words[-1]}: found", part)
 
 
 @pytest.mark.parametrize(
