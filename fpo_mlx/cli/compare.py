@@ -46,8 +46,8 @@ NARROWEST = 28  # columns that are narrower than this stand below each other
     help="Part of --data to take prompts from, where none are given.",
 )  # fmt: skip
 @click.option(
-    "--count", type=click.IntRange(min=1), default=5, show_default=True,
-    help="Prompts to take from --data.",
+    "--count", type=click.IntRange(min=1),
+    help="Prompts to take from --prompts or --data. [default: all of a file, 5 of --data]",
 )  # fmt: skip
 @adapter_scale_option
 @sampling_options(CompareSampling)

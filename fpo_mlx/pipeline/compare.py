@@ -31,6 +31,8 @@ from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.storage.adapter_files import read_adapter
 from fpo_mlx.storage.hub import resolve_model
 
+FIRST = 5  # prompts of a split
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -92,7 +94,7 @@ def compare(
     prompts: Sequence[str] = (),
     prompts_file: Path | None = None,
     split: str = "valid",
-    count: int = 5,
+    count: int | None = None,
     sampling: Sampling,
     reward: str | None = None,
     say: Say,
@@ -100,6 +102,7 @@ def compare(
 ) -> Comparison:
     """Answer prompts (given, from a file, or the first of a split) with base and adapters.
 
+    count: of the file or the split; None: all of a file, FIRST of a split.
     scale: part of each adapter's change that is taken (`adapters.fill`); progress: of the answers
     of all, (done, to do). reward: of `pairs judge`, that says how often an adapter beats the base.
     """
@@ -113,8 +116,8 @@ def compare(
     if judge:
         check_judge(judge)
     given = [Prompt(({"role": "user", "content": text},)) for text in prompts]
-    asked = [*given, *(_of_file(prompts_file) if prompts_file else ())] or _of_data(
-        config, split, count
+    asked = [*given, *(_of_file(prompts_file, count) if prompts_file else ())] or _of_data(
+        config, split, count or FIRST
     )
     path = resolve_model(model)
     tokenizer = open_tokenizer(config, path, say)
@@ -197,10 +200,10 @@ def _tokens(asked: Sequence[Prompt], tokenizer: ChatTokenizer, limit: int) -> li
     return tokens
 
 
-def _of_file(path: Path) -> list[Prompt]:
-    """As `pairs generate` reads them. Raises: DataError."""
+def _of_file(path: Path, count: int | None) -> list[Prompt]:
+    """As `pairs generate` reads them, the first `count` or all. Raises: DataError."""
     check_prompts(path)
-    return list(read_prompts(path))
+    return list(read_prompts(path))[:count]
 
 
 def _of_data(config: RunConfig, split: str, count: int) -> list[Prompt]:

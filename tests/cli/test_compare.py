@@ -54,6 +54,13 @@ def test_prompts_of_a_split_are_answered_once_each_by_every_model(place, tmp_pat
     assert any(len(set(row["answers"].values())) == 3 for row in got["prompts"])
 
 
+def test_as_many_prompts_of_a_file_are_asked_as_count_says(place, tmp_path):
+    (tmp_path / "p.txt").write_text("Third?\nFourth?\nFifth?\n")
+    compare(place, "--prompts", tmp_path / "p.txt", "--count", 2, "--output", tmp_path / "c.json")
+    got = json.loads((tmp_path / "c.json").read_text())
+    assert [row["prompt"] for row in got["prompts"]] == ["Third?", "Fourth?"]
+
+
 def test_given_prompts_and_those_of_a_file_are_asked_in_order(place, tmp_path):
     (tmp_path / "p.txt").write_text("Third?\n\nFourth?\n")
     lines(tmp_path / "p.jsonl", {"prompt": "Third?"}, {"prompt": "Fourth?", "chosen": "x"})
