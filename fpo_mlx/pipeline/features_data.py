@@ -296,6 +296,7 @@ def _kept(asked: DataAsked, x: PairFeatures, against: Sequence[int], top_k: int)
 def write_chosen(config: RunConfig, asked: DataAsked, report: DataReport, say: Say) -> DataReport:
     """The chosen rows as they stand in the data, with all their columns; the report says how many.
 
+    Beside them what a share holds back, which no later share of these rows would find again.
     Nothing where none are left, or no `output` is asked for. Raises: ConfigError, FpoError where
     they cannot be written, for which the report is no worse.
     """
@@ -311,10 +312,31 @@ def write_chosen(config: RunConfig, asked: DataAsked, report: DataReport, say: S
         if row.where in wanted:
             records.append(row.record)
     _claim(config, asked)  # again: hours may lie between
-    data.write_clean({asked.split: records}, output)
+    beside = _beside(config, asked.split, output)
+    data.write_clean({asked.split: records, **beside}, output)
     if lost:
         say(f"too long to be looked at, so not in {output}: {lost} of {rows} rows")
-    others = [path.name for path in files.listed(output, "*.jsonl") if path.stem != asked.split]
+    if beside:
+        said = " and ".join(f"{len(rows)} rows of {name}" for name, rows in beside.items())
+        say(
+            f"{output} has the {said} as they are, too, by --valid-share "
+            f"{config.data.valid_share:g}: leave the share out of what reads that folder"
+        )
+    ours = {asked.split, *beside}
+    others = [path.name for path in files.listed(output, "*.jsonl") if path.stem not in ours]
     if others:
         say(f"{output} holds {', '.join(others)} of another time as well; they were left alone")
     return replace(report, written=len(records))
+
+
+def _beside(config: RunConfig, split: str, output: Path) -> dict[str, list[Any]]:
+    """With a share the rows of all other splits, but for those that the folder has already."""
+    if not config.data.valid_share:
+        return {}
+    hub, names = hub_splits(config), columns(config)
+    found = {}
+    for other in data.find_splits(config.data.data, hub):
+        if other != split and not (output / f"{other}.jsonl").exists():
+            rows = data.iterate_raw(config.data.data, other, hub, names)
+            found[other] = [row.record for row in rows if not row.fault]
+    return found

@@ -127,6 +127,24 @@ def test_a_set_of_which_no_row_is_left_is_not_written_and_one_beside_it_is_told(
         assert (out / "train.jsonl").read_bytes() == before
 
 
+def test_what_a_share_holds_back_stands_beside_the_chosen_rows(place, tmp_path):
+    """It was dropped, and the same share then split the chosen rows anew."""
+    share = ("--valid-share", 0.2)
+    done = told(place, *share, "--drop-against", "--output", tmp_path / "clean")
+    train, valid = (
+        [
+            json.loads(line)["mine"]
+            for line in (tmp_path / f"clean/{name}.jsonl").read_text().splitlines()
+        ]
+        for name in ("train", "valid")
+    )
+    assert f"has the {len(valid)} rows of valid as they are" in done.stderr
+    assert 2 < len(valid) < N / 2
+    assert N - 5 < len({*train, *valid}) == len(train) + len(valid) < N
+    again = told(place, *share, "--select", 9, "--output", tmp_path / "clean", "--overwrite")
+    assert "holds valid.jsonl of another time" in again.stderr
+
+
 def test_rows_that_cannot_be_written_cost_nothing_else(place, tmp_path, monkeypatch):
     """The whole report was lost, on the terminal and in its files."""
 
