@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from fpo_mlx.report.tables import (
     judged,
     judged_less,
     judged_on,
+    last_seen,
     number,
     part_judged,
     summary_of,
@@ -124,8 +125,11 @@ def saved_part(run: Run) -> str:
 
 def missed(run: Run) -> Iterator[str]:
     """That what was saved moved by more or less than --target-drift or --target-kl named."""
+    last = last_seen(run)
+    held_out = last.get("kind") != "train"
+    pairs = f"{text(last.get('pairs'))} validation" if held_out else "the last report's training"
     for name, figure_of in (("drift", "drift/rejected"), ("kl", "kl/rejected")):
-        target, (seen, pairs) = figure(run.settings.get(f"target_{name}")), _last_of(run, figure_of)
+        target, seen = figure(run.settings.get(f"target_{name}")), value_of(last, figure_of)
         if not target or target < 0 or seen is None or not 0 < seen < math.inf:
             continue
         moved = math.sqrt(seen) if name == "drift" else seen
@@ -133,27 +137,10 @@ def missed(run: Run) -> Iterator[str]:
             continue
         what, unit = ("features move", "of their size") if name == "drift" else ("it is", "nats")
         yield (
-            f"--target-{name} {number(target)} was not reached: on {pairs} {what}"
+            f"--target-{name} {number(target)} was not reached: on {pairs} pairs {what}"
             f"{' by' if name == 'drift' else ''} {number(moved, 3)} {unit}, "
             f"{number(moved / target, 2)} times as far. {_nearer(run, name, moved > target)}."
         )
-
-
-def _last_of(run: Run, key: str) -> tuple[float | None, str]:
-    """A figure of what was saved, as near as the run measured it, and the pairs that it is of."""
-    if last := run.end or _newer(run.valid, run.train):
-        return value_of(last, key), f"{text(last.get('pairs'))} validation pairs"
-    return value_of(run.train[-1], key) if run.train else None, "the last report's training pairs"
-
-
-def _newer(
-    valid: Sequence[Mapping[str, Any]], train: Sequence[Mapping[str, Any]]
-) -> Mapping[str, Any]:
-    """The last validation, unless training went on from there."""
-    if not valid:
-        return {}
-    seen, ended = ((value_of(one, "iteration") or 0.0) for one in (valid[-1], (train or valid)[-1]))
-    return valid[-1] if seen >= ended else {}
 
 
 def _nearer(run: Run, name: str, too_far: bool) -> str:

@@ -204,12 +204,15 @@ def chosen_drop(run: Run) -> float:
     found = run.results.get("evaluate")
     now = found is not None and not found.stale and not part_judged(run)  # of these adapters, whole
     change = figure(summary_of(run).get(key)) if now else None
-    if change is None and run.end:
-        change = figure(part(run.end, "metrics").get(key))
-    if change is None:  # the worse of what was trained on and what was held out
-        last = (value_of(report, key) for report in (*run.train[-1:], *run.valid[-1:]))
-        change = min((value for value in last if value is not None), default=None)
+    if change is None:
+        change = value_of(last_seen(run), key)
     return 0.0 if change is None else -change
+
+
+def last_seen(run: Run) -> Mapping[str, Any]:
+    """What a run measured last of what it saved: of validation pairs, unless it went on since."""
+    last = (run.end,) if run.end else (*run.valid[-1:], *run.train[-1:])
+    return max(last, key=lambda one: value_of(one, "iteration") or 0.0, default={})
 
 
 def objective(run: Run) -> str:

@@ -51,3 +51,18 @@ def test_a_part_that_was_saved_and_is_still_too_far_misses_its_target(tmp_path):
     run = read(tmp_path, a_validation(30, {}), landed, record={"settings": {"target_drift": 0.2}})
     (said,) = (line for line in verdict(run) if line.startswith("warning: "))
     assert "on 40 validation pairs features move by 0.358 of their size, 1.8 times as far" in said
+
+
+def fell(lost):
+    return {"logps_per_token/chosen_change": -lost}
+
+
+@pytest.mark.parametrize(
+    ("validated", "said"),
+    [(30, False), (20, True)],  # the second: training went on, and no validation saw that
+)
+def test_fallen_chosen_answers_are_those_of_the_validation_pairs_above(tmp_path, validated, said):
+    """It took the worse of both, and denied the validation that stood two lines above."""
+    reports = [a_validation(validated, fell(0.6)), a_report(30) | {"metrics": fell(1.1)}]
+    run = read(tmp_path, *reports)
+    assert any("lost 1.1 nats" in line for line in verdict(run)) is said
