@@ -48,13 +48,15 @@ def train(**values) -> None:
             install_stop=on_signal,
             begin=show.begin,
         )
+        trained = False
         try:
             for report in reports:
+                trained = True
                 show(report)
                 track(report)
         finally:
             show.close()
-    if is_first():
+    if is_first() and trained:
         for line in pipeline.verdict(Path(config.train.adapter_path)):
             say(line)
     result(f"adapters in {config.train.adapter_path}")

@@ -73,6 +73,8 @@ def _train(
     begin: Callable[[int], None],
 ) -> Iterator[Report]:
     ready = _make_ready(config, install_stop, say, progress)
+    if ready is None:
+        return
     trainer, out = ready.trainer, ready.out
     begin(trainer.total)
     _announce(trainer, say)
@@ -108,8 +110,13 @@ class _Ready:
     predicted: float
 
 
-def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress: OnFill) -> _Ready:
-    """Everything that can be refused is refused before the reference runs."""
+def _make_ready(
+    config: RunConfig, install_stop: InstallStop, say: Say, progress: OnFill
+) -> _Ready | None:
+    """Everything that can be refused is refused before the reference runs.
+
+    None: the run that was to go on is at its end, which was said.
+    """
     from fpo_mlx.train.checkpoint import AdapterFolder, NoFolder, check_resumable
     from fpo_mlx.train.metrics import ScoredPairs
     from fpo_mlx.train.optimizer import make_optimizer
@@ -126,9 +133,12 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     record["splits"] = _sizes(job, splits)
     if t.resume and ranks.first:
         check_resumable(place, record)
+    order = Order(pairs, t)
+    if t.resume and _at_its_end(config, order, len(valid), ranks, say):
+        return None
     outline = outline_of(job, say)  # refuses adapters out of reach
     predicted = _predict(job, pairs, outline, say)
-    agree, order = _agreement(ranks), Order(pairs, t)
+    agree = _agreement(ranks)
     looks = _looked_at(order, len(valid), say)
     wanted = [part[i] for part, some in zip((pairs, valid), looks, strict=True) for i in some]
     store = reference_of(job, wanted, say, progress, other_weights=True, agree=agree)
@@ -144,6 +154,34 @@ def _make_ready(config: RunConfig, install_stop: InstallStop, say: Say, progress
     )  # fmt: skip
     template = job.tokenizer.templates["default"] if config.data.chat_template else None
     return _Ready(trainer, out, store, record, template, predicted)
+
+
+def _at_its_end(config: RunConfig, order: Order, valid: int, ranks: Ranks, say: Say) -> bool:
+    """Whether a run that is to go on has nothing left to do; its user is told.
+
+    Raises: ConfigError where it has done more than is wanted.
+    """
+    from fpo_mlx.train.checkpoint import saved_progress
+    from fpo_mlx.train.drift import Controller
+    from fpo_mlx.train.landing import hindrance
+
+    t, done = config.train, False
+    if ranks.first:
+        progress = saved_progress(Path(t.adapter_path))
+        at = t.whole_updates(progress.iteration)  # an older version may have cut the last one short
+        asked = "--iters" if t.iters is not None else "--epochs"
+        text = (
+            f"--resume: the run in {t.adapter_path} is at iteration {at} already, and {asked} "
+            f"counts from the start, to {order.total}: --iters {at + 100} trains 100 more"
+        )
+        if at > order.total:
+            raise ConfigError(f"{text}.")
+        steered = Controller.of(config.objective) is not None
+        lands = steered and t.land and hindrance(t, t.validated(valid)) is None
+        done = at == order.total and (progress.landed if lands else not progress.landed)
+        if done:
+            say(text)
+    return bool(ranks.largest(int(done)))
 
 
 def _claim_among(config: RunConfig) -> Ranks:

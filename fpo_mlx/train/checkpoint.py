@@ -230,16 +230,7 @@ def load_state(
 
     Raises: ModelError when the file is damaged or belongs to another adapter.
     """
-    try:
-        arrays, metadata = read_arrays(path)
-        progress = Progress(**{"judged_by": AS_TRAINED, **json.loads(metadata["progress"])})
-        high, low = cast("list[int]", arrays["random"].tolist())
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{path} cannot be read ({error}). Start the run anew in another --adapter-path. Its "
-            "numbered adapters, in the folder above, are still good; copy them first where it is "
-            "to be the same: --overwrite removes them."
-        ) from error
+    arrays, progress, (high, low) = _read_state(path)
 
     def part(name: str) -> dict[str, mx.array]:
         return {k[len(name) + 1 :]: v for k, v in arrays.items() if k.startswith(name + ".")}
@@ -251,6 +242,25 @@ def load_state(
     optimizer.state = tree_unflatten(list(part("optimizer").items()))
     randomness.go_to((high << 32) | low)
     return progress, part("reference"), part("good")
+
+
+def saved_progress(folder: Path) -> Progress:
+    """Where the run in the folder stands. Raises: ModelError when its state is damaged."""
+    return _read_state(folder / STATE)[1]
+
+
+def _read_state(path: Path) -> tuple[dict[str, mx.array], Progress, list[int]]:
+    try:
+        arrays, metadata = read_arrays(path)
+        progress = Progress(**{"judged_by": AS_TRAINED, **json.loads(metadata["progress"])})
+        high, low = cast("list[int]", arrays["random"].tolist())
+        return arrays, progress, [high, low]
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} cannot be read ({error}). Start the run anew in another --adapter-path. Its "
+            "numbered adapters, in the folder above, are still good; copy them first where it is "
+            "to be the same: --overwrite removes them."
+        ) from error
 
 
 def interrupted(iteration: int, folder: Path, config: TrainConfig, code: int) -> Interrupted:

@@ -92,6 +92,29 @@ def test_iterations_that_are_no_whole_updates_are_rounded_up_and_said(place, tmp
     assert "are done" not in more.stderr
 
 
+@pytest.mark.parametrize(
+    "words", [("--objective", "dpo"), ("--objective", "tdpo2", "--target-kl", 1)]
+)
+def test_a_run_that_is_at_its_end_is_no_training_and_stays_as_it_is(place, tmp_path, words):
+    """It announced a training, and fewer --iters were written into run.json."""
+    lines(tmp_path / "data" / "train.jsonl", *ROWS)
+    lines(tmp_path / "data" / "valid.jsonl", *ROWS * 8)
+    out, how = tmp_path / "run", {"sae": None, "data": tmp_path / "data"}
+    assert train(place, out, *words, "--iters", 3, **how).exit_code == 0
+
+    def held():
+        return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    before, told = held(), "is at iteration 3 already, and --iters counts from the start"
+    again = train(place, out, *words, "--iters", 3, "--resume", **how)
+    assert again.exit_code == 0, again.stderr
+    assert f"{told}, to 3: --iters 103 trains 100 more" in again.stderr
+    assert "training " not in again.stderr
+    assert "Next:" not in again.stderr
+    refused(train(place, out, *words, "--iters", 2, "--resume", **how), 2, told)
+    assert held() == before
+
+
 @pytest.mark.parametrize("how", [(), ("--resume",), ("--overwrite",)])
 def test_the_folder_of_an_sae_is_refused_by_name(place, tmp_path, how):
     record = {"settings": {}, "fingerprints": {}, "plan": {"steps": 40}}
