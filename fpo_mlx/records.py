@@ -34,6 +34,8 @@ RESULT_VERSION = 1
 HASHED_ROWS = 256  # of an array, at once
 PAIRS_FILE, ROUND_FILE = "pairs.json", "round.json"  # figures of pairs that were built, of a round
 BASE = "base"  # what results call the model without adapters
+# validation pairs that a landing takes: D scatters so much that fewer say less than the controller
+FEWEST = 16
 COLLAPSE = 1.0  # nats a token that the chosen answers lost: text is no longer what it was
 
 

@@ -116,7 +116,7 @@ def _command(talk: Any, line: str) -> bool:
     elif word == "/reset":
         talk.reset()
         say("a new conversation")
-    elif word not in COMMANDS and get_close_matches(word, COMMANDS, 1):
+    elif word not in COMMANDS and get_close_matches(word.lower(), COMMANDS, 1, 0.8):
         raise FpoError(f"{word}: no such command. {HELP}")
     return word in ("/steer", "/reset")
 

@@ -131,7 +131,9 @@ def reference_report(data: ScoredPairs, like: Mapping[str, Any]) -> EvalReport:
     for side, name in enumerate(SIDES):
         values[f"logps/{name}"] = logps[side]
         values[f"logps_per_token/{name}"] = per_token[side]
-    return EvalReport(summarise(values, data), [])
+    summary = summarise(values, data)
+    summary.pop("rewards/accuracies/ci95", None)  # 0 by definition, of any number of pairs
+    return EvalReport(summary, [])
 
 
 def summarise(values: Mapping[str, np.ndarray], data: ScoredPairs) -> dict[str, Any]:

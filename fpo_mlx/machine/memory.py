@@ -147,7 +147,7 @@ class Setup:
     adapter_parameters: int
     optimizer: str = "adam"
     micro_batch_size: int = 1
-    batch_size: int = 4  # pairs per update
+    batch_size: int = 4  # pairs per update, of one process
     grad_checkpoint: bool = False
     kl: bool = False
     stop_gradient: bool = True

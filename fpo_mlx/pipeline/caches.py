@@ -17,6 +17,7 @@ from fpo_mlx.pipeline.store import as_kept, open_engine
 from fpo_mlx.records import PairScore, ResponseScore, TokenPair
 from fpo_mlx.reference import weights
 from fpo_mlx.storage import paths
+from fpo_mlx.storage.headers import has_weights
 from fpo_mlx.storage.hub import at_hand
 from fpo_mlx.storage.outputs import refuse_inputs
 
@@ -117,12 +118,13 @@ def cache_select(
         )
     if model is not None and not model.strip():
         raise ConfigError("--model is empty. Wanted a model's folder or a fingerprint's start.")
-    if model is not None and (there := at_hand(model)) is not None:
+    there = at_hand(model) if model is not None else None
+    if there is not None and has_weights(there):
         model = weights.model_fingerprint(there)
     elif model is not None and not re.fullmatch(f"[0-9a-f]{{{LEAST_DIGITS},}}", model):
         raise ConfigError(
-            f"--model {model}: found no such model on this disk. Wanted its folder, its hub id, or "
-            f"{LEAST_DIGITS} digits or more of the fingerprint that `cache list` shows."
+            f"--model {model}: found no such model, with its weights, on this disk. Wanted its folder, "
+            f"its hub id, or {LEAST_DIGITS} digits or more of the fingerprint that `cache list` shows."
         )
     entries = cache_list(root)
     return cache.select(entries, older_than=older_than, larger_than=larger_than, model=model)

@@ -164,10 +164,11 @@ def _asked(
     fit = [prompt for prompt in prompts if len(prompt) + max_tokens <= positions]
     if not fit:
         check_room(prompts[:1], max_tokens, job.tokenizer)
-    if passed := sum(len(prompt) + max_tokens > positions for prompt in prompts[:samples]):
+    first = prompts[:samples]
+    if passed := sum(len(prompt) + max_tokens > positions for prompt in first):
         say(
-            f"{passed} of the first {samples} prompts get no sampled answer, later ones do: the "
-            f"model's {positions} positions leave them no room for --max-tokens {max_tokens}"
+            f"{passed} of the first {len(first)} prompts get no sampled answer: the model's "
+            f"{positions} positions leave them no room for --max-tokens {max_tokens}"
         )
     return fit[:samples]
 

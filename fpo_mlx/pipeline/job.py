@@ -65,9 +65,9 @@ def open_job(
     path = resolve_model(model)
     tokenizer = open_tokenizer(config, path, say)
     start = adapter or config.train.init_adapter
-    fingerprint = weights.model_fingerprint(path)
-    warn_of_adapters([start], config, path, say, fingerprint)
     opened = open_saes(config, read_config(path), need=need_sae, say=say)
+    fingerprint = weights.model_fingerprint(path)  # reads all of it, so behind what can be refused
+    warn_of_adapters([start], config, path, say, fingerprint)
     own = Path(start) if start else None
     projections, projection_print = (), None
     if projected and config.train.project_out is not None:

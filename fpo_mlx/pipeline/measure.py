@@ -28,8 +28,8 @@ def as_trained(
     """The settings with the objective by which the adapters' run.json says they were trained.
 
     An objective that the user named stands, and so do single settings of one; of one in a file it
-    is said where an adapter was trained by other rewards. Where adapters were
-    trained by other rewards than each other, all are judged by the settings as they are; one that
+    is said where an adapter was trained by other rewards. Where adapters were trained by other
+    rewards than each other, all are judged by the settings as they are; one that
     says no objective counts as trained by these. What would need more than was given here (a place
     for activations, the pass for the KL, columns of scores) is left out: it is in the loss, and in
     no reward. What is used is said, with the user's `way` to another.
@@ -65,7 +65,8 @@ def _tell_of_others(
     config: RunConfig, adapters: Sequence[str], say: Say, measure_kl: bool, way: str
 ) -> None:
     """Where the file's objective is not by the rewards of an adapter's training."""
-    known = {path: _own(config, path, lambda _: None, measure_kl) for path in adapters}
+    plain = dataclasses.replace(config, asked=frozenset())  # what their trainings said, alone
+    known = {path: _own(plain, path, lambda _: None, measure_kl) for path in adapters}
     others = [
         f"{path} by {_said(one)}"
         for path, one in known.items()

@@ -146,7 +146,7 @@ def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None
     setup = Setup(
         min(adapted), max(adapted),
         sum(array.size for _, array in adapters.parameters(model)),
-        t.optimizer, min(t.micro_batch_size, own), t.pairs_per_update,
+        t.optimizer, min(t.micro_batch_size, own), own,
         t.grad_checkpoint, o.constraint == "kl", o.stop_gradient, o.top_k,
         t.gradient == "forward", adapted_of(model, read_config(job.model_path)),
     )  # fmt: skip

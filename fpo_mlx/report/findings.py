@@ -9,7 +9,7 @@ from typing import Any
 
 from fpo_mlx.config import Objective, advice
 from fpo_mlx.errors import FpoError
-from fpo_mlx.records import COLLAPSE
+from fpo_mlx.records import COLLAPSE, FEWEST
 from fpo_mlx.report.commands import command
 from fpo_mlx.report.plots import value_of
 from fpo_mlx.report.read import Run, figure, on_training
@@ -28,6 +28,7 @@ from fpo_mlx.report.tables import (
 
 LENGTH_GAP = 0.15  # of accuracy between pairs whose chosen is longer and the others
 OFF_TARGET = 0.1  # of a target: a drift within that is one that was reached
+OFF_BY_FEW = 0.5  # the same, seen by fewer validation pairs than a landing takes, or in training
 FEW = 9.5  # pairs; share * n is 10 to rounding
 
 
@@ -127,13 +128,14 @@ def missed(run: Run) -> Iterator[str]:
     """That what was saved moved by more or less than --target-drift or --target-kl named."""
     last = last_seen(run)
     held_out = last.get("kind") != "train"
+    sure = held_out and (figure(last.get("pairs")) or 0) >= FEWEST
     pairs = f"{text(last.get('pairs'))} validation" if held_out else "the last report's training"
     for name, figure_of in (("drift", "drift/rejected"), ("kl", "kl/rejected")):
         target, seen = figure(run.settings.get(f"target_{name}")), value_of(last, figure_of)
         if not target or target < 0 or seen is None or not 0 < seen < math.inf:
             continue
         moved = math.sqrt(seen) if name == "drift" else seen
-        if abs(moved / target - 1) <= OFF_TARGET:
+        if abs(moved / target - 1) <= (OFF_TARGET if sure else OFF_BY_FEW):
             continue
         what, unit = ("features move", "of their size") if name == "drift" else ("it is", "nats")
         yield (

@@ -17,6 +17,7 @@ import numpy as np
 
 from fpo_mlx.config import TrainConfig
 from fpo_mlx.model import adapters
+from fpo_mlx.records import FEWEST
 from fpo_mlx.train.drift import named_as
 from fpo_mlx.train.events import LandedReport
 from fpo_mlx.train.metrics import means_of
@@ -25,7 +26,6 @@ NEAR = 0.03  # of the figure, in logarithms: relative D within 3 %, features wit
 LEAST, MOST = 0.1, 1.25  # parts; further up lies what was never trained
 LOOKS = 3
 POWER = 2.0  # of the part, that relative D and KL grow with where changes are small
-FEWEST = 16  # validation pairs; D scatters so much that fewer say less than the controller
 
 Values = Mapping[str, np.ndarray]  # per pair, as `metrics.measure` gives them
 

@@ -62,13 +62,13 @@ def test_an_objective_that_the_user_names_stands_and_one_of_a_file_is_named(
 ):
     """One run.yaml was given for both of `--adapter-path fpo/ --adapter-path dpo/`."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.yaml").write_text("objective: fpo\n")
-    path = trained(place, tmp_path / "a", objective="dpo")
+    (tmp_path / "run.yaml").write_text("objective: fpo\nbeta: 0.1\n")
+    path = trained(place, tmp_path / "a", objective="dpo", beta=0.5)
     own = trained(place, tmp_path / "b", "two", objective="fpo")
     both = ["--adapter-path", own, "--adapter-path", path]
     got, said = judge(place, tmp_path / "e.json", *both, *words)
     told = f"judged by fpo ({MEANS}, beta 0.1), which the file of -c names; trained by other "
-    told += f"rewards: {path} by dpo ({SUMS}, beta 0.1); --objective names another"
+    told += f"rewards: {path} by dpo ({SUMS}, beta 0.5); --objective names another"
     assert (told in said) is (words[0] == "-c")
     assert ("judged" in said) is (words[0] == "-c")
     assert got["objective"]["preset"] == "fpo"

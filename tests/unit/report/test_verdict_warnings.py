@@ -28,7 +28,8 @@ def read(path, *reports, record=None):
             "their size, 4.8 times as far. `fpo-mlx fuse --target-drift` takes the part",
         ),
         ({"target_drift": 0.2, "init_adapter": "a"}, {"drift/rejected": 0.16}, "Lower --learning"),
-        ({"target_kl": 3.0}, {"kl/rejected": 1.5}, "it is 1.5 nats, 0.5 times as far. Train long"),
+        ({"target_kl": 3.0}, {"kl/rejected": 1.2}, "it is 1.2 nats, 0.4 times as far. Train long"),
+        ({"target_kl": 3.0}, {"kl/rejected": 4.2}, None),  # so few pairs cannot tell
         ({"target_kl": 3.0}, {"kl/rejected": 3.2}, None),
         ({"target_drift": 0.2}, {"drift/rejected": 0.0361}, None),
         ({"target_drift": 0.2}, {"drift/rejected": 0.0}, None),  # before the first update
@@ -42,6 +43,13 @@ def test_a_target_that_was_missed_is_said_with_what_helps(tmp_path, settings, me
     assert found == [f"warning: {w.text}" for w in warnings([run]) if "--target" in w.text]
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
+
+
+def test_of_enough_pairs_ten_percent_is_what_a_target_may_be_missed_by(tmp_path):
+    for kl, found in ((3.2, 0), (3.5, 1)):
+        end = a_validation(30, {"kl/rejected": kl}, pairs=16)
+        run = read(tmp_path / str(kl), end, record={"settings": {"target_kl": 3.0}})
+        assert sum("--target-kl 3 was not reached" in line for line in verdict(run)) == found
 
 
 def test_a_part_that_was_saved_and_is_still_too_far_misses_its_target(tmp_path):
