@@ -216,6 +216,11 @@ def parse_candidates(record: Any, where: str) -> Candidates:
 def parse_verdict(record: Any, where: str) -> Verdict:
     """Raises: DataError naming the place, what was found and what was wanted."""
     record = _object(record, where)
+    if not {"a", "b", "verdict"} & record.keys():
+        raise DataError(
+            f"{where}: no verdict (the row has: {', '.join(map(str, record))[:80]}). Is it a file "
+            "of verdicts, of `pairs judge` or `pairs rate`?"
+        )
     a, b = (_whole(record, name, where) for name in ("a", "b"))
     if a == b or not (0 <= a < MOST and 0 <= b < MOST):
         raise DataError(f"{where}: a {a} and b {b}, wanted two different candidates.")

@@ -29,10 +29,12 @@ def check(
     fix: Path | None,
     overwrite: bool = False,
     say: Say,
+    of_rows_alone: bool = False,
 ) -> data.CheckReport:
     """Check every row of every split; `fix` names a folder for the rows that are good.
 
-    Without a model the checks of the template and of lengths in tokens are left out. The report of
+    Without a model the checks of the template and of lengths in tokens are left out, which is said
+    unless they were not asked for (of_rows_alone). The report of
     a large set is kept by content, and read when the same is asked again; so are its tokens, which
     `train` and `precompute` read.
     Raises: ConfigError without data, or when `fix` would lose something (`storage.outputs`).
@@ -46,7 +48,7 @@ def check(
     tokenizer = None
     if ref.model:
         tokenizer = open_tokenizer(config, resolve_model(ref.model, weights=False), say)
-    else:
+    elif not of_rows_alone:
         say("no --model: chat template and lengths in tokens are not checked")
     hub = hub_splits(config)
     names = list(data.find_splits(d.data, hub)) or ["train"]

@@ -34,6 +34,7 @@ from fpo_mlx.storage.lines import json_line
 from fpo_mlx.storage.outputs import Made, claim_folder
 
 FEWEST = 30
+ALONE = "a prompt with one answer, which has none to be better than"
 ABOUT = PAIRS_FILE  # beside the rows: settings and figures
 MADE = Made("a set of pairs", r"(train|valid|test)\.jsonl|pairs\.json", whole=True, mark=ABOUT)
 
@@ -75,7 +76,7 @@ def pairs_build(
 
     reward: judges first, as `pairs_judge` does, into a file beside the candidates.
 
-    Raises: ConfigError, DataError (fewer than 30 pairs among it); FpoError.
+    Raises: ConfigError, DataError (fewer than 30 pairs among it, or none with `force`); FpoError.
     """
     own = candidates.with_name(f"{candidates.stem}-rewards.jsonl")
     inputs = [candidates, *verdicts, *([own] if reward else [])]
@@ -97,16 +98,24 @@ def pairs_build(
         ids, found.offsets, settings.valid_share, settings.test_share, settings.seed
     )
     report = _report(pairs, splits, found, left, settings, judges)
-    if len(pairs) < FEWEST and not settings.force:
-        why = ", ".join(f"{n} × {reason}" for reason, n in left.counts.items()) or "no verdicts"
-        raise DataError(
-            f"{len(pairs)} pairs from {len(found)} prompts are too few to learn from ({why}). "
-            f"Wanted {FEWEST}: answer more prompts, judge more of them, or write them with --force."
-        )
+    if not pairs or (len(pairs) < FEWEST and not settings.force):
+        raise DataError(_too_few(len(pairs), len(found), left))
     _write(pairs, splits, settings, report, output, claim)
-    if pairs:
-        _check(output, say)
+    _check(output, say)
     return report
+
+
+def _too_few(pairs: int, prompts: int, left: Left) -> str:
+    """Why, and what to do: no judging helps a prompt that has one answer."""
+    why = ", ".join(f"{n} × {reason}" for reason, n in left.counts.items()) or "no verdicts"
+    way = "answer more prompts, or judge more of them"
+    if left.counts.get(ALONE):
+        way = "answer each prompt several times (`pairs generate --n 4`, to a new --output)"
+    way += "; --force writes these" if pairs else ""
+    return (
+        f"{pairs} pairs from {prompts} prompts are too few to learn from ({why}). "
+        f"Wanted {FEWEST}: {way}."
+    )
 
 
 def _by_reward(
@@ -172,7 +181,8 @@ def _choose(
     pairs = []
     for one in found:
         if one.id not in verdicts:
-            left.out("a prompt without verdicts")
+            alone = len(one.candidates) < 2
+            left.out(ALONE if alone else "a prompt without verdicts")
             continue
         for pair in choose.pairs_of(one, labels_of(verdicts.pop(one.id)), settings, left):
             if not is_new((one.prompt.text, pair.chosen, pair.rejected)):
@@ -224,6 +234,6 @@ def _write(
 
 
 def _check(folder: Path, say: Say) -> None:
-    found = check(load_config({"data": str(folder)}), fix=None, say=say)
+    found = check(load_config({"data": str(folder)}), fix=None, say=say, of_rows_alone=True)
     for finding in found.findings[:10]:
         say(f"check: {finding}")

@@ -162,6 +162,12 @@ def _warn_of_others(settings: GenerateConfig, there: CandidateFile, say: Say) ->
             f"warning: {there.path} was begun otherwise ({'; '.join(other)}); those answers stay, "
             "and only prompts without any are asked. Name another --output for answers of one kind"
         )
+    fewer = sum(_own(one) < settings.n for one in there)
+    if fewer:
+        say(
+            f"warning: {fewer} of {len(there)} prompts in {there.path} have fewer answers than "
+            f"--n {settings.n}; they get no more. Name another --output for so many of each"
+        )
     answers = (c for one in there for c in one.candidates)
     cut = next((c for c in answers if _may_be_longer(c, settings)), None)
     if cut is not None:
@@ -170,6 +176,11 @@ def _warn_of_others(settings: GenerateConfig, there: CandidateFile, say: Say) ->
             f"and --max-tokens {settings.max_tokens} makes none of them longer. Name another "
             "--output for answers that may be"
         )
+
+
+def _own(one: Candidates) -> int:
+    """Answers that a model made."""
+    return sum(c.model != HUMAN for c in one.candidates)
 
 
 def _may_be_longer(one: Candidate, settings: GenerateConfig) -> bool:
@@ -206,7 +217,7 @@ def _all(
         waiting = _waiting(new, done, tokenizer)
         yield from answer_window(model, tokenizer, settings, waiting)
     if seen <= done:
-        say("every prompt has its candidates already")
+        say("every prompt has answers already")
 
 
 def _rendered(

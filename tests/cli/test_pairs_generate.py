@@ -84,7 +84,15 @@ def test_a_run_cut_at_any_place_goes_on_to_the_same_answers(place, prompts, tmp_
         assert near == pytest.approx(logps, abs=1.5e-4)  # they have four decimals
     again = generate(place, prompts, out)
     assert "0 answers to 0 prompts" in again.stdout
-    assert "every prompt has its candidates already" in again.stderr
+    assert "every prompt has answers already" in again.stderr
+
+
+def test_prompts_that_have_fewer_answers_than_are_asked_for_are_told(place, prompts, tmp_path):
+    out = tmp_path / "c.jsonl"
+    assert generate(place, prompts, out).exit_code == 0
+    again = generate(place, prompts, out, "--n", 4)
+    assert "9 of 9 prompts" in again.stderr
+    assert "have fewer answers than --n 4" in again.stderr
 
 
 def test_prompts_that_a_template_makes_new_are_told(place, prompts, tmp_path):

@@ -257,15 +257,27 @@ def test_a_wanted_score_is_of_one_judge(tmp_path):
     assert len(rows(tmp_path / "named/train.jsonl")) == 120
 
 
-def test_a_build_of_no_pairs_is_no_data(tmp_path):
+def test_a_build_of_no_pairs_is_refused_whatever_force_says(tmp_path):
+    """It was a folder without rows, and exit code 0."""
     path, _ = source(tmp_path)
     (tmp_path / "same.py").write_text("def same(prompt, answer):\n    return 1.0\n")
     words = ["--reward", f"{tmp_path / 'same.py'}:same", "--force"]
     done = run("pairs", "build", path, *words, "--output", tmp_path / "none")
-    assert done.exit_code == 0, done.stderr
-    assert "check:" not in done.stderr
-    assert [found.name for found in (tmp_path / "none").iterdir()] == ["pairs.json"]
-    refused(run("check", "--data", tmp_path / "none"), 1, "Splits found in", ": none")
+    refused(done, 3, "0 pairs from 60 prompts", "judge more of them.")
+    assert not (tmp_path / "none").exists()
+
+
+def test_no_judging_is_asked_for_prompts_with_one_answer(tmp_path):
+    path, reward = source(tmp_path, n=1)
+    done = run("pairs", "build", path, "--reward", reward, "--output", tmp_path / "pairs")
+    refused(done, 3, "60 × a prompt with one answer", "answer each prompt several times")
+    assert "judge more" not in done.stderr
+
+
+def test_rows_that_are_no_verdicts_are_called_so(tmp_path):
+    path, _ = source(tmp_path)
+    done = run("pairs", "build", path, "--verdicts", path, "--output", tmp_path / "pairs")
+    refused(done, 3, "c.jsonl:1: no verdict", "id, prompt, candidates", "a file of verdicts")
 
 
 def test_rows_in_a_file_that_is_called_like_a_builds_record_are_data(tmp_path):
@@ -306,6 +318,7 @@ def test_too_few_pairs_are_refused_with_the_reasons_and_written_by_force(tmp_pat
     assert not (tmp_path / "pairs").exists()
     done = run(*words, "--force")
     assert done.exit_code == 0, done.stderr
+    assert "--model" not in done.stderr  # it has no such flag
 
 
 def test_a_judge_that_is_not_there_is_named_with_those_that_are(tmp_path):

@@ -114,9 +114,10 @@ def test_verdicts_on_answers_that_were_there_before_are_none_on_those_that_came_
 def test_verdicts_on_prompts_that_are_not_among_the_candidates_are_counted_each(tmp_path):
     """The prompts were counted, under the name of verdicts."""
     verdicts = tmp_path / "v.jsonl"
-    source = candidates(tmp_path / "c.jsonl", graded(5, 3))
+    given = {f"Q{n}?": ["short", "no short one", f"the longest one of {n}"] for n in range(5)}
+    source = candidates(tmp_path / "c.jsonl", given)
     pairs_judge(JudgeConfig(reward="brevity"), candidates=source, output=verdicts, say=print)
-    few = candidates(tmp_path / "few.jsonl", dict([*graded(5, 3).items()][:3]))
+    few = candidates(tmp_path / "few.jsonl", dict([*given.items()][:3]))
     built = pairs_build(
         BuildConfig(force=True), candidates=few, verdicts=[verdicts], output=tmp_path / "pairs",
         say=print,
