@@ -161,13 +161,15 @@ def _at_its_end(config: RunConfig, order: Order, valid: int, ranks: Ranks, say: 
 
     Raises: ConfigError where it has done more than is wanted.
     """
-    from fpo_mlx.train.checkpoint import saved_progress
+    from fpo_mlx.train.checkpoint import AdapterFolder, saved_progress
     from fpo_mlx.train.drift import Controller
     from fpo_mlx.train.landing import hindrance
 
     t, done = config.train, False
     if ranks.first:
-        progress = saved_progress(Path(t.adapter_path))
+        place = Path(t.adapter_path)
+        with AdapterFolder(place, {}).writing():  # nobody else is; and what a kill left goes
+            progress = saved_progress(place)
         at = t.whole_updates(progress.iteration)  # an older version may have cut the last one short
         asked = "--iters" if t.iters is not None else "--epochs"
         text = (

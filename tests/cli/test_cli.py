@@ -27,7 +27,6 @@ from fpo_mlx.errors import FpoError
 from fpo_mlx.machine import device, upstream
 from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.sae.encode import encode
-from fpo_mlx.storage import files
 
 pytest.importorskip("mlx.core")
 
@@ -245,9 +244,11 @@ def test_a_resumed_run_that_will_not_fit_is_offered_only_what_it_may_change(
     flags = ("--reference", place / "ref", "--iters", 1, "--micro-batch-size", 2)
     assert train(place, tmp_path / "out", *flags, "--batch-size", 2).exit_code == 0
     (peak,) = _peaks(place, tmp_path / "plain", monkeypatch, 1e12)
-    for memory, said in ((peak, "What fits"), (1e5, "Nothing that a resumed run may change")):
+    found = ((peak, "What fits"), (1e5, "Nothing that a resumed run may change"))
+    for iters, (memory, said) in enumerate(found, start=2):
         monkeypatch.setattr(device, "memory", lambda memory=memory: memory)
-        told = train(place, tmp_path / "out", *flags, "--batch-size", 2, "--resume", "--iters", 2)
+        more = ("--resume", "--iters", iters)
+        told = train(place, tmp_path / "out", *flags, "--batch-size", 2, *more)
         assert told.exit_code == 0, told.stderr
         (warning,) = [x for x in told.stderr.splitlines() if "this training needs" in x]
         assert said in warning
@@ -285,11 +286,7 @@ def test_a_resumed_run_keeps_the_settings_of_its_start(place, tmp_path):
     record = (tmp_path / "out" / "run.json").read_text()
     again = train(place, tmp_path / "out", *flags, "--resume")
     assert again.exit_code == 0, again.stderr
-    old, new = json.loads(record), json.loads((tmp_path / "out" / "run.json").read_text())
-    assert new["memory"].keys() == old["memory"].keys()
-    (had,) = new.pop("earlier")  # the adapters that it went on from: nothing was left to train
-    assert had == files.sha256_of(tmp_path / "out" / "adapters.safetensors")
-    assert {**new, "memory": None} == {**old, "memory": None}
+    assert (tmp_path / "out" / "run.json").read_text() == record, "nothing was left to train"
 
 
 def test_early_stopping_without_validation_pairs_is_refused(place, tmp_path):
