@@ -152,12 +152,12 @@ def fewer(case: Case, blocks: int) -> Case:
 
 
 def largest_micro_batch(case: Case, memory: float) -> int:
-    """The most pairs at once that fit, 0 where not even one does; never more than an update's."""
+    """The most pairs at once that fit, 0 where not even one does; never more than a process has."""
 
     def fits(n: int) -> bool:
         return replace(case, setup=replace(case.setup, micro_batch_size=n)).need <= memory
 
-    return _largest(fits, case.setup.batch_size)
+    return _largest(fits, case.setup.most_at_once)
 
 
 def longest_sequence(case: Case, memory: float, most: int = 1 << 17) -> int:

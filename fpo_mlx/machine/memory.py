@@ -147,13 +147,19 @@ class Setup:
     adapter_parameters: int
     optimizer: str = "adam"
     micro_batch_size: int = 1
-    batch_size: int = 4  # pairs per update, of one process
+    batch_size: int = 4  # pairs per update, of all processes
     grad_checkpoint: bool = False
     kl: bool = False
     stop_gradient: bool = True
     top_k: int = 50
     forward: bool = False  # the gradient comes from two passes without one
     adapted: Adapted = Adapted()
+    processes: int = 1
+
+    @property
+    def most_at_once(self) -> int:
+        """Pairs of an update that one process has."""
+        return -(-self.batch_size // self.processes)
 
     @property
     def adapted_blocks(self) -> int:

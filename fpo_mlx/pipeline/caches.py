@@ -123,8 +123,9 @@ def cache_select(
         model = weights.model_fingerprint(there)
     elif model is not None and not re.fullmatch(f"[0-9a-f]{{{LEAST_DIGITS},}}", model):
         raise ConfigError(
-            f"--model {model}: found no such model, with its weights, on this disk. Wanted its folder, "
-            f"its hub id, or {LEAST_DIGITS} digits or more of the fingerprint that `cache list` shows."
+            f"--model {model}: found no such model with its weights on this disk. Wanted its "
+            f"folder, its hub id, or {LEAST_DIGITS} digits or more of the fingerprint that "
+            "`cache list` shows."
         )
     entries = cache_list(root)
     return cache.select(entries, older_than=older_than, larger_than=larger_than, model=model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,14 +142,15 @@ def case_of(job: Job, lengths: Sequence[Lengths], outline: Outline | None = None
     block = adapters.block_of(model)
     put_adapters(job, model, spec)
     adapted = {block[key] for key in spec.keys}
-    own = -(-t.pairs_per_update // find_share(os.environ).world)  # pairs of one process
     setup = Setup(
         min(adapted), max(adapted),
         sum(array.size for _, array in adapters.parameters(model)),
-        t.optimizer, min(t.micro_batch_size, own), own,
+        t.optimizer, t.micro_batch_size, t.pairs_per_update,
         t.grad_checkpoint, o.constraint == "kl", o.stop_gradient, o.top_k,
         t.gradient == "forward", adapted_of(model, read_config(job.model_path)),
+        find_share(os.environ).world,
     )  # fmt: skip
+    setup = replace(setup, micro_batch_size=min(t.micro_batch_size, setup.most_at_once))
     tiles = Tiles.of(device.here())
     saes = tuple(_sae_shape(sae) for sae in job.saes) if o.pooled else ()
     held = model_of.data_term(lengths).bytes

@@ -94,14 +94,14 @@ def read_documents(
     )  # fmt: skip
     found, dropped, done = _gathered(rows, sequences, source, kind, limit)
     notes = TokenizeReport(done, len(found), max_length, 0, dropped=dropped).lines()
-    answers = kind == "chat" and tokens == "response"
-    items = _with_positions(found) if answers else found
-    if late := len(found) - len(items):
+    items = _with_positions(found)
+    late = len(found) - len(items) if kind == "chat" and tokens == "response" else 0
+    if late:
         notes.append(
             f"{late} of {len(found)} chats are left out: no answer begins within {max_length} "
             "tokens (--max-seq-length)"
         )
-    if not _with_positions(items):
+    if not items:
         wanted = "a larger --max-seq-length, or shorter prompts"
         wanted = wanted if dropped or late else "longer texts"
         raise DataError(f"{source}: no position is left to train on; wanted {wanted}.", notes)
@@ -110,7 +110,7 @@ def read_documents(
         notes.append(
             f"all documents begin with the same {shared} tokens: they count in every tenth only"
         )
-    return Documents(tuple(items), kind, tuple(notes))
+    return Documents(tuple(_with_positions(items)), kind, tuple(notes))
 
 
 def _with_positions(items: Iterable[Document]) -> list[Document]:

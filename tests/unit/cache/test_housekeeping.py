@@ -92,6 +92,7 @@ def test_a_model_of_the_hubs_cache_is_known_by_its_id(root, tmp_path, monkeypatc
     from fpo_mlx.pipeline import caches
 
     monkeypatch.setattr(caches, "at_hand", lambda spec: tmp_path if spec == "owner/model" else None)
+    monkeypatch.setattr(caches, "has_weights", lambda folder: True)
     monkeypatch.setattr(caches.weights, "model_fingerprint", lambda folder: "bbbb222")
     assert run("cache", "prune", "--model", "owner/model", "--yes").exit_code == 0
     assert [entry.folder.name for entry in rc.list_caches(root)] == ["old"]
