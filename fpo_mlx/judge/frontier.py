@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-CLOSE = 0.02  # of the scale found: how much larger one is known to be too large
-STEPS = 16  # most of a bisection: that close down to a thousandth of the whole
+CLOSE = 0.01  # of the scale found: how much larger one is known to be too large
+SMALLEST = 0.5**10  # part that is tried; of less the figures are rounding
 
 
 def scale_at(scales: Sequence[float], values: Sequence[float], target: float) -> float | None:
@@ -31,15 +31,14 @@ def largest_scale(measure: Callable[[float], float], bound: float) -> tuple[floa
     """The largest s in [0, 1] at which a figure that grows with s stays within `bound`.
 
     measure: s -> figure, called at 1 first, then by bisection. Returns: (s, the figure there), s to
-    within CLOSE of itself; 1 where the whole adapter stays within the bound.
+    within CLOSE of itself; 1 where the whole adapter stays within the bound, 0 where SMALLEST does
+    not. That is 18 calls at most.
     """
     whole = measure(1.0)
     if whole <= bound:
         return 1.0, whole
     low, high, found = 0.0, 1.0, 0.0
-    for _ in range(STEPS):
-        if high - low <= CLOSE * low:
-            break
+    while high - low > CLOSE * low and high > SMALLEST:
         middle = (low + high) / 2
         value = measure(middle)
         if value <= bound:
