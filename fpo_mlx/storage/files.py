@@ -269,6 +269,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
+AGAIN = "run the command again"  # what a command that goes on otherwise says otherwise
+
+
 def unwritable(path: Path | str, error: BaseException) -> FpoError | None:
     """The plain error for what kept `path` from being written; None if it is something else."""
     if isinstance(error, OSError) and error.errno is not None:
@@ -278,11 +281,11 @@ def unwritable(path: Path | str, error: BaseException) -> FpoError | None:
     else:
         return None
     if code in _FULL:
-        next_step = "Make room and run the command again."
+        next_step = f"Make room and {AGAIN}."
     elif code in _FORBIDDEN or code in _NO_PLACE:
         next_step = "Name another place, or mend this one."
     elif code == 0:
-        next_step = "Make room or mend its permissions, and run the command again."
+        next_step = f"Make room or mend its permissions, and {AGAIN}."
     else:
         return None
     return FpoError(f"{path} cannot be written: {why}. What was there is untouched. {next_step}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -16,8 +17,10 @@ from safetensors.numpy import save_file
 pytest.importorskip("mlx.core")
 
 from fpo_mlx.config import TrainConfig  # noqa: E402
+from fpo_mlx.errors import FpoError  # noqa: E402
 from fpo_mlx.sae.convert import write_saelens  # noqa: E402
-from fpo_mlx.train.checkpoint import interrupted  # noqa: E402
+from fpo_mlx.storage import files  # noqa: E402
+from fpo_mlx.train.checkpoint import AdapterFolder, interrupted  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +186,26 @@ def test_a_run_that_cannot_be_landed_says_so_before_it_trains(place, tmp_path, w
     assert ("no landing" in done.stderr) is (why is not None)
     assert why is None or why in done.stderr
     assert done.stderr.find("no landing") < done.stderr.index("loss ")
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ((), "Make room and run the command again"),
+        (("run.json",), "Make room and begin anew with --overwrite"),
+        (("run.json", "checkpoint/state.safetensors"), "Make room and go on with --resume"),
+    ],
+)
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_run_that_a_full_disk_ended_names_what_goes_on(tmp_path, there, said, plain):
+    """The command again was refused: the folder holds a run."""
+    full = OSError(errno.ENOSPC, "full")
+    for name in there:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    error = (plain and files.unwritable(tmp_path, full)) or full
+    with pytest.raises(FpoError, match=said), AdapterFolder(tmp_path, {}).writing():
+        raise error
 
 
 def test_a_stopped_run_names_the_command_that_goes_on():
