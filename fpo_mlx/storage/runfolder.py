@@ -17,6 +17,13 @@ from fpo_mlx.storage.adapter_files import RUN, WEIGHTS
 from fpo_mlx.storage.outputs import Made
 
 METRICS = "metrics.jsonl"
+# by a fingerprint's name: what it is of, and the split whose size says more
+WORDS = {
+    "data": ("the training pairs", "train"), "valid": ("the validation pairs", "valid"),
+    "model": ("the model's weights", ""), "adapter": ("--init-adapter's weights", ""),
+    "saes": ("the SAE", ""), "tokenizer": ("the tokenizer or its chat template", ""),
+    "named_features": ("--feature-weights", ""), "projected": ("--project-out", ""),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -157,12 +164,14 @@ class RunFolder:
             n for n, by in dict(needed_by or {}).items() if not all(s.get(by, 1) for s in both)
         }
         old, new = before["fingerprints"], now["fingerprints"]
-        faults += _differing("fingerprints", old.keys() - unread, old, new)
+        others = _differing("fingerprints", old.keys() - unread, old, new)
+        faults += [_in_words(line, before.get("splits"), now.get("splits")) for line in others]
         if faults:
             raise ConfigError(
                 f"--resume: these settings would make another run of {self.path}:\n"
                 + "\n".join(faults)
-                + f"\nUse the old values, or start anew in another {self.flag}."
+                + f"\nUse the old values{' and files' if others else ''}, or start anew in another "
+                f"{self.flag}."
             )
         return before
 
@@ -190,3 +199,12 @@ def _differing(
         for name in sorted(names)
         if old.get(name) != new.get(name)
     ]
+
+
+def _in_words(line: str, then: Any, now: Any) -> str:
+    """A fingerprint's line with what it is of, and how many pairs there were and are."""
+    name = line.partition(":")[0].partition(".")[2]
+    what, split = WORDS.get(name, (name, ""))
+    counts = [sizes.get(split) for sizes in (then, now) if isinstance(sizes, dict)]
+    told = f" ({counts[0]} then, {counts[1]} now)" if split and len(set(counts)) == 2 else ""
+    return f"  {what}: not what the run began with{told};{line.replace(':', '', 1)[1:]}"

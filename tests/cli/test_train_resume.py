@@ -85,6 +85,17 @@ def test_other_validation_pairs_are_refused(place, tmp_path):
     refused(again, 2, "fingerprints.valid")
 
 
+def test_other_pairs_are_told_in_words_with_their_counts(place, tmp_path):
+    """It named the setting `fingerprints.data` and two hashes."""
+    assert dpo(place, tmp_path / "out").exit_code == 0
+    lines(tmp_path / "data" / "train.jsonl", *ROWS, {**ROWS[0], "prompt": "One more?"})
+    shutil.copy(place / "data" / "valid.jsonl", tmp_path / "data")
+    again = dpo(place, tmp_path / "out", "--resume", "--iters", 3, data=tmp_path / "data")
+    n = len(ROWS)
+    told = f"the training pairs: not what the run began with ({n} then, {n + 1} now)"
+    refused(again, 2, told, "fingerprints.data", "Use the old values and files")
+
+
 def test_iterations_that_are_no_whole_updates_are_rounded_up_and_said(place, tmp_path):
     done = dpo(place, tmp_path, "--iters", 5, "--grad-accumulation-steps", 2)
     assert done.exit_code == 0, done.stderr
