@@ -207,4 +207,4 @@ def _in_words(line: str, then: Any, now: Any) -> str:
     what, split = WORDS.get(name, (name, ""))
     counts = [sizes.get(split) for sizes in (then, now) if isinstance(sizes, dict)]
     told = f" ({counts[0]} then, {counts[1]} now)" if split and len(set(counts)) == 2 else ""
-    return f"  {what}: not what the run began with{told};{line.replace(':', '', 1)[1:]}"
+    return f"  {what}: not what the run began with{told}; {line.strip()}"

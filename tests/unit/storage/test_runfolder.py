@@ -60,7 +60,8 @@ def test_the_same_settings_may_go_on_and_others_are_named(folder):
     with pytest.raises(ConfigError) as caught:
         folder.check_resumable(other, ())
     text = str(caught.value)
-    assert "  settings.lr: was 1e-05, now 0.0001\n  fingerprints.data: was 'x', now 'y'" in text
+    assert "  settings.lr: was 1e-05, now 0.0001\n  the training pairs: not what" in text
+    assert "; fingerprints.data: was 'x', now 'y'" in text
     assert text.endswith("start anew in another --out.")
     assert "fingerprints.data" in refusal(folder, other, ("data",))  # frees a setting of that name
 
