@@ -120,5 +120,5 @@ def test_a_fingerprint_counts_where_what_it_is_of_is_read_before_and_after(folde
     for now in (record("0", 25), record("w", 10)):
         with pytest.raises(ConfigError, match=r"fingerprints\.valid: was 'v'"):
             folder.check_resumable(now, {"val_batches"}, needed_by=needed)
-    with pytest.raises(ConfigError, match=r"of .*:\n  fingerprints\.data: was 'x', now '0'\nUse"):
+    with pytest.raises(ConfigError, match=r":\n  .*; fingerprints\.data: was 'x', now '0'\nUse"):
         folder.check_resumable(record("0", 0, "0"), {"val_batches"}, needed_by=needed)
