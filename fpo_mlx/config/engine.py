@@ -208,6 +208,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Wanted a YAML file of settings.") from None
     except RecursionError:
         raise ConfigError(f"{path}: cannot be read as YAML: nested too deeply") from None
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:

@@ -152,7 +152,8 @@ def _answers(metrics: Mapping[str, Any]) -> str:
     chosen, rejected = (figure(metrics.get(CHANGE.format(s))) for s in SIDES)
     if chosen is None or not math.isfinite(chosen):
         return ""
-    plain = f"a token is {math.exp(min(chosen, 50.0)):.2g} times as likely as before"
+    times = f"{math.exp(min(chosen, 50.0)):.2g}"
+    plain = f"a token is {'about' if times == '1' else f'{times} times'} as likely as before"
     line = f"chosen answers {_signed(chosen)} nats/token: {plain}"
     return line if rejected is None else f"{line}; rejected answers {_signed(rejected)}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,17 +28,29 @@ def make_optimizer(config: TrainConfig) -> optim.Optimizer:
     Raises: ConfigError for arguments that the optimizer or schedule does not take.
     """
     try:
-        for name, known in ((config.lr_schedule or {}, SCHEDULE), (config.optimizer_config, KINDS)):
-            if unknown := set(name) - set(known):
-                raise KeyError(f"unknown {', '.join(sorted(map(str, unknown)))}")
+        _refuse_unknown(config)
         trial, some = _make(config), {"some": mx.zeros((2, 2))}
         mx.eval(trial.apply_gradients(some, some))  # what only an update would find
         return _make(config)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        said = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise ConfigError(
-            f"lr_schedule / optimizer_config: {error}. Wanted lr_schedule: {{name: cosine_decay, "
+            f"lr_schedule / optimizer_config: {said}. Wanted lr_schedule: {{name: cosine_decay, "
             "arguments: [1e-5, 1000], warmup: 0}, optimizer_config: {adamw: {weight_decay: 0.1}}."
         ) from error
+
+
+def _refuse_unknown(config: TrainConfig) -> None:
+    """Raises: KeyError, TypeError for names that are none, of optimizers that are not used, too."""
+    schedule = config.lr_schedule or {}
+    for given, known in ((schedule, SCHEDULE), (config.optimizer_config, KINDS)):
+        if unknown := {*map(str, given)} - {*known}:
+            raise KeyError(f"unknown {', '.join(sorted(unknown))}, known are {', '.join(known)}")
+    schedules = [name for name, f in vars(optim.schedulers).items() if inspect.isfunction(f)]
+    if schedule and schedule.get("name") not in schedules:
+        raise KeyError(f"no schedule {schedule.get('name')}, known are {', '.join(schedules)}")
+    for name, arguments in config.optimizer_config.items():
+        KINDS[name](learning_rate=0.0, **dict(arguments or {}))
 
 
 def _make(config: TrainConfig) -> optim.Optimizer:

@@ -22,6 +22,7 @@ from fpo_mlx.cli import main, trackers
 from fpo_mlx.config import PRESETS, SECTIONS, RunConfig, load_config, named, options
 from fpo_mlx.config.fields import Bounds
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.train.optimizer import make_optimizer
 
 YAML_ONLY = named("yaml_only")
 PACKAGE = Path(__file__).resolve().parents[2] / "fpo_mlx"
@@ -231,6 +232,8 @@ def test_a_setting_out_of_range_is_refused_by_name(tmp_path, text):
         "lr_schedule: {name: cosine_decay, arguments: [1e-5, 10], warmpu: 3}",
         "lr_schedule: {name: cosine_decay, arguments: [1e-5, 10], warmup: -5}",
         "lr_schedule: {name: linear_schedule, arguments: [0.0, 1e-5, 0]}",
+        "lr_schedule: {name: cosine_deacy, arguments: [1e-5, 10]}",
+        "optimizer_config: {adamw: {wieght_decay: 1}}",  # of an optimizer that is not used
     ],
 )
 def test_what_no_optimizer_can_be_made_of_is_refused_before_anything_long(tmp_path, text):
@@ -241,6 +244,14 @@ def test_what_no_optimizer_can_be_made_of_is_refused_before_anything_long(tmp_pa
     assert done.exit_code == 2, done.output
     assert "lr_schedule / optimizer_config" in done.stderr
     assert "Traceback" not in done.output
+
+
+def test_a_file_of_settings_that_is_not_there_and_a_schedule_that_is_none_are_said_so(tmp_path):
+    with pytest.raises(ConfigError, match="c.yaml: no such file"):
+        load_config({}, tmp_path / "c.yaml")
+    schedule = {"name": "cosine_deacy", "arguments": [1e-5, 10]}
+    with pytest.raises(ConfigError, match="no schedule cosine_deacy, known are .*cosine_decay"):
+        make_optimizer(load_config({"lr_schedule": schedule}).train)
 
 
 @pytest.mark.parametrize("path", list(leaves()), ids=lambda path: " ".join(path) or "main")
