@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.optimizers import schedulers
 from mlx.utils import tree_map
 
 from fpo_mlx.config import TrainConfig
@@ -46,7 +47,7 @@ def _refuse_unknown(config: TrainConfig) -> None:
     for given, known in ((schedule, SCHEDULE), (config.optimizer_config, KINDS)):
         if unknown := {*map(str, given)} - {*known}:
             raise KeyError(f"unknown {', '.join(sorted(unknown))}, known are {', '.join(known)}")
-    schedules = [name for name, f in vars(optim.schedulers).items() if inspect.isfunction(f)]
+    schedules = [name for name, f in vars(schedulers).items() if inspect.isfunction(f)]
     if schedule and schedule.get("name") not in schedules:
         raise KeyError(f"no schedule {schedule.get('name')}, known are {', '.join(schedules)}")
     for name, arguments in config.optimizer_config.items():
