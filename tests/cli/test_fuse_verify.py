@@ -48,7 +48,7 @@ def test_the_fused_folder_is_judged_as_it_is_whatever_adapter_training_began_fro
 
 
 def test_fuse_warns_of_an_adapter_of_another_model(place, tmp_path):
-    said = "was made for another model"
+    said = "was made on other weights of that name"
     own = trained(
         place, tmp_path / "own", fingerprints={"model": model_fingerprint(place / "model")}
     )

@@ -93,4 +93,4 @@ def test_memory_does_not_grow_by_the_part(both, place, tmp_path, monkeypatch):  
     parts = [str(1 - n / 16) for n in range(8)]
     judged(place, tmp_path / "e.json", both[:1], parts)
     assert len(held) == 8
-    assert max(held[1:]) <= held[1]
+    assert max(held[1:]) <= held[1] + 256  # a number or two, and no array of the adapter
