@@ -28,11 +28,11 @@ The identity says what the values belong to: `model`, `adapter` ("none"), `token
 fingerprints), `saes` (pairs of SAE fingerprint and site), `pooled_keep` (null: every non-zero),
 `projected` (only with --project-out), and for the record `dtype` and `backend`. A run whose
 adapter, tokenizer or projected differ is refused (of the rest: docs/files.md); dtype and backend
-may differ, each shard tells its own. `digest` is the sha256
-over the JSON text of [format, version, identity without dtype and backend], keys sorted, without
-spaces. The manifest lists no shards: a file counts when it is there, and it is there whole or not
-at all (written as .tmp-*, synced, renamed). `writer.lock` is held while a process writes;
-`parts/` holds a cache for each of several processes until they are joined.
+may differ, each shard tells its own. `digest` is the sha256 over the JSON text of [format, version,
+identity without dtype and backend], keys sorted, without spaces. The manifest lists no shards: a
+file counts when it is there, and it is there whole or not at all (written as .tmp-*, synced,
+renamed). `writer.lock` is held while a process writes; `parts/` holds a cache for each of several
+processes until they are joined.
 """
 
 from fpo_mlx.cache.fill import SHARD_PAIRS, FillReport, fill, plan

@@ -13,7 +13,7 @@ SMALLER = {
     "rows": "fewer --rows", "max_seq_length": "a smaller --max-seq-length",
 }  # fmt: skip
 SAE_TRAIN = "sae train"  # which counts in tokens, and resumes with no other sizes
-RESUME = ("train", SAE_TRAIN)
+TRAIN = "train"  # which resumes, too
 GO_ON = ("rounds", "precompute", "pairs generate", "pairs judge")  # without an option that says so
 PLANS = {
     "train": "plan", "precompute": "plan",
@@ -51,7 +51,7 @@ def _smaller(command: str, options: Collection[str], kind: str) -> list[str]:
     if command == SAE_TRAIN:
         fewer = ["--memory-gb"] if kind == "memory" else []
         return ["a smaller --micro-batch-size (tokens)", *fewer, "--width"]
-    other = {"max_seq_length"} if command in RESUME else set()  # it would be another run
+    other = {"max_seq_length"} if command == TRAIN else set()  # it would be another run
     return [words for name, words in SMALLER.items() if name in options and name not in other]
 
 
@@ -59,7 +59,7 @@ def _going_on(command: str, options: Collection[str]) -> list[str]:
     if command == SAE_TRAIN:
         whole = "The last checkpoint is whole: --resume goes on from it"
         return [f"{whole}; none of these may change there."]
-    if command in RESUME:
+    if command == TRAIN:
         free = "grad_checkpoint" in options
         may = ", and may take --grad-checkpoint, but no other --micro-batch-size" if free else ""
         return [f"The last checkpoint is whole: --resume goes on from it{may}."]

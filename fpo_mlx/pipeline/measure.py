@@ -66,11 +66,11 @@ def _tell_of_others(
 ) -> None:
     """Where the file's objective is not by the rewards of an adapter's training."""
     plain = dataclasses.replace(config, asked=frozenset())  # what their trainings said, alone
-    known = {path: _own(plain, path, lambda _: None, measure_kl) for path in adapters}
     others = [
         f"{path} by {_said(one)}"
-        for path, one in known.items()
-        if one is not None and _rewards(one.objective) != _rewards(config.objective)
+        for path in dict.fromkeys(adapters)
+        if (one := _own(plain, path, lambda _: None, measure_kl)) is not None
+        and _rewards(one.objective) != _rewards(config.objective)
     ]
     if others:
         say(

@@ -137,10 +137,10 @@ def missed(run: Run) -> Iterator[str]:
         moved = math.sqrt(seen) if name == "drift" else seen
         if abs(moved / target - 1) <= (OFF_TARGET if sure else OFF_BY_FEW):
             continue
-        what, unit = ("features move", "of their size") if name == "drift" else ("it is", "nats")
+        what, unit = ("it is", "nats") if name == "kl" else ("features move by", "of their size")
         yield (
-            f"--target-{name} {number(target)} was not reached: on {pairs} pairs {what}"
-            f"{' by' if name == 'drift' else ''} {number(moved, 3)} {unit}, "
+            f"--target-{name} {number(target)} was not reached: on {pairs} pairs {what} "
+            f"{number(moved, 3)} {unit}, "
             f"{number(moved / target, 2)} times as far. {_nearer(run, name, moved > target)}."
         )
 

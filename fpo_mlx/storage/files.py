@@ -269,7 +269,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
-AGAIN = "run the command again"  # what a command that goes on otherwise says otherwise
+class Unwritable(FpoError):
+    """Nothing could be written. need: what to make or mend before `way` helps."""
+
+    def __init__(self, found: str, need: str, way: str = "run the command again") -> None:
+        super().__init__(f"{found} {need} {way}.")
+        self._found, self._need = found, need
+
+    def by(self, way: str) -> Unwritable:
+        """The same where the command goes on in another way."""
+        return Unwritable(self._found, self._need, way)
 
 
 def unwritable(path: Path | str, error: BaseException) -> FpoError | None:
@@ -280,15 +289,12 @@ def unwritable(path: Path | str, error: BaseException) -> FpoError | None:
         code, why = 0, "the system refused to write (is the disk full, or the folder read-only?)"
     else:
         return None
+    found = f"{path} cannot be written: {why}. What was there is untouched."
     if code in _FULL:
-        next_step = f"Make room and {AGAIN}."
-    elif code in _FORBIDDEN or code in _NO_PLACE:
-        next_step = "Name another place, or mend this one."
-    elif code == 0:
-        next_step = f"Make room or mend its permissions, and {AGAIN}."
-    else:
-        return None
-    return FpoError(f"{path} cannot be written: {why}. What was there is untouched. {next_step}")
+        return Unwritable(found, "Make room and")
+    if code in _FORBIDDEN or code in _NO_PLACE:
+        return FpoError(f"{found} Name another place, or mend this one.")
+    return Unwritable(found, "Make room or mend its permissions, and") if code == 0 else None
 
 
 def _raise_plainly(path: Path, error: Exception) -> None:

@@ -6,7 +6,7 @@ The same for every kind of training; what a checkpoint holds is the training's o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,14 +158,18 @@ class RunFolder:
         usual = json.loads(json.dumps(dict(defaults or {})))
         old, new = before["settings"], now["settings"]
         names = (old.keys() | new.keys()) - set(may_change)
-        faults = _differing("settings", names, {**usual, **old}, new)
-        both = ({**usual, **old}, {**usual, **new})
+        first = {**usual, **old}
+        faults = [f"  {_changed('settings', n, first, new)}" for n in _differing(names, first, new)]
+        both = (first, {**usual, **new})
         unread = {
             n for n, by in dict(needed_by or {}).items() if not all(s.get(by, 1) for s in both)
         }
         old, new = before["fingerprints"], now["fingerprints"]
-        others = _differing("fingerprints", old.keys() - unread, old, new)
-        faults += [_in_words(line, before.get("splits"), now.get("splits")) for line in others]
+        others = _differing(old.keys() - unread, old, new)
+        sizes = [found for one in (before, now) if isinstance(found := one.get("splits"), dict)]
+        faults += [
+            f"  {_in_words(n, sizes)}; {_changed('fingerprints', n, old, new)}" for n in others
+        ]
         if faults:
             raise ConfigError(
                 f"--resume: these settings would make another run of {self.path}:\n"
@@ -190,21 +194,18 @@ def command_of(record: Mapping[str, Any]) -> str:
     return "sae train" if "plan" in record else "train"
 
 
-def _differing(
-    section: str, names: Iterable[str], old: Mapping[str, Any], new: Mapping[str, Any]
-) -> list[str]:
-    """A line for each of the names that has another value now."""
-    return [
-        f"  {section}.{name}: was {old.get(name)!r}, now {new.get(name)!r}"
-        for name in sorted(names)
-        if old.get(name) != new.get(name)
-    ]
+def _differing(names: Iterable[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Those of the names that have another value now."""
+    return [name for name in sorted(names) if old.get(name) != new.get(name)]
 
 
-def _in_words(line: str, then: Any, now: Any) -> str:
-    """A fingerprint's line with what it is of, and how many pairs there were and are."""
-    name = line.partition(":")[0].partition(".")[2]
+def _changed(section: str, name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    return f"{section}.{name}: was {old.get(name)!r}, now {new.get(name)!r}"
+
+
+def _in_words(name: str, sizes: Sequence[Mapping[str, Any]]) -> str:
+    """What a fingerprint is of. sizes: of the splits, then and now, where they are known."""
     what, split = WORDS.get(name, (name, ""))
-    counts = [sizes.get(split) for sizes in (then, now) if isinstance(sizes, dict)]
+    counts = [one.get(split) for one in sizes]
     told = f" ({counts[0]} then, {counts[1]} now)" if split and len(set(counts)) == 2 else ""
-    return f"  {what}: not what the run began with{told}; {line.strip()}"
+    return f"{what}: not what the run began with{told}"

@@ -29,7 +29,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 
 from fpo_mlx.config import Objective, TrainConfig, default_of, named, options
-from fpo_mlx.errors import FpoError, Interrupted, ModelError
+from fpo_mlx.errors import Interrupted, ModelError
 from fpo_mlx.model import adapters, randomness
 from fpo_mlx.model.trees import arrays_of, read_arrays
 from fpo_mlx.storage import files, locks
@@ -146,18 +146,19 @@ class AdapterFolder:
                 for folder in (self.path, self.path / "best", self.path / STATE.parent):
                     files.sweep(folder)
                 yield
-        except (OSError, FpoError) as error:
-            plain = files.unwritable(self.path, error) if isinstance(error, OSError) else error
-            if plain is None or files.AGAIN not in str(plain):
-                raise plain or error from error
-            raise FpoError(str(plain).replace(files.AGAIN, self._again())) from error
+        except files.Unwritable as error:
+            raise self._going_on(error) from error
+        except OSError as error:
+            plain = files.unwritable(self.path, error) or error
+            full = isinstance(plain, files.Unwritable)
+            raise (self._going_on(plain) if full else plain) from error
 
-    def _again(self) -> str:
-        """How a run that a full disk ended goes on: the same command is refused."""
+    def _going_on(self, error: files.Unwritable) -> files.Unwritable:
+        """With how a run that a full disk ended goes on: the same command is refused."""
         going = self.run.going_on()
         if going["resume"]:
-            return "go on with --resume (in place of --overwrite)"
-        return "begin anew with --overwrite" if going["overwrite"] else files.AGAIN
+            return error.by("go on with --resume (in place of --overwrite)")
+        return error.by("begin anew with --overwrite") if going["overwrite"] else error
 
     def start(self, run: Mapping[str, Any], template: str | None = None) -> None:
         """Begin a new run here; nothing of an older run survives it, and nothing of others goes.
