@@ -52,7 +52,28 @@ MEANS: dict[str, intervals.Mean] = {  # what is compared, and its mean over prom
 def lines_of(
     runs: Sequence[Mapping[str, Any]], base: Mapping[str, Any]
 ) -> dict[str, dict[int, Line]]:
-    """Per method and seed the base and the points of its better learning rate, by KL."""
+    """Per method and seed the base and the points of its better learning rate, by KL.
+
+    Of the rates that were run on as many seeds as any.
+    """
+    found = {}
+    for name, rates in _by_rate(runs, base).items():
+        most = max(map(len, rates.values()))
+        whole = {rate: seeds for rate, seeds in rates.items() if len(seeds) == most}
+        found[name] = whole[_best(whole)]
+    return found
+
+
+def better_rates(found: Mapping[str, Any], rates: Sequence[float]) -> dict[str, float]:
+    """Of the methods that were run with all of `rates`: the best of them. found: base and runs."""
+    tried = _by_rate(found["runs"], found["base"]) if found["runs"] else {}
+    return {name: _best(its) for name, its in tried.items() if set(rates) <= set(its)}
+
+
+def _by_rate(
+    runs: Sequence[Mapping[str, Any]], base: Mapping[str, Any]
+) -> dict[str, dict[float, dict[int, Line]]]:
+    """Method, rate, seed."""
     split: dict[str, dict[float, dict[int, Line]]] = {}
     prompts = _prompts(runs)
     start = {**base, "kl": 0.0, "update": 0, "part": 0.0}
@@ -61,7 +82,7 @@ def lines_of(
     for run in (run for run in runs if run["points"]):
         line = sorted([start, *(p for p in run["points"] if p["kl"] > 0)], key=_kl)
         split.setdefault(run["method"], {}).setdefault(run["rate"], {})[run["seed"]] = line
-    return {name: _best(list(rates.values())) for name, rates in split.items()}
+    return split
 
 
 def _prompts(runs: Sequence[Mapping[str, Any]]) -> int:
@@ -74,15 +95,15 @@ def _kl(point: Mapping[str, Any]) -> float:
     return point["kl"]
 
 
-def _best(rates: Sequence[dict[int, Line]]) -> dict[int, Line]:
-    """Of the higher mean reward on seed 0, at KLs that all of them reach."""
-    if len(rates) == 1:
-        return rates[0]
-    tried = [seeds for seeds in rates if 0 in seeds]
-    most = min(_kl(seeds[0][-1]) for seeds in tried)
+def _best(rates: Mapping[float, Mapping[int, Line]]) -> float:
+    """The rate of the higher mean reward on seed 0, at KLs that all of them reach."""
+    tried = {rate: seeds[0] for rate, seeds in rates.items() if 0 in seeds}
+    if len(tried) < 2:
+        return next(iter(tried or rates))
+    most = min(_kl(line[-1]) for line in tried.values())
 
-    def reward(seeds: dict[int, Line]) -> float:
-        found = [at(seeds[0], most * share) for share in SHARES]
+    def reward(rate: float) -> float:
+        found = [at(tried[rate], most * share) for share in SHARES]
         return float(np.mean([f.mean() for f in found if f is not None]))
 
     return max(tried, key=reward)

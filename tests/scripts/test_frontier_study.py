@@ -42,11 +42,40 @@ def test_cells_of_the_results_are_kept_on_another_machine_and_those_at_hand_stay
 
 
 def test_the_rival_and_ours_come_first_on_all_seeds_and_nothing_twice():
-    plan = list(study.cells(3))
-    assert len(plan) == len(set(plan)) == len(study.METHODS) * len(study.RATES) * 3
+    plan = list(study.cells(3, [], NOTHING))
+    assert len(plan) == len(set(plan)) == len(study.METHODS) * (3 + len(study.RATES) - 1)
     first = plan[: 3 * len(study.FIRST)]
     assert {(c.method, c.seed) for c in first} == {(m, s) for m in study.FIRST for s in range(3)}
-    assert [c.method for c in study.cells(1, ["simpo"])] == ["simpo"] * len(study.RATES)
+    assert [c.method for c in study.cells(1, ["simpo"], NOTHING)] == ["simpo"] * len(study.RATES)
+
+
+def test_a_better_rate_is_run_on_all_seeds_once_all_rates_were_tried():
+    usual, low, high = study.RATES
+    tried = [measured(usual, 0, 0.5), measured(low, 0, 0.7)]
+    plan = list(study.cells(3, ["dpo"], {"base": BASE, "runs": tried}))
+    assert [c.seed for c in plan if c.rate == low] == [0]
+    tried.append(measured(high, 0, 0.6))
+    plan = list(study.cells(3, ["dpo"], {"base": BASE, "runs": tried}))
+    assert [c.seed for c in plan if c.rate == low] == [0, 1, 2]
+    assert [c.seed for c in plan if c.rate == high] == [0]
+
+
+def test_a_rate_counts_once_it_was_run_on_as_many_seeds_as_any():
+    usual, low, _ = study.RATES
+    runs = [measured(usual, 0, 0.5), measured(usual, 1, 0.5), measured(low, 0, 0.7)]
+    found = show.lines_of(runs, BASE)["dpo"]
+    assert {seed: line[-1]["reward"] for seed, line in found.items()} == {0: 0.5, 1: 0.5}
+    found = show.lines_of([*runs, measured(low, 1, 0.7)], BASE)["dpo"]
+    assert {seed: line[-1]["reward"] for seed, line in found.items()} == {0: 0.7, 1: 0.7}
+
+
+NOTHING = {"runs": []}
+BASE = {"kl": 0.0, "reward": 0.1, "reward/of_prompts": [0.1]}
+
+
+def measured(rate, seed, reward):
+    point = {"part": 1.0, "kl": 4.0, "reward": reward, "reward/of_prompts": [reward]}
+    return {"method": "dpo", "rate": rate, "seed": seed, "points": [point]}
 
 
 def test_answers_elsewhere_are_counted_by_hand():
@@ -187,5 +216,5 @@ def test_of_two_rates_the_better_one_counts_where_both_have_been():
     """One that goes further is not better for that."""
     far = {0: line((0.0, 0.0), (4.0, 0.2), (100.0, 3.0))}
     near = {0: line((0.0, 0.0), (4.0, 0.5))}
-    assert show._best([far, near]) is near
-    assert show._best([far]) is far
+    assert show._best({1e-4: far, 5e-5: near}) == 5e-5
+    assert show._best({1e-4: far}) == 1e-4
