@@ -229,7 +229,8 @@ def train_terms(
     terms = [
         Term("model weights", model.weights),
         Term("SAE weights", sum(sae.weights for sae in saes)),
-        Term("adapters and optimizer", state * (2 + MOMENTS[setup.optimizer])),
+        # the adapters as they are, before the last update and at the start
+        Term("adapters and optimizer", state * (3 + MOMENTS[setup.optimizer])),
         Term("gradients", state * gradients),
         Term("kept for the backward pass", kept),
         Term("block in work, loss or pooling", max(work, loss, pooling)),

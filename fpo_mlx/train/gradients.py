@@ -54,21 +54,21 @@ def backward(ground: Ground, indices: np.ndarray, update: int) -> tuple[Values, 
     # an idle process runs one pair so that the processes' sums match; its weight is 0
     count = math.inf if own.idle else len(indices)
 
-    def loss(some: ScoredPairs, factor: float) -> tuple[mx.array, tuple[mx.array, ...], dict]:
+    def loss(some: ScoredPairs, factor: float) -> tuple[mx.array, PairLosses, Measures]:
         losses, measures = scorer.losses(some.pairs, some.refs, grad=True)
-        seen = {k: v for k, v in vars(measures).items() if v is not None}
-        return losses.losses.sum() * factor, tuple(losses), seen
+        return losses.losses.sum() * factor, losses, measures
 
     value_and_grad = nn.value_and_grad(scorer.policy.model, loss)
     for some in _micro_batches(ground, indices, own):
         if scorer.policy.dtype == mx.float16:
-            (_, losses, seen), gradient = _scaled(value_and_grad, scorer.objective, some, count)
+            (_, losses, measures), gradient = _scaled(value_and_grad, scorer.objective, some, count)
         else:
-            (_, losses, seen), gradient = value_and_grad(some, 1.0 / count)
+            (_, losses, measures), gradient = value_and_grad(some, 1.0 / count)
         total = gradient if total is None else tree_map(mx.add, total, gradient)
-        mx.eval(total, losses, seen)
+        mx.eval(total, losses, vars(measures))
+        del gradient  # else it is there beside `total` all through the next pass
         device.tidy()
-        parts.append(pair_metrics(PairLosses(*losses), Measures(**seen), scorer.half))
+        parts.append(pair_metrics(losses, measures, scorer.half))
     return ground.ranks.gather(joined(parts), own, len(indices)), ground.ranks.sum(total)
 
 
@@ -115,6 +115,7 @@ def forward(ground: Ground, indices: np.ndarray, update: int) -> tuple[Values, A
     try:
         for some in _micro_batches(ground, indices, own):
             parts.append(_two_passes(ground.scorer, some, sides))
+            device.tidy()
     finally:
         adapters.update(model, here)
         model.train(training)

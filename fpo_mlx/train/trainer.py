@@ -133,6 +133,7 @@ class Trainer:
                 yield self._stopped()
                 return
             if code and not last:
+                self.ranks.largest(0)  # it is saved: a launcher ends all when one of them ends
                 raise interrupted(iteration, self.folder.path, self.config, code)
 
     @property
@@ -158,6 +159,7 @@ class Trainer:
                 values, chosen_tokens, grad_norm, config, self.scorer.objective
             )
             trouble = trouble or self._apply(gradient, norm)
+            del gradient, norm  # else they are there beside the next pass's
             iteration = progress.iteration + self._step
             skipped = self._skip(iteration, trouble) if trouble else None
             progress.iteration, progress.landed = iteration, False

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny_models
 
 mx = pytest.importorskip("mlx.core")
 
+import mlx.nn as nn  # noqa: E402
 from helpers import SIZES, open_trainer, random_adapters, random_pairs, weights  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from fpo_mlx.config import PRESETS, TrainConfig  # noqa: E402
+from fpo_mlx.core.objectives import PairLosses  # noqa: E402
+from fpo_mlx.machine.parallel import Ranks  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.train.events import StepReport  # noqa: E402
 from fpo_mlx.train.gradients import (  # noqa: E402
-    Ground,  # noqa: E402
+    GRADIENTS,
+    Ground,
     backward,
     directions,
     forward,
 )
+from fpo_mlx.train.scoring import Measures  # noqa: E402
 
 PAIRS = random_pairs(SIZES)
 FORWARD = {"gradient": "forward", "optimizer": "sgd", "max_grad_norm": 0.0}
@@ -150,3 +159,47 @@ def test_pairs_are_learned_without_a_backward_pass(llama, tmp_path, preset):
     assert trainer._measure(trainer.train)["loss"].mean() < before - 0.01 * abs(before)
     assert report.grad_norm > 0
     assert any(np.abs(v).max() > 0 for k, v in weights(trainer).items() if k.endswith("lora_b"))
+
+
+SIZE = 1 << 22  # of one matrix: far more than all else
+
+
+def test_a_gradient_is_gone_when_the_next_pass_begins():
+    """Beside the sum of those before it."""
+    gc.collect()
+    model = nn.Module()
+    model.lora_a = mx.zeros((SIZE,))
+    mx.eval(model.parameters())
+    began, without = [], mx.get_active_memory()
+
+    def losses(pairs, refs, grad):
+        began.append(round((mx.get_active_memory() - without) / model.lora_a.nbytes))
+        one, sides = (model.lora_a * model.lora_a).sum().reshape(1), mx.ones((2, 1))
+        return PairLosses(one, one, one, one), Measures(sides, sides, sides, *[mx.ones((1,))] * 3)
+
+    policy = SimpleNamespace(model=model, dtype=mx.float32)
+    scorer = SimpleNamespace(policy=policy, losses=losses, half=False, objective=None)
+    data = SimpleNamespace(take=lambda some: SimpleNamespace(pairs=[None], refs=[None]))
+    ground = Ground(scorer, data, SimpleNamespace(micro_batch_size=1), Ranks())
+    _, gradient = backward(ground, np.arange(4), 0)
+    mx.eval(gradient)
+    assert began == [0, 1, 1, 1]
+
+
+class Tree(dict):
+    """A dict that weak references can be had of."""
+
+
+def test_a_trainer_keeps_no_gradient_of_the_update_before(llama, tmp_path, monkeypatch):
+    kept, last = [], [lambda: None]
+
+    def watched(*words):
+        kept.append(last[0]() is not None)
+        values, gradient = backward(*words)
+        gradient = Tree(gradient)
+        last[0] = weakref.ref(gradient)
+        return values, gradient
+
+    monkeypatch.setitem(GRADIENTS, "backward", watched)
+    list(open_trainer(llama, tmp_path, PAIRS[:4], batch_size=1, iters=4).run())
+    assert kept == [False] * 4

@@ -175,6 +175,36 @@ def test_a_signal_to_one_process_stops_all_after_the_same_update(place, tmp_path
     assert (tmp_path / "out" / "checkpoint" / "state.safetensors").is_file()
 
 
+SLOW_TO_SAVE = """
+from fpo_mlx.train.checkpoint import AdapterFolder
+save = AdapterFolder.save_state
+
+def slowly(self, *words):
+    time.sleep(1)
+    save(self, *words)
+    open({saves!r}, "a").write("x")
+
+AdapterFolder.save_state = slowly
+open({saves!r}, "a").close()
+try:
+    main(sys.argv[1:])
+finally:
+    print(open({saves!r}).read() + ".", file=sys.stderr)
+"""
+
+
+def test_no_process_ends_before_the_first_one_has_saved(place, tmp_path):
+    """A launcher ends all when one of them ends: it would end the first amid its save."""
+    saves = str(tmp_path / "saves")
+    code = FAULTY.replace("main(sys.argv[1:])", SLOW_TO_SAVE)
+    code = code.format(when=ASKED + 4, fault=TERM, saves=saves)
+    words = [["-c", code, *train(place, tmp_path / "out")]] * 2
+    done = finish(start_ring(words, tmp_path / "hosts.json"))
+    assert [result[0] for result in done] == [143, 143], done
+    of_first, of_second = (result[2].split()[-1] for result in done)
+    assert of_first == of_second != "."
+
+
 def test_a_process_that_hangs_ends_the_run_when_the_patience_ends(place, tmp_path):
     code = FAULTY.format(when=ASKED + 3, fault=HANG)
     words = [["-c", code, *train(place, tmp_path / "out", "--peer-timeout", 2)]] * 2
