@@ -149,9 +149,10 @@ def train_words(plan: Plan, cell: Cell, adapters: Path) -> list[str]:
 
 
 def evaluate_words(plan: Plan, cell: Cell, adapters: Path, to: Path) -> list[str]:
-    """Every cell is judged with the same SAE, so that D means the same."""
+    """Every cell is judged by FPO's rewards and with one SAE, so that figures mean the same."""
     words = ["evaluate", *usual(plan, plan.sae), "--reference", str(reference(plan, plan.sae))]
-    words += ["--split", "test", "--top-k", str(plan.top_k), "--json", str(to)]
+    words += ["--objective", "fpo", "--split", "test"]
+    words += ["--top-k", str(plan.top_k), "--json", str(to)]
     words += ["--samples", str(plan.samples), "--max-tokens", str(plan.max_tokens)]
     return words + (["--adapter-path", str(adapters)] if cell.words or cell.sae else [])
 

@@ -62,6 +62,16 @@ def test_every_method_trains_on_the_same_pairs_updates_and_blocks(smoke):
     assert len({json.dumps(json.loads(p.read_text())["lora_parameters"]) for p in first}) == 1
 
 
+def test_every_cell_is_judged_by_the_same_rewards_and_the_same_d(smoke):
+    """`evaluate` would judge each by its own training's: DPO by sums, SimPO with beta 2."""
+    work, out = smoke
+    judged = [json.loads(p.read_text())["objective"] for p in work.rglob("cells/*/evaluate.json")]
+    assert len(judged) == len(json.loads((out / "results.json").read_text())["cells"])
+    for key in ("preset", "beta", "length_normalize", "top_k", "feature_scale"):
+        assert len({one[key] for one in judged}) == 1, key
+    assert judged[0]["preset"] == "fpo"
+
+
 def test_finished_cells_are_not_run_again(smoke, monkeypatch):
     work, out = smoke
     ran: list[str] = []
