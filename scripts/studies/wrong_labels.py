@@ -27,11 +27,15 @@ from fpo_mlx.judge.lessons import PairFeatures, pair_features
 from fpo_mlx.judge.logistic import SparseRows, held_out_logits, sigmoid
 from fpo_mlx.storage import files
 
+RESULTS = ROOT / "scripts" / "studies" / "results"
+
 
 def parse() -> argparse.Namespace:
     parser = study_parser(__doc__, "wrong-labels-work")
     parser.add_argument("--reference", type=Path, help="cache of precompute; filled where it lacks")
-    parser.add_argument("--output", type=Path, help="result; default: results/wrong_labels.json")
+    parser.add_argument(
+        "--output", type=Path, help="result; default: results/wrong_labels_SAE.json"
+    )
     parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--iters", type=int, default=300, help="updates of one pair")
@@ -42,12 +46,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     machine.set_up()
     o = parse()
+    kept = {
+        "sae": o.sae.name, "iters": o.iters, "max_seq_length": o.max_seq_length, "train": o.train
+    }  # fmt: skip
+    place = place_of(o, kept)  # before the long part
     model, steps = begin(o)
     base = {
         "model": model, "sae": (str(o.sae),), "data": str(o.data),
         "max_seq_length": o.max_seq_length, "reference": str(o.reference or o.work / "reference"),
     }  # fmt: skip
-    kept = {"sae": o.sae.name, "iters": o.iters, "max_seq_length": o.max_seq_length}
     result: dict[str, Any] = {"share": o.share, "settings": kept, "seeds": []}
     for seed in range(o.seeds):
         found = steps(f"find-{seed}", lambda s=seed: find(base, o.share, s))
@@ -61,9 +68,22 @@ def main() -> None:
         name: float(np.mean([one["auc"][name] for one in result["seeds"]]))
         for name in result["seeds"][0]["auc"]
     }
-    place = o.output or ROOT / "scripts" / "studies" / "results" / "wrong_labels.json"
     files.write_json(place, result)
     print(json.dumps(result, indent=2))
+
+
+def place_of(o: argparse.Namespace, settings: dict[str, Any]) -> Path:
+    """Where the result goes. Raises: SystemExit where one of other settings is kept there."""
+    place = o.output or RESULTS / f"wrong_labels_{o.sae.name}.json"
+    own = {"share": o.share, "settings": settings}
+    known = json.loads(place.read_text(encoding="utf-8")) if place.exists() else own
+    found = {name: known.get(name) for name in own}
+    if found != own:
+        raise SystemExit(
+            f"{place} is the result of other settings: {found}, wanted {own}. "
+            "Name another file with --output."
+        )
+    return place
 
 
 def find(base: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
