@@ -18,7 +18,7 @@ from fpo_mlx.pipeline.job import (
     warn_of_adapters,
 )
 from fpo_mlx.pipeline.measure import as_trained
-from fpo_mlx.pipeline.origins import start_of, warn_of_training_pairs
+from fpo_mlx.pipeline.origins import start_of, warn_of_start, warn_of_training_pairs
 from fpo_mlx.pipeline.prepared import check_room
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import TokenPair
@@ -76,6 +76,7 @@ def evaluate_all(
     config = as_trained(config, adapter_paths, say, measure_kl=measure_kl)
     job = open_job(config, say=say, need_sae=False)
     warn_of_adapters(adapter_paths, config, job.model_path, say, job.identity.model)
+    warn_of_start(adapter_paths, config.train.init_adapter, say)
     pairs = read_pairs(job, split, say)
     seen: set[str] = set()
     if split != "train":

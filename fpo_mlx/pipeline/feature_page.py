@@ -22,6 +22,7 @@ from fpo_mlx.pipeline.job import (
     read_sae,
     warn_of_adapters,
 )
+from fpo_mlx.pipeline.origins import warn_of_start
 from fpo_mlx.records import Passage, SaeWeights, result_file
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def feature_page(
     known = read_labels(labels)[0] if labels else {}
     if adapter_path:
         warn_of_adapters([adapter_path], config, job.model_path, say, job.identity.model)
+        warn_of_start([adapter_path], config.train.init_adapter, say)
     pairs = read_pairs(job, split, say)[:limit]
     if not pairs:
         raise DataError(f"--split {split}: no pairs to look at.")

@@ -30,7 +30,7 @@ from fpo_mlx.pipeline.job import (
     read_sae,
     warn_of_adapters,
 )
-from fpo_mlx.pipeline.origins import warn_of_training_pairs
+from fpo_mlx.pipeline.origins import warn_of_start, warn_of_training_pairs
 from fpo_mlx.pipeline.prepared import longest
 from fpo_mlx.pipeline.store import CachedScores, OnFill, reference_of
 from fpo_mlx.records import Passage, SaeWeights, result_file
@@ -109,6 +109,7 @@ def features(
     for sae in whole:
         Scaling(sae, ())  # refuses, before the long part
     warn_of_adapters([adapter_path], config, job.model_path, say, job.identity.model)
+    warn_of_start([adapter_path], config.train.init_adapter, say)
     pairs = read_pairs(job, split, say)
     seen: set[str] = set()
     if split != "train":

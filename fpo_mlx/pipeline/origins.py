@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -135,6 +136,18 @@ def start_of(adapter: str | Path) -> str | None:
     """The adapter that this one's training began from, by its run.json."""
     found = settings_of(adapter).get("init_adapter")
     return found if isinstance(found, str) and found else None
+
+
+def warn_of_start(adapters: Iterable[str | Path], given: str | None, say: Say) -> None:
+    """Name every adapter that began from another one where no --init-adapter is `given`."""
+    for adapter in dict.fromkeys(map(str, adapters)):
+        if not given and (start := start_of(adapter)):
+            say(
+                f"warning: the adapter {adapter} began from the adapter {start}, by its run.json, "
+                "and is compared with the plain model here: what that one changed is in the "
+                "figures, too. To compare with where the training began, give "
+                f"--init-adapter {shlex.quote(start)}"
+            )
 
 
 def _run(adapter: Path) -> Mapping[str, Any]:
