@@ -56,12 +56,19 @@ class Chat:
         sae = self.sae
         if sae is None or sae.site is None:
             raise ConfigError("--steer: --sae is missing. Wanted the SAE whose features it names.")
-        if sae.w_dec is None or not sae.writes_back or sae.normalize != "none":
+        if sae.w_dec is None or not sae.writes_back:
             raise ConfigError(
                 f"--steer: {sae.source} does not write into the stream that it reads, so its "
-                "features have no direction there. Use an SAE without normalised inputs."
+                "features have no direction there. Use an SAE that writes where it reads."
             )
         asked = read_steering(text, sae.n_features)
+        added = next((feature for feature, amount in asked.items() if amount is not None), None)
+        if added is not None and sae.normalize != "none":
+            raise ConfigError(
+                f"--steer: {sae.source} normalises its inputs ({sae.normalize}), so what an amount "
+                f"of feature {added} is in the stream changes from token to token. Take its "
+                f"direction out ({added}=0), or use an SAE without normalised inputs."
+            )
         for speaker in self.speakers.values():
             speaker.steer(steering(sae.w_dec, sae.site, asked))
 

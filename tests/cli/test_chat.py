@@ -8,6 +8,8 @@ import re
 import select
 import time
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import forked
@@ -31,6 +33,7 @@ from fpo_mlx.model.load import load_model
 from fpo_mlx.model.policy import Policy
 from fpo_mlx.model.reader import encoder_of
 from fpo_mlx.pipeline import open_chat
+from fpo_mlx.pipeline.chat import Chat
 from fpo_mlx.records import Site
 from fpo_mlx.sae.encode import encode
 from fpo_mlx.storage.limits import ModelLimits
@@ -208,3 +211,29 @@ def test_a_person_at_a_terminal_asks_steers_and_leaves(place):
     os.close(theirs)
     assert process.exitcode == 0
     os.close(ours)
+
+
+def steered(asked, **changes):
+    """The change of the stream that a chat with such an SAE makes."""
+    changed: list[Any] = []
+    speaker: Any = SimpleNamespace(steer=changed.append)
+    sae = replace(random_sae(HIDDEN), source="an SAE", **changes)
+    tokenizer: Any = None
+    Chat(tokenizer, {"base": speaker}, sae, {}, None).steer(asked)
+    return sae, changed[0]
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "constant_norm"])
+def test_an_sae_of_normalised_inputs_has_directions_to_take_out_and_none_to_add(kind):
+    """It was refused for a decoder that writes elsewhere, which is not so."""
+    with pytest.raises(ConfigError, match=rf"normalises its inputs \({kind}\).*7=0") as refusal:
+        steered("3=0,7=+4", normalize=kind)
+    assert "does not write" not in str(refusal.value)
+    sae, change = steered("3=0", normalize=kind)
+    rows = np.array(change(mx.array(np.ones((2, HIDDEN), np.float32))))
+    np.testing.assert_allclose(rows @ sae.w_dec[3], 0, atol=1e-5)
+
+
+def test_a_transcoder_is_refused_as_one_that_writes_elsewhere():
+    with pytest.raises(ConfigError, match="does not write into the stream that it reads"):
+        steered("3=0", transcoder=True)
