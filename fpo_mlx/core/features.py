@@ -138,18 +138,17 @@ def activate(
     kind, threshold, bias = encoder.activation, encoder.threshold, encoder.gate_bias
     if kind == "jumprelu" and threshold is not None:  # never negative, so no ReLU is needed
         acts = _above(pre, threshold)
-        return acts if encoder.act_scale is None else acts * encoder.act_scale
-    if kind == "topk" and gate is not None:
+    elif kind == "topk" and gate is not None:
         acts = _at_least(pre, gate)
-        return acts if encoder.act_scale is None else acts * encoder.act_scale
-    acts = pre if encoder.signed else mx.maximum(pre, 0.0)
-    if kind == "gated" and bias is not None:
-        acts = mx.where(raw + bias > 0, acts, 0.0)
+    elif kind == "gated" and bias is not None:
+        acts = mx.where(raw + bias > 0, mx.maximum(pre, 0.0), 0.0)
     elif kind == "abstopk" and gate is not None:
-        acts = mx.where(mx.abs(pre) >= gate, acts, 0.0)
+        acts = mx.where(mx.abs(pre) >= gate, pre, 0.0)
     elif kind == "groupmax" and gate is not None:
         winner = mx.take(gate, indices // group_size, axis=1)  # [R, F']
-        acts = mx.where(winner == indices, acts, 0.0)
+        acts = mx.where(winner == indices, mx.maximum(pre, 0.0), 0.0)
+    else:
+        acts = pre if encoder.signed else mx.maximum(pre, 0.0)
     return acts if encoder.act_scale is None else acts * encoder.act_scale
 
 

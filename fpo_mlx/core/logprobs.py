@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 
 from fpo_mlx.core.linear_head import LinearHead
-from fpo_mlx.core.vocabulary import tiled_logps, tiled_logps_and_kl
+from fpo_mlx.core.vocabulary import tiled
 
 Head = Callable[[mx.array], mx.array]  # [r, D] -> [r, V], final soft-caps and scales included
 
@@ -115,20 +115,14 @@ def _through_tiles(
     grad: bool,
 ) -> TokenValues:
     frozen = mx.stop_gradient(hidden)
-    if ref_hidden is None:
-        done = tiled_logps(frozen, targets, head, grad=grad, collisions=collisions)
-        values, slopes = [done.values], [done.slopes]
-    else:
-        fixed = mx.stop_gradient(ref_hidden)
-        done = tiled_logps_and_kl(frozen, fixed, targets, head, grad=grad, collisions=collisions)
-        values, slopes = list(done.values), list(cast(mx.array, done.slopes))
-    if grad:
-        values = [
-            _with_slope(v, cast(mx.array, s), hidden, frozen)
-            for v, s in zip(values, slopes, strict=True)
-        ]
-    logps, kl = values if len(values) == 2 else (values[0], None)
-    return TokenValues(cast(mx.array, logps), kl, done.log_collisions)
+    fixed = None if ref_hidden is None else mx.stop_gradient(ref_hidden)
+    done = tiled(frozen, targets, head, ref_rows=fixed, grad=grad, collisions=collisions)
+    both = fixed is not None
+    values = list(done.values) if both else [done.values]
+    if done.slopes is not None:
+        slopes = list(done.slopes) if both else [done.slopes]
+        values = [_with_slope(v, s, hidden, frozen) for v, s in zip(values, slopes, strict=True)]
+    return TokenValues(values[0], values[1] if both else None, done.log_collisions)
 
 
 def token_logps(

@@ -28,67 +28,44 @@ class Tiled(NamedTuple):
     """Float32 constants: values [R] or [n, R], their gradients in the rows, and what was asked."""
 
     values: mx.array
-    slopes: mx.array | None  # [R, D] or [n, R, D]; None or empty without a gradient
+    slopes: mx.array | None  # [R, D] or [n, R, D]; None without a gradient
     log_collisions: mx.array | None  # [R], log sum_v pi(v)^2
 
 
-def tiled_logps(
-    rows: mx.array, targets: mx.array, head: LinearHead, *, grad: bool, collisions: bool = False
+def tiled(
+    rows: mx.array,
+    targets: mx.array,
+    head: LinearHead,
+    *,
+    ref_rows: mx.array | None = None,
+    grad: bool,
+    collisions: bool = False,
 ) -> Tiled:
-    """Log-probs of `targets` and, with `grad`, their gradient in `rows`.
+    """Log-probs of `targets`, with `ref_rows` KL(reference || policy), too, and with `grad` their
+    gradients in `rows`.
 
-    rows: [R, D], targets: [R] int. Returns: values [R], slopes [R, D] or None.
+    rows, ref_rows: [R, D], targets: [R] int. Returns: values [R] (with the KL [2, R]), slopes
+    [R, D] ([2, R, D]) or None.
     """
+    plan, alone = _Plan.of(head, rows.shape[0]), ref_rows is None
+    sides = [plan.filled(x.astype(mx.float32)) for x in (rows, ref_rows) if x is not None]
+    targets, one_chunk = plan.filled(targets), plan.one_chunk(alone)
     values, slopes, squares = [], [], []
-    plan = _Plan.of(head, rows.shape[0])
-    one_chunk = _chunk if plan.way is None else plan.way.chunk
-    rows, targets = plan.filled(rows.astype(mx.float32)), plan.filled(targets)
     for part in plan.chunks:
-        some = rows[part]
+        some = [side[part] for side in sides]
         if values:  # one chunk after the other
-            some = mx.depends(some, [values[-1], *slopes[-1:]])
-        value, slope, square = one_chunk(some, targets[part], plan.head, grad, collisions)
+            some[0] = mx.depends(some[0], [values[-1], *slopes[-1:]])
+        value, slope, square = one_chunk(*some, targets[part], plan.head, grad, collisions)
         values.append(value)
         if slope is not None:
             slopes.append(slope)
         squares.append(square)
+    axis = 0 if alone else 1
     return Tiled(
-        plan.joined(values),
-        plan.joined(slopes) if grad else None,
-        plan.joined(squares) if collisions else None,
+        plan.joined(values, axis),
+        plan.joined(slopes, axis) if grad else None,
+        plan.joined(squares, 0) if collisions else None,
     )
-
-
-def tiled_logps_and_kl(
-    rows: mx.array,
-    ref_rows: mx.array,
-    targets: mx.array,
-    head: LinearHead,
-    *,
-    grad: bool,
-    collisions: bool = False,
-) -> Tiled:
-    """Log-probs of `targets` and KL(reference || policy), and their gradients in `rows`.
-
-    rows, ref_rows: [R, D], targets: [R] int. Returns: values [2, R], slopes [2, R, D] or empty.
-    """
-    values, slopes, squares = [], [], []
-    plan = _Plan.of(head, rows.shape[0])
-    one_chunk = _chunk_with_kl if plan.way is None else plan.way.chunk_with_kl
-    rows, ref_rows = (plan.filled(array.astype(mx.float32)) for array in (rows, ref_rows))
-    targets = plan.filled(targets)
-    for part in plan.chunks:
-        first = rows[part]
-        if values:  # one chunk after the other
-            first = mx.depends(first, [values[-1], slopes[-1]])
-        value, slope, square = one_chunk(
-            first, ref_rows[part], targets[part], plan.head, grad, collisions
-        )
-        values.append(value)
-        slopes.append(slope)
-        squares.append(square)
-    joined = plan.joined(squares) if collisions else None
-    return Tiled(plan.joined(values, axis=1), plan.joined(slopes, axis=1), joined)
 
 
 class _Plan(NamedTuple):
@@ -117,7 +94,13 @@ class _Plan(NamedTuple):
             return array
         return mx.pad(array, [(0, self.filler)] + [(0, 0)] * (array.ndim - 1))
 
-    def joined(self, parts: list[mx.array], axis: int = 0) -> mx.array:
+    def one_chunk(self, alone: bool) -> Callable[..., tuple[mx.array, mx.array | None, mx.array]]:
+        """alone: without a reference."""
+        if self.way is None:
+            return _chunk if alone else _chunk_with_kl
+        return self.way.chunk if alone else self.way.chunk_with_kl
+
+    def joined(self, parts: list[mx.array], axis: int) -> mx.array:
         whole = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
         if not self.filler:
             return whole
@@ -160,7 +143,7 @@ def _chunk_with_kl(
     head: LinearHead,
     grad: bool,
     collisions: bool,
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[mx.array, mx.array | None, mx.array]:
     """KL = E_ref[ref logit - policy logit] - log-sum(ref) + log-sum(policy)."""
     n = rows.shape[0]
     policy, ref, picked = _Sums.start(n), _Sums.start(n), mx.zeros((n,))
@@ -189,7 +172,7 @@ def _chunk_with_kl(
     values = mx.stack([picked - logs, cross / ref.total - ref.log() + logs])
     log_collisions = mx.log(square) - 2.0 * mx.log(policy.total)
     if not grad:
-        return values, mx.zeros((2, n, 0)), log_collisions
+        return values, None, log_collisions
     mean = policy.mean()
     slopes = mx.stack([head.slope_of(targets, picked) - mean, mean - ref.mean()])
     return values, slopes, log_collisions

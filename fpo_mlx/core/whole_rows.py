@@ -31,7 +31,7 @@ def chunk_with_kl(
     head: LinearHead,
     grad: bool,
     collisions: bool,
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[mx.array, mx.array | None, mx.array]:
     """The same with KL(reference || policy): values [2, r], slopes [2, r, D]."""
     logits = head(rows)
     ref_logits = head(mx.depends(ref_rows, [logits]))
@@ -40,7 +40,7 @@ def chunk_with_kl(
     kl = (_cross(logits, ref_logits, ref_log)).sum(axis=-1) + (log - ref_log).squeeze(-1)
     squares = _log_collisions(logits) if collisions else values
     if slopes is None:
-        return mx.stack([values, kl]), mx.zeros((2, rows.shape[0], 0)), squares
+        return mx.stack([values, kl]), None, squares
     pull = head.back(_gap(logits, log, ref_logits, ref_log), logits)
     return mx.stack([values, kl]), mx.stack([slopes, pull]), squares
 

@@ -54,7 +54,7 @@ def chunk_with_kl(
     head: LinearHead,
     grad: bool,
     collisions: bool,
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[mx.array, mx.array | None, mx.array]:
     """The same with KL(reference || policy): values [2, r], slopes [2, r, D].
 
     KL = E_ref[ref logit - policy logit] - log-sum(ref) + log-sum(policy).
@@ -77,7 +77,7 @@ def chunk_with_kl(
     values = mx.stack([picked - log, cross - ref_log + log])
     squares = _collisions(tiles, log) if collisions else values[0]
     if slope is None:
-        return values, mx.zeros((2, rows.shape[0], 0)), squares
+        return values, None, squares
     mean = _mean(tiles, logs, log)
     slopes = mx.stack([slope - mean, mean - _mean(ref_tiles, ref_logs, ref_log)])
     return values, slopes, squares

@@ -36,7 +36,6 @@ class Device:
     pool_rows: int  # at once
     pool_elements: int  # activations at once
     top_elements: int  # the same where each tile's own top k is looked for
-    plain_exp: bool  # MLX's own exp is the fast one
     sparse_decode: bool  # a dictionary is decoded from its k gathered rows
     streams: int  # side by side
     together: bool  # several short pairs in one pass, padded; else one after the other
@@ -55,7 +54,7 @@ def cpu(streams: int = 1) -> Device:
     return Device(
         "cpu", widen=True, fold=True, vocab_columns=2048, vocab_rows=512, row_elements=1 << 23,
         wide_elements=1 << 23, pool_rows=1024, pool_elements=1 << 18, top_elements=1 << 20,
-        plain_exp=False, sparse_decode=True, streams=streams, together=False, bucket=1, ahead=10,
+        sparse_decode=True, streams=streams, together=False, bucket=1, ahead=10,
         cache_limit=None,
     )  # fmt: skip
 
@@ -66,7 +65,7 @@ def gpu(kind: Literal["metal", "cuda"], memory: float, buffer_limit: int | None 
     return Device(
         kind, widen=False, fold=False, vocab_columns=32768, vocab_rows=1024, row_elements=tile,
         wide_elements=tile * 5 // 2, pool_rows=4096, pool_elements=tile, top_elements=tile,
-        plain_exp=True, sparse_decode=False, streams=1, together=True, bucket=32, ahead=4,
+        sparse_decode=False, streams=1, together=True, bucket=32, ahead=4,
         cache_limit=int(min(memory * CACHE_SHARE, MOST_CACHE)), buffer_limit=buffer_limit,
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ are equal (a test holds it).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -256,9 +257,11 @@ class Policy:
 
         caches: of what the sequences go on from; none where they are whole.
         """
-        seen, caches = [], caches or fresh_caches(self._needed)
+        caches = caches or fresh_caches(self._needed)
         called = leaning_on("mlx-lm", "how a backbone is called and what it asks of a cache")
-        with _all_recording(self._taps, seen), called:
+        with ExitStack() as stack:
+            seen = [stack.enter_context(tap.recording()) for tap in self._taps]
+            stack.enter_context(called)
             hidden = self.backbone(tokens, cache=caches)  # [n, L, D]
         for record, site in zip(seen, self.sites, strict=True):
             refuse_streams(record[-1], tokens, site)
@@ -274,20 +277,6 @@ class Policy:
             for record, site in zip(seen, self.sites, strict=True)
         )
         return Rows(gather(hidden), tuple(tapped))
-
-
-class _all_recording:
-    """All taps at once; `into` receives one list of arrays per tap."""
-
-    def __init__(self, taps: Sequence[Tap], into: list) -> None:
-        self._contexts, self._into = [tap.recording() for tap in taps], into
-
-    def __enter__(self) -> None:
-        self._into.extend(context.__enter__() for context in self._contexts)
-
-    def __exit__(self, *error) -> None:
-        for context in self._contexts:
-            context.__exit__(*error)
 
 
 def pad(sequences: Sequence[np.ndarray]) -> mx.array:

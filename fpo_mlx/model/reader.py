@@ -16,7 +16,7 @@ from fpo_mlx.core import features as F
 from fpo_mlx.core.logprobs import token_logps
 from fpo_mlx.core.parts import Parts
 from fpo_mlx.machine import device
-from fpo_mlx.model.policy import Layout, Policy, Rows
+from fpo_mlx.model.policy import Layout, Policy
 from fpo_mlx.records import PairScore, ResponseScore, SaeWeights, SparseFeatures, TokenPair
 
 ENCODER_ARRAYS = ("b_enc", "b_in", "threshold", "gate_scale", "gate_bias", "act_scale")
@@ -74,16 +74,13 @@ class Reader:
             raise ValueError(f"{len(encoders)} encoders for {len(policy.sites)} sites")
         self.policy, self.encoders = policy, tuple(encoders)
 
-    def logps(self, rows: Rows, layout: Layout, *, grad: bool) -> mx.array:
-        """Summed log-prob of each response, nats: [2B]."""
-        policy = self.policy
-        tokens = token_logps(rows.hidden, layout.targets, policy.head, policy.vocab_size, grad=grad)
-        return layout.totals(tokens)
-
     def scores(self, pairs: Sequence[TokenPair]) -> list[PairScore]:
         """Summed log-probs and pooled features, one vector per SAE; without gradient."""
-        layout, rows = Layout.of(pairs), self.policy.rows(pairs)
-        logps = self.logps(rows, layout, grad=False)
+        policy, layout = self.policy, Layout.of(pairs)
+        rows, size = policy.rows(pairs), policy.vocab_size
+        logps = layout.totals(
+            token_logps(rows.hidden, layout.targets, policy.head, size, grad=False)
+        )
         pooled = [
             F.pool(encoder, tapped, layout.means(), after=[logps])[0]
             for encoder, tapped in zip(self.encoders, rows.tapped, strict=False)

@@ -131,7 +131,7 @@ def take_part(scorer: Scorer, adapter_path: str, scale: float) -> None:
     from fpo_mlx.model import adapters
 
     model = scorer.policy.model
-    adapters.update(model, scorer.reference_weights())
+    adapters.update(model, scorer.reference)
     adapters.fill(model, Path(adapter_path), scale=scale)
 
 

@@ -121,10 +121,6 @@ class Window:
     grad_norm: float | None = None  # of the last update that was made
     started: float = field(default_factory=time.perf_counter)
 
-    @staticmethod
-    def of(saved: Mapping[str, Any]) -> Window:
-        return Window(**saved)
-
     def saved(self) -> dict[str, Any]:
         """As JSON holds it, exactly: everything but the clock."""
         everything = asdict(self) | {"seconds": self.elapsed()}

@@ -63,22 +63,19 @@ class Scorer:
         self.measure_kl = measure_kl or objective.constraint == "kl"
         self.feature_weights = tuple(feature_weights)
         self._pinned = [_pinned(weights) for weights in feature_weights]
-        self._reference: dict[str, mx.array] = dict(adapters.parameters(policy.model))
+        # the adapter weights under which the model is the reference
+        self.reference: dict[str, mx.array] = dict(adapters.parameters(policy.model))
 
     def freeze_reference(self, weights: Mapping[str, mx.array] | None = None) -> None:
         """Take these adapter weights (default: the present ones) as the reference's, for the KL."""
-        self._reference = dict(weights or adapters.parameters(self.policy.model))
-
-    def reference_weights(self) -> Mapping[str, mx.array]:
-        """The adapter weights under which the model is the reference."""
-        return self._reference
+        self.reference = dict(weights or adapters.parameters(self.policy.model))
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """The model with the reference's adapter weights in it, dropping nothing."""
         model, training = self.policy.model, self.policy.model.training
         current = dict(adapters.parameters(model))
-        adapters.update(model, self._reference)
+        adapters.update(model, self.reference)
         model.eval()
         try:
             yield

@@ -65,7 +65,6 @@ class Trainer:
         self.optimizer.init(self.model.trainable_parameters())
         self._update = make_update(self.optimizer, config.max_grad_norm or 0.0)
         self.progress = Progress()
-        self._reference: dict[str, mx.array] = {}
         self._window = Window()
         self._validated: dict[str, np.ndarray] = {}  # what the last validation measured
         self._steer(Controller.of(scorer.objective))
@@ -75,20 +74,20 @@ class Trainer:
         """Go back to the state in the folder. Returns: what its user should know."""
         with self.ranks.file_of_first(self.folder.path / STATE) as path:
             loaded = load_state(path, self.model, self.optimizer)
-        self.progress, self._reference, self._good = loaded
+        self.progress, reference, self._good = loaded
         # an older version may have cut the last update short
         self.progress.iteration = self.config.whole_updates(self.progress.iteration)
-        self.scorer.freeze_reference(self._reference)
+        self.scorer.freeze_reference(reference)
         saved, objective = self.progress.drift, self.scorer.objective
         self._steer(Controller.loaded(saved, objective) if saved else None)
         self.folder.rewind_log(self.progress)
-        self._window = Window.of(self.progress.window)
+        self._window = Window(**self.progress.window)
         return self.progress.rejudged(objective)
 
-    def start_gaps(self, pairs: int = START_PAIRS) -> tuple[float, float]:
+    def start_gaps(self) -> tuple[float, float]:
         """`guard.gaps` of the first pairs, before any update."""
         self.model.eval()
-        some = self.train.take(range(min(pairs, len(self.train))))
+        some = self.train.take(range(min(START_PAIRS, len(self.train))))
         return guard.gaps(self._measure(some), some.refs, self.scorer.objective)
 
     def run(self) -> Iterator[Report]:
@@ -99,9 +98,9 @@ class Trainer:
         """
         mx.reset_peak_memory()
         if self.progress.iteration == 0:
-            adapters.update(self.model, self._of_first(dict(adapters.parameters(self.model))))
-            self._reference = dict(adapters.parameters(self.model))
-            self.scorer.freeze_reference(self._reference)
+            # another machine than the first process's may have drawn other numbers
+            self.model.update(self.ranks.from_first(self.model.trainable_parameters()))
+            self.scorer.freeze_reference()
             if self.valid:
                 yield self._validate()
         self._window.started = time.perf_counter()
@@ -205,12 +204,6 @@ class Trainer:
         """Of several processes each drops on its own, and on again from any checkpoint."""
         if self.ranks.size > 1:
             randomness.go_to_own(self.config.seed, self.progress.iteration, self.ranks.rank)
-
-    def _of_first(self, tree: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The first process's adapters: another machine may draw other numbers."""
-        if self.ranks.size == 1:
-            return tree
-        return dict(zip(tree, self.ranks.from_first(list(tree.values())), strict=True))
 
     def _apply(self, gradient: Any, norm: mx.array) -> guard.Trouble | None:
         """Update the adapters, unless that makes one of them infinite: then the trouble."""
@@ -358,7 +351,7 @@ class Trainer:
         whole = self._validated or self._looked()
         figure = Controller.figure(self.scorer.objective)
         found = landing.land(
-            self.model, self._reference, self._held, whole, figure=figure, target=drift.target
+            self.model, self.scorer.reference, self._held, whole, figure=figure, target=drift.target
         )
         progress.landed = True
         seconds = time.perf_counter() - started
@@ -395,7 +388,7 @@ class Trainer:
         self.progress.window = self._window.saved()
         self.progress.drift = {} if self.drift is None else self.drift.saved()
         self.folder.save_state(
-            self.model, self.optimizer, self._reference, self._good, self.progress
+            self.model, self.optimizer, self.scorer.reference, self._good, self.progress
         )
 
     def _log(self, kind: str, report: Report) -> None:

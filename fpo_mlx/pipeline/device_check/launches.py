@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from fpo_mlx.core import features
 from fpo_mlx.core.linear_head import LinearHead, Packing
-from fpo_mlx.core.vocabulary import tiled_logps
+from fpo_mlx.core.vocabulary import tiled
 from fpo_mlx.machine import device
 from fpo_mlx.pipeline.device_check.lines import Line
 from fpo_mlx.records import Activation
@@ -67,7 +67,7 @@ def _head(bits: int | None) -> LinearHead:
 def of_the_loss(bits: int | None, grad: bool) -> int:
     """bits: of the head's packing, None for bfloat16."""
     rows, targets = mx.zeros((R, D), mx.bfloat16), mx.zeros((R,), mx.int32)
-    found = tiled_logps(rows, targets, _head(bits), grad=grad)
+    found = tiled(rows, targets, _head(bits), grad=grad)
     return launches(found.values, *([found.slopes] if found.slopes is not None else []))
 
 
