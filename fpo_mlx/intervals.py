@@ -21,13 +21,17 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 
 def of_groups(shares: Sequence[float], most: int) -> tuple[float, float]:
-    """`wilson` of the mean of groups' shares, each of up to `most` answers that may be alike.
+    """`wilson` of the mean of groups' shares, each of up to `most` answers that may be alike."""
+    return wilson(fmean(shares), len(shares) * answers_a_group(shares, most))
 
-    A group counts for as many answers as the shares vary like: for one where all of a group's go
-    the same way, for `most` where each goes its own. A group that is won and one that is lost are
-    put beside them for that, as a few that agree by chance say little of it.
+
+def answers_a_group(shares: Sequence[float], most: float) -> float:
+    """How many answers a group counts for: as many as the groups' shares vary like.
+
+    One where all of a group's go the same way, `most` where each goes its own. A group that is won
+    and one that is lost are put beside them for that, as a few that agree by chance say little.
     """
     beside = [*shares, 0.0, 1.0]
     mean = fmean(beside)
     alike = mean * (1 - mean) / pvariance(beside)
-    return wilson(fmean(shares), len(shares) * min(max(alike, 1.0), most))
+    return min(max(alike, 1.0), most)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fpo_mlx.intervals import wilson
+from fpo_mlx.intervals import answers_a_group, wilson
 from fpo_mlx.judge.sampling import Answer, distinct_n
 from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.train.metrics import ScoredPairs, measure
@@ -137,21 +137,27 @@ def reference_report(data: ScoredPairs, like: Mapping[str, Any]) -> EvalReport:
 
 
 def summarise(values: Mapping[str, np.ndarray], data: ScoredPairs) -> dict[str, Any]:
-    """Means over pairs, intervals, lengths, perplexity. values: per metric [B]."""
-    tokens = _lengths(data)
-    summary: dict[str, Any] = {"n": len(data)}
+    """Means over pairs, intervals, lengths, perplexity. values: per metric [B].
+
+    Intervals are over prompts: pairs of one prompt are no independent witnesses.
+    """
+    tokens, prompts = _lengths(data), _prompts(data)
+    asked = int(prompts.max()) + 1
+    summary: dict[str, Any] = {"n": len(data)} | ({"prompts": asked} if asked < len(data) else {})
     means = {name: float(array.mean()) for name, array in values.items()}
     summary |= {k: v for k, v in means.items() if v != FACTS.get(k)}  # facts that rows do not have
+    drawn = asked > 1 or len(data) == 1  # one prompt that is drawn again is always itself
     for name in WITH_INTERVAL:
-        if name in values:
+        if name in values and name in SHARES:
             # resampled pairs that are all right would say that every pair is
-            share = name in SHARES
-            interval = wilson(means[name], len(data)) if share else bootstrap_interval(values[name])
-            summary[f"{name}/ci95"] = interval
+            summary[f"{name}/ci95"] = _of_share(values[name], prompts)
+        elif name in values and drawn:
+            summary[f"{name}/ci95"] = bootstrap_interval(values[name], groups=prompts)
     logps = -values["logps/chosen"] / tokens[0]
     summary["perplexity/chosen"] = float(np.exp(np.average(logps, weights=tokens[0])))
-    low, high = bootstrap_interval(logps, weights=tokens[0])
-    summary["perplexity/chosen/ci95"] = (float(np.exp(low)), float(np.exp(high)))
+    if drawn:
+        low, high = bootstrap_interval(logps, weights=tokens[0], groups=prompts)
+        summary["perplexity/chosen/ci95"] = (float(np.exp(low)), float(np.exp(high)))
     return summary | _by_length(values, tokens)
 
 
@@ -173,6 +179,21 @@ def answer_summary(answers: Sequence[Answer]) -> dict[str, Any]:
 
 def _lengths(data: ScoredPairs) -> np.ndarray:
     return np.array([[len(y) for y in pair.responses] for pair in data.pairs]).T  # [2, B]
+
+
+def _prompts(data: ScoredPairs) -> np.ndarray:
+    """The number of each pair's prompt, in their order: int [B]."""
+    number: dict[bytes, int] = {}
+    names = (pair.prompt.tobytes() for pair in data.pairs)
+    return np.array([number.setdefault(name, len(number)) for name in names])
+
+
+def _of_share(hits: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
+    """Wilson's interval of the share of right pairs, by how alike those of a prompt are."""
+    sizes = np.bincount(prompts)
+    shares = np.bincount(prompts, weights=hits) / sizes
+    count = len(hits) ** 2 / float((sizes**2).sum())  # prompts, as if each had as many pairs
+    return wilson(float(hits.mean()), count * answers_a_group(shares.tolist(), len(hits) / count))
 
 
 def _record(i: int, data: ScoredPairs, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -219,15 +240,24 @@ def _range(lengths: np.ndarray) -> tuple[int, int] | None:
 
 
 def bootstrap_interval(
-    values: np.ndarray, seed: int = 0, weights: np.ndarray | None = None
+    values: np.ndarray,
+    seed: int = 0,
+    weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> tuple[float, float]:
-    """95 % percentile interval of the (weighted) mean over resampled pairs. values: [B]."""
-    rng, n, means = np.random.default_rng(seed), len(values), []
-    weights = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+    """95 % percentile interval of the (weighted) mean over resampled pairs. values: [B].
+
+    groups: the number of each pair's group, from 0; groups are drawn whole.
+    """
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
+    totals = values * weights
+    if groups is not None:
+        totals, weights = np.bincount(groups, totals), np.bincount(groups, weights)
+    rng, n, means = np.random.default_rng(seed), len(totals), []
     at_once = max(1, DRAWN // n)
     for start in range(0, RESAMPLES, at_once):
         picks = rng.integers(0, n, size=(min(at_once, RESAMPLES - start), n))
-        means.append((values * weights)[picks].sum(axis=1) / weights[picks].sum(axis=1))
+        means.append(totals[picks].sum(axis=1) / weights[picks].sum(axis=1))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
 

@@ -19,6 +19,7 @@ ROWS_OF_CURVES = 12  # of the table beside the plots
 # Names that a reader understands; keys of `evaluate` that are not here appear under their own.
 METRICS = {
     "n": "Pairs",
+    "prompts": "Prompts of these pairs",
     "rewards/accuracies": "Reward accuracy",
     "policy_accuracy": "Policy accuracy",
     "rewards/margins": "Reward margin",
@@ -267,7 +268,7 @@ def evaluation(runs: Sequence[Run]) -> tuple[Table | None, Table | None]:
     keys += sorted(k for k in others - set(METRICS) if "/ci95" not in k)
     rows = {k: [METRICS.get(k, k), *(_measured(s, k) for _, s in columns)] for k in keys}
     around = any("/ci95" in key for _, summary in columns for key in summary)
-    note = "Below a figure: its 95 % interval over the pairs." if around else ""
+    note = "Below a figure: its 95 % interval." if around else ""
     head = ["Metric", *(name for name, _ in columns)]
     first = [row for key, row in rows.items() if key in PRIMARY_METRICS]
     rest = [row for key, row in rows.items() if key not in PRIMARY_METRICS]
