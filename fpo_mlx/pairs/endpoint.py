@@ -25,6 +25,7 @@ AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # worth another try
 OF_ONE = (400, 413, 422)  # of one request: too long for the model, or refused for what it says
 LONGEST_WAIT = 60.0
 LARGEST_REPLY = 4 << 20
+TOKENS = 16  # of a reply: an empty thought, a mark and the letter
 SHOWN = 200  # characters of what an endpoint says to a refusal
 
 Read = Callable[[Any], tuple[float | None, str]]  # a reply -> (what it says or None, its text)
@@ -136,7 +137,7 @@ class Endpoint:
 
     def _send(self, messages: list[dict[str, str]], logprobs: bool) -> Any:
         body: dict[str, Any] = {
-            "model": self.model, "messages": messages, "temperature": 0, "max_tokens": 4,
+            "model": self.model, "messages": messages, "temperature": 0, "max_tokens": TOKENS,
         }  # fmt: skip
         if logprobs:
             body |= {"logprobs": True, "top_logprobs": 10}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from fpo_mlx.pairs.records import Candidates, Verdict
 LETTERS = ("A", "B")
 LEAST_MASS = 0.1  # of both letters together; below it the judge has said something else
 AT_ONCE = {"enable_thinking": False}  # for the template of a judge that would think before it says
+_NO_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")  # of a Qwen3 that was told not to think
 END = "Reply with one letter, A or B, and nothing else."
 
 
@@ -69,7 +72,7 @@ def first_of_masses(a: float, b: float) -> float | None:
 
 def read_reply(reply: Mapping[str, Any]) -> tuple[float | None, str]:
     """(probability of the first, raw) of a chat completion: its first token's log-probs, or its one
-    letter where there are none or they are of something else.
+    letter where there are none or they are of something else. An empty thought may come before.
 
     Raises: ValueError where it is no chat completion.
     """
@@ -91,13 +94,24 @@ def read_reply(reply: Mapping[str, Any]) -> tuple[float | None, str]:
 
 def _letter(text: str) -> float | None:
     """The probability of the first where a reply is one letter, whatever marks stand around it."""
-    return {"A": 1.0, "B": 0.0}.get(text.strip().strip(".*\"'`()[] "))
+    thought = _NO_THOUGHT.match(text)
+    said = text[thought.end() :] if thought else text
+    return {"A": 1.0, "B": 0.0}.get(said.strip().strip(".*\"'`()[] "))
+
+
+def _begins(tokens: Sequence[Mapping[str, Any]]) -> int:
+    """The number of the first token that is no part of an empty thought."""
+    texts = [str(one.get("token") or "") for one in tokens]
+    thought = _NO_THOUGHT.match("".join(texts))
+    ends = itertools.accumulate(map(len, texts))
+    return sum(end <= thought.end() for end in ends) if thought else 0
 
 
 def _masses(choice: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Probabilities of A and B at the first token, where the endpoint gives any."""
+    """Probabilities of A and B at the first token of what it says, where the endpoint gives any."""
     try:
-        top = choice["logprobs"]["content"][0]["top_logprobs"]
+        tokens = choice["logprobs"]["content"]
+        top = tokens[_begins(tokens)]["top_logprobs"]
         found = {letter: 0.0 for letter in LETTERS}
         for one in top:
             if (letter := one["token"].strip()) in found:

@@ -126,8 +126,8 @@ class _Watch:
         hint = "take another judge"
         if self._url:
             hint = (
-                "if it thinks first, switch that off where it is served; the same command asks "
-                "these again"
+                "if it thinks first, switch that off where it is served (Qwen3: a line /no_think "
+                "in --criteria); the same command asks these again"
             )
         if self._url and last.raw.startswith("HTTP "):
             hint = "its context may be too short for these questions"

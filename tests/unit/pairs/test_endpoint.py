@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import ssl
 import threading
 import time
@@ -141,6 +142,45 @@ def test_a_letter_that_is_not_the_first_token_is_read_from_the_text(text, token,
     found, raw = read_reply(reply)
     assert found == first
     assert json.loads(raw) == {"text": text, "p": [0.0, pytest.approx(0.0067, abs=1e-4)]}
+
+
+EMPTY = ["<think>", "\n\n", "</think>", "\n\n"]  # of Qwen3 where the user's turn says /no_think
+
+
+def unthinking(body, letters=True, hidden=False):
+    """What it says then, as far as the tokens asked for go. hidden: the text without the block."""
+    a, b = (0.9, 0.1) if grades(body)[0] else (0.1, 0.9)
+    tokens = [*EMPTY, "A" if a > b else "B"][: body["max_tokens"]]
+    reply = says("".join(tokens[len(EMPTY) if hidden else 0 :]))
+    if letters:
+        tops = [[{"token": t, "logprob": 0.0}] for t in EMPTY]
+        tops.append([{"token": t, "logprob": math.log(p)} for t, p in (("A", a), ("B", b))])
+        content = [{"token": t, "logprob": 0.0, "top_logprobs": top}
+                   for t, top in zip(tokens, tops, strict=False)]  # fmt: skip
+        reply["choices"][0]["logprobs"] = {"content": content}
+    return reply
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("letters", [False, True])
+def test_a_letter_behind_an_empty_thought_is_read_and_so_are_its_log_probs(
+    tmp_path, letters, hidden
+):
+    source = candidates(tmp_path / "c.jsonl", graded(3))
+    with endpoint(lambda body: unthinking(body, letters, hidden)) as (url, _):
+        report, _ = judge(url, source, tmp_path / "v.jsonl")
+    (summary,) = report.judges.values()
+    assert (summary.unreadable, summary.flip_rate) == (0, 0)
+    for found in read_verdicts(tmp_path / "v.jsonl").values():
+        sure = max(found.p or 0, 1 - (found.p or 0))
+        assert sure == pytest.approx(0.9 if letters else 1.0)
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>\nHmm, A", "<think>\nHmm\n</think>\n\nA", "<think>", "A</think>"]
+)
+def test_a_thought_that_is_not_empty_is_no_letter(text):
+    assert read_reply(says(text))[0] is None
 
 
 def test_finding_out_that_log_probs_are_refused_takes_none_of_the_tries(tmp_path):
