@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import json
 import os
+import re
 import ssl
 import time
 import urllib.error
@@ -115,6 +117,8 @@ class Endpoint:
                         "the file of whoever signed it in SSL_CERT_FILE."
                     ) from None
                 why = str(getattr(error, "reason", error)) or type(error).__name__
+                if isinstance(error, TimeoutError):  # of a reply; a connection's is a URLError
+                    why += f" (raise --timeout, {self.timeout:g} seconds now, for a slow judge)"
                 wait = 2.0**attempt
         raise FpoError(
             f"--judge-url {self.url}: no answer after {self.retries + 1} tries, the last: {why}. "
@@ -150,10 +154,19 @@ class Endpoint:
             short = response.length not in (None, 0)
         if short or len(data) > LARGEST_REPLY:
             raise ValueError("the reply was cut off or is too large")
-        return parse_json(data)
+        reply = parse_json(data)
+        if isinstance(reply, Mapping) and reply.get("error") and not reply.get("choices"):
+            code = _code_of(reply["error"])
+            if code is None:
+                said = json.dumps(reply["error"], ensure_ascii=False)
+                raise ValueError(f"the error {self._shown(said)}")
+            raise urllib.error.HTTPError(
+                self.url, code, "within a reply of 200", response.headers, io.BytesIO(data)
+            )
+        return reply
 
     def _refused(self, code: int, said: str) -> str:
-        hint = "Check the address and --judge-model."
+        hint = "Check --judge-model, and the address, which mostly ends in /v1."
         if code in OF_ONE:
             hint = "Check --judge-model, and that its context holds a prompt and two answers."
         if code in (401, 403):
@@ -161,15 +174,19 @@ class Endpoint:
         return f"--judge-url {self.url} answers {said}. {hint}"
 
     def _said(self, error: urllib.error.HTTPError) -> str:
-        """The refusal and the beginning of its reason; a key that it repeats is left out."""
+        """The refusal and the beginning of its reason."""
         try:
             body = error.read(LARGEST_REPLY).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
             body = ""
+        shown = self._shown(body)
+        return f"HTTP {error.code} {error.reason}" + (f": {shown}" if shown else "")
+
+    def _shown(self, body: str) -> str:
+        """Its beginning on one line, without the key."""
         if self._key:
             body = body.replace(self._key, "…")
-        shown = " ".join("".join(c if c.isprintable() else " " for c in body).split())[:SHOWN]
-        return f"HTTP {error.code} {error.reason}" + (f": {shown}" if shown else "")
+        return " ".join("".join(c if c.isprintable() else " " for c in body).split())[:SHOWN]
 
 
 def _digest(content: Any) -> str:
@@ -181,6 +198,14 @@ def _kept(reply: Any) -> dict[str, Any]:
     if not isinstance(reply, Mapping):
         raise ValueError("the reply is no object")
     return {"choices": reply.get("choices")}
+
+
+def _code_of(error: Any) -> int | None:
+    """The HTTP code that an error within a reply of 200 has, or would have had."""
+    code = error.get("code") if isinstance(error, Mapping) else None
+    if "unexpected endpoint" in str(error).lower():  # LM Studio's word for a path it has not
+        return 404
+    return int(str(code)) if re.fullmatch("[45][0-9]{2}", str(code)) else None
 
 
 def _asked_wait(error: urllib.error.HTTPError) -> float:

@@ -88,8 +88,9 @@ def test_a_reply_that_takes_too_long_is_given_up(tmp_path):
     stop = threading.Event()
     source = candidates(tmp_path / "c.jsonl", graded(1))
     with endpoint(lambda body: stop.wait(5) and None) as (url, _):
-        with pytest.raises(FpoError, match="timed out"):
+        with pytest.raises(FpoError, match="timed out") as error:
             judge(url, source, tmp_path / "v.jsonl", retries=1, timeout=0.2)
+        assert "raise --timeout, 0.2 seconds now" in str(error.value)
         stop.set()
 
 
@@ -303,3 +304,76 @@ def test_a_certificate_that_is_not_trusted_is_said_at_once(tmp_path, monkeypatch
     with pytest.raises(ConfigError, match="not trusted: .*self-signed.*SSL_CERT_FILE"):
         judge("https://judge.example/v1", source, tmp_path / "v.jsonl")
     assert len(tried) == 1
+
+
+# Errors within a reply of 200 ---------------------------------------------------------------------
+
+
+def test_an_unknown_path_that_is_answered_with_200_is_said_at_once_with_its_reason(tmp_path):
+    """LM Studio, where --judge-url lacks its /v1. It was asked for a minute, its reason lost."""
+    source = candidates(tmp_path / "c.jsonl", graded(2))
+    said = {"error": "Unexpected endpoint or method. (POST /chat/completions)"}
+    with endpoint(lambda body: said) as (url, seen), pytest.raises(ConfigError) as error:
+        judge(url, source, tmp_path / "v.jsonl")
+    assert len(seen) == 1
+    assert "Unexpected endpoint or method. (POST /chat/completions)" in str(error.value)
+    assert "ends in /v1" in str(error.value)
+
+
+def test_a_code_within_a_reply_of_200_counts_as_the_replys_own(tmp_path, monkeypatch):
+    """OpenRouter so says that it is asked too often, and which request it refuses."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    source, calls = candidates(tmp_path / "c.jsonl", graded(3)), []
+    busy = {"error": {"code": 429, "message": "slowly, sk-very-secret"}}
+
+    def shaky(body):
+        calls.append(1)
+        return busy if len(calls) % 2 else says("A")
+
+    with endpoint(shaky) as (url, seen):
+        assert judge(url, source, tmp_path / "v.jsonl")[0].written == 6
+        assert len(seen) == 12
+    with endpoint(lambda body: busy) as (url, _), pytest.raises(FpoError) as error:
+        judge(url, source, tmp_path / "w.jsonl", retries=1)
+    assert "after 2 tries, the last: HTTP 429" in str(error.value)
+    assert "slowly, …" in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("code", [401, "401"])
+def test_a_refusal_within_a_reply_of_200_is_said_at_once(tmp_path, code):
+    source = candidates(tmp_path / "c.jsonl", graded(2))
+    said = {"error": {"code": code, "message": "no such key"}, "choices": None}
+    with endpoint(lambda body: said) as (url, seen), pytest.raises(ConfigError) as error:
+        judge(url, source, tmp_path / "v.jsonl")
+    assert len(seen) == 1
+    assert "no such key" in str(error.value)
+    assert "environment variable" in str(error.value)
+
+
+@pytest.mark.parametrize("code", [None, "busy", True, 7, [], 200])
+def test_an_error_of_no_known_code_is_asked_again_and_its_reason_told(tmp_path, code):
+    source = candidates(tmp_path / "c.jsonl", graded(1))
+    said = {"error": {"code": code, "message": "the model\n is loading"}}
+    with endpoint(lambda body: said) as (url, seen), pytest.raises(FpoError) as error:
+        judge(url, source, tmp_path / "v.jsonl", retries=2)
+    assert len(seen) == 3
+    assert "no answer after 3 tries" in str(error.value)
+    assert "is loading" in str(error.value)
+
+
+def test_an_error_within_the_first_reply_does_not_pass_for_an_answer(tmp_path):
+    """After an answer a refusal is of one question; before one it is of the settings."""
+    source = candidates(tmp_path / "c.jsonl", graded(1))
+    replies = [{"error": "loading"}, 400, 400]
+    with endpoint(lambda body: replies.pop(0)) as (url, _), pytest.raises(ConfigError) as error:
+        judge(url, source, tmp_path / "v.jsonl")
+    assert "--judge-model" in str(error.value)
+
+
+def test_log_probs_that_are_refused_within_a_reply_of_200_are_done_without(tmp_path):
+    source = candidates(tmp_path / "c.jsonl", graded(1))
+    said = {"error": {"code": 400, "message": "no logprobs here"}}
+    with endpoint(lambda body: said if "logprobs" in body else says("A")) as (url, seen):
+        assert judge(url, source, tmp_path / "v.jsonl")[0].written == 2
+    assert len(seen) == 3
