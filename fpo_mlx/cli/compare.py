@@ -21,12 +21,14 @@ from fpo_mlx.cli.options import (
     overwrite_option,
     sampling_options,
     settings,
+    some_options,
     write_json,
     write_text,
 )
 from fpo_mlx.cli.show import Steps, end_of, padded, printable, say, wrapped
-from fpo_mlx.config import CompareSampling, DataConfig
+from fpo_mlx.config import CompareSampling, DataConfig, load_section
 from fpo_mlx.errors import ConfigError
+from fpo_mlx.pairs.settings import JudgeConfig
 
 NARROWEST = 28  # columns that are narrower than this stand below each other
 
@@ -55,12 +57,14 @@ NARROWEST = 28  # columns that are narrower than this stand below each other
     "--reward", type=READ,
     help="Count how often each adapter beats the base by it: one of `pairs judge`.",
 )  # fmt: skip
+@some_options(JudgeConfig, "timeout", "memory_gb")
 @click.option("--output", type=PATH, help="Write the answers here: .json or .md.")
 @overwrite_option
 @claims(output="--output")
 def compare(
-    adapter_path, adapter_scale, prompts, prompts_file, split, count, reward, output, **values
-) -> None:
+    adapter_path, adapter_scale, prompts, prompts_file, split, count, reward, timeout, memory_gb,
+    output, **values,
+) -> None:  # fmt: skip
     """Answer prompts with the base and with adapters, side by side.
 
     Each takes its likeliest tokens; with --temp 1 they draw, all with the same noise.
@@ -75,11 +79,12 @@ def compare(
         raise ConfigError(f"--output {output}: wanted a name that ends in .json or .md.")
     if not adapter_path:
         raise ConfigError("--adapter-path is missing: there is nothing to compare the base with.")
+    judge = _judge(reward, timeout=timeout, memory_gb=memory_gb)
     sampling = gather_sampling(values, CompareSampling)
     result = pipeline.compare(
         gather(values), adapter_paths=adapter_path, scale=adapter_scale, prompts=prompts,
         prompts_file=prompts_file, split=split, count=count, sampling=sampling,
-        reward=reward, say=say, progress=Steps("answers"),
+        judge=judge, say=say, progress=Steps("answers"),
     )  # fmt: skip
     width = shutil.get_terminal_size((100, 24)).columns
     for i, prompt in enumerate(result.prompts):
@@ -95,6 +100,17 @@ def compare(
             f"{one.losses} losses, {one.rate:.0%} [{low:.0%}, {high:.0%}]"
         )
     _write(output, result)
+
+
+def _judge(reward: str | None, **limits: float | None) -> JudgeConfig | None:
+    """Raises: ConfigError where a limit has no reward, or cannot be one."""
+    if reward:
+        return load_section(JudgeConfig, {"reward": reward, **limits})
+    for name, limit in limits.items():
+        if limit is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {limit:g}: found no reward that it is of; add --reward.")
+    return None
 
 
 def _write(output: Path | None, result: Any) -> None:

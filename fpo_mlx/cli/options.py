@@ -133,12 +133,19 @@ def section_options(section: type) -> Callable:
     return lambda command: config_option(_options_of(section)(command))
 
 
-def _options_of(section: type) -> Callable:
+def some_options(section: type, *names: str) -> Callable:
+    """Options for these of its settings, and no --config."""
+    return _options_of(section, names)
+
+
+def _options_of(section: type, names: Sequence[str] = ()) -> Callable:
+    """names: of its settings those that are wanted; all where none is named."""
     hints = typing.get_type_hints(section)
 
     def decorate(command: Callable) -> Callable:
         for field in reversed(dataclasses.fields(section)):
-            command = _option(field, hints[field.name])(command)
+            if not names or field.name in names:
+                command = _option(field, hints[field.name])(command)
         return command
 
     return decorate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import select
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from fpo_mlx.pairs.records import LARGEST
 from fpo_mlx.storage.files import sha256_of
 
 EXAMPLES = ("brevity", "plainness")
+OWNERS = "of `pairs judge` or `compare` sets it"  # the limits; a file of rounds has the former's
+_FULL = re.compile("memory|failed to map|allocat", re.IGNORECASE)  # an error for want of it
 STARTS = 60.0  # seconds that the file may take to import
 
 
@@ -66,7 +69,8 @@ class Reward:
         request = json.dumps({"prompt": prompt, "answers": list(answers)}).encode() + b"\n"
         reply = self._ask(request, self._timeout, where)
         if "error" in reply:
-            raise DataError(f"{where}: --reward {self._spec} raised {reply['error']}.")
+            why = self._why(reply["error"])
+            raise DataError(f"{where}: --reward {self._spec} raised {why}.")
         found = reply.get("scores")
         if not isinstance(found, list) or len(found) != len(answers):
             shape = len(found) if isinstance(found, list) else type(found).__name__
@@ -101,7 +105,14 @@ class Reward:
             raise
         if "error" in reply:
             self._stop()
-            raise ConfigError(f"--reward {self._spec}: the file gives {reply['error']}.")
+            why = self._why(reply["error"])
+            raise ConfigError(f"--reward {self._spec}: the file gives {why}.")
+
+    def _why(self, error: str) -> str:
+        return f"{error} ({self._bound()})" if _FULL.search(error) else error
+
+    def _bound(self) -> str:
+        return f"it may use {self._memory:g} GB; --memory-gb {OWNERS}"
 
     def _ask(self, request: bytes, timeout: float, where: str) -> dict:
         """The next line of the process. A thread-free write: it reads before it answers."""
@@ -117,8 +128,8 @@ class Reward:
                 if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
                     self._stop()
                     raise DataError(
-                        f"{where}: --reward {self._spec} took longer than --timeout "
-                        f"{timeout:g} seconds."
+                        f"{where}: --reward {self._spec} took longer than {timeout:g} seconds; "
+                        f"--timeout {OWNERS}."
                     )
                 read = os.read(process.stdout.fileno(), 1 << 16)
                 if not read:
@@ -128,7 +139,7 @@ class Reward:
             self._stop()
             raise DataError(
                 f"{where}: the process of --reward {self._spec} ended (exit code "
-                f"{process.returncode}); more than --memory-gb {self._memory:g} ends it, too."
+                f"{process.returncode}). Too much memory ends it, too: {self._bound()}."
             ) from None
         line, self._buffer = self._buffer.split(b"\n", 1)
         return json.loads(line)

@@ -96,7 +96,7 @@ def compare(
     split: str = "valid",
     count: int | None = None,
     sampling: Sampling,
-    reward: str | None = None,
+    judge: JudgeConfig | None = None,
     say: Say,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
@@ -104,7 +104,7 @@ def compare(
 
     count: of the file or the split; None: all of a file, FIRST of a split.
     scale: part of each adapter's change that is taken (`adapters.fill`); progress: of the answers
-    of all, (done, to do). reward: of `pairs judge`, that says how often an adapter beats the base.
+    of all, (done, to do). judge: a reward, that says how often an adapter beats the base.
     """
     from fpo_mlx.judge.evaluate import name_of
     from fpo_mlx.model.open import open_model
@@ -112,7 +112,6 @@ def compare(
     if scale != 1.0:
         check_scales(config, adapter_paths, [scale])
     model = need_model(config)
-    judge = JudgeConfig(reward=reward) if reward else None
     if judge:
         check_judge(judge)
     given = [Prompt(({"role": "user", "content": text},)) for text in prompts]
@@ -137,6 +136,7 @@ def compare(
     answers, cut = _answered(opened, len(models), tokens, sampling, tokenizer, progress)
     shown = tuple(prompt.text for prompt in asked)
     wins = _wins(judge, asked, answers, say) if judge else {}
+    reward = judge.reward if judge else None
     return Comparison(shown, answers, sampling, digests, cut, reward, wins)
 
 

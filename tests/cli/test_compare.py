@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,19 @@ def test_a_reward_that_fails_costs_the_wins_and_not_the_answers(place, tmp_path)
     assert json.loads((tmp_path / "c.json").read_text())["wins"] == {}
 
 
+def test_the_limits_of_a_reward_are_the_commands_own(place, tmp_path):
+    """They were those of `pairs judge`, whatever the reward wants."""
+    (tmp_path / "my.py").write_text("import time\ndef slow(prompt, answer):\n    time.sleep(30)\n")
+    words = ["--prompt", "A?", "--reward", f"{tmp_path / 'my.py'}:slow", "--timeout", 0.3]
+    done = compare(place, *words, "--memory-gb", 1, "--output", tmp_path / "c.json")
+    assert "longer than 0.3 seconds" in done.stderr
+    body = "raise ValueError(resource.getrlimit(resource.RLIMIT_AS)[0])"
+    (tmp_path / "my.py").write_text(f"import resource\ndef limit(prompt, answer):\n    {body}\n")
+    words = ["--prompt", "A?", "--reward", f"{tmp_path / 'my.py'}:limit", "--memory-gb", 9]
+    done = compare(place, *words)
+    assert "ValueError: 9000000000" in done.stderr or sys.platform == "darwin"
+
+
 def test_the_interval_of_few_wins_leaves_room_for_losses():
     """Wilson's: at either end the share found is 1.96 standard errors off."""
     for end in Wins(81, 0, 182).interval:
@@ -247,6 +261,12 @@ BAD = {
     "suffix": (["--prompt", "A?", "--output", "x.txt"], 2, ("x.txt", ".json or .md")),
     "too long": (["--prompt", "A? " * 50, "--max-seq-length", "9"], 3, ("--max-seq-length 9",)),
     "no such reward": (["--prompt", "A?", "--reward", "kindness"], 2, ("--reward kindness",)),
+    "limit alone": (["--prompt", "A?", "--timeout", "5"], 2, ("--timeout", "add --reward")),
+    "bad limit": (
+        ["--prompt", "A?", "--reward", "brevity", "--memory-gb", "0"],
+        2,
+        ("--memory-gb 0",),
+    ),
     "no number": (["--prompt", "A?", "--adapter-scale", "nan"], 2, ("--adapter-scale",)),
     "no data": (["--data", "nowhere.jsonl"], 1, ("nowhere.jsonl", "no such file")),
 }

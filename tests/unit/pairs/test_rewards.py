@@ -86,6 +86,28 @@ def test_a_reward_that_fails_is_a_plain_error_with_its_row(tmp_path, body, part)
 
 
 @pytest.mark.parametrize(
+    ("body", "limit"),
+    [("while True: pass", "2 seconds; --timeout"), ("import os; os._exit(3)", "1 GB"),
+     ("raise MemoryError", "1 GB"), ("raise OSError('Cannot allocate memory')", "1 GB"),
+     ("raise ImportError('x.so: failed to map segment')", "1 GB")],
+)  # fmt: skip
+def test_a_limit_that_ends_a_reward_is_told_with_the_commands_that_raise_it(tmp_path, body, limit):
+    """`pairs build` has neither flag, and said to use them."""
+    spec = reward(tmp_path, f"def score(prompt, answer):\n    {body}\n")
+    with pytest.raises(DataError) as error:
+        by_reward(tmp_path, spec, timeout=2.0, memory_gb=1.0)
+    assert limit in str(error.value)
+    flag = "--timeout" if "seconds" in limit else "--memory-gb"
+    assert f"{flag} of `pairs judge` or `compare`" in str(error.value)
+
+
+def test_a_file_that_wants_more_memory_to_start_is_told_so_too(tmp_path):
+    body = "raise ImportError('libtorch_cpu.so: failed to map segment from shared object')"
+    with pytest.raises(ConfigError, match="4 GB; --memory-gb of `pairs judge` or `compare`"):
+        by_reward(tmp_path, reward(tmp_path, body))
+
+
+@pytest.mark.parametrize(
     "body", ["import nothing_of_the_kind", "def (", "raise SystemExit", "x = 1"]
 )
 def test_a_file_that_cannot_be_used_is_said_before_the_first_row(tmp_path, body):
