@@ -21,7 +21,7 @@ from fpo_mlx.storage.files import sha256_of
 EXAMPLES = ("brevity", "plainness")
 OWNERS = "of `pairs judge` or `compare` sets it"  # the limits; a file of rounds has the former's
 _FULL = re.compile("memory|failed to map|allocat", re.IGNORECASE)  # an error for want of it
-STARTS = 60.0  # seconds that the file may take to import
+STARTS = 60.0  # seconds that the file may take to import, or more by the limit of a call
 
 
 def locate(spec: str) -> tuple[Path, str]:
@@ -96,7 +96,7 @@ class Reward:
             stdout=subprocess.PIPE,
         )  # fmt: skip
         try:
-            reply = self._ask(b"", STARTS, f"--reward {self._spec}")
+            reply = self._ask(b"", max(STARTS, self._timeout), "at its start")
         except DataError as error:
             self._stop()
             raise ConfigError(str(error)) from error

@@ -13,6 +13,7 @@ import pytest
 from judges import candidates, graded
 
 from fpo_mlx.errors import ConfigError, DataError
+from fpo_mlx.pairs import reward as rewards
 from fpo_mlx.pairs.records import read_verdicts
 from fpo_mlx.pairs.settings import JudgeConfig
 from fpo_mlx.pipeline import pairs_judge
@@ -99,6 +100,25 @@ def test_a_limit_that_ends_a_reward_is_told_with_the_commands_that_raise_it(tmp_
     assert limit in str(error.value)
     flag = "--timeout" if "seconds" in limit else "--memory-gb"
     assert f"{flag} of `pairs judge` or `compare`" in str(error.value)
+
+
+SLOW_IMPORT = "import time\ntime.sleep(1.5)\ndef score(prompt, answer):\n    return len(answer)\n"
+
+
+def test_a_file_that_imports_for_long_has_as_long_as_timeout_says(tmp_path, monkeypatch):
+    """It had a minute, whatever the flag said that the message named."""
+    monkeypatch.setattr(rewards, "STARTS", 0.3)
+    assert by_reward(tmp_path, reward(tmp_path, SLOW_IMPORT), timeout=30.0).written == 6
+
+
+def test_a_file_that_imports_for_too_long_is_told_that_it_did_not_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "STARTS", 0.3)
+    with pytest.raises(ConfigError, match=r"^at its start: --reward .* longer than 0\.3 seconds"):
+        by_reward(tmp_path, reward(tmp_path, SLOW_IMPORT), timeout=0.2)
+
+
+def test_a_short_timeout_is_of_the_calls_and_not_of_the_start(tmp_path):
+    assert by_reward(tmp_path, reward(tmp_path, SLOW_IMPORT), timeout=1.0).written == 6
 
 
 def test_a_file_that_wants_more_memory_to_start_is_told_so_too(tmp_path):
