@@ -185,7 +185,7 @@ def test_chunks_of_the_head_and_of_the_encoder_change_nothing(llama, monkeypatch
 
     pairs, saes = make_pairs(4), [make_sae(Site(2), 32)]
     backend = TorchBackend(llama, saes=saes, device="cpu")
-    monkeypatch.setattr(torch_backend, "HEAD_ELEMENTS", 3 * tiny_models.VOCAB)
+    monkeypatch.setattr(torch_backend.head, "HEAD_ELEMENTS", 3 * tiny_models.VOCAB)
     monkeypatch.setattr(torch_backend.saes, "CHUNK_ELEMENTS", 2 * FEATURES)
     model = oracle.load_oracle(llama)
     assert_scores_are_the_oracle_s(model, saes, pairs, backend.score(pairs))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +18,12 @@ from fpo_mlx.records import (
     TokenPair,
 )
 from fpo_mlx.reference.torch_backend import passes
+from fpo_mlx.reference.torch_backend.head import Head
 from fpo_mlx.reference.torch_backend.load import choose_device, choose_dtype, load_model
 from fpo_mlx.reference.torch_backend.saes import on_device, pooled, refuse_width
 from fpo_mlx.reference.torch_backend.taps import Recorder, find_tap, project, width_of
 
 TOKENS_PER_BATCH = {"cpu": 2048, "mps": 4096, "cuda": 16384}  # padding counts
-HEAD_ELEMENTS = 1 << 25  # logits in memory at once: 128 MB in float32
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "failed to allocate")
 
 
@@ -73,9 +72,9 @@ class TorchBackend:
         if apart:
             self.notes += (f"{apart}: prompts run twice per pair",)
         self.shares_prompt = share_prompt and not apart
-        self._vocabulary = int(self._model.config.get_text_config().vocab_size)
         if self._model.base_model is self._model:
             raise ModelError(f"{folder}: a model without a separate head. Use --backend mlx.")
+        self._head = Head(self._model, self.device)
 
     def score(self, pairs: Sequence[TokenPair]) -> list[PairScore]:
         """Raises ModelError when a single response is too much for the memory."""
@@ -136,7 +135,7 @@ class TorchBackend:
         responses = [row.response for unit in batch for row in unit]
         lengths = [len(response) for response in responses]
         targets = self._put(np.concatenate(responses).astype(np.int64))
-        logps = self._token_logps(out, out.last_hidden_state[at], targets)
+        logps = self._head.token_logps(type(out), out.last_hidden_state[at], targets)
         sites = [self._recorder.rows(tap, at).split(lengths) for tap in self._recorder.taps]
         features = [
             torch.stack([pooled(sae, rows) for rows in site]).cpu().numpy()  # [B, F]
@@ -151,29 +150,6 @@ class TorchBackend:
             )
             for i, (length, part) in enumerate(zip(lengths, by_row, strict=True))
         ]
-
-    def _token_logps(self, out: Any, hidden: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-        """hidden: [R, D] after the final norm, targets: [R] -> float64 [R], softmax in float32."""
-        size = max(1, HEAD_ELEMENTS // self._vocabulary)
-        parts = []
-        for rows, wanted in zip(hidden.split(size), targets.split(size), strict=True):
-            logits = self._head(type(out), rows).float()  # [r, V]
-            picked = logits.gather(1, wanted[:, None])[:, 0]
-            parts.append(picked - logits.logsumexp(dim=1))
-        return torch.cat(parts).cpu().numpy().astype(np.float64)
-
-    def _head(self, output: type, rows: torch.Tensor) -> torch.Tensor:
-        """The model's own map to logits, soft-caps and scales included. [r, D] -> [r, V].
-
-        The model is called as usual, but its backbone answers with the rows it is given.
-        """
-        base = self._model.base_model
-        base.forward = lambda *args, **kwargs: output(last_hidden_state=rows[None])
-        try:
-            dummy = torch.zeros((1, len(rows)), dtype=torch.int64, device=self.device)
-            return self._model(input_ids=dummy, use_cache=False).logits[0]
-        finally:
-            del base.forward  # the class's own shows again
 
     def _put(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
