@@ -11,7 +11,8 @@ from typing import overload
 
 from fpo_mlx import cache
 from fpo_mlx.cache import CacheIdentity, FillReport, Provenance, ReferenceCache
-from fpo_mlx.errors import CacheMismatch, ConfigError
+from fpo_mlx.errors import CacheMismatch, ConfigError, pip_install
+from fpo_mlx.machine import upstream
 from fpo_mlx.machine.processes import find_share
 from fpo_mlx.pipeline.job import Job, Say
 from fpo_mlx.pipeline.sae_fit import quick_check
@@ -192,6 +193,8 @@ def _patience(folder: Path, say: Say) -> Callable[[float], None]:
 
 def open_engine(job: Job, *, say: Say) -> ReferenceBackend:
     """The frozen reference, loaded; what the user should know of it is said."""
+    if job.backend == "torch":
+        _say_untried(say)
     engine = open_backend(
         job.backend,
         model_path=job.model_path,
@@ -211,6 +214,17 @@ def open_engine(job: Job, *, say: Say) -> ReferenceBackend:
             name = flag.replace("_", "-")
             say(f"--{name} {value} is for --backend torch; mlx computes in the model's own type")
     return engine
+
+
+def _say_untried(say: Say) -> None:
+    """A machine for this backend alone has its packages by --no-deps: pip looked at no range."""
+    for one in upstream.outside():
+        if one.package in ("torch", "transformers"):
+            say(
+                f"warning: {one.package} {one.installed} is outside the versions that were tried "
+                f"({one.range}), and may give other scores without a word: "
+                f"{pip_install(f'{one.package}{one.range}')}"
+            )
 
 
 class CachedScores(Sequence[PairScore]):

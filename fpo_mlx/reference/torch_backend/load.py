@@ -91,7 +91,7 @@ def load_model(
 def _load(folder: Path, config: dict, dtype: torch.dtype, trust: bool) -> tuple[Any, dict]:
     if is_mlx_folder(folder, config):
         return _from_mlx(folder, config, dtype)
-    return _from_hugging_face(folder, dtype, trust)
+    return _from_hugging_face(folder, config, dtype, trust)
 
 
 @contextmanager
@@ -108,12 +108,14 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _from_hugging_face(folder: Path, dtype: torch.dtype, trust: bool) -> tuple[Any, dict]:
+def _from_hugging_face(
+    folder: Path, config: dict, dtype: torch.dtype, trust: bool
+) -> tuple[Any, dict]:
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
     return loader.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=trust, output_loading_info=True
+        folder, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **_attention(config)
     )
 
 
@@ -125,8 +127,19 @@ def _from_mlx(folder: Path, config: dict, dtype: torch.dtype) -> tuple[Any, dict
     weights = read_mlx_weights(folder, config, dtype)
     loader: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(own)]
     return loader.from_pretrained(
-        None, config=own, state_dict=weights, dtype=dtype, output_loading_info=True
+        None,
+        config=own,
+        state_dict=weights,
+        dtype=dtype,
+        output_loading_info=True,
+        **_attention(config),
     )
+
+
+def _attention(config: Mapping[str, Any]) -> dict[str, str]:
+    """Gemma 2 caps its attention's logits; of what transformers has, the plain one does so."""
+    text = config.get("text_config") or config
+    return {"attn_implementation": "eager"} if text.get("attn_logit_softcapping") else {}
 
 
 def _check_complete(folder: Path, loading: dict[str, Any]) -> None:
