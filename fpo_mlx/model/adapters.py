@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from mlx.utils import tree_unflatten
 
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.machine.upstream import leaning_on
-from fpo_mlx.model.taps import swap_call
+from fpo_mlx.model.taps import behind, swap_call
 from fpo_mlx.model.trees import ADAPTED, arrays_of, blocks_of, read_arrays
 from fpo_mlx.records import Site
 from fpo_mlx.storage import files
@@ -320,19 +320,39 @@ def save(path: Path, weights: Mapping[str, mx.array]) -> None:
         mx.save_safetensors(str(temporary), dict(weights), metadata={"format": "mlx"})
 
 
-def unreached(sites: Iterable[Site], keys: Iterable[str], layer_of: Mapping[str, int]) -> bool:
-    """Whether no adapted layer lies at or below some site: no gradient for the constraint."""
-    lowest = min(layer_of[key] for key in keys)
-    return any(lowest > site.layer - (site.kind == "resid_pre") for site in sites)
+def unreached(model: nn.Module, sites: Iterable[Site], keys: Iterable[str]) -> bool:
+    """Whether some site sees nothing of all these layers: no gradient for the constraint."""
+    wanted = set(keys)
+    return any(wanted <= unseen(model, [site]) for site in sites)
+
+
+def unseen(model: nn.Module, sites: Iterable[Site]) -> set[str]:
+    """Paths within the blocks of what none of these sites sees anything of; no sites: none."""
+    inner = list(_within(model))
+    found = [
+        {path for path, layer, name in inner if _is_behind(model, site, layer, name)}
+        for site in sites
+    ]
+    return set.intersection(*found) if found else set()
+
+
+def _is_behind(model: nn.Module, site: Site, layer: int, name: str) -> bool:
+    if layer != site.layer or site.kind == "resid_pre":
+        return layer >= site.layer
+    after = behind(blocks_of(model)[layer], site.kind)
+    return any(f"{name}.".startswith(f"{one}.") for one in after)
 
 
 def block_of(model: nn.Module) -> dict[str, int]:
     """Index of the block for every module path within the blocks."""
+    return {path: layer for path, layer, _ in _within(model)}
+
+
+def _within(model: nn.Module) -> Iterator[tuple[str, int, str]]:
+    """Every module within the blocks: its path, its block's index, its name there."""
     blocks = {id(block): i for i, block in enumerate(blocks_of(model))}
     prefixes = {name: blocks[id(m)] for name, m in model.named_modules() if id(m) in blocks}
-    return {
-        f"{prefix}.{name}": i
-        for prefix, i in prefixes.items()
-        for name, _ in blocks_of(model)[i].named_modules()
-        if name
-    }
+    for prefix, layer in prefixes.items():
+        for name, _ in blocks_of(model)[layer].named_modules():
+            if name:
+                yield f"{prefix}.{name}", layer, name

@@ -23,6 +23,7 @@ from fpo_mlx.records import (
     BEFORE_MLP,
     Norms,
     Site,
+    SiteKind,
     residual_factor,
     unknown_addition,
 )
@@ -30,6 +31,8 @@ from fpo_mlx.records import (
 ATTENTION = ("self_attn", "attn", "attention", "linear_attn", "temporal_block", "mixer")
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 OUT_PROJ = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+BESIDE_MLP = ("shared_mlp",)  # of blocks whose experts have another name
+BEHIND_ALL = ("per_layer_input_gate", "per_layer_projection")  # Gemma 3n and 4: behind the MLP
 
 
 def swap_call(module: nn.Module, call) -> None:
@@ -167,6 +170,19 @@ def _child(module: nn.Module, names: tuple[str, ...], site: Site) -> nn.Module:
         f"the {site} cannot be tapped: {type(module).__name__} has none of {', '.join(names)} "
         f"(it has {', '.join(sorted(module.children()))}). Use resid_post, or an SAE of that site."
     )
+
+
+def behind(block: nn.Module, kind: SiteKind) -> tuple[str, ...]:
+    """Names within the block of what surely comes after a site of this kind, with all in it."""
+    if kind in ("resid_pre", "resid_post"):  # between blocks
+        return ()
+    after = BEHIND_ALL if kind in ("mlp_raw", "mlp_out") else (*MLP, *BESIDE_MLP, *BEHIND_ALL)
+    found = [name for name in after if name in block]
+    if kind == "attn_z":
+        attention = next((name for name in ATTENTION if name in block), None)
+        inner = block[attention] if attention else {}
+        found += [f"{attention}.{name}" for name in OUT_PROJ if name in inner][:1]
+    return tuple(found)
 
 
 def refuse_streams(array: mx.array, tokens: mx.array, site: Site) -> None:

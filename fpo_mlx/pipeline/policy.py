@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from fpo_mlx.model.adapters import AdapterSpec
     from fpo_mlx.train.scoring import Scorer
+
+UNSEEN = "adapters there can change the output where the constraint does not look"
+LOWER = "Adapt lower blocks (--num-layers, lora_parameters.keys), or use"
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ def check_reach(job: Job, model: nn.Module, spec: AdapterSpec) -> None:
     from fpo_mlx.model import adapters
 
     sites = _sites(job)
-    if adapters.unreached(sites, spec.keys, adapters.block_of(model)):
-        _refuse_reach(sites[0], "Adapt lower blocks (--num-layers, lora_parameters.keys), or use")
+    if adapters.unreached(model, sites, spec.keys):
+        _refuse_reach(sites[0], LOWER)
 
 
 def _refuse_reach(site: Site, way: str = "Use") -> NoReturn:
@@ -141,13 +144,26 @@ def _choose_adapters(job: Job, model: nn.Module, say: Say) -> AdapterSpec:
             f"({len(outside)} of {len(spec.keys)} layers). Only layers of blocks are trained: fuse "
             "it into the model (`fpo-mlx fuse`), and train new adapters on the fused folder."
         )
-    highest = max(blocks[key] for key in spec.keys)
-    if (sites := _sites(job)) and highest > max(_deepest(sites)):
-        say(
-            f"warning: {job.adapter} adapts blocks up to {highest}, above the SAE's; adapters "
-            "there can change the output where the constraint does not look"
-        )
+    _warn_of_start(job, spec, blocks, adapters.unseen(model, _sites(job)), say)
     return spec
+
+
+def _warn_of_start(
+    job: Job, spec: AdapterSpec, blocks: Mapping[str, int], unseen: set[str], say: Say
+) -> None:
+    """Of adapters that are there already, behind all that the SAEs see."""
+    if not (above := {blocks[key] for key in spec.keys if key in unseen}):
+        return
+    highest, site = max(above), _last(_sites(job))
+    where = f"blocks up to {highest}, above the SAE's"
+    if highest == site.layer and site.kind != "resid_pre":
+        where = f"layers of block {highest} behind the {site.kind} that the SAE reads"
+    say(f"warning: {job.adapter} adapts {where}; {UNSEEN}")
+
+
+def _last(sites: Sequence[Site]) -> Site:
+    """One of those that see most."""
+    return max(sites, key=lambda site: _deepest([site]))
 
 
 def _deepest(sites: Sequence[Site]) -> list[int]:
@@ -156,7 +172,7 @@ def _deepest(sites: Sequence[Site]) -> list[int]:
 
 
 def _new_adapters(job: Job, model: nn.Module, say: Say) -> AdapterSpec:
-    """Fresh adapters; where an SAE is given, none above its block.
+    """Fresh adapters; where an SAE is given, none of what it sees nothing of.
 
     Whether the constraint is in force does not matter, so that an ablation changes one thing.
     """
@@ -165,17 +181,32 @@ def _new_adapters(job: Job, model: nn.Module, say: Say) -> AdapterSpec:
 
     t, last = job.config.train, len(blocks_of(model)) - 1
     sites = [sae.site for sae in job.saes if sae.site is not None]
-    deepest = max(_deepest(sites), default=last)
-    if t.adapt_above_sae and deepest < last:
-        say(
-            f"warning: blocks {deepest + 1} to {last} lie above the SAE; adapters there can change "
-            "the output where the constraint does not look"
-        )
-        deepest = last
+    deepest = last if t.adapt_above_sae else max(_deepest(sites), default=last)
     if deepest < 0:  # what goes into the first block
         _refuse_reach(sites[0])
     n, keys = adapters.adapted_paths(model, t.num_layers, deepest, t.lora["keys"])
+    unseen = adapters.unseen(model, sites)
+    above = [key for key in keys if key in unseen]
+    if above and t.adapt_above_sae:
+        say(
+            f"warning: {len(above)} of {len(keys)} adapted layers lie behind what the SAE reads "
+            f"(the {_last(sites)}); {UNSEEN}"
+        )
+    elif above:
+        keys = _without(above, keys, _last(sites), say)
     lora = t.lora
     return adapters.AdapterSpec(
         t.fine_tune_type, n, int(lora["rank"]), float(lora["scale"]), float(lora["dropout"]), keys
     )
+
+
+def _without(above: Sequence[str], keys: Sequence[str], site: Site, say: Say) -> tuple[str, ...]:
+    """The layers before what the SAE reads within its block. Raises: ConfigError for none."""
+    kept = tuple(key for key in keys if key not in above)
+    if not kept:
+        _refuse_reach(site, LOWER)
+    say(
+        f"{len(above)} layers of block {site.layer} lie behind the {site.kind} that the SAE reads, "
+        "and get no adapters"
+    )
+    return kept

@@ -20,7 +20,6 @@ from quantised import quantised  # noqa: E402, F401
 from fpo_mlx.errors import ConfigError, ModelError  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
-from fpo_mlx.records import Site  # noqa: E402
 
 TOKENS = [5, 17, 250, 3, 99, 42]
 PAIRS = random_pairs(SIZES[:4])
@@ -125,20 +124,6 @@ def test_keys_that_match_nothing_are_refused(folders, keys):
     model = load_model(folders["llama", "float"]).model
     with pytest.raises(ConfigError, match="match no layer"):
         adapters.adapted_paths(model, 2, 2, keys)
-
-
-@pytest.mark.parametrize(
-    ("site", "lowest", "want"),
-    [
-        (Site(1), 1, False),
-        (Site(1), 2, True),
-        (Site(2, "resid_pre"), 2, True),
-        (Site(2, "resid_pre"), 1, False),
-        (Site(2, "mlp_out"), 2, False),
-    ],
-)
-def test_adapters_above_every_site_cannot_move_the_constraint(site, lowest, want):
-    assert adapters.unreached([site], ["a"], {"a": lowest}) is want
 
 
 def test_blocks_of_modules_are_known(folders):
