@@ -320,12 +320,6 @@ def save(path: Path, weights: Mapping[str, mx.array]) -> None:
         mx.save_safetensors(str(temporary), dict(weights), metadata={"format": "mlx"})
 
 
-def unreached(model: nn.Module, sites: Iterable[Site], keys: Iterable[str]) -> bool:
-    """Whether some site sees nothing of all these layers: no gradient for the constraint."""
-    wanted = set(keys)
-    return any(wanted <= unseen(model, [site]) for site in sites)
-
-
 def unseen(model: nn.Module, sites: Iterable[Site]) -> set[str]:
     """Paths within the blocks of what none of these sites sees anything of; no sites: none."""
     inner = list(_within(model))

@@ -65,9 +65,9 @@ def check_reach(job: Job, model: nn.Module, spec: AdapterSpec) -> None:
     """Raises: ConfigError where no adapted layer lies where the constraint can see it."""
     from fpo_mlx.model import adapters
 
-    sites = _sites(job)
-    if adapters.unreached(model, sites, spec.keys):
-        _refuse_reach(sites[0], LOWER)
+    for site in _sites(job):
+        if set(spec.keys) <= adapters.unseen(model, [site]):  # no gradient for the constraint
+            _refuse_reach(site, LOWER)
 
 
 def _refuse_reach(site: Site, way: str = "Use") -> NoReturn:

@@ -171,7 +171,7 @@ def _at_its_end(config: RunConfig, order: Order, valid: int, ranks: Ranks, say: 
         with AdapterFolder(place, {}).writing():  # nobody else is; and what a kill left goes
             progress = saved_progress(place)
         at = t.whole_updates(progress.iteration)  # an older version may have cut the last one short
-        asked = "--iters" if t.iters is not None else "--epochs"
+        asked = "--epochs" if t.epochs is not None else "--iters"
         text = (
             f"--resume: the run in {t.adapter_path} is at iteration {at} already, and {asked} "
             f"counts from the start, to {order.total}: --iters {at + 100} trains 100 more"

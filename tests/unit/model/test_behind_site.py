@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ mx = pytest.importorskip("mlx.core")
 
 from architectures import sites_of  # noqa: E402
 
+from fpo_mlx.errors import ConfigError  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
 from fpo_mlx.model.taps import Tap, tap_point  # noqa: E402
 from fpo_mlx.model.trees import blocks_of, module_at  # noqa: E402
+from fpo_mlx.pipeline import policy  # noqa: E402
 from fpo_mlx.records import Site  # noqa: E402
 
 BLOCK = 1
@@ -93,4 +96,12 @@ def test_of_several_sites_one_that_sees_a_layer_is_enough(tmp_path):
 )
 def test_adapters_above_every_site_cannot_move_the_constraint(site, key, want, tmp_path):
     model = load_model(tiny_models.MAKERS["llama"](tmp_path / "model")).model
-    assert adapters.unreached(model, [site], [key]) is want
+    assert (key in adapters.unseen(model, [site])) is want
+
+
+def test_of_several_saes_the_one_out_of_reach_is_named(tmp_path, monkeypatch):
+    model = load_model(tiny_models.MAKERS["llama"](tmp_path / "model")).model
+    monkeypatch.setattr(policy, "_sites", lambda job: [Site(3), Site(1)])
+    spec = SimpleNamespace(keys=["model.layers.2.mlp.down_proj"])
+    with pytest.raises(ConfigError, match="it reads the resid_post of block 1"):
+        policy.check_reach(None, model, spec)
