@@ -13,7 +13,7 @@ import numpy as np
 
 from fpo_mlx.storage import files
 
-RIVAL = "dpo"
+RIVAL, TWIN = "dpo", "fpo free"  # with TWIN only its kin is compared: what the constraint does
 LEVELS = (2.0, 5.0, 10.0, 15.0)  # nats per answer, at which methods are compared
 SHARES = (0.1, 0.3, 1.0)  # of the KL that all rates reach, where they are compared
 SHOWN = (
@@ -30,6 +30,8 @@ def write(work: Path, to: Path) -> None:
     base = json.loads((work / "base.json").read_text())
     found = lines_of(runs, base)
     compared = [row for name in found if name != RIVAL for row in against(found, name)]
+    kin = [name for name in found if name.startswith("fpo") and name != TWIN]
+    compared += [row for name in kin for row in against(found, name, TWIN)]
     to.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(to.with_suffix(".json"), {"base": base, "runs": runs, "compared": compared})
     files.write_text(to.with_suffix(".md"), markdown(work.name, base, runs, compared))
@@ -122,9 +124,11 @@ def at(line: Line, kl: float, name: str = "reward/of_prompts") -> np.ndarray | N
     return None
 
 
-def against(found: Mapping[str, Mapping[int, Line]], name: str) -> list[dict[str, Any]]:
-    """Reward above RIVAL's at each of LEVELS, same seeds and prompts; 95 % bootstrap."""
-    rows, rival = [], found.get(RIVAL, {})
+def against(
+    found: Mapping[str, Mapping[int, Line]], name: str, other: str = RIVAL
+) -> list[dict[str, Any]]:
+    """Reward above the other's at each of LEVELS, same seeds and prompts; 95 % bootstrap."""
+    rows, rival = [], found.get(other, {})
     seeds = sorted(set(found[name]) & set(rival))
     for kl in LEVELS:
         both = [
@@ -133,7 +137,7 @@ def against(found: Mapping[str, Mapping[int, Line]], name: str) -> list[dict[str
             if at(found[name][seed], kl) is not None and at(rival[seed], kl) is not None
         ]
         if both:
-            rows.append({"method": name, "rival": RIVAL} | _gap(both, kl))
+            rows.append({"method": name, "rival": other} | _gap(both, kl))
     return rows
 
 
@@ -179,15 +183,15 @@ def markdown(
             )
     lines += [
         "", "## At equal KL", "",
-        f"Above parts of the {RIVAL} adapter of the same seed, where both reach the KL (between "
+        "Above parts of the other's adapter of the same seed, where both reach the KL (between "
         "points by the root of the KL; the base is one). In brackets 95 %, by bootstrap over seeds "
         "and prompts, where each prompt's figure was kept; t: by Student's t over the seeds.", "",
-        f"| method | KL | seeds | {' | '.join(f'{name} above' for name in MEANS)} "
+        f"| method | above | KL | seeds | {' | '.join(f'{name} above' for name in MEANS)} "
         "| reward of each seed | t |",
-        "|---|---|---|" + "---|" * len(MEANS) + "---|---|",
+        "|---|---|---|---|" + "---|" * len(MEANS) + "---|---|",
     ]  # fmt: skip
     lines += [
-        f"| {row['method']} | {row['kl']:g} | {row['seeds']} | "
+        f"| {row['method']} | {row['rival']} | {row['kl']:g} | {row['seeds']} | "
         f"{' | '.join(_above(row, name) for name in MEANS)} | "
         f"{', '.join(f'{gap:+.2f}' for gap in row['reward/of_seeds'])} | {_in_brackets(row)} |"
         for row in compared

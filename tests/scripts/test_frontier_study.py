@@ -175,9 +175,31 @@ def test_a_drift_over_prompts_is_a_root_mean_square_with_its_interval(monkeypatc
     alone = 0.2  # of either prompt
     assert row["unrelated_drift/interval"] == pytest.approx([row["unrelated_drift"], alone])
     table = show.markdown("plain", {**lines[0][0][0], **dict.fromkeys(show.SHOWN, 0.0)}, [], [row])
-    assert (
-        "| fpo | 4 | 1 | +0.000 [+0.000, +0.000] | +0.195 [+0.195, +0.200] | +0.000 | +0.00 |  |"
-        in table
+    drift = "+0.195 [+0.195, +0.200]"
+    assert f"| fpo | dpo | 4 | 1 | +0.000 [+0.000, +0.000] | {drift} | +0.000 | +0.00 |  |" in table
+
+
+def test_ours_is_compared_with_the_rival_and_with_its_free_twin(tmp_path):
+    others = dict.fromkeys(show.SHOWN, 0.0) | {"update": 24}
+
+    def run(method, reward):
+        found = measured(1e-4, 0, reward)
+        return found | {"method": method, "points": [others | found["points"][0]]}
+
+    work = tmp_path / "plain"
+    for i, found in enumerate([run("dpo", 0.2), run("fpo free", 0.3), run("fpo drift .8", 0.6)]):
+        files.write_json(work / "cells" / str(i) / "points.json", found)
+    files.write_json(work / "base.json", others | BASE)
+    show.write(work, tmp_path / "out")
+    rows = json.loads((tmp_path / "out.json").read_text())["compared"]
+    at_two = {(r["method"], r["rival"]): r["reward"] for r in rows if r["kl"] == 2.0}
+    step = 0.5**0.5  # of the way to a KL of 4, by its root
+    assert at_two == pytest.approx(
+        {
+            ("fpo free", "dpo"): 0.1 * step,
+            ("fpo drift .8", "dpo"): 0.4 * step,
+            ("fpo drift .8", "fpo free"): 0.3 * step,
+        }
     )
 
 
