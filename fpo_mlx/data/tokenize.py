@@ -11,7 +11,7 @@ import numpy as np
 
 from fpo_mlx.data import faithful
 from fpo_mlx.data.messages import RowFault, ways_on
-from fpo_mlx.data.rows import PreferenceRow
+from fpo_mlx.data.rows import PreferenceRow, Turns
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.records import NO_FACTS, TokenPair
 
@@ -174,13 +174,32 @@ def tokenize_batch(
 def _rendered(row: PreferenceRow, tokenizer: Tokenizer) -> tuple[str, str, str] | RowFault:
     """The texts of the prompt and of both conversations."""
     try:
-        return (
-            tokenizer.render(row.prompt, row.tools, prompt=True),
-            tokenizer.render((*row.prompt, *row.chosen), row.tools),
-            tokenizer.render((*row.prompt, *row.rejected), row.tools),
-        )
+        return _texts(row, row.prompt, tokenizer)
     except DataError as error:
-        return RowFault("template", str(error))
+        return RowFault("template", f"{error}{_without_system(row, tokenizer)}")
+
+
+def _texts(row: PreferenceRow, prompt: Turns, tokenizer: Tokenizer) -> tuple[str, str, str]:
+    """Raises DataError."""
+    return (
+        tokenizer.render(prompt, row.tools, prompt=True),
+        tokenizer.render((*prompt, *row.chosen), row.tools),
+        tokenizer.render((*prompt, *row.rejected), row.tools),
+    )
+
+
+def _without_system(row: PreferenceRow, tokenizer: Tokenizer) -> str:
+    """What helps a row that the template (such as Gemma 2's) refuses for its system message."""
+    first = row.prompt[0]["role"]
+    if first not in ("system", "developer"):
+        return ""
+    try:
+        _texts(row, row.prompt[1:], tokenizer)
+    except DataError:
+        return ""
+    return (
+        f"; without its {first} message the row is taken: put those words before the user's first"
+    )
 
 
 def _tokenized(row: PreferenceRow, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> Tokenized:
@@ -307,7 +326,10 @@ def refusal(source: str, faults: Sequence[tuple[str, DataError]], rows: int) -> 
         return gathered(faults, rows)
     ways = ways_on([fault for _, fault in faults])
     if len(faults) < rows:
-        ways += ", or let `fpo-mlx check --fix OUT` write the data without them"
+        ways += (
+            ", or let `fpo-mlx check --data DATA --model MODEL --fix OUT`, with both as here, "
+            "write the data without them"
+        )
     return DataError(
         f"{source}: {len(faults)} of {rows} rows cannot be used. {ways}:",
         [f"{where}: {fault}" for where, fault in faults],

@@ -97,7 +97,7 @@ TIE = {**PAIR, "rejected": PAIR["chosen"]}
         ((SINGLE, SEVERAL), "cannot be used. Choose two of a row's answers"),
         ((SINGLE, TIE), "(`fpo-mlx pairs build`). Mend the others:"),
         ((SEVERAL, TIE, PAIR), "(`fpo-mlx pairs build`). Mend the others, or let"),
-        ((SINGLE, PAIR), "(`fpo-mlx pairs build`), or let `fpo-mlx check --fix OUT`"),
+        ((SINGLE, PAIR), "(`fpo-mlx pairs build`), or let `fpo-mlx check --data"),
     ],
 )
 def test_each_way_is_named_only_where_some_row_can_take_it(tmp_path, rows, ways):
@@ -116,7 +116,8 @@ def test_where_every_row_is_bad_no_data_without_them_is_offered(tmp_path):
         (tmp_path / "train.jsonl").write_text(lines(*rows))
         with pytest.raises(DataError, match="rows cannot be used. Mend them") as caught:
             read_split(tmp_path)
-        assert ("`fpo-mlx check --fix OUT`" in str(caught.value)) == offered
+        way = "`fpo-mlx check --data DATA --model MODEL --fix OUT`"  # without a model no template
+        assert (way in str(caught.value)) == offered
 
 
 def test_all_bad_rows_are_named_at_once(tmp_path):

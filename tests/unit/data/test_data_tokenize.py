@@ -159,8 +159,42 @@ def test_a_template_that_refuses_a_row_is_a_fault_of_that_row(tmp_path):
         tokenize_rows([row(), bad], tokenizer, 512)
     (fault,) = caught.value.faults
     assert fault.startswith("train.jsonl:2: the chat template of ")
-    assert fault.endswith("refuses a conversation with the roles [system, user]: "
-                          "System role not supported")  # fmt: skip
+    assert "refuses a conversation with the roles [system, user]: System role not supp" in fault
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] in ('system', 'developer') %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+ENDS = "{{ raise_exception('No more') }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "first", "helps"),
+    [
+        (NO_SYSTEM, "system", True),
+        (NO_SYSTEM, "developer", True),
+        (NO_SYSTEM + ENDS, "system", False),  # refused without its system message, too
+        (ENDS, "user", False),
+    ],
+)
+def test_a_row_that_is_taken_without_its_system_message_is_told_where_its_words_go(
+    tmp_path, template, first, helps
+):
+    """Gemma 2's template: all that was said was to leave such rows out."""
+    turns = [{"role": "user", "content": "Q"}]
+    if first != "user":
+        turns.insert(0, {"role": first, "content": "Be brief."})
+    answers = {
+        name: [{"role": "assistant", "content": text}]
+        for name, text in {"chosen": "A", "rejected": "B"}.items()
+    }
+    bad = parse_row({"prompt": turns, **answers})
+    with pytest.raises(RowFault) as caught:
+        tokenize_row(bad, other(tmp_path, template))
+    said = f"without its {first} message the row is taken: put those words before the user's first"
+    assert (said in str(caught.value)) is helps
+    assert caught.value.kind == "template"
 
 
 def test_answers_that_the_template_makes_equal_or_empty_are_faults(tmp_path):
