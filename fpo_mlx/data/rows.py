@@ -386,6 +386,8 @@ def _check_order(turns: Sequence[Message], name: str) -> None:
 def _column(record: Mapping, name: str) -> Any:
     value = record.get(name)
     if value is None or value != value:
+        if name in record:  # as pandas writes an empty cell
+            raise RowFault("empty field", f"{name} is {'null' if value is None else 'NaN'}")
         keys = ", ".join(map(str, record)) or "none"
         raise RowFault("missing field", f"no {name!r} (the row has: {_short(keys)})")
     if value == "" or value == []:
