@@ -47,8 +47,8 @@ def check(fix, json_path, overwrite, **values) -> None:
     from fpo_mlx.data.findings import by_kind
 
     config = gather(values)
-    if config.data.data and fix is None and pipeline.pairs_file(source := Path(config.data.data)):
-        verdicts = pipeline.pairs_file(source) == "verdicts"
+    if config.data.data and fix is None and (holds := pipeline.pairs_file(config.data)):
+        source, verdicts = Path(config.data.data), holds == "verdicts"
         check_files(None if verdicts else source, (source,) * verdicts, json_path)
         return
     unit = "tokens" if config.reference.model else "letters"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fpo_mlx.config import DataConfig
 from fpo_mlx.errors import DataError
 from fpo_mlx.pairs.records import (
     HUMAN,
@@ -103,8 +104,10 @@ class FileCheck:
         return {**asdict(self), "refused": self.refused}
 
 
-def pairs_file(path: Path) -> str | None:
-    """ "candidates" or "verdicts" by the first line that says; None where it is another file."""
+def pairs_file(data: DataConfig) -> str | None:
+    """ "candidates" or "verdicts" by the first line that says; None where it is another file, such
+    as one of finished pairs, whose own columns may have these names."""
+    path = Path(data.data)
     if path.suffix != ".jsonl" or not path.is_file():
         return None
     for _, _, line in lines.read_lines(path):
@@ -112,6 +115,8 @@ def pairs_file(path: Path) -> str | None:
             record = lines.decode(line, path.name)
         except DataError:
             continue
+        if data.chosen_feature in record or data.rejected_feature in record:
+            return None
         names = {"candidates": "candidates", "verdict": "verdicts"}
         return next((what for name, what in names.items() if name in record), None)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from command_line import lines, refused, run
@@ -74,6 +75,20 @@ def test_the_command_says_so_and_ends_with_3_and_check_knows_the_files_too(spoil
     assert done.exit_code == 3
     assert "unknown prompt" not in done.stdout
     assert "v.jsonl:7: a 0 and b 0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "more"),
+    [(("chosen", "rejected"), ()),
+     (("yes", "no"), ("--chosen-feature", "yes", "--rejected-feature", "no"))],
+)  # fmt: skip
+@pytest.mark.parametrize("extra", ["verdict", "candidates"])
+def test_pairs_with_a_column_named_as_in_another_file_are_pairs(tmp_path, extra, names, more):
+    row = {"prompt": "Q", names[0]: "A", names[1]: "B", extra: "A"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    done = run("check", "--data", tmp_path / "pairs.jsonl", *more)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^train +1 +0 +1 ", done.stdout, re.MULTILINE)
 
 
 def test_good_files_end_with_0_and_leave_their_figures(tmp_path):
