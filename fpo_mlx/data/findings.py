@@ -73,9 +73,15 @@ class Kind:
     count: int
 
     def __str__(self) -> str:
+        return self._line(self.first.level)
+
+    def of_run(self) -> str:
+        """As a run says it, which trains on what `check` leaves out of the clean set."""
+        return self._line("kept" if self.first.level == "excluded" else self.first.level)
+
+    def _line(self, level: str) -> str:
         more = f" (and {self.count - 1} more)" if self.count > 1 else ""
-        first = self.first
-        return f"{first.level:<8} {first.kind:<20} {self.count:>6}  {first}{more}"
+        return f"{level:<8} {self.first.kind:<20} {self.count:>6}  {self.first}{more}"
 
 
 def by_kind(findings: Iterable[Finding]) -> list[Kind]:

@@ -60,8 +60,11 @@ def read_splits(
         lines += _beyond_training(name, done.pairs, tokenizer)
     kinds = _kinds(splits) if doctor else []
     if kinds:
-        say("what `fpo-mlx check` finds in these rows (its --json has all of them):")
-    for line in [*(f"  {kind}" for kind in kinds), *lines]:
+        say(
+            "what `fpo-mlx check` finds in these rows (its --json has all of them, its --fix "
+            "leaves out what is kept here):"
+        )
+    for line in [*(f"  {kind.of_run()}" for kind in kinds), *lines]:
         say(line)
     return pairs
 

@@ -63,6 +63,8 @@ def test_train_and_precompute_say_what_check_finds_before_the_long_part(place, t
         block = done.stderr.split("what `fpo-mlx check` finds")[1]
         for kind in ("no end of turn", "duplicate", "leakage"):
             assert kind in block, kind
+        assert re.search(r"^  kept +duplicate ", block, re.MULTILINE)  # they are trained on
+        assert "excluded" not in block
         assert f"{2 * (len(ROWS) + 1)}  train.jsonl:1: chosen does not end" in block
     assert trained.stderr.index("finds in these rows") < trained.stderr.index("scoring")
 
