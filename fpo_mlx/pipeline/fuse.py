@@ -257,7 +257,7 @@ def _held_out(
     split = next((s for s in VERIFIED if has_split(job, s)), VERIFIED[0])
     pairs = read_pairs(job, split, say)
     say(f"--verify {verify}: on its {len(pairs)} pairs of the {split} split")
-    warn_of_training_pairs([adapter], pairs, say, job.config, split)
+    warn_of_training_pairs([adapter], pairs, say, job.config, split, way="")  # it chooses the split
     return job, pairs
 
 

@@ -65,11 +65,13 @@ def warn_of_training_pairs(
     say: Say,
     config: RunConfig,
     split: str,
+    *,
+    way: str = " --split valid",
 ) -> set[str]:
     """Name every adapter whose run.json says that it was trained on these very pairs, or on pairs
     among these, as a smaller --valid-share held fewer of the same data back; those.
 
-    config, split: of which the pairs are.
+    config, split: of which the pairs are. way: beside the share, to what was held back.
     """
     ours, found = data_fingerprint(pairs), set()
     apart = replace(hub_splits(config), valid_share=0.0)
@@ -86,11 +88,11 @@ def warn_of_training_pairs(
             )
         elif not own and (theirs := _smaller_share(run, config.data)) is not None:
             found.add(adapter)
-            say(f"warning: the adapter {adapter} {_seen(theirs, config.data.valid_share)}")
+            say(f"warning: the adapter {adapter} {_seen(theirs, config.data.valid_share, way)}")
     return found
 
 
-def _seen(theirs: float, ours: float) -> str:
+def _seen(theirs: float, ours: float, way: str) -> str:
     much = "most" if theirs < ours / 2 or not ours else "some"
     if not theirs:
         return (
@@ -100,7 +102,7 @@ def _seen(theirs: float, ours: float) -> str:
     return (
         f"was trained on this data with --valid-share {theirs:g}, and this is --valid-share "
         f"{ours:g}: it has seen {much} of these pairs. Give "
-        f"--valid-share {theirs:g} --split valid here, too"
+        f"--valid-share {theirs:g}{way} here, too"
     )
 
 

@@ -104,7 +104,8 @@ def test_fuse_verifies_on_what_the_share_has_held_back(place, tmp_path):
     assert "it has seen most" not in done.stderr
     whole = run(*words)
     assert "on its 20 pairs of the train split" in whole.stderr
-    assert "it has seen most of these pairs" in whole.stderr
+    assert "it has seen most of these pairs. Give --valid-share 0.2 here, too" in whole.stderr
+    assert "--split" not in whole.stderr  # fuse has none
 
 
 @pytest.mark.parametrize("other", ["others.jsonl", "split"])
