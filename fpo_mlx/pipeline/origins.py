@@ -12,6 +12,7 @@ from typing import Any
 
 from fpo_mlx.config import DataConfig, RunConfig
 from fpo_mlx.data import data_fingerprint, find_splits
+from fpo_mlx.intervals import share_to_hold
 from fpo_mlx.pipeline.prepared import hub_splits
 from fpo_mlx.records import TokenPair
 from fpo_mlx.reference.weights import model_fingerprint
@@ -83,8 +84,9 @@ def warn_of_training_pairs(
             found.add(adapter)
             say(
                 f"warning: the adapter {adapter} was trained on these very pairs, so that its "
-                "figures say little of others. Hold some back: --valid-share 0.05 in training and "
-                "here, or a folder with train.jsonl and valid.jsonl as --data"
+                "figures say little of others. Hold some back: --valid-share "
+                f"{share_to_hold(len(pairs)):g} in training and here, or a folder with "
+                "train.jsonl and valid.jsonl as --data"
             )
         elif not own and (theirs := _smaller_share(run, config.data)) is not None:
             found.add(adapter)

@@ -16,6 +16,7 @@ from fpo_mlx.config import RunConfig
 from fpo_mlx.data.feature_files import weights_fingerprint
 from fpo_mlx.data.folders import Unclear
 from fpo_mlx.errors import CacheMismatch, ConfigError
+from fpo_mlx.intervals import share_to_hold
 from fpo_mlx.machine import device
 from fpo_mlx.machine.processes import find_share
 from fpo_mlx.pipeline.job import Job, Say, has_split, open_job
@@ -127,8 +128,10 @@ def _make_ready(
     make_optimizer(t)
     ranks = _claim_among(config)
     job = open_job(config, say=say, projected=True)
-    splits = read_splits(config, job.tokenizer, _splits(job, say), say, doctor=True)
+    splits = read_splits(config, job.tokenizer, _splits(job), say, doctor=True)
     pairs, valid = splits["train"], splits.get("valid", [])
+    if t.val_batches and "valid" not in splits:
+        say(_of_none_held(job, len(pairs)))
     record = run_record(job, data.data_fingerprint(pairs), data.data_fingerprint(valid))
     record["splits"] = _sizes(job, splits)
     if t.resume and ranks.first:
@@ -237,7 +240,7 @@ def _looked_at(order: Order, valid: int, say: Say) -> tuple[list[int], list[int]
     return sorted(seen), list(range(held))
 
 
-def _splits(job: Job, say: Say) -> tuple[str, ...]:
+def _splits(job: Job) -> tuple[str, ...]:
     """What is read; validation pairs only where there are some and they are wanted.
 
     Raises: ConfigError where they are needed and cannot be had.
@@ -248,16 +251,20 @@ def _splits(job: Job, say: Say) -> tuple[str, ...]:
     if t.early_stopping:
         raise ConfigError(
             f"--early-stopping {t.early_stopping}: found no validation pairs in {source}, or "
-            "--val-batches is 0. Hold prompts back (--valid-share 0.05), add a valid.jsonl (or "
+            "--val-batches is 0. Hold prompts back (--valid-share), add a valid.jsonl (or "
             "--valid-split of a hub data set), or drop the setting."
         )
-    if t.val_batches:
-        say(
-            f"no validation pairs in {source}, so nothing is held out: all figures will be of "
-            "pairs that are trained on. --valid-share 0.05 holds back a twentieth of the prompts"
-            + ("; or --valid-split test, which is then no test" if has_split(job, "test") else "")
-        )
     return ("train",)
+
+
+def _of_none_held(job: Job, pairs: int) -> str:
+    share = share_to_hold(pairs)
+    return (
+        f"no validation pairs in {job.config.data.data}, so nothing is held out: all figures will "
+        f"be of pairs that are trained on. --valid-share {share:g} holds about "
+        f"{share * pairs:.0f} of the {pairs} pairs back"
+        + ("; or --valid-split test, which is then no test" if has_split(job, "test") else "")
+    )
 
 
 def claim_place(config: RunConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fpo_mlx.intervals import wilson
+from fpo_mlx.intervals import share_to_hold, wilson
 from fpo_mlx.report import findings
 from fpo_mlx.report.commands import (
     HELD_OUT,
@@ -25,7 +25,6 @@ SIDES = ("chosen", "rejected")
 # rewards are gains on the reference for every objective, one whose loss has none, too
 RIGHT = "share of pairs whose chosen answer gained more than the rejected one"
 STILL = 2e-3  # of a log-prob: twice what rounding to half precision alone may change
-HELD = "Hold some back (--valid-share 0.05) and train again, or evaluate on pairs of your own."
 
 
 def measured(run: Run) -> list[str]:
@@ -95,7 +94,11 @@ def _unseen(run: Run) -> str:
         split = next(name for name in SPLITS["evaluate"] if name in there)
         return f"No validation was made: {what} `evaluate` can, on the {split} split."
     held = "was held out" if there is not None else "was looked at that is held out"
-    return f"No pair {held}: {what} {HELD}"
+    share = share_to_hold(figure(part(run.record, "splits").get("train")))
+    return (
+        f"No pair {held}: {what} Hold some back (--valid-share {share:g}) and train again, or "
+        "evaluate on pairs of your own."
+    )
 
 
 def _first(run: Run) -> Mapping[str, Any]:

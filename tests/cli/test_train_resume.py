@@ -75,6 +75,7 @@ def test_a_run_without_held_out_pairs_says_so(place, tmp_path):
     words = usual(place, sae=None, data=lone)
     judged = run("evaluate", *words, "--adapter-path", tmp_path / "a", "--samples", 0)
     assert "was trained on these very pairs" in judged.stderr
+    assert "--valid-share 0.2 in training and here" in judged.stderr  # a twentieth were none
 
 
 def test_other_validation_pairs_are_refused(place, tmp_path):

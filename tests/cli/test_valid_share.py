@@ -10,6 +10,8 @@ import pytest
 import tiny_models
 from command_line import lines, refused, run, train, usual
 
+from fpo_mlx.intervals import share_to_hold
+
 pytest.importorskip("mlx.core")
 
 ROWS = [
@@ -65,6 +67,14 @@ def test_a_run_trains_on_what_is_left_and_every_command_sees_the_same(place, tmp
     assert "leakage" not in found["kinds"]
     made = run("precompute", *words, *SHARE, "--objective", "dpo", "--output", tmp_path / "ref")
     assert "scoring 20 of 20 pairs" in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("pairs", "share"),
+    [(20, 0.2), (400, 0.2), (500, 0.1), (999, 0.1), (1000, 0.05), (60_000, 0.05)],
+)
+def test_the_share_that_is_advised_holds_fifty_pairs_back_or_a_fifth(pairs, share):
+    assert share_to_hold(pairs) == share
 
 
 @pytest.mark.parametrize(("there", "here", "said"), [
@@ -151,7 +161,7 @@ def test_a_resumed_run_of_another_share_is_refused(place, tmp_path):
 
 def test_where_nothing_is_held_out_the_share_is_named_and_so_is_a_test(place, tmp_path):
     alone = dpo(place, tmp_path / "a").stderr
-    assert "--valid-share 0.05 holds back" in alone
+    assert "--valid-share 0.2 holds about 4 of the 20 pairs back" in alone
     assert "No pair was held out" in alone
     assert "--valid-split test" not in alone
     lines(tmp_path / "data" / "train.jsonl", *ROWS)

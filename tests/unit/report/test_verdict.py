@@ -94,7 +94,10 @@ def test_a_start_that_was_not_measured_on_these_pairs_is_not_made_up(tmp_path, f
 
 
 def test_without_held_out_pairs_it_says_what_cannot_be_said_and_names_the_share(tmp_path):
-    lines = held_out(read(tmp_path, record=of_data({"train": 9})))
+    for pairs, share in ((9, 0.2), (4000, 0.05)):
+        run = read(tmp_path / str(pairs), record=of_data({"train": pairs}))
+        assert f"(--valid-share {share}) and train again" in held_out(run)[0]
+    lines = held_out(read(tmp_path, record=of_data({"train": None})))
     assert lines[0].startswith("No pair was held out")
     assert "this run cannot say" in lines[0]
     assert "--valid-share 0.05" in lines[0]
