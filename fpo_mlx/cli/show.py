@@ -77,40 +77,38 @@ def result(text: str) -> None:
             click.echo(text)
 
 
-class Bar:
-    """A bar on a terminal, nothing elsewhere."""
-
-    def __init__(self, what: str) -> None:
-        self._what, self._bar = what, None
-
-    @unheard()
-    def __call__(self, report: Any) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None:
-            self._bar = tqdm(
-                total=report.total_pairs,
-                desc=self._what,
-                unit="pair",
-                disable=not is_first() or None,
-                leave=False,
-            )
-        self._bar.update(report.pairs - self._bar.n)
-
-
 class Steps:
-    """The same for (done, to do)."""
+    """A bar of (done, to do) on a terminal until all is done, nothing elsewhere."""
 
-    def __init__(self, what: str) -> None:
-        self._what, self._bar = what, None
+    def __init__(self, what: str, unit: str = "it") -> None:
+        self._what, self._unit, self._bar = what, unit, None
 
     @unheard()
     def __call__(self, done: int, total: int) -> None:
         from tqdm import tqdm
 
         if self._bar is None:
-            self._bar = tqdm(total=total, desc=self._what, disable=None, leave=False)
+            self._bar = tqdm(
+                total=total,
+                desc=self._what,
+                unit=self._unit,
+                disable=not is_first() or None,
+                leave=False,
+            )
         self._bar.update(done - self._bar.n)
+        if done >= total:  # or the next line would stand behind it
+            self._bar.close()
+            self._bar = None
+
+
+class Bar:
+    """The same for reports of a reference's run."""
+
+    def __init__(self, what: str) -> None:
+        self._steps = Steps(what, "pair")
+
+    def __call__(self, report: Any) -> None:
+        self._steps(report.pairs, report.total_pairs)
 
 
 class Progress:

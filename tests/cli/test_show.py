@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from fpo_mlx.cli import show
@@ -30,3 +34,26 @@ def test_a_table_has_no_control_characters_and_columns_by_what_a_terminal_shows(
         "東京     cat [31m   1",
         "ab       e\u0301          2",
     ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def pairs_of(bar):
+    return lambda done, total: bar(SimpleNamespace(pairs=done, total_pairs=total))
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: pairs_of(show.Bar("reference")), lambda: show.Steps("answers")]
+)
+def test_a_bar_is_gone_when_all_is_done_and_the_next_work_has_its_own(monkeypatch, made):
+    """The next line was put behind it, and it was drawn again above the bar of the training."""
+    terminal, bar = Terminal(), made()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for total in (2, 3):
+        for done in range(1, total + 1):
+            bar(done, total)
+            assert (terminal.getvalue()[-1] == "\r") is (done == total)  # an empty line
+        assert f"0/{total}" in terminal.getvalue()
