@@ -41,6 +41,7 @@ RUN = outputs.Made(
     mark="run.json",
     ways="--resume goes on with it; ",
 )
+NOTED = ("source", "splits", "iterations")  # of run.json, again when a run goes on
 
 Stop = Callable[[], int | None]  # asked between updates: None, or the exit code to stop with
 InstallStop = Callable[[], Stop]  # called when updates begin: signals end a run from then on
@@ -86,7 +87,7 @@ def _train(
             told = trainer.resume()
             out.resumed(ready.record, trainer.progress.iteration)
             # the same pairs may lie elsewhere now
-            out.note({name: ready.record[name] for name in ("source", "splits")})
+            out.note({name: ready.record[name] for name in NOTED})
             for line in (f"resumed after iteration {trainer.progress.iteration}", *told):
                 say(line)
         else:
@@ -137,6 +138,7 @@ def _make_ready(
     if t.resume and ranks.first:
         check_resumable(place, record)
     order = Order(pairs, t)
+    record["iterations"] = order.total
     if t.resume and _at_its_end(config, order, len(valid), ranks, say):
         return None
     outline = outline_of(job, say)  # refuses adapters out of reach

@@ -96,10 +96,11 @@ def _not_finite(loss: Any) -> bool:
 
 
 def _unfinished(run: Run) -> Iterator[str]:
-    planned = figure(run.settings.get("iters"))
+    planned = figure(run.record.get("iterations")) or figure(run.settings.get("iters"))
     done = figure(run.train[-1].get("iteration")) if run.train else None
     if planned and done and done < planned:
-        yield f"The last report is of iteration {number(done)} of {number(planned)}."
+        may = " (--early-stopping may have ended it)" if run.settings.get("early_stopping") else ""
+        yield f"The last report is of iteration {number(done)} of {number(planned)}{may}."
 
 
 def _landed(run: Run) -> Iterator[str]:

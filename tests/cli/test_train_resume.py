@@ -78,6 +78,17 @@ def test_a_run_without_held_out_pairs_says_so(place, tmp_path):
     assert "--valid-share 0.2 in training and here" in judged.stderr  # a twentieth were none
 
 
+def test_how_many_iterations_a_run_has_is_kept_and_follows_a_resumed_one(place, tmp_path):
+    """`report` did not know it of the default length and of passes."""
+    n = len(ROWS)
+    for epochs, more in ((1, ()), (2, ("--resume",))):
+        words = ["--objective", "dpo", "--epochs", epochs, "--batch-size", 1, *more]
+        words += ["--adapter-path", tmp_path / "out"]
+        done = run("train", *usual(place, sae=None), *words)
+        assert done.exit_code == 0, done.stderr
+        assert json.loads((tmp_path / "out" / "run.json").read_text())["iterations"] == n * epochs
+
+
 def test_other_validation_pairs_are_refused(place, tmp_path):
     lines(tmp_path / "data" / "train.jsonl", *ROWS)
     lines(tmp_path / "data" / "valid.jsonl", ROWS[1])
