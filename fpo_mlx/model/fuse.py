@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -82,10 +82,10 @@ def fuse(
     report, gguf = _add(base, config, adapter_path, save_path, form, export), form.gguf_path
     template = _template(chat_template, adapter_path)
     with files.atomic_folder(save_path, check) as folder:
-        _save(folder, path, base, config, donate=not export)
+        _save(folder, path, base, config)
         said = _put_template(folder, *template) if template else ""
         if gguf and export:
-            gguf_file.write(folder / gguf, export, dict(arrays_of(base.parameters())), folder)
+            gguf_file.write(folder / gguf, export, _saved(folder), folder)
     place = save_path / gguf if gguf else None
     return replace(report, gguf=place, template=said)
 
@@ -163,16 +163,14 @@ def below(model: nn.Module, bits: int) -> tuple[dict[str, int], int]:
     return can, cannot
 
 
-def _save(
-    folder: Path, base: Path, model: nn.Module, config: dict[str, Any], *, donate: bool
-) -> None:
+def _save(folder: Path, base: Path, model: nn.Module, config: dict[str, Any]) -> None:
     """Weights and configuration as mlx-lm writes them, everything else as the base has it.
 
-    donate: each file's weights are let go as it is written.
+    Each file's weights are let go as it is written: `model` has none afterwards.
     """
     from mlx_lm import utils
 
-    utils.save_model(folder, model, donate_model=donate)
+    utils.save_model(folder, model, donate_model=True)
     towers = "vision_tower" in getattr(model, "model", {})
     utils.save_config(config, folder / "config.json", keep_vision_config=towers)
     for pattern in (*BESIDE, CODE):
@@ -180,6 +178,14 @@ def _save(
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
     utils.create_model_card(folder, None)
+
+
+def _saved(folder: Path) -> dict[str, mx.array]:
+    """The weights that were written, each read when it is looked at."""
+    found: dict[str, mx.array] = {}
+    for file in files.listed(folder, "model*.safetensors"):
+        found |= cast("dict[str, mx.array]", mx.load(str(file)))
+    return found
 
 
 def _template(given: Path | None, adapter_path: Path) -> tuple[str, str] | None:

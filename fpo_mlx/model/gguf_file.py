@@ -142,8 +142,9 @@ def _check(config: Mapping[str, Any], head_dim: int, rope: Mapping[str, Any]) ->
             raise _no("another pattern of windows than Gemma 3's", "every sixth block sees all")
 
 
-def write(path: Path, export: Export, weights: Mapping[str, mx.array], folder: Path) -> None:
-    """Write the file. weights: mlx-lm's names. folder: the fused one, whose template it gets.
+def write(path: Path, export: Export, weights: dict[str, mx.array], folder: Path) -> None:
+    """Write the file. weights: by mlx-lm's names, taken out as they are written, since what was
+    read of a file stays in memory. folder: the fused one, whose template it gets.
 
     Raises: ConfigError for a value that float16 cannot hold.
     """
@@ -166,8 +167,8 @@ def write(path: Path, export: Export, weights: Mapping[str, mx.array], folder: P
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for name, array in weights.items():  # one at a time: never all of them twice in memory
-        values = _as_theirs(name, np.array(array.astype(mx.float32)), export)
+    for name in list(weights):  # one at a time: never all of them in memory
+        values = _as_theirs(name, np.array(weights.pop(name).astype(mx.float32)), export)
         writer.write_tensor_data(_stored(name, values, export.kind))
     writer.close()
 

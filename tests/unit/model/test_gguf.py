@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 
@@ -163,7 +164,15 @@ SHAPES = {  # kind -> (architecture, heads, head size, theta)
 def written(request, tmp_path_factory):
     """(kind, base, fused folder, reader of its GGUF) of a tiny model with random adapters."""
     root = tmp_path_factory.mktemp(request.param)
-    base = MAKERS[request.param](root / "base")
+    base = with_adapter(root, request.param)
+    form = FusedForm(dtype="float32", gguf_path="m.gguf")
+    fuse(str(base), root / "adapter", root / "fused", form)
+    return request.param, base, root / "fused", gguf.GGUFReader(root / "fused/m.gguf")
+
+
+def with_adapter(root, kind):
+    """A tiny model of that kind; random adapters for it lie beside."""
+    base = MAKERS[kind](root / "base")
     model = load_model(base).model
     last = len(model.layers) - 1
     n, paths = adapters.adapted_paths(model, 2, last, ["self_attn.q_proj", "mlp.down_proj"])
@@ -173,9 +182,26 @@ def written(request, tmp_path_factory):
     values = {k: mx.array(v) for k, v in random_adapters(model).items()}
     adapters.save(root / "adapter/adapters.safetensors", values)
     (root / "adapter/adapter_config.json").write_text(json.dumps(spec.as_config("m")))
+    return base
+
+
+def test_weights_are_let_go_when_they_are_written_and_read_again_one_by_one(tmp_path, monkeypatch):
+    """The whole float model stayed in memory while both files were written: 16 GB of one of 8B."""
+    base, held = with_adapter(tmp_path, "llama3"), []
+    write = gguf.GGUFWriter.write_tensor_data
+
+    def noted(self, *words, **named):
+        held.append(mx.get_active_memory())
+        return write(self, *words, **named)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", noted)
+    gc.collect()
+    before = mx.get_active_memory()
     form = FusedForm(dtype="float32", gguf_path="m.gguf")
-    fuse(str(base), root / "adapter", root / "fused", form)
-    return request.param, base, root / "fused", gguf.GGUFReader(root / "fused/m.gguf")
+    fuse(str(base), tmp_path / "adapter", tmp_path / "fused", form)
+    sizes = [value.nbytes for value in load_file(tmp_path / "fused/model.safetensors").values()]
+    assert len(held) > len(sizes) / 2
+    assert max(held) - before <= 2 * max(sizes) < sum(sizes) / 2
 
 
 def _llama_cpps(name, gemma):
