@@ -72,6 +72,7 @@ OTHERS = {
     "data": {"numpy", "datasets"},
     "data.containers": {"pyarrow"},
     "data.feature_files": {"yaml"},
+    "data.tables": {"pyarrow"},
     "data.tokenizer": {"transformers"},
     "sae": {"numpy", "safetensors", "huggingface_hub", "yaml"},
     "saetrain": {"numpy", "mlx"},

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fpo_mlx.data.tables import records
 from fpo_mlx.errors import DataError, FpoError
 
 FORMATS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow")
@@ -43,7 +44,7 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
 _WRAPPERS = ("data", "rows", "examples", "instances", "train")  # {"data": [row, …]}
-_PEEK, _BATCH = 64, 1024
+_PEEK = 64
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,13 @@ def file_rows(path: Path) -> Iterator[RawRow]:
     Raises DataError (a file that is none of the known ones) and FpoError (no such file).
     """
     with _opened(path) as (head, stream, packed):
-        if head.startswith(b"PAR1"):
-            batches = _parquet
-        elif head.startswith(b"ARROW1") or _form(path) == "arrow":
-            batches = _arrow
-        else:
+        parquet = head.startswith(b"PAR1")
+        if not parquet and not head.startswith(b"ARROW1") and _form(path) != "arrow":
             yield from _text_rows(path, head, stream)
             return
-        yield from _table_rows(path, batches, head + stream.read() if packed else None)
+        found = records(path, head + stream.read() if packed else None, parquet=parquet)
+        for index, record in enumerate(found):
+            yield RawRow(record, f"{path.name}:{index + 1}", index)
 
 
 def _form(path: Path) -> str:
@@ -347,46 +347,3 @@ def _column_names(path: Path, fields: list[str]) -> list[str]:
     if twice is not None:
         raise DataError(f"{path}: two columns are called {twice!r}. Rename or drop one of them.")
     return names
-
-
-def _table_rows(
-    path: Path, batches: Callable[[Any], Iterator[Any]], unpacked: bytes | None
-) -> Iterator[RawRow]:
-    """unpacked: the table of a packed file, in memory; None for one that is read where it lies."""
-    import pyarrow
-
-    index = 0
-    try:
-        with _table(path, unpacked) as source:
-            for batch in batches(source):
-                for record in batch.to_pylist():
-                    yield RawRow(record, f"{path.name}:{index + 1}", index)
-                    index += 1
-    except pyarrow.ArrowException as error:
-        first = str(error).strip().splitlines()[0][:200]
-        raise DataError(f"{path} cannot be read as a table: {first}. Copy it again.") from error
-
-
-def _table(path: Path, unpacked: bytes | None) -> Any:
-    import pyarrow
-
-    return pyarrow.memory_map(str(path)) if unpacked is None else pyarrow.BufferReader(unpacked)
-
-
-def _parquet(source: Any) -> Iterator[Any]:
-    import pyarrow.parquet
-
-    yield from pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=_BATCH)
-
-
-def _arrow(source: Any) -> Iterator[Any]:
-    import pyarrow
-
-    head = source.read(6)
-    source.seek(0)
-    if head == b"ARROW1":
-        table = pyarrow.ipc.open_file(source)
-        for at in range(table.num_record_batches):
-            yield table.get_batch(at)
-    else:
-        yield from pyarrow.ipc.open_stream(source)

@@ -207,6 +207,8 @@ def tool_calls(value: object, name: str) -> list[dict[str, Any]]:
     """Calls with their arguments as objects, whatever they were written as. Raises RowFault."""
     value = from_json(value, name)
     items = [value] if isinstance(value, Mapping) else value
+    if isinstance(items, list):
+        items = [from_json(item, f"{name}[{at}]") for at, item in enumerate(items)]
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
         raise RowFault("wrong type", f"{name} is {kind(value)}, wanted a list of calls")
     check_encodable(items, name)

@@ -278,6 +278,23 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
     assert [row.record for row in list(iterate_raw(tmp_path / "both", "valid"))] == ROWS
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "saved"])
+def test_turns_that_datasets_keeps_as_json_are_read_as_the_turns_they_are(tmp_path, name):
+    """Its version 5 writes turns of unlike keys so, by default of `map`: one with a tool call."""
+    datasets = pytest.importorskip("datasets", minversion="5.0")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "[1]"}]
+    called = [said[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    row = {"chosen": called, "rejected": said, "note": {"of": [[{"a": "1"}, 2]]}}
+    numbers = datasets.Dataset.from_dict({"at": range(3)})
+    made = numbers.map(lambda _: json.loads(json.dumps(row)), remove_columns=["at"])
+    assert "'chosen': List(Json" in str(made.features), "what this test is about"
+    made.to_parquet(tmp_path / "a.parquet") if "." in name else made.save_to_disk(tmp_path / name)
+    read = list(iterate_raw(tmp_path / name, "train"))
+    assert [one.record for one in read] == list(made) == [row] * 3
+    assert read_split(tmp_path / name)[0].chosen[0]["tool_calls"][0]["function"]["name"] == "f"
+
+
 def test_a_subset_of_local_data_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text(LINES)
     with pytest.raises(ConfigError, match="--subset english"):

@@ -239,6 +239,7 @@ def test_arguments_as_text_are_the_arguments_as_an_object_and_a_null_in_them_sta
     assert from_text["function"]["arguments"] == {"a": 1, "b": None}
     assert from_object["function"]["arguments"] == {"a": 1}  # Arrow's null, as far as anyone knows
     assert tool_calls(json.dumps([text]), "x") == [from_text]
+    assert tool_calls([json.dumps(text)], "x") == [from_text]
     with pytest.raises(RowFault, match="arguments is a text that is no JSON"):
         tool_calls([{"name": "f", "arguments": "a=1"}], "x")
 
