@@ -65,7 +65,7 @@ def adapted_paths(
 
     num_layers: None for min(16, all), -1 for all. keys: names within a block
     ("self_attn.q_proj") or full paths; None for every linear layer. Returns: (n, paths).
-    Raises: ConfigError for more blocks than there are, or keys that match nothing.
+    Raises: ConfigError for more blocks than there are, or a key that matches nothing.
     """
     available = deepest + 1
     n = min(16, available) if num_layers is None else num_layers
@@ -75,21 +75,31 @@ def adapted_paths(
             f"--num-layers {num_layers}: there are {available} blocks up to block {deepest}, the "
             f"deepest that is adapted. Use 1 to {available}, or -1 for all."
         )
+    first, wanted = available - n, None if keys is None else set(keys)
+    paths = _matching(model, range(first, available), wanted)
+    everywhere = {name for block in blocks_of(model) for name, _ in block.named_modules()}
+    lost = (wanted or set()) - set(paths) - everywhere  # a hybrid's block has not every layer
+    if lost or not paths:
+        there = [name for name, m in blocks_of(model)[deepest].named_modules() if _adaptable(m)]
+        raise ConfigError(
+            f"lora_parameters.keys {sorted(lost or wanted or ())} match no layer of blocks {first} "
+            f"to {deepest}. Only layers of blocks are adapted; those of block {deepest} are "
+            f"{', '.join(sorted(there)[:12])}."
+        )
+    return n, paths
+
+
+def _matching(model: nn.Module, numbers: Iterable[int], wanted: set[str] | None) -> tuple[str, ...]:
+    """Full paths of those layers of some blocks that a name within a block or a full path names."""
     blocks = {id(block): i for i, block in enumerate(blocks_of(model))}
     prefixes = {blocks[id(m)]: name for name, m in model.named_modules() if id(m) in blocks}
-    wanted = None if keys is None else set(keys)
     paths = []
-    for i in range(available - n, available):
+    for i in numbers:
         for name, module in blocks_of(model)[i].named_modules():
             path = f"{prefixes[i]}.{name}"
             if (_adaptable(module) and name) if wanted is None else wanted & {name, path}:
                 paths.append(path)
-    if not paths:
-        raise ConfigError(
-            f"lora_parameters.keys {sorted(wanted or ())} match no layer of blocks "
-            f"{available - n} to {deepest}. Names within a block look like 'self_attn.q_proj'."
-        )
-    return n, tuple(sorted(paths))
+    return tuple(sorted(paths))
 
 
 def _adaptable(module: nn.Module) -> bool:

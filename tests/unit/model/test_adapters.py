@@ -126,6 +126,25 @@ def test_keys_that_match_nothing_are_refused(folders, keys):
         adapters.adapted_paths(model, 2, 2, keys)
 
 
+@pytest.mark.parametrize(
+    "key", ["lm_head", "model.embed_tokens", "self_attn.vproj", "model.layers.0.mlp.up_proj"]
+)
+def test_a_key_that_matches_nothing_is_refused_beside_one_that_does(folders, key):
+    """It was dropped, and nothing was said of it."""
+    model = load_model(folders["llama", "float"]).model
+    said = rf"keys \['{key}'\] match no layer of blocks 1 to 2\. .*self_attn\.v_proj"
+    with pytest.raises(ConfigError, match=said):
+        adapters.adapted_paths(model, 2, 2, ["self_attn.q_proj", key])
+
+
+def test_a_key_of_blocks_of_another_kind_may_match_none_that_are_adapted(folders):
+    """Hybrid models: an attention in every fourth block."""
+    model = load_model(folders["llama", "float"]).model
+    del model.layers[2].self_attn["v_proj"]
+    keys = ["self_attn.q_proj", "self_attn.v_proj"]
+    assert adapters.adapted_paths(model, 1, 2, keys) == (1, ("model.layers.2.self_attn.q_proj",))
+
+
 def test_blocks_of_modules_are_known(folders):
     blocks = adapters.block_of(load_model(folders["llama", "float"]).model)
     assert blocks["model.layers.3.mlp.up_proj"] == 3
