@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -165,35 +165,46 @@ def read_spec(folder: Path, model: nn.Module | None = None) -> AdapterSpec:
     Raises: ModelError when the folder is not an adapter of a kind that can be used here.
     """
     found = read_adapter(folder)
-    n, keys = found.num_layers or -1, found.keys
+    n, keys = found.num_layers or -1, found.keys or found.paths
     if model is not None:
-        n, keys = _peft_keys(model, found) if found.peft else _resolve_keys(model, n, keys)
-    return AdapterSpec(found.kind, n, found.rank, found.scale, found.dropout, tuple(keys or ()))
+        n, keys = _peft_keys(model, found) if found.peft else _mlx_keys(model, found)
+    return AdapterSpec(found.kind, n, found.rank, found.scale, found.dropout, keys)
 
 
 def _peft_keys(model: nn.Module, found: AdapterFile) -> tuple[int, tuple[str, ...]]:
     """Blocks counted back from the last, and mlx-lm's names of the adapted layers."""
     blocks = block_of(model)
     paths = {path: in_model(path, blocks) for path in found.layers}
-    if odd := sorted(path for path, ours in paths.items() if ours is None):
-        raise ModelError(
-            f"{found.folder}: this is a PEFT adapter of layers that this model does not have "
-            f"within its blocks: {', '.join(odd[:3])} ({len(odd)} of {len(paths)}). Name the model "
-            "that it was trained on, or merge it with PEFT first."
-        )
+    _refuse_absent(found, [path for path, ours in paths.items() if ours is None])
     keys = tuple(sorted(path for path in paths.values() if path))
     return len(blocks_of(model)) - min(blocks[key] for key in keys), keys
 
 
-def _resolve_keys(
-    model: nn.Module, num_layers: int, keys: Iterable[str] | None
-) -> tuple[int, tuple[str, ...]]:
+def _mlx_keys(model: nn.Module, found: AdapterFile) -> tuple[int, tuple[str, ...]]:
+    """mlx-lm's count of blocks, and every layer with a tensor, or that the keys ask one of."""
     names = {name for name, _ in model.named_modules()}
-    if keys is not None and all(key in names for key in keys):
-        return num_layers, tuple(keys)
-    last = len(blocks_of(model)) - 1  # mlx-lm counts from the end
-    n = min(num_layers, last + 1) if num_layers > 0 else -1
-    return adapted_paths(model, n, last, keys)
+    _refuse_absent(found, set(found.paths) - names)
+    last, n = len(blocks_of(model)) - 1, found.num_layers or -1  # mlx-lm counts from the end
+    within = min(n, last + 1) if n > 0 else last + 1
+    if found.keys is None:
+        return n, found.paths or adapted_paths(model, within, last, None)[1]
+    asked = set(found.keys)  # names within a block, or full paths
+    inside = _matching(model, range(last + 1 - within, last + 1), asked)
+    if keys := {*found.paths, *(asked & names), *inside}:
+        return n, tuple(sorted(keys))
+    raise ModelError(f"{found.folder}: its keys {sorted(asked)} name no layer of this model.")
+
+
+def _refuse_absent(found: AdapterFile, absent: Collection[str]) -> None:
+    if absent:
+        whose, where = (
+            ("a PEFT adapter", " within its blocks") if found.peft else ("an adapter", "")
+        )
+        raise ModelError(
+            f"{found.folder}: this is {whose} of layers that this model does not have{where}: "
+            f"{', '.join(sorted(absent)[:3])} ({len(absent)} of {len(found.paths)}). Name the "
+            f"model that it was trained on{', or merge it with PEFT first' if found.peft else ''}."
+        )
 
 
 def load(model: nn.Module, folder: Path, *, scale: float = 1.0) -> AdapterSpec:

@@ -87,6 +87,8 @@ def find_head(model: nn.Module, backbone: nn.Module, config: Mapping[str, Any]) 
     that does something else to its logits is never mistaken.
     """
     replayed = ReplayedHead(model, backbone)
+    if _adapted(model, config):  # what a small adapter adds is less than what is allowed
+        return replayed
     for module in _outputs(model, config):
         plain, width = _head_of(module)
         rows = mx.random.normal((4, width), key=mx.random.key(0))
@@ -123,6 +125,13 @@ def _outputs(model: nn.Module, config: Mapping[str, Any]) -> list[nn.Module]:
     vocab = vocab_size(model, config)
     found = [m for _, m in model.named_modules() if _is_output(m, vocab)]
     return sorted(found, key=lambda m: isinstance(m, EMBEDDINGS))
+
+
+def _adapted(model: nn.Module, config: Mapping[str, Any]) -> bool:
+    """Whether an adapter lies on a layer that could be the head."""
+    vocab = vocab_size(model, config)
+    layers = [module for module in model.modules() if "lora_a" in module]
+    return any(_is_output(inner, vocab) for layer in layers for inner in layer.values())
 
 
 def _is_output(module: Any, vocab: int) -> bool:

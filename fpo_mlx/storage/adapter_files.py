@@ -66,7 +66,8 @@ def model_template(folder: Path) -> str | None:
 class AdapterFile:
     """One adapter folder. For PEFT rank and scale are the largest rank and its scale.
 
-    num_layers: None where the files do not say (PEFT). keys: as written; None where absent.
+    num_layers: None where the files do not say (PEFT). keys: as written; None where absent, and
+    then what is adapted is what has tensors: mlx-lm's default has changed since.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class AdapterFile:
     dropout: float
     num_layers: int | None
     keys: tuple[str, ...] | None
+    paths: tuple[str, ...]  # of the layers that have tensors; empty without a file of weights
     layers: Mapping[str, PeftLayer] = field(default_factory=dict)  # by path; empty for mlx-lm's
 
     @property
@@ -162,9 +164,9 @@ def _read_mlx(folder: Path, config: Mapping[str, Any]) -> AdapterFile:
         )
     keys = None if keys is None else tuple(keys)
     weights = folder / WEIGHTS
-    if keys is None and weights.is_file():  # the default has changed since; the tensors have not
-        keys = tuple(sorted({name.rpartition(".")[0] for name in tensor_shapes(weights)}))
-    return AdapterFile(folder, weights, kind, rank, scale, dropout, int(n), keys)
+    names = [n.rpartition(".") for n in (tensor_shapes(weights) if weights.is_file() else ())]
+    paths = tuple(sorted({path for path, _, leaf in names if leaf in PARTS.values()}))
+    return AdapterFile(folder, weights, kind, rank, scale, dropout, int(n), keys, paths)
 
 
 def _read_peft(folder: Path, config: Mapping[str, Any]) -> AdapterFile:
@@ -192,7 +194,7 @@ def _read_peft(folder: Path, config: Mapping[str, Any]) -> AdapterFile:
     dropout = float(config.get("lora_dropout") or 0.0)
     return AdapterFile(
         folder, folder / PEFT_WEIGHTS, "dora" if config.get("use_dora") else "lora", most.rank,
-        most.scale, dropout if dropout < 1 else 0.0, None, tuple(sorted(layers)), layers,
+        most.scale, dropout if dropout < 1 else 0.0, None, None, tuple(sorted(layers)), layers,
     )  # fmt: skip
 
 

@@ -174,6 +174,43 @@ def test_adapters_of_mlx_lm_are_read_back(folders, tmp_path, keys, n, kind):
     assert np.abs(logits_of(ours, TOKENS) - logits_of(load_model(folder).model, TOKENS)).max() > 0.1
 
 
+def mlx_lms(folder, out, keys):
+    """An adapter as mlx_lm.lora makes and writes it, its keys as they were given; the model."""
+    model, _ = utils.load_model(folder)
+    lora = {"rank": 4, "scale": 3.0, "dropout": 0.0, "keys": keys}
+    model.freeze()
+    linear_to_lora_layers(model, 2, lora)
+    adapters.update(model, {k: mx.array(v) for k, v in random_adapters(model).items()})
+    adapters.save(out / "adapters.safetensors", dict(adapters.parameters(model)))
+    config = {"num_layers": 2, "lora_parameters": lora, "fine_tune_type": "lora"}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return model
+
+
+@pytest.mark.parametrize("outside", ["lm_head", "model.embed_tokens"])
+def test_layers_outside_the_blocks_that_mlx_lm_adapted_are_read_back(folders, tmp_path, outside):
+    theirs = mlx_lms(folders["llama", "float"], tmp_path, ["self_attn.q_proj", outside])
+    ours = load_model(folders["llama", "float"]).model
+    spec = adapters.load(ours, tmp_path)
+    ours.eval()
+    inside = [f"model.layers.{at}.self_attn.q_proj" for at in (2, 3)]
+    assert spec.keys == tuple(sorted([outside, *inside]))
+    np.testing.assert_allclose(logits_of(ours, TOKENS), logits_of(theirs, TOKENS), atol=1e-5)
+
+
+def test_tensors_that_an_adapter_lacks_and_layers_that_the_model_lacks_are_named(folders, tmp_path):
+    mlx_lms(folders["llama", "float"], tmp_path, ["self_attn.q_proj"])
+    path = tmp_path / "adapters.safetensors"
+    whole = mx.load(str(path))
+    adapters.save(path, {k: v for k, v in whole.items() if "layers.2" not in k})
+    with pytest.raises(ModelError, match=r"2\.self_attn\.q_proj\.lora_a: missing"):
+        adapters.load(load_model(folders["llama", "float"]).model, tmp_path)
+    more = {k.replace("layers.3", "layers.9"): v for k, v in whole.items()}
+    adapters.save(path, whole | more)
+    with pytest.raises(ModelError, match=r"does not have: model\.layers\.9\.self_attn\.q_proj \(1"):
+        adapters.load(load_model(folders["llama", "float"]).model, tmp_path)
+
+
 def test_frozen_weights_do_not_become_trainable_by_loading(folders, tmp_path):
     trainer = open_trainer(folders["llama", "float"], tmp_path, PAIRS, iters=1)
     list(trainer.run())

@@ -171,6 +171,15 @@ def test_a_head_that_is_no_plain_matrix_is_replayed(folders):
     assert isinstance(head, ReplayedHead)
 
 
+@pytest.mark.parametrize("layer", ["lm_head", "model.embed_tokens"])
+def test_an_output_layer_with_an_adapter_is_replayed(folders, layer):
+    """A small one is within what rounding is allowed, and the bare matrix was taken for both."""
+    loaded = load_model(folders("llama" if layer == "lm_head" else "qwen2"))
+    adapters.attach(loaded.model, adapters.AdapterSpec("lora", 1, 4, 1.0, 0.0, (layer,)))
+    head = find_head(loaded.model, find_backbone(loaded.model), loaded.config)
+    assert isinstance(head, ReplayedHead)
+
+
 def test_logits_that_are_minus_infinity_do_not_hide_a_scale(folders):
     """Phi-3-small divides by a number of its own, and some ids are no tokens."""
     loaded = load_model(folders("llama"))
