@@ -176,7 +176,14 @@ def _peft_keys(model: nn.Module, found: AdapterFile) -> tuple[int, tuple[str, ..
     blocks = block_of(model)
     paths = {path: in_model(path, blocks) for path in found.layers}
     _refuse_absent(found, [path for path, ours in paths.items() if ours is None])
-    keys = tuple(sorted(path for path in paths.values() if path))
+    theirs: dict[str, str] = {}
+    for path, ours in paths.items():
+        if (other := theirs.setdefault(ours or "", path)) != path:
+            raise ModelError(
+                f"{found.folder}: {other} and {path} both mean {ours} in this model. Merge the "
+                "adapter with PEFT into the model that it was trained on."
+            )
+    keys = tuple(sorted(theirs))
     return len(blocks_of(model)) - min(blocks[key] for key in keys), keys
 
 

@@ -13,11 +13,18 @@ from typing import Any
 from fpo_mlx.config import DataConfig, RunConfig
 from fpo_mlx.data import data_fingerprint, find_splits
 from fpo_mlx.intervals import share_to_hold
+from fpo_mlx.errors import FpoError
 from fpo_mlx.pipeline.prepared import hub_splits
 from fpo_mlx.records import TokenPair
 from fpo_mlx.reference.weights import model_fingerprint
 from fpo_mlx.sae.names import plain
-from fpo_mlx.storage.adapter_files import RUN, model_template, own_template, run_of
+from fpo_mlx.storage.adapter_files import (
+    RUN,
+    model_template,
+    own_template,
+    read_adapter,
+    run_of,
+)
 from fpo_mlx.storage.files import known_object
 from fpo_mlx.storage.outputs import same_place
 
@@ -35,8 +42,8 @@ def warn_of_origin(
     known: str | None = None,
 ) -> None:
     """Name every adapter that was made for another model than the one in the folder `path`, with
-    another chat template than the model's where no `template` is given, or with other `arguments`
-    of the template.
+    another chat template than the model's where no `template` is given, with other `arguments` of
+    the template, or with layers that are none of the text's.
 
     Our own runs kept the model's fingerprint; of others only the name is known. arguments: None
     where nothing is asked with the template. known: the model's fingerprint, where it was made.
@@ -55,6 +62,7 @@ def warn_of_origin(
             _of_model(folder, run, model, fingerprint),
             None if arguments is None else _of_variables(run, arguments),
             None if template else _of_template(folder, path),
+            _of_towers(folder),
         ):
             if warning:
                 say(f"warning: the adapter {adapter} was {warning}")
@@ -202,6 +210,19 @@ def _of_template(folder: Path, model: Path) -> str | None:
     return (
         "trained with another chat template than the model's, with which it is asked; "
         f"--chat-template {theirs} asks as in training"
+    )
+
+
+def _of_towers(folder: Path) -> str | None:
+    try:
+        left_out = read_adapter(folder).left_out
+    except FpoError:  # said where it is loaded
+        return None
+    if not left_out:
+        return None
+    return (
+        f"trained with {len(left_out)} layers of vision or audio, too ({left_out[0]}, …): text "
+        "never meets them, and they are left out"
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from fpo_mlx.errors import ModelError
 from fpo_mlx.storage import files
 from fpo_mlx.storage.hub import unpinned
+from fpo_mlx.storage.limits import NOT_TEXT
 from fpo_mlx.storage.tensors import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
@@ -80,6 +81,7 @@ class AdapterFile:
     keys: tuple[str, ...] | None
     paths: tuple[str, ...]  # of the layers that have tensors; empty without a file of weights
     layers: Mapping[str, PeftLayer] = field(default_factory=dict)  # by path; empty for mlx-lm's
+    left_out: tuple[str, ...] = ()  # paths in towers of vision or audio, which text never meets
 
     @property
     def peft(self) -> bool:
@@ -189,12 +191,20 @@ def _read_peft(folder: Path, config: Mapping[str, Any]) -> AdapterFile:
             f"{name} with {', '.join(beyond)}, which mlx-lm's layers cannot express. Merge it "
             "into the model with PEFT (merge_and_unload), and convert that."
         )
-    layers = _peft_layers(name, config, tensor_shapes(folder / PEFT_WEIGHTS))
+    found = _peft_layers(name, config, tensor_shapes(folder / PEFT_WEIGHTS))
+    left_out = tuple(sorted(path for path in found if any(word in path for word in NOT_TEXT)))
+    layers = {path: layer for path, layer in found.items() if path not in left_out}
+    if not layers:
+        raise ModelError(
+            f"{name} of layers of vision or audio alone ({left_out[0]}, …), which a model of text "
+            "does not have. Wanted one of the layers that read text."
+        )
     most = max(layers.values(), key=lambda layer: layer.rank)
     dropout = float(config.get("lora_dropout") or 0.0)
     return AdapterFile(
         folder, folder / PEFT_WEIGHTS, "dora" if config.get("use_dora") else "lora", most.rank,
         most.scale, dropout if dropout < 1 else 0.0, None, None, tuple(sorted(layers)), layers,
+        left_out,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from fpo_mlx.storage.tensors import read_header
 _TOKENS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "lm_head",
            "embed_out")  # fmt: skip
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings")
-_NOT_TEXT = ("vision", "visual", "audio", "image")
+NOT_TEXT = ("vision", "visual", "audio", "image")  # in names of towers, beside a text model
 _OPT_OFFSET = 2  # OPT's table of positions begins with two rows that no token has
 
 
@@ -33,7 +33,7 @@ def model_limits(folder: Path) -> ModelLimits:
     rows: dict[str, list[int]] = {"tokens": [], "positions": []}
     for name, shape in _shapes(folder):
         part = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        if not name.endswith(".weight") or len(shape) != 2 or any(w in name for w in _NOT_TEXT):
+        if not name.endswith(".weight") or len(shape) != 2 or any(w in name for w in NOT_TEXT):
             continue
         if part in _TOKENS:
             rows["tokens"].append(shape[0])

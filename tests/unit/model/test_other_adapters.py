@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 from fpo_mlx.errors import ModelError  # noqa: E402
 from fpo_mlx.model import adapters  # noqa: E402
 from fpo_mlx.model.load import load_model  # noqa: E402
+from fpo_mlx.pipeline.origins import warn_of_origin  # noqa: E402
 from fpo_mlx.reference.weights import adapter_fingerprint  # noqa: E402
 from fpo_mlx.storage.adapter_files import public_name, read_adapter  # noqa: E402
 
@@ -109,6 +110,45 @@ def test_what_mlx_lms_layers_cannot_express_is_refused_by_name(folder, tmp_path,
     config, message = BEYOND[name]
     peft(tmp_path / "p", load_file(folder / "model.safetensors"), **config)
     with pytest.raises(ModelError, match=message):
+        adapters.load(load_model(folder).model, tmp_path / "p")
+
+
+def with_more(place, prefix):
+    """A PEFT folder of a multimodal model: the same layers once more under another name."""
+    path = place / "adapter_model.safetensors"
+    tensors = load_file(path)
+    names = {k: k.replace("model.model.", f"model.model.{prefix}") for k in tensors}
+    save_file(tensors | {names[k]: v[:, ::-1].copy() for k, v in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("prefix", ["vision_tower.encoder.", "visual.", "audio_tower."])
+def test_layers_of_a_tower_are_left_out_and_never_taken_for_those_of_the_text(
+    folder, tmp_path, prefix
+):
+    """target_modules [q_proj] hits the vision tower of Gemma 3, too, block by block."""
+    wanted = peft(tmp_path / "p", load_file(folder / "model.safetensors"))
+    with_more(tmp_path / "p", prefix)
+    model = load_model(folder).model
+    assert adapters.load(model, tmp_path / "p").keys == PATHS
+    model.eval()
+    np.testing.assert_allclose(logits_of(model, TOKENS), oracle(folder, wanted), atol=1e-4)
+    assert len(read_adapter(tmp_path / "p").left_out) == 2
+    said = []
+    warn_of_origin([tmp_path / "p"], str(folder), folder, None, said.append)
+    assert "with 2 layers of vision or audio" in said[0]
+    assert "left out" in said[0]
+
+
+def test_an_adapter_of_a_tower_alone_and_two_layers_for_one_are_refused(folder, tmp_path):
+    peft(tmp_path / "p", load_file(folder / "model.safetensors"))
+    path = tmp_path / "p/adapter_model.safetensors"
+    whole = load_file(path)
+    save_file({k.replace("model.layers", "visual.layers"): v for k, v in whole.items()}, path)
+    with pytest.raises(ModelError, match=r"layers of vision or audio alone \(visual\.layers\.1"):
+        read_adapter(tmp_path / "p")
+    save_file(whole, path)
+    with_more(tmp_path / "p", "other.")
+    with pytest.raises(ModelError, match=r"both mean model\.layers\.1\.self_attn\.q_proj"):
         adapters.load(load_model(folder).model, tmp_path / "p")
 
 
