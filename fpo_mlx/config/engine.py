@@ -20,6 +20,17 @@ Section = TypeVar("Section")
 # settings that name parts of a data set
 PARTS = ("train_split", "valid_split", "test_split", "subset", "valid_share")
 Say = Callable[[str], None]
+_INSTEAD = {  # settings of mlx_lm.lora that training has none of
+    "train": "leave it out; `fpo-mlx train` trains",
+    "test": "leave it out; `fpo-mlx evaluate` judges the test split",
+    "test_batches": "leave it out; `fpo-mlx evaluate --limit` has the number of pairs",
+    "resume_adapter_file": "write init_adapter, and the folder that the file lies in",
+    "mask_prompt": "leave it out; the answers alone are trained on",
+    "clear_cache_threshold": "leave it out; nothing takes its place",
+    "config": "leave it out; one file has all settings",
+    "lora_layers": "write num_layers",
+    "use_dora": "write fine_tune_type: dora",
+}
 
 
 def load_config(
@@ -31,7 +42,7 @@ def load_config(
     what stays of it in an objective that a flag chose.
     Raises: ConfigError for unknown keys, wrong types and values out of range, all at once.
     """
-    yaml = read_yaml(path) if path else {}
+    yaml = _written(path, SECTIONS, "objective")
     given = _given(flags, yaml, path, SECTIONS, say, "objective")
     asked = frozenset(given) & {"objective", *options((Objective,))}
     preset = given.pop("objective", "fpo")
@@ -57,8 +68,16 @@ def load_section(
     say: Say = lambda _: None,
 ) -> Section:
     """The same for a settings class that stands alone, as `SaeTrainConfig` and `Sampling` do."""
-    yaml = read_yaml(path) if path else {}
+    yaml = _written(path, (section,))
     return section(**_typed(_given(flags, yaml, path, (section,), say), (section,)))
+
+
+def _written(path: Path | None, sections: Sequence[type], *more: str) -> dict[str, Any]:
+    """The settings of a YAML file. As in mlx_lm.lora null is none, but where it is a value."""
+    yaml = read_yaml(path) if path else {}
+    hints = {n: hint for s in sections for n, hint in typing.get_type_hints(s).items()}
+    plain = {n for n, hint in hints.items() if type(None) not in typing.get_args(hint)}
+    return {n: v for n, v in yaml.items() if v is not None or n not in {*plain, *more, *_INSTEAD}}
 
 
 def _given(
@@ -77,7 +96,8 @@ def _given(
     known = {*fields, *more}
     if unknown := sorted({*given, *flags} - known):
         where = f"{path}: " if set(unknown) & set(given) else ""
-        near = _closest(unknown[0], known)
+        told = [f" {n}: {_INSTEAD[n]}." for n in unknown if n in _INSTEAD and "iters" in known]
+        near = "".join(told) or _closest(unknown[0], known)
         raise ConfigError(f"{where}unknown settings {', '.join(unknown)}.{near}")
     other = flags.get("data")
     if is_other(given.get("data"), other) and Path(str(other)).expanduser().exists():

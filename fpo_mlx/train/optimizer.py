@@ -58,7 +58,7 @@ def _make(config: TrainConfig) -> optim.Optimizer:
     from mlx_lm.tuner.utils import build_schedule
 
     rate = build_schedule(config.lr_schedule) if config.lr_schedule else config.learning_rate
-    arguments = dict(config.optimizer_config.get(config.optimizer, {}))
+    arguments = dict(config.optimizer_config.get(config.optimizer) or {})
     if config.optimizer == "adafactor":  # its own default would ignore the learning rate
         arguments.setdefault("relative_step", False)
     return KINDS[config.optimizer](learning_rate=rate, **arguments)

@@ -246,6 +246,40 @@ def test_what_no_optimizer_can_be_made_of_is_refused_before_anything_long(tmp_pa
     assert "Traceback" not in done.output
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("resume_adapter_file: a/adapters.safetensors", "resume_adapter_file: write init_adapter"),
+        ("train: true", "train: leave it out"),
+        ("test: true\ntest_batches: 5", "test: leave it out.*test_batches: leave it out"),
+        ("mask_prompt: true", "mask_prompt: leave it out"),
+        ("use_dora: true", "use_dora: write fine_tune_type: dora"),
+        ("shareprompt: true", "Did you mean share_prompt"),
+    ],
+)
+def test_a_setting_that_mlx_lm_lora_alone_has_says_what_to_write(tmp_path, text, said):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"(?s)run\.yaml: .*{said}"):
+        load_config({}, tmp_path / "run.yaml")
+
+
+def test_null_is_a_setting_that_was_not_given_but_where_it_is_a_value(tmp_path):
+    """As mlx_lm.lora has it."""
+    nulls = "seed: null\nbeta:\nobjective:\nlora_parameters:\noptimizer_config: {adamw: }\n"
+    nulls += "optimizer: adamw\nresume_adapter_file: null\nmask_prompt: null\nlr_schedule: null\n"
+    (tmp_path / "run.yaml").write_text(f"{nulls}max_grad_norm: null\n")
+    said = []
+    config = load_config({}, tmp_path / "run.yaml", said.append)
+    plain = load_config({})
+    assert (config.train.seed, config.train.lora) == (plain.train.seed, plain.train.lora)
+    assert (config.objective, config.asked, config.preset) == (plain.objective, set(), "fpo")
+    assert (config.train.max_grad_norm, said) == (None, [])
+    make_optimizer(config.train)
+    (tmp_path / "run.yaml").write_text("sead: null\n")
+    with pytest.raises(ConfigError, match="unknown settings sead"):
+        load_config({}, tmp_path / "run.yaml")
+
+
 def test_a_file_of_settings_that_is_not_there_and_a_schedule_that_is_none_are_said_so(tmp_path):
     with pytest.raises(ConfigError, match="c.yaml: no such file"):
         load_config({}, tmp_path / "c.yaml")
