@@ -7,7 +7,8 @@ import re
 from fpo_mlx.storage.hub import unpinned
 
 _STORAGE = re.compile(
-    r"-(?:\d+-?bits?|bf16|fp16|fp32|f16|mxfp\d|nvfp\d|q\d|bnb|unsloth|dwq|qat|mlx)\b.*"
+    r"-(?:\d+-?bits?|bf16|fp16|fp32|fp8|f16|mxfp\d|nvfp\d|q\d|int[48]|mixed-\d|w\d+a\d+|"
+    r"quantized|awq|gptq|gguf|bnb|unsloth|dwq|qat|mlx)\b.*"
 )
 _NOTHING = re.compile(r"-(?:pt|hf|text(?:-only)?)(?=-|$)")  # spellings that mean no other weights
 _KIN = re.compile(r"-(?:instruct|it|base|chat|deduped|v0\.\d)(?=-|$)")

@@ -28,12 +28,19 @@ SAME = [
     ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B-MLX-4bit"),
     ("meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B-unsloth-bnb-4bit"),
     ("Qwen/Qwen3-4B", "C:\\models\\Qwen3-4B-mxfp4"),
+    ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B-AWQ"),
+    ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B-FP8"),
+    ("Qwen/Qwen3-4B", "models/Qwen3-4B-mixed_3_6"),
+    ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int8"),
+    ("meta-llama/Llama-3.1-8B", "RedHatAI/Meta-Llama-3.1-8B-quantized.w4a16"),
+    ("google/gemma-2-2b-it", "models/gemma-2-2b-it-int4"),
 ]
 OTHER = [
     ("EleutherAI/pythia-70m-deduped", "EleutherAI/pythia-70m"),
     ("mistral-7b", "mistralai/Mistral-7B-v0.3"),
     ("google/gemma-2-2b", "google/gemma-2-2b-it"),
     ("gpt2-small", "openai-community/gpt2-medium"),
+    ("internlm/internlm2-7b", "internlm/internlm2-7b-reward"),
 ]
 
 
