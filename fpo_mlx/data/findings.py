@@ -29,6 +29,7 @@ LEVELS: dict[str, str] = {
     "same response": "refused",
     "broken text": "refused",
     "template": "refused",
+    "template variables": "refused",
     "answer part dropped": "refused",
     "beyond vocabulary": "refused",
     "prompt not a prefix": "refused",

@@ -9,7 +9,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fpo_mlx.data.messages import NoPair, RowFault, from_json, kind, role_of, short, squeezed
+from fpo_mlx.data.messages import (
+    NoPair,
+    RowFault,
+    from_json,
+    kind,
+    role_of,
+    short,
+    squeezed,
+    without_nulls,
+)
 
 # columns that hold the prompt where there is no `prompt`: the first that is filled
 PROMPTS = ("instruction", "question", "query", "messages", "conversations", "conversation",
@@ -19,6 +28,7 @@ SCORES = (
     ("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating"),
     ("rating_chosen", "rating_rejected"),
 )  # fmt: skip
+VARIABLES = "chat_template_kwargs"
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _ONE = ("response", "completion", "answer")  # of a row that is no pair
 _MANY = ("responses", "completions", "answers", "generations", "outputs")
@@ -268,6 +278,15 @@ def scores_of(record: Mapping) -> tuple[float, float] | None:
         if left is not None and right is not None:
             return left, right
     return None
+
+
+def variables_of(record: Mapping) -> dict[str, Any] | None:
+    """TRL's variables of the chat template for one row; None where it has none. Raises RowFault."""
+    given = record.get(VARIABLES)
+    found = from_json(given, VARIABLES) if filled(given) else None
+    if found is not None and not isinstance(found, Mapping):
+        raise RowFault("wrong type", f"{VARIABLES} is {kind(found)}, wanted an object")
+    return without_nulls(found or {}) or None
 
 
 def filled(value: Any) -> bool:

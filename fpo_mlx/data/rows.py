@@ -68,6 +68,7 @@ class PreferenceRow:
     scores: tuple[float, float] | None = None  # chosen's and rejected's, where the row has them
     as_text: tuple[str, ...] = ()  # columns whose list of messages was written as a text
     facts: PairFacts = NO_FACTS
+    variables: Mapping[str, Any] | None = None  # of the template, as TRL's rows have them
 
 
 def as_object(record: object) -> Mapping:
@@ -85,6 +86,7 @@ def parse_row(
     Raises RowFault, whose text says what is wrong with the row (not where: the caller knows).
     """
     record = as_object(record)
+    variables = layouts.variables_of(record)
     facts, record = _facts(record, columns), layouts.as_pair(record, columns)
     record, as_text = _lists_for_texts(record, columns)
     chosen, rejected = _answers(record, columns)
@@ -94,7 +96,8 @@ def parse_row(
     system, tools = system_of(record, columns), tools_of(record, columns)
     scores = layouts.scores_of(record)
     prompt = with_system(turns[0], system)
-    row = PreferenceRow(prompt, turns[1], turns[2], where, index, tools, scores, as_text, facts)
+    more = (tools, scores, as_text, facts, variables)
+    row = PreferenceRow(prompt, turns[1], turns[2], where, index, *more)
     _check_roles(row)
     if row.chosen == row.rejected:
         raise RowFault("same response", "chosen and rejected are the same")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fpo_mlx.data import faithful
+from fpo_mlx.data.layouts import VARIABLES
 from fpo_mlx.data.messages import RowFault, ways_on
 from fpo_mlx.data.rows import PreferenceRow, Turns
 from fpo_mlx.errors import ConfigError, DataError
@@ -23,6 +25,8 @@ class Tokenizer(Protocol):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def template_kwargs(self) -> Mapping[str, Any]: ...
     @property
     def control_tokens(self) -> tuple[str, ...]: ...
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
@@ -173,6 +177,8 @@ def tokenize_batch(
 
 def _rendered(row: PreferenceRow, tokenizer: Tokenizer) -> tuple[str, str, str] | RowFault:
     """The texts of the prompt and of both conversations."""
+    if row.variables and (fault := _other_variables(row.variables, tokenizer.template_kwargs)):
+        return fault
     try:
         return _texts(row, row.prompt, tokenizer)
     except DataError as error:
@@ -199,6 +205,18 @@ def _without_system(row: PreferenceRow, tokenizer: Tokenizer) -> str:
         return ""
     return (
         f"; without its {first} message the row is taken: put those words before the user's first"
+    )
+
+
+def _other_variables(own: Mapping[str, Any], ours: Mapping[str, Any]) -> RowFault | None:
+    """Of a row that asks for other variables of the template than all rows are rendered with."""
+    if all(name in ours and ours[name] == value for name, value in own.items()):
+        return None
+    whole = json.dumps({**ours, **own}, ensure_ascii=False)
+    return RowFault(
+        "template variables",
+        f"{VARIABLES} is {dict(own)}, and the run has {dict(ours)} for all rows. Give "
+        f"--chat-template-args '{whole}', or take the column out",
     )
 
 

@@ -12,6 +12,7 @@ from tiny_tokenizer import CHATML, build_tiny_tokenizer
 from fpo_mlx.data import RawRow, check_data, parse_row, tokenize_row
 from fpo_mlx.data.answers import answer_tokens
 from fpo_mlx.data.faithful import added_before, lost_of_answer, lost_of_prompt
+from fpo_mlx.data.findings import LEVELS
 from fpo_mlx.data.messages import RowFault
 from fpo_mlx.data.tokenizer import VocabularyFault, load_tokenizer
 from fpo_mlx.errors import ConfigError, DataError
@@ -175,6 +176,32 @@ def header(folder, **shapes):
     text = json.dumps(entries).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(at))
     return folder
+
+
+THINK = {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("given", [THINK, json.dumps(THINK), {**THINK, "other": None}])
+def test_variables_of_the_template_in_a_row_are_refused_where_the_run_has_others(tmp_path, given):
+    """TRL renders such a row with them; they went unseen here."""
+    one = row(chat_template_kwargs=given)
+    plain = made(tmp_path, QWEN3, "plain")
+    said = r"chat_template_kwargs is \{'enable_thinking': False\}.*--chat-template-args '\{\"enable"
+    with pytest.raises(RowFault, match=said) as caught:
+        tokenize_row(one, plain)
+    assert LEVELS[caught.value.kind] == "refused"
+    told = made(tmp_path, QWEN3, "told", template_kwargs={**THINK, "more": 1})
+    np.testing.assert_array_equal(tokenize_row(one, told).prompt, tokenize_row(row(), told).prompt)
+
+
+@pytest.mark.parametrize("given", [None, {}, "", {"enable_thinking": None}])
+def test_a_column_of_variables_that_says_nothing_changes_nothing(tmp_path, given):
+    tokenize_row(row(chat_template_kwargs=given), made(tmp_path, QWEN3))
+
+
+def test_a_column_of_variables_that_is_no_object_is_a_fault():
+    with pytest.raises(RowFault, match="chat_template_kwargs is a list, wanted an object"):
+        row(chat_template_kwargs=[1])
 
 
 def test_limits_are_the_rows_of_the_matrices_whatever_config_says(tmp_path):
