@@ -20,6 +20,7 @@ from fpo_mlx.cli import main
 from fpo_mlx.errors import FpoError
 from fpo_mlx.sae.convert import write_saelens
 from fpo_mlx.storage import files, locks
+from fpo_mlx.storage.publish import upload
 
 pytest.importorskip("mlx.core")
 
@@ -231,12 +232,52 @@ def test_a_fused_model_that_the_hub_refuses_is_there_with_all_that_was_found(
     assert (tmp_path / "fused" / "config.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("there", "left"),
+    [
+        (["README.md", "model.safetensors", "old.gguf"], None),
+        (["model-00001-of-00002.safetensors", "model.safetensors"], "model-00001-of-00002"),
+    ],
+)
+def test_weights_of_an_earlier_upload_are_never_mixed_with_these(
+    tmp_path, monkeypatch, there, left
+):
+    """Loaders read every model*.safetensors."""
+    sent = []
+
+    class Hub:
+        def create_repo(self, repo, exist_ok):
+            pass
+
+        def list_repo_files(self, repo):
+            return there
+
+        def upload_folder(self, **given):
+            sent.append(given["repo_id"])
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    (tmp_path / "model.safetensors").touch()
+    if left is None:
+        upload(tmp_path, "me/model", "The fused model")
+        assert sent == ["me/model"]
+        return
+    with pytest.raises(
+        FpoError, match=f"me/model holds {left}.*which this folder does not"
+    ) as said:
+        upload(tmp_path, "me/model", "The fused model")
+    assert "failed" not in str(said.value)
+    assert not sent
+
+
 def test_an_uploaded_folder_is_as_it_was_fused(place, tmp_path, monkeypatch):
     sent = []
 
     class Hub:
         def create_repo(self, repo, exist_ok):
             pass
+
+        def list_repo_files(self, repo):
+            return []
 
         def upload_folder(self, *, folder_path, allow_patterns, **more):
             assert allow_patterns is None
