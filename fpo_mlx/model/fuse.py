@@ -34,6 +34,7 @@ from fpo_mlx.storage import files
 from fpo_mlx.storage.adapter_files import TEMPLATE, model_template, own_template
 from fpo_mlx.storage.outputs import BESIDE, CODE
 
+CARD, LICENCE = "README.md", ("license", "license_name", "license_link")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -62,6 +63,7 @@ def fuse(
     form: FusedForm = DEFAULT_FORM,
     *,
     chat_template: Path | None = None,
+    named: str | None = None,
     trust_remote_code: bool = False,
     check: Callable[[], object] = lambda: None,
 ) -> FuseReport:
@@ -70,8 +72,8 @@ def fuse(
     A quantised base stays quantised, its layers without adapters as they were, unless
     `form.dequantize`; that adds the adapters to weights widened to float32 and stores `form.dtype`.
     chat_template: takes the place of the base's; default: the one beside the adapters, where
-    training had another. check: called just before the folder is put in its place
-    (`files.atomic_folder`).
+    training had another. named: the base's hub id, for the card. check: called just before the
+    folder is put in its place (`files.atomic_folder`).
 
     Raises: ModelError for a model or adapter that cannot be read, ConfigError for an export that
     cannot be made; nothing is written then.
@@ -83,6 +85,7 @@ def fuse(
     template = _template(chat_template, adapter_path)
     with files.atomic_folder(save_path, check) as folder:
         _save(folder, path, base, config)
+        _put_card(folder, path, named)
         said = _put_template(folder, *template) if template else ""
         if gguf and export:
             gguf_file.write(folder / gguf, export, _saved(folder), folder)
@@ -177,7 +180,26 @@ def _save(folder: Path, base: Path, model: nn.Module, config: dict[str, Any]) ->
         for file in files.listed(base, pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
+
+
+def _put_card(folder: Path, base: Path, named: str | None) -> None:
+    """mlx-lm's card, with what whoever publishes the folder owes: the base, and its licence."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import metadata_load
+    from mlx_lm import utils
+
     utils.create_model_card(folder, None)
+    card = ModelCard.load(folder / CARD)
+    try:
+        theirs = (metadata_load(base / CARD) if (base / CARD).is_file() else None) or {}
+    except Exception:  # somebody's text, and YAML has errors of its own
+        theirs = {}
+    for name in LICENCE:
+        if theirs.get(name):
+            card.data[name] = theirs[name]
+    if named:
+        card.data["base_model"] = named
+    card.save(folder / CARD)
 
 
 def _saved(folder: Path) -> dict[str, mx.array]:

@@ -18,7 +18,7 @@ from fpo_mlx.pipeline.origins import warn_of_origin, warn_of_training_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
 from fpo_mlx.records import DEFAULT_FORM, KEPT_BITS, FusedForm, TokenPair
 from fpo_mlx.storage.adapter_files import own_template
-from fpo_mlx.storage.hub import resolve_model
+from fpo_mlx.storage.hub import local_folder, resolve_model, unpinned
 from fpo_mlx.storage.outputs import claim_folder, model_made_from
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ def fuse(
         check_scales(config, [adapter_path], [form.scale])
         adapters.read_spec(Path(adapter_path))  # before the long part
     save_path = claim()  # before a download
-    base = resolve_model(config.reference.model)
+    spec = config.reference.model
+    base = resolve_model(spec)
     claim(base)
     config, read, held, within = _as_trained(config, Path(adapter_path)), None, None, None
     _warn(config, adapter_path, base, say, asked=bool(verify))
@@ -124,6 +125,7 @@ def fuse(
     report = fusing.fuse(
         str(base), Path(adapter_path), save_path, form,
         chat_template=Path(template) if template else None,
+        named=None if local_folder(spec) else unpinned(spec),
         trust_remote_code=config.reference.trust_remote_code, check=partial(claim, base),
     )  # fmt: skip
     for line in said_of(report):

@@ -12,8 +12,8 @@ from typing import Any
 
 from fpo_mlx.config import DataConfig, RunConfig
 from fpo_mlx.data import data_fingerprint, find_splits
-from fpo_mlx.intervals import share_to_hold
 from fpo_mlx.errors import FpoError
+from fpo_mlx.intervals import share_to_hold
 from fpo_mlx.pipeline.prepared import hub_splits
 from fpo_mlx.records import TokenPair
 from fpo_mlx.reference.weights import model_fingerprint

@@ -9,7 +9,9 @@ from typing import Any
 from fpo_mlx.errors import ModelError
 from fpo_mlx.storage import files
 
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.tiktoken"]
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # they go wherever the weights go
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.tiktoken", "README.md",
+               *TERMS]  # fmt: skip
 WEIGHTS = "model*.safetensors"  # what mlx-lm loads; no other copy, as original/ has one
 
 # what GPT-2 and Lille, OpenELM, AFM 7, phixtral and EXAONE call otherwise than all others

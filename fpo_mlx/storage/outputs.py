@@ -18,6 +18,7 @@ from typing import Any
 
 from fpo_mlx.errors import ConfigError
 from fpo_mlx.storage import files
+from fpo_mlx.storage.hub import TERMS
 
 # what the system leaves beside any file, and nobody misses
 SYSTEM = re.compile(r"\.DS_Store|\._.*|\.localized|Thumbs\.db")
@@ -67,6 +68,7 @@ class Made:
 
 # of a base's folder: what belongs to the tokenizer and to the use of the model, not its weights
 BESIDE = (
+    *TERMS,
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.jinja", "chat_template.json", "*.model", "*.tiktoken", "generation_config.json",
 )  # fmt: skip

@@ -293,7 +293,7 @@ def test_an_uploaded_folder_is_as_it_was_fused(place, tmp_path, monkeypatch):
 
 
 BESIDE = ("qwen.tiktoken", "spm.model", "vocab.bpe", "tools.jinja", "tokenizer_x.py",
-          "generation_utils.py")  # fmt: skip
+          "generation_utils.py", "LICENSE", "NOTICE.txt", "USE_POLICY.md")  # fmt: skip
 MINE = ("mine.py", "modeling_mine.py", "my_variant.jinja", "tokenizer_notes.md", "vocab.csv",
         "mine.model", "mine.tiktoken")  # fmt: skip
 

@@ -14,6 +14,7 @@ mx = pytest.importorskip("mlx.core")
 
 import mlx.nn as nn  # noqa: E402
 from helpers import SIZES, logits_of, open_trainer, random_pairs  # noqa: E402
+from huggingface_hub import ModelCard  # noqa: E402
 from mlx.utils import tree_unflatten  # noqa: E402
 from mlx_lm import utils  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
@@ -26,6 +27,7 @@ from fpo_mlx.model.load import dequantize, read_model  # noqa: E402
 from fpo_mlx.model.rounding import Raised, rounded_to  # noqa: E402
 from fpo_mlx.model.trees import arrays_of, module_at  # noqa: E402
 from fpo_mlx.records import FusedForm  # noqa: E402
+from fpo_mlx.storage.outputs import MODEL  # noqa: E402
 
 TOKENS = [5, 17, 250, 3, 99, 42]
 PAIRS = random_pairs(SIZES[:4])
@@ -65,6 +67,25 @@ def test_a_fused_float_model_is_the_adapted_one(made, tmp_path, base, kind):
     np.testing.assert_allclose(logits_of(model, TOKENS), want, atol=1e-4)
     assert np.abs(logits_of(utils.load_model(folder)[0], TOKENS) - want).max() > 0.02
     assert not [n for n, _ in nn.utils.tree_flatten(model.parameters()) if "lora" in n]
+
+
+@pytest.mark.parametrize(
+    "readme", ["---\nlicense: gemma\ntags: [a]\n---\n# Base\n", "---\n:", None]
+)
+def test_the_card_names_the_base_and_its_licence(made, tmp_path, readme):
+    """Who publishes the folder owes both."""
+    folder, adapter = made["llama", "lora"]
+    shutil.copytree(folder, tmp_path / "base")
+    if readme is not None:
+        (tmp_path / "base/README.md").write_text(readme)
+    for named in ("owner/name", None):
+        out = tmp_path / f"fused-{named is None}"
+        fuse(str(tmp_path / "base"), adapter, out, named=named)
+        card = ModelCard.load(out / "README.md")
+        assert card.data.base_model == named
+        assert card.data.get("license") == ("gemma" if readme and "gemma" in readme else None)
+        assert card.data.tags == ["mlx"]
+        assert MODEL.foreign(out, [p.name for p in out.iterdir()]) == []
 
 
 def weights_of(folder) -> dict[str, np.ndarray]:
