@@ -93,6 +93,8 @@ def judge(candidates, config, output, against, json_path, **values) -> None:
         progress=Steps("prompts"),
     )  # fmt: skip
     _show_judges(done.judges)
+    if len(done.judges) > 1:
+        say(f"this judge is {done.judge}")
     click.echo(f"{done.written} verdicts, {done.before} were there already; in {output}")
     write_json(json_path, done.as_dict())
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fpo_mlx.pairs.records import PERSON, Candidates, Verdict
+
+VERSION = re.compile("[@:][0-9a-f]{8}$")  # behind a judge's name: of its file, weights, criteria
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,20 @@ def by_prompt(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
     for verdict in verdicts:
         groups[verdict.id].append(_ascending(verdict))
     return groups
+
+
+def newest_judges(verdicts: Iterable[Verdict]) -> tuple[list[str], dict[str, str]]:
+    """The judges that count, and which of them came in place of each older one of its name.
+
+    A person is none of them. Where no time is known the later line is the newer.
+    """
+    last: dict[str, float] = {}
+    for verdict in verdicts:
+        if verdict.judge != PERSON:
+            last[verdict.judge] = max(last.get(verdict.judge, 0.0), verdict.time or 0.0)
+    of_name = {VERSION.sub("", judge): judge for judge in sorted(last, key=last.__getitem__)}
+    newer = {judge: of_name[VERSION.sub("", judge)] for judge in last}
+    return [one for one in last if newer[one] == one], {a: b for a, b in newer.items() if a != b}
 
 
 def labels_of(verdicts: Sequence[Verdict]) -> list[Label]:

@@ -112,7 +112,7 @@ class BuildConfig:
     balance_length: bool = _opt(False, "leave out pairs until the longer answer wins half")
     reward_augmented: bool = _opt(False, "two rows per pair, the wanted score in the system text")
     against_reference: bool = _opt(False, "pairs of a person's answer and the model's")
-    judge_name: str | None = _opt(None, "use the verdicts of this judge alone")
+    judge_name: str | None = _opt(None, "of all judges use this one alone")
     seed: int = _opt(0, "seed of the split and of what is left out")
     force: bool = _opt(False, "write fewer than 30 pairs")
 

@@ -14,7 +14,7 @@ from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.pairs import choose
 from fpo_mlx.pairs.choose import Left, Pair
 from fpo_mlx.pairs.doubles import finder
-from fpo_mlx.pairs.labels import by_prompt, labels_of
+from fpo_mlx.pairs.labels import by_prompt, labels_of, newest_judges
 from fpo_mlx.pairs.records import (
     PERSON,
     CandidateFile,
@@ -43,7 +43,7 @@ MADE = Made("a set of pairs", r"(train|valid|test)\.jsonl|pairs\.json", whole=Tr
 class BuildReport:
     """left: what makes no pair, by reason; longer_share: of pairs, the longer answer chosen.
 
-    judges: figures over all verdicts on these candidates; agreement is that with a person's votes.
+    judges: figures over the verdicts that count; agreement is that with a person's votes.
     """
 
     pairs: int
@@ -87,6 +87,7 @@ def pairs_build(
     if reward:
         given += _by_reward(reward, settings, candidates, own, say)
     known = _on_these(found, _named(given, settings), left)
+    known = _of_newest(known, found, left, say)
     if settings.reward_augmented:
         _check_one_scale(known)
     judges = _judges(known, found)
@@ -130,12 +131,15 @@ def _by_reward(
 
 
 def _named(given: Sequence[Verdict], settings: BuildConfig) -> dict[str, list[Verdict]]:
-    """By prompt the last verdict of each key, of the judge that is asked for."""
+    """By prompt the last verdict of each key, of the judge that is asked for, and a person's."""
     known = {verdict.key: verdict for verdict in given}
     if settings.judge_name:
         judges = sorted({v.judge for v in known.values()})
-        known = {key: v for key, v in known.items() if v.judge == settings.judge_name}
-        if not known:
+        wanted = {settings.judge_name, PERSON}
+        if settings.reward_augmented:  # a person's own text has no score to ask for
+            wanted.remove(PERSON)
+        known = {key: v for key, v in known.items() if v.judge in wanted}
+        if settings.judge_name not in judges:
             raise ConfigError(
                 f"--judge-name {settings.judge_name}: no verdict of that name; found "
                 f"{', '.join(judges) or 'none'}."
@@ -152,6 +156,25 @@ def _on_these(
     lost = sum(len(group) - len(kept.get(id, ())) for id, group in there.items())
     left.out("verdicts on answers that are not among the candidates", lost)
     return known | {id: kept.get(id, []) for id in there}
+
+
+def _of_newest(
+    known: dict[str, list[Verdict]], found: CandidateFile, left: Left, say: Say
+) -> dict[str, list[Verdict]]:
+    """Without judges of which there is a newer version: it was to be another. Says who counts."""
+    there = (v for id, group in known.items() if id in found.offsets for v in group)
+    judges, older = newest_judges(there)
+    for old, new in older.items():
+        say(f"{old} is left out: the newest of this name counts, {new} (else --judge-name {old})")
+    if len(judges) > 1:
+        say(
+            f"{len(judges)} judges count, {', '.join(judges)}: more than half of those that judged "
+            "two answers must agree, or they tie. One of them alone: --judge-name NAME"
+        )
+    verdicts = [v for group in known.values() for v in group]
+    kept = [v for v in verdicts if v.judge not in older]
+    left.out("verdicts of an older judge of the same name", len(verdicts) - len(kept))
+    return by_prompt(kept)
 
 
 def _check_one_scale(known: Mapping[str, Sequence[Verdict]]) -> None:

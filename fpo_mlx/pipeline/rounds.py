@@ -188,8 +188,9 @@ def _round(
     judge, build = parts
     candidates = _answers(settings, folder, adapter, settings.prompts, "candidates", say, number)
     verdicts = folder / "verdicts.jsonl"
-    pairs_judge(judge, candidates=candidates, output=verdicts, say=say)
+    judged = pairs_judge(judge, candidates=candidates, output=verdicts, say=say)
     if not (folder / "pairs" / ABOUT).exists():
+        build = replace(build, judge_name=build.judge_name or judged.judge)
         pairs_build(
             build, candidates=candidates, verdicts=[verdicts], output=folder / "pairs", say=say
         )
@@ -352,8 +353,9 @@ def _against(
                     writer.append(Candidates(name, one.get(id).prompt, answers).as_dict())
     verdicts = folder / "versus-verdicts.jsonl"
     judge = replace(judge, against_reference=False)  # no answer of a person's is among them
-    pairs_judge(judge, candidates=versus, output=verdicts, say=say)
-    for name, group in by_prompt(read_verdicts(verdicts).values()).items():
+    asked = pairs_judge(judge, candidates=versus, output=verdicts, say=say).judge
+    found = (v for v in read_verdicts(verdicts).values() if v.judge == asked)
+    for name, group in by_prompt(found).items():
         for label in labels_of(group):
             sides[name] = SIDES.get(label.verdict, 0)
     prompts: dict[str, list[float]] = {}

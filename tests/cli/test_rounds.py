@@ -21,6 +21,7 @@ from judges import candidates  # noqa: E402
 from fpo_mlx.errors import ConfigError, DataError  # noqa: E402
 from fpo_mlx.pairs import example_rewards  # noqa: E402
 from fpo_mlx.pairs.records import HUMAN, read_verdicts  # noqa: E402
+from fpo_mlx.pairs.reward import judge_name  # noqa: E402
 from fpo_mlx.pairs.settings import JudgeConfig, RoundsConfig  # noqa: E402
 from fpo_mlx.pipeline.rounds import _training  # noqa: E402
 from fpo_mlx.train.events import SkippedReport, StepReport  # noqa: E402
@@ -316,6 +317,35 @@ def test_rounds_are_told_apart_where_the_judge_compares_with_a_persons_answers(t
     rate, _ = rounds._against(before, after, judge, tmp_path, lambda _: None)
     assert rate == 1.0
     assert len(read_verdicts(tmp_path / "versus-verdicts.jsonl")) == 10
+
+
+def test_held_out_answers_are_compared_by_the_judge_that_was_just_asked(tmp_path):
+    """A mended reward's verdicts tied with those that it gave before it was mended."""
+    rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
+    before = candidates(tmp_path / "b.jsonl", {f"Q{i}?": ["long words " * 9] for i in range(10)})
+    after = candidates(tmp_path / "a.jsonl", {f"Q{i}?": ["short"] for i in range(10)})
+    reward = tmp_path / "grade.py"
+    for sign, want in (("", 0.0), ("-", 1.0), ("", 0.0)):  # the last one's verdicts are there
+        reward.write_text(f"def grade(prompt, answer):\n    return {sign}len(answer)\n")
+        judge = JudgeConfig(reward=f"{reward}:grade")
+        assert rounds._against(before, after, judge, tmp_path, print)[0] == want
+
+
+@pytest.mark.parametrize("own", [None, "reward:other@00000001"])
+def test_a_round_s_pairs_are_those_of_the_judge_that_was_just_asked(
+    place, tmp_path, monkeypatch, own
+):
+    """Its file may hold verdicts of the reward as it was before it was mended."""
+    module, asked = importlib.import_module("fpo_mlx.pipeline.rounds"), []
+
+    def stop(settings, **_):
+        asked.append(settings.judge_name)
+        raise DataError("enough")
+
+    monkeypatch.setattr(module, "pairs_build", stop)
+    build = {"force": True, "judge_name": own}
+    refused(run("rounds", "-c", write(place, tmp_path, rounds=1, build=build)), 3, "enough")
+    assert asked == [own or judge_name(f"{tmp_path / 'grade.py'}:grade")]
 
 
 def begun(tmp_path, **train):
