@@ -146,12 +146,13 @@ def build(candidates, verdicts, reward, config, output, json_path, overwrite, **
     help="Comparisons per prompt.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sides and repeats.")
+@click.option("--keep-cut", is_flag=True, help="Show answers that ended by length, too.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=0, help="Port of the page.  [default: any]"
 )
 @click.option("--browser/--no-browser", default=True, help="Open the page.  [default: on]")
 @claims(grows={"output": "--output"})
-def rate(candidates, output, per_prompt, seed, port, browser) -> None:
+def rate(candidates, output, per_prompt, seed, keep_cut, port, browser) -> None:
     """Choose the better answers yourself, on a page in your browser.
 
     The page is on this machine only. Every vote is on disk before the next comparison shows, so
@@ -169,8 +170,9 @@ def rate(candidates, output, per_prompt, seed, port, browser) -> None:
             click.launch(address)
 
     done = pipeline.pairs_rate(
-        candidates, output, per_prompt=per_prompt, seed=seed, port=port, opened=opened
-    )
+        candidates, output, per_prompt=per_prompt, seed=seed, keep_cut=keep_cut, port=port,
+        opened=opened,
+    )  # fmt: skip
     again = f"; twice the same {done['same']} of {done['twice']} times" if done["twice"] else ""
     click.echo(f"{done['votes']} votes in {output}{again}")
 

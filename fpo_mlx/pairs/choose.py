@@ -92,7 +92,8 @@ def pairs_of(
 
 def _fits(pair: Pair, found: Candidates, settings: BuildConfig, left: Left) -> bool:
     numbers = [n for side in ("chosen", "rejected") if (n := pair.source[side]) is not None]
-    if not settings.keep_cut and any(found.candidates[n].finish == "length" for n in numbers):
+    whole = settings.keep_cut or pair.source["chosen"] is None  # a person's own text has an end
+    if not whole and any(found.candidates[n].cut for n in numbers):
         left.out("an answer cut by length")
     elif not pair.chosen.strip() or not pair.rejected.strip():
         left.out("an empty answer")

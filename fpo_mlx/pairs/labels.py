@@ -30,15 +30,17 @@ class Label:
 
 
 def comparisons(
-    found: Candidates, *, neighbours: bool, human: int | None, against_reference: bool
-) -> list[tuple[int, int]]:
+    found: Candidates, *, neighbours: bool, human: int | None, against_reference: bool,
+    cut: bool = True,
+) -> list[tuple[int, int]]:  # fmt: skip
     """Pairs a < b of a prompt's answers to judge; equal texts and empty ones are none.
 
     human: the number of the person's answer, which is compared only `against_reference`.
+    cut: with answers that ended by length.
     """
     said = [
         n for n, one in enumerate(found.candidates)
-        if one.text.strip() and n != human
+        if one.text.strip() and n != human and (cut or not one.cut)
     ]  # fmt: skip
     if against_reference:
         wanted = [] if human is None else [(n, human) for n in said]

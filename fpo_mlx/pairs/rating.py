@@ -62,12 +62,12 @@ class Rating:
 
     def __init__(
         self, candidates: Path, output: Path, *, per_prompt: int = 1, seed: int = 0,
-        clock: Callable[[], float] = time.time,
+        keep_cut: bool = False, clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._found = open_candidates(candidates)
-        self._items = queue(self._found, per_prompt, seed)
+        self._items = queue(self._found, per_prompt, seed, keep_cut)
         if not self._items:
-            raise DataError(f"{candidates}: no prompt has two different answers to compare.")
+            raise DataError(_nothing(candidates, keep_cut or not queue(self._found, 1, seed, True)))
         self._by_name = {item.name: item for item in self._items}
         self._clock = clock
         self._votes: dict[str, Verdict] = {}  # by the item's name; none that was taken back
@@ -181,13 +181,28 @@ class Rating:
         return sum(gaps) / len(gaps) if gaps else None
 
 
-def queue(found: CandidateFile, per_prompt: int, seed: int) -> list[Item]:
-    """Which comparisons are shown, which side is which, and what comes again, all by the seed."""
+def _nothing(candidates: Path, nothing_cut: bool) -> str:
+    if nothing_cut:
+        return f"{candidates}: no prompt has two different answers to compare."
+    return (
+        f"{candidates}: no prompt has two different answers that were not cut at --max-tokens, and "
+        "`pairs build` leaves cut ones out. Answer with a larger one (`pairs generate`, to a new "
+        "--output), or give --keep-cut, there too."
+    )
+
+
+def queue(found: CandidateFile, per_prompt: int, seed: int, keep_cut: bool = False) -> list[Item]:
+    """Which comparisons are shown, which side is which, and what comes again, all by the seed.
+
+    keep_cut: also those of answers that ended by length, of which `pairs build` makes no pair.
+    """
     items: list[Item] = []
     repeats: list[tuple[int, Item]] = []
     for one in found:
         human = next((n for n, c in enumerate(one.candidates) if c.model == HUMAN), None)
-        pairs = comparisons(one, neighbours=False, human=human, against_reference=False)
+        pairs = comparisons(
+            one, neighbours=False, human=human, against_reference=False, cut=keep_cut
+        )
         pairs.sort(key=lambda pair: _chance(seed, one.id, *pair, "which"))
         for a, b in pairs[:per_prompt]:
             chance = _chance(seed, one.id, a, b, "side")

@@ -72,6 +72,11 @@ class Candidate:
     model: str = ""
 
     @property
+    def cut(self) -> bool:
+        """It ended by length."""
+        return self.finish == "length"
+
+    @property
     def digest(self) -> str:
         """Names the text."""
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:8]

@@ -69,6 +69,7 @@ class JudgeConfig:
     criteria: str | None = _opt(None, "text file that says what a better answer is", path=True)
     compare: Literal["all", "neighbours"] = _opt("all", "pairs of a prompt's answers to compare")
     against_reference: bool = _opt(False, "compare each answer with the person's of its row")
+    keep_cut: bool = _opt(False, "judge answers that ended by length, too, as a reward always does")
     key_variable: str = _opt("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
     timeout: float = _opt(
         60.0,

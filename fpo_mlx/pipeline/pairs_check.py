@@ -143,7 +143,7 @@ def _candidates(path: Path, answers: Answers) -> FileCheck:
             found.add(kind, where, what)
         figures["answers"] += len(one.candidates)
         figures["tokens"] += sum(answer.tokens for answer in one.candidates)
-        figures["cut"] += sum(answer.finish == "length" for answer in one.candidates)
+        figures["cut"] += sum(answer.cut for answer in one.candidates)
         figures["of persons"] += sum(answer.model == HUMAN for answer in one.candidates)
     means = _means(figures, len(answers))
     return FileCheck(str(path), "candidates", found.lines, found.kinds(), means)
@@ -167,7 +167,7 @@ def _of_candidates(one: Candidates) -> Iterator[tuple[str, str]]:
     for number, answer in enumerate(one.candidates):
         if not texts[number]:
             yield "empty answer", f"candidate {number} says nothing"
-        if answer.finish == "length":
+        if answer.cut:
             yield (
                 "cut answer",
                 (

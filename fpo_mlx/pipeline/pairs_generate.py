@@ -90,7 +90,7 @@ def pairs_generate(
             made = [c for c in found.candidates if c.model != HUMAN]
             counts["prompts"] += 1
             counts["answers"] += len(made)
-            counts["cut"] += sum(c.finish == "length" for c in made)
+            counts["cut"] += sum(c.cut for c in made)
             counts["tokens"] += sum(c.tokens for c in made)
             progress(counts["answers"], counts["answers"] / (time.monotonic() - begun))
     return GenerateReport(before=len(done), seconds=time.monotonic() - begun, **counts)

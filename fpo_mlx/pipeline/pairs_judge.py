@@ -68,7 +68,8 @@ def pairs_judge(
 
     A model or an endpoint sees both orders; a reward function scores each answer once. What an
     endpoint said and could not be read is asked again. against: a file of a person's votes to
-    compare with. progress: prompts done, prompts in all.
+    compare with. progress: prompts done, prompts in all. Cut answers are not judged, but by a
+    reward, unless the settings say so.
 
     Raises: ConfigError, DataError, ModelError; FpoError when an endpoint stays silent.
     """
@@ -78,17 +79,12 @@ def pairs_judge(
     known = read_verdicts(output) if output.exists() else {}
     done = _done(known, settings)
     votes = read_verdicts(against).values() if against else ()
-    written, watch = 0, _Watch(settings, say)
+    written, cut, watch = 0, 0, _Watch(settings, say)
     with ExitStack() as stack:
         writer = stack.enter_context(LineWriter(output))
         name, orders, judge = _open(settings, output, found, say, stack)
         for number, one in enumerate(found, start=1):
-            human = _human(one)
-            pairs = comparisons(
-                one, neighbours=settings.compare == "neighbours", human=human,
-                against_reference=settings.against_reference,
-            )  # fmt: skip
-            tasks = [(a, b, order) for a, b in pairs for order in orders]
+            tasks = [(a, b, order) for a, b in _compared(one, settings) for order in orders]
             tasks = [task for task in tasks if not _judged(one, task, name, done)]
             found_now = judge(one, tasks) if tasks else ()
             made = (replace(v, texts=one.texts(v.a, v.b)) for v in found_now)
@@ -99,6 +95,12 @@ def pairs_judge(
                 watch(group)
                 written += len(new)
             progress(number, len(found))
+            cut += 0 if _with_cut(settings) else sum(c.cut for c in one.candidates)
+    if cut:
+        say(
+            f"{cut} answers were cut at --max-tokens and are not judged, since `pairs build` leaves"
+            " them out; --keep-cut, there too, takes them in"
+        )
     return JudgeReport(written, len(done), judges_of(output, found, votes), name)
 
 
@@ -106,6 +108,18 @@ def _done(found: Mapping[Key, Verdict], settings: JudgeConfig) -> set[Key]:
     """What is not judged again. A model says the same again, an endpoint may have been mended."""
     again = bool(settings.judge_url)
     return {key for key, v in found.items() if not (again and v.verdict == "unreadable")}
+
+
+def _with_cut(settings: JudgeConfig) -> bool:
+    """A reward costs next to nothing."""
+    return settings.keep_cut or settings.reward is not None
+
+
+def _compared(one: Candidates, settings: JudgeConfig) -> list[tuple[int, int]]:
+    return comparisons(
+        one, neighbours=settings.compare == "neighbours", human=_human(one),
+        against_reference=settings.against_reference, cut=_with_cut(settings),
+    )  # fmt: skip
 
 
 class _Watch:

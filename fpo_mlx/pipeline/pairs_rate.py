@@ -11,8 +11,8 @@ from fpo_mlx.pairs.summary import self_agreement
 
 
 def pairs_rate(
-    candidates: Path, output: Path, *, per_prompt: int = 1, seed: int = 0, port: int = 0,
-    opened: Callable[[str], None],
+    candidates: Path, output: Path, *, per_prompt: int = 1, seed: int = 0, keep_cut: bool = False,
+    port: int = 0, opened: Callable[[str], None],
 ) -> dict[str, int]:  # fmt: skip
     """Serve the page until it is stopped; gives the votes, and how often the person agreed twice.
 
@@ -25,7 +25,7 @@ def pairs_rate(
         raise ConfigError(
             f"the page needs the package {error.name}: run `{pip_install('starlette', 'uvicorn')}`."
         ) from error
-    rating = Rating(candidates, output, per_prompt=per_prompt, seed=seed)
+    rating = Rating(candidates, output, per_prompt=per_prompt, seed=seed, keep_cut=keep_cut)
     try:
         serve(rating, port=port, opened=opened)
     finally:

@@ -188,7 +188,8 @@ def _round(
     judge, build = parts
     candidates = _answers(settings, folder, adapter, settings.prompts, "candidates", say, number)
     verdicts = folder / "verdicts.jsonl"
-    judged = pairs_judge(judge, candidates=candidates, output=verdicts, say=say)
+    asked = replace(judge, keep_cut=judge.keep_cut or build.keep_cut)
+    judged = pairs_judge(asked, candidates=candidates, output=verdicts, say=say)
     if not (folder / "pairs" / ABOUT).exists():
         build = replace(build, judge_name=build.judge_name or judged.judge)
         pairs_build(
@@ -352,7 +353,8 @@ def _against(
                 if name not in there:
                     writer.append(Candidates(name, one.get(id).prompt, answers).as_dict())
     verdicts = folder / "versus-verdicts.jsonl"
-    judge = replace(judge, against_reference=False)  # no answer of a person's is among them
+    # no answer of a person's is among them, and all that both said counts
+    judge = replace(judge, against_reference=False, keep_cut=True)
     asked = pairs_judge(judge, candidates=versus, output=verdicts, say=say).judge
     found = (v for v in read_verdicts(verdicts).values() if v.judge == asked)
     for name, group in by_prompt(found).items():

@@ -348,6 +348,20 @@ def test_a_round_s_pairs_are_those_of_the_judge_that_was_just_asked(
     assert asked == [own or judge_name(f"{tmp_path / 'grade.py'}:grade")]
 
 
+@pytest.mark.parametrize("build", [{}, {"keep_cut": True}])
+def test_what_a_round_builds_of_is_judged(place, tmp_path, monkeypatch, build):
+    """A model is not asked about answers that were cut, unless they may make pairs."""
+    module, asked = importlib.import_module("fpo_mlx.pipeline.rounds"), []
+
+    def stop(settings, **_):
+        asked.append(settings.keep_cut)
+        raise DataError("enough")
+
+    monkeypatch.setattr(module, "pairs_judge", stop)
+    refused(run("rounds", "-c", write(place, tmp_path, rounds=1, build=build)), 3, "enough")
+    assert asked == [bool(build)]
+
+
 def begun(tmp_path, **train):
     """Rounds with these settings of training are begun, or gone on with; what is said."""
     rounds, said = importlib.import_module("fpo_mlx.pipeline.rounds"), []
