@@ -39,6 +39,10 @@ ABOUT = PAIRS_FILE  # beside the rows: settings and figures
 MADE = Made("a set of pairs", r"(train|valid|test)\.jsonl|pairs\.json", whole=True, mark=ABOUT)
 
 
+class TooFewPairs(DataError):
+    """None, or fewer than are asked for."""
+
+
 @dataclass(frozen=True)
 class BuildReport:
     """left: what makes no pair, by reason; longer_share: of pairs, the longer answer chosen.
@@ -76,7 +80,7 @@ def pairs_build(
 
     reward: judges first, as `pairs_judge` does, into a file beside the candidates.
 
-    Raises: ConfigError, DataError (fewer than 30 pairs among it, or none with `force`); FpoError.
+    Raises: ConfigError, TooFewPairs (none, or fewer than 30 without `force`), DataError; FpoError.
     """
     own = candidates.with_name(f"{candidates.stem}-rewards.jsonl")
     inputs = [candidates, *verdicts, *([own] if reward else [])]
@@ -100,7 +104,7 @@ def pairs_build(
     )
     report = _report(pairs, splits, found, left, settings, judges)
     if not pairs or (len(pairs) < FEWEST and not settings.force):
-        raise DataError(_too_few(len(pairs), len(found), left))
+        raise TooFewPairs(_too_few(len(pairs), len(found), left))
     _write(pairs, splits, settings, report, output, claim)
     _check(output, say)
     return report
@@ -112,7 +116,8 @@ def _too_few(pairs: int, prompts: int, left: Left) -> str:
     way = "answer more prompts, or judge more of them"
     if left.counts.get(ALONE):
         way = "answer each prompt several times (`pairs generate --n 4`, to a new --output)"
-    way += "; --force writes these" if pairs else ""
+    force = "--force (in a file of rounds `build: {force: true}`)"
+    way += f"; {force} writes these" if pairs else ""
     return (
         f"{pairs} pairs from {prompts} prompts are too few to learn from ({why}). "
         f"Wanted {FEWEST}: {way}."

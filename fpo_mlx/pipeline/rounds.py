@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fpo_mlx.config import RunConfig, load_config, load_section, named
+from fpo_mlx.config import RunConfig, load_config, load_section
 from fpo_mlx.errors import ConfigError, DataError, FpoError, Interrupted
 from fpo_mlx.intervals import of_groups
 from fpo_mlx.pairs.labels import by_prompt, labels_of
@@ -27,10 +27,11 @@ from fpo_mlx.pairs.records import (
 )
 from fpo_mlx.pairs.settings import BuildConfig, GenerateConfig, JudgeConfig, RoundsConfig
 from fpo_mlx.pipeline.job import Say, check_sae_named, open_saes
-from fpo_mlx.pipeline.pairs_build import ABOUT, pairs_build
+from fpo_mlx.pipeline.pairs_build import ABOUT, TooFewPairs, pairs_build
 from fpo_mlx.pipeline.pairs_generate import pairs_generate
 from fpo_mlx.pipeline.pairs_judge import check_judge, pairs_judge
 from fpo_mlx.pipeline.report import verdict
+from fpo_mlx.pipeline.rounds_settings import same_settings
 from fpo_mlx.pipeline.train import Stop, Stopping, train
 from fpo_mlx.pipeline.wins import SIDES, unjudged
 from fpo_mlx.records import ROUND_FILE
@@ -40,19 +41,7 @@ from fpo_mlx.train.events import Report
 
 Show = Callable[[Report], None]
 DONE = ROUND_FILE
-ROUNDS = outputs.Made("rounds", r"round-\d+/|settings\.json", mark="settings.json")
 DRIFT = "logps_per_token/chosen_change"
-ANY = ("round-*/*.jsonl",)
-PLACES = ("model", "prompts", "held_out", "output")
-MADE_WITH = {  # what each setting has a part in; ANY of those that are not here
-    "prompts": ("round-*/candidates.jsonl",),
-    "judge": ("round-*/*verdicts.jsonl",),
-    "build": ("round-*/pairs",),
-    "keep_old": ("round-*/data", "round-*/adapters/checkpoint"),
-    # before it has a state, a run begins anew
-    "train": ("round-*/adapters/checkpoint/state.safetensors", f"round-*/{DONE}"),
-    "max_drift": (f"round-*/{DONE}",),
-}
 
 
 @dataclass(frozen=True)
@@ -76,23 +65,32 @@ def rounds(
 ) -> list[Round]:  # fmt: skip
     """Run the rounds that the YAML file describes; a stopped run goes on at the step it was in.
 
-    They end early when the held-out win rate's interval is not above 50 %, or drift passes
-    max_drift. show: gets each report of a training. stopping: ends a round's training after the
-    update in work, all of it saved. Raises: ConfigError, Interrupted, and whatever the steps raise.
+    They end early when the held-out win rate's interval is not above 50 %, drift passes max_drift,
+    or a round after the first has too few pairs. show: gets each report of a training. stopping:
+    ends a round's training after the update in work, all of it saved.
+
+    Raises: ConfigError, Interrupted, and whatever the steps raise.
     """
     settings = load_section(RoundsConfig, {}, path)
     parts = _check(settings, say)
     root, found = Path(settings.output), []
-    _same_settings(root, settings, say)
+    same_settings(root, settings, say)
     held_out = _answers(settings, root / "round-0", None, settings.held_out, "held-out", say)
     adapter: Path | None = None
     for number in range(1, settings.rounds + 1):
         folder = root / f"round-{number}"
         say(f"--- round {number} of {settings.rounds}, in {folder}")
         training = partial(_train, say=say, show=show, stopping=stopping)
-        found.append(_round(settings, parts, number, folder, adapter, held_out, say, training))
+        try:
+            one = _round(settings, parts, number, folder, adapter, held_out, say, training)
+        except TooFewPairs as error:
+            if not found:
+                raise
+            say(f"round {number - 1} is the last: the next one has too few pairs. {error}")
+            break
+        found.append(one)
         adapter, held_out = folder / "adapters", folder / "held-out.jsonl"
-        if why := _end(found[-1], settings):
+        if why := _end(one, settings):
             say(f"round {number} is the last: {why}")
             break
     files.write_json(root / "rounds.json", [asdict(one) for one in found])
@@ -133,49 +131,6 @@ def _check_held_out(held_out: Path, prompts: Path, say: Say) -> None:
             f"warning: {both} of the {count} prompts of {held_out} are among those of {prompts}, "
             "which are trained on: on these a win rate says little. Take them out of one file"
         )
-
-
-def _same_settings(root: Path, settings: RoundsConfig, say: Say) -> None:
-    """What was made with other settings is not gone on with; more rounds may be asked for.
-
-    Of `train` that holds for what a resumed run may not change, or nothing would get past a guard.
-    """
-    now, path = {**asdict(settings), "rounds": None}, root / "settings.json"
-    if path.exists():
-        before = files.parse_json(path.read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(now))
-        was = before if isinstance(before, dict) else {}
-        changed = [k for k in {**now, **was} if k not in was or not _alike(k, was[k], now.get(k))]
-        if any(_is_made(root, name) for name in changed):
-            raise ConfigError(
-                f"{root} was begun with other settings ({', '.join(changed)}). Name another "
-                "output, or give the settings it was begun with."
-            )
-        if was.get("train") != now["train"] and _is_made(root, "train"):
-            say("train has other settings now; a round that is done stays as it is")
-        if now != was:
-            files.write_json(path, now)
-    else:
-        inputs = (settings.model, settings.prompts, settings.held_out)
-        outputs.claim_folder(root, "output", ROUNDS, inputs=inputs)
-        files.write_json(path, now)
-
-
-def _is_made(root: Path, name: str) -> bool:
-    """Whether there is anything that this setting had a part in; else it may still be mended."""
-    there = (path for pattern in MADE_WITH.get(name, ANY) for path in files.listed(root, pattern))
-    return any(path.is_dir() or path.stat().st_size for path in there)
-
-
-def _alike(name: str, one: Any, other: Any) -> bool:
-    """Whether two values of a setting mean the same: of places on disk, one thing however it is
-    spelled; of `train`, without what its --resume takes."""
-    if name in PLACES and len(found := outputs.existing([one, other])) == 2:
-        return outputs.same_place(*found)
-    if name == "train" and isinstance(one, Mapping) and isinstance(other, Mapping):
-        free = {*named("may_change")} - {*named("path")}  # a file's content is not asked here
-        one, other = ({k: v for k, v in part.items() if k not in free} for part in (one, other))
-    return one == other
 
 
 def _round(

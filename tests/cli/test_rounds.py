@@ -24,6 +24,7 @@ from fpo_mlx.pairs.records import HUMAN, read_verdicts  # noqa: E402
 from fpo_mlx.pairs.reward import judge_name  # noqa: E402
 from fpo_mlx.pairs.settings import JudgeConfig, RoundsConfig  # noqa: E402
 from fpo_mlx.pipeline.rounds import _training  # noqa: E402
+from fpo_mlx.pipeline.rounds_settings import same_settings  # noqa: E402
 from fpo_mlx.train.events import SkippedReport, StepReport  # noqa: E402
 
 
@@ -151,6 +152,40 @@ def test_rounds_end_where_nothing_is_won(place, tmp_path):
     assert "round 1 is the last: its answers are not told from" in done.stderr
     (one,) = json.loads((tmp_path / "rounds/rounds.json").read_text())
     assert one["win_rate"] == 0.5  # the same noise, the same answers
+
+
+def test_too_few_pairs_of_a_later_round_end_the_rounds_and_may_be_trained_on(
+    place, tmp_path, monkeypatch
+):
+    """It was an error that named a flag which `rounds` lacks; nothing was written of round 1."""
+    always(monkeypatch)
+    module = importlib.import_module("fpo_mlx.pipeline.rounds")
+    real, build = module.pairs_build, {"keep_cut": True, "near_duplicates": 1.0}
+
+    def enough_at_first(settings, **rest):
+        forced = replace(settings, force="round-1" in str(rest["output"]))
+        return real(forced, **rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "pairs_build", enough_at_first)
+        done = run("rounds", "-c", write(place, tmp_path, rounds=3, build=build))
+    assert done.exit_code == 0, done.stderr
+    for part in ("round 1 is the last", "too few", "`build: {force: true}`"):
+        assert part in done.stderr
+    assert "round-1/adapters" in done.stdout
+    root = tmp_path / "rounds"
+    assert [one["number"] for one in json.loads((root / "rounds.json").read_text())] == [1]
+    assert (root / "report.html").exists()
+    forced = write(place, tmp_path, rounds=2, build=build | {"force": True})
+    done = run("rounds", "-c", forced)
+    assert done.exit_code == 0, done.stderr
+    assert len(json.loads((root / "rounds.json").read_text())) == 2
+    refused(run("rounds", "-c", write(place, tmp_path, build={"keep_cut": True})), 2, "(build)")
+
+
+def test_too_few_pairs_of_the_first_round_are_an_error_that_says_what_rounds_take(place, tmp_path):
+    done = run("rounds", "-c", write(place, tmp_path, build={"keep_cut": True}))
+    refused(done, 3, "too few to learn from", "`build: {force: true}`")
 
 
 @pytest.mark.parametrize(
@@ -364,11 +399,11 @@ def test_what_a_round_builds_of_is_judged(place, tmp_path, monkeypatch, build):
 
 def begun(tmp_path, **train):
     """Rounds with these settings of training are begun, or gone on with; what is said."""
-    rounds, said = importlib.import_module("fpo_mlx.pipeline.rounds"), []
+    said = []
     settings = RoundsConfig(
         model="m", prompts="p", held_out="h", output=str(tmp_path / "rounds"), train=train
     )
-    rounds._same_settings(tmp_path / "rounds", settings, said.append)
+    same_settings(tmp_path / "rounds", settings, said.append)
     return said
 
 

@@ -14,13 +14,14 @@ from tiny_models import tiny_llama
 
 from fpo_mlx.data import read
 from fpo_mlx.data.check import CheckReport
+from fpo_mlx.pipeline import rounds_settings
 from fpo_mlx.pipeline.saes import SAE
 from fpo_mlx.reference import weights
 from fpo_mlx.sae import files as sae_files
 from fpo_mlx.storage import files, limits, lines, outputs
 
-# the package's own names for these are functions
-check, rounds = (import_module(f"fpo_mlx.pipeline.{name}") for name in ("check", "rounds"))
+# the package's own name for it is a function
+check = import_module("fpo_mlx.pipeline.check")
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
 
 
@@ -88,9 +89,9 @@ def test_a_data_folder_with_litter_has_its_own_splits_only(tmp_path):
 
 def test_litter_in_a_round_is_nothing_that_was_made_with_its_settings(tmp_path):
     litter(tmp_path / "round-1", "verdicts.jsonl")
-    assert not rounds._is_made(tmp_path, "judge")
+    assert not rounds_settings._is_made(tmp_path, "judge")
     (tmp_path / "round-1" / "verdicts.jsonl").write_text("{}\n")
-    assert rounds._is_made(tmp_path, "judge")
+    assert rounds_settings._is_made(tmp_path, "judge")
 
 
 def test_litter_is_not_counted_among_the_reports_of_check_that_are_kept(tmp_path, monkeypatch):
@@ -107,9 +108,9 @@ def test_one_file_under_two_names_is_one_setting_of_a_round(tmp_path):
     (tmp_path / "prompts.txt").write_text("Why?")
     os.link(tmp_path / "prompts.txt", tmp_path / "the-same.txt")
     names = [str(tmp_path / name) for name in ("prompts.txt", "the-same.txt", "gone.txt")]
-    assert rounds._alike("prompts", *names[:2])
-    assert not rounds._alike("prompts", *names[1:])
-    assert not rounds._alike("seed", *names[:2])
+    assert rounds_settings._alike("prompts", *names[:2])
+    assert not rounds_settings._alike("prompts", *names[1:])
+    assert not rounds_settings._alike("seed", *names[:2])
 
 
 def test_the_weights_of_an_sae_are_found_beside_litter(tmp_path):
