@@ -56,7 +56,16 @@ def rounds(config, json_path) -> None:
         ]
     )  # fmt: skip
     page = pipeline.rounds_report(root, say)
-    click.echo(f"the last adapters in {root}/round-{found[-1].number}/adapters")
+    click.echo(_best(root, found[-1].number, found[-1].lost))
     if page:
         click.echo(f"all rounds on one page in {page}")
     write_json(json_path, [asdict(one) for one in found])
+
+
+def _best(root: Path, last: int, lost: bool) -> str:
+    """Where the adapters are that are worth taking; a last round that lost has none."""
+    if not lost:
+        return f"the last adapters in {root}/round-{last}/adapters"
+    if last == 1:
+        return f"the model itself is the better one; what lost to it is in {root}/round-1/adapters"
+    return f"the better adapters in {root}/round-{last - 1}/adapters; round {last} lost to them"

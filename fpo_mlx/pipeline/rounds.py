@@ -58,6 +58,10 @@ class Round:
     tokens: float  # mean length of a held-out answer
     drift: float | None  # of the chosen answers' log-prob, nats per token, at the end of training
 
+    @property
+    def lost(self) -> bool:
+        return self.interval[1] < 0.5
+
 
 def rounds(
     path: Path, *, say: Say, show: Show = lambda report: None,
@@ -327,10 +331,13 @@ def _end(one: Round, settings: RoundsConfig) -> str:
     bound, drift = settings.max_drift, one.drift
     if bound is not None and drift is not None and abs(drift) > bound:
         return f"drift {drift:+.3g} nats per token is over max_drift {bound:g}"
-    if one.interval[1] < 0.5:
-        return "its answers lose to those of the round before, whose adapters are the better ones"
+    other, better = "the round before", "whose adapters are the better ones"
+    if one.number == 1:
+        other, better = "the model itself", "which is the better one"
+    if one.lost:
+        return f"its answers lose to those of {other}, {better}"
     if one.interval[0] <= 0.5:
-        return "its answers are not told from those of the round before (50 % is in the interval)"
+        return f"its answers are not told from those of {other} (50 % is in the interval)"
     return ""
 
 

@@ -189,6 +189,31 @@ def test_too_few_pairs_of_the_first_round_are_an_error_that_says_what_rounds_tak
 
 
 @pytest.mark.parametrize(
+    ("number", "rate", "why", "last"),
+    [(1, 0.1, "lose to those of the model itself", "the model itself is the better one"),
+     (2, 0.1, "lose to those of the round before, whose", "the better adapters in ROOT/round-1/"),
+     (1, 0.5, "not told from those of the model itself", "the last adapters in ROOT/round-1/"),
+     (2, 0.9, "", "the last adapters in ROOT/round-2/")],
+)  # fmt: skip
+def test_the_better_adapters_are_named_at_the_end(tmp_path, monkeypatch, number, rate, why, last):
+    """The last ones were, after a round that had lost, too; the model has no adapters."""
+    from fpo_mlx import pipeline
+
+    module = importlib.import_module("fpo_mlx.pipeline.rounds")
+    between = {0.1: (0.0, 0.3), 0.5: (0.4, 0.6), 0.9: (0.7, 1.0)}
+    one = module.Round(number, 40, None, 1.0, 0.0, rate, between[rate], 9.0, None)
+    said = module._end(one, RoundsConfig(model="m", prompts="p", held_out="h"))
+    assert why in said
+    assert bool(why) == bool(said)
+    monkeypatch.setattr(pipeline, "rounds", lambda *_, **__: [one])
+    monkeypatch.setattr(pipeline, "rounds_report", lambda *_: None)
+    done = run("rounds", "-c", write(tmp_path, tmp_path))
+    assert done.exit_code == 0, done.stderr
+    ends = done.stdout.splitlines()[-1]
+    assert ends.startswith(last.replace("ROOT", str(tmp_path / "rounds")))
+
+
+@pytest.mark.parametrize(
     ("changes", "part"),
     [({"held_out": ""}, "held_out is missing"), ({"held_out": "prompts.txt"}, "file of prompts"),
      ({"rounds": 0}, "rounds 0"),
