@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -16,9 +17,10 @@ from command_line import run
 from fpo_mlx import cache
 from fpo_mlx.cache.identity import VERSION
 from fpo_mlx.cli import main
-from fpo_mlx.config import PRESETS, Objective, load_config
+from fpo_mlx.config import PRESETS, Objective, load_config, load_section
 from fpo_mlx.data import parse_row
 from fpo_mlx.judge.feature_report import Change, Found
+from fpo_mlx.pairs.settings import BuildConfig, JudgeConfig, RoundsConfig
 from fpo_mlx.pipeline.feature_page import FeaturePage
 from fpo_mlx.pipeline.pairs_build import BuildReport
 from fpo_mlx.pipeline.rounds import Round
@@ -188,6 +190,24 @@ def test_the_yaml_of_the_docs_is_a_valid_configuration(number, tmp_path):
     assert config.reference.model
     assert config.train.learning_rate == 2e-5
     assert config.train.optimizer_config == {"adamw": {"weight_decay": 0.01}}
+
+
+def test_the_rounds_of_the_docs_train_as_the_study_that_measured_them(tmp_path):
+    """Their file named a fifth of its rate and a fourth of its updates."""
+    (text,) = (block for block in blocks("", TEXTS["docs/pairs.md"]) if "keep_old" in block)
+    path = tmp_path / "rounds.yaml"
+    path.write_text(text, encoding="utf-8")
+    found = load_section(RoundsConfig, {}, path)
+    assert load_section(JudgeConfig, found.judge).reward
+    assert load_section(BuildConfig, found.build).margin
+    study = ast.parse((ROOT / "scripts/studies/pairs_end_to_end.py").read_text(encoding="utf-8"))
+    (measured,) = (
+        ast.literal_eval(node.value) for node in study.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TRAIN"
+    )  # fmt: skip
+    fields = load_config({"model": "m", "data": "d", **found.train})
+    train = {**vars(fields.train), **vars(fields.objective)}
+    assert {name: train[name] for name in measured} == measured
 
 
 def test_the_schedule_and_the_optimizer_of_the_docs_are_taken_by_mlx(tmp_path):
