@@ -47,6 +47,7 @@ CASES: dict[str, list[Any]] = {
     "same response": [{**GOOD, "rejected": "Yes."}],
     "broken text": [{**GOOD, "chosen": "half \ud83d of a pair"}],
     "template": [{**GOOD, "prompt": "R?"}],
+    "template variables": [{**GOOD, "prompt": "R?", "chat_template_kwargs": {"think": False}}],
     "prompt not a prefix": [{**GOOD, "prompt": "R?"}],
     "answer part dropped": [],
     "beyond vocabulary": [],

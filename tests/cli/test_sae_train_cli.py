@@ -642,6 +642,9 @@ class Hub:
     def create_repo(self, repo, exist_ok):
         self.calls.append(("create", repo, exist_ok))
 
+    def list_repo_files(self, repo):
+        return []
+
     def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
         if self.error:
             raise self.error
