@@ -82,7 +82,8 @@ def test_an_adapter_configuration_of_nonsense_is_refused(tmp_path, spoiled):
     "text",
     ["objective: [fpo]", "objective: {a: 1}", "constraint: [kl]", "sae: 7", "sae: [1]",
      "sae: [null]", "seed: 2020-13-45", "alpha: .nan", "epochs: .inf", "epochs: 1e308",
-     "beta: .inf", "model: !!python/object/apply:os.getcwd []", "a: " + DEEP, "alpha: " + "9" * 5000],
+     "beta: .inf", "model: !!python/object/apply:os.getcwd []", "a: " + DEEP,
+     "alpha: " + "9" * 5000],
 )  # fmt: skip
 def test_settings_of_the_wrong_kind_are_refused(tmp_path, text):
     (tmp_path / "run.yaml").write_text(text)
