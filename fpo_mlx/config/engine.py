@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 _INSTEAD = {  # settings of mlx_lm.lora that training has none of
     "train": "leave it out; `fpo-mlx train` trains",
     "test": "leave it out; `fpo-mlx evaluate` judges the test split",
-    "test_batches": "leave it out; `fpo-mlx evaluate --limit` has the number of pairs",
+    "test_batches": "leave it out; `fpo-mlx evaluate` judges all pairs of the split",
     "resume_adapter_file": "write init_adapter, and the folder that the file lies in",
     "mask_prompt": "leave it out; the answers alone are trained on",
     "clear_cache_threshold": "leave it out; nothing takes its place",

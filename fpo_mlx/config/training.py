@@ -92,7 +92,9 @@ class TrainConfig:
         "adapters",
     )
     adapt_above_sae: bool = setting(
-        False, "count --num-layers back from the last block instead", "adapters"
+        False,
+        "adapt what lies behind the SAE, too: --num-layers counts back from the last block",
+        "adapters",
     )
     lora_parameters: dict = setting(
         {}, "rank (8), scale (20.0), dropout (0.0), keys", "adapters", yaml_only=True

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,13 +80,22 @@ def adapted_paths(
     everywhere = {name for block in blocks_of(model) for name, _ in block.named_modules()}
     lost = (wanted or set()) - set(paths) - everywhere  # a hybrid's block has not every layer
     if lost or not paths:
-        there = [name for name, m in blocks_of(model)[deepest].named_modules() if _adaptable(m)]
-        raise ConfigError(
-            f"lora_parameters.keys {sorted(lost or wanted or ())} match no layer of blocks {first} "
-            f"to {deepest}. Only layers of blocks are adapted; those of block {deepest} are "
-            f"{', '.join(sorted(there)[:12])}."
-        )
+        _refuse_keys(model, sorted(lost or wanted or ()), first, deepest)
     return n, paths
+
+
+def _refuse_keys(model: nn.Module, lost: Sequence[str], first: int, deepest: int) -> NoReturn:
+    shown, more = ", ".join(lost[:3]), f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    what = f"lora_parameters.keys: {shown}{more} match no layer of blocks {first} to {deepest}."
+    if set(lost) <= set(block_of(model)):  # full paths, as an adapter_config.json has them
+        raise ConfigError(
+            f"{what} They lie in other blocks: leave them out, or adapt more (--num-layers)."
+        )
+    there = [name for name, m in blocks_of(model)[deepest].named_modules() if _adaptable(m)]
+    raise ConfigError(
+        f"{what} Only layers of blocks are adapted; those of block {deepest} are "
+        f"{', '.join(sorted(there)[:12])}."
+    )
 
 
 def _matching(model: nn.Module, numbers: Iterable[int], wanted: set[str] | None) -> tuple[str, ...]:

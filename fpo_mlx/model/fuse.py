@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from fpo_mlx.errors import ConfigError
-from fpo_mlx.model import adapters, gguf_file
+from fpo_mlx.model import adapters, card, gguf_file
 from fpo_mlx.model.load import dequantize as dequantize_layers
 from fpo_mlx.model.load import read_model
 from fpo_mlx.model.rounding import (
@@ -34,7 +33,6 @@ from fpo_mlx.storage import files
 from fpo_mlx.storage.adapter_files import TEMPLATE, model_template, own_template
 from fpo_mlx.storage.outputs import BESIDE, CODE
 
-CARD, LICENCE = "README.md", ("license", "license_name", "license_link")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -85,7 +83,7 @@ def fuse(
     template = _template(chat_template, adapter_path)
     with files.atomic_folder(save_path, check) as folder:
         _save(folder, path, base, config)
-        _put_card(folder, path, named)
+        card.put(folder, path, named)
         said = _put_template(folder, *template) if template else ""
         if gguf and export:
             gguf_file.write(folder / gguf, export, _saved(folder), folder)
@@ -176,30 +174,7 @@ def _save(folder: Path, base: Path, model: nn.Module, config: dict[str, Any]) ->
     utils.save_model(folder, model, donate_model=True)
     towers = "vision_tower" in getattr(model, "model", {})
     utils.save_config(config, folder / "config.json", keep_vision_config=towers)
-    for pattern in (*BESIDE, CODE):
-        for file in files.listed(base, pattern):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
-
-
-def _put_card(folder: Path, base: Path, named: str | None) -> None:
-    """mlx-lm's card, with what whoever publishes the folder owes: the base, and its licence."""
-    from huggingface_hub import ModelCard
-    from huggingface_hub.repocard import metadata_load
-    from mlx_lm import utils
-
-    utils.create_model_card(folder, None)
-    card = ModelCard.load(folder / CARD)
-    try:
-        theirs = (metadata_load(base / CARD) if (base / CARD).is_file() else None) or {}
-    except Exception:  # somebody's text, and YAML has errors of its own
-        theirs = {}
-    for name in LICENCE:
-        if theirs.get(name):
-            card.data[name] = theirs[name]
-    if named:
-        card.data["base_model"] = named
-    card.save(folder / CARD)
+    card.copy_beside(folder, base, (*BESIDE, CODE))
 
 
 def _saved(folder: Path) -> dict[str, mx.array]:

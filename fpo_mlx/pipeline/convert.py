@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.storage import files, outputs
-from fpo_mlx.storage.hub import resolve_model
+from fpo_mlx.storage.hub import TERMS, local_folder, resolve_model, unpinned
 
 
 def convert(
@@ -29,6 +29,8 @@ def convert(
     quantisation that was not asked for; ModelError when mlx-lm cannot convert the model.
     """
     from mlx_lm.convert import convert as mlx_convert
+
+    from fpo_mlx.model import card
 
     for flag, value in (("--q-bits", q_bits), ("--q-group-size", q_group_size)):
         if value is not None and not quantize:
@@ -57,4 +59,6 @@ def convert(
             raise files.unwritable(mlx_path, error) or ModelError(
                 f"{hf_path} cannot be converted: {error}"
             ) from error
+        card.copy_beside(folder, source, TERMS)
+        card.put(folder, source, None if local_folder(hf_path) else unpinned(hf_path))
     return mlx_path

@@ -78,7 +78,8 @@ MODEL = Made(
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|"
     r"model\.safetensors\.index\.json|ggml-model-(f16|bf16|f32)\.gguf|README\.md|"
     r"tokenizer(_config)?\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|"
-    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)",
+    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)|"
+    r"(LICENSE|NOTICE|USE_POLICY)[^/]*",
     whole=True,
     mark="config.json",
     texts=(("README.md", r"---\n((?!---).*\n)*library_name: mlx\n((?!---).*\n)*---\s*"),),

@@ -248,7 +248,10 @@ def load_state(
 
     own, saved = dict(adapters.parameters(model)), part("adapter")
     if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in saved.items()}:
-        raise ModelError(f"{path} holds other adapters than this run's; check --num-layers.")
+        raise ModelError(
+            f"{path} holds other adapters than this run's; check --num-layers. (A run of an older "
+            "version may have adapters behind the SAE within its block: begin it anew.)"
+        )
     adapters.update(model, saved)
     optimizer.state = tree_unflatten(list(part("optimizer").items()))
     randomness.go_to((high << 32) | low)

@@ -292,8 +292,9 @@ def test_an_uploaded_folder_is_as_it_was_fused(place, tmp_path, monkeypatch):
     assert run(*words, "--overwrite").exit_code == 0
 
 
+TERMS = ("LICENSE", "NOTICE.txt", "USE_POLICY.md")
 BESIDE = ("qwen.tiktoken", "spm.model", "vocab.bpe", "tools.jinja", "tokenizer_x.py",
-          "generation_utils.py", "LICENSE", "NOTICE.txt", "USE_POLICY.md")  # fmt: skip
+          "generation_utils.py", *TERMS)  # fmt: skip
 MINE = ("mine.py", "modeling_mine.py", "my_variant.jinja", "tokenizer_notes.md", "vocab.csv",
         "mine.model", "mine.tiktoken")  # fmt: skip
 
@@ -307,7 +308,7 @@ def from_other_base(command: str, place: Path, base: Path, out: Path) -> list[ob
 
 
 @pytest.mark.parametrize(
-    ("command", "copied"), [("fuse", BESIDE), ("convert", ("generation_utils.py",))]
+    ("command", "copied"), [("fuse", BESIDE), ("convert", ("generation_utils.py", *TERMS))]
 )
 def test_a_folder_is_replaced_with_all_that_it_has_from_its_base(place, tmp_path, command, copied):
     words = from_other_base(command, place, tmp_path / "base", tmp_path / "out")
@@ -315,6 +316,22 @@ def test_a_folder_is_replaced_with_all_that_it_has_from_its_base(place, tmp_path
     assert {*copied} <= {path.name for path in (tmp_path / "out").iterdir()}
     done = run(*words, "--overwrite")
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("command", ["fuse", "convert"])
+def test_licence_files_of_another_base_are_replaced(place, tmp_path, command):
+    """They were taken for the user's own where the next base has none."""
+    out = tmp_path / "out"
+    shutil.copytree(place / "model", tmp_path / "base")
+    for name in TERMS:
+        (tmp_path / "base" / name).write_text("terms")
+    words = words_of(command, place, out)
+    of_base = [tmp_path / "base" if word == place / "model" else word for word in words]
+    assert run(*of_base).exit_code == 0
+    assert {*TERMS} <= {path.name for path in out.iterdir()}
+    done = run(*words, "--overwrite")
+    assert done.exit_code == 0, done.output
+    assert not {*TERMS} & {path.name for path in out.iterdir()}
 
 
 @pytest.mark.parametrize("name", MINE)
