@@ -140,14 +140,13 @@ def _named(given: Sequence[Verdict], settings: BuildConfig) -> dict[str, list[Ve
     known = {verdict.key: verdict for verdict in given}
     if settings.judge_name:
         judges = sorted({v.judge for v in known.values()})
-        wanted = {settings.judge_name, PERSON}
-        if settings.reward_augmented:  # a person's own text has no score to ask for
-            wanted.remove(PERSON)
+        # a person's own text has no score to ask for
+        wanted = {settings.judge_name} | (set() if settings.reward_augmented else {PERSON})
         known = {key: v for key, v in known.items() if v.judge in wanted}
-        if settings.judge_name not in judges:
+        if judges and settings.judge_name not in judges:
             raise ConfigError(
                 f"--judge-name {settings.judge_name}: no verdict of that name; found "
-                f"{', '.join(judges) or 'none'}."
+                f"{', '.join(judges)}."
             )
     return by_prompt(known.values())
 

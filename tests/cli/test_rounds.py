@@ -183,6 +183,28 @@ def test_too_few_pairs_of_a_later_round_end_the_rounds_and_may_be_trained_on(
     refused(run("rounds", "-c", write(place, tmp_path, build={"keep_cut": True})), 2, "(build)")
 
 
+def test_a_later_round_whose_answers_are_all_alike_ends_the_rounds_with_the_one_before(
+    place, tmp_path, monkeypatch
+):
+    """Nothing was judged, and the judge that gave no verdict was missed as a --judge-name."""
+    always(monkeypatch)
+    module = importlib.import_module("fpo_mlx.pipeline.rounds")
+    real = module.pairs_generate
+
+    def alike_later(settings, *, output, **rest):
+        real(settings, output=output, **rest)
+        if output.name == "candidates.jsonl" and "round-2" in str(output):
+            rows = [json.loads(line) for line in output.read_text().splitlines()]
+            candidates(output, {row["prompt"]: ["so"] * 3 for row in rows})
+
+    monkeypatch.setattr(module, "pairs_generate", alike_later)
+    done = run("rounds", "-c", write(place, tmp_path))
+    assert done.exit_code == 0, done.stderr
+    assert "round 1 is the last: the next one has too few pairs. 0 pairs from 12" in done.stderr
+    assert "--judge-name" not in done.stderr
+    assert len(json.loads((tmp_path / "rounds/rounds.json").read_text())) == 1
+
+
 def test_too_few_pairs_of_the_first_round_are_an_error_that_says_what_rounds_take(place, tmp_path):
     done = run("rounds", "-c", write(place, tmp_path, build={"keep_cut": True}))
     refused(done, 3, "too few to learn from", "`build: {force: true}`")

@@ -105,3 +105,13 @@ def test_a_person_s_votes_stand_beside_the_judge_that_is_named(tmp_path):
     assert sorted(chosen) == [("0", 0.0)] * 2 + [("1", 1.0)] * (PROMPTS - 2)
     assert "judges count" not in said
     assert len(built(path, [verdicts], judge_name=PERSON)[0]) == 2
+
+
+def test_a_person_s_votes_may_be_named_for_pairs_that_ask_for_a_score(tmp_path):
+    """They were taken out, though the advice where several judges count is to name one of them."""
+    path = candidates(tmp_path / "c.jsonl", graded(PROMPTS))
+    written(path, "small@00000001", lambda grade: -grade)
+    verdicts = written(path, PERSON, lambda grade: grade)
+    chosen, report, _ = built(path, [verdicts], judge_name=PERSON, reward_augmented=True)
+    assert [*report.judges] == [PERSON]
+    assert len(chosen) == 2 * PROMPTS
