@@ -65,16 +65,20 @@ def by_prompt(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
     return groups
 
 
-def newest_judges(verdicts: Iterable[Verdict]) -> tuple[list[str], dict[str, str]]:
+def newest_judges(
+    verdicts: Iterable[Verdict], asked: str | None = None
+) -> tuple[list[str], dict[str, str]]:
     """The judges that count, and which of them came in place of each older one of its name.
 
-    A person is none of them. Where no time is known the later line is the newer.
+    A person is none of them. Where no time is known the later line is the newer. asked: the newest
+    of its name, whoever spoke last, for one that is asked again has nothing to add.
     """
     last: dict[str, float] = {}
     for verdict in verdicts:
         if verdict.judge != PERSON:
             last[verdict.judge] = max(last.get(verdict.judge, 0.0), verdict.time or 0.0)
     of_name = {VERSION.sub("", judge): judge for judge in sorted(last, key=last.__getitem__)}
+    of_name |= {VERSION.sub("", asked): asked} if asked in last else {}
     newer = {judge: of_name[VERSION.sub("", judge)] for judge in last}
     return [one for one in last if newer[one] == one], {a: b for a, b in newer.items() if a != b}
 

@@ -88,10 +88,12 @@ def pairs_build(
     output = claim()
     found, left = open_candidates(candidates), Left()
     given = [v for path in verdicts for v in read_verdicts(path).values()]
+    asked = None
     if reward:
-        given += _by_reward(reward, settings, candidates, own, say)
+        judged, asked = _by_reward(reward, settings, candidates, own, say)
+        given += judged
     known = _on_these(found, _named(given, settings), left)
-    known = _of_newest(known, found, left, say)
+    known = _of_newest(known, found, left, say, asked)
     if settings.reward_augmented:
         _check_one_scale(known)
     judges = _judges(known, found)
@@ -126,13 +128,13 @@ def _too_few(pairs: int, prompts: int, left: Left) -> str:
 
 def _by_reward(
     reward: str, settings: BuildConfig, candidates: Path, output: Path, say: Say
-) -> list[Verdict]:
-    """This reward's verdicts; the file keeps those of earlier ones."""
+) -> tuple[list[Verdict], str]:
+    """This reward's verdicts, and its name; the file keeps those of earlier ones."""
     given = {"reward": reward, "against_reference": settings.against_reference}
     asked = load_section(JudgeConfig, given)  # which spells ~ out
     judged = pairs_judge(asked, candidates=candidates, output=output, say=say)
     say(f"{judged.written} verdicts of {reward} in {output}")
-    return [v for v in read_verdicts(output).values() if v.judge == judged.judge]
+    return [v for v in read_verdicts(output).values() if v.judge == judged.judge], judged.judge
 
 
 def _named(given: Sequence[Verdict], settings: BuildConfig) -> dict[str, list[Verdict]]:
@@ -163,13 +165,15 @@ def _on_these(
 
 
 def _of_newest(
-    known: dict[str, list[Verdict]], found: CandidateFile, left: Left, say: Say
-) -> dict[str, list[Verdict]]:
+    known: dict[str, list[Verdict]], found: CandidateFile, left: Left, say: Say,
+    asked: str | None,
+) -> dict[str, list[Verdict]]:  # fmt: skip
     """Without judges of which there is a newer version: it was to be another. Says who counts."""
     there = (v for id, group in known.items() if id in found.offsets for v in group)
-    judges, older = newest_judges(there)
+    judges, older = newest_judges(there, asked)
     for old, new in older.items():
-        say(f"{old} is left out: the newest of this name counts, {new} (else --judge-name {old})")
+        who = "the one of --reward" if new == asked else "the one that judged last"
+        say(f"{old} is left out: of this name {who} counts, {new} (else --judge-name {old})")
     if len(judges) > 1:
         say(
             f"{len(judges)} judges count, {', '.join(judges)}: more than half of those that judged "
@@ -177,7 +181,7 @@ def _of_newest(
         )
     verdicts = [v for group in known.values() for v in group]
     kept = [v for v in verdicts if v.judge not in older]
-    left.out("verdicts of an older judge of the same name", len(verdicts) - len(kept))
+    left.out("verdicts of another judge of the same name", len(verdicts) - len(kept))
     return by_prompt(kept)
 
 

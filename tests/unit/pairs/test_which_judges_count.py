@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from judges import candidates, graded
 
 from fpo_mlx.pairs.records import PERSON, Verdict, open_candidates
@@ -29,14 +30,15 @@ def written(path, judge, score, *, time=None, only=None):
     return path.with_name("v.jsonl")
 
 
-def built(path, verdicts, **settings):
+def built(path, verdicts, reward=None, **settings):
     """(last words of the chosen answers and their scores, report, what was said)."""
     said = []
     config = BuildConfig(valid_share=0.0, near_duplicates=1.0, force=True, **settings)
     output = path.with_name("pairs")
     report = pairs_build(
-        config, candidates=path, verdicts=verdicts, output=output, overwrite=True, say=said.append
-    )
+        config, candidates=path, verdicts=verdicts, reward=reward, output=output, overwrite=True,
+        say=said.append,
+    )  # fmt: skip
     rows = [json.loads(line) for line in (output / "train.jsonl").read_text().splitlines()]
     chosen = [(row["chosen"][0]["content"].split()[-1], row["score_chosen"]) for row in rows]
     return chosen, report, "\n".join(said)
@@ -52,8 +54,8 @@ def test_a_reward_that_was_mended_is_not_outvoted_by_what_it_said_before(tmp_pat
     chosen, report, said = built(path, [tmp_path / "v.jsonl"])
     assert chosen == [("1", 1.0)] * PROMPTS
     assert [*report.judges] == [judged.judge]
-    assert report.left["verdicts of an older judge of the same name"] == PROMPTS
-    assert f"the newest of this name counts, {judged.judge}" in said
+    assert report.left["verdicts of another judge of the same name"] == PROMPTS
+    assert f"of this name the one that judged last counts, {judged.judge}" in said
     assert "--judge-name" in said
 
 
@@ -67,7 +69,26 @@ def test_the_newest_of_a_name_is_the_one_that_spoke_last_on_these_answers(tmp_pa
     assert built(path, [verdicts])[0] == [("1", 1.0)] * PROMPTS
     chosen, _, said = built(path, [verdicts], judge_name="reward:grade@00000001")
     assert chosen == [("0", 0.0)] * PROMPTS
-    assert "newest" not in said
+    assert "of this name" not in said
+
+
+@pytest.mark.parametrize("chosen", [None, "the other"])
+def test_the_reward_that_build_is_given_counts_though_another_version_judged_last(tmp_path, chosen):
+    """It had nothing new to say, so it was left out for the one that it had taken the place of."""
+    path, reward = candidates(tmp_path / "c.jsonl", graded(PROMPTS)), tmp_path / "my.py"
+    asked, other, names = f"{reward}:grade", tmp_path / "v.jsonl", []
+    for factor, output in ((1, tmp_path / "c-rewards.jsonl"), (-5, other), (1, None)):
+        reward.write_text(f"def grade(prompt, answer):\n    return {factor} * int(answer[-1])\n")
+        if output:
+            words = {"candidates": path, "output": output, "say": print}
+            names.append(pairs_judge(JudgeConfig(reward=asked), **words).judge)
+    named = names[1] if chosen else None  # which counts before --reward
+    best, report, said = built(path, [other], reward=asked, judge_name=named)
+    assert best == ([("0", 0.0)] if chosen else [("1", 1.0)]) * PROMPTS
+    assert [*report.judges] == [named or names[0]]
+    if not chosen:
+        line = f"{names[1]} is left out: of this name the one of --reward counts, {names[0]}"
+        assert line in said
 
 
 def test_verdicts_without_a_time_are_as_new_as_they_stand_in_the_file(tmp_path):
