@@ -16,6 +16,8 @@ from fpo_mlx.pairs.labels import Label
 from fpo_mlx.pairs.records import HUMAN, Candidates
 from fpo_mlx.pairs.settings import BuildConfig
 
+CUT = "an answer cut by length"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -92,9 +94,10 @@ def pairs_of(
 
 def _fits(pair: Pair, found: Candidates, settings: BuildConfig, left: Left) -> bool:
     numbers = [n for side in ("chosen", "rejected") if (n := pair.source[side]) is not None]
-    whole = settings.keep_cut or pair.source["chosen"] is None  # a person's own text has an end
+    own = pair.source["chosen"] is None and not settings.reward_augmented
+    whole = settings.keep_cut or own  # a person's text has an end; turned, the cut one is chosen
     if not whole and any(found.candidates[n].cut for n in numbers):
-        left.out("an answer cut by length")
+        left.out(CUT)
     elif not pair.chosen.strip() or not pair.rejected.strip():
         left.out("an empty answer")
     elif pair.chosen.strip() == pair.rejected.strip():

@@ -16,8 +16,10 @@ from fpo_mlx.pairs.choose import Left, Pair
 from fpo_mlx.pairs.doubles import finder
 from fpo_mlx.pairs.labels import by_prompt, labels_of, newest_judges
 from fpo_mlx.pairs.records import (
+    HUMAN,
     PERSON,
     CandidateFile,
+    Candidates,
     Verdict,
     on_these,
     open_candidates,
@@ -35,6 +37,9 @@ from fpo_mlx.storage.outputs import Made, claim_folder
 
 FEWEST = 30
 ALONE = "a prompt with one answer, which has none to be better than"
+UNJUDGED = "a prompt without verdicts"
+CUT = f"{UNJUDGED}, with fewer than two answers that were not cut"
+ALIKE = f"{UNJUDGED}, whose answers are all equal"
 ABOUT = PAIRS_FILE  # beside the rows: settings and figures
 MADE = Made("a set of pairs", r"(train|valid|test)\.jsonl|pairs\.json", whole=True, mark=ABOUT)
 
@@ -115,15 +120,28 @@ def pairs_build(
 def _too_few(pairs: int, prompts: int, left: Left) -> str:
     """Why, and what to do: no judging helps a prompt that has one answer."""
     why = ", ".join(f"{n} × {reason}" for reason, n in left.counts.items()) or "no verdicts"
-    way = "answer more prompts, or judge more of them"
-    if left.counts.get(ALONE):
-        way = "answer each prompt several times (`pairs generate --n 4`, to a new --output)"
+    way = _way(left.counts)
     force = "--force (in a file of rounds `build: {force: true}`)"
     way += f"; {force} writes these" if pairs else ""
     return (
         f"{pairs} pairs from {prompts} prompts are too few to learn from ({why}). "
         f"Wanted {FEWEST}: {way}."
     )
+
+
+def _way(left: Mapping[str, int]) -> str:
+    if left.get(ALONE):
+        return "answer each prompt several times (`pairs generate --n 4`, to a new --output)"
+    ways, cut = ["answer more prompts"], left.get(CUT) or left.get(choose.CUT)
+    if cut:
+        ways.append("let answers end (`pairs generate`, a larger `--max-tokens`, a new --output)")
+        ways.append(
+            "keep cut ones (`--keep-cut` of both `pairs judge` and `pairs build`, in a file of "
+            "rounds `build: {keep_cut: true}`)"
+        )
+    if left.get(UNJUDGED) or not cut:
+        ways.append("judge more of them")
+    return ", or ".join(ways)
 
 
 def _by_reward(
@@ -212,8 +230,7 @@ def _choose(
     pairs = []
     for one in found:
         if one.id not in verdicts:
-            alone = len(one.candidates) < 2
-            left.out(ALONE if alone else "a prompt without verdicts")
+            left.out(_unjudged(one, settings))
             continue
         for pair in choose.pairs_of(one, labels_of(verdicts.pop(one.id)), settings, left):
             if not is_new((one.prompt.text, pair.chosen, pair.rejected)):
@@ -225,6 +242,16 @@ def _choose(
     lost = sum(map(len, verdicts.values()))
     left.out("verdicts on prompts that are not among the candidates", lost)
     return pairs
+
+
+def _unjudged(one: Candidates, settings: BuildConfig) -> str:
+    """Why nobody judged this prompt's answers."""
+    sides = [c for c in one.candidates if settings.against_reference or c.model != HUMAN]
+    if len(sides) < 2:
+        return ALONE
+    if sum(not c.cut for c in sides) < 2:
+        return CUT
+    return ALIKE if len({c.text.strip() for c in sides}) < 2 else UNJUDGED
 
 
 def _report(

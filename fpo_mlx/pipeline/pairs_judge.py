@@ -99,7 +99,8 @@ def pairs_judge(
     if cut:
         say(
             f"{cut} answers were cut at --max-tokens and are not judged, since `pairs build` leaves"
-            " them out; --keep-cut, there too, takes them in"
+            " them out; --keep-cut, there too (in a file of rounds `build: {keep_cut: true}`), "
+            "takes them in"
         )
     return JudgeReport(written, len(done), judges_of(output, found, votes), name)
 

@@ -201,6 +201,7 @@ def test_a_later_round_whose_answers_are_all_alike_ends_the_rounds_with_the_one_
     done = run("rounds", "-c", write(place, tmp_path))
     assert done.exit_code == 0, done.stderr
     assert "round 1 is the last: the next one has too few pairs. 0 pairs from 12" in done.stderr
+    assert "12 × a prompt without verdicts, whose answers are all equal" in done.stderr
     assert "--judge-name" not in done.stderr
     assert len(json.loads((tmp_path / "rounds/rounds.json").read_text())) == 1
 

@@ -111,6 +111,49 @@ def test_a_person_s_own_text_stands_beside_a_cut_answer_that_it_beats(tmp_path):
     assert pairs_of(one, [Label(0, 1, "a", person=True)], BuildConfig(), left) == []
 
 
+def test_no_cut_answer_beside_a_person_s_own_text_is_asked_for_by_its_score(tmp_path):
+    """The turned row trained it as the chosen one."""
+    one = next(iter(open_candidates(with_cut(tmp_path / "c.jsonl", 1, n=2))))
+    own = Label(0, 1, "both_bad", edited="mine", person=True)
+    for keep_cut, rejected in (
+        (False, ["answer 0 of grade 0"]),
+        (True, ["answer 0 of grade 0", "answer 0 of grade 1"]),
+    ):
+        settings = BuildConfig(per_prompt=2, reward_augmented=True, keep_cut=keep_cut)
+        assert sorted(p.rejected for p in pairs_of(one, [own], settings, Left())) == rejected
+
+
+def test_prompts_whose_answers_were_cut_are_told_what_helps_them(tmp_path):
+    """They were "without verdicts", to be judged; no judge is asked about them."""
+    path, out = with_cut(tmp_path / "c.jsonl", 0, 1), tmp_path / "v.jsonl"
+    with endpoint(better) as (url, seen):
+        judge = JudgeConfig(judge_url=url, judge_model="stub")
+        pairs_judge(judge, candidates=path, output=out, say=print)
+        assert not seen
+    words = ["pairs", "build", path, "--verdicts", out, "--output", tmp_path / "pairs"]
+    done = run(*words)
+    refused(done, 3, "4 × a prompt without verdicts, with fewer than two answers that were not cut")
+    refused(done, 3, "larger `--max-tokens`", "`--keep-cut` of both", "build: {keep_cut: true}")
+    assert "judge more" not in done.stderr
+
+
+def test_cut_answers_that_a_reward_judged_are_told_what_helps_them(tmp_path):
+    path, reward = with_cut(tmp_path / "c.jsonl", 0, 1), tmp_path / "my.py"
+    reward.write_text("def grade(prompt, answer):\n    return int(answer[-1])\n")
+    words = ["pairs", "build", path, "--reward", f"{reward}:grade", "--output", tmp_path / "pairs"]
+    done = run(*words)
+    refused(done, 3, "an answer cut by length", "larger `--max-tokens`", "--keep-cut")
+    assert "judge more" not in done.stderr
+
+
+def test_the_line_on_cut_answers_says_what_a_file_of_rounds_takes(tmp_path):
+    path, said = with_cut(tmp_path / "c.jsonl", 1), []
+    with endpoint(better) as (url, _):
+        judge = JudgeConfig(judge_url=url, judge_model="stub")
+        pairs_judge(judge, candidates=path, output=tmp_path / "v.jsonl", say=said.append)
+    assert "`build: {keep_cut: true}`" in said[-1]
+
+
 def test_rounds_compare_held_out_answers_that_were_cut(tmp_path):
     """All of them ended in a tie of answers that nobody was asked about."""
     rounds = importlib.import_module("fpo_mlx.pipeline.rounds")
