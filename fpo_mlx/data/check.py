@@ -24,6 +24,7 @@ from fpo_mlx.data.inspect import Inspected, inspect
 from fpo_mlx.data.read import SPLITS
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns
 from fpo_mlx.data.tokenize import Tokenizer, truncate_pairs
+from fpo_mlx.data.variables import Asked
 from fpo_mlx.records import TokenPair
 from fpo_mlx.storage import files
 
@@ -96,12 +97,14 @@ def check_data(
     usable: dict[str, list[Seen]] = {name: [] for name in _in_order(splits)}
     records: dict[str, list[Any]] = {name: [] for name in usable}
     totals = dict.fromkeys(usable, 0)
-    done = 0
+    asked, done = Asked(), 0
     for name, rows in usable.items():
         for item in inspect(splits[name], name, tokenizer, columns):
             each(name, item)
             findings += item.findings
+            asked.refuse(item.fault)
             if item.row is not None:
+                asked.take(item.row.variables)
                 rows.append(seen(item.row, item.pair))
                 records[name].append(item.raw.record if keep_clean else None)
             if item.pair is not None and max_seq_length is not None:
@@ -110,6 +113,7 @@ def check_data(
             done += 1
             if progress is not None:
                 progress(done)
+    findings = asked.findings(findings)
     for name, rows in usable.items():
         findings += repeats(name, rows)
         findings += length_bias(name, [row.lengths for row in rows])

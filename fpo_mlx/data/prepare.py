@@ -29,6 +29,7 @@ from fpo_mlx.data.read import AUTO_SPLITS, HubSplits
 from fpo_mlx.data.rows import DEFAULT_COLUMNS, Columns
 from fpo_mlx.data.token_store import Stored
 from fpo_mlx.data.tokenize import Tokenizer, refusal
+from fpo_mlx.data.variables import Asked
 from fpo_mlx.errors import FpoError
 from fpo_mlx.records import TokenPair
 from fpo_mlx.storage import files
@@ -169,7 +170,7 @@ def _made(
         if progress is not None:
             progress(found.done)
     if found.faults:
-        raise refusal(f"{source} ({split})", found.faults, found.done)
+        raise refusal(f"{source} ({split})", found.faults, found.done, found.asked)
     return found.made()
 
 
@@ -180,6 +181,7 @@ class _Gathered:
         self.done = self._at = 0
         self.places: list[token_store.Place] = []
         self.faults: list[tuple[str, RowFault]] = []
+        self.asked = Asked()
         self._split, self._sink = split, sink
         self._known: list[Seen] = []
         self._findings: list[Finding] = []
@@ -190,6 +192,7 @@ class _Gathered:
             if item.fault is not None:
                 self.faults.append((item.raw.where, item.fault))
             return
+        self.asked.take(item.row.variables)
         if self.faults:
             return  # only what else is wrong is wanted now
         self._findings += item.findings

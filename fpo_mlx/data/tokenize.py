@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from fpo_mlx.data import faithful
-from fpo_mlx.data.layouts import VARIABLES
 from fpo_mlx.data.messages import RowFault, ways_on
 from fpo_mlx.data.rows import PreferenceRow, Turns
+from fpo_mlx.data.variables import Asked, Varied, other_text
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.records import NO_FACTS, TokenPair
 
 BATCH = 256  # rows whose texts are encoded in one call
 
 
-class Tokenizer(Protocol):
+class Tokenizer(Varied, Protocol):
     """What is needed of a tokenizer; `fpo_mlx.data.tokenizer.ChatTokenizer` is one."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
-    @property
-    def template_kwargs(self) -> Mapping[str, Any]: ...
     @property
     def control_tokens(self) -> tuple[str, ...]: ...
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
@@ -177,10 +175,11 @@ def tokenize_batch(
 
 def _rendered(row: PreferenceRow, tokenizer: Tokenizer) -> tuple[str, str, str] | RowFault:
     """The texts of the prompt and of both conversations."""
-    if row.variables and (fault := _other_variables(row.variables, tokenizer.template_kwargs)):
+    texts = partial(_texts, row, row.prompt)
+    if row.variables and (fault := other_text(row.variables, tokenizer, texts)):
         return fault
     try:
-        return _texts(row, row.prompt, tokenizer)
+        return texts(tokenizer)
     except DataError as error:
         return RowFault("template", f"{error}{_without_system(row, tokenizer)}")
 
@@ -205,18 +204,6 @@ def _without_system(row: PreferenceRow, tokenizer: Tokenizer) -> str:
         return ""
     return (
         f"; without its {first} message the row is taken: put those words before the user's first"
-    )
-
-
-def _other_variables(own: Mapping[str, Any], ours: Mapping[str, Any]) -> RowFault | None:
-    """Of a row that asks for other variables of the template than all rows are rendered with."""
-    if all(name in ours and ours[name] == value for name, value in own.items()):
-        return None
-    whole = json.dumps({**ours, **own}, ensure_ascii=False)
-    return RowFault(
-        "template variables",
-        f"{VARIABLES} is {dict(own)}, and the run has {dict(ours)} for all rows. Give "
-        f"--chat-template-args '{whole}', or take the column out",
     )
 
 
@@ -338,8 +325,17 @@ def _response(
     return list(whole[len(prompt) :])
 
 
-def refusal(source: str, faults: Sequence[tuple[str, DataError]], rows: int) -> DataError:
-    """What is said of a source some of whose rows cannot be used: all of them are named."""
+def refusal(
+    source: str, faults: Sequence[tuple[str, DataError]], rows: int, asked: Asked | None = None
+) -> DataError:
+    """What is said of a source some of whose rows cannot be used: all of them are named.
+
+    asked: what the rows that can be used ask for.
+    """
+    asked = asked or Asked()
+    for _, fault in faults:
+        asked.refuse(fault)
+    faults = asked.faults(faults)
     if any(isinstance(fault, PrefixFault) for _, fault in faults):
         return gathered(faults, rows)
     ways = ways_on([fault for _, fault in faults])

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -147,6 +147,16 @@ class ChatTokenizer:
         added = {t.content for t in self.raw.added_tokens_decoder.values() if t.special}
         return tuple(sorted(t for t in added | set(self.raw.all_special_tokens) if len(t) > 1))
 
+    def with_variables(self, more: Mapping[str, Any]) -> ChatTokenizer:
+        """The same with more variables for the template, but for those that none mentions.
+
+        Raises ConfigError for a name that is no variable's.
+        """
+        for name in more:
+            _need_variable(name)
+        read = {name: more[name] for name in more if _mentioned(name, self.templates)}
+        return replace(self, template_kwargs={**self.template_kwargs, **read})
+
     def fingerprint(self) -> str:
         """sha256 over vocabulary, templates and their settings: whatever can change the tokens."""
         vocabulary = sorted(self.raw.get_vocab().items(), key=lambda item: (item[1], item[0]))
@@ -228,13 +238,22 @@ def _unused(given: Mapping[str, Any], templates: Mapping[str, str]) -> Iterator[
     Raises: ConfigError for a name that is no variable's.
     """
     for name in given:
-        if name in _TAKEN:
-            raise ConfigError(
-                f"--chat-template-args: {name!r} is set by the command itself. Wanted the "
-                'template\'s own variables, such as {"enable_thinking": false}.'
-            )
-        if not any(re.search(rf"\b{re.escape(name)}\b", text) for text in templates.values()):
+        _need_variable(name, "--chat-template-args: ")
+        if not _mentioned(name, templates):
             yield f"warning: --chat-template-args: the chat template has no variable {name!r}"
+
+
+def _need_variable(name: str, where: str = "") -> None:
+    """Raises ConfigError."""
+    if name in _TAKEN:
+        raise ConfigError(
+            f"{where}{name!r} is set by the command itself. Wanted the template's own variables, "
+            'such as {"enable_thinking": false}.'
+        )
+
+
+def _mentioned(name: str, templates: Mapping[str, str]) -> bool:
+    return any(re.search(rf"\b{re.escape(name)}\b", text) for text in templates.values())
 
 
 def _open(model_path: Path, trust_remote_code: bool) -> Any:

@@ -25,6 +25,7 @@ TEMPLATES = {  # templates that do what a good one does not
     "prompt not a prefix": LATER + "{% endfor %}",
     "no end of turn": "{% for m in messages %}{{ m.content }}{% endfor %}",
     "template": "{{ raise_exception('no such conversation') }}",
+    "template variables": "{{ think }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
     "answer part dropped": "{% for m in messages %}{{ m.content[:3] }}<|im_end|>{% endfor %}",
     "prompt part dropped": "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>"
     "{% endfor %}",

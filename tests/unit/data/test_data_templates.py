@@ -14,6 +14,7 @@ from fpo_mlx.data.answers import answer_tokens
 from fpo_mlx.data.faithful import added_before, lost_of_answer, lost_of_prompt
 from fpo_mlx.data.findings import LEVELS
 from fpo_mlx.data.messages import RowFault
+from fpo_mlx.data.prepare import prepare
 from fpo_mlx.data.tokenizer import VocabularyFault, load_tokenizer
 from fpo_mlx.errors import ConfigError, DataError
 from fpo_mlx.saetrain.texts import read_documents
@@ -179,6 +180,12 @@ def header(folder, **shapes):
 
 
 THINK = {"enable_thinking": False}
+GOOD = {"prompt": "Two and two?", "chosen": "4.", "rejected": "5."}
+
+
+def asking(variables):
+    """The column of a row that asks for variables of the template."""
+    return {"chat_template_kwargs": variables}
 
 
 @pytest.mark.parametrize("given", [THINK, json.dumps(THINK), {**THINK, "other": None}])
@@ -192,6 +199,73 @@ def test_variables_of_the_template_in_a_row_are_refused_where_the_run_has_others
     assert LEVELS[caught.value.kind] == "refused"
     told = made(tmp_path, QWEN3, "told", template_kwargs={**THINK, "more": 1})
     np.testing.assert_array_equal(tokenize_row(one, told).prompt, tokenize_row(row(), told).prompt)
+
+
+MOOD = CHATML + "{{ mood }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "given"),
+    [(CHATML, THINK), (QWEN3, {"enable_thinking": True}), (QWEN3, {"other": 1}), (MOOD, THINK)],
+)
+def test_variables_in_a_row_that_leave_its_text_as_it_is_are_taken(tmp_path, template, given):
+    """Data made for Qwen3 was refused for a model whose template has no such variable."""
+    tokenizer = made(tmp_path, template)
+    pair, same = (tokenize_row(row(**more), tokenizer) for more in (asking(given), {}))
+    for part in ("prompt", "chosen", "rejected"):
+        np.testing.assert_array_equal(getattr(pair, part), getattr(same, part))
+
+
+def test_what_to_give_for_a_row_names_only_what_the_template_reads(tmp_path):
+    with pytest.raises(RowFault, match=r"Give --chat-template-args '\{\"mood\": \"glad\"\}', or"):
+        tokenize_row(row(**asking({"mood": "glad", **THINK})), made(tmp_path, MOOD))
+
+
+def test_a_row_that_the_template_takes_only_with_its_variables_says_to_give_them(tmp_path):
+    needs = "{% if not mood %}{{ raise_exception('no mood') }}{% endif %}" + CHATML
+    with pytest.raises(RowFault, match=r"Give --chat-template-args '\{\"mood\": 1\}', or"):
+        tokenize_row(row(**asking({"mood": 1})), made(tmp_path, needs))
+
+
+def test_a_name_in_a_row_that_no_run_can_give_is_refused_without_saying_to_give_it(tmp_path):
+    with pytest.raises(RowFault, match="chat_template_kwargs: 'tools' is set by the") as caught:
+        tokenize_row(row(**asking({"tools": ["x"]})), made(tmp_path, CHATML))
+    assert "Give" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "refused"),
+    [
+        (QWEN3, [{"enable_thinking": True}, THINK], 1),
+        (MOOD, [{"mood": "glad"}, {"mood": "sad"}], 2),
+    ],
+)
+def test_of_rows_that_ask_for_different_values_none_is_told_to_give_its_own(
+    tmp_path, template, asked, refused
+):
+    """What suited the one had the other refused, back and forth."""
+    tokenizer = made(tmp_path, template)
+    rows = [{**GOOD, "prompt": f"{n}?", **asking(own)} for n, own in enumerate(asked)]
+    raw = [RawRow(one, f"t:{n}", n) for n, one in enumerate(rows)]
+    report = check_data({"train": raw[:1], "valid": raw[1:]}, tokenizer, 512)
+    found = [f.what for f in report.findings if f.kind == "template variables"]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    with pytest.raises(DataError) as caught:
+        prepare(path, "train", tokenizer)
+    assert len(found) == len(caught.value.faults) == refused
+    for what in (*found, *caught.value.faults):
+        assert what.endswith("other rows have other values: take the column out")
+        assert "--chat-template-args" not in what
+
+
+def test_rows_that_all_ask_for_the_same_are_told_what_to_give(tmp_path):
+    rows = [GOOD, {**GOOD, **asking(THINK)}, {**GOOD, **asking({**THINK, "other": 1})}]
+    raw = [RawRow(one, f"t:{n}", n) for n, one in enumerate(rows)]
+    found = check_data({"train": raw}, made(tmp_path, QWEN3), 512).findings
+    said = [f.what for f in found if f.kind == "template variables"]
+    assert len(said) == 2
+    assert all("--chat-template-args '{\"enable_thinking\": false}'" in what for what in said)
 
 
 @pytest.mark.parametrize("given", [None, {}, "", {"enable_thinking": None}])
