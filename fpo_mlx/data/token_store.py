@@ -24,7 +24,7 @@ from fpo_mlx.data.findings import LEVELS, Kind
 from fpo_mlx.records import PairFacts, TokenPair
 from fpo_mlx.storage import files
 
-FORMAT = 2
+FORMAT = 3  # also raised where a rule changes of which rows are taken, and as what
 TOKENS, ROWS, ABOUT = "tokens.i32", "rows.npz", "about.json"
 MOST_BYTES = 4_000_000_000  # of all folders together; the longest unused go first
 

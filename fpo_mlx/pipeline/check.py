@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fpo_mlx import __version__, data
 from fpo_mlx.config import RunConfig
+from fpo_mlx.data import token_store
 from fpo_mlx.data.prepare import KEPT_FROM, keeping
 from fpo_mlx.data.tokenizer import ChatTokenizer
 from fpo_mlx.errors import FpoError
@@ -88,7 +89,8 @@ def _place(
     """The file of a report, named by all that decides it."""
     hub = hub_splits(config)
     parts = [
-        __version__, [[name, data.content_key(config.data.data, name, hub)] for name in names],
+        token_store.FORMAT, __version__,
+        [[name, data.content_key(config.data.data, name, hub)] for name in names],
         tokenizer and tokenizer.encoding_key(), limit, vars(columns(config)),
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -14,6 +14,7 @@ from command_line import ROWS, lines, own_cache_and_signals, random_sae, run  # 
 
 pytest.importorskip("mlx.core")
 
+from fpo_mlx.data import token_store  # noqa: E402
 from fpo_mlx.sae.convert import write_saelens  # noqa: E402
 
 DPO = ("--objective", "dpo")
@@ -114,6 +115,9 @@ def test_the_check_of_a_large_set_is_read_until_anything_it_depends_on_changes(
         kept.write_text(kept.read_text()[:-10])
     assert run(*usual, "--overwrite").exit_code == 0
     assert len(looked) == 6
+    monkeypatch.setattr(token_store, "FORMAT", "of other rules")  # for which rows are taken
+    assert run(*usual, "--overwrite").exit_code == 0
+    assert len(looked) == 7
 
 
 def test_ids_beyond_the_embedding_stop_every_command_before_it_runs(place, tmp_path):

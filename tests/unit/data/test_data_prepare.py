@@ -9,6 +9,7 @@ import pytest
 from tiny_tokenizer import CHATML, build_tiny_tokenizer
 
 import fpo_mlx.data.prepare as prepare_module
+import fpo_mlx.data.tokenize as tokenize_module
 import fpo_mlx.data.tokenizer as tokenizer_module
 from fpo_mlx.data import Columns, token_store
 from fpo_mlx.data.prepare import KEPT_FROM, prepare
@@ -125,6 +126,21 @@ def test_rows_that_cannot_be_used_are_all_named_and_nothing_is_kept(tmp_path, to
         "train.jsonl:2", "train.jsonl:3",
     ]  # fmt: skip
     assert not (tmp_path / "store").exists()
+
+
+def test_tokens_kept_before_a_rows_own_variables_were_heeded_are_not_taken(
+    tmp_path, data, monkeypatch
+):
+    """A run took them, and never said that the column asks for another text."""
+    asking = [{**row, "chat_template_kwargs": {"mood": "glad"}} for row in ROWS]
+    data.write_text("".join(json.dumps(row) + "\n" for row in asking))
+    moody = load_tokenizer(build_tiny_tokenizer(tmp_path / "tok", template=CHATML + "{{ mood }}"))
+    with monkeypatch.context() as before:
+        before.setattr(token_store, "FORMAT", 2)
+        before.setattr(tokenize_module, "other_text", lambda *_: None)
+        assert len(prepare(data, "train", moody, store=tmp_path / "store").pairs) == len(ROWS)
+    with pytest.raises(DataError, match="700 of 700 rows cannot be used"):
+        prepare(data, "train", moody, store=tmp_path / "store")
 
 
 def test_the_longest_unused_go_first_and_the_newest_stays(tmp_path):
