@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import fmean, pvariance
+from collections.abc import Hashable, Sequence
+from statistics import fmean
 
 NORMAL95 = 1.959964  # standard deviations to either side that hold 95 % of a normal
 SHARES = (0.05, 0.1, 0.2)  # of pairs to hold back, as they are advised
@@ -31,16 +31,34 @@ def share_to_hold(pairs: float | None) -> float:
 
 def of_groups(shares: Sequence[float], most: int) -> tuple[float, float]:
     """`wilson` of the mean of groups' shares, each of up to `most` answers that may be alike."""
-    return wilson(fmean(shares), len(shares) * answers_a_group(shares, most))
+    return wilson(fmean(shares), len(shares) * _told_by_one(shares, [1.0] * len(shares), most))
 
 
-def answers_a_group(shares: Sequence[float], most: float) -> float:
-    """How many answers a group counts for: as many as the groups' shares vary like.
+def witnesses(hits: Sequence[float], groups: Sequence[Hashable]) -> float:
+    """How many independent rows these tell as much as: fewer where those of a group go together.
 
-    One where all of a group's go the same way, `most` where each goes its own. A group that is won
-    and one that is lost are put beside them for that, as a few that agree by chance say little.
+    hits: 0 to 1 of each row, groups: its group. The number that would give their mean the variance
+    that it has by groups (Kish's design effect); all of them where groups go together no more than
+    by chance.
     """
-    beside = [*shares, 0.0, 1.0]
-    mean = fmean(beside)
-    alike = mean * (1 - mean) / pvariance(beside)
-    return min(max(alike, 1.0), most)
+    sums: dict[Hashable, float] = {}
+    sizes: dict[Hashable, int] = {}
+    for hit, group in zip(hits, groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + hit
+        sizes[group] = sizes.get(group, 0) + 1
+    return len(hits) * _told_by_one([*sums.values()], [*sizes.values()], 1.0)
+
+
+def _told_by_one(sums: Sequence[float], sizes: Sequence[float], most: float) -> float:
+    """As how many independent rows one of these groups counts: `most` where each goes its own way.
+
+    A group that is won and one that is lost, as large as the mean, are put beside them for that, as
+    a few that agree by chance say little. Where all of a group's rows go together, the least is a
+    row a group.
+    """
+    size = fmean(sizes)
+    beside = [*zip(sums, sizes, strict=True), (0.0, size), (size, size)]
+    count = math.fsum(own for _, own in beside)
+    mean = math.fsum(won for won, _ in beside) / count
+    spread = math.fsum((won - mean * own) ** 2 for won, own in beside)
+    return min(max(count * mean * (1 - mean) / spread, 1 / max(sizes)), most)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fpo_mlx.intervals import answers_a_group, wilson
+from fpo_mlx.intervals import wilson, witnesses
 from fpo_mlx.judge.sampling import Answer, distinct_n
 from fpo_mlx.records import BASE, result_file, shown_name
 from fpo_mlx.train.metrics import ScoredPairs, measure
@@ -190,10 +190,7 @@ def _prompts(data: ScoredPairs) -> np.ndarray:
 
 def _of_share(hits: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
     """Wilson's interval of the share of right pairs, by how alike those of a prompt are."""
-    sizes = np.bincount(prompts)
-    shares = np.bincount(prompts, weights=hits) / sizes
-    count = len(hits) ** 2 / float((sizes**2).sum())  # prompts, as if each had as many pairs
-    return wilson(float(hits.mean()), count * answers_a_group(shares.tolist(), len(hits) / count))
+    return wilson(float(hits.mean()), witnesses(hits.tolist(), prompts.tolist()))
 
 
 def _record(i: int, data: ScoredPairs, values: Mapping[str, np.ndarray]) -> dict[str, Any]:

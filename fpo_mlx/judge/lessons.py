@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fpo_mlx.intervals import wilson
+from fpo_mlx.intervals import wilson, witnesses
 from fpo_mlx.judge.feature_report import Context, effect_size
 from fpo_mlx.judge.logistic import (
     Fitted,
@@ -287,22 +287,8 @@ def _predictors(
 def _predictor(name: str, logits: np.ndarray, groups: Sequence[bytes]) -> Predictor:
     hits = np.where(logits > 0, 1.0, np.where(logits == 0, 0.5, 0.0))
     right, loss = float(hits.mean()), float(np.logaddexp(0.0, -logits).mean())
-    interval = wilson(right, witnesses(hits, groups))
+    interval = wilson(right, witnesses(hits.tolist(), groups))
     return Predictor(name, right, interval, loss, 1 - loss / math.log(2))
-
-
-def witnesses(hits: np.ndarray, groups: Sequence[bytes]) -> float:
-    """How many independent rows these tell as much as: fewer where those of a group go together.
-
-    hits: [N], 0 to 1. The number that would give their mean the variance that it has by groups
-    (Kish's design effect); all of them where groups go together no more than by chance.
-    """
-    number = {name: n for n, name in enumerate(dict.fromkeys(groups))}
-    rest = hits - hits.mean()
-    if not rest.any():
-        return float(len(number))
-    sums = np.bincount([number[group] for group in groups], weights=rest)
-    return float(min(len(hits), len(hits) * (rest**2).sum() / (sums**2).sum()))
 
 
 @dataclass(frozen=True)
