@@ -11,7 +11,7 @@ import numpy as np
 from fpo_mlx.intervals import wilson, witnesses
 from fpo_mlx.judge.sampling import Answer, distinct_n
 from fpo_mlx.records import BASE, result_file, shown_name
-from fpo_mlx.train.metrics import ScoredPairs, measure
+from fpo_mlx.train.metrics import ScoredPairs, measure, prompts_of
 from fpo_mlx.train.scoring import FACTS, Scorer
 
 SIDES = ("chosen", "rejected")
@@ -141,7 +141,7 @@ def summarise(values: Mapping[str, np.ndarray], data: ScoredPairs) -> dict[str, 
 
     Intervals are over prompts: pairs of one prompt are no independent witnesses.
     """
-    tokens, prompts = _lengths(data), _prompts(data)
+    tokens, prompts = _lengths(data), np.array(prompts_of(data.pairs))
     asked = int(prompts.max()) + 1
     summary: dict[str, Any] = {"n": len(data)} | ({"prompts": asked} if asked < len(data) else {})
     means = {name: float(array.mean()) for name, array in values.items()}
@@ -179,13 +179,6 @@ def answer_summary(answers: Sequence[Answer]) -> dict[str, Any]:
 
 def _lengths(data: ScoredPairs) -> np.ndarray:
     return np.array([[len(y) for y in pair.responses] for pair in data.pairs]).T  # [2, B]
-
-
-def _prompts(data: ScoredPairs) -> np.ndarray:
-    """The number of each pair's prompt, in their order: int [B]."""
-    number: dict[bytes, int] = {}
-    names = (pair.prompt.tobytes() for pair in data.pairs)
-    return np.array([number.setdefault(name, len(number)) for name in names])
 
 
 def _of_share(hits: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:

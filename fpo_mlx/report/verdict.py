@@ -50,7 +50,7 @@ def held_out(run: Run) -> list[str]:
     when = f"after {text(last.get('iteration'))} iterations"
     head = f"On {_of_all(run, n)} {'before -> ' if before else ''}{when}:"
     lines = (
-        _accuracy(after, n),
+        _accuracy(after, min(n, figure(last.get("witnesses")) or n)),
         _pair("chosen answer is the likelier one", before, after, "policy_accuracy"),
         _margin(before, after),
         _answers(after),
@@ -109,7 +109,7 @@ def _first(run: Run) -> Mapping[str, Any]:
 
 
 def _accuracy(metrics: Mapping[str, Any], n: float) -> str:
-    """With an interval, and with what so few pairs cannot tell."""
+    """With an interval, and with what so few pairs cannot tell. n: pairs of different prompts."""
     share = figure(metrics.get("rewards/accuracies"))
     if share is None or not math.isfinite(share) or n < 1:
         return ""

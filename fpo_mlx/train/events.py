@@ -34,6 +34,7 @@ class ValidReport:
     seconds: float
     best: bool  # lowest loss so far
     warnings: tuple[str, ...] = ()
+    witnesses: float | None = None  # pairs of different prompts that tell as much of the accuracy
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class LandedReport:
     metrics: Mapping[str, float]
     pairs: int
     seconds: float
+    witnesses: float | None = None  # as a validation's
 
 
 Report = StepReport | ValidReport | SavedReport | SkippedReport | StoppedReport | LandedReport

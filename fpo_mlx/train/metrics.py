@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fpo_mlx.core.objectives import PairLosses
+from fpo_mlx.intervals import witnesses
 from fpo_mlx.machine import device
 from fpo_mlx.records import PairScore, TokenPair
 from fpo_mlx.train.scoring import FACTS, Measures, Scorer
@@ -97,6 +98,18 @@ def measure(
 def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The values of several batches one after the other."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def prompts_of(pairs: Iterable[TokenPair]) -> list[int]:
+    """The number of each pair's prompt, in their order."""
+    number: dict[bytes, int] = {}
+    return [number.setdefault(pair.prompt.tobytes(), len(number)) for pair in pairs]
+
+
+def witnesses_of(values: Mapping[str, np.ndarray], pairs: Sequence[TokenPair]) -> float:
+    """As how many pairs of different prompts the first of these, measured, tell of the accuracy."""
+    hits = values["rewards/accuracies"].tolist()
+    return witnesses(hits, prompts_of(pairs[: len(hits)]))
 
 
 def means_of(values: Mapping[str, np.ndarray]) -> dict[str, float]:

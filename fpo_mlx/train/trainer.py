@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NoReturn, cast
 
 import mlx.core as mx
@@ -28,7 +28,7 @@ from fpo_mlx.train.events import (
     ValidReport,
 )
 from fpo_mlx.train.gradients import GRADIENTS, Ground
-from fpo_mlx.train.metrics import ScoredPairs, Window, means_of, measure, shown
+from fpo_mlx.train.metrics import ScoredPairs, Window, means_of, measure, shown, witnesses_of
 from fpo_mlx.train.optimizer import gradient_norm, make_optimizer, make_update, part_way
 from fpo_mlx.train.order import Order
 from fpo_mlx.train.scoring import Scorer
@@ -311,6 +311,7 @@ class Trainer:
             self.scorer.alpha = alpha
 
     def _validate(self) -> ValidReport:
+        assert self.valid is not None
         started, n = time.perf_counter(), self.validation_pairs
         values = self._validated = self._looked()
         means = means_of(values)
@@ -329,7 +330,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         self._window.started += seconds  # speed is that of training
         said = self._fallen(means)
-        report = ValidReport(progress.iteration, loss, means, n, seconds, best, said)
+        tell = witnesses_of(values, self.valid.pairs)
+        report = ValidReport(progress.iteration, loss, means, n, seconds, best, said, tell)
         self._log("valid", report)
         return report
 
@@ -342,7 +344,7 @@ class Trainer:
         if progress.landed and not self.config.land:  # --resume --no-land takes it back
             progress.landed = False
             self._save(numbered=False)
-        if drift is None or progress.landed or not self.config.land:
+        if drift is None or progress.landed or not self.config.land or self.valid is None:
             return
         if landing.hindrance(self.config, self.validation_pairs):
             return
@@ -359,6 +361,7 @@ class Trainer:
         if found is not None:
             self.folder.save_part(found.weights)
             report = found.report(progress.iteration, figure, drift.target, whole, seconds)
+            report = replace(report, witnesses=witnesses_of(found.values, self.valid.pairs))
             self._log("landed", report)
             yield report
         self._save_state()

@@ -61,6 +61,15 @@ def test_before_and_after_stand_side_by_side_with_the_count_and_an_interval(tmp_
     ]
 
 
+def test_pairs_that_share_prompts_count_for_as_many_as_the_validation_says(tmp_path):
+    """Six pairs each of four prompts, all right, are four in four, as `evaluate` has it."""
+    right = END | {"rewards/accuracies": 1.0}
+    end = a_validation(30, 0.5, right, pairs=24) | {"witnesses": 4.0}
+    assert "accuracy 1 (0.51 to 1 with" in held_out(read(tmp_path, end))[1]
+    end["witnesses"] = None  # as of a run before it was kept
+    assert "accuracy 1 (0.86 to 1 with" in held_out(read(tmp_path / "old", end))[1]
+
+
 @pytest.mark.parametrize(
     ("pairs", "share", "said"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +50,14 @@ def test_a_validation_leaves_the_constraint_out_and_training_keeps_it(llama, tmp
             margin = report.metrics["rewards/margins"]
             assert abs(report.loss - np.log1p(np.exp(-margin))) > 1e-4
     assert looks
+
+
+def test_a_validation_says_how_many_pairs_of_different_prompts_tell_as_much(llama, tmp_path):
+    alike = [replace(pair, prompt=PAIRS[4].prompt) for pair in PAIRS[4:]]
+    for name, valid, want in (("other", PAIRS[4:], len(alike)), ("alike", alike, 1)):
+        trainer = open_trainer(llama, tmp_path / name, PAIRS[:4], valid=valid, iters=1)
+        first = next(r for r in trainer.run() if isinstance(r, ValidReport))
+        assert first.witnesses == want, "of a model that no update moved no pair is right"
 
 
 def test_a_look_that_fails_leaves_training_its_alpha(llama, tmp_path, monkeypatch):

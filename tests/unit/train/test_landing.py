@@ -109,7 +109,7 @@ def test_what_is_saved_has_the_figure_that_was_named(llama, tmp_path, kind, chan
     assert abs(report.before / report.target - 1) > 0.05, "it was there already"
     power, figure = (2, "drift/rejected") if changes is DRIFT else (1, "kl/rejected")
     assert report.after == pytest.approx(report.target, rel=2 * NEAR / power)
-    assert report.pairs == len(VALID)
+    assert report.pairs == report.witnesses == len(VALID)
     assert named_as(figure, report.metrics[figure]) == pytest.approx(report.after)
 
     def measured(path) -> float:
