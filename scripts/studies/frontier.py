@@ -1,6 +1,7 @@
 """What does each method's reward cost? True reward against drift, along parts of every change.
 
-    python scripts/studies/frontier.py --model M --sae S            everything; again to go on
+    python scripts/studies/frontier.py --model M --sae S            everything; again to go on, and
+        for the rates that turned out the better ones
     python scripts/studies/frontier.py --model M --sae S --minutes 60   begin nothing later
     python scripts/studies/frontier.py … --method dpo       only its cells; once the pairs are made
         a run for each core may share the work folder

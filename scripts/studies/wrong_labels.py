@@ -73,7 +73,10 @@ def main() -> None:
 
 
 def place_of(o: argparse.Namespace, settings: dict[str, Any]) -> Path:
-    """Where the result goes. Raises: SystemExit where one of other settings is kept there."""
+    """Where the result goes.
+
+    Raises: SystemExit where one of other settings, or of more seeds, is kept there.
+    """
     place = o.output or RESULTS / f"wrong_labels_{o.sae.name}.json"
     own = {"share": o.share, "settings": settings}
     known = json.loads(place.read_text(encoding="utf-8")) if place.exists() else own
@@ -82,6 +85,10 @@ def place_of(o: argparse.Namespace, settings: dict[str, Any]) -> Path:
         raise SystemExit(
             f"{place} is the result of other settings: {found}, wanted {own}. "
             "Name another file with --output."
+        )
+    if (more := len(known.get("seeds", ()))) > o.seeds:
+        raise SystemExit(
+            f"{place} has {more} seeds, and these are {o.seeds}. Name another file with --output."
         )
     return place
 

@@ -16,7 +16,7 @@ SETTINGS = {"sae": "topk", "iters": 300}
 
 
 def asked(sae: str, output: Path | None = None) -> Namespace:
-    return Namespace(sae=Path("saes") / sae, output=output, share=0.1)
+    return Namespace(sae=Path("saes") / sae, output=output, share=0.1, seeds=3)
 
 
 def test_each_sae_has_a_result_of_its_own(tmp_path, monkeypatch):
@@ -47,3 +47,10 @@ def test_a_result_of_the_same_settings_is_written_anew(tmp_path):
     place = tmp_path / "kept.json"
     place.write_text(json.dumps({"share": 0.1, "settings": SETTINGS, "seeds": [{}]}))
     assert wrong_labels.place_of(asked("topk", place), SETTINGS) == place
+
+
+def test_a_result_of_more_seeds_is_refused(tmp_path):
+    place = tmp_path / "kept.json"
+    place.write_text(json.dumps({"share": 0.1, "settings": SETTINGS, "seeds": [{}] * 4}))
+    with pytest.raises(SystemExit, match=r"kept\.json has 4 seeds, and these are 3"):
+        wrong_labels.place_of(asked("topk", place), SETTINGS)
