@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fpo_mlx.errors import ConfigError, ModelError
 from fpo_mlx.storage import files, outputs
-from fpo_mlx.storage.hub import TERMS, local_folder, resolve_model, unpinned
+from fpo_mlx.storage.hub import TERMS, published, resolve_model
 
 
 def convert(
@@ -60,5 +60,5 @@ def convert(
                 f"{hf_path} cannot be converted: {error}"
             ) from error
         card.copy_beside(folder, source, TERMS)
-        card.put(folder, source, None if local_folder(hf_path) else unpinned(hf_path))
+        card.put(folder, source, published(hf_path))
     return mlx_path

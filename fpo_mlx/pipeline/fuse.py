@@ -18,7 +18,7 @@ from fpo_mlx.pipeline.origins import warn_of_origin, warn_of_training_pairs
 from fpo_mlx.pipeline.store import CachedScores, default_cache, fill_cache
 from fpo_mlx.records import DEFAULT_FORM, KEPT_BITS, FusedForm, TokenPair
 from fpo_mlx.storage.adapter_files import own_template
-from fpo_mlx.storage.hub import local_folder, resolve_model, unpinned
+from fpo_mlx.storage.hub import published, resolve_model
 from fpo_mlx.storage.outputs import claim_folder, model_made_from
 
 if TYPE_CHECKING:
@@ -108,15 +108,13 @@ def fuse(
         check_scales(config, [adapter_path], [form.scale])
         adapters.read_spec(Path(adapter_path))  # before the long part
     save_path = claim()  # before a download
-    spec = config.reference.model
-    base = resolve_model(spec)
+    base = resolve_model(config.reference.model)
     claim(base)
-    config, read, held, within = _as_trained(config, Path(adapter_path)), None, None, None
+    config, held, within = _as_trained(config, Path(adapter_path)), None, None
     _warn(config, adapter_path, base, say, asked=bool(verify))
-    if verify:  # read first: nothing is fused where that fails
-        config = as_trained(config, [adapter_path], say, way="`objective` in a file of -c")
-        saes = bound is not None and bound.kind == "drift"
-        read = _held_out(config, verify, adapter_path, say, saes=saes)
+    saes = bound is not None and bound.kind == "drift"
+    # read first: nothing is fused where that fails
+    read = _held_out(config, verify, adapter_path, say, saes=saes) if verify else None
     if bound is not None and read is not None:
         held = _scored(*read, say)
         within = _scale_within(held, adapter_path, bound, say)
@@ -125,7 +123,7 @@ def fuse(
     report = fusing.fuse(
         str(base), Path(adapter_path), save_path, form,
         chat_template=Path(template) if template else None,
-        named=None if local_folder(spec) else unpinned(spec),
+        named=published(config.reference.model),
         trust_remote_code=config.reference.trust_remote_code, check=partial(claim, base),
     )  # fmt: skip
     for line in said_of(report):
@@ -243,6 +241,7 @@ def _held_out(
     saes: by features, for a drift. Said is of which split they are, and whether the adapter was
     trained on them.
     """
+    config = as_trained(config, [adapter], say, way="`objective` in a file of -c")
     constraint = "none"
     if saes:
         own = config.objective.constraint

@@ -77,6 +77,11 @@ def unpinned(spec: str) -> str:
         return spec
 
 
+def published(spec: str) -> str | None:
+    """The hub id of a model, without its revision; None for a local folder."""
+    return None if local_folder(spec) else unpinned(spec)
+
+
 def reason(error: Exception) -> str:
     """What the hub's client says, in one line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
